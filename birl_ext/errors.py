@@ -1,0 +1,242 @@
+"""The error catalogue: every failure has a stable code, names its place and offers one remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+__all__ = [
+    "BackendFallbackWarning",
+    "BackendUnavailableError",
+    "BirlError",
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointIncompatibleError",
+    "ConfigError",
+    "DeviceError",
+    "DiscountError",
+    "DtypeError",
+    "EmptyActionSetError",
+    "FileFormatError",
+    "GradientError",
+    "InitialDistributionError",
+    "InvalidMDPError",
+    "MissingDependencyError",
+    "NegativeProbabilityError",
+    "NonFiniteInputError",
+    "NonFiniteResultError",
+    "NonStochasticError",
+    "NotConvergedError",
+    "OptionError",
+    "ParameterError",
+    "ReferencePolicyError",
+    "ShapeError",
+    "SizeLimitError",
+    "SolveError",
+    "SparseFormatError",
+    "StagnatedError",
+    "TemperatureError",
+    "catalogue",
+]
+
+
+class BirlError(Exception):
+    """Base of every error of the package.
+
+    The message reads ``BIRL-E101 what where: value (allowed: range). Fix: remedy``.
+
+    Args:
+        what: the subject and what is wrong with it, e.g. ``"transition row sums to 0.97"``.
+        where: its place, e.g. ``"batch 3, state 17, action 2"``.
+        allowed: the range that would have been accepted.
+        fix: one thing to do about it; the class has a default.
+    """
+
+    code: ClassVar[str] = ""
+    meaning: ClassVar[str] = ""
+    remedy: ClassVar[str] = ""
+
+    def __init__(self, what: str, *, where: str = "", allowed: str = "", fix: str = "") -> None:
+        self.what, self.where, self.allowed = what, where, allowed
+        self.fix = fix or self.remedy
+        message = f"{self.code} {what}" if self.code else what
+        if where:
+            message += f" at {where}"
+        if allowed:
+            message += f" (allowed: {allowed})"
+        if self.fix:
+            message += f". Fix: {self.fix}"
+        super().__init__(message)
+
+
+class InvalidMDPError(BirlError, ValueError):
+    """The numbers given do not describe a Markov decision process."""
+
+
+class NonStochasticError(InvalidMDPError):
+    code = "BIRL-E101"
+    meaning = "a row of the transition does not sum to one"
+    remedy = "normalise the row, or mark the state in `terminal` if the process ends there"
+
+
+class NegativeProbabilityError(InvalidMDPError):
+    code = "BIRL-E102"
+    meaning = "a transition probability is negative"
+    remedy = "clip at zero and normalise the row"
+
+
+class NonFiniteInputError(InvalidMDPError):
+    code = "BIRL-E103"
+    meaning = "an input is NaN or infinite"
+    remedy = "replace the value; to forbid an action use `mask`"
+
+
+class EmptyActionSetError(InvalidMDPError):
+    code = "BIRL-E104"
+    meaning = "every action of a non-terminal state is masked"
+    remedy = "leave at least one action available, or mark the state in `terminal`"
+
+
+class SparseFormatError(InvalidMDPError):
+    code = "BIRL-E105"
+    meaning = "the CSR arrays are malformed"
+    remedy = "build them with torch.sparse_csr_tensor(..., check_invariants=True)"
+
+
+class ReferencePolicyError(InvalidMDPError):
+    code = "BIRL-E106"
+    meaning = "the reference policy is not positive on an available action"
+    remedy = "give it positive weight, or mask the action"
+
+
+class InitialDistributionError(InvalidMDPError):
+    code = "BIRL-E107"
+    meaning = "the initial distribution is not a probability vector"
+    remedy = "make it non-negative and normalise it"
+
+
+class ParameterError(BirlError, ValueError):
+    """A scalar or option is outside its range."""
+
+
+class DiscountError(ParameterError):
+    code = "BIRL-E201"
+    meaning = "the discount is outside [0, 1)"
+    remedy = "use a discount below one; 0.9999 is fine"
+
+
+class TemperatureError(ParameterError):
+    code = "BIRL-E202"
+    meaning = "the temperature is not positive and finite"
+    remedy = "use a small positive temperature; the hard maximum is its limit and has no gradient"
+
+
+class OptionError(ParameterError):
+    code = "BIRL-E203"
+    meaning = "an option has an unknown name or an impossible value"
+
+
+class ShapeError(BirlError, ValueError):
+    code = "BIRL-E301"
+    meaning = "tensor shapes do not fit together"
+
+
+class DtypeError(BirlError, TypeError):
+    code = "BIRL-E302"
+    meaning = "tensor dtypes are mixed or unsupported"
+    remedy = "convert the inputs to one dtype, float32 or float64"
+
+
+class DeviceError(BirlError, ValueError):
+    code = "BIRL-E303"
+    meaning = "tensors live on different devices"
+    remedy = "move them to one device"
+
+
+class SizeLimitError(BirlError, OverflowError):
+    code = "BIRL-E304"
+    meaning = "a problem is too large to be indexed or stored"
+
+
+class SolveError(BirlError, RuntimeError):
+    """The fixed point was not reached; ``solution`` holds the best iterate and its certificate."""
+
+    def __init__(self, what: str, *, solution: Any = None, **kwargs: str) -> None:
+        super().__init__(what, **kwargs)
+        self.solution = solution
+
+
+class NotConvergedError(SolveError):
+    code = "BIRL-E401"
+    meaning = "the iteration limit was reached before the tolerance"
+    remedy = 'raise `max_iterations`, loosen `tol`, or use method="newton"'
+
+
+class StagnatedError(SolveError):
+    code = "BIRL-E402"
+    meaning = "the tolerance asked for lies below the rounding floor"
+    remedy = "loosen `tol` (None means: as far as rounding allows) or rescale the reward"
+
+
+class NonFiniteResultError(SolveError):
+    code = "BIRL-E403"
+    meaning = "the solution overflowed"
+    remedy = "rescale the reward"
+
+
+class GradientError(BirlError, RuntimeError):
+    code = "BIRL-E501"
+    meaning = "a derivative cannot be trusted or is not defined"
+
+
+class BackendUnavailableError(BirlError, RuntimeError):
+    code = "BIRL-E601"
+    meaning = "the backend asked for is not available"
+    remedy = 'use backend="auto"; `python -m birl_ext` says what is missing'
+
+
+class BackendFallbackWarning(UserWarning):
+    """A compiled module could not be used; the PyTorch path computes the same answers, slower."""
+
+
+class FileFormatError(BirlError, ValueError):
+    code = "BIRL-E701"
+    meaning = "a file is missing, truncated, or not of the expected form"
+
+
+class CheckpointError(BirlError, RuntimeError):
+    """A checkpoint cannot be used."""
+
+
+class CheckpointCorruptError(CheckpointError):
+    code = "BIRL-E702"
+    meaning = "no intact checkpoint was found"
+    remedy = "start the run again in a new directory"
+
+
+class CheckpointIncompatibleError(CheckpointError):
+    code = "BIRL-E703"
+    meaning = "the checkpoint belongs to another configuration or version"
+    remedy = "resume with the configuration stored beside it"
+
+
+class ConfigError(BirlError, ValueError):
+    code = "BIRL-E801"
+    meaning = "a configuration is invalid"
+
+
+class MissingDependencyError(BirlError, ImportError):
+    code = "BIRL-E802"
+    meaning = "an optional package is not installed"
+
+
+def catalogue() -> Iterator[tuple[str, type[BirlError]]]:
+    """Every error that has a code, in the order of the codes."""
+    found: dict[str, type[BirlError]] = {}
+    pending: list[type[BirlError]] = [BirlError]
+    while pending:
+        cls = pending.pop()
+        pending.extend(cls.__subclasses__())
+        if cls.code:
+            found[cls.code] = cls
+    yield from sorted(found.items())
