@@ -1,0 +1,86 @@
+"""What a problem must offer so that it can be run, resumed and plotted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+__all__ = ["Job", "Metrics", "Problem", "State"]
+
+Metrics: TypeAlias = "dict[str, float]"
+"""One row of metrics.jsonl: ``step`` and whatever the job's `Job.step` returned."""
+
+State: TypeAlias = "Tensor | int | float | str | bool | None | Mapping[Any, State] | Sequence[State]"
+"""What a checkpoint can hold: tensors and plain values in nested dicts, lists and tuples."""
+
+
+class Job(Protocol):
+    """One optimisation that advances in outer steps and can be stopped between any two of them.
+
+    Two rules make a resumed run end with the same bits as an uninterrupted one:
+
+    * `state_dict` holds everything the next step depends on, the state of every random generator
+      (``torch.Generator.get_state()``) included, and reading it changes nothing;
+    * a job built from the same config and given that state continues as if never stopped.
+    """
+
+    @property
+    def config(self) -> Any:
+        """The frozen dataclass the job was built from; its fields are plain TOML values.
+
+        It has a field ``seed: int``.
+        """
+
+    @property
+    def total_steps(self) -> int:
+        """Outer steps the job takes at most; the length of the progress bar."""
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left to take."""
+
+    def step(self) -> Mapping[str, float]:
+        """Take one outer step and return its metrics; the key ``step`` is added by the run."""
+
+    def state_dict(self) -> Mapping[str, State]:
+        """Everything the next step depends on."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; its tensors are on the CPU and belong to the caller."""
+
+    def summary(self) -> Mapping[str, Any]:
+        """The result: ``parameters``, ``objective``, ``gradient_norm``, ``error_bound``, extras.
+
+        Values are numbers, strings, tensors, or nested dicts and lists of them. Scalars at the top
+        level are shown in the table that ends a run.
+        """
+
+    def figures(
+        self, history: Sequence[Metrics], summary: Mapping[str, Any]
+    ) -> Mapping[str, Callable[[], Figure]]:
+        """File name (without suffix) -> function that draws the figure.
+
+        The functions are called inside `birl_ext.runs.plots.style`; building the mapping must not
+        import matplotlib, so that a run without it can say what was not drawn.
+
+        Args:
+            history: the rows of metrics.jsonl, oldest first.
+            summary: what summary.json holds, i.e. `summary` as plain values (tensors as lists).
+        """
+
+
+class Problem(NamedTuple):
+    """An entry of ``birl_ext.problems.PROBLEMS``; importing it must not import torch."""
+
+    config: type[Any]
+    """Frozen dataclass; its docstring and defaults are the command line's help."""
+
+    job: Callable[[Any], Job]
+    """Builds the job from a config; imports what it needs when called."""
+
+    summary: str
+    """One line for ``birl run --help``."""
