@@ -11,7 +11,9 @@ __all__ = [
     "BirlError",
     "CheckpointCorruptError",
     "CheckpointError",
+    "CheckpointFallbackWarning",
     "CheckpointIncompatibleError",
+    "CheckpointWriteError",
     "ConfigError",
     "DeviceError",
     "DiscountError",
@@ -218,6 +220,16 @@ class CheckpointIncompatibleError(CheckpointError):
     code = "BIRL-E703"
     meaning = "the checkpoint belongs to another configuration or version"
     remedy = "resume with the configuration stored beside it"
+
+
+class CheckpointWriteError(CheckpointError):
+    code = "BIRL-E704"
+    meaning = "a checkpoint could not be written; the one before it is intact"
+    remedy = "make room on the disk and resume"
+
+
+class CheckpointFallbackWarning(UserWarning):
+    """A damaged checkpoint was passed over; the run goes on from the one before it."""
 
 
 class ConfigError(BirlError, ValueError):

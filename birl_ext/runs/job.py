@@ -14,7 +14,7 @@ __all__ = ["Job", "Metrics", "Problem", "State"]
 Metrics: TypeAlias = "dict[str, float]"
 """One row of metrics.jsonl: ``step`` and whatever the job's `Job.step` returned."""
 
-State: TypeAlias = "Tensor | int | float | str | bool | None | Mapping[Any, State] | Sequence[State]"
+State: TypeAlias = "Tensor | float | str | Mapping[Any, State] | Sequence[State] | None"
 """What a checkpoint can hold: tensors and plain values in nested dicts, lists and tuples."""
 
 

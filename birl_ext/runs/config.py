@@ -1,0 +1,214 @@
+"""Configurations: frozen dataclasses to plain values and back, and the files that hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import math
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from birl_ext.errors import ConfigError
+
+__all__ = ["differences", "from_plain", "read_toml", "suggestion", "to_plain"]
+
+_T = TypeVar("_T")
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 20
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as nested dicts of plain values; None is left out, tuples become lists."""
+    plain = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return {name: value for name, value in plain.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_plain(value)
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def from_plain(cls: type[_T], plain: Mapping[str, Any], *, where: str = "config") -> _T:
+    """Build a config from plain values, strictly.
+
+    Args:
+        cls: the dataclass.
+        plain: what a TOML table or a JSON object holds; a field left out takes its default.
+        where: the place named in errors.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a missing key, a wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for key in plain:
+        if key not in fields:
+            raise ConfigError(
+                f"unknown key {key!r}",
+                where=where,
+                allowed=", ".join(fields),
+                fix=suggestion(key, fields) or "remove it",
+            )
+    values = {key: _typed(hints[key], value, f"{where}.{key}") for key, value in plain.items()}
+    for name, field in fields.items():
+        optional = (
+            field.default is not dataclasses.MISSING
+            or field.default_factory is not dataclasses.MISSING
+        )
+        if name not in values and not optional:
+            if not _accepts_none(hints[name]):
+                raise ConfigError(f"the key {name!r} is missing", where=where, fix=f"add {name}")
+            values[name] = None  # TOML cannot write None, so its absence means None
+    return cls(**values)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """``did you mean 'x'?``, or nothing if no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+def _accepts_none(hint: Any) -> bool:
+    return hint is Any or hint is type(None) or type(None) in typing.get_args(hint)
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """Return ``value`` as the annotated type, or raise; only int -> float is converted silently."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _typed(arguments[0], value, where)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        for choice in arguments:
+            try:
+                return _typed(choice, value, where)
+            except ConfigError:
+                continue
+    elif origin is Literal:
+        for choice in arguments:
+            if type(choice) is type(value) and choice == value:
+                return choice
+    elif isinstance(hint, type) and issubclass(hint, enum.Enum):
+        if value in hint.__members__:
+            return hint[value]
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if isinstance(value, Mapping):
+            return from_plain(hint, value, where=where)
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        each = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(each) == len(value):
+            return tuple(
+                _typed(h, v, f"{where}[{i}]")
+                for i, (h, v) in enumerate(zip(each, value, strict=True))
+            )
+    elif origin is list and isinstance(value, (list, tuple)):
+        return [_typed(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    elif origin is dict and isinstance(value, Mapping):
+        return {key: _typed(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif hint in (bool, int, str, type(None)) and type(value) is hint:
+        return value
+    raise ConfigError(
+        f"{value!r} is not accepted",
+        where=where,
+        allowed=_describe(hint),
+        fix="correct the value",
+    )
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(map(repr, typing.get_args(hint)))
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return ", ".join(hint.__members__)
+    if isinstance(hint, type) and not typing.get_args(hint):
+        return hint.__name__
+    return str(hint).replace("typing.", "")
+
+
+def differences(
+    stored: Mapping[str, Any], given: Mapping[str, Any], *, prefix: str = ""
+) -> list[str]:
+    """Name every value in which two plain configs differ: ``discount: stored 0.9, given 0.99``."""
+    found = []
+    for key in dict.fromkeys([*stored, *given]):
+        old, new = stored.get(key), given.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, prefix=f"{prefix}{key}.")
+        elif not _same(old, new):
+            show = [repr(value) if value is not None else "absent" for value in (old, new)]
+            found.append(f"{prefix}{key}: stored {show[0]}, given {show[1]}")
+    return found
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, float) and isinstance(new, float) and math.isnan(old) and math.isnan(new):
+        return True
+    return isinstance(old, bool) == isinstance(new, bool) and bool(old == new)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file of bounded size and depth.
+
+    Raises:
+        ConfigError: not readable, larger than 1 MiB, deeper than 20 tables, or not TOML.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the configuration: {error.strerror}",
+            where=str(path),
+            fix="name an existing TOML file",
+        ) from None
+    if len(data) > MAX_BYTES:
+        raise ConfigError(
+            "the configuration is too large",
+            where=str(path),
+            allowed=f"{MAX_BYTES} bytes",
+            fix="name a TOML file written for a run",
+        )
+    try:
+        document = tomllib.loads(data.decode("utf-8"))
+        too_deep = _depth(document) > MAX_DEPTH
+    except RecursionError:
+        too_deep = True
+    except ValueError as error:  # bad UTF-8 and bad TOML
+        raise ConfigError(
+            f"not a TOML file: {error}", where=str(path), fix="correct the line named"
+        ) from None
+    if too_deep:
+        raise ConfigError(
+            "the configuration is nested too deeply",
+            where=str(path),
+            allowed=f"{MAX_DEPTH} levels",
+            fix="flatten it",
+        )
+    return document
+
+
+def _depth(value: Any) -> int:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 0

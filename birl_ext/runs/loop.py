@@ -1,0 +1,190 @@
+"""The loop of a run: steps, metrics, checkpoints, signals, and the result at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from birl_ext.errors import CheckpointWriteError, MissingDependencyError
+from birl_ext.runs.checkpoint import CheckpointStore
+from birl_ext.runs.config import to_plain
+from birl_ext.runs.directory import MetricsWriter, RunDirectory, plain
+from birl_ext.runs.job import Job
+from birl_ext.runs.progress import progress
+from birl_ext.runs.versions import versions
+
+__all__ = ["Outcome", "draw_figures", "restore", "run"]
+
+SECONDS_BETWEEN_CHECKPOINTS = 30.0
+
+
+class Outcome(NamedTuple):
+    """How a run ended.
+
+    Args:
+        step: outer steps taken.
+        summary: what summary.json holds; None if the run was stopped.
+        stopped_by: the signal that stopped it, or None.
+    """
+
+    step: int
+    summary: dict[str, Any] | None
+    stopped_by: signal.Signals | None
+
+
+def run(job: Job, directory: RunDirectory, *, checkpoint_every: int | None = None) -> Outcome:
+    """Run a job to its end, or until SIGINT or SIGTERM, from its newest checkpoint if it has one.
+
+    A signal ends the run after the step at work, with a checkpoint; a second one ends it at once,
+    with the checkpoint before. A job that raises leaves its last checkpoint too.
+
+    Args:
+        job: built from ``directory.config``.
+        directory: where the files go.
+        checkpoint_every: steps between checkpoints; None writes one every 30 seconds.
+
+    Returns:
+        The outcome; a finished run has its summary.json and its last checkpoint.
+
+    Raises:
+        CheckpointIncompatibleError: the checkpoint belongs to another configuration.
+        CheckpointCorruptError: there are checkpoints and none verifies.
+        CheckpointWriteError: the last checkpoint could not be written; earlier ones are intact.
+    """
+    store = CheckpointStore(directory.checkpoints)
+    with directory.lock():
+        step, seconds = restore(job, store) if store.paths() else (0, 0.0)
+        started = time.perf_counter() - seconds
+        saved_step, saved_at = step, time.perf_counter()
+
+        def save() -> None:
+            nonlocal saved_step, saved_at
+            metrics.sync()
+            store.save(
+                job.state_dict(),
+                step=step,
+                config=to_plain(job.config),
+                versions=versions(),
+                seconds=time.perf_counter() - started,
+            )
+            saved_step, saved_at = step, time.perf_counter()
+
+        def due() -> bool:
+            if checkpoint_every is not None:
+                return step - saved_step >= checkpoint_every
+            return time.perf_counter() - saved_at >= SECONDS_BETWEEN_CHECKPOINTS
+
+        with (
+            MetricsWriter(directory, after=step) as metrics,
+            stop_requests() as stop,
+            progress(directory.problem, total=job.total_steps, completed=step) as report,
+        ):
+            while not job.done and not stop:
+                values = {name: float(value) for name, value in job.step().items()}
+                step += 1
+                metrics.append({"step": step, **values})
+                report(step, values)
+                if due():
+                    try:
+                        save()
+                    except CheckpointWriteError as error:
+                        # The disk may have room again later; only the last save must succeed.
+                        warnings.warn(str(error), stacklevel=2)
+                        saved_at = time.perf_counter()
+            if step > saved_step or not store.paths():
+                save()
+        if not job.done:
+            return Outcome(step, None, stop[0])
+
+        summary = summarise(job, directory, step=step, seconds=time.perf_counter() - started)
+        directory.write_summary(summary)
+        return Outcome(step, summary, None)
+
+
+def restore(job: Job, store: CheckpointStore) -> tuple[int, float]:
+    """Give the job its newest intact checkpoint; return the steps and the seconds behind it."""
+    found = store.load(to_plain(job.config))
+    changed = [
+        f"{name} {found.versions.get(name, 'absent')} -> {version}"
+        for name, version in versions().items()
+        if found.versions.get(name) != version
+    ]
+    if changed:
+        warnings.warn(
+            f"the checkpoint was written by other versions ({', '.join(changed)}): "
+            "the run goes on, but not to the same bits",
+            stacklevel=2,
+        )
+    job.load_state_dict(found.state)
+    return found.step, found.seconds
+
+
+def summarise(
+    job: Job, directory: RunDirectory, *, step: int, seconds: float | None
+) -> dict[str, Any]:
+    """The job's summary with what every run reports, as plain values."""
+    common = {
+        "problem": directory.problem,
+        "seed": job.config.seed,
+        "steps": step,
+        "seconds": seconds,
+        "versions": versions(),
+    }
+    return dict(plain({**common, **job.summary()}))
+
+
+def draw_figures(
+    job: Job, directory: RunDirectory, summary: Mapping[str, Any]
+) -> tuple[list[Path], list[str]]:
+    """Draw the job's figures from the files of the run.
+
+    Returns:
+        The paths written, and the names that could not be drawn because matplotlib is missing.
+    """
+    figures = job.figures(directory.history(), summary)
+    try:
+        from birl_ext.runs import plots
+    except MissingDependencyError:
+        return [], list(figures)
+    written = []
+    with plots.style():
+        for name, draw in figures.items():
+            written += plots.save(draw(), directory.figures / name)
+    return written, []
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[signal.Signals]]:
+    """Collect SIGINT and SIGTERM instead of acting on them; the second one interrupts at once.
+
+    Outside the main thread signals cannot be handled, and the list stays empty.
+    """
+    received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        if len(received) > 1:
+            raise KeyboardInterrupt
+        print(
+            "birl: stopping after this step; once more to stop now, from the last checkpoint",
+            file=sys.stderr,
+        )
+
+    handled = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, note) for number in handled]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(handled, previous, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,184 @@
+"""One look for every figure: light, readable, safe for colour-blind eyes, the same bytes each time.
+
+No figure goes through pyplot, so drawing needs no display and keeps no global state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from birl_ext.errors import MissingDependencyError
+
+try:
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ImportError:
+    raise MissingDependencyError(
+        "figures need matplotlib", fix='pip install "birl_ext[viz]"'
+    ) from None
+
+__all__ = [
+    "COLOURS",
+    "draw_curves",
+    "draw_references",
+    "learning_curve",
+    "new_figure",
+    "save",
+    "style",
+]
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's palette without its yellow and black, which are lost on white or in the text."""
+
+INK, MUTED, GRID = "#222222", "#5f6368", "#e3e5e8"
+
+_STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": MUTED,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 10,
+    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 10,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 150,
+    "figure.facecolor": "white",
+    "figure.figsize": (6.4, 3.8),
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same figure everywhere
+    "font.size": 10,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "image.cmap": "cividis",
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "savefig.dpi": 150,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "birl_ext",  # element ids would be random otherwise
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "xtick.labelsize": 9,
+    "ytick.color": MUTED,
+    "ytick.labelsize": 9,
+}
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Draw and save inside this; matplotlib's settings are as before afterwards."""
+    with mpl.rc_context(), mpl.rc_context(_STYLE):
+        yield
+
+
+def new_figure(
+    rows: int = 1, columns: int = 1, *, size: tuple[float, float] | None = None, **options: Any
+) -> tuple[Figure, Any]:
+    """A figure and its axes, as ``pyplot.subplots`` returns them.
+
+    Args:
+        rows: panels from top to bottom.
+        columns: panels from left to right.
+        size: width and height in inches; by default 6.4 × 3.8 per panel, up to two panels wide.
+        options: passed to ``Figure.subplots``.
+    """
+    figure = Figure(figsize=size or (min(6.4 * columns, 11.0), 3.8 * rows))
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def draw_curves(
+    axes: Axes,
+    history: Sequence[Mapping[str, float]],
+    keys: Sequence[str] | Mapping[str, str],
+    *,
+    log: bool = False,
+) -> None:
+    """Draw metrics against the outer step.
+
+    Args:
+        axes: where to draw.
+        history: rows of metrics.jsonl; a row without the key leaves a gap.
+        keys: metrics, or metric -> label.
+        log: logarithmic vertical axis.
+    """
+    labels = keys if isinstance(keys, Mapping) else {key: key.replace("_", " ") for key in keys}
+    steps = [row["step"] for row in history]
+    for key, label in labels.items():
+        values = [row.get(key, float("nan")) for row in history]
+        # A run of one or two steps is a point or two, not a line.
+        axes.plot(steps, values, label=label, marker="o" if len(steps) < 30 else "", markersize=3.5)
+    if log:
+        axes.set_yscale("log")
+    axes.set_xlabel("outer step")
+    if len(labels) > 1:
+        axes.legend()
+    else:
+        axes.set_ylabel(next(iter(labels.values())))
+
+
+def draw_references(axes: Axes, references: Mapping[str, float]) -> None:
+    """Draw label -> level as dashed lines, each named at its right end."""
+    for label, level in references.items():
+        axes.axhline(level, color=MUTED, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1.5)
+        axes.annotate(
+            label,
+            (1.0, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=9,
+            color=MUTED,
+        )
+
+
+def learning_curve(
+    history: Sequence[Mapping[str, float]],
+    keys: Sequence[str] | Mapping[str, str],
+    *,
+    title: str = "",
+    ylabel: str = "",
+    log: bool = False,
+    references: Mapping[str, float] | None = None,
+) -> Figure:
+    """One panel: metrics against the outer step, with known levels for comparison.
+
+    Args:
+        history: rows of metrics.jsonl.
+        keys: metrics, or metric -> label.
+        title: what the figure shows, in a few words.
+        ylabel: name and unit of the vertical axis; a single curve's label is the default.
+        log: logarithmic vertical axis.
+        references: label -> level, e.g. a published value or a known optimum.
+    """
+    figure, axes = new_figure()
+    draw_curves(axes, history, keys, log=log)
+    draw_references(axes, references or {})
+    if title:
+        axes.set_title(title)
+    if ylabel:
+        axes.set_ylabel(ylabel)
+    return figure
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write ``stem.png`` and ``stem.svg``; the same figure gives the same bytes.
+
+    Returns:
+        The two paths.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
+    figure.savefig(paths[0], metadata={"Software": None})
+    figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
+    return paths
