@@ -1,0 +1,155 @@
+"""The normal form of a batch: N transition models, each shared by a group of G problems.
+
+Batch axes broadcast at the surface; underneath there are exactly two, (N, G). A transition model
+that serves many rewards is stored and read once, whatever the order of the axes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Flat", "Layout", "flatten", "layout"]
+
+
+class Layout(NamedTuple):
+    """How the broadcast batch axes map onto (N, G).
+
+    Attributes:
+        batch_shape: the broadcast batch axes, *B.
+        order: the batch axes with those of the transition first, or None if they are already.
+        models: N, the number of distinct transition models.
+        group: G, the number of problems that share each of them.
+    """
+
+    batch_shape: tuple[int, ...]
+    order: tuple[int, ...] | None
+    models: int
+    group: int
+
+    def shared(self, tensor: Tensor, event: int) -> Tensor:
+        """(*B_transition, *event) to (N, *event), for the last `event` axes of a transition."""
+        return tensor.reshape(self.models, *tensor.shape[tensor.ndim - event :])
+
+    def grouped(self, tensor: Tensor, event: int) -> Tensor:
+        """(*B, *event) to (N, G, *event); axes that broadcast stay views where strides allow it."""
+        shape = tensor.shape[tensor.ndim - event :]
+        if self.batch_shape:
+            tensor = tensor.expand(*self.batch_shape, *shape)
+            if self.order is not None:
+                axes = len(self.batch_shape)
+                tensor = tensor.permute(*self.order, *range(axes, axes + event))
+        return tensor.reshape(self.models, self.group, *shape)
+
+    def scalar(self, value: float | Tensor, device: torch.device) -> Tensor:
+        """A number or a (*B) tensor as (N, G) float64."""
+        if isinstance(value, Tensor):
+            return self.grouped(value.to(torch.float64), 0)
+        return torch.full((self.models, self.group), value, dtype=torch.float64, device=device)
+
+    def restore(self, tensor: Tensor) -> Tensor:
+        """(N, G, *event) back to (*B, *event)."""
+        event = tensor.shape[2:]
+        if self.order is None:
+            return tensor.reshape(*self.batch_shape, *event)
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        tensor = tensor.reshape(*(self.batch_shape[axis] for axis in self.order), *event)
+        return tensor.permute(*inverse, *range(len(inverse), tensor.ndim))
+
+
+_SINGLE = Layout((), None, 1, 1)
+
+
+def layout(transition_batch: tuple[int, ...], *batches: tuple[int, ...]) -> Layout:
+    """The layout of a transition's batch axes against everyone else's.
+
+    Args:
+        transition_batch: batch axes of the transition.
+        batches: batch axes of the other tensors; all must broadcast.
+    """
+    if not transition_batch and not any(batches):
+        return _SINGLE
+    batch = tuple(torch.broadcast_shapes(transition_batch, *batches))  # type: ignore[no-untyped-call]
+    own = (1,) * (len(batch) - len(transition_batch)) + tuple(transition_batch)
+    # An axis along which the transition has size one belongs to the group; if such an axis comes
+    # before one of the transition's, the small tensors are permuted instead of copying P.
+    group_axes = [i for i, size in enumerate(batch) if own[i] == 1 and size != 1]
+    model_axes = [i for i in range(len(batch)) if i not in group_axes]
+    order = (*model_axes, *group_axes)
+    return Layout(
+        batch_shape=batch,
+        order=None if order == tuple(range(len(batch))) else order,
+        models=math.prod(batch[i] for i in model_axes),
+        group=math.prod(batch[i] for i in group_axes),
+    )
+
+
+class Flat(NamedTuple):
+    """An MDP in normal form, ready for the ops.
+
+    Attributes:
+        transition: (N, S, A, S), or the CSR values (N, nnz).
+        reward: (N, G, S, A).
+        log_reference: log μ, (N, G, S, A) float64, −inf where masked; (0,) when μ ≡ 1 everywhere.
+        discount: (N, G) float64.
+        temperature: (N, G) float64.
+        crow: (S·A + 1,) int64, or None for a dense transition.
+        col: (nnz,) int64, or None for a dense transition.
+        layout: how to get back to the batch axes of the caller.
+    """
+
+    transition: Tensor
+    reward: Tensor
+    log_reference: Tensor
+    discount: Tensor
+    temperature: Tensor
+    crow: Tensor | None
+    col: Tensor | None
+    layout: Layout
+
+
+def flatten(
+    reward: Tensor,
+    transition: Tensor,
+    log_reference: Tensor,
+    discount: float | Tensor,
+    temperature: float | Tensor,
+    *,
+    crow: Tensor | None = None,
+    col: Tensor | None = None,
+) -> Flat:
+    """Bring raw tensors into normal form, by differentiable views only.
+
+    Args:
+        reward: r, (*B, S, A).
+        transition: P, (*B, S, A, S), or with `crow` and `col` the CSR values, (*B, nnz).
+        log_reference: log μ, (*B, S, A) float64 with −inf behind the mask, or (0,) when absent.
+        discount: γ, a number or (*B).
+        temperature: τ, a number or (*B).
+        crow: (S·A + 1,) int64 row pointers of a sparse transition.
+        col: (nnz,) int64 next states of a sparse transition.
+
+    Gradients: reward, transition, log_reference, discount, temperature.
+    """
+    event = 3 if crow is None else 1
+    has_reference = log_reference.ndim > 1
+    axes = layout(
+        transition.shape[:-event],
+        reward.shape[:-2],
+        log_reference.shape[:-2] if has_reference else (),
+        discount.shape if isinstance(discount, Tensor) else (),
+        temperature.shape if isinstance(temperature, Tensor) else (),
+    )
+    return Flat(
+        transition=axes.shared(transition, event),
+        reward=axes.grouped(reward, 2),
+        log_reference=axes.grouped(log_reference, 2) if has_reference else log_reference,
+        discount=axes.scalar(discount, reward.device),
+        temperature=axes.scalar(temperature, reward.device),
+        crow=crow,
+        col=col,
+        layout=axes,
+    )

@@ -1,0 +1,563 @@
+"""Entropy-regularised MDPs as data: frozen, validated once, batched, dense or sparse."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass, field
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from birl_ext import batching, validation
+from birl_ext.errors import DtypeError, FileFormatError, ShapeError, SparseFormatError
+from birl_ext.io import MAX_BYTES, read_tensors, write_tensors
+from birl_ext.validation import Level
+
+__all__ = ["DenseMDP", "SparseMDP", "load"]
+
+_FORMAT = 1
+_OPTIONAL = ("mask", "terminal", "reference", "initial_distribution")
+
+
+class _MDP:
+    """What dense and sparse MDPs share; `_entries` names the tensor that holds P's numbers."""
+
+    _entries: ClassVar[str]
+    _event: ClassVar[int]
+
+    reward: Tensor
+    discount: float | Tensor
+    mask: Tensor | None
+    terminal: Tensor | None
+    reference: Tensor | None
+    initial_distribution: Tensor | None
+    log_reference: Tensor
+    batch_shape: tuple[int, ...]
+
+    # Sizes
+
+    @property
+    def states(self) -> int:
+        """S."""
+        return self.reward.shape[-2]
+
+    @property
+    def actions(self) -> int:
+        """A."""
+        return self.reward.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of reward and transition: float32 or float64."""
+        return self.reward.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where every tensor lives."""
+        return self.reward.device
+
+    # Changes
+
+    def replace(self, *, validate: Level = "full", **changes: Any) -> Self:
+        """A copy with some fields changed; only what changed is validated again.
+
+        Entries behind a former mask or in former terminal rows are zero: give the transition too
+        when opening them.
+        """
+        validation.check_level(validate)
+        new = dataclasses.replace(self, **changes, validate="off" if validate == "off" else "cheap")  # type: ignore[type-var]
+        if validate == "full":
+            new._check_data(frozenset(changes))
+        return new
+
+    def to(self, *targets: torch.device | str | torch.dtype) -> Self:
+        """A copy on another device, in another dtype, or both: ``mdp.to("cuda", torch.float32)``.
+
+        Widening to float64 divides every row of P by its sum, which leaves the model as it was
+        read before (P/σ) and makes it pass the tighter tolerance.
+        """
+        devices = [target for target in targets if not isinstance(target, torch.dtype)]
+        dtypes = [target for target in targets if isinstance(target, torch.dtype)]
+        for dtype in dtypes:
+            if dtype not in (torch.float32, torch.float64):
+                raise DtypeError(f"to({dtype}) was asked for", allowed="float32, float64")
+        changes: dict[str, Any] = {}
+        for name, tensor in self._tensors().items():
+            for device in devices:
+                tensor = tensor.to(device)
+            if tensor.is_floating_point():
+                for dtype in dtypes:
+                    tensor = tensor.to(dtype)
+            changes[name] = tensor
+        widened = torch.float64 in dtypes and self.dtype == torch.float32
+        new = self.replace(validate="cheap", **changes)
+        return new._normalised() if widened else new
+
+    # Normal form
+
+    def flatten(self, temperature: float | Tensor) -> batching.Flat:
+        """The MDP at temperature τ as (N, G) tensors: what the ops read."""
+        return batching.flatten(
+            self.reward,
+            getattr(self, self._entries),
+            self.log_reference,
+            self.discount,
+            temperature,
+            crow=getattr(self, "crow", None),
+            col=getattr(self, "col", None),
+        )
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the MDP to a .npz or .safetensors file; `load` reads it back bit for bit.
+
+        Raises:
+            FileFormatError: another extension.
+            MissingDependencyError: .safetensors without the package.
+        """
+        tensors = self._tensors()
+        tensors["discount"] = torch.as_tensor(self.discount, dtype=torch.float64)
+        tensors["format"] = torch.tensor(_FORMAT)
+        write_tensors(path, tensors)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, validate: Level = "full", max_bytes: int = MAX_BYTES
+    ) -> Self:
+        """Read an MDP of this kind; see `birl_ext.mdp.load`."""
+        mdp = load(path, validate=validate, max_bytes=max_bytes)
+        if not isinstance(mdp, cls):
+            raise FileFormatError(
+                f"{os.fspath(path)} holds a {type(mdp).__name__}",
+                allowed=cls.__name__,
+                fix=f"use {type(mdp).__name__}.load",
+            )
+        return mdp
+
+    def __repr__(self) -> str:
+        discount = "tensor" if isinstance(self.discount, Tensor) else self.discount
+        given = "".join(f", {name}" for name in _OPTIONAL if getattr(self, name) is not None)
+        return (
+            f"{type(self).__name__}(states={self.states}, actions={self.actions}, "
+            f"batch_shape={self.batch_shape}, discount={discount}, "
+            f"{str(self.dtype).removeprefix('torch.')}, {self.device}{given})"
+        )
+
+    # Construction
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        fields = [f.name for f in dataclasses.fields(self) if f.init]  # type: ignore[arg-type]
+        values = {name: getattr(self, name) for name in fields}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def _promote(self) -> None:
+        """Half precision becomes float32; the discount becomes a float or stays a tensor."""
+        for name in ("reward", self._entries, "reference", "initial_distribution"):
+            if (tensor := getattr(self, name)) is not None:
+                self._set(**{name: validation.as_floating(name, tensor)})
+        if not isinstance(self.discount, Tensor):
+            self._set(discount=float(self.discount))
+
+    def _check_form(self) -> None:
+        """Shapes, dtypes, devices, numbers: all that can be checked without reading data."""
+        entries = getattr(self, self._entries)
+        validation.check_same_dtype({"reward": self.reward, self._entries: entries})
+        validation.check_devices(self._tensors())
+        optional = {name: getattr(self, name) for name in _OPTIONAL}
+        validation.check_state_shapes(self.states, self.actions, **optional)
+        validation.check_discount(self.discount, data=False)
+
+    def _check_data(self, changed: frozenset[str]) -> None:
+        """Read the data of the fields named, and of those whose meaning they change."""
+        if not validation.is_concrete(*self._tensors().values()):
+            return
+        masks = changed & {"mask", "terminal"}
+        if "discount" in changed:
+            validation.check_discount(self.discount)
+        if self.mask is not None and masks:
+            validation.check_actions(self.mask, self.terminal)
+        if "reward" in changed:
+            validation.check_reward(self.reward)
+        if masks or changed & {self._entries, "crow", "col"}:
+            self._check_rows(changed)
+        if self.reference is not None and changed & {"reference", "mask"}:
+            validation.check_reference(self.reference, self.mask)
+        if self.initial_distribution is not None and "initial_distribution" in changed:
+            validation.check_initial_distribution(self.initial_distribution)
+
+    def _find_batch(self) -> None:
+        discount = self.discount.shape if isinstance(self.discount, Tensor) else ()
+        optional = {
+            name: tuple(tensor.shape[:-event])
+            for name, event in (("mask", 2), ("terminal", 1), ("reference", 2))
+            if (tensor := getattr(self, name)) is not None
+        }
+        batch = validation.broadcast_batches(
+            {
+                self._entries: tuple(getattr(self, self._entries).shape[: -self._event]),
+                "reward": tuple(self.reward.shape[:-2]),
+                "discount": tuple(discount),
+                **optional,
+            }
+        )
+        if self.initial_distribution is not None:
+            start = tuple(self.initial_distribution.shape[:-1])
+            together = validation.broadcast_batches({"": batch, "initial_distribution": start})
+            if together != batch:
+                raise ShapeError(
+                    f"initial_distribution has batch axes {start}",
+                    allowed=f"axes that broadcast to {batch} of the MDP",
+                    fix="expand the reward to the batch that is meant",
+                )
+        self._set(batch_shape=batch)
+
+    def _mask_rewards(self) -> None:
+        """Zero the reward behind the mask and take the logarithm of the reference."""
+        mask, available = self.mask, self.mask
+        if mask is not None:
+            self._set(reward=torch.where(mask, self.reward, 0.0))
+            if self.terminal is not None:
+                # A terminal state without actions gets one that pays nothing, so that V = 0.
+                closed = (self.terminal & ~mask.any(-1)).unsqueeze(-1)
+                first = torch.arange(self.actions, device=self.device) == 0
+                available = mask | (closed & first)
+        self._set(log_reference=self._log_reference(available))
+
+    def _continuing(self) -> Tensor | None:
+        """(*B, S, A) bool, the rows of P that some problem may enter; None for all."""
+        rows = None
+        if self.mask is not None:
+            batch = getattr(self, self._entries).shape[: -self._event]
+            rows = _any_over_shared(self.mask, tuple(batch))
+        if self.terminal is not None:
+            ongoing = ~self.terminal.unsqueeze(-1)
+            rows = ongoing.expand(*self.terminal.shape, self.actions) if rows is None else rows
+            rows = rows & ongoing
+        return rows
+
+    def _log_reference(self, available: Tensor | None) -> Tensor:
+        if self.reference is None:
+            if available is None:
+                return self.reward.new_empty((0,), dtype=torch.float64)
+            zeros = torch.zeros(available.shape, dtype=torch.float64, device=self.device)
+            return zeros.masked_fill(~available, -torch.inf)
+        reference = self.reference.to(torch.float64)
+        if available is None or self.mask is None:
+            return reference.log()
+        return torch.where(self.mask, reference, 1.0).log().masked_fill(~available, -torch.inf)
+
+    def _check_rows(self, changed: frozenset[str]) -> None:
+        raise NotImplementedError
+
+    def _normalised(self) -> Self:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DenseMDP(_MDP):
+    """An MDP, or a batch of them, whose transition is a dense tensor.
+
+        Q(s,a) = r(s,a) + γ Σ_t P(t|s,a) V(t),    V(s) = τ log Σ_a μ(a|s) exp(Q(s,a) / τ)
+
+    Batch axes *B broadcast; a transition shared by many rewards is never copied. What lies behind
+    the mask, and every row of P at a terminal state, is replaced by zero and never read, NaN
+    included. That replacement is part of the autograd graph: build the MDP (or `replace` the
+    reward) inside the training step.
+
+    Args:
+        reward: r, (*B, S, A), reward per step. float32 or float64; half types become float32.
+        transition: P, (*B, S, A, S), probabilities of the next state; rows sum to one.
+        discount: γ in [0, 1), per step; a number or a tensor (*B).
+        mask: (*B, S, A) bool, True where the action is available; None means everywhere.
+        terminal: (*B, S) bool, True where the process ends after the reward is paid. A terminal
+            state with no available action is worth zero. Its batch axes belong to P: a batch of
+            terminals with a shared P makes a batch of P.
+        reference: μ, (*B, S, A), positive weights of the actions; need not be normalised; None
+            means μ ≡ 1, plain entropy regularisation.
+        initial_distribution: ρ, (*B, S), probabilities of the first state.
+        validate: "full" reads every number once, "cheap" only shapes, dtypes, devices and the
+            discount, "off" nothing.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: the tensors do not fit together.
+        DiscountError: γ outside [0, 1).
+        InvalidMDPError: its subclasses name the first bad number and its place.
+
+    Gradients: reward, transition, discount, reference and initial_distribution stay attached.
+    Source: (M1)-(M3).
+    """
+
+    _entries: ClassVar[str] = "transition"
+    _event: ClassVar[int] = 3
+
+    reward: Tensor
+    transition: Tensor
+    discount: float | Tensor
+    _: KW_ONLY
+    mask: Tensor | None = None
+    terminal: Tensor | None = None
+    reference: Tensor | None = None
+    initial_distribution: Tensor | None = None
+    validate: InitVar[Level] = "full"
+    log_reference: Tensor = field(init=False)
+    batch_shape: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self, validate: Level) -> None:
+        validation.check_level(validate)
+        self._promote()
+        if validate != "off":
+            validation.check_dense_shapes(self.reward, self.transition)
+            self._check_form()
+        self._find_batch()
+        self._mask_rewards()
+        if (rows := self._continuing()) is not None:
+            self._set(transition=torch.where(rows.unsqueeze(-1), self.transition, 0.0))
+        if validate == "full":
+            self._check_data(frozenset(f.name for f in dataclasses.fields(self)))
+
+    def to_sparse(self) -> SparseMDP:
+        """The same MDP in CSR form; the pattern is the union of the non-zeros over the batch."""
+        batch = self.transition.shape[:-3]
+        flat = self.transition.reshape(*batch, -1)
+        present = (flat != 0).flatten(0, -2).any(0) if batch else flat != 0
+        keep = present.nonzero().squeeze(-1)
+        counts = present.reshape(-1, self.states).sum(-1)
+        crow = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        return SparseMDP(
+            self.reward,
+            flat[..., keep],
+            crow,
+            keep % self.states,
+            self.discount,
+            **{name: getattr(self, name) for name in _OPTIONAL},
+            validate="cheap",
+        )
+
+    def _check_rows(self, changed: frozenset[str]) -> None:
+        validation.check_rows(self.transition, self._continuing())
+
+    def _normalised(self) -> DenseMDP:
+        total = self.transition.sum(-1, keepdim=True)
+        return self.replace(
+            validate="cheap", transition=self.transition / torch.where(total == 0, 1.0, total)
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SparseMDP(_MDP):
+    """An MDP, or a batch of them, whose transition is a CSR matrix with rows s·A + a.
+
+    One sparsity pattern serves the whole batch. Columns within a row may come in any order, and
+    duplicate entries add up. Everything else is as in `DenseMDP`.
+
+    Args:
+        reward: r, (*B, S, A).
+        values: (*B, nnz), probabilities.
+        crow: (S·A + 1,) int64, row pointers: row s·A + a holds entries crow[row] to crow[row + 1].
+        col: (nnz,) int64, next state of each entry.
+        discount: γ in [0, 1), a number or (*B).
+        mask: (*B, S, A) bool, True where the action is available.
+        terminal: (*B, S) bool, True where the process ends; its rows may be empty or not.
+        reference: μ, (*B, S, A), positive.
+        initial_distribution: ρ, (*B, S).
+        validate: "full", "cheap" or "off".
+
+    Raises:
+        SparseFormatError: the CSR arrays are malformed; and all that `DenseMDP` raises.
+
+    Gradients: as in `DenseMDP`; those of the transition live on the pattern.
+    Source: (M1)-(M3).
+    """
+
+    _entries: ClassVar[str] = "values"
+    _event: ClassVar[int] = 1
+
+    reward: Tensor
+    values: Tensor
+    crow: Tensor
+    col: Tensor
+    discount: float | Tensor
+    _: KW_ONLY
+    mask: Tensor | None = None
+    terminal: Tensor | None = None
+    reference: Tensor | None = None
+    initial_distribution: Tensor | None = None
+    validate: InitVar[Level] = "full"
+    log_reference: Tensor = field(init=False)
+    batch_shape: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self, validate: Level) -> None:
+        validation.check_level(validate)
+        self._promote()
+        if validate != "off":
+            validation.check_sparse_shapes(self.reward, self.values, self.crow, self.col)
+            self._check_form()
+        self._set(crow=self.crow.to(torch.int64), col=self.col.to(torch.int64))
+        self._find_batch()
+        if validate == "full" and validation.is_concrete(self.crow, self.col):
+            validation.check_crow_col(self.crow, self.col, self.states)
+        self._mask_rewards()
+        if (rows := self._continuing()) is not None:
+            keep = rows.flatten(-2)[..., self.rows()]
+            self._set(values=torch.where(keep, self.values, 0.0))
+        if validate == "full":
+            self._check_data(frozenset(f.name for f in dataclasses.fields(self)))
+
+    def rows(self) -> Tensor:
+        """(nnz,) int64, the row s·A + a of each entry."""
+        index = torch.arange(self.states * self.actions, device=self.device)
+        return index.repeat_interleave(self.crow.diff(), output_size=self.col.shape[0])
+
+    @classmethod
+    def from_torch(
+        cls, transition: Tensor, reward: Tensor, discount: float | Tensor, **options: Any
+    ) -> Self:
+        """From a torch.sparse_csr tensor of shape (S·A, S); `options` as in the constructor."""
+        if not isinstance(transition, Tensor) or transition.layout != torch.sparse_csr:
+            got = getattr(transition, "layout", type(transition).__name__)
+            raise SparseFormatError(
+                f"transition is {got}", allowed="torch.sparse_csr", fix="call to_sparse_csr() on it"
+            )
+        states, actions = reward.shape[-2:]
+        if tuple(transition.shape) != (states * actions, states):
+            raise ShapeError(
+                f"transition has shape {tuple(transition.shape)}",
+                allowed=f"(S·A, S) = ({states * actions}, {states})",
+                fix="stack the rows so that row s·A + a belongs to state s and action a",
+            )
+        crow, col = transition.crow_indices(), transition.col_indices()
+        return cls(reward, transition.values(), crow, col, discount, **options)
+
+    @classmethod
+    def from_scipy(
+        cls, transition: Any, reward: Tensor, discount: float | Tensor, **options: Any
+    ) -> Self:
+        """From a SciPy sparse matrix (S·A, S), or a list of A matrices (S, S), one per action."""
+        states, actions = reward.shape[-2:]
+        matrices = list(transition) if isinstance(transition, Sequence) else [transition]
+        per_action = isinstance(transition, Sequence)
+        want = (states, states) if per_action else (states * actions, states)
+        if per_action and len(matrices) != actions:
+            raise ShapeError(
+                f"transition has {len(matrices)} matrices",
+                allowed=f"one per action, {actions}",
+                fix="give one (S, S) matrix per action",
+            )
+        for matrix in matrices:
+            if tuple(matrix.shape) != want:
+                raise ShapeError(
+                    f"transition has shape {tuple(matrix.shape)}",
+                    allowed=str(want),
+                    fix="give (S·A, S) with row s·A + a, or a list of A matrices (S, S)",
+                )
+        values, crow, col = (
+            torch.as_tensor(array, device=reward.device)
+            for array in _interleave([matrix.tocsr() for matrix in matrices])
+        )
+        return cls(reward, values, crow, col, discount, **options)
+
+    def to_dense(self) -> DenseMDP:
+        """The same MDP with a dense transition; duplicate entries are added up."""
+        batch = self.values.shape[:-1]
+        flat = self.values.new_zeros((*batch, self.states * self.actions * self.states))
+        flat = flat.index_add(-1, self.rows() * self.states + self.col, self.values)
+        shape = (*batch, self.states, self.actions, self.states)
+        return DenseMDP(
+            self.reward,
+            flat.reshape(shape),
+            self.discount,
+            **{name: getattr(self, name) for name in _OPTIONAL},
+            validate="cheap",
+        )
+
+    def _check_rows(self, changed: frozenset[str]) -> None:
+        if changed & {"crow", "col"}:
+            validation.check_crow_col(self.crow, self.col, self.states)
+        validation.check_sparse_rows(
+            self.values, self.rows(), self.col, (self.states, self.actions), self._continuing()
+        )
+
+    def _normalised(self) -> SparseMDP:
+        rows = self.rows()
+        total = self.values.new_zeros((*self.values.shape[:-1], self.states * self.actions))
+        total = total.index_add(-1, rows, self.values)
+        total = torch.where(total == 0, 1.0, total)
+        return self.replace(validate="cheap", values=self.values / total[..., rows])
+
+
+def load(
+    path: str | os.PathLike[str], *, validate: Level = "full", max_bytes: int = MAX_BYTES
+) -> DenseMDP | SparseMDP:
+    """Read an MDP from a .npz or .safetensors file; nothing in it is executed or unpickled.
+
+    Args:
+        path: the file; its extension decides the format.
+        validate: as in `DenseMDP`.
+        max_bytes: most bytes that the tensors may take together.
+
+    Returns:
+        A DenseMDP or a SparseMDP. A discount saved without batch axes comes back as a float.
+
+    Raises:
+        FileFormatError: missing, truncated, oversized, or not an MDP.
+        MissingDependencyError: .safetensors without the package.
+        InvalidMDPError: the file is well formed but its numbers are not an MDP.
+    """
+    required = {"reward", "discount"}
+    kinds = {DenseMDP: {"transition"}, SparseMDP: {"values", "crow", "col"}}
+    names = required.union(*kinds.values(), _OPTIONAL, ("format",))
+    tensors = read_tensors(path, names, max_bytes=max_bytes)
+    version = tensors.pop("format", None)
+    if version is None or version.numel() != 1 or int(version) != _FORMAT:
+        found = "none" if version is None else version.flatten()[:1].tolist()
+        raise FileFormatError(
+            f"{os.fspath(path)} has format {found}",
+            allowed=str(_FORMAT),
+            fix="write it again with save()",
+        )
+    for kind, own in kinds.items():
+        if required | own <= tensors.keys() <= required | own | set(_OPTIONAL):
+            discount = tensors.pop("discount")
+            value = discount if discount.ndim else float(discount)
+            mdp: DenseMDP | SparseMDP = kind(**tensors, discount=value, validate=validate)
+            return mdp
+    raise FileFormatError(
+        f"{os.fspath(path)} has members {', '.join(sorted(tensors))}",
+        allowed="reward, discount and either transition or values, crow, col",
+        fix="write it again with save()",
+    )
+
+
+def _any_over_shared(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """`mask` (*B, S, A) reduced by any() along the axes of P's `batch` that are shared."""
+    extra = mask.ndim - 2 - len(batch)
+    if extra > 0:
+        mask = mask.flatten(0, extra - 1).any(0)
+    for axis in range(-1, 1 - mask.ndim, -1):  # batch axes, from the last
+        if batch[axis] == 1:
+            mask = mask.any(axis - 2, keepdim=True)
+    return mask
+
+
+def _interleave(matrices: list[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """CSR arrays whose row s·A + a is row s of matrix a; one matrix passes through."""
+    actions = len(matrices)
+    counts = np.stack([np.diff(m.indptr.astype(np.int64)) for m in matrices], axis=1)
+    crow = np.concatenate(([0], counts.ravel().cumsum()))
+    data = np.empty(crow[-1], dtype=np.result_type(*(m.data for m in matrices)))
+    col = np.empty(crow[-1], dtype=np.int64)
+    for action, matrix in enumerate(matrices):
+        shift = crow[action:-1:actions] - matrix.indptr[:-1]
+        place = np.repeat(shift, counts[:, action]) + np.arange(matrix.indptr[-1])
+        data[place] = matrix.data[: matrix.indptr[-1]]
+        col[place] = matrix.indices[: matrix.indptr[-1]]
+    return data, crow, col

@@ -1,0 +1,562 @@
+"""Every check of an MDP's inputs, in one place; the messages name what, where, value and remedy.
+
+``"cheap"`` checks read shapes, dtypes, devices and Python numbers. ``"full"`` also reads the data,
+which is skipped wherever there is none to read: under torch.compile, functorch transforms, fake
+tensors and CUDA graph capture. There the status codes of the ops are the second line of defence;
+`status_error` turns them into the same errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from birl_ext.errors import (
+    BirlError,
+    DeviceError,
+    DiscountError,
+    DtypeError,
+    EmptyActionSetError,
+    InitialDistributionError,
+    NegativeProbabilityError,
+    NonFiniteInputError,
+    NonStochasticError,
+    OptionError,
+    ReferencePolicyError,
+    ShapeError,
+    SparseFormatError,
+    TemperatureError,
+)
+
+__all__ = [
+    "Level",
+    "as_floating",
+    "broadcast_batches",
+    "check_actions",
+    "check_crow_col",
+    "check_dense_shapes",
+    "check_devices",
+    "check_discount",
+    "check_initial_distribution",
+    "check_level",
+    "check_reference",
+    "check_reward",
+    "check_rows",
+    "check_same_dtype",
+    "check_sparse_rows",
+    "check_sparse_shapes",
+    "check_state_shapes",
+    "check_temperature",
+    "is_concrete",
+    "row_sum_tolerance",
+    "status_error",
+]
+
+Level = Literal["full", "cheap", "off"]
+
+_LEVELS = ("full", "cheap", "off")
+_HALF = (torch.float16, torch.bfloat16)
+_STORAGE = (torch.float32, torch.float64)
+_ROW_SUM_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-8}
+
+
+def check_level(validate: str) -> None:
+    """Raise OptionError unless `validate` is "full", "cheap" or "off"."""
+    if validate not in _LEVELS:
+        raise OptionError(
+            f"validate is {validate!r}",
+            allowed='"full", "cheap", "off"',
+            fix='use validate="full" unless the same arrays were checked before',
+        )
+
+
+def is_concrete(*tensors: Tensor | float | None) -> bool:
+    """Whether every tensor holds numbers that may be read now without breaking a trace."""
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            continue
+        # Fake, functional and distributed tensors are subclasses; vmap and grad wrap.
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta:
+            return False
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+
+
+# Dtypes and devices
+
+
+def as_floating(name: str, tensor: Tensor) -> Tensor:
+    """The tensor in float32 or float64; half precision is promoted to float32, all else refused."""
+    if not isinstance(tensor, Tensor):
+        raise DtypeError(
+            f"{name} is a {type(tensor).__name__}",
+            allowed="torch.Tensor of float32 or float64",
+            fix=f"pass torch.as_tensor({name})",
+        )
+    if tensor.dtype in _STORAGE:
+        return tensor
+    if tensor.dtype in _HALF:
+        return tensor.float()
+    raise DtypeError(
+        f"{name} has dtype {_short(tensor.dtype)}",
+        allowed="float32, float64; float16 and bfloat16 are promoted to float32",
+        fix=f"pass {name}.to(torch.float64)",
+    )
+
+
+def check_same_dtype(tensors: Mapping[str, Tensor]) -> None:
+    """Raise DtypeError unless all tensors share one dtype."""
+    (first, reference), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.dtype != reference.dtype:
+            raise DtypeError(
+                f"{name} has dtype {_short(tensor.dtype)}",
+                allowed=f"{_short(reference.dtype)}, as {first}",
+            )
+
+
+def check_devices(tensors: Mapping[str, Tensor | float | None]) -> None:
+    """Raise DeviceError unless all tensors live on one device; numbers and None are skipped."""
+    first: tuple[str, torch.device] | None = None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if first is None:
+            first = name, tensor.device
+        elif tensor.device != first[1]:
+            raise DeviceError(
+                f"{first[0]} is on {first[1]} but {name} is on {tensor.device}",
+                allowed="one device for all",
+            )
+
+
+# Shapes
+
+
+def check_dense_shapes(reward: Tensor, transition: Tensor) -> None:
+    """Raise ShapeError unless reward is (*B, S, A) and transition (*B, S, A, S), S, A > 0."""
+    states, actions = _states_and_actions(reward)
+    _check_event_shape("transition", transition, (states, actions, states), "S, A, S")
+
+
+def check_sparse_shapes(reward: Tensor, values: Tensor, crow: Tensor, col: Tensor) -> None:
+    """Raise ShapeError or SparseFormatError unless the lengths of the CSR arrays fit the reward."""
+    states, actions = _states_and_actions(reward)
+    for name, index in (("crow", crow), ("col", col)):
+        if index.dtype not in (torch.int64, torch.int32):
+            raise DtypeError(
+                f"{name} has dtype {_short(index.dtype)}",
+                allowed="int64, or int32 which is widened",
+                fix=f"pass {name}.to(torch.int64)",
+            )
+        if index.ndim != 1:
+            raise SparseFormatError(
+                f"{name} has shape {tuple(index.shape)}", allowed="one axis: one pattern for all"
+            )
+    if crow.shape[0] != states * actions + 1:
+        raise SparseFormatError(
+            f"crow has length {crow.shape[0]}", allowed=f"S·A + 1 = {states * actions + 1}"
+        )
+    if values.ndim < 1 or values.shape[-1] != col.shape[0]:
+        raise SparseFormatError(
+            f"values has shape {tuple(values.shape)}", allowed=f"(*B, nnz) = (*B, {col.shape[0]})"
+        )
+
+
+def check_state_shapes(
+    states: int,
+    actions: int,
+    *,
+    mask: Tensor | None = None,
+    terminal: Tensor | None = None,
+    reference: Tensor | None = None,
+    initial_distribution: Tensor | None = None,
+) -> None:
+    """Raise ShapeError or DtypeError for the optional tensors over states and actions."""
+    for name, flags, shape, letters in (
+        ("mask", mask, (states, actions), "S, A"),
+        ("terminal", terminal, (states,), "S"),
+    ):
+        if flags is None:
+            continue
+        if not isinstance(flags, Tensor) or flags.dtype != torch.bool:
+            got = _short(flags.dtype) if isinstance(flags, Tensor) else type(flags).__name__
+            raise DtypeError(f"{name} is {got}", allowed="a bool tensor", fix=f"pass {name} != 0")
+        _check_event_shape(name, flags, shape, letters)
+    if reference is not None:
+        _check_event_shape("reference", reference, (states, actions), "S, A")
+    if initial_distribution is not None:
+        _check_event_shape("initial_distribution", initial_distribution, (states,), "S")
+
+
+def broadcast_batches(batches: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The common batch shape, or ShapeError naming the tensor whose batch axes do not broadcast."""
+    shape: tuple[int, ...] = ()
+    for name, batch in batches.items():
+        if not batch:
+            continue
+        try:
+            shape = tuple(torch.broadcast_shapes(shape, batch))  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            raise ShapeError(
+                f"{name} has batch axes {tuple(batch)}",
+                allowed=f"axes that broadcast with {shape} of the tensors before it",
+                fix="make each batch axis equal to the others' or one",
+            ) from None
+    return shape
+
+
+def _states_and_actions(reward: Tensor) -> tuple[int, int]:
+    if reward.ndim < 2 or reward.shape[-1] == 0 or reward.shape[-2] == 0:
+        raise ShapeError(
+            f"reward has shape {tuple(reward.shape)}",
+            allowed="(*B, S, A) with S ≥ 1 and A ≥ 1",
+            fix="give one reward per state and action",
+        )
+    return reward.shape[-2], reward.shape[-1]
+
+
+def _check_event_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    if tuple(tensor.shape[-len(shape) :]) != shape:
+        sizes = ", ".join(map(str, shape))
+        raise ShapeError(
+            f"{name} has shape {tuple(tensor.shape)}",
+            allowed=f"(*B, {letters}) = (*B, {sizes})",
+            fix=f"let the last axes of {name} agree with reward (*B, S, A)",
+        )
+
+
+# Scalars
+
+
+def check_discount(discount: float | Tensor, *, data: bool = True) -> None:
+    """Raise DiscountError unless γ ∈ [0, 1); a tensor's values are read only if `data`."""
+    if isinstance(discount, Tensor):
+        as_floating("discount", discount)
+        if data and is_concrete(discount):
+            # Written so that NaN fails too.
+            bad = ~((discount >= 0) & (discount < 1))
+            if bad.any():
+                index, value = _first(bad, discount)
+                raise _discount_error(value, _place(index))
+    elif not 0.0 <= discount < 1.0:
+        raise _discount_error(discount, "")
+
+
+def check_temperature(temperature: float | Tensor, *, data: bool = True) -> None:
+    """Raise TemperatureError unless τ > 0 and finite; a tensor is read only if `data`."""
+    if isinstance(temperature, Tensor):
+        as_floating("temperature", temperature)
+        if data and is_concrete(temperature):
+            bad = ~((temperature > 0) & torch.isfinite(temperature))
+            if bad.any():
+                index, value = _first(bad, temperature)
+                raise _temperature_error(value, _place(index))
+    elif not (temperature > 0.0 and math.isfinite(temperature)):
+        raise _temperature_error(temperature, "")
+
+
+# Data
+
+
+def row_sum_tolerance(dtype: torch.dtype, states: int) -> float:
+    """How far from one a row of P may sum: the user's own rounding plus that of S additions."""
+    return _ROW_SUM_TOLERANCE[dtype] + states * torch.finfo(dtype).eps
+
+
+def check_reward(reward: Tensor) -> None:
+    """Raise NonFiniteInputError at the first NaN or infinity of r, (*B, S, A)."""
+    bad = ~torch.isfinite(reward)
+    if bad.any():
+        (*batch, state, action), value = _first(bad, reward)
+        raise _reward_error(value, _place(batch, state=state, action=action))
+
+
+def check_rows(transition: Tensor, continuing: Tensor | None) -> None:
+    """Raise unless every row of P is a probability vector.
+
+    Args:
+        transition: P, (*B, S, A, S).
+        continuing: (*B, S, A) bool, the rows to look at; None means all. Broadcasts with P's rows.
+
+    Raises:
+        NonFiniteInputError, NegativeProbabilityError, NonStochasticError: in this order.
+    """
+    states = transition.shape[-1]
+    total = transition.sum(-1, dtype=torch.float64)
+    tolerance = row_sum_tolerance(transition.dtype, states)
+    fine = ((total - 1).abs() <= tolerance) & (transition.amin(-1) >= 0)
+    if _all_fine(fine, continuing):
+        return
+    rows = None if continuing is None else continuing.unsqueeze(-1)
+    for bad, error in (
+        (~torch.isfinite(transition), _probability_error),
+        (transition < 0, _negative_error),
+    ):
+        bad = bad if rows is None else bad & rows
+        if bad.any():
+            (*batch, state, action, following), value = _first(bad, transition)
+            raise error(value, _place(batch, state=state, action=action, next_state=following))
+    (*batch, state, action), value = _first(_bad_rows(fine, continuing), total)
+    where = _place(batch, state=state, action=action)
+    raise _row_sum_error(value, where, transition.dtype, states)
+
+
+def check_crow_col(crow: Tensor, col: Tensor, states: int) -> None:
+    """Raise SparseFormatError unless crow rises from 0 to nnz and col lies in [0, S).
+
+    Columns within a row may come in any order; duplicates add up.
+    """
+    nnz = col.shape[0]
+    for position, want in ((0, 0), (-1, nnz)):
+        if int(crow[position]) != want:
+            raise SparseFormatError(
+                f"crow is {int(crow[position])}",
+                where=f"index {position % crow.shape[0]}",
+                allowed=str(want),
+            )
+    falling = crow[1:] < crow[:-1]
+    if falling.any():
+        (index,), _ = _first(falling, crow[1:])
+        raise SparseFormatError(
+            f"crow falls from {int(crow[index])} to {int(crow[index + 1])}",
+            where=f"index {index + 1}",
+            allowed="row pointers that never fall",
+        )
+    outside = (col < 0) | (col >= states)
+    if outside.any():
+        (index,), value = _first(outside, col)
+        raise SparseFormatError(
+            f"col is {int(value)}", where=f"index {index}", allowed=f"0 to {states - 1}"
+        )
+
+
+def check_sparse_rows(
+    values: Tensor, rows: Tensor, col: Tensor, shape: tuple[int, int], continuing: Tensor | None
+) -> None:
+    """`check_rows` for CSR values.
+
+    Args:
+        values: (*B, nnz).
+        rows: (nnz,) int64, the row s·A + a of each entry.
+        col: (nnz,) int64, its next state.
+        shape: (S, A).
+        continuing: (*B, S, A) bool, the rows to look at; None means all.
+    """
+    states, actions = shape
+    total = values.new_zeros((*values.shape[:-1], states * actions), dtype=torch.float64)
+    total = total.index_add(-1, rows, values.to(torch.float64))
+    total = total.reshape(*values.shape[:-1], states, actions)
+    fine = (total - 1).abs() <= row_sum_tolerance(values.dtype, states)
+    wrong = ~((values >= 0) & torch.isfinite(values))
+    if continuing is not None:
+        wrong = wrong & continuing.flatten(-2)[..., rows]
+    if not wrong.any() and _all_fine(fine, continuing):
+        return
+    if wrong.any():
+        finite = torch.isfinite(values.broadcast_to(wrong.shape))
+        bad, error = (
+            (wrong & ~finite, _probability_error)
+            if (wrong & ~finite).any()
+            else (wrong, _negative_error)
+        )
+        (*batch, entry), value = _first(bad, values)
+        state, action = divmod(int(rows[entry]), actions)
+        where = _place(batch, state=state, action=action, next_state=int(col[entry]))
+        raise error(value, where)
+    (*batch, state, action), value = _first(_bad_rows(fine, continuing), total)
+    where = _place(batch, state=state, action=action)
+    raise _row_sum_error(value, where, values.dtype, states)
+
+
+def check_actions(mask: Tensor, terminal: Tensor | None) -> None:
+    """Raise EmptyActionSetError at the first state that is not terminal and has no action."""
+    empty = ~mask.any(-1)
+    if terminal is not None:
+        empty = empty & ~terminal
+    if empty.any():
+        (*batch, state), _ = _first(empty, empty)
+        raise _empty_error(mask.shape[-1], _place(batch, state=state))
+
+
+def check_reference(reference: Tensor, available: Tensor | None) -> None:
+    """Raise unless μ is positive and finite wherever an action is available."""
+    for bad, error in (
+        (~torch.isfinite(reference), _reference_finite_error),
+        (reference <= 0, _reference_error),
+    ):
+        bad = bad if available is None else bad & available
+        if bad.any():
+            (*batch, state, action), value = _first(bad, reference)
+            raise error(value, _place(batch, state=state, action=action))
+
+
+def check_initial_distribution(initial: Tensor) -> None:
+    """Raise unless ρ, (*B, S), is a probability vector."""
+    bad = ~torch.isfinite(initial)
+    if bad.any():
+        (*batch, state), value = _first(bad, initial)
+        raise NonFiniteInputError(
+            f"initial_distribution is {value:.6g}",
+            where=_place(batch, state=state),
+            allowed="finite numbers in [0, 1]",
+        )
+    bad = initial < 0
+    if bad.any():
+        (*batch, state), value = _first(bad, initial)
+        raise InitialDistributionError(
+            f"initial_distribution is {value:.6g}",
+            where=_place(batch, state=state),
+            allowed="at least 0",
+        )
+    total = initial.sum(-1, dtype=torch.float64)
+    tolerance = row_sum_tolerance(initial.dtype, initial.shape[-1])
+    bad = (total - 1).abs() > tolerance
+    if bad.any():
+        place, value = _first(bad, total)
+        raise InitialDistributionError(
+            f"initial_distribution sums to {value:.8g}",
+            where=_place(place),
+            allowed=f"1 ± {tolerance:.3g} for {_short(initial.dtype)}",
+        )
+
+
+# The second line of defence: what the ops found
+
+
+def status_error(
+    status: int,
+    location: int,
+    value: float,
+    *,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    batch: tuple[int, ...] = (),
+    crow: Tensor | None = None,
+    col: Tensor | None = None,
+) -> BirlError:
+    """The error for an input that an op refused, in the words the border would have used.
+
+    Args:
+        status: status code of one problem, 10 or more.
+        location: its info[3], a flat index inside that problem.
+        value: its info[4], the offending number.
+        shape: (S, A).
+        dtype: dtype of reward and transition.
+        batch: index of the problem in the caller's batch axes.
+        crow: row pointers of a sparse transition.
+        col: next states of a sparse transition.
+    """
+    states, actions = shape
+    if status in (11, 12):
+        if crow is not None and col is not None:
+            row = int(torch.searchsorted(crow, location, right=True)) - 1
+            following = int(col[location])
+        else:
+            row, following = divmod(location, states)
+        where = _place(batch, state=row // actions, action=row % actions, next_state=following)
+        return (_negative_error if status == 11 else _probability_error)(value, where)
+    row_place = _place(batch, state=location // actions, action=location % actions)
+    if status == 10:
+        return _row_sum_error(value, row_place, dtype, states)
+    if status == 13:
+        return _reward_error(value, row_place)
+    if status == 17:
+        return _reference_finite_error(value, row_place)
+    if status == 14:
+        return _discount_error(value, _place(batch))
+    if status == 15:
+        return _temperature_error(value, _place(batch))
+    if status == 16:
+        return _empty_error(actions, _place(batch, state=location))
+    raise ValueError(f"status {status} does not describe an input")
+
+
+def _row_sum_error(value: float, where: str, dtype: torch.dtype, states: int) -> BirlError:
+    allowed = f"1 ± {row_sum_tolerance(dtype, states):.3g} for {_short(dtype)}"
+    return NonStochasticError(f"transition row sums to {value:.8g}", where=where, allowed=allowed)
+
+
+def _negative_error(value: float, where: str) -> BirlError:
+    return NegativeProbabilityError(f"transition is {value:.6g}", where=where, allowed="at least 0")
+
+
+def _probability_error(value: float, where: str) -> BirlError:
+    allowed = "finite numbers in [0, 1]"
+    return NonFiniteInputError(f"transition is {value:.6g}", where=where, allowed=allowed)
+
+
+def _reward_error(value: float, where: str) -> BirlError:
+    return NonFiniteInputError(f"reward is {value:.6g}", where=where, allowed="finite numbers")
+
+
+def _reference_error(value: float, where: str) -> BirlError:
+    return ReferencePolicyError(f"reference is {value:.6g}", where=where, allowed="above 0")
+
+
+def _reference_finite_error(value: float, where: str) -> BirlError:
+    allowed = "finite numbers above 0"
+    return NonFiniteInputError(f"reference is {value:.6g}", where=where, allowed=allowed)
+
+
+def _empty_error(actions: int, where: str) -> BirlError:
+    what = f"mask forbids all {actions} actions"
+    return EmptyActionSetError(what, where=where, allowed="at least one available action")
+
+
+def _discount_error(value: float, where: str) -> BirlError:
+    return DiscountError(f"discount is {value!r}", where=where, allowed="0 ≤ discount < 1")
+
+
+def _temperature_error(value: float, where: str) -> BirlError:
+    return TemperatureError(f"temperature is {value!r}", where=where, allowed="positive and finite")
+
+
+# Helpers
+
+
+def _all_fine(fine: Tensor, continuing: Tensor | None) -> bool:
+    return bool((fine if continuing is None else fine | ~continuing).all())
+
+
+def _bad_rows(fine: Tensor, continuing: Tensor | None) -> Tensor:
+    return ~fine if continuing is None else ~fine & continuing
+
+
+def _first(bad: Tensor, values: Tensor) -> tuple[tuple[int, ...], float]:
+    """Index of the first True, and the value there; `values` broadcasts to `bad`."""
+    flat = int(bad.flatten().to(torch.uint8).argmax())
+    index: list[int] = []
+    for size in reversed(bad.shape):
+        flat, remainder = divmod(flat, size)
+        index.insert(0, remainder)
+    return tuple(index), values.broadcast_to(bad.shape)[tuple(index)].item()
+
+
+def _place(
+    batch: tuple[int, ...] | list[int] = (),
+    *,
+    state: int | None = None,
+    action: int | None = None,
+    next_state: int | None = None,
+) -> str:
+    parts = []
+    if batch:
+        parts.append(f"batch {batch[0] if len(batch) == 1 else tuple(batch)}")
+    for name, index in (("state", state), ("action", action), ("next state", next_state)):
+        if index is not None:
+            parts.append(f"{name} {index}")
+    return ", ".join(parts)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
