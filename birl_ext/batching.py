@@ -50,13 +50,21 @@ class Layout(NamedTuple):
             return self.grouped(value.to(torch.float64), 0)
         return torch.full((self.models, self.group), value, dtype=torch.float64, device=device)
 
+    def locate(self, flat: int) -> tuple[int, ...]:
+        """Batch index, in the caller's axes, of the problem with flat index n·G + g."""
+        order = self.order or range(len(self.batch_shape))
+        place = {}
+        for axis in reversed(order):
+            flat, place[axis] = divmod(flat, self.batch_shape[axis])
+        return tuple(place[axis] for axis in range(len(self.batch_shape)))
+
     def restore(self, tensor: Tensor) -> Tensor:
         """(N, G, *event) back to (*B, *event)."""
         event = tensor.shape[2:]
         if self.order is None:
-            return tensor.reshape(*self.batch_shape, *event)
+            return tensor.reshape((*self.batch_shape, *event))
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        tensor = tensor.reshape(*(self.batch_shape[axis] for axis in self.order), *event)
+        tensor = tensor.reshape((*(self.batch_shape[axis] for axis in self.order), *event))
         return tensor.permute(*inverse, *range(len(inverse), tensor.ndim))
 
 
@@ -120,6 +128,7 @@ def flatten(
     *,
     crow: Tensor | None = None,
     col: Tensor | None = None,
+    batch: tuple[int, ...] = (),
 ) -> Flat:
     """Bring raw tensors into normal form, by differentiable views only.
 
@@ -131,6 +140,7 @@ def flatten(
         temperature: τ, a number or (*B).
         crow: (S·A + 1,) int64 row pointers of a sparse transition.
         col: (nnz,) int64 next states of a sparse transition.
+        batch: further batch axes to broadcast with, those of a policy or a value, say.
 
     Gradients: reward, transition, log_reference, discount, temperature.
     """
@@ -142,6 +152,7 @@ def flatten(
         log_reference.shape[:-2] if has_reference else (),
         discount.shape if isinstance(discount, Tensor) else (),
         temperature.shape if isinstance(temperature, Tensor) else (),
+        batch,
     )
     return Flat(
         transition=axes.shared(transition, event),

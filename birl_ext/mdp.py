@@ -99,8 +99,8 @@ class _MDP:
 
     # Normal form
 
-    def flatten(self, temperature: float | Tensor) -> batching.Flat:
-        """The MDP at temperature τ as (N, G) tensors: what the ops read."""
+    def flatten(self, temperature: float | Tensor, batch: tuple[int, ...] = ()) -> batching.Flat:
+        """The MDP at temperature τ, and in further batch axes, as (N, G) tensors: what the ops read."""
         return batching.flatten(
             self.reward,
             getattr(self, self._entries),

@@ -1,0 +1,484 @@
+"""The public functions: solve, bellman, evaluate, occupancy. Pure, differentiable, on tensors or on MDP objects.
+
+*B are batch axes that broadcast; a transition without them is shared by the whole batch and read once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from birl_ext import validation
+from birl_ext.batching import Flat, flatten
+from birl_ext.errors import BackendUnavailableError, OptionError, ShapeError, SolveError
+from birl_ext.mdp import DenseMDP, SparseMDP
+from birl_ext.ops import _backends
+from birl_ext.ops import bellman as _bellman
+from birl_ext.ops import policy_solve as _policy_solve
+from birl_ext.ops import solve as _solve
+from birl_ext.solution import Method, Rigour, Solution
+
+__all__ = ["bellman", "evaluate", "occupancy", "solve"]
+
+MDP = DenseMDP | SparseMDP
+MethodName = Literal["auto", "value-iteration", "newton", "newton-krylov", "policy-iteration"]
+BackendName = Literal["auto", "torch", "cpu", "cuda"]
+
+_METHODS = {
+    "auto": Method.AUTO,
+    "value-iteration": Method.VALUE_ITERATION,
+    "newton": Method.NEWTON,
+    "newton-krylov": Method.KRYLOV,
+    "policy-iteration": Method.POLICY_ITERATION,
+}
+_ON_FAIL = ("raise", "status")
+
+
+@overload
+def solve(
+    reward: Tensor,
+    transition: Tensor,
+    *,
+    discount: float | Tensor,
+    temperature: float | Tensor,
+    reference: Tensor | None = None,
+    mask: Tensor | None = None,
+    terminal: Tensor | None = None,
+    initial: Tensor | None = None,
+    method: MethodName = "auto",
+    tol: float | None = None,
+    max_iterations: int | None = None,
+    on_fail: Literal["raise", "status"] = "raise",
+    validate: validation.Level = "full",
+    backend: BackendName = "auto",
+) -> Solution: ...
+
+
+@overload
+def solve(
+    reward: MDP,
+    *,
+    temperature: float | Tensor,
+    initial: Tensor | None = None,
+    method: MethodName = "auto",
+    tol: float | None = None,
+    max_iterations: int | None = None,
+    on_fail: Literal["raise", "status"] = "raise",
+    backend: BackendName = "auto",
+) -> Solution: ...
+
+
+def solve(
+    reward: Tensor | MDP,
+    transition: Tensor | None = None,
+    *,
+    discount: float | Tensor | None = None,
+    temperature: float | Tensor,
+    reference: Tensor | None = None,
+    mask: Tensor | None = None,
+    terminal: Tensor | None = None,
+    initial: Tensor | None = None,
+    method: MethodName = "auto",
+    tol: float | None = None,
+    max_iterations: int | None = None,
+    on_fail: Literal["raise", "status"] = "raise",
+    validate: validation.Level = "full",
+    backend: BackendName = "auto",
+) -> Solution:
+    """The soft-optimal value, policy and Q of a batch of regularised MDPs, to a certified error.
+
+        V(s) = τ log Σ_a μ(a|s) exp(Q(s,a)/τ),   Q(s,a) = r(s,a) + γ Σ_t P(t|s,a) V(t),
+        π(a|s) = μ(a|s) exp((Q(s,a) − V(s))/τ)
+
+    Args:
+        reward: r, (*B, S, A), reward per step, float32 or float64; or a DenseMDP or SparseMDP, which brings
+            transition, discount, reference, mask and terminal along.
+        transition: P, (*B, S, A, S), probabilities of the next state, same dtype. Rows are read as P/ΣP.
+        discount: γ in [0, 1), per step; a number or (*B).
+        temperature: τ > 0, units of reward; a number or (*B).
+        reference: μ, (*B, S, A), positive weights; None is μ ≡ 1 (plain entropy). Normalised: KL to a reference.
+        mask: (*B, S, A) bool, True where the action is available; None is everywhere.
+        terminal: (*B, S) bool, True where the process ends: r is paid, nothing follows.
+        initial: V₀, (*B, S), a warm start. No gradient.
+        method: "auto" chooses per shape and discount; see docs/solvers.md.
+        tol: certified relative error asked of the value, in units of max(‖V‖∞, ‖r‖∞); None: as far as rounding allows.
+        max_iterations: most passes over P; None: enough for the method.
+        on_fail: "raise", or "status": return the best iterate; where status ≠ 0 its gradient is NaN.
+        validate: "full", "cheap" (shapes, dtypes, scalars) or "off", for tensors; an MDP object has been validated.
+        backend: "auto", "torch", "cpu" or "cuda".
+
+    Returns:
+        Solution. Its `error_bound` is never below ‖value − V*‖∞.
+
+    Raises:
+        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its place.
+        SolveError: not converged; the best iterate is the error's `solution`.
+
+    Gradients: reward, transition, discount, temperature, reference; reverse and forward mode, any order, by the
+    implicit function theorem (M10)-(M12). That of P lies on the tangent of the simplex: it is the derivative of
+    P ↦ solve(P/ΣP).
+
+    Source: Yang, Gao and Yuan, AISTATS 2025; (M1)-(M9).
+    """
+    flat = _flat(reward, transition, discount, temperature, reference, mask, terminal, validate)
+    guess = flat.discount.new_empty(0)
+    if initial is not None:
+        _require_shape("initial", initial, (flat.reward.shape[-2],))
+        guess = flat.layout.grouped(initial.detach().double(), 1)
+    if on_fail not in _ON_FAIL:
+        raise _unknown("on_fail", on_fail, _ON_FAIL)
+    if method not in _METHODS:
+        raise _unknown("method", method, tuple(_METHODS))
+    if tol is not None and not tol >= 0:
+        raise OptionError(f"tol is {tol!r}", allowed="0 or more, or None")
+    if max_iterations is not None and max_iterations < 1:
+        raise OptionError(f"max_iterations is {max_iterations!r}", allowed="1 or more, or None")
+    raising = on_fail == "raise"
+    concrete = validation.is_concrete(flat.reward, flat.transition)
+    index = _index(flat)
+    # rows of an MDP object were read when it was made, and may be zero where the process ends
+    raw = isinstance(reward, Tensor) and mask is None and terminal is None
+    rigour = Rigour.OFF if validate != "full" else Rigour.STOCHASTIC if raw else Rigour.OR_ENDING
+    outputs = _solve.solve(
+        flat.transition,
+        *index,
+        flat.reward,
+        flat.log_reference,
+        flat.discount,
+        flat.temperature,
+        guess,
+        int(_METHODS[method]),
+        float(tol or 0.0),
+        int(max_iterations or 0),
+        int(rigour),
+        raising and not concrete,  # where nothing can be read here, the op itself raises
+        _backend(backend, flat.reward.device),
+    )
+    solution = _assemble(flat, outputs)
+    if raising and concrete and bool(outputs[-1].any()):
+        error = _backends.failure(outputs, flat.transition, *index, flat.reward, flat.layout.locate)
+        if isinstance(error, SolveError):
+            error.solution = solution
+        raise error
+    return solution
+
+
+def bellman(
+    value: Tensor,
+    reward: Tensor | MDP,
+    transition: Tensor | None = None,
+    *,
+    discount: float | Tensor | None = None,
+    temperature: float | Tensor,
+    reference: Tensor | None = None,
+    mask: Tensor | None = None,
+    terminal: Tensor | None = None,
+    validate: validation.Level = "full",
+    backend: BackendName = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One application of the soft Bellman operator.
+
+        (TV)(s) = τ log Σ_a μ(a|s) exp(Q(s,a)/τ),   Q(s,a) = r(s,a) + γ Σ_t P(t|s,a) V(t)
+
+    Args:
+        value: V, (*B, S), units of reward.
+        reward, transition, discount, temperature, reference, mask, terminal, validate, backend: as in `solve`.
+
+    Returns:
+        TV (*B, S); Q (*B, S, A), −inf where masked; and π_V (*B, S, A), the softmax policy at V.
+
+    Raises:
+        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its place.
+
+    Gradients: value, reward, transition, discount, temperature, reference; any order and mode.
+
+    Source: (M1), (M2), (M3).
+    """
+    flat = _flat(
+        reward,
+        transition,
+        discount,
+        temperature,
+        reference,
+        mask,
+        terminal,
+        validate,
+        value.shape[:-1],
+    )
+    _require_shape("value", value, (flat.reward.shape[-2],))
+    dtype = flat.reward.dtype
+    image, advantage, policy, _ = _bellman.bellman(
+        flat.transition,
+        *_index(flat),
+        flat.reward,
+        flat.log_reference,
+        flat.discount,
+        flat.temperature,
+        flat.layout.grouped(value.double(), 1),
+        _backend(backend, flat.reward.device),
+    )
+    q = _masked(advantage + image.unsqueeze(-1), flat)
+    return tuple(flat.layout.restore(x.to(dtype)) for x in (image, q, policy))  # type: ignore[return-value]
+
+
+def evaluate(
+    policy: Tensor,
+    reward: Tensor | MDP,
+    transition: Tensor | None = None,
+    *,
+    discount: float | Tensor | None = None,
+    terminal: Tensor | None = None,
+    validate: validation.Level = "full",
+    backend: BackendName = "auto",
+) -> Tensor:
+    """The value of a policy under a reward, which need not be the one it was made for.
+
+        J(s) = Σ_a π(a|s) [ g(s,a) + γ Σ_t P(t|s,a) J(t) ]
+
+    Args:
+        policy: π, (*B, S, A), probabilities.
+        reward: g, (*B, S, A); or an MDP object, whose reward, transition, discount and terminal are used.
+        transition: P, (*B, S, A, S).
+        discount: γ in [0, 1).
+        terminal: (*B, S) bool, as in `solve`.
+        validate, backend: as in `solve`.
+
+    Returns:
+        J, (*B, S), units of reward. The regularisation is not part of it.
+
+    Raises:
+        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its place.
+
+    Gradients: policy, reward, transition, discount; any order and mode.
+
+    Source: maths section 3, "Policy value under another reward".
+    """
+    flat = _flat(
+        reward, transition, discount, 1.0, None, None, terminal, validate, policy.shape[:-2]
+    )
+    _require_shape("policy", policy, tuple(flat.reward.shape[-2:]))
+    pi = flat.layout.grouped(policy.double(), 2)
+    gain = (pi * flat.reward.double()).sum(-1)
+    value = _policy_system(flat, pi, gain, False, backend)
+    return flat.layout.restore(value.to(flat.reward.dtype))
+
+
+def occupancy(
+    policy: Tensor,
+    transition: Tensor | MDP,
+    *,
+    discount: float | Tensor | None = None,
+    initial_distribution: Tensor | None = None,
+    terminal: Tensor | None = None,
+    validate: validation.Level = "full",
+    backend: BackendName = "auto",
+) -> Tensor:
+    """The discounted share of time that a policy spends in each state.
+
+        d(t) = (1 − γ) ρ(t) + γ Σ_s d(s) Σ_a π(a|s) P(t|s,a)
+
+    Args:
+        policy: π, (*B, S, A), probabilities.
+        transition: P, (*B, S, A, S); or an MDP object.
+        discount: γ in [0, 1).
+        initial_distribution: ρ, (*B, S); may be left out if an MDP object has one.
+        terminal: (*B, S) bool, as in `solve`.
+        validate, backend: as in `solve`.
+
+    Returns:
+        d, (*B, S), probabilities: they sum to one unless the process ends.
+
+    Raises:
+        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its place.
+
+    Gradients: policy, transition, discount, initial_distribution; any order and mode.
+
+    Source: maths section 3, "Occupancy".
+    """
+    if isinstance(transition, (DenseMDP, SparseMDP)) and initial_distribution is None:
+        initial_distribution = transition.initial_distribution
+    if initial_distribution is None:
+        raise OptionError(
+            "initial_distribution is None",
+            allowed="a probability vector (*B, S)",
+            fix="pass initial_distribution, or an MDP object that has one",
+        )
+    batch = torch.broadcast_shapes(policy.shape[:-2], initial_distribution.shape[:-1])
+    if isinstance(transition, (DenseMDP, SparseMDP)):
+        flat = _flat(transition, None, discount, 1.0, None, None, terminal, validate, batch)
+    else:
+        states, actions = policy.shape[-2:]
+        nothing = transition.new_zeros(()).expand(states, actions)
+        flat = _flat(nothing, transition, discount, 1.0, None, None, terminal, validate, batch)
+    _require_shape("policy", policy, tuple(flat.reward.shape[-2:]))
+    _require_shape("initial_distribution", initial_distribution, (flat.reward.shape[-2],))
+    if validate == "full" and validation.is_concrete(initial_distribution):
+        validation.check_initial_distribution(initial_distribution)
+    start = flat.layout.grouped(initial_distribution.double(), 1)
+    mass = (1 - flat.discount).unsqueeze(-1) * start
+    share = _policy_system(flat, flat.layout.grouped(policy.double(), 2), mass, True, backend)
+    return flat.layout.restore(share.to(flat.reward.dtype))
+
+
+def _policy_system(
+    flat: Flat, policy: Tensor, rhs: Tensor, transpose: bool, backend: BackendName
+) -> Tensor:
+    """(I − γP_π)⁻¹ b or its transpose, for b (N, G, S)."""
+    solution, _ = _policy_solve.policy_solve(
+        flat.transition,
+        *_index(flat),
+        policy,
+        flat.discount,
+        rhs.unsqueeze(2),
+        transpose,
+        0.0,
+        0,
+        _backend(backend, flat.reward.device),
+    )
+    return solution.squeeze(2)
+
+
+def _flat(
+    reward: Tensor | MDP,
+    transition: Tensor | None,
+    discount: float | Tensor | None,
+    temperature: float | Tensor,
+    reference: Tensor | None,
+    mask: Tensor | None,
+    terminal: Tensor | None,
+    validate: validation.Level,
+    batch: tuple[int, ...] = (),
+) -> Flat:
+    """Tensors or an MDP object, checked once, in the normal form of the ops."""
+    if isinstance(reward, (DenseMDP, SparseMDP)):
+        extras = {
+            "transition": transition,
+            "discount": discount,
+            "reference": reference,
+            "mask": mask,
+            "terminal": terminal,
+        }
+        for name, value in extras.items():
+            if value is not None:
+                raise OptionError(
+                    f"{name} was given beside an MDP object",
+                    fix=f"use mdp.replace({name}=…)",
+                )
+        validation.check_temperature(temperature, data=False)
+        return reward.flatten(temperature, batch)
+    if transition is None or discount is None:
+        raise OptionError(
+            f"{'transition' if transition is None else 'discount'} is missing",
+            allowed="reward, transition and discount, or an MDP object",
+            fix="pass it, or wrap the problem in DenseMDP(reward, transition, discount)",
+        )
+    if not (reference is None and mask is None and terminal is None):
+        mdp = DenseMDP(
+            reward,
+            transition,
+            discount,
+            mask=mask,
+            terminal=terminal,
+            reference=reference,
+            validate=validate,
+        )
+        return _flat(mdp, None, None, temperature, None, None, None, validate, batch)
+    validation.check_level(validate)
+    if validate != "off":
+        reward = validation.as_floating("reward", reward)
+        transition = validation.as_floating("transition", transition)
+        validation.check_dense_shapes(reward, transition)
+        validation.check_same_dtype({"reward": reward, "transition": transition})
+        validation.check_devices(
+            {
+                "reward": reward,
+                "transition": transition,
+                "discount": discount,
+                "temperature": temperature,
+            }
+        )
+        # a tensor's values are read by the op, in its first pass
+        validation.check_discount(discount, data=False)
+        validation.check_temperature(temperature, data=False)
+    absent = reward.new_empty(0, dtype=torch.float64)
+    return flatten(reward, transition, absent, discount, temperature, batch=batch)
+
+
+def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
+    relative, offset, advantage, policy, log_policy, info, status = outputs
+    dtype, restore = flat.reward.dtype, flat.layout.restore
+    value = relative + offset.unsqueeze(-1)
+    q = _masked(advantage + value.unsqueeze(-1), flat)
+    residual, bound, passes, *_ = info.unbind(-1)
+    log_bound = 2 * bound / flat.temperature.detach()
+    if dtype != torch.float64:
+        # what is handed out is rounded once more, and that is part of the error
+        unit = torch.finfo(dtype).eps / 2
+        bound = bound + unit * value.detach().abs().amax(-1)
+        logs = log_policy.detach()
+        log_bound = log_bound + unit * logs.where(logs > -torch.inf, 0.0).abs().amax((-1, -2))
+    return Solution(
+        value=restore(value.to(dtype)),
+        q=restore(q.to(dtype)),
+        policy=restore(policy.to(dtype)),
+        log_policy=restore(_masked(log_policy, flat).to(dtype)),
+        advantage=restore(advantage.to(dtype)),
+        residual=restore(residual),
+        error_bound=restore(bound),
+        log_policy_error_bound=restore(log_bound),
+        iterations=restore(passes.nan_to_num().long()),
+        status=restore(status),
+    )
+
+
+def _masked(table: Tensor, flat: Flat) -> Tensor:
+    """−inf where no action is available, with a gradient of exactly zero there."""
+    if flat.log_reference.dim() == 1:
+        return table
+    return table.where(flat.log_reference > -torch.inf, -torch.inf)
+
+
+def _index(flat: Flat) -> tuple[Tensor, Tensor]:
+    if flat.crow is None or flat.col is None:
+        absent = flat.reward.new_empty(0, dtype=torch.int64)
+        return absent, absent
+    return flat.crow, flat.col
+
+
+def _backend(name: str, device: torch.device) -> int:
+    if name == "auto":
+        return _backends.AUTO
+    if name == "torch":
+        return _backends.TORCH
+    if name not in ("cpu", "cuda"):
+        raise _unknown("backend", name, ("auto", "torch", "cpu", "cuda"))
+    if device.type != name:
+        raise BackendUnavailableError(
+            f'backend="{name}" for tensors on {device}', allowed=f'tensors on "{name}"'
+        )
+    reason = _backends.unavailable(name)
+    if reason:
+        raise BackendUnavailableError(f'backend="{name}" is not available: {reason}')
+    return _backends.NATIVE
+
+
+def _require_shape(name: str, tensor: Tensor, event: tuple[int, ...]) -> None:
+    if tuple(tensor.shape[-len(event) :]) != event:
+        raise ShapeError(
+            f"{name} has shape {tuple(tensor.shape)}",
+            allowed=f"(*B, {', '.join(map(str, event))})",
+            fix=f"let the last axes of {name} agree with the reward",
+        )
+
+
+def _unknown(option: str, value: Any, known: tuple[str, ...]) -> OptionError:
+    import difflib
+
+    near = difflib.get_close_matches(str(value), known, 1)
+    return OptionError(
+        f"{option} is {value!r}",
+        allowed=", ".join(repr(k) for k in known),
+        fix=f"use {option}={(near or known)[0]!r}",
+    )

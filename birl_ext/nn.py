@@ -1,0 +1,72 @@
+"""Modules: thin, holding settings and parameters only; the mathematics is in `functional`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from birl_ext.errors import TemperatureError
+from birl_ext.functional import solve
+from birl_ext.solution import Solution
+
+__all__ = ["SoftPlanner"]
+
+
+class SoftPlanner(nn.Module):
+    """A planner as a layer: rewards (and dynamics) in, the soft-optimal policy out, gradients back.
+
+        π(a|s) ∝ μ(a|s) exp(Q*(s,a)/τ)
+
+    Args:
+        discount: γ in [0, 1), per step.
+        temperature: τ > 0, units of reward: its value, or its start if it is learned.
+        transition: P, (*B, S, A, S), kept as a buffer; None: given at each call.
+        learn_temperature: make log τ a parameter.
+        options: further keyword arguments of `birl_ext.solve`, such as mask, terminal, method, tol.
+
+    Shapes: reward (*B, S, A) → Solution with value (*B, S) and policy (*B, S, A).
+
+    Gradients: reward, transition, temperature; see `birl_ext.solve`.
+    """
+
+    log_temperature: Tensor
+    transition: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        discount: float,
+        temperature: float,
+        transition: Tensor | None = None,
+        learn_temperature: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise TemperatureError(f"temperature is {temperature!r}", allowed="(0, inf)")
+        self.discount = discount
+        self.options = options
+        start = torch.tensor(math.log(temperature), dtype=torch.float64)
+        if learn_temperature:
+            self.log_temperature = nn.Parameter(start)
+        else:
+            self.register_buffer("log_temperature", start)
+        self.register_buffer("transition", transition)
+
+    def forward(self, reward: Tensor, transition: Tensor | None = None) -> Solution:
+        """Solve for the rewards (*B, S, A); a transition given here takes the place of the buffer."""
+        return solve(
+            reward,
+            self.transition if transition is None else transition,
+            discount=self.discount,
+            temperature=self.log_temperature.exp(),
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        temperature = float(self.log_temperature.detach().exp())
+        learned = ", learned" if isinstance(self.log_temperature, nn.Parameter) else ""
+        return f"discount={self.discount}, temperature={temperature:.4g}{learned}"

@@ -1,0 +1,47 @@
+"""The dispatcher library of the package, and how a vmapped axis joins the two batch axes of an op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["LIBRARY", "fold", "to_lanes"]
+
+LIBRARY = torch.library.Library("birl_ext", "DEF")
+
+
+def fold(
+    tensors: Sequence[Tensor], dims: Sequence[int | None], size: int
+) -> tuple[list[Tensor], int]:
+    """Merge a vmapped axis into N if the transition varies along it, else into G, so that P stays shared.
+
+    `tensors` begins with transition, crow, col; empty tensors stand for absent arguments and stay so.
+    Returns the merged tensors and the axis (0 or 1) that took the new one.
+    """
+    if dims[1] is not None or dims[2] is not None:
+        raise NotImplementedError("birl_ext: vmap over a sparsity pattern is not supported")
+    axis = 0 if dims[0] is not None else 1
+    merged = list(tensors[:3])
+    if axis == 0:
+        merged[0] = tensors[0].movedim(dims[0], 0).flatten(0, 1)
+    for tensor, dim in zip(tensors[3:], dims[3:], strict=True):
+        if dim is None and tensor.dim() == 1:  # absent
+            merged.append(tensor)
+            continue
+        lane = (
+            tensor.unsqueeze(axis).expand(*tensor.shape[:axis], size, *tensor.shape[axis:])
+            if dim is None
+            else tensor.movedim(dim, axis)
+        )
+        merged.append(lane.flatten(axis, axis + 1))
+    return merged, axis
+
+
+def to_lanes(
+    outputs: Sequence[Tensor], axis: int, size: int
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Split the merged axis of every output again."""
+    split = tuple(x.unflatten(axis, (size, x.shape[axis] // size)) for x in outputs)
+    return split, (axis,) * len(split)

@@ -1,0 +1,391 @@
+"""The pure-PyTorch backend of the ops: any device, no compiler, the same answers as the compiled modules.
+
+Everything is batched over (N, G); an element that has finished is frozen, so no element can change another.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from birl_ext.ops.rows import Rows
+from birl_ext.solution import Method, Rigour, Status
+from birl_ext.validation import row_sum_tolerance
+
+__all__ = ["bellman", "policy_solve", "solve"]
+
+EPS = torch.finfo(torch.float64).eps
+DIRECT_STATES = 1500  # above, an LU of (I − γP_π) costs more than the Krylov products it saves
+SWEEPS_PER_POLICY = 40  # of modified policy iteration: between the 20 and 60 that suit grids
+
+
+class Sweep(NamedTuple):
+    """One application of T in relative form: V = c + W, TV − γc = `image`."""
+
+    image: Tensor  # (N, G, S)
+    advantage: Tensor  # (N, G, S, A)
+    policy: Tensor
+    log_policy: Tensor
+
+
+class Problem(NamedTuple):
+    """The data of one solve, with P in float64 and what does not change between sweeps."""
+
+    rows: Rows
+    scale: Tensor  # 1/σ, 0 where nothing continues, (N, 1, S, A)
+    reward: Tensor  # float64
+    log_reference: Tensor | None
+    discount: Tensor
+    temperature: Tensor
+
+    @property
+    def continues(self) -> Tensor:
+        return self.scale > 0
+
+    def sweep(self, value: Tensor, offset: Tensor) -> Sweep:
+        gamma, tau = self.discount[..., None, None], self.temperature[..., None, None]
+        ahead = self.rows.apply(value) * self.scale
+        ended = torch.where(self.continues, 0.0, 1.0)
+        q = self.reward + gamma * (ahead - ended * offset[..., None, None])
+        logits = q / tau
+        if self.log_reference is not None:
+            logits = logits + self.log_reference
+        log_total = torch.logsumexp(logits, -1, keepdim=True)
+        log_policy = logits - log_total
+        policy = torch.softmax(logits, -1)
+        image = tau * log_total
+        advantage = q - image
+        if self.log_reference is not None:
+            advantage = torch.where(self.log_reference > -math.inf, advantage, 0.0)
+        return Sweep(image.squeeze(-1), advantage, policy, log_policy)
+
+    def policy_product(self, weight: Tensor, vector: Tensor) -> Tensor:
+        """P_π v with weight = π/σ, (N, G, S)."""
+        return (weight * self.rows.apply(vector)).sum(-1)
+
+
+def _problem(
+    transition: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    reward: Tensor,
+    log_reference: Tensor,
+    discount: Tensor,
+    temperature: Tensor,
+) -> Problem:
+    rows = Rows(transition.double(), crow, col, reward.shape[-2], reward.shape[-1])
+    reference = None if log_reference.numel() == 0 and log_reference.dim() == 1 else log_reference
+    return Problem(rows, rows.scale(), reward.double(), reference, discount, temperature)
+
+
+def bellman(
+    transition: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    reward: Tensor,
+    log_reference: Tensor,
+    discount: Tensor,
+    temperature: Tensor,
+    value: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem = _problem(transition, crow, col, reward, log_reference, discount, temperature)
+    return tuple(problem.sweep(value, torch.zeros_like(discount)))  # type: ignore[return-value]
+
+
+def solve(
+    transition: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    reward: Tensor,
+    log_reference: Tensor,
+    discount: Tensor,
+    temperature: Tensor,
+    initial: Tensor,
+    method: int,
+    tol: float,
+    max_iterations: int,
+    validate: int,
+) -> tuple[Tensor, ...]:
+    problem = _problem(transition, crow, col, reward, log_reference, discount, temperature)
+    status, place, culprit = _inspect(problem, transition, validate)
+    states, actions = reward.shape[-2:]
+    if method == Method.AUTO:
+        method = _choose(problem)
+    limit = max_iterations or (1_000_000 if method == Method.VALUE_ITERATION else 1000)
+
+    gamma = discount
+    one_minus = 1 - gamma
+    continuing = problem.continues.flatten(1).all(-1, keepdim=True).expand_as(gamma)
+    top_reward = problem.reward.abs().amax((-1, -2))
+    if problem.log_reference is not None:
+        seen = torch.where(problem.log_reference > -math.inf, problem.reward, 0.0)
+        top_reward = seen.abs().amax((-1, -2))
+    entropy_scale = problem.temperature * (1 + math.log(actions))
+    rounding = 8 + math.log2(states + 1)  # a dot product of S terms, a few more for the log-sum-exp
+
+    value = torch.zeros(reward.shape[:-1], dtype=torch.float64, device=reward.device)
+    offset = torch.zeros_like(gamma)
+    if initial.dim() > 1:
+        offset = (initial.amax(-1) + initial.amin(-1)) / 2
+        value = initial - offset.unsqueeze(-1)
+
+    active = status == 0
+    done_value, done_offset = value.clone(), offset.clone()
+    table = [torch.full_like(problem.reward, torch.nan) for _ in range(3)]
+    info = torch.zeros((*gamma.shape, 6), dtype=torch.float64, device=gamma.device)
+    info[..., 3], info[..., 4] = place, culprit
+    best = torch.full_like(gamma, math.inf)
+    stalled = torch.zeros_like(status)
+    inner_total = 0
+
+    for passes in range(1, limit + 1):
+        step = problem.sweep(value, offset)
+        delta = step.image - value - (one_minus * offset).unsqueeze(-1)
+        low, high = delta.amin(-1), delta.amax(-1)
+        # where some row ends, the constant mode is not neutral: the bracket of (M6) must contain 0
+        low = torch.where(continuing, low, low.clamp(max=0))
+        high = torch.where(continuing, high, high.clamp(min=0))
+        middle = torch.where(continuing, (low + high) / 2, 0.0)
+        half = torch.where(continuing, (high - low) / 2, torch.maximum(-low, high))
+        magnitude = (
+            top_reward
+            + (value.amax(-1) - value.amin(-1))
+            + one_minus * offset.abs()
+            + torch.where(continuing, 0.0, offset.abs())
+            + entropy_scale
+        )
+        unit = rounding * EPS * magnitude
+        bound = (gamma * half + unit) / one_minus
+        size = torch.maximum((value + offset.unsqueeze(-1)).abs().amax(-1), top_reward)
+
+        finite = torch.isfinite(half)
+        stuck = half > best / 2
+        stalled = torch.where(stuck, stalled + 1, 0)
+        best = torch.minimum(best, torch.where(finite, half, math.inf))
+        at_floor = (half <= unit / 2) | ((half <= 100 * unit) & (stalled >= 3))
+        reached = (bound <= tol * size) if tol > 0 else at_floor
+        hopeless = at_floor & ~reached
+        finished = active & (reached | hopeless | ~finite)
+        if passes == limit:
+            status = torch.where(active & ~finished, int(Status.MAX_ITERATIONS), status)
+            finished = active
+        status = torch.where(active & ~finite, int(Status.NON_FINITE), status)
+        status = torch.where(active & finite & hopeless, int(Status.STAGNATED), status)
+
+        if bool(finished.any()):
+            keep = finished.unsqueeze(-1)
+            anchor = (step.image.amax(-1) + step.image.amin(-1)) / 2
+            shift = torch.where(gamma > 0, gamma / one_minus, 0.0) * middle
+            done_value = torch.where(keep, step.image - anchor.unsqueeze(-1), done_value)
+            done_offset = torch.where(finished, gamma * offset + anchor + shift, done_offset)
+            found = (step.advantage, step.policy, step.log_policy)
+            table = [
+                torch.where(keep.unsqueeze(-1), new, old)
+                for new, old in zip(found, table, strict=True)
+            ]
+            record = torch.stack(
+                (half, bound, torch.full_like(half, passes), *info[..., 3:5].unbind(-1),
+                 torch.full_like(half, inner_total)), -1,
+            )  # fmt: skip
+            info = torch.where(keep, record, info)
+            active = active & ~finished
+        if not bool(active.any()):
+            break
+
+        if method == Method.VALUE_ITERATION:
+            move, inner = _deflated(delta, middle, gamma, one_minus), 0
+        else:
+            weight = step.policy * problem.scale
+            move, inner = _improve(problem, weight, delta, continuing, method, passes)
+        inner_total += inner
+        move = torch.where(active.unsqueeze(-1), move, 0.0)
+        value = value + move
+        recentre = (value.amax(-1) + value.amin(-1)) / 2
+        value = value - recentre.unsqueeze(-1)
+        offset = offset + recentre
+
+    bad = (status >= 10) | (status == int(Status.NON_FINITE))
+    done_value = torch.where(bad.unsqueeze(-1), torch.nan, done_value)
+    done_offset = torch.where(bad, torch.nan, done_offset)
+    table = [torch.where(bad[..., None, None], torch.nan, entry) for entry in table]
+    info[..., :3] = torch.where(bad.unsqueeze(-1), torch.nan, info[..., :3])
+    return done_value, done_offset, *table, info, status
+
+
+def policy_solve(
+    transition: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    policy: Tensor,
+    discount: Tensor,
+    rhs: Tensor,
+    transpose: bool,
+    tol: float,
+    method: int,
+) -> tuple[Tensor, Tensor]:
+    rows = Rows(transition.double(), crow, col, policy.shape[-2], policy.shape[-1])
+    weight = policy * rows.scale()
+    gamma = discount[..., None, None]
+    if method == Method.AUTO:
+        method = Method.NEWTON if rows.states <= DIRECT_STATES else Method.KRYLOV
+
+    def product(x: Tensor) -> Tensor:
+        lanes = x.flatten(1, 2)
+        if transpose:
+            spread = (weight.unsqueeze(2) * x.unsqueeze(-1)).flatten(1, 2)
+            moved = rows.pull(spread).unflatten(1, x.shape[1:3])
+        else:
+            moved = (weight.unsqueeze(2) * rows.apply(lanes).unflatten(1, x.shape[1:3])).sum(-1)
+        return x - gamma * moved
+
+    if method == Method.NEWTON:
+        factors = _factor(rows, weight, discount)
+        x = _back_substitute(factors, rhs, transpose)
+        x = x + _back_substitute(factors, rhs - product(x), transpose)
+    else:
+        x = _bicgstab(product, rhs, _start(rhs, weight, discount, transpose), tol or 1e-14, 2000)
+    left = rhs - product(x)
+    residual = left.abs().sum(-1) if transpose else left.abs().amax(-1)
+    return x, residual
+
+
+def _choose(problem: Problem) -> int:
+    if problem.rows.states <= DIRECT_STATES:
+        return Method.NEWTON
+    return Method.KRYLOV if problem.rows.dense else Method.POLICY_ITERATION
+
+
+def _deflated(delta: Tensor, middle: Tensor, gamma: Tensor, one_minus: Tensor) -> Tensor:
+    """A sweep and the M6 midpoint: the constant mode at once, the rest by contraction."""
+    return delta + (gamma / one_minus * middle).unsqueeze(-1)
+
+
+def _improve(
+    problem: Problem, weight: Tensor, delta: Tensor, continuing: Tensor, method: int, passes: int
+) -> tuple[Tensor, int]:
+    """Newton's step (I − γP_π)⁻¹ δ (M9), exactly or by the products that `method` allows."""
+    gamma = problem.discount.unsqueeze(-1)
+    if method == Method.NEWTON:
+        factors = _factor(problem.rows, weight, problem.discount)
+        return _back_substitute(factors, delta.unsqueeze(2), False).squeeze(2), 1
+    if method == Method.KRYLOV:
+        rhs = delta.unsqueeze(2)
+
+        def product(x: Tensor) -> Tensor:
+            return x - gamma.unsqueeze(2) * problem.policy_product(weight, x.squeeze(2)).unsqueeze(
+                2
+            )
+
+        # tighten with the passes: exact steps converge from anywhere, loose ones need not
+        forcing = max(10.0 ** -(1 + passes / 2), 1e-13)
+        start = _start(rhs, weight, problem.discount, False)
+        return _bicgstab(product, rhs, start, forcing, 400).squeeze(2), 400
+    term, total = delta, delta
+    for _ in range(SWEEPS_PER_POLICY):
+        term = gamma * problem.policy_product(weight, term)
+        total = total + term
+    tail = (term.amax(-1) + term.amin(-1)) / 2 * problem.discount / (1 - problem.discount)
+    return total + torch.where(continuing, tail, 0.0).unsqueeze(-1), SWEEPS_PER_POLICY
+
+
+def _factor(rows: Rows, weight: Tensor, discount: Tensor) -> tuple[Tensor, Tensor]:
+    matrix = -discount[..., None, None] * rows.policy_matrix(weight)
+    matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    # an invalid element must not stop the batch: its NaN would make LAPACK refuse
+    usable = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
+    eye = torch.eye(rows.states, dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.lu_factor(torch.where(usable, matrix, eye))
+
+
+def _back_substitute(factors: tuple[Tensor, Tensor], rhs: Tensor, transpose: bool) -> Tensor:
+    """rhs (N, G, K, S) → x (N, G, K, S)."""
+    lu, pivots = factors
+    return torch.linalg.lu_solve(lu, pivots, rhs.mT, adjoint=transpose).mT
+
+
+def _start(rhs: Tensor, weight: Tensor, discount: Tensor, transpose: bool) -> Tensor:
+    """A guess that is exact in the constant mode: there A multiplies by 1 − γ."""
+    gap = (1 - discount)[..., None, None]
+    if not transpose:
+        return ((rhs.amax(-1, keepdim=True) + rhs.amin(-1, keepdim=True)) / 2 / gap).expand_as(rhs)
+    return rhs + discount[..., None, None] / gap * rhs.mean(-1, keepdim=True)
+
+
+def _bicgstab(product, rhs: Tensor, start: Tensor, tol: float, limit: int) -> Tensor:  # type: ignore[no-untyped-def]
+    """Batched BiCGStab on the last axis; a lane that has converged or broken down keeps its best iterate."""
+    x = start
+    residual = rhs - product(x)
+    shadow, direction = residual, residual
+    rho = (shadow * residual).sum(-1, keepdim=True)
+    goal = tol * rhs.norm(dim=-1, keepdim=True)
+    best, best_norm = x, residual.norm(dim=-1, keepdim=True)
+    for _ in range(limit):
+        active = best_norm > goal
+        if not bool(active.any()):
+            break
+        image = product(direction)
+        alpha = _ratio(rho, (shadow * image).sum(-1, keepdim=True))
+        half = residual - alpha * image
+        half_image = product(half)
+        omega = _ratio(
+            (half_image * half).sum(-1, keepdim=True), half_image.square().sum(-1, keepdim=True)
+        )
+        x = x + alpha * direction + omega * half
+        residual = half - omega * half_image
+        norm = residual.norm(dim=-1, keepdim=True)
+        better = norm < best_norm
+        best, best_norm = torch.where(better, x, best), torch.where(better, norm, best_norm)
+        rho_next = (shadow * residual).sum(-1, keepdim=True)
+        beta = _ratio(rho_next, rho) * _ratio(alpha, omega)
+        direction = residual + beta * (direction - omega * image)
+        rho = rho_next
+    return best
+
+
+def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
+    return torch.where(bottom.abs() > 1e-300, top / torch.where(bottom == 0, 1.0, bottom), 0.0)
+
+
+def _inspect(problem: Problem, transition: Tensor, validate: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Status ≥ 10, flat place and value of the first bad entry of each element; 0 where there is none."""
+    shape = problem.discount.shape
+    status = torch.zeros(shape, dtype=torch.int64, device=problem.reward.device)
+    place, culprit = torch.zeros_like(problem.discount), torch.zeros_like(problem.discount)
+
+    def mark(bad: Tensor, values: Tensor, code: Status) -> None:
+        nonlocal status, place, culprit
+        bad, values = bad.expand(*shape, bad.shape[-1]), values.expand(*shape, values.shape[-1])
+        if not bool(bad.any()):
+            return
+        where = bad.to(torch.uint8).argmax(-1)
+        hit = bad.any(-1) & (status == 0)
+        status = torch.where(hit, int(code), status)
+        place = torch.where(hit, where.double(), place)
+        culprit = torch.where(
+            hit, values.gather(-1, where.unsqueeze(-1)).squeeze(-1).double(), culprit
+        )
+
+    mark(~((problem.discount >= 0) & (problem.discount < 1)).unsqueeze(-1),
+         problem.discount.unsqueeze(-1), Status.BAD_DISCOUNT)  # fmt: skip
+    tau = problem.temperature.unsqueeze(-1)
+    mark(~((tau > 0) & (tau < math.inf)), tau, Status.BAD_TEMPERATURE)
+    entries = problem.rows.data.flatten(1).unsqueeze(1)
+    if validate and entries.shape[-1]:
+        mark(~torch.isfinite(entries), entries, Status.NON_FINITE_TRANSITION)
+        mark(entries < 0, entries, Status.NEGATIVE_PROBABILITY)
+    if validate:
+        sums = problem.rows.sums().flatten(2)
+        slack = row_sum_tolerance(transition.dtype, problem.rows.states)
+        ends = (sums == 0) & (validate == Rigour.OR_ENDING)
+        mark(((sums - 1).abs() > slack) & ~ends, sums, Status.ROW_SUM)
+    rewards = problem.reward.flatten(2)
+    mark(~torch.isfinite(rewards), rewards, Status.NON_FINITE_REWARD)
+    if problem.log_reference is not None:
+        logs = problem.log_reference.flatten(2)
+        mark(torch.isnan(logs) | (logs == math.inf), logs, Status.BAD_REFERENCE)
+        nothing = (problem.log_reference == -math.inf).all(-1)
+        mark(nothing, torch.zeros_like(nothing, dtype=torch.float64), Status.NO_ACTION)
+    return status, place, culprit

@@ -1,0 +1,209 @@
+"""The fixed point V* = TV* (M3) as one op: derivatives by the implicit function theorem (M10)-(M12), vmap rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from birl_ext.ops import _backends
+from birl_ext.ops._registry import LIBRARY, fold, to_lanes
+from birl_ext.ops.bellman import (
+    Point,
+    backup_tangent,
+    fold_cotangents,
+    parameter_cotangents,
+    policy_tangent,
+)
+from birl_ext.ops.policy_solve import PolicySolve
+from birl_ext.ops.rows import Rows
+
+__all__ = ["INFO", "solve"]
+
+INFO = 6  # columns: residual, error bound, passes over P, place and value of a bad entry, inner products
+
+LIBRARY.define(
+    "solve(Tensor transition, Tensor crow, Tensor col, Tensor reward, Tensor log_reference, "
+    "Tensor discount, Tensor temperature, Tensor initial, int method, float tol, int max_iterations, "
+    "int validate, bool strict, int backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("birl_ext::solve")
+def _(
+    transition: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    reward: Tensor,
+    log_reference: Tensor,
+    discount: Tensor,
+    temperature: Tensor,
+    initial: Tensor,
+    method: int,
+    tol: float,
+    max_iterations: int,
+    validate: int,
+    strict: bool,
+    backend: int,
+) -> tuple[Tensor, ...]:
+    batch = reward.shape[:2]
+    value = reward.new_empty(reward.shape[:-1], dtype=torch.float64)
+    table = [reward.new_empty(reward.shape, dtype=torch.float64) for _ in range(3)]
+    offset = value.new_empty(batch)
+    status = reward.new_empty(batch, dtype=torch.int64)
+    return value, offset, *table, value.new_empty((*batch, INFO)), status
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("solve", _backends.solve, _key)
+
+
+class Solve(torch.autograd.Function):
+    """(W, c, Q − V, π, log π, info, status) at the fixed point V = c + W; c is a constant, W carries the derivative of V.
+
+    An element that failed has NaN derivatives, never wrong ones: its status enters the flow as a factor.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return torch.ops.birl_ext.solve(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        transition, crow, col, _, _, discount, temperature, *_, ctx.backend = inputs
+        value, offset, advantage, policy, _, info, status = output
+        saved = (
+            transition,
+            crow,
+            col,
+            discount,
+            temperature,
+            value,
+            offset,
+            advantage,
+            policy,
+            status,
+        )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(offset, info, status)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def _point(ctx: Any) -> tuple[Point, Tensor]:
+        transition, crow, col, discount, temperature, value, offset, advantage, policy, status = (
+            ctx.saved_tensors
+        )
+        rows = Rows(transition, crow, col, policy.shape[-2], policy.shape[-1])
+        trust = torch.where(status == 0, 1.0, torch.nan).double().unsqueeze(-1)
+        return Point(rows, discount, temperature, value, offset, advantage, policy), trust
+
+    @staticmethod
+    def _linear_solve(ctx: Any, point: Point, rhs: Tensor, transpose: bool) -> Tensor:
+        rows = point.rows
+        solution, _ = PolicySolve.apply(
+            rows.data,
+            rows.crow,
+            rows.col,
+            point.policy,
+            point.discount,
+            rhs.unsqueeze(2),
+            transpose,
+            0.0,
+            0,
+            ctx.backend,
+        )
+        return solution.squeeze(2)
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        value_bar: Tensor | None,
+        _offset: Tensor | None,
+        advantage_bar: Tensor | None,
+        policy_bar: Tensor | None,
+        log_policy_bar: Tensor | None,
+        _info: Tensor | None,
+        _status: Tensor | None,
+    ) -> tuple[Any, ...]:
+        if all(b is None for b in (value_bar, advantage_bar, policy_bar, log_policy_bar)):
+            return (None,) * 14
+        point, trust = Solve._point(ctx)
+        folded = fold_cotangents(point, value_bar, advantage_bar, policy_bar, log_policy_bar)
+        source = folded.value
+        if folded.q is not None:
+            pulled = point.rows.pull(folded.q * point.rows.scale())
+            source = source + point.discount.unsqueeze(-1) * pulled
+        flow = Solve._linear_solve(ctx, point, source * trust, True)
+        needs = tuple(ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
+        transition_bar, reference_bar, discount_bar, temperature_bar, weight = parameter_cotangents(
+            point, folded, flow, needs
+        )
+        reward_bar = weight.to(point.rows.data.dtype) if ctx.needs_input_grad[3] else None
+        bars = (
+            transition_bar,
+            None,
+            None,
+            reward_bar,
+            reference_bar,
+            discount_bar,
+            temperature_bar,
+        )
+        return (*bars, *(None,) * 7)
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> tuple[Tensor | None, ...]:
+        transition_dot, _, _, reward_dot, reference_dot, discount_dot, temperature_dot = dots[:7]
+        point, trust = Solve._point(ctx)
+        q_dot, source, scale = backup_tangent(
+            point, transition_dot, reward_dot, reference_dot, discount_dot, temperature_dot
+        )
+        value_dot = Solve._linear_solve(ctx, point, source * trust, False)
+        q_dot = q_dot + point.gamma * point.rows.apply(value_dot) * scale
+        advantage_dot = q_dot - value_dot.unsqueeze(-1)
+        policy_dot, log_policy_dot = policy_tangent(
+            point, advantage_dot, reference_dot, temperature_dot
+        )
+        return value_dot, None, advantage_dot, policy_dot, log_policy_dot, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        lanes, axis = fold(args[:8], in_dims[:8], info.batch_size)
+        return to_lanes(Solve.apply(*lanes, *args[8:]), axis, info.batch_size)
+
+
+@torch.compiler.allow_in_graph
+def solve(
+    transition: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    reward: Tensor,
+    log_reference: Tensor,
+    discount: Tensor,
+    temperature: Tensor,
+    initial: Tensor,
+    method: int,
+    tol: float,
+    max_iterations: int,
+    validate: int,
+    strict: bool,
+    backend: int,
+) -> tuple[Tensor, ...]:
+    """W (N, G, S), c (N, G), then Q − V, π, log π (N, G, S, A), all float64; info (N, G, 6); status (N, G) int64."""
+    return Solve.apply(
+        transition,
+        crow,
+        col,
+        reward,
+        log_reference,
+        discount,
+        temperature,
+        initial,
+        method,
+        tol,
+        max_iterations,
+        validate,
+        strict,
+        backend,
+    )

@@ -1,0 +1,93 @@
+"""What a solve returns: the solution, its certificate, and per problem a status with a remedy."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Method", "Rigour", "Solution", "Status"]
+
+
+class Method(IntEnum):
+    """How the fixed point is computed (maths: section 2)."""
+
+    AUTO = 0
+    VALUE_ITERATION = 1  # with the constant mode deflated
+    NEWTON = 2  # soft policy iteration, direct solve (M9)
+    KRYLOV = 3  # Newton, inexact: BiCGStab
+    POLICY_ITERATION = 4  # modified policy iteration
+
+
+class Rigour(IntEnum):
+    """What an op checks of the rows of P in its first pass over them."""
+
+    OFF = 0
+    OR_ENDING = 1  # stochastic, or exactly zero: the process ends there
+    STOCHASTIC = 2
+
+
+class Status(IntEnum):
+    """How a solve ended; `sentence` says it in words, with what to do about it."""
+
+    CONVERGED = 0
+    MAX_ITERATIONS = 1
+    STAGNATED = 2
+    NON_FINITE = 3
+    ROW_SUM = 10
+    NEGATIVE_PROBABILITY = 11
+    NON_FINITE_TRANSITION = 12
+    NON_FINITE_REWARD = 13
+    BAD_DISCOUNT = 14
+    BAD_TEMPERATURE = 15
+    NO_ACTION = 16
+    BAD_REFERENCE = 17
+
+    @property
+    def sentence(self) -> str:
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Status.CONVERGED: "The certified error bound meets the tolerance.",
+    Status.MAX_ITERATIONS: "The iteration limit came first: raise max_iterations or loosen tol.",
+    Status.STAGNATED: "The tolerance lies below the rounding floor: loosen tol, or leave it None.",
+    Status.NON_FINITE: "The iteration overflowed: rescale the reward.",
+    Status.ROW_SUM: "A row of the transition does not sum to one: normalise it.",
+    Status.NEGATIVE_PROBABILITY: "A transition probability is negative: clip and normalise.",
+    Status.NON_FINITE_TRANSITION: "A transition probability is NaN or infinite.",
+    Status.NON_FINITE_REWARD: "A reward is NaN or infinite: to forbid an action use a mask.",
+    Status.BAD_DISCOUNT: "The discount is outside [0, 1).",
+    Status.BAD_TEMPERATURE: "The temperature is not positive and finite.",
+    Status.NO_ACTION: "Every action of a state is masked: leave one, or mark it terminal.",
+    Status.BAD_REFERENCE: "The reference policy is NaN, infinite or negative.",
+}
+
+
+class Solution(NamedTuple):
+    """The fixed point of a batch of regularised MDPs and its certificate; a pytree.
+
+    Shapes: *B are the broadcast batch axes. Units: of reward, unless said otherwise.
+    """
+
+    value: Tensor
+    """V*, (*B, S)."""
+    q: Tensor
+    """Q*, (*B, S, A); −inf where masked."""
+    policy: Tensor
+    """π*, (*B, S, A), a probability per action; 0 where masked."""
+    log_policy: Tensor
+    """log π*, (*B, S, A); −inf where masked."""
+    advantage: Tensor
+    """Q* − V*, (*B, S, A), free of the cancellation of subtracting the two; 0 where masked."""
+    residual: Tensor
+    """Half the span of TV − V at the last sweep, (*B,); its sup norm if some row has no continuation."""
+    error_bound: Tensor
+    """Certified bound on ‖value − V*‖∞, (*B,): (M6) and rounding, never below the true error."""
+    log_policy_error_bound: Tensor
+    """Certified bound on max |log_policy − log π*|, (*B,), dimensionless (M7)."""
+    iterations: Tensor
+    """Passes over the transition, (*B,) int64."""
+    status: Tensor
+    """A `Status` per problem, (*B,) int64; 0 is success."""
