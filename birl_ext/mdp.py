@@ -69,6 +69,8 @@ class _MDP:
         when opening them.
         """
         validation.check_level(validate)
+        if validate == "full" and changes.keys() & {"crow", "col"}:
+            return dataclasses.replace(self, **changes, validate="full")  # type: ignore[type-var]
         new = dataclasses.replace(self, **changes, validate="off" if validate == "off" else "cheap")  # type: ignore[type-var]
         if validate == "full":
             new._check_data(frozenset(changes))
@@ -187,8 +189,8 @@ class _MDP:
             validation.check_actions(self.mask, self.terminal)
         if "reward" in changed:
             validation.check_reward(self.reward)
-        if masks or changed & {self._entries, "crow", "col"}:
-            self._check_rows(changed)
+        if masks or self._entries in changed:
+            self._check_rows()
         if self.reference is not None and changed & {"reference", "mask"}:
             validation.check_reference(self.reference, self.mask)
         if self.initial_distribution is not None and "initial_distribution" in changed:
@@ -255,7 +257,7 @@ class _MDP:
             return reference.log()
         return torch.where(self.mask, reference, 1.0).log().masked_fill(~available, -torch.inf)
 
-    def _check_rows(self, changed: frozenset[str]) -> None:
+    def _check_rows(self) -> None:
         raise NotImplementedError
 
     def _normalised(self) -> Self:
@@ -342,7 +344,7 @@ class DenseMDP(_MDP):
             validate="cheap",
         )
 
-    def _check_rows(self, changed: frozenset[str]) -> None:
+    def _check_rows(self) -> None:
         validation.check_rows(self.transition, self._continuing())
 
     def _normalised(self) -> DenseMDP:
@@ -479,9 +481,7 @@ class SparseMDP(_MDP):
             validate="cheap",
         )
 
-    def _check_rows(self, changed: frozenset[str]) -> None:
-        if changed & {"crow", "col"}:
-            validation.check_crow_col(self.crow, self.col, self.states)
+    def _check_rows(self) -> None:
         validation.check_sparse_rows(
             self.values, self.rows(), self.col, (self.states, self.actions), self._continuing()
         )
