@@ -244,8 +244,6 @@ class _DurableFile:
 
 
 def _sync_directory(path: Path) -> None:
-    if os.name == "nt":  # a directory cannot be opened there, and a rename is journalled
-        return
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -318,8 +316,7 @@ def _regular(path: Path) -> BufferedReader:
     """Open a regular file, following no link."""
     try:
         # O_NONBLOCK: opening a planted FIFO must not wait for a writer.
-        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-        descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise _DamagedError(f"{path}: {error.strerror}") from None
     file = os.fdopen(descriptor, "rb")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from birl_ext.runs import toml
 from birl_ext.runs.config import read_toml
 from birl_ext.runs.job import Metrics
 
-__all__ = ["MetricsWriter", "RunDirectory", "default_path"]
+__all__ = ["MetricsWriter", "RunDirectory", "default_path", "plain"]
 
 
 def default_path(problem: str) -> Path:
@@ -106,11 +107,6 @@ class RunDirectory:
         Raises:
             ConfigError: another process holds it.
         """
-        try:
-            import fcntl
-        except ImportError:  # no advisory locks on this system
-            yield
-            return
         with (self.path / ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,15 +13,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from birl_ext.errors import CheckpointWriteError, MissingDependencyError
+from birl_ext.errors import (
+    CheckpointIncompatibleError,
+    CheckpointWriteError,
+    MissingDependencyError,
+)
 from birl_ext.runs.checkpoint import CheckpointStore
-from birl_ext.runs.config import to_plain
+from birl_ext.runs.config import differences, to_plain
 from birl_ext.runs.directory import MetricsWriter, RunDirectory, plain
 from birl_ext.runs.job import Job
 from birl_ext.runs.progress import progress
 from birl_ext.runs.versions import versions
 
-__all__ = ["Outcome", "draw_figures", "restore", "run"]
+__all__ = ["Outcome", "draw_figures", "restore", "run", "summarise"]
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
@@ -41,10 +45,10 @@ class Outcome(NamedTuple):
 
 
 def run(job: Job, directory: RunDirectory, *, checkpoint_every: int | None = None) -> Outcome:
-    """Run a job to its end, or until SIGINT or SIGTERM, from its newest checkpoint if it has one.
+    """Run a job to its end, or until a signal, from its newest checkpoint if it has one.
 
-    A signal ends the run after the step at work, with a checkpoint; a second one ends it at once,
-    with the checkpoint before. A job that raises leaves its last checkpoint too.
+    A signal ends the run after the step at work, with a checkpoint; a second Ctrl-C ends it at
+    once, with the checkpoint before. A job that raises leaves its last checkpoint too.
 
     Args:
         job: built from ``directory.config``.
@@ -59,6 +63,10 @@ def run(job: Job, directory: RunDirectory, *, checkpoint_every: int | None = Non
         CheckpointCorruptError: there are checkpoints and none verifies.
         CheckpointWriteError: the last checkpoint could not be written; earlier ones are intact.
     """
+    if changed := differences(directory.config, to_plain(job.config)):
+        raise CheckpointIncompatibleError(
+            f"the configuration differs: {'; '.join(changed)}", where=str(directory.config_path)
+        )
     store = CheckpointStore(directory.checkpoints)
     with directory.lock():
         step, seconds = restore(job, store) if store.paths() else (0, 0.0)
@@ -163,9 +171,10 @@ def draw_figures(
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[signal.Signals]]:
-    """Collect SIGINT and SIGTERM instead of acting on them; the second one interrupts at once.
+    """Collect SIGINT, SIGTERM and SIGHUP instead of acting on them; Ctrl-C again interrupts.
 
-    Outside the main thread signals cannot be handled, and the list stays empty.
+    Signals that the process was started to ignore, as under nohup, stay ignored. Outside the main
+    thread signals cannot be handled, and the list stays empty.
     """
     received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
@@ -175,16 +184,25 @@ def stop_requests() -> Iterator[list[signal.Signals]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
         if len(received) > 1:
-            raise KeyboardInterrupt
-        print(
-            "birl: stopping after this step; once more to stop now, from the last checkpoint",
-            file=sys.stderr,
-        )
+            # Schedulers repeat SIGTERM, a closing terminal SIGHUP: only a person is in a hurry.
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        # The terminal may be gone, or the signal may have cut into another print.
+        with contextlib.suppress(OSError, RuntimeError):
+            print(
+                "birl: stopping after this step; Ctrl-C again leaves at once, "
+                "with the checkpoint before",
+                file=sys.stderr,
+            )
 
-    handled = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, note) for number in handled]
+    handled = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    previous = {number: signal.getsignal(number) for number in handled}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, note)
     try:
         yield received
     finally:
-        for number, handler in zip(handled, previous, strict=True):
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -16,6 +16,7 @@ try:
     import matplotlib as mpl
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
 except ImportError:
     raise MissingDependencyError(
         "figures need matplotlib", fix='pip install "birl_ext[viz]"'
@@ -36,13 +37,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 INK, MUTED, GRID = "#222222", "#5f6368", "#e3e5e8"
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": MUTED,
     "axes.grid": True,
     "axes.labelcolor": INK,
     "axes.labelsize": 10,
-    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
@@ -76,7 +77,9 @@ _STYLE: dict[str, Any] = {
 @contextlib.contextmanager
 def style() -> Iterator[None]:
     """Draw and save inside this; matplotlib's settings are as before afterwards."""
-    with mpl.rc_context(), mpl.rc_context(_STYLE):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # a user's matplotlibrc must not change the figures
+        mpl.rcParams.update(_STYLE)
         yield
 
 

@@ -1,0 +1,400 @@
+"""The command line: ``birl run | solve | plot | doctor``.
+
+Torch, tyro, rich and matplotlib are imported only by the commands that need them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from birl_ext.errors import BirlError, ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from birl_ext.runs.directory import RunDirectory
+    from birl_ext.runs.job import Job, Problem
+    from birl_ext.runs.loop import Outcome
+
+__all__ = ["RunOptions", "SolveOptions", "main"]
+
+USAGE = """\
+usage: birl COMMAND [OPTIONS]
+
+commands:
+  run PROBLEM         run a problem; `birl run --help` lists them
+  run --resume DIR    go on with a run that was stopped
+  solve --mdp FILE    solve your own MDP, written by DenseMDP.save or SparseMDP.save
+  plot DIR            draw the figures of a run again
+  doctor              versions, compiled modules, devices: what to send with a bug report
+
+`birl COMMAND --help` says more. BIRL_DEBUG=1 shows the traceback of an error.
+"""
+
+COMMON = ("problem", "seed", "steps", "seconds", "versions")
+"""Entries of the summary that the closing table leaves out."""
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How the run is carried out; none of this changes its result."""
+
+    out: Path | None = None
+    """Directory to write; new or empty. Default: runs/PROBLEM-DATE-TIME."""
+
+    config: Path | None = None
+    """TOML file with the settings, such as a run's config.toml; flags given here override it."""
+
+    resume: Path | None = None
+    """Run directory to go on with."""
+
+    checkpoint_every: int | None = None
+    """Outer steps between checkpoints. Default: one every 30 seconds."""
+
+    figures: bool = True
+    """Draw the figures at the end."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise ConfigError(
+                f"--checkpoint-every is {self.checkpoint_every}",
+                allowed="1 or more",
+                fix="leave it out for one checkpoint every 30 seconds",
+            )
+        if self.resume is not None and (self.out or self.config):
+            raise ConfigError(
+                "--resume excludes --out and --config",
+                fix="leave them out: a resumed run keeps its directory and its configuration",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SolveOptions:
+    """Solve an MDP file and write value, policy and their certificate."""
+
+    mdp: Path
+    """.npz or .safetensors file written by DenseMDP.save or SparseMDP.save."""
+
+    temperature: float
+    """Weight τ of the entropy, in units of the reward."""
+
+    out: Path | None = None
+    """.npz or .safetensors file to write. Default: FILE.solution.npz beside the MDP."""
+
+    method: Literal["auto", "value-iteration", "newton", "newton-krylov", "policy-iteration"] = (
+        "auto"
+    )
+    """Solver; auto chooses by shape and discount."""
+
+    tol: float | None = None
+    """Relative error asked for. Default: as far as rounding allows."""
+
+    max_iterations: int | None = None
+    """Limit on the iterations."""
+
+    device: str = "cpu"
+    """Where to solve: cpu, cuda, cuda:1, …"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the words after ``birl``; by default those of the process.
+
+    Returns:
+        The exit status: 0, 2 after an error, 128 + signal if a signal stopped the run.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    command, *rest = words
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            if command not in COMMANDS:
+                raise _unknown("command", command, COMMANDS)
+            return COMMANDS[command](rest)
+        except (BirlError, OSError) as error:
+            if os.environ.get("BIRL_DEBUG"):
+                raise
+            _say(" ".join(str(error).split()))
+            return 2
+        except KeyboardInterrupt:
+            _say("interrupted")
+            return 130
+
+
+def _run(words: list[str]) -> int:
+    name, flags = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
+    early = argparse.ArgumentParser(prog="birl run", add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    early.add_argument("--resume", type=Path)
+    files, _ = early.parse_known_args(flags)
+    if not name and not (files.config or files.resume):
+        return _list_problems(asked=any(flag in ("-h", "--help") for flag in flags))
+
+    from birl_ext.runs.config import from_plain, to_plain
+    from birl_ext.runs.directory import RunDirectory, default_path
+
+    stored_name, stored = _stored(files)
+    if name and stored_name not in ("", name):
+        raise ConfigError(
+            f"the problem is {name!r}",
+            where="the command line",
+            allowed=f"{stored_name!r}, as in {files.resume or files.config}",
+            fix="leave the name out",
+        )
+    name = name or stored_name
+    problem = _problem(name)
+    where = str(files.config or files.resume or "the defaults")
+    config, options = _parse(name, problem, from_plain(problem.config, stored, where=where), flags)
+    job = problem.job(config)  # before the directory: a setting refused here leaves nothing behind
+    if options.resume is not None:
+        directory = RunDirectory(options.resume)
+    else:
+        path = options.out or default_path(name)
+        directory = RunDirectory.create(path, name, to_plain(config))
+    return _carry_out(job, directory, options)
+
+
+def _list_problems(*, asked: bool) -> int:
+    from birl_ext.problems import PROBLEMS
+
+    width = max(map(len, PROBLEMS))
+    print("usage: birl run PROBLEM [OPTIONS], birl run --config FILE, birl run --resume DIR")
+    print("\nproblems:")
+    for name, problem in PROBLEMS.items():
+        print(f"  {name:<{width}}  {problem.summary}")
+    print("\n`birl run PROBLEM --help` lists its settings.")
+    return 0 if asked else 2
+
+
+def _stored(files: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Problem and settings of --resume or --config; a --config file may leave out either."""
+    from birl_ext.runs.config import from_plain, read_toml
+    from birl_ext.runs.directory import RunDirectory
+
+    if files.resume is not None:
+        directory = RunDirectory(files.resume)
+        return directory.problem, directory.config
+    if files.config is not None:
+        document = from_plain(_ConfigFile, read_toml(files.config), where=str(files.config))
+        return document.problem, document.config
+    return "", {}
+
+
+@dataclasses.dataclass(frozen=True)
+class _ConfigFile:
+    problem: str = ""
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _problem(name: str) -> Problem:
+    from birl_ext.problems import PROBLEMS
+
+    if name not in PROBLEMS:
+        raise _unknown("problem", name, PROBLEMS)
+    problem: Problem = PROBLEMS[name]
+    return problem
+
+
+def _parse(
+    name: str, problem: Problem, default: Any, flags: Sequence[str]
+) -> tuple[Any, RunOptions]:
+    """The config, with flags over the file's or the class's defaults, and the options."""
+    tyro = _tyro()
+    flat = tyro.conf.arg(name="")
+    arguments = dataclasses.make_dataclass(
+        "Arguments",
+        [
+            ("settings", Annotated[problem.config, flat], dataclasses.field(default=default)),
+            ("options", Annotated[RunOptions, flat], dataclasses.field(default=RunOptions())),
+        ],
+        frozen=True,
+    )
+    parsed: Any = _cli(arguments, f"birl run {name}", problem.summary, flags)
+    return parsed.settings, parsed.options
+
+
+def _carry_out(job: Job, directory: RunDirectory, options: RunOptions) -> int:
+    from birl_ext.runs.loop import draw_figures, run
+
+    try:
+        outcome = run(job, directory, checkpoint_every=options.checkpoint_every)
+    except KeyboardInterrupt:
+        _say(f"interrupted; go on from the last checkpoint with\n  {_resume_command(directory)}")
+        return 130
+    if outcome.summary is None:
+        assert outcome.stopped_by is not None
+        _say(
+            f"stopped by {outcome.stopped_by.name} after step {outcome.step}; "
+            f"a checkpoint is written. Go on with\n  {_resume_command(directory)}"
+        )
+        return 128 + outcome.stopped_by
+    missing: list[str] = []
+    if options.figures:
+        _, missing = draw_figures(job, directory, outcome.summary)
+    _show_result(directory, outcome)
+    if missing:
+        _say(_not_drawn(directory, missing))
+    return 0
+
+
+def _plot(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="birl plot", description="Draw the figures of a run again, from its files."
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="run directory")
+    path = parser.parse_args(words).directory
+
+    from birl_ext.runs.checkpoint import CheckpointStore
+    from birl_ext.runs.config import from_plain
+    from birl_ext.runs.directory import RunDirectory
+    from birl_ext.runs.loop import draw_figures, restore, summarise
+
+    directory = RunDirectory(path)
+    problem = _problem(directory.problem)
+    where = str(directory.config_path)
+    job = problem.job(from_plain(problem.config, directory.config, where=where))
+    step, seconds = restore(job, CheckpointStore(directory.checkpoints))
+    summary = directory.read_summary() or summarise(job, directory, step=step, seconds=seconds)
+    written, missing = draw_figures(job, directory, summary)
+    if missing:
+        raise MissingDependencyError(
+            f"figures need matplotlib: {', '.join(missing)}", fix='pip install "birl_ext[viz]"'
+        )
+    for figure in written:
+        print(figure)
+    return 0
+
+
+def _solve(words: list[str]) -> int:
+    options: SolveOptions = _cli(SolveOptions, "birl solve", SolveOptions.__doc__ or "", words)
+    target = options.out or options.mdp.with_suffix(".solution.npz")
+
+    import birl_ext
+    from birl_ext.io import write_tensors
+    from birl_ext.mdp import load
+
+    mdp = load(options.mdp).to(options.device)
+    solution = birl_ext.solve(
+        mdp,
+        temperature=options.temperature,
+        method=options.method,
+        tol=options.tol,
+        max_iterations=options.max_iterations,
+    )
+    write_tensors(target, solution._asdict())
+    print(f"{options.mdp}: {mdp}")
+    _table(
+        {
+            "value": f"{solution.value.min():.6g} to {solution.value.max():.6g}",
+            "error bound": f"{solution.error_bound.max():.3g}",
+            "iterations": f"{solution.iterations.max():.0f}",
+            "written": str(target),
+        }
+    )
+    return 0
+
+
+def _doctor(words: list[str]) -> int:
+    from birl_ext import doctor
+
+    argparse.ArgumentParser(prog="birl doctor", description=doctor.__doc__).parse_args(words)
+    return doctor.main()
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "run": _run,
+    "solve": _solve,
+    "plot": _plot,
+    "doctor": _doctor,
+}
+
+
+def _tyro() -> Any:
+    try:
+        import tyro
+    except ImportError:
+        raise MissingDependencyError(
+            "the command line needs tyro and rich", fix='pip install "birl_ext[cli]"'
+        ) from None
+    return tyro
+
+
+def _cli(cls: type[_T], prog: str, description: str, words: Sequence[str]) -> _T:
+    parsed: _T = _tyro().cli(cls, prog=prog, description=description, args=list(words))
+    return parsed
+
+
+def _unknown(kind: str, name: str, known: Mapping[str, Any]) -> ConfigError:
+    from birl_ext.runs.config import suggestion
+
+    return ConfigError(
+        f"unknown {kind} {name!r}",
+        allowed=", ".join(known),
+        fix=suggestion(name, known) or "choose one of them",
+    )
+
+
+def _show_result(directory: RunDirectory, outcome: Outcome) -> None:
+    summary = outcome.summary or {}
+    seconds = summary["seconds"]
+    print(f"{directory.problem}: {outcome.step} steps in {seconds:.1f} s, seed {summary['seed']}")
+    _table({k: v for k, v in summary.items() if k not in COMMON})
+    print(directory.path)
+
+
+def _table(entries: Mapping[str, Any]) -> None:
+    """Print numbers, strings, short lists of numbers, and dicts of numbers; skip the rest."""
+    rows: dict[str, str] = {}
+    for name, value in entries.items():
+        parts = value.items() if isinstance(value, Mapping) else [("", value)]
+        for part, item in parts:
+            if (text := _format(item)) is not None:
+                rows[f"{name} {part}".strip().replace("_", " ")] = text
+    width = max(map(len, rows), default=0)
+    for name, text in rows.items():
+        print(f"  {name:<{width}}  {text}")
+
+
+def _format(value: Any) -> str | None:
+    if value is None:
+        return "n/a"
+    if isinstance(value, (str, bool, int)):
+        return str(value)
+    if isinstance(value, float):
+        return f"{value:.7g}"
+    if isinstance(value, list) and len(value) <= 6:
+        parts = [_format(item) for item in value if not isinstance(item, (list, dict))]
+        return ", ".join(filter(None, parts)) if len(parts) == len(value) else None
+    return None
+
+
+def _resume_command(directory: RunDirectory) -> str:
+    return f"birl run --resume {shlex.quote(str(directory.path))}"
+
+
+def _not_drawn(directory: RunDirectory, names: Sequence[str]) -> str:
+    return (
+        f"figures not drawn, matplotlib is missing: {', '.join(names)}. "
+        f'pip install "birl_ext[viz]", then birl plot {shlex.quote(str(directory.path))}'
+    )
+
+
+def _say(text: str) -> None:
+    print(f"birl: {text}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
+    _say(f"warning: {message}")
