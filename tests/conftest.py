@@ -1,0 +1,36 @@
+"""Determinism, devices, and the hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from cases import DEVICES
+
+# "ci" draws the same examples every time; BIRL_HYPOTHESIS=nightly looks further.
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("BIRL_HYPOTHESIS", "ci"))
+
+
+def pytest_report_header() -> list[str]:
+    missing = [] if "cuda" in DEVICES else ["no CUDA device: nothing is tested on one"]
+    return [f"devices: {', '.join(DEVICES + missing)}", f"torch: {torch.__version__}"]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same generators, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (the legacy generator is what a stray call would use)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device of this machine in turn."""
+    return str(request.param)

@@ -1,0 +1,178 @@
+"""Imports go one way, the oracle stays apart, and no file remembers a machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# From the bottom to the top: a module imports from its own layer or from those before it.
+LAYERS = (
+    "errors",
+    "_native",
+    "io",
+    "validation",
+    "solution",
+    "ops",
+    "batching",
+    "mdp",
+    "solvers",
+    "functional",
+    "nn",
+    "__init__",  # the front door, open to everything above it
+    "distributed",
+    "bilevel",
+    "agents",
+    "preferences",
+    "runs",
+    "problems",
+    "doctor",
+    "cli",
+    "__main__",
+)
+APART = "reference"
+# What may be imported at module level besides the standard library.
+THIRD_PARTY = {"torch", "numpy"}
+
+
+def imports(path: Path, package: str) -> list[tuple[int, str, bool]]:
+    """Every import in a file as (line, absolute dotted name, whether it is at module level)."""
+    tree = ast.parse(path.read_text(), str(path))
+    here = [package, *path.relative_to(path_of(path, package)).parent.parts]
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) + 1 - node.level] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            # `from birl_ext import mdp` reaches a module, `from torch import nn` only torch.
+            names = [f"{stem}.{alias.name}" if stem == package else stem for alias in node.names]
+        else:
+            continue
+        found += [(node.lineno, name, id(node) in top) for name in names]
+    return found
+
+
+def path_of(path: Path, package: str) -> Path:
+    return next(parent for parent in path.parents if parent.name == package)
+
+
+def layer(parts: tuple[str, ...]) -> str:
+    return parts[0].removesuffix(".py") if parts else "__init__"
+
+
+def offences(root: Path) -> list[str]:
+    """Sentences about the imports of a package that break the order."""
+    wrong = []
+    names = {layer(path.relative_to(root).parts) for path in root.rglob("*.py")}
+    for path in sorted(root.rglob("*.py")):
+        own = layer(path.relative_to(root).parts)
+        where = path.relative_to(root.parent)
+        if own != APART and own not in LAYERS:
+            wrong.append(f"{where} has no place in LAYERS")
+            continue
+        for line, name, at_top in imports(path, root.name):
+            head, *rest = name.split(".")
+            if head != root.name:
+                outside = head not in sys.stdlib_module_names and head not in THIRD_PARTY
+                if outside and at_top and own != APART:
+                    wrong.append(f"{where}:{line} imports {head} at module level")
+                continue
+            target = rest[0] if rest and rest[0] in names else "__init__"
+            if own == APART or target == APART:
+                if own != target:
+                    wrong.append(f"{where}:{line} imports {target}, but {APART} stands apart")
+            elif LAYERS.index(target) > LAYERS.index(own):
+                wrong.append(f"{where}:{line} imports {target}, which lies above {own}")
+    return wrong
+
+
+def test_imports_go_one_way() -> None:
+    assert not offences(ROOT / "birl_ext")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "offence"),
+    [
+        ("mdp.py", "from birl_ext.errors import BirlError", None),
+        ("mdp.py", "from birl_ext import errors", None),
+        ("errors.py", "from birl_ext.mdp import DenseMDP", "imports mdp, which lies above errors"),
+        ("errors.py", "from birl_ext import mdp", "imports mdp, which lies above errors"),
+        ("errors.py", "from . import mdp", "imports mdp, which lies above errors"),
+        ("errors.py", "def f():\n    import birl_ext.mdp", ":2 imports mdp"),
+        ("ops/sweep.py", "from ..mdp import DenseMDP", "imports mdp, which lies above ops"),
+        ("ops/sweep.py", "from .other import x", None),
+        ("mdp.py", "from birl_ext import solve", "imports __init__, which lies above mdp"),
+        ("cli.py", "from birl_ext import solve", None),
+        ("cli.py", "from birl_ext.reference import float64", "stands apart"),
+        ("reference/float64.py", "from birl_ext.errors import BirlError", "stands apart"),
+        ("reference/float64.py", "from birl_ext.reference import other\nimport mpmath", None),
+        ("mdp.py", "import scipy", "imports scipy at module level"),
+        ("mdp.py", "def f():\n    import safetensors", None),
+        ("stray.py", "", "has no place in LAYERS"),
+    ],
+)
+def test_a_wrong_import_is_found(tmp_path: Path, file: str, text: str, offence: str | None) -> None:
+    root = tmp_path / "birl_ext"
+    for name in ("__init__.py", "errors.py", "mdp.py", "ops/other.py", "cli.py", file):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    for folder in ("ops", "reference"):
+        (root / folder).mkdir(exist_ok=True)
+        (root / folder / "__init__.py").touch()
+    (root / file).write_text(text)
+    found = offences(root)
+    assert len(found) == (offence is not None), found
+    assert offence is None or offence in found[0]
+
+
+# A folder of one person's machine, at the start of a word: URLs and relative paths pass.
+MACHINE_PATH = re.compile(
+    r"(?<![\w.\-}/])(?:[A-Z]:\\Users|/(?:home|root|Users|work|tmp|mnt))[\\/]\w"
+)
+
+
+def test_no_file_mentions_a_machine() -> None:
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    found = []
+    for name in filter(None, listing.stdout.split("\0")):
+        path = ROOT / name
+        if path == Path(__file__).resolve() or not path.is_file():
+            continue
+        text = path.read_bytes().decode("utf-8", errors="replace")
+        for match in MACHINE_PATH.finditer(text):
+            line = text.count("\n", 0, match.start()) + 1
+            found.append(f"{name}:{line} mentions {match[0]}…")
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("text", "hit"),
+    [
+        ("see /home/ada/data", True),
+        ("open('/tmp/x')", True),
+        ("C:\\Users\\ada", True),
+        ("https://example.org/work/page", False),
+        ("docs/work/plan.md", False),
+        ("#!/usr/bin/env python", False),
+        ("{root}/home/x", False),
+    ],
+)
+def test_machine_paths_are_recognised(text: str, hit: bool) -> None:
+    assert bool(MACHINE_PATH.search(text)) == hit
