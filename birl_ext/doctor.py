@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import birl_ext
 from birl_ext.runs.versions import installed
 
 __all__ = ["main", "report"]
@@ -22,7 +23,7 @@ EXTRAS = {"cli": ("tyro", "rich"), "viz": ("matplotlib",), "io": ("safetensors",
 def report() -> Iterator[str]:
     """The lines that ``birl doctor`` prints."""
     yield from _section(
-        f"birl_ext {installed('birl_ext') or '(source tree)'}",
+        f"birl_ext {birl_ext.__version__}",
         {
             "location": str(Path(__file__).parent),
             "python": f"{platform.python_version()} on {platform.platform()}",

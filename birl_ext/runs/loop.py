@@ -191,8 +191,7 @@ def stop_requests() -> Iterator[list[signal.Signals]]:
         # The terminal may be gone, or the signal may have cut into another print.
         with contextlib.suppress(OSError, RuntimeError):
             print(
-                "birl: stopping after this step; Ctrl-C again leaves at once, "
-                "with the checkpoint before",
+                "birl: stopping after this step (Ctrl-C again: at once, from the last checkpoint)",
                 file=sys.stderr,
             )
 

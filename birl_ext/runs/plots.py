@@ -17,6 +17,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.rcsetup import cycler
+    from matplotlib.ticker import MaxNLocator
 except ImportError:
     raise MissingDependencyError(
         "figures need matplotlib", fix='pip install "birl_ext[viz]"'
@@ -122,6 +123,7 @@ def draw_curves(
     if log:
         axes.set_yscale("log")
     axes.set_xlabel("outer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(labels) > 1:
         axes.legend()
     else:
@@ -129,17 +131,17 @@ def draw_curves(
 
 
 def draw_references(axes: Axes, references: Mapping[str, float]) -> None:
-    """Draw label -> level as dashed lines, each named at its right end."""
+    """Draw label -> level as dashed lines, named beyond the right end, where no curve comes."""
     for label, level in references.items():
         axes.axhline(level, color=MUTED, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1.5)
         axes.annotate(
             label,
             (1.0, level),
             xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
+            xytext=(5, 0),
             textcoords="offset points",
-            ha="right",
-            va="bottom",
+            ha="left",
+            va="center",
             fontsize=9,
             color=MUTED,
         )

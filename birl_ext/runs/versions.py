@@ -1,15 +1,17 @@
-"""Which versions are at work, read from package metadata without importing anything."""
+"""Which versions are at work."""
 
 from __future__ import annotations
 
 import platform
 from importlib import metadata
 
+import birl_ext
+
 __all__ = ["installed", "versions"]
 
 
 def installed(package: str) -> str | None:
-    """The version of an installed distribution, or None."""
+    """The version of an installed distribution, read without importing it; None if absent."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -18,8 +20,9 @@ def installed(package: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Name -> version of what the bits of a result depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("birl_ext", "torch", "numpy"):
-        # A source tree on the path has no metadata; its results must not claim a release.
-        found[package] = installed(package) or "unreleased"
-    return found
+    return {
+        "birl_ext": birl_ext.__version__,
+        "python": platform.python_version(),
+        "torch": installed("torch") or "unknown",
+        "numpy": installed("numpy") or "unknown",
+    }
