@@ -34,6 +34,14 @@ class Rows(NamedTuple):
         rows = torch.arange(self.states * self.actions, device=self.crow.device)
         return torch.repeat_interleave(rows, self.crow.diff(), output_size=self.col.shape[0])
 
+    @property
+    def entry_rows(self) -> Tensor:
+        """Row index s·A + a of each entry of one `data[n]`, flattened."""
+        if not self.dense:
+            return self._row
+        rows = torch.arange(self.states * self.actions, device=self.data.device)
+        return rows.repeat_interleave(self.states)
+
     def with_data(self, data: Tensor) -> Rows:
         """The same pattern with other entries (a tangent, say)."""
         return self._replace(data=data)

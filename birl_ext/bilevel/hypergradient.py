@@ -1,0 +1,373 @@
+"""The hyper-gradient from inexact inner solves (M14), its certificate, and a report against the exact one.
+
+An `Estimate` needs a value V and a flow λ, neither of them exact: V from a few sweeps, λ from a few products. The flow is the
+adjoint of (M12); the w of (M14) is −τλ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from birl_ext.batching import Flat
+from birl_ext.bilevel.problem import BilevelProblem, direct_gradient
+from birl_ext.ops._backends import AUTO
+from birl_ext.ops.bellman import (
+    Cotangents,
+    Point,
+    fold_cotangents,
+    parameter_cotangents,
+)
+from birl_ext.ops.rows import Rows
+from birl_ext.solution import Solution
+
+__all__ = ["HypergradientReport", "Linearisation", "hypergradient_report", "linearise"]
+
+_EPS = torch.finfo(torch.float64).eps
+_JACOBIAN_ROWS = 20_000  # most rows of ∂P/∂x that the certificate will compute one by one
+
+
+class HypergradientReport(NamedTuple):
+    """How good a hyper-gradient is. Shapes: x as given; the others (M,) per start, or scalars."""
+
+    objective: Tensor
+    exact: Tensor
+    estimate: Tensor
+    relative_error: Tensor
+    cosine: Tensor
+    bound: Tensor
+    """Certified bound on ‖estimate − ∇φ‖₂; inf where none can be given."""
+
+
+@dataclass
+class Linearisation:
+    """φ and its cotangents at (x, V): all that does not depend on the flow.
+
+    Attributes:
+        objective: φ at the policy of V, scalar or (M,).
+        solution: the solution handed to the upper level, exact only if V is.
+        source: v̄, the right-hand side of (I − γP_π)ᵀλ = v̄, (N, G, S).
+        value_error: certified bound on ‖V − V*‖∞, (N, G).
+    """
+
+    x: Tensor
+    flat: Flat
+    point: Point
+    objective: Tensor
+    solution: Solution
+    direct: Tensor
+    folded: Cotangents
+    policy_bar: Tensor
+    source: Tensor
+    value_error: Tensor
+
+    def transposed(self, flow: Tensor) -> Tensor:
+        """(I − γP_π)ᵀ λ, (N, G, S)."""
+        point = self.point
+        visits = flow.unsqueeze(-1) * point.policy * self._scale
+        return flow - point.discount.unsqueeze(-1) * point.rows.pull(visits)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """(I − γP_π) v, (N, G, S)."""
+        point = self.point
+        ahead = point.rows.apply(vector) * self._scale
+        return vector - point.discount.unsqueeze(-1) * (point.policy * ahead).sum(-1)
+
+    @property
+    def _scale(self) -> Tensor:
+        return self.point.rows.scale()
+
+    def gradient(self, flow: Tensor) -> Tensor:
+        """∇φ̂ = ∇_x f + the cotangents of (M12) carried through the lower level's x-dependence."""
+        flat = self.flat
+        tensors = (
+            flat.transition,
+            flat.log_reference,
+            flat.discount,
+            flat.temperature,
+            flat.reward,
+        )
+        needs = tuple(t.requires_grad for t in tensors)
+        bars = parameter_cotangents(self.point, self.folded, flow, needs[:4])
+        pairs = [
+            (t, bar.to(t.dtype))
+            for t, bar, need in zip(tensors, bars, needs, strict=True)
+            if need and bar is not None
+        ]
+        if not pairs:
+            return self.direct
+        inner = torch.autograd.grad(
+            [t for t, _ in pairs], self.x, [bar for _, bar in pairs], retain_graph=True
+        )[0]
+        return self.direct + inner
+
+    def flow_error(self, flow: Tensor) -> Tensor:
+        """Certified bound on ‖Δr̄‖₁, (N, G): what the errors of V and λ do to the cotangent of the reward.
+
+        With ε = 2‖ΔV‖∞/τ (M7) a policy moves by at most η = e^ε − 1 in ℓ₁ per state, and with ρ the residual
+        of λ (M13), ‖Δλ‖₁ ≤ (ρ + γη‖λ‖₁ + ‖Δv̄‖₁)/(1 − γ). The cotangents that f itself hands down are taken as they
+        are; `hypergradient_report(smoothness=…)` adds how they move with π.
+        """
+        return self._flow_error(flow, 0.0)
+
+    def _flow_error(self, flow: Tensor, smoothness: float) -> Tensor:
+        point = self.point
+        discount, temperature = point.discount, point.temperature
+        residual = (self.source - self.transposed(flow)).abs().sum(-1)
+        mass = flow.abs().sum(-1)
+        residual = residual + 4 * _EPS * point.rows.states * mass
+        drift = torch.expm1((2 * self.value_error / temperature).clamp(max=700.0))
+        moved = point.policy * drift[..., None, None]
+        q_error = (self.policy_bar.abs() * moved).sum((-1, -2)) / temperature
+        if smoothness:
+            shift = smoothness * moved.amax((-1, -2))
+            q_error = q_error + shift * point.rows.states * (1 + drift) / temperature
+        source_error = (1 + discount) * q_error
+        flow_error = (residual + discount * drift * mass + source_error) / (1 - discount)
+        return q_error + drift * mass + flow_error
+
+
+def linearise(
+    problem: BilevelProblem, x: Tensor, temperature: float, sweep: Callable[[Flat], SweptValue]
+) -> Linearisation:
+    """Evaluate the upper level at the policy of an approximate value, and collect its cotangents.
+
+    Args:
+        problem: the two levels.
+        x: upper variable, a leaf that requires grad.
+        temperature: τ.
+        sweep: brings a warm-started value up to date for the MDP given in normal form.
+    """
+    mdp = problem.lower(x)
+    flat = mdp.flatten(temperature)
+    with torch.no_grad():
+        swept = sweep(flat)
+    rows = Rows(
+        flat.transition.detach(),
+        *_pattern(flat),
+        flat.reward.shape[-2],
+        flat.reward.shape[-1],
+    )
+    point = Point(
+        rows,
+        flat.discount.detach(),
+        flat.temperature.detach(),
+        swept.value,
+        None,
+        swept.advantage,
+        swept.policy,
+    )
+    solution, leaves = _leaves(flat, swept)
+    objective = problem.checked(problem.upper(x, solution), x)
+    direct, value_bar, q_bar, policy_bar, log_policy_bar, advantage_bar = direct_gradient(
+        objective, [x, *leaves], retain=True
+    )
+    grouped = flat.layout.grouped
+    q_bar = None if q_bar is None else grouped(q_bar, 2).double()
+    value_bar = None if value_bar is None else grouped(value_bar, 1).double()
+    advantage_bar = None if advantage_bar is None else grouped(advantage_bar, 2).double()
+    policy_bar = None if policy_bar is None else grouped(policy_bar, 2).double()
+    log_policy_bar = None if log_policy_bar is None else grouped(log_policy_bar, 2).double()
+    if q_bar is not None:  # Q = (Q − V) + V
+        advantage_bar = q_bar if advantage_bar is None else advantage_bar + q_bar
+        value_bar = q_bar.sum(-1) if value_bar is None else value_bar + q_bar.sum(-1)
+    folded = fold_cotangents(point, value_bar, advantage_bar, policy_bar, log_policy_bar)
+    source = torch.zeros_like(swept.value) if folded.value is None else folded.value
+    if folded.q is not None:
+        pulled = rows.pull(folded.q * rows.scale())
+        source = source + point.discount.unsqueeze(-1) * pulled
+    return Linearisation(
+        x=x,
+        flat=flat,
+        point=point,
+        objective=objective.detach(),
+        solution=solution,
+        direct=torch.zeros_like(x) if direct is None else direct,
+        folded=folded,
+        policy_bar=torch.zeros_like(swept.policy) if policy_bar is None else policy_bar,
+        source=source,
+        value_error=swept.error,
+    )
+
+
+class SweptValue(NamedTuple):
+    """A value after some sweeps, with the policy of the last one; (N, G, S) and (N, G, S, A)."""
+
+    value: Tensor
+    advantage: Tensor
+    policy: Tensor
+    log_policy: Tensor
+    error: Tensor  # certified bound on ‖V − V*‖∞, (N, G)
+
+
+def hypergradient_report(
+    problem: BilevelProblem,
+    x: Tensor,
+    temperature: float,
+    *,
+    estimate: tuple[Linearisation, Tensor] | None = None,
+    smoothness: float = 0.0,
+) -> HypergradientReport:
+    """Compare a hyper-gradient with the exact one and certify its error.
+
+        ‖∇φ̂ − ∇φ‖₂ ≤ max_{s,a} ‖∂(r + γPV)/∂x‖₂ · ‖Δr̄‖₁ + γ‖r̄‖₁ ‖ΔV‖∞ · max_{s,a} Σ_t ‖∂P(t|s,a)/∂x‖₂
+
+    Args:
+        problem: the two levels.
+        x: upper variable, (d,) or (M, d).
+        temperature: τ.
+        estimate: a linearisation and the flow used with it; None: the ones of the solver itself.
+        smoothness: Lipschitz constant of ∂f/∂π with respect to π, entry by entry; 0 if it is linear in π or the
+            cotangents are constants. The bound is certified for that constant.
+
+    Returns:
+        HypergradientReport. The bound is inf if discount or reference depend on x, or ∂P/∂x is too large to form.
+
+    Source: (M5), (M7), (M13), combined.
+    """
+    x = x.detach().requires_grad_()
+    phi, solution = problem.evaluate(x, temperature)
+    exact = direct_gradient(phi, [x])[0]
+    exact = torch.zeros_like(x) if exact is None else exact
+    if estimate is None:
+        point = linearise(problem, x, temperature, lambda flat: exact_value(flat, solution))
+        estimate = point, _exact_flow(point)
+    at, flow = estimate
+    approximate = at.gradient(flow)
+    starts = phi.shape
+    gap, norm = _norm(approximate - exact, starts), _norm(exact, starts)
+    tiny = torch.finfo(torch.float64).tiny
+    cosine = (approximate * exact).reshape(*starts, -1).sum(-1)
+    cosine = cosine / (_norm(approximate, starts) * norm).clamp(min=tiny)
+    return HypergradientReport(
+        objective=phi.detach(),
+        exact=exact,
+        estimate=approximate,
+        relative_error=gap / norm.clamp(min=tiny),
+        cosine=cosine,
+        bound=_bound(at, flow, smoothness, starts),
+    )
+
+
+def exact_value(flat: Flat, solution: Solution) -> SweptValue:
+    """The fixed point as a linearisation point, with its certificate."""
+    grouped = flat.layout.grouped
+    return SweptValue(
+        grouped(solution.value.detach().double(), 1),
+        grouped(solution.advantage.detach().double(), 2),
+        grouped(solution.policy.detach().double(), 2),
+        grouped(solution.log_policy.detach().double(), 2),
+        grouped(solution.log_policy_error_bound, 0) * flat.temperature.detach() / 2,
+    )
+
+
+def _exact_flow(at: Linearisation) -> Tensor:
+    point = at.point
+    flow, _ = torch.ops.birl_ext.policy_solve(
+        point.rows.data,
+        point.rows.crow,
+        point.rows.col,
+        point.policy,
+        point.discount,
+        at.source.unsqueeze(2),
+        True,
+        0.0,
+        0,
+        AUTO,
+    )
+    return flow.squeeze(2)
+
+
+def _bound(at: Linearisation, flow: Tensor, smoothness: float, starts: torch.Size) -> Tensor:
+    """The right-hand side of the formula in `hypergradient_report`, summed over the problems of each start."""
+    flat, x = at.flat, at.x
+    infinite = at.objective.new_full(starts, torch.inf)
+    if flat.log_reference.requires_grad or flat.discount.requires_grad:
+        return infinite
+    states, actions = flat.reward.shape[-2:]
+    transition_too = flat.transition.requires_grad
+    if transition_too and flat.transition[0].numel() > _JACOBIAN_ROWS:
+        return infinite
+    error = at._flow_error(flow, smoothness)
+    reward = flat.reward.double()
+    if transition_too:
+        rows = at.point.rows.with_data(flat.transition)
+        ahead = rows.apply(at.point.value) * rows.scale()
+        reward = reward + at.point.gamma * ahead
+    slope = torch.zeros(starts, dtype=torch.float64, device=x.device)
+    if reward.requires_grad:
+        table = flat.layout.restore(reward)
+        for s in range(states):
+            for a in range(actions):
+                for entry in _lanes(table[..., s, a], starts):
+                    row = direct_gradient(entry, [x], retain=True)[0]
+                    if row is not None:
+                        slope = torch.maximum(slope, _norm(row, starts))
+    per_problem = _lane_sum(flat.layout.restore(error), starts)
+    bound = slope * per_problem
+    if transition_too:
+        weight = parameter_cotangents(at.point, at.folded, flow, (False,) * 4)[4]
+        mass = at.point.discount * weight.abs().sum((-1, -2)) * at.value_error
+        entries = flat.transition.reshape(flat.transition.shape[0], -1)
+        norms = torch.zeros((entries.shape[-1], *starts), dtype=torch.float64, device=x.device)
+        for i in range(entries.shape[-1]):
+            row = direct_gradient(entries[:, i], [x], retain=True)[0]
+            if row is not None:
+                norms[i] = _norm(row, starts)
+        by_row = norms.new_zeros((states * actions, *starts))
+        steep = by_row.index_add(0, at.point.rows.entry_rows, norms).amax(0)
+        bound = bound + steep * _lane_sum(flat.layout.restore(mass), starts)
+    return bound
+
+
+def _lanes(entry: Tensor, starts: torch.Size) -> list[Tensor]:
+    """An entry of every problem, (*B), as tensors that hold one problem per start."""
+    if not starts:
+        return list(entry.reshape(-1))
+    return list(entry.reshape(*starts, -1).unbind(-1))
+
+
+def _lane_sum(values: Tensor, starts: torch.Size) -> Tensor:
+    return values.reshape(*starts, -1).sum(-1)
+
+
+def _norm(x: Tensor, starts: torch.Size) -> Tensor:
+    """ℓ₂ norm per start, or of the whole."""
+    return x.double().reshape(*starts, -1).norm(dim=-1)
+
+
+def _pattern(flat: Flat) -> tuple[Tensor, Tensor]:
+    if flat.crow is None or flat.col is None:
+        absent = torch.empty(0, dtype=torch.int64, device=flat.reward.device)
+        return absent, absent
+    return flat.crow, flat.col
+
+
+def _leaves(flat: Flat, swept: SweptValue) -> tuple[Solution, list[Tensor]]:
+    """The solution as leaves of its own graph: what the upper level may differentiate."""
+    restore, dtype = flat.layout.restore, flat.reward.dtype
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return restore(tensor).to(dtype).detach().requires_grad_()
+
+    value, advantage = leaf(swept.value), leaf(swept.advantage)
+    q = leaf(swept.advantage + swept.value.unsqueeze(-1))
+    policy, log_policy = leaf(swept.policy), leaf(swept.log_policy)
+    error = restore(swept.error)
+    solution = Solution(
+        value=value,
+        q=q,
+        policy=policy,
+        log_policy=log_policy,
+        advantage=advantage,
+        residual=error,
+        error_bound=error,
+        log_policy_error_bound=restore(2 * swept.error / flat.temperature.detach()),
+        iterations=torch.zeros_like(error, dtype=torch.int64),
+        status=torch.zeros_like(error, dtype=torch.int64),
+    )
+    return solution, [value, q, policy, log_policy, advantage]

@@ -1,0 +1,284 @@
+"""M-SoBiRL: one loop, everything warm-started (Yang, Gao and Yuan, AISTATS 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from birl_ext.batching import Flat
+from birl_ext.bilevel.hypergradient import (
+    HypergradientReport,
+    Linearisation,
+    SweptValue,
+    hypergradient_report,
+    linearise,
+)
+from birl_ext.bilevel.problem import BilevelProblem, Temperature, direct_gradient, temperature_at
+from birl_ext.errors import OptionError
+from birl_ext.ops import bellman as _bellman
+from birl_ext.ops._backends import AUTO
+
+__all__ = ["MSoBiRL", "Outcome"]
+
+Mode = Literal["contracting", "published", "exact"]
+_MODES = ("contracting", "published", "exact")
+_EPS = torch.finfo(torch.float64).eps
+_ROUNDS = 8  # of tightening, each tenfold: from there to the rounding level
+
+
+class Outcome(NamedTuple):
+    """One outer step, taken at the x before it; tensors are scalars, or (M,) with many starts."""
+
+    objective: Tensor
+    gradient_norm: Tensor
+    relative_error: Tensor
+    """Certified bound on ‖Δr̄‖₁ / (‖λ‖₁ + ‖Q̄‖₁): how well the cotangent that reaches the reward is known."""
+    sweeps: int
+    products: int
+    temperature: float
+
+
+class MSoBiRL:
+    """Single-loop bilevel descent: sweeps on V, steps on the adjoint, one step on x, all warm-started.
+
+        V_k = T^N V_{k−1},   λ_k ≈ (I − γP_π)⁻ᵀ v̄,   x_{k+1} = x_k − β ∇φ̂(x_k, V_k, λ_k)
+
+    Args:
+        problem: the two levels.
+        x: start, (d,), or (M, d) for many starts at once; copied.
+        temperature: τ, or a schedule of it (see `geometric`).
+        optimiser: from a list of parameters to any torch optimiser, e.g. ``lambda p: torch.optim.Adam(p, lr=1e-2)``.
+        mode: how the inner problems are solved.
+            "contracting": deflated sweeps and λ ← v̄ + γP_πᵀλ, which contracts by γ; as many of each as `accuracy` needs.
+            "published": N plain sweeps and one step w ← w − ζ(AᵀAw − Aᵀb) per outer step, as in the paper.
+            "exact": both solved as far as rounding allows; one outer step is one `birl_ext.solve` and its gradient.
+        sweeps: N, sweeps per outer step ("published"), or the size of a round of them ("contracting").
+        accuracy: certified relative error allowed in the cotangent of the reward ("contracting").
+        adjoint_rate: ζ, below 2/σ²max(A) ("published").
+        sweep_tol: stop the sweeps once a sweep moves V by less ("published"), units of reward.
+        noise: standard deviation of Gaussian noise added to the hyper-gradient, units of φ per unit of x.
+        seed: of the noise and of the published w₀ ~ N(0, I).
+        max_inner: most sweeps, and most products, per outer step ("contracting").
+
+    Gradients: ∇φ̂ is the estimate of (M14); `hypergradient_report` says how good it is.
+
+    Source: Yang, Gao and Yuan (2025), Algorithm M-SoBiRL; (M5), (M6), (M13), (M14).
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        x: Tensor,
+        *,
+        temperature: Temperature,
+        optimiser: Callable[[Iterable[Tensor]], Optimizer],
+        mode: Mode = "contracting",
+        sweeps: int = 10,
+        accuracy: float = 0.05,
+        adjoint_rate: float = 0.5,
+        sweep_tol: float = 0.0,
+        noise: float = 0.0,
+        seed: int = 0,
+        max_inner: int = 2000,
+    ) -> None:
+        if mode not in _MODES:
+            raise OptionError(f"mode is {mode!r}", allowed=", ".join(map(repr, _MODES)))
+        for name, value in (("sweeps", sweeps), ("accuracy", accuracy), ("max_inner", max_inner)):
+            if not value > 0:
+                raise OptionError(f"{name} is {value!r}", allowed="more than 0")
+        self.problem = problem
+        self.x = x.detach().clone().requires_grad_()
+        self.temperature = temperature
+        self.optimiser = optimiser([self.x])
+        self.mode = mode
+        self.sweeps = sweeps
+        self.accuracy = accuracy
+        self.adjoint_rate = adjoint_rate
+        self.sweep_tol = sweep_tol
+        self.noise = noise
+        self.max_inner = max_inner
+        self.generator = torch.Generator().manual_seed(seed)
+        self.steps = 0
+        self._value: Tensor | None = None  # V, (N, G, S), or the caller's (*B, S) in mode "exact"
+        self._flow: Tensor | None = None  # λ, (N, G, S)
+        self._counts = [0, 0]
+        self._drift_goal = accuracy
+
+    def step(self) -> Outcome:
+        """One outer step on x; with an optimiser that asks again, such as LBFGS, several evaluations."""
+        outcomes: list[Outcome] = []
+
+        def closure() -> Tensor:
+            objective, gradient, error = self._hypergradient()
+            lanes = objective.shape
+            norm = gradient.double().reshape(*lanes, -1).norm(dim=-1)
+            outcomes.append(Outcome(objective, norm, error, *self._counts, self._temperature))
+            if self.noise:
+                shape, dtype = gradient.shape, gradient.dtype
+                shock = torch.randn(shape, generator=self.generator, dtype=dtype)
+                gradient = gradient + self.noise * shock.to(gradient.device)
+            self.x.grad = gradient
+            return objective.sum()
+
+        self.optimiser.step(closure)
+        self.steps += 1
+        return outcomes[0]
+
+    def hypergradient_report(self, smoothness: float = 0.0) -> HypergradientReport:
+        """The estimate of the next step against the exact hyper-gradient, with its certified bound."""
+        if self.mode == "exact":
+            return hypergradient_report(
+                self.problem, self.x, self._temperature, smoothness=smoothness
+            )
+        kept = self.state_dict()
+        at, flow, _ = self._estimate()
+        report = hypergradient_report(
+            self.problem, self.x, self._temperature, estimate=(at, flow), smoothness=smoothness
+        )
+        self._restore_inner(kept)
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on; no step is lost or repeated after `load_state_dict`."""
+        return {
+            "x": self.x.detach().clone(),
+            "optimiser": self.optimiser.state_dict(),
+            "value": None if self._value is None else self._value.clone(),
+            "flow": None if self._flow is None else self._flow.clone(),
+            "generator": self.generator.get_state(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            self.x.copy_(state["x"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self._restore_inner(state)
+        self.steps = int(state["steps"])
+
+    def _restore_inner(self, state: Mapping[str, Any]) -> None:
+        self._value, self._flow = state["value"], state["flow"]
+        self.generator.set_state(state["generator"])
+
+    @property
+    def _temperature(self) -> float:
+        return temperature_at(self.temperature, self.steps)
+
+    def _hypergradient(self) -> tuple[Tensor, Tensor, Tensor]:
+        """φ, ∇φ̂, and the certified relative error of the cotangent of the reward."""
+        self._counts = [0, 0]
+        if self.mode == "exact":
+            phi, solution = self.problem.evaluate(self.x, self._temperature, self._value)
+            gradient = direct_gradient(phi, [self.x])[0]
+            self._value = solution.value.detach()
+            self._counts = [int(solution.iterations.max()), 1]
+            gradient = torch.zeros_like(self.x) if gradient is None else gradient
+            # rounding is all that is left: the policy's certified error bounds it
+            error = solution.log_policy_error_bound.reshape(*phi.shape, -1).amax(-1)
+            return phi.detach(), gradient, error
+        at, flow, error = self._estimate()
+        return at.objective, at.gradient(flow), error
+
+    def _estimate(self) -> tuple[Linearisation, Tensor, Tensor]:
+        self._drift_goal = self.accuracy / 8
+        for _ in range(1 if self.mode == "published" else _ROUNDS):
+            at = linearise(self.problem, self.x, self._temperature, self._sweep)
+            published = self.mode == "published"
+            flow = self._published_flow(at) if published else self._contract_flow(at)
+            self._flow = flow
+            relative = at.flow_error(flow) / self._size(at, flow)
+            if bool((relative <= self.accuracy).all()):
+                break
+            self._drift_goal /= 10
+        worst = at.flat.layout.restore(relative).reshape(*at.objective.shape, -1).amax(-1)
+        return at, flow, worst
+
+    @staticmethod
+    def _size(at: Linearisation, flow: Tensor) -> Tensor:
+        """‖λ‖₁ + ‖Q̄‖₁, (N, G): the terms whose sum is r̄, before they cancel."""
+        size = flow.abs().sum(-1)
+        if at.folded.q is not None:
+            size = size + at.folded.q.abs().sum((-1, -2))
+        return size.clamp(min=torch.finfo(torch.float64).tiny)
+
+    def _sweep(self, flat: Flat) -> SweptValue:
+        """Bring V up to date: N sweeps, or as many as the policy's certificate asks for."""
+        value = self._value
+        if value is None:
+            value = flat.discount.new_zeros(flat.reward.shape[:-1])
+        published = self.mode == "published"
+        absent = flat.reward.new_empty(0, dtype=torch.int64)
+        index = (absent, absent) if flat.crow is None or flat.col is None else (flat.crow, flat.col)
+        gap = 1 - flat.discount
+        tau = flat.temperature
+        continuing = bool((flat.transition.sum(-1) > 0).all()) if flat.crow is None else False
+        magnitude = flat.reward.abs().amax((-1, -2)) + tau
+        while True:
+            swept = torch.ops.birl_ext.bellman(
+                flat.transition,
+                *index,
+                flat.reward,
+                flat.log_reference,
+                flat.discount,
+                tau,
+                value,
+                AUTO,
+            )
+            self._counts[0] += 1
+            delta = swept[0] - value
+            low, high = delta.amin(-1), delta.amax(-1)
+            if continuing and not published:
+                half, middle = (high - low) / 2, (high + low) / 2
+            else:
+                half, middle = torch.maximum(high, -low), torch.zeros_like(high)
+            middle = (flat.discount / gap * middle).unsqueeze(-1)
+            rounding = 16 * _EPS * (magnitude + swept[0].abs().amax(-1))
+            error = (half + rounding) / gap  # of the V that the policy was taken at, (M5), (M6)
+            value = swept[0] + middle
+            if published:
+                enough = bool((half <= self.sweep_tol).all())
+                if enough or self._counts[0] >= self.sweeps:
+                    break
+            else:
+                drift = torch.expm1((2 * error / tau).clamp(max=700.0))
+                floor = half <= rounding
+                enough = bool(((drift <= self._drift_goal * gap) | floor).all())
+                if enough or self._counts[0] % self.max_inner == 0:
+                    break
+        self._value = value
+        image, advantage, policy, log_policy = swept
+        return SweptValue(image + middle, advantage, policy, log_policy, error)
+
+    def _published_flow(self, at: Linearisation) -> Tensor:
+        """w ← w − ζ(AᵀAw − Aᵀb) with A = (I − γP_π)ᵀ; here for λ = −w/τ, which obeys the same recursion."""
+        flow = self._flow
+        if flow is None:
+            shape = at.source.shape
+            start = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+            flow = -start.to(at.source.device) / at.point.temperature.unsqueeze(-1)
+        self._counts[1] += 1
+        return flow - self.adjoint_rate * at.forward(at.transposed(flow) - at.source)
+
+    def _contract_flow(self, at: Linearisation) -> Tensor:
+        """λ ← v̄ + γP_πᵀλ, from the warm start with its mass made exact: Σλ = Σv̄/(1 − γ) where nothing ends."""
+        flow = self._flow
+        if flow is None:
+            flow = at.source
+        gap = (1 - at.point.discount).unsqueeze(-1)
+        if bool((at.point.rows.sums() > 0).all()):
+            missing = at.source.sum(-1, keepdim=True) / gap - flow.sum(-1, keepdim=True)
+            flow = flow + missing / flow.shape[-1]
+        for _ in range(self.max_inner):
+            left = at.source - at.transposed(flow)
+            flow = flow + left
+            self._counts[1] += 1
+            # the error of λ is at most γ‖left‖₁/(1 − γ)
+            worst = left.abs().sum(-1) / gap.squeeze(-1)
+            goal = self.accuracy / 4 * self._size(at, flow)
+            if bool((worst <= torch.maximum(goal, 64 * _EPS * flow.abs().sum(-1))).all()):
+                break
+        return flow
