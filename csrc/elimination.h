@@ -1,0 +1,57 @@
+// Direct solves with A = I − γP_π by Grassmann-Taksar-Heyman elimination: subtraction free.
+//
+// A is an M-matrix with off-diagonals −|a_ij| and row defects d_i = Σ_j a_ij >= 1 − γ > 0. Instead
+// of the diagonal the elimination carries d: the pivot is d_k + Σ_{j>k} |a_kj|, and
+//     l = |a_ik| / pivot_k,   |a_ij| += l |a_kj|,   d_i += l d_k.
+// Only sums and products of non-negative numbers occur, so every entry of L and U keeps full
+// relative accuracy however close γ is to one (O'Cinneide 1993), and no pivoting is needed.
+//
+// The square `magnitudes` holds |L| below and |U| above the diagonal; its diagonal is not used.
+// A = LU with unit L, so Aᵀ = UᵀLᵀ comes from the same factors.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace birl {
+
+class Elimination {
+ public:
+  explicit Elimination(Index n) : n_(n), magnitudes_(n * n), defect_(n), inverse_pivot_(n) {}
+
+  Index size() const { return n_; }
+  double* row(Index i) { return magnitudes_.data() + i * n_; }  // to be filled with γ P_π(i, ·)
+  double* defect() { return defect_.data(); }                   // to be filled with d
+
+  // Factors in place.
+  void factor(Team& team, Interrupt& interrupt) {
+    constexpr Index kBlock = 32;
+    const EliminationKernels& kernel = kernels().elimination;
+    for (Index k0 = 0; k0 < n_; k0 += kBlock) {
+      interrupt.check();
+      const Index k1 = std::min(n_, k0 + kBlock), below = n_ - k1;
+      kernel.block(magnitudes_.data(), n_, k0, k1, defect_.data(), inverse_pivot_.data());
+      constexpr Index kRows = 16;
+      const double work = 2.0 * static_cast<double>((k1 - k0) * below * below);
+      team.run((below + kRows - 1) / kRows, work, [&](Index c, int) {
+        const Index i0 = k1 + c * kRows, i1 = std::min(n_, i0 + kRows);
+        kernel.below(magnitudes_.data(), n_, k0, k1, i0, i1, defect_.data(), inverse_pivot_.data());
+      });
+    }
+  }
+
+  // x := A⁻¹x, or A⁻ᵀx.
+  void solve(double* x, bool transpose) const {
+    const EliminationKernels& kernel = kernels().elimination;
+    (transpose ? kernel.solve_transpose : kernel.solve)(magnitudes_.data(), n_,
+                                                        inverse_pivot_.data(), x);
+  }
+
+ private:
+  Index n_;
+  std::vector<double> magnitudes_, defect_, inverse_pivot_;
+};
+
+}  // namespace birl

@@ -1,0 +1,274 @@
+// Leaf loops. This file is compiled several times with different instruction-set flags, so it must
+// instantiate nothing that another file could share: no standard containers, no std::min.
+#include "kernels.h"
+
+#include "core/scalar_math.h"
+
+namespace birl::BIRL_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 8;
+#elif defined(__AVX2__)
+constexpr int kWidth = 4;
+#else
+constexpr int kWidth = 2;
+#endif
+constexpr int kParts = 16 / kWidth;  // sixteen lanes on every instruction set
+
+typedef double Vec __attribute__((vector_size(8 * kWidth)));
+typedef float Half __attribute__((vector_size(4 * kWidth)));
+
+inline Vec load(const double* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec load(const float* p) {
+  Half v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Vec);
+}
+
+inline void store(double* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+inline double reduce(Vec* acc) {
+  for (int half = kParts / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) acc[i] += acc[i + half];
+  double lane[kWidth];
+  store(lane, acc[0]);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+template <int Rows, class Real>
+inline void row_products(const Real* p, Index cols, const double* w, double* y) {
+  Vec acc[Rows][kParts] = {};
+  Index t = 0;
+  for (; t + 16 <= cols; t += 16)
+    for (int part = 0; part < kParts; ++part) {
+      const Vec x = load(w + t + part * kWidth);
+      for (int i = 0; i < Rows; ++i) acc[i][part] += load(p + i * cols + t + part * kWidth) * x;
+    }
+  for (int i = 0; i < Rows; ++i) {
+    double total = reduce(acc[i]);
+    for (Index u = t; u < cols; ++u) total += static_cast<double>(p[i * cols + u]) * w[u];
+    y[i] = total;
+  }
+}
+
+template <class Real>
+void products(const Real* p, Index rows, Index cols, const double* w, double* y) {
+  Index i = 0;
+  for (; i + 4 <= rows; i += 4) row_products<4>(p + i * cols, cols, w, y + i);
+  for (; i < rows; ++i) row_products<1>(p + i * cols, cols, w, y + i);
+}
+
+template <class Real>
+void sums(const Real* p, Index rows, Index cols, double* sum, double* least) {
+  for (Index i = 0; i < rows; ++i, p += cols) {
+    Vec acc[kParts] = {};
+    Vec low[kParts] = {};  // zero: a minimum above zero is of no interest
+    Index t = 0;
+    for (; t + 16 <= cols; t += 16)
+      for (int part = 0; part < kParts; ++part) {
+        const Vec x = load(p + t + part * kWidth);
+        acc[part] += x;
+        low[part] = x < low[part] ? x : low[part];
+      }
+    double total = reduce(acc), smallest = 0.0;
+    for (int part = 0; part < kParts; ++part)
+      for (int lane = 0; lane < kWidth; ++lane)
+        smallest = low[part][lane] < smallest ? low[part][lane] : smallest;
+    for (; t < cols; ++t) {
+      const double x = static_cast<double>(p[t]);
+      total += x;
+      smallest = x < smallest ? x : smallest;
+    }
+    sum[i] = total;
+    least[i] = smallest;
+  }
+}
+
+template <class Real>
+void combine(const Real* p, Index stride, Index rows, Index cols, const double* weight,
+             double* out) {
+  constexpr int kTile = 4 * kWidth;
+  Index t = 0;
+  for (; t + kTile <= cols; t += kTile) {
+    Vec acc[4];
+    for (int i = 0; i < 4; ++i) acc[i] = load(out + t + i * kWidth);
+    for (Index k = 0; k < rows; ++k) {
+      const Real* row = p + k * stride + t;
+      for (int i = 0; i < 4; ++i) acc[i] += weight[k] * load(row + i * kWidth);
+    }
+    for (int i = 0; i < 4; ++i) store(out + t + i * kWidth, acc[i]);
+  }
+  for (; t + kWidth <= cols; t += kWidth) {
+    Vec acc = load(out + t);
+    for (Index k = 0; k < rows; ++k) acc += weight[k] * load(p + k * stride + t);
+    store(out + t, acc);
+  }
+  for (; t < cols; ++t) {
+    double acc = out[t];
+    for (Index k = 0; k < rows; ++k) acc += weight[k] * static_cast<double>(p[k * stride + t]);
+    out[t] = acc;
+  }
+}
+
+template <class Real>
+void q_values(Index rows, const Real* reward, const double* product, const double* inverse_sum,
+              double discount, double* q) {
+  for (Index i = 0; i < rows; ++i)
+    q[i] = static_cast<double>(reward[i]) + discount * (product[i] * inverse_sum[i]);
+}
+
+void eliminate_block(double* a, Index n, Index k0, Index k1, double* defect,
+                     double* inverse_pivot) {
+  for (Index i = k0; i < k1; ++i) {
+    double* row = a + i * n;
+    for (Index k = k0; k < i; ++k) {
+      const double multiplier = row[k] * inverse_pivot[k];
+      row[k] = multiplier;
+      if (multiplier == 0.0) continue;
+      defect[i] += multiplier * defect[k];
+      combine(a + k * n + k + 1, n, 1, n - k - 1, &multiplier, row + k + 1);
+    }
+    double pivot = defect[i];
+    for (Index j = i + 1; j < n; ++j) pivot += row[j];
+    inverse_pivot[i] = 1.0 / pivot;
+  }
+}
+
+void eliminate_below(double* a, Index n, Index k0, Index k1, Index i0, Index i1, double* defect,
+                     const double* inverse_pivot) {
+  for (Index i = i0; i < i1; ++i) {
+    double* row = a + i * n;
+    for (Index k = k0; k < k1; ++k) {
+      const double multiplier = row[k] * inverse_pivot[k];
+      row[k] = multiplier;
+      if (multiplier == 0.0) continue;
+      defect[i] += multiplier * defect[k];
+      combine(a + k * n + k + 1, n, 1, k1 - k - 1, &multiplier, row + k + 1);
+    }
+    combine(a + k0 * n + k1, n, k1 - k0, n - k1, row + k0, row + k1);
+  }
+}
+
+void eliminated_solve(const double* a, Index n, const double* inverse_pivot, double* x) {
+  double product;
+  for (Index i = 1; i < n; ++i) {
+    row_products<1>(a + i * n, i, x, &product);
+    x[i] += product;
+  }
+  for (Index i = n - 1; i >= 0; --i) {
+    row_products<1>(a + i * n + i + 1, n - i - 1, x + i + 1, &product);
+    x[i] = (x[i] + product) * inverse_pivot[i];
+  }
+}
+
+void eliminated_solve_transpose(const double* a, Index n, const double* inverse_pivot, double* x) {
+  for (Index i = 0; i < n; ++i) {
+    x[i] *= inverse_pivot[i];
+    combine(a + i * n + i + 1, n, 1, n - i - 1, x + i, x + i + 1);
+  }
+  for (Index i = n - 1; i > 0; --i) combine(a + i * n, n, 1, i, x + i, x);
+}
+
+// A block of states at a time, so that the exponentials form one long flat loop.
+void soft_maximum(const SoftMaximum& m) {
+  const Index A = m.actions;
+  constexpr double kHuge = __builtin_huge_val();
+  constexpr double kLargest = 1.7976931348623157e308;
+  double inverse = 1.0 / m.temperature;
+  inverse =
+      inverse > kLargest ? kLargest : inverse;    // a subnormal τ must not turn 0·(1/τ) into NaN
+  double* const top = m.scratch;                  // max_a q over available actions
+  double* const total = top + kSoftMaximumBlock;  // Σ_a e, then its logarithm
+  double* const x = total + kSoftMaximumBlock;
+  const Index block = A < kSoftMaximumBlock ? kSoftMaximumBlock / A : 1;
+  for (Index s0 = 0; s0 < m.states; s0 += block) {
+    const Index states = m.states - s0 < block ? m.states - s0 : block;
+    const Index entries = states * A;
+    const double* q = m.q + s0 * A;
+    const double* reference = m.log_reference ? m.log_reference + s0 * A : nullptr;
+    for (Index s = 0; s < states; ++s) {
+      double best = -kHuge;
+      for (Index a = s * A; a < s * A + A; ++a) {
+        const double candidate = reference && reference[a] == -kHuge ? -kHuge : q[a];
+        best = candidate > best || candidate != candidate ? candidate : best;
+      }
+      for (Index a = s * A; a < s * A + A; ++a) x[a] = (q[a] - best) * inverse;
+      if (reference) {
+        double peak = -kHuge;
+        for (Index a = s * A; a < s * A + A; ++a) {
+          x[a] = reference[a] == -kHuge ? -kHuge : x[a] + reference[a];
+          peak = x[a] > peak ? x[a] : peak;
+        }
+        for (Index a = s * A; a < s * A + A; ++a) x[a] -= peak;
+        best += m.temperature * peak;
+      }
+      top[s] = best;
+    }
+    if (m.log_policy) __builtin_memcpy(m.log_policy + s0 * A, x, sizeof(double) * entries);
+    for (Index i = 0; i < entries; ++i) x[i] = exp_nonpositive(x[i]);
+    for (Index s = 0; s < states; ++s) {
+      double sum = 0.0;
+      for (Index a = s * A; a < s * A + A; ++a) sum += x[a];
+      total[s] = sum;
+    }
+    if (m.policy)
+      for (Index s = 0; s < states; ++s)
+        for (Index a = s * A; a < s * A + A; ++a) m.policy[s0 * A + a] = x[a] / total[s];
+    for (Index s = 0; s < states; ++s) {
+      total[s] = log_from_one(total[s]);
+      m.value[s0 + s] = top[s] + m.temperature * total[s];
+    }
+    if (m.log_policy)
+      for (Index s = 0; s < states; ++s)
+        for (Index a = s * A; a < s * A + A; ++a) m.log_policy[s0 * A + a] -= total[s];
+    if (m.advantage)
+      for (Index s = 0; s < states; ++s)
+        for (Index a = s * A; a < s * A + A; ++a)
+          m.advantage[s0 * A + a] =
+              reference && reference[a] == -kHuge ? 0.0 : q[a] - m.value[s0 + s];
+  }
+}
+
+double dot(Index n, const double* x, const double* y) {
+  double result;
+  row_products<1>(x, n, y, &result);
+  return result;
+}
+
+Range difference(Index n, const double* a, const double* b, double shift, double* d) {
+  double low = __builtin_huge_val(), high = -__builtin_huge_val(), sum = 0.0;
+  for (Index i = 0; i < n; ++i) {
+    const double x = (a[i] - b[i]) - shift;
+    d[i] = x;
+    low = x < low ? x : low;
+    high = x > high ? x : high;
+    sum += x - x;  // zero unless something is NaN or infinite
+  }
+  return {low, high, sum == 0.0};
+}
+
+}  // namespace
+
+// Found by dispatch.cpp through its declaration there.
+extern const Kernels kTable;
+const Kernels kTable = {
+#define BIRL_STRING_(x) #x
+#define BIRL_STRING(x) BIRL_STRING_(x)
+    BIRL_STRING(BIRL_ISA),
+    {products<float>, sums<float>, combine<float>, q_values<float>},
+    {products<double>, sums<double>, combine<double>, q_values<double>},
+    soft_maximum,
+    {eliminate_block, eliminate_below, eliminated_solve, eliminated_solve_transpose},
+    dot,
+    difference,
+};
+
+}  // namespace birl::BIRL_ISA

@@ -1,0 +1,114 @@
+// P_π(s,t) = Σ_a π(a|s) P(t|s,a)/σ(s,a), formed once and multiplied often.
+#pragma once
+
+#include <vector>
+
+#include "parallel.h"
+#include "transition.h"
+
+namespace birl {
+
+template <class Stored>
+class DensePolicyMatrix {
+ public:
+  explicit DensePolicyMatrix(Index states) : n_(states), values_(states * states) {}
+
+  Index size() const { return n_; }
+  double work() const { return static_cast<double>(n_ * n_); }
+
+  // Rows [s0, s1) from weights π/σ (S,A); `row` is scratch of S numbers.
+  template <class Real>
+  void form_rows(const DenseTransition<Real>& model, const double* weight, Index s0, Index s1,
+                 double* row) {
+    for (Index s = s0; s < s1; ++s) {
+      std::fill(row, row + n_, 0.0);
+      model.policy_row(s, weight + s * model.actions, row);
+      std::transform(row, row + n_, values_.data() + s * n_,
+                     [](double p) { return static_cast<Stored>(p); });
+    }
+  }
+
+  void apply(const double* x, double* y, Team& team) const {
+    constexpr Index kRows = 64;
+    team.run((n_ + kRows - 1) / kRows, 2.0 * work(), [&](Index c, int) {
+      const Index s0 = c * kRows, s1 = std::min(n_, s0 + kRows);
+      kernels().rows<Stored>().products(values_.data() + s0 * n_, s1 - s0, n_, x, y + s0);
+    });
+  }
+
+  void apply_transpose(const double* x, double* y, Team& team) const {
+    constexpr Index kCols = 128;
+    team.run((n_ + kCols - 1) / kCols, 2.0 * work(), [&](Index c, int) {
+      const Index t0 = c * kCols, t1 = std::min(n_, t0 + kCols);
+      std::fill(y + t0, y + t1, 0.0);
+      kernels().rows<Stored>().combine(values_.data() + t0, n_, n_, t1 - t0, x, y + t0);
+    });
+  }
+
+ private:
+  Index n_;
+  std::vector<Stored> values_;
+};
+
+class CsrPolicyMatrix {
+ public:
+  explicit CsrPolicyMatrix(const PolicyPattern& pattern)
+      : pattern_(pattern), values_(pattern.col.size()) {}
+
+  Index size() const { return pattern_.states; }
+  double work() const { return 2.0 * static_cast<double>(values_.size()); }
+
+  template <class Real>
+  void form_rows(const CsrTransition<Real>& model, const double* weight, Index s0, Index s1,
+                 double*) {
+    std::fill(values_.begin() + pattern_.crow[s0], values_.begin() + pattern_.crow[s1], 0.0);
+    for (Index row = s0 * model.actions; row < s1 * model.actions; ++row)
+      for (Index k = model.crow[row]; k < model.crow[row + 1]; ++k)
+        values_[pattern_.slot[k]] += weight[row] * static_cast<double>(model.values[k]);
+  }
+
+  void apply(const double* x, double* y, Team& team) const {
+    run(team, [&](Index s) {
+      double total = 0.0;
+      for (Index k = pattern_.crow[s]; k < pattern_.crow[s + 1]; ++k)
+        total += values_[k] * x[pattern_.col[k]];
+      y[s] = total;
+    });
+  }
+
+  void apply_transpose(const double* x, double* y, Team& team) const {
+    run(team, [&](Index t) {
+      double total = 0.0;
+      for (Index k = pattern_.transpose_crow[t]; k < pattern_.transpose_crow[t + 1]; ++k)
+        total += values_[pattern_.transpose_slot[k]] * x[pattern_.transpose_col[k]];
+      y[t] = total;
+    });
+  }
+
+ private:
+  template <class Row>
+  void run(Team& team, Row&& row) const {
+    constexpr Index kRows = 2048;
+    const Index n = size();
+    team.run((n + kRows - 1) / kRows, 2.0 * work(), [&](Index c, int) {
+      for (Index s = c * kRows; s < std::min(n, (c + 1) * kRows); ++s) row(s);
+    });
+  }
+
+  const PolicyPattern& pattern_;
+  std::vector<double> values_;
+};
+
+// Which matrix a transition model's policies have, and the storage type of a dense one.
+template <class Model, class Stored>
+struct PolicyMatrixOf;
+template <class Real, class Stored>
+struct PolicyMatrixOf<DenseTransition<Real>, Stored> {
+  using type = DensePolicyMatrix<Stored>;
+};
+template <class Real, class Stored>
+struct PolicyMatrixOf<CsrTransition<Real>, Stored> {
+  using type = CsrPolicyMatrix;
+};
+
+}  // namespace birl

@@ -1,0 +1,27 @@
+// The fixed point V* = TV*, to a certified tolerance.
+#pragma once
+
+#include "batch.h"
+#include "parallel.h"
+
+namespace birl {
+
+struct Solve {
+  const double* initial;   // (N,G,S) or null
+  double* relative_value;  // (N,G,S): V = offset + relative_value
+  double* offset;          // (N,G)
+  double* advantage;       // (N,G,S,A)
+  double* policy;          // (N,G,S,A)
+  double* log_policy;      // (N,G,S,A)
+  double* info;            // (N,G,6): residual, error bound, passes over P, place, value, products
+  Index* status;           // (N,G)
+  Index method;            // 0 auto, 1 value iteration, 2 Newton direct, 3 Newton-Krylov, 4 MPI
+  double tol;              // relative and certified; 0: as far as rounding allows
+  Index max_iterations;    // passes over P; 0: enough for the contraction to reach rounding level
+  bool validate;
+  int threads;
+};
+
+void solve(const Batch& batch, const Solve& request, Interrupt& interrupt);
+
+}  // namespace birl
