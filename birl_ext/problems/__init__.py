@@ -1,0 +1,14 @@
+"""Benchmark problems with published numbers, one per file; each is a job that `birl run` runs."""
+
+from birl_ext.problems.bus import BusConfig, BusJob
+from birl_ext.problems.random_mdp import RandomMDPConfig, RandomMDPJob
+from birl_ext.runs.job import Problem
+
+__all__ = ["PROBLEMS"]
+
+PROBLEMS = {
+    "random-mdp": Problem(
+        RandomMDPConfig, RandomMDPJob, "a random MDP with a quadratic reward model; known optimum"
+    ),
+    "bus": Problem(BusConfig, BusJob, "bus engine replacement, estimated from real decisions"),
+}
