@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import fork
 
 from birl_ext.errors import (
     CheckpointCorruptError,
@@ -63,21 +64,6 @@ def two(store: CheckpointStore) -> CheckpointStore:
     save(store, 1)
     save(store, 2)
     return store
-
-
-def fork(work) -> int:
-    """Run `work` in a child that shares the imported torch; return its process id."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside torch's idle threads
-        child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        work()
-        status = 0
-    finally:
-        os._exit(status)
 
 
 # What comes back

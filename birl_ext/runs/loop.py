@@ -71,10 +71,12 @@ def run(job: Job, directory: RunDirectory, *, checkpoint_every: int | None = Non
     with directory.lock():
         step, seconds = restore(job, store) if store.paths() else (0, 0.0)
         started = time.perf_counter() - seconds
-        saved_step, saved_at = step, time.perf_counter()
+        saved_step = tried_step = step
+        tried_at = time.perf_counter()
 
         def save() -> None:
-            nonlocal saved_step, saved_at
+            nonlocal saved_step, tried_step, tried_at
+            tried_step, tried_at = step, time.perf_counter()
             metrics.sync()
             store.save(
                 job.state_dict(),
@@ -83,12 +85,12 @@ def run(job: Job, directory: RunDirectory, *, checkpoint_every: int | None = Non
                 versions=versions(),
                 seconds=time.perf_counter() - started,
             )
-            saved_step, saved_at = step, time.perf_counter()
+            saved_step = step
 
         def due() -> bool:
             if checkpoint_every is not None:
-                return step - saved_step >= checkpoint_every
-            return time.perf_counter() - saved_at >= SECONDS_BETWEEN_CHECKPOINTS
+                return step - tried_step >= checkpoint_every
+            return time.perf_counter() - tried_at >= SECONDS_BETWEEN_CHECKPOINTS
 
         with (
             MetricsWriter(directory, after=step) as metrics,
@@ -106,7 +108,6 @@ def run(job: Job, directory: RunDirectory, *, checkpoint_every: int | None = Non
                     except CheckpointWriteError as error:
                         # The disk may have room again later; only the last save must succeed.
                         warnings.warn(str(error), stacklevel=2)
-                        saved_at = time.perf_counter()
             if step > saved_step or not store.paths():
                 save()
         if not job.done:

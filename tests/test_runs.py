@@ -1,0 +1,477 @@
+"""Runs: configurations, metrics, resuming to the same bits, signals, figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+import math
+import os
+import signal
+import threading
+import tomllib
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from fake_problem import FakeConfig, FakeJob
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import fork
+
+from birl_ext.errors import (
+    CheckpointIncompatibleError,
+    CheckpointWriteError,
+    ConfigError,
+    FileFormatError,
+    NotConvergedError,
+)
+from birl_ext.runs import loop, plots, toml
+from birl_ext.runs.checkpoint import CheckpointStore
+from birl_ext.runs.config import differences, from_plain, read_toml, to_plain
+from birl_ext.runs.directory import MetricsWriter, RunDirectory, default_path
+from birl_ext.runs.progress import progress
+
+# TOML
+
+VALUES = st.recursive(
+    st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.text(), VALUES, max_size=6))
+def test_toml_round_trip(document):
+    assert tomllib.loads(toml.dumps(document)) == document
+
+
+def test_toml_reads_well():
+    text = toml.dumps(
+        {"b": {"x y": 1, "none": None, "c": {"d": []}}, "a": 1e-08, "t": (1, {"u": 2})}
+    )
+    assert text == 'a = 1e-08\nt = [1, {u = 2}]\n\n[b]\n"x y" = 1\n\n[b.c]\nd = []\n'
+    assert math.isnan(tomllib.loads(toml.dumps({"x": math.nan}))["x"])
+
+
+def test_toml_refuses_other_values_by_name():
+    with pytest.raises(ConfigError, match=r"type set has no TOML form at a\.b"):
+        toml.dumps({"a": {"b": {1}}})
+
+
+# Configurations
+
+
+class Cost(enum.Enum):
+    LINEAR = 1
+    SQRT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    depth: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    rate: float = 0.1
+    steps: int = 10
+    name: str = "x"
+    fast: bool = False
+    kind: Literal["a", "b", 3] = "a"
+    cost: Cost = Cost.LINEAR
+    limit: float | None = None
+    goals: tuple[tuple[int, int], ...] = ((1, 2),)
+    pair: tuple[int, str] = (1, "x")
+    rates: list[float] = dataclasses.field(default_factory=list)
+    data: Path | None = None
+    inner: Inner = Inner()
+
+
+@given(st.builds(Config, rate=st.floats(allow_nan=False), kind=st.sampled_from(["a", "b", 3])))
+def test_config_round_trip_through_toml(config):
+    assert from_plain(Config, tomllib.loads(toml.dumps(to_plain(config)))) == config
+
+
+def test_an_unknown_key_is_refused_with_a_suggestion():
+    with pytest.raises(ConfigError, match=r"unknown key 'step' at config .*did you mean 'steps'\?"):
+        from_plain(Config, {"step": 3})
+    with pytest.raises(ConfigError, match=r"unknown key 'dept' at config\.inner .*'depth'"):
+        from_plain(Config, {"inner": {"dept": 3}})
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {"rate": "0.1"},
+        {"rate": True},
+        {"steps": 1.0},
+        {"steps": True},
+        {"fast": 1},
+        {"name": 3},
+        {"kind": "c"},
+        {"kind": 3.0},
+        {"cost": "CUBIC"},
+        {"limit": "none"},
+        {"goals": [[1, 2], [3]]},
+        {"pair": ["x", 1]},
+        {"rates": 3.0},
+        {"data": 3},
+        {"inner": 3},
+    ],
+    ids=str,
+)
+def test_a_wrong_type_is_refused_by_name(plain):
+    (key,) = plain
+    with pytest.raises(ConfigError, match=rf"at config\.{key}"):
+        from_plain(Config, plain)
+
+
+def test_an_integer_is_a_float_and_absence_is_none():
+    config = from_plain(Config, {"rate": 1, "limit": 2})
+    assert (type(config.rate), type(config.limit)) == (float, float)
+    required = dataclasses.make_dataclass("Required", [("a", int), ("b", "int | None")])
+    assert from_plain(required, {"a": 1}).b is None
+    with pytest.raises(ConfigError, match="the key 'a' is missing"):
+        from_plain(required, {"b": 1})
+
+
+def test_differences_name_what_changed():
+    old = {"a": 1, "b": {"c": 0.1, "d": math.nan}, "e": True}
+    assert differences(old, {"a": 1.0, "b": {"c": 0.1, "d": math.nan}, "e": True}) == []
+    assert differences(old, {"b": {"c": 0.2, "d": math.nan}, "e": 1}) == [
+        "a: stored 1, given absent",
+        "b.c: stored 0.1, given 0.2",
+        "e: stored True, given 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a = ", "not a TOML file"),
+        (b"\xff\xfe", "not a TOML file"),
+        (b"a = 1\n" + b"#" * (1 << 20), "too large"),
+        (b"a = " + b"[" * 50 + b"]" * 50, "nested too deeply"),
+        (b"a = " + b"[" * 100_000, "nested too deeply"),
+        (b".".join([b"a"] * 30) + b" = 1", "nested too deeply"),
+    ],
+    ids=["syntax", "encoding", "size", "lists", "recursion", "tables"],
+)
+def test_a_bad_config_file_is_refused(tmp_path, content, message):
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_toml(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_toml(tmp_path / "absent.toml")
+
+
+# The run directory
+
+
+def start(path: Path, **settings) -> tuple[FakeJob, RunDirectory]:
+    config = FakeConfig(**settings)
+    return FakeJob(config), RunDirectory.create(path, "fake", to_plain(config))
+
+
+def again(path: Path) -> tuple[FakeJob, RunDirectory]:
+    directory = RunDirectory(path)
+    return FakeJob(from_plain(FakeConfig, directory.config)), directory
+
+
+def test_a_directory_with_files_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"not empty.*--resume"):
+        start(tmp_path)
+    with pytest.raises(ConfigError, match="not empty"):
+        start(tmp_path / "file")
+    with pytest.raises(ConfigError, match="not a run directory"):
+        RunDirectory(tmp_path)
+
+
+def test_default_paths_never_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = set()
+    for _ in range(3):
+        paths.add(path := default_path("bus"))
+        path.mkdir(parents=True)
+    assert len(paths) == 3
+    assert all(path.parts[0] == "runs" and path.name.startswith("bus-2") for path in paths)
+
+
+def test_metrics_are_strict_json_and_a_torn_line_is_left_out(tmp_path):
+    _, directory = start(tmp_path / "run")
+    rows = [{"step": 1, "x": 0.1}, {"step": 2, "x": math.nan}, {"step": 3, "x": math.inf}]
+    with MetricsWriter(directory, after=0) as metrics:
+        for row in rows:
+            metrics.append(row)
+    lines = directory.metrics_path.read_text().splitlines()
+    assert lines[1:] == ['{"step": 2, "x": null}', '{"step": 3, "x": null}']
+    with directory.metrics_path.open("a") as file:
+        file.write('{"step": 4, "x"')
+    history = directory.history()
+    assert history[0] == rows[0]
+    assert math.isnan(history[1]["x"])
+    assert [row["step"] for row in history] == [1, 2, 3]
+    with MetricsWriter(directory, after=2):
+        pass
+    assert directory.metrics_path.read_text().splitlines() == lines[:2]
+    directory.metrics_path.write_text("{}\nnot json\n{}\n")
+    with pytest.raises(FileFormatError, match="line 2"):
+        directory.history()
+
+
+def test_only_one_process_at_a_time(tmp_path):
+    job, directory = start(tmp_path / "run")
+    with directory.lock(), pytest.raises(ConfigError, match="another process"):
+        loop.run(job, directory)
+    loop.run(job, directory)
+
+
+def test_the_files_of_a_run(tmp_path):
+    job, directory = start(tmp_path / "run", steps=5, seed=3)
+    outcome = loop.run(job, directory, checkpoint_every=2)
+    assert (outcome.step, outcome.stopped_by) == (5, None)
+    assert [row["step"] for row in directory.history()] == [1, 2, 3, 4, 5]
+    assert [path.name for path in CheckpointStore(directory.checkpoints).paths()] == [
+        "step-00000005.0",
+        "step-00000004.0",
+    ]
+    summary = json.loads(directory.summary_path.read_text())
+    assert summary == outcome.summary
+    assert summary["parameters"] == job.x.tolist()
+    assert summary["seed"] == 3
+    assert summary["error_bound"] is None
+    assert summary["versions"]["torch"] == torch.__version__
+    assert read_toml(directory.config_path) == {"problem": "fake", "config": to_plain(job.config)}
+
+
+def test_progress_is_silent_without_a_terminal(capfd):
+    with progress("fake", total=3) as report:
+        report(1, {"x": 1.0})
+    assert capfd.readouterr() == ("", "")
+
+
+# Resuming
+
+
+def fingerprint(path: Path) -> dict[str, str]:
+    """Hashes of every tensor, the metrics and the summary, seconds apart."""
+    directory = RunDirectory(path)
+    found = CheckpointStore(directory.checkpoints).load()
+    hashes = {"step": str(found.step), "metrics": directory.metrics_path.read_text()}
+    hashes["summary"] = str({**(directory.read_summary() or {}), "seconds": None})
+
+    def walk(name: str, value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            data = value.contiguous().numpy().tobytes()
+            hashes[name] = hashlib.sha256(data).hexdigest()
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{name}.{key}", item)
+        else:
+            hashes[name] = repr(value)
+
+    walk("", found.state)
+    return hashes
+
+
+def signal_at(job: FakeJob, step: int, number: int) -> FakeJob:
+    """Make the job send its own process a signal in the middle of a step."""
+    take = job.step
+
+    def step_with_signal() -> dict[str, float]:
+        if job.taken == step - 1:
+            os.kill(os.getpid(), number)
+        return take()
+
+    job.step = step_with_signal
+    return job
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict[str, str]:
+    path = tmp_path_factory.mktemp("uninterrupted") / "run"
+    loop.run(*start(path, steps=12))
+    return fingerprint(path)
+
+
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, uninterrupted, stop):
+    path = tmp_path / "run"
+    job, directory = start(path, steps=12)
+    outcome = loop.run(signal_at(job, stop, signal.SIGTERM), directory)
+    assert outcome == (stop, None, signal.SIGTERM)
+    assert not directory.summary_path.exists()
+    loop.run(*again(path))
+    assert fingerprint(path) == uninterrupted
+
+
+@pytest.mark.parametrize("kill", range(1, 12, 2))
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, uninterrupted, kill):
+    path = tmp_path / "run"
+
+    def work() -> None:
+        job, directory = start(path, steps=12)
+        loop.run(signal_at(job, kill, signal.SIGKILL), directory, checkpoint_every=4)
+
+    child = fork(work)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(RunDirectory(path).history()) == kill - 1
+    loop.run(*again(path))
+    assert fingerprint(path) == uninterrupted
+
+
+def test_the_fingerprint_sees_a_lost_generator(tmp_path, uninterrupted):
+    """The comparison above can fail: it does so for a job that forgets its generator."""
+    path = tmp_path / "run"
+    job, directory = start(path, steps=12)
+    loop.run(signal_at(job, 5, signal.SIGTERM), directory)
+    job, directory = again(path)
+    load = job.load_state_dict
+    fresh = job.generator.get_state()
+    job.load_state_dict = lambda state: load({**state, "generator": fresh})
+    loop.run(job, directory)
+    assert fingerprint(path) != uninterrupted
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path, uninterrupted):
+    path = tmp_path / "run"
+    loop.run(*start(path, steps=12))
+    loop.run(*again(path))
+    assert fingerprint(path) == uninterrupted
+
+
+def test_seconds_add_up_over_sessions(tmp_path):
+    path = tmp_path / "run"
+    job, directory = start(path, steps=2, pause=0.02)
+    loop.run(signal_at(job, 1, signal.SIGTERM), directory)
+    first = CheckpointStore(directory.checkpoints).load().seconds
+    outcome = loop.run(*again(path))
+    assert outcome.summary["seconds"] >= first + 0.02
+
+
+def test_another_configuration_is_refused(tmp_path):
+    _, directory = start(tmp_path / "run", rate=0.1)
+    with pytest.raises(CheckpointIncompatibleError, match=r"rate: stored 0\.1, given 0\.2"):
+        loop.run(FakeJob(FakeConfig(rate=0.2)), directory)
+    loop.run(FakeJob(FakeConfig(rate=0.1)), directory)
+    config = directory.config_path.read_text().replace("rate = 0.1", "rate = 0.2")
+    directory.config_path.write_text(config)
+    with pytest.raises(CheckpointIncompatibleError, match=r"rate.*step-00000020"):
+        loop.run(*again(directory.path))
+
+
+def test_other_versions_warn(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    loop.run(*start(path, steps=2))
+    monkeypatch.setattr(loop, "versions", lambda: {**original, "torch": "9.9"})
+    original = CheckpointStore(path / "checkpoints").load().versions
+    with pytest.warns(UserWarning, match=r"torch .* -> 9\.9.*not to the same bits"):
+        loop.run(*again(path))
+
+
+# Failures and signals
+
+
+def test_a_failing_step_keeps_the_last_checkpoint(tmp_path):
+    job, directory = start(tmp_path / "run", steps=10, fail_at=5)
+    with pytest.raises(NotConvergedError):
+        loop.run(job, directory, checkpoint_every=2)
+    assert CheckpointStore(directory.checkpoints).load().step == 4
+
+
+def test_a_checkpoint_that_fails_on_the_way_warns_the_last_one_raises(tmp_path, monkeypatch):
+    failing = {2, 4}
+    save = CheckpointStore.save
+
+    def sometimes(self, state, *, step, **rest):
+        if step in failing:
+            raise CheckpointWriteError("no room")
+        return save(self, state, step=step, **rest)
+
+    monkeypatch.setattr(CheckpointStore, "save", sometimes)
+    with pytest.warns(UserWarning, match="no room") as caught:
+        loop.run(*start(tmp_path / "a", steps=9), checkpoint_every=2)
+    assert len(caught) == 2
+    assert CheckpointStore(tmp_path / "a/checkpoints").load().step == 9
+
+    failing = {6}
+    arguments = start(tmp_path / "b", steps=6)
+    with pytest.warns(UserWarning, match="no room"), pytest.raises(CheckpointWriteError):
+        loop.run(*arguments, checkpoint_every=2)
+    # 2 succeeds, 4 succeeds, 6 fails twice: on the way, and as the last one
+    assert CheckpointStore(tmp_path / "b/checkpoints").load().step == 4
+
+
+def test_ctrl_c_twice_interrupts_and_other_signals_do_not(tmp_path):
+    with loop.stop_requests() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+        assert stop == [signal.SIGTERM, signal.SIGTERM, signal.SIGHUP]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ignored_signals_stay_ignored():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with loop.stop_requests() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop == []
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_a_run_in_a_thread(tmp_path):
+    outcomes = []
+    arguments = start(tmp_path / "run", steps=3)
+    thread = threading.Thread(target=lambda: outcomes.append(loop.run(*arguments)))
+    thread.start()
+    thread.join()
+    assert outcomes[0].step == 3
+
+
+# Figures
+
+
+def test_figures_are_the_same_bytes_each_time(tmp_path):
+    job, directory = start(tmp_path / "run", steps=5)
+    summary = loop.run(job, directory).summary
+    before = dict(plots.mpl.rcParams)
+    written, missing = loop.draw_figures(job, directory, summary)
+    assert missing == []
+    assert [path.name for path in written] == [
+        "objective.png",
+        "objective.svg",
+        "both.png",
+        "both.svg",
+    ]
+    first = [path.read_bytes() for path in written]
+    assert first[0].startswith(b"\x89PNG")
+    assert b"<dc:date>" not in first[1]
+    plots.mpl.rcParams["font.size"] = 30
+    loop.draw_figures(job, directory, directory.read_summary())
+    assert [path.read_bytes() for path in written] == first
+    plots.mpl.rcParams["font.size"] = before["font.size"]
+    assert dict(plots.mpl.rcParams) == before
+
+
+def test_a_curve_shows_gaps_references_and_short_runs():
+    history = [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0, "b_c": 3.0}]
+    figure = plots.learning_curve(history, ["a", "b_c"], references={"optimum": 0.5}, log=True)
+    (axes,) = figure.axes
+    a, b, reference = axes.lines
+    assert list(a.get_ydata()) == [1.0, 2.0]
+    assert math.isnan(b.get_ydata()[0])
+    assert (a.get_marker(), reference.get_ydata()[0]) == ("o", 0.5)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b c"]
+    assert axes.texts[0].get_text() == "optimum"
+    assert axes.get_yscale() == "log"
