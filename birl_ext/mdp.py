@@ -102,7 +102,12 @@ class _MDP:
     # Normal form
 
     def flatten(self, temperature: float | Tensor, batch: tuple[int, ...] = ()) -> batching.Flat:
-        """The MDP at temperature τ, and in further batch axes, as (N, G) tensors: what the ops read."""
+        """The MDP at temperature τ as (N, G) tensors: what the ops read.
+
+        Args:
+            temperature: τ, a number or (*B).
+            batch: further batch axes to broadcast with, those of a policy or a value, say.
+        """
         return batching.flatten(
             self.reward,
             getattr(self, self._entries),
@@ -111,6 +116,7 @@ class _MDP:
             temperature,
             crow=getattr(self, "crow", None),
             col=getattr(self, "col", None),
+            batch=batch,
         )
 
     # Files
@@ -166,8 +172,7 @@ class _MDP:
         for name in ("reward", self._entries, "reference", "initial_distribution"):
             if (tensor := getattr(self, name)) is not None:
                 self._set(**{name: validation.as_floating(name, tensor)})
-        if not isinstance(self.discount, Tensor):
-            self._set(discount=float(self.discount))
+        self._set(discount=validation.as_number("discount", self.discount))
 
     def _check_form(self) -> None:
         """Shapes, dtypes, devices, numbers: all that can be checked without reading data."""

@@ -35,6 +35,7 @@ from birl_ext.errors import (
 __all__ = [
     "Level",
     "as_floating",
+    "as_number",
     "broadcast_batches",
     "check_actions",
     "check_crow_col",
@@ -111,6 +112,18 @@ def as_floating(name: str, tensor: Tensor) -> Tensor:
         allowed="float32, float64; float16 and bfloat16 are promoted to float32",
         fix=f"pass {name}.to(torch.float64)",
     )
+
+
+def as_number(name: str, value: float | Tensor) -> float | Tensor:
+    """A tensor as it is, anything else as a float; DtypeError if it is not a number."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise DtypeError(
+            f"{name} is {value!r}", allowed="a number or a tensor", fix=f"pass {name} as a float"
+        ) from None
 
 
 def check_same_dtype(tensors: Mapping[str, Tensor]) -> None:
