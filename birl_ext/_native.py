@@ -1,0 +1,369 @@
+"""The compiled modules: loaded once, with the reason where one did not load; called with integers.
+
+The wrappers allocate nothing. They check device, dtype, shape and contiguity, and pass pointers and
+sizes. Shapes: N transitions, each shared by G problems, with S states and A actions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from birl_ext.errors import (
+    BackendFallbackWarning,
+    BackendUnavailableError,
+    DeviceError,
+    DtypeError,
+    ShapeError,
+)
+
+__all__ = ["available", "policy_solve", "reason", "report", "solve", "sweep"]
+
+MODULES = {"cpu": "_cpu", "cuda": "_cuda"}
+
+
+class _Backend:
+    """One compiled module: its object, or the reason why there is none."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.module: ModuleType | None = None
+        self.reason = ""
+        self._tried = self._checked = self._warned = False
+
+    def load(self) -> None:
+        """Import the module; a failure becomes the reason."""
+        if self._tried:
+            return
+        self._tried = True
+        full = f"birl_ext.{MODULES[self.name]}"
+        try:
+            self.module = importlib.import_module(full)
+        except ModuleNotFoundError:
+            self.reason = f"{full} was not built"
+        except ImportError as error:  # a truncated file, a missing symbol, another Python
+            self.reason = f"{full} does not load: {error}"
+
+    def usable(self) -> ModuleType | None:
+        """The module, if it also belongs to this version of the package."""
+        self.load()
+        if self.module is not None and not self._checked:
+            # Not at import: the package's version is not defined before its modules are.
+            from birl_ext import __version__
+
+            self._checked = True
+            built = _built_version(self.module)
+            if built != __version__:
+                self.reason = f"built for birl_ext {built}, this is {__version__}"
+                self.module = None
+        return self.module
+
+    def require(self) -> ModuleType:
+        """The module, or BackendUnavailableError."""
+        module = self.usable()
+        if module is None:
+            raise BackendUnavailableError(f"backend {self.name!r}: {self.reason}")
+        return module
+
+    def announce(self) -> None:
+        """Say once that PyTorch stands in; BIRL_REQUIRE_EXT=1 makes a missing `_cpu` an error."""
+        if self.name == "cpu" and os.environ.get("BIRL_REQUIRE_EXT") == "1":
+            self.require()
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.reason}; PyTorch computes the same answers, slower. "
+                "Fix: reinstall birl_ext with a C++ compiler at hand; `birl doctor` tells more",
+                BackendFallbackWarning,
+                stacklevel=3,
+            )
+
+
+def _built_version(module: ModuleType) -> str:
+    try:
+        return str(module.build_info()["version"])
+    except (AttributeError, KeyError, TypeError):
+        return "an unknown version"
+
+
+_backends = {name: _Backend(name) for name in MODULES}
+_backends["cpu"].load()
+
+
+def available(name: str) -> bool:
+    """Whether backend "cpu" or "cuda" can be used; the first time it cannot, a warning says so."""
+    backend = _backends[name]
+    if backend.usable() is not None:
+        return True
+    backend.announce()
+    return False
+
+
+def reason(name: str) -> str:
+    """Why a backend cannot be used; empty if it can."""
+    backend = _backends[name]
+    return "" if backend.usable() is not None else backend.reason
+
+
+def report() -> dict[str, dict[str, Any]]:
+    """For each module whether it loaded, why not, and how it was built."""
+    entries = {}
+    for name, backend in _backends.items():
+        module = backend.usable()
+        entries[MODULES[name]] = {
+            "loaded": module is not None,
+            "reason": backend.reason,
+            "build_info": {} if module is None else dict(module.build_info()),
+        }
+    return entries
+
+
+class _Call:
+    """The checks of one call: every tensor passes through `at` once and becomes a pointer."""
+
+    def __init__(self, transition: Tensor, crow: Tensor | None, col: Tensor | None) -> None:
+        if transition.dtype not in (torch.float32, torch.float64):
+            raise DtypeError(f"transition has dtype {transition.dtype}")
+        self.device, self.storage = transition.device, transition.dtype
+        self.transition, self.crow, self.col = transition, crow, col
+
+    def at(self, name: str, tensor: Tensor | None, *shape: int, dtype: torch.dtype) -> int:
+        if tensor is None:
+            return 0
+        if tensor.device != self.device:
+            raise DeviceError(f"{name} is on {tensor.device}, transition on {self.device}")
+        if tensor.dtype != dtype:
+            raise DtypeError(f"{name} has dtype {tensor.dtype}", allowed=str(dtype))
+        if tensor.shape != shape:
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}", allowed=str(shape))
+        if not tensor.is_contiguous():
+            raise ShapeError(f"{name} is not contiguous", fix="call .contiguous() on it")
+        return tensor.data_ptr()
+
+    def vector(self, name: str, tensor: Tensor | None, *shape: int) -> int:
+        return self.at(name, tensor, *shape, dtype=torch.float64)
+
+    def model(self, n: int, s: int, a: int) -> tuple[int, int, int, int]:
+        """Pointers to transition, crow, col, and the number of entries; zeros if dense."""
+        if (self.crow is None) != (self.col is None):
+            raise ShapeError("crow and col belong together", fix="give both or neither")
+        if self.crow is None or self.col is None:
+            return self.at("transition", self.transition, n, s, a, s, dtype=self.storage), 0, 0, 0
+        entries = self.col.numel()
+        return (
+            self.at("transition", self.transition, n, entries, dtype=self.storage),
+            self.at("crow", self.crow, s * a + 1, dtype=torch.int64),
+            self.at("col", self.col, entries, dtype=torch.int64),
+            entries,
+        )
+
+    @property
+    def dtype(self) -> int:
+        return int(self.storage == torch.float64)
+
+
+def _sizes(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
+    if tensor.dim() != 4:
+        raise ShapeError(f"{name} has shape {tuple(tensor.shape)}", allowed="(N, G, S, A)")
+    n, g, s, a = tensor.shape
+    return n, g, s, a
+
+
+def sweep(
+    transition: Tensor,
+    crow: Tensor | None,
+    col: Tensor | None,
+    reward: Tensor,
+    log_reference: Tensor | None,
+    discount: Tensor,
+    temperature: Tensor,
+    value: Tensor,
+    *,
+    value_out: Tensor,
+    advantage_out: Tensor | None = None,
+    policy_out: Tensor | None = None,
+    log_policy_out: Tensor | None = None,
+) -> None:
+    """One application of the soft Bellman operator at `value`, on the device of the tensors.
+
+    Args:
+        transition: (N, S, A, S), or (N, nnz) with crow (S·A + 1,) and col (nnz,), int64.
+        reward: (N, G, S, A) in transition's dtype.
+        log_reference: (N, G, S, A) float64, −inf where masked; None is a reference of one.
+        discount, temperature: (N, G) float64.
+        value, value_out: (N, G, S) float64.
+        advantage_out, policy_out, log_policy_out: (N, G, S, A) float64.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: a tensor is not as above.
+        BackendUnavailableError: the module for this device is missing.
+
+    Source: (M1), (M2).
+    """
+    n, g, s, a = _sizes("reward", reward)
+    call = _Call(transition, crow, col)
+    pairs = (n, g, s, a)
+    arguments = (
+        call.dtype,
+        *pairs,
+        *call.model(n, s, a),
+        call.at("reward", reward, *pairs, dtype=call.storage),
+        call.vector("log_reference", log_reference, *pairs),
+        call.vector("discount", discount, n, g),
+        call.vector("temperature", temperature, n, g),
+        call.vector("value", value, n, g, s),
+        call.vector("value_out", value_out, n, g, s),
+        call.vector("advantage_out", advantage_out, *pairs),
+        call.vector("policy_out", policy_out, *pairs),
+        call.vector("log_policy_out", log_policy_out, *pairs),
+    )
+    if call.device.type == "cuda":
+        stream = torch.cuda.current_stream(call.device).cuda_stream
+        with torch.cuda.device(call.device):
+            _backends["cuda"].require().sweep(*arguments, stream, call.device.index)
+    else:
+        _cpu(call).sweep(*arguments, torch.get_num_threads())
+
+
+def solve(
+    transition: Tensor,
+    crow: Tensor | None,
+    col: Tensor | None,
+    reward: Tensor,
+    log_reference: Tensor | None,
+    discount: Tensor,
+    temperature: Tensor,
+    initial: Tensor | None,
+    *,
+    relative_value_out: Tensor,
+    offset_out: Tensor,
+    advantage_out: Tensor,
+    policy_out: Tensor,
+    log_policy_out: Tensor,
+    info_out: Tensor,
+    status_out: Tensor,
+    method: int = 0,
+    tol: float = 0.0,
+    max_iterations: int = 0,
+    validate: bool = True,
+) -> None:
+    """The fixed point V* = offset + relative value of every problem, with its certificate.
+
+    Args:
+        transition … temperature: as for `sweep`.
+        initial: (N, G, S) float64, a first guess of V*.
+        relative_value_out: (N, G, S); offset_out: (N, G); float64.
+        advantage_out, policy_out, log_policy_out: (N, G, S, A) float64.
+        info_out: (N, G, 6) float64: residual, bound on ‖V − V*‖∞ (units of reward), passes over P,
+            place and value of an invalid input, inner products.
+        status_out: (N, G) int64, see `birl_ext.solution.Status`.
+        method: 0 automatic, 1 value iteration, 2 Newton, 3 Newton-Krylov, 4 modified policy
+            iteration.
+        tol: relative certified error; 0 goes as far as rounding allows.
+        max_iterations: most passes over P; 0 is a default by method.
+        validate: check the numbers first.
+
+    Raises: as for `sweep`.
+
+    Source: (M3), (M6), (M9).
+    """
+    n, g, s, a = _sizes("reward", reward)
+    call = _Call(transition, crow, col)
+    pairs = (n, g, s, a)
+    _cpu(call).solve(
+        call.dtype,
+        *pairs,
+        *call.model(n, s, a),
+        call.at("reward", reward, *pairs, dtype=call.storage),
+        call.vector("log_reference", log_reference, *pairs),
+        call.vector("discount", discount, n, g),
+        call.vector("temperature", temperature, n, g),
+        call.vector("initial", initial, n, g, s),
+        call.vector("relative_value_out", relative_value_out, n, g, s),
+        call.vector("offset_out", offset_out, n, g),
+        call.vector("advantage_out", advantage_out, *pairs),
+        call.vector("policy_out", policy_out, *pairs),
+        call.vector("log_policy_out", log_policy_out, *pairs),
+        call.vector("info_out", info_out, n, g, 6),
+        call.at("status_out", status_out, n, g, dtype=torch.int64),
+        method,
+        tol,
+        max_iterations,
+        validate,
+        torch.get_num_threads(),
+    )
+
+
+def policy_solve(
+    transition: Tensor,
+    crow: Tensor | None,
+    col: Tensor | None,
+    policy: Tensor,
+    discount: Tensor,
+    rhs: Tensor,
+    *,
+    out: Tensor,
+    residual_out: Tensor,
+    transpose: bool = False,
+    method: int = 0,
+    tol: float = 0.0,
+    max_iterations: int = 0,
+) -> int:
+    """Solve (I − γP_π) x = b, or with the transposed matrix, for K right-hand sides each.
+
+    Args:
+        transition, crow, col: as for `sweep`.
+        policy: (N, G, S, A) float64.
+        discount: (N, G) float64.
+        rhs, out: (N, G, K, S) float64.
+        residual_out: (N, G, K) float64: ‖b − Ax‖∞, or ‖b − Aᵀx‖₁ if `transpose`.
+        method: 0 automatic, 2 direct, 3 Krylov, 5 Richardson with exact mass.
+        tol: residual relative to ‖b‖; 0 goes as far as rounding allows.
+        max_iterations: most products per correction; 0 is a default by method.
+
+    Returns: how many systems missed both the tolerance and the rounding level.
+
+    Raises: as for `sweep`.
+
+    Source: (M10), (M12), (M13).
+    """
+    n, g, s, a = _sizes("policy", policy)
+    if rhs.dim() != 4:
+        raise ShapeError(f"rhs has shape {tuple(rhs.shape)}", allowed="(N, G, K, S)")
+    k = rhs.shape[2]
+    call = _Call(transition, crow, col)
+    failed: int = _cpu(call).policy_solve(
+        call.dtype,
+        n,
+        g,
+        k,
+        s,
+        a,
+        *call.model(n, s, a),
+        call.vector("policy", policy, n, g, s, a),
+        call.vector("discount", discount, n, g),
+        call.vector("rhs", rhs, n, g, k, s),
+        call.vector("out", out, n, g, k, s),
+        call.vector("residual_out", residual_out, n, g, k),
+        transpose,
+        method,
+        tol,
+        max_iterations,
+        torch.get_num_threads(),
+    )
+    return failed
+
+
+def _cpu(call: _Call) -> Any:
+    if call.device.type != "cpu":
+        raise BackendUnavailableError(
+            f"no compiled kernel of this operation for device {call.device}",
+            fix='move the tensors to the CPU, or use backend="torch"',
+        )
+    return _backends["cpu"].require()
