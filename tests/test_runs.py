@@ -11,7 +11,6 @@ import os
 import signal
 import threading
 import tomllib
-import warnings
 from pathlib import Path
 from typing import Literal
 

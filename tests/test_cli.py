@@ -1,0 +1,319 @@
+"""The command line: exit codes, messages, files, missing packages, signals."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import types
+from pathlib import Path
+
+import fake_problem
+import pytest
+import torch
+
+import birl_ext
+from birl_ext import cli, doctor
+from birl_ext.io import read_tensors
+
+ROOT = Path(__file__).parent.parent
+BIRL = [sys.executable, str(ROOT / "tests" / "fake_problem.py")]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = types.ModuleType("birl_ext.problems")
+    problems.PROBLEMS = {"fake": fake_problem.PROBLEM}
+    monkeypatch.setitem(sys.modules, "birl_ext.problems", problems)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("BIRL_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def birl(capsys):
+    """Run a command in this process: exit status, standard output, standard error."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        try:
+            status = cli.main(list(words))
+        except SystemExit as ending:  # tyro and argparse end this way
+            status = ending.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def spawn(*words: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*BIRL, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def wait_for_steps(directory: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    path = directory / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < steps:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+# Help and mistakes
+
+
+def test_help(birl):
+    assert birl("--help") == (0, cli.USAGE, "")
+    assert birl() == (2, cli.USAGE, "")
+    status, out, _ = birl("run", "--help")
+    assert status == 0
+    assert "fake  noisy least squares" in out
+    assert birl("run")[0] == 2
+    status, out, _ = birl("run", "fake", "--help")
+    assert status == 0
+    for flag in ("--rate", "--seed", "--out", "--resume", "--checkpoint-every", "--no-figures"):
+        assert flag in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rnu"], r"unknown command 'rnu' .*did you mean 'run'\?"),
+        (["run", "fkae"], r"unknown problem 'fkae' .*did you mean 'fake'\?"),
+        (["run", "fake", "--checkpoint-every", "0"], "--checkpoint-every is 0"),
+        (["run", "fake", "--resume", "nowhere"], "not a run directory.*nowhere"),
+        (["run", "--config", "absent.toml"], "No such file.*absent.toml"),
+        (["run", "--config", "typo.toml"], r"unknown key 'rat' at typo\.toml.*'rate'"),
+        (["run", "--config", "top.toml"], r"unknown key 'problme' at top\.toml.*'problem'"),
+        (["run", "other", "--config", "good.toml"], "the problem is 'other'"),
+        (["run", "fake", "--out", "full"], "not empty"),
+        (["plot", "full"], "not a run directory"),
+        (["solve", "--mdp", "absent.npz", "--temperature", "1"], "absent.npz is not a file"),
+        (["run", "fake", "--fail-at", "3"], "did not converge"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_error_is_one_line_and_status_2(birl, words, message):
+    Path("full").mkdir()
+    Path("full/file").touch()
+    Path("typo.toml").write_text('problem = "fake"\n[config]\nrat = 1\n')
+    Path("top.toml").write_text('problme = "fake"\n')
+    Path("good.toml").write_text('problem = "fake"\n')
+    status, out, err = birl(*words)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("birl: BIRL-E")
+    assert re.search(message, err)
+
+
+def test_debug_shows_the_traceback(birl, monkeypatch):
+    monkeypatch.setenv("BIRL_DEBUG", "1")
+    with pytest.raises(birl_ext.errors.ConfigError):
+        birl("run", "fkae")
+
+
+@pytest.mark.parametrize("words", [["--rate", "x"], ["--noise", "pink"], ["--nose", "none"]])
+def test_a_wrong_flag_is_status_2_and_leaves_nothing_behind(birl, words):
+    assert birl("run", "fake", *words)[0] == 2
+    assert not Path("runs").exists()
+
+
+# Runs
+
+
+def test_a_run_ends_with_its_result_and_its_directory(birl):
+    status, out, err = birl("run", "fake", "--steps", "4", "--out", "a", "--seed", "7")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith("fake: 4 steps in ")
+    assert lines[0].endswith("seed 7")
+    assert lines[-1] == "a"
+    assert [line.split("  ")[1].strip() for line in lines[1:-1]] == [
+        "parameters",
+        "objective",
+        "gradient norm",
+        "error bound",
+    ]
+    assert sorted(path.name for path in Path("a").iterdir() if path.name[0] != ".") == [
+        "checkpoints",
+        "config.toml",
+        "figures",
+        "metrics.jsonl",
+        "summary.json",
+    ]
+    assert len(list(Path("a/figures").iterdir())) == 4
+
+
+def test_the_default_directory(birl):
+    birl("run", "fake", "--steps", "1", "--no-figures")
+    (path,) = Path("runs").iterdir()
+    assert path.name.startswith("fake-")
+    assert not (path / "figures").exists()
+
+
+def test_flags_override_the_file_which_overrides_the_defaults(birl):
+    Path("run.toml").write_text('problem = "fake"\n[config]\nsteps = 2\nrate = 1\nseed = 4\n')
+    assert birl("run", "--config", "run.toml", "--seed", "5", "--out", "a", "--no-figures")[0] == 0
+    config = tomllib.loads(Path("a/config.toml").read_text())["config"]
+    assert (config["steps"], config["rate"], config["seed"], config["size"]) == (2, 1.0, 5, 5)
+    # What a run wrote starts the same run again.
+    assert birl("run", "fake", "--config=a/config.toml", "--out=b", "--no-figures")[0] == 0
+    assert Path("a/config.toml").read_bytes() == Path("b/config.toml").read_bytes()
+    assert Path("a/metrics.jsonl").read_bytes() == Path("b/metrics.jsonl").read_bytes()
+
+
+def test_resume_refuses_another_configuration(birl):
+    birl("run", "fake", "--steps", "2", "--out", "a", "--no-figures")
+    status, _, err = birl("run", "--resume", "a", "--rate", "0.5")
+    assert status == 2
+    assert "BIRL-E703 the configuration differs: rate: stored 0.05, given 0.5" in err
+    assert birl("run", "fake", "--resume", "a", "--out", "b")[0] == 2
+    assert birl("run", "fake", "--resume", "a", "--no-figures")[0] == 0
+
+
+def test_plot_draws_the_same_figures_again(birl):
+    birl("run", "fake", "--steps", "3", "--out", "a")
+    paths = sorted(Path("a/figures").iterdir())
+    before = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.unlink()
+    status, out, _ = birl("plot", "a")
+    assert status == 0
+    assert sorted(map(Path, out.split())) == paths
+    assert [path.read_bytes() for path in paths] == before
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on(birl):
+    birl("run", "fake", "--steps", "4", "--out", "a", "--no-figures", "--checkpoint-every", "3")
+    metrics = Path("a/metrics.jsonl").read_bytes()
+    tensors = Path("a/checkpoints/step-00000004.0/tensors.pt")
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    status, _, err = birl("run", "--resume", "a", "--no-figures")
+    assert status == 0
+    assert err.startswith(f"birl: warning: damaged checkpoint passed over: {tensors}")
+    assert Path("a/metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(birl, number, code):
+    flags = ["--pause", "0.01", "--steps", "60", "--no-figures"]
+    process = spawn("run", "fake", "--out", "a b", *flags)
+    wait_for_steps(Path("a b"), 3, process)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert (process.returncode, out) == (code, "")
+    lines = err.splitlines()
+    assert lines[0].startswith("birl: stopping after this step")
+    assert lines[1].startswith(f"birl: stopped by {number.name} after step")
+    assert lines[2] == "  birl run --resume 'a b'"
+    steps = Path("a b/metrics.jsonl").read_text().count("\n")
+    assert steps < 60
+    assert birl("run", "--resume", "a b", "--no-figures")[0] == 0
+    assert birl("run", "fake", "--out", "whole", *flags)[0] == 0
+    for name in ("metrics.jsonl", "checkpoints/step-00000060.0/tensors.pt"):
+        assert Path("a b", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def test_a_bar_on_a_terminal_and_silence_elsewhere(birl):
+    assert birl("run", "fake", "--steps", "2", "--no-figures", "--out", "a")[2] == ""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [*BIRL, "run", "fake", "--steps", "2", "--no-figures", "--out", "b"],
+        stdout=subprocess.PIPE,
+        stderr=slave,
+        env={**os.environ, "TERM": "xterm"},
+    )
+    out, _ = process.communicate()
+    os.close(slave)
+    shown = os.read(master, 1 << 20).decode()
+    os.close(master)
+    assert "2/2" in shown
+    assert "objective" in shown
+    assert b"\x1b" not in out
+
+
+# Missing packages
+
+
+def test_without_tyro(monkeypatch, birl):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    status, _, err = birl("run", "fake")
+    assert status == 2
+    assert 'BIRL-E802 the command line needs tyro and rich. Fix: pip install "birl_ext[cli]"' in err
+
+
+def test_without_matplotlib_a_run_ends_well_and_plot_makes_up_for_it(birl):
+    process = spawn("run", "fake", "--steps", "2", "--out", "a", HIDE="matplotlib")
+    out, err = process.communicate()
+    assert process.returncode == 0
+    assert out.splitlines()[-1] == "a"
+    assert err.count("\n") == 1
+    assert "figures not drawn, matplotlib is missing: objective, both." in err
+    assert "then birl plot a" in err
+    process = spawn("plot", "a", HIDE="matplotlib")
+    assert 'pip install "birl_ext[viz]"' in process.communicate()[1]
+    assert process.returncode == 2
+    assert birl("plot", "a")[0] == 0
+
+
+def test_doctor_needs_no_extras():
+    code = (
+        "import sys, runpy\n"
+        "for name in ('tyro', 'rich', 'matplotlib', 'safetensors', 'scipy'):\n"
+        "    sys.modules[name] = None\n"
+        "sys.argv = ['birl']\n"
+        "runpy.run_module('birl_ext', run_name='__main__')\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+    for word in (f"birl_ext {birl_ext.__version__}", torch.__version__, "compiled modules", "cpu"):
+        assert word in process.stdout
+
+
+def test_doctor_says_why_a_module_did_not_load(birl, monkeypatch):
+    native = types.ModuleType("birl_ext._native")
+    native.report = lambda: {
+        "_cpu": {"loaded": True, "reason": "", "build_info": {"version": "1.2", "isa": "avx2"}},
+        "_cuda": {"loaded": False, "reason": "the driver is too old", "build_info": {}},
+    }
+    monkeypatch.setitem(sys.modules, "birl_ext._native", native)
+    status, out, _ = birl("doctor")
+    assert status == 0
+    assert "  _cpu   loaded; version 1.2, isa avx2\n" in out
+    assert "  _cuda  not loaded: the driver is too old\n" in out
+
+
+def test_doctor_reports_a_broken_torch_instead_of_failing(birl, monkeypatch):
+    monkeypatch.setattr(doctor, "_torch", lambda: OSError("libtorch_cpu.so: not found"))
+    status, out, _ = birl("doctor")
+    assert status == 1
+    assert "torch     does not import: libtorch_cpu.so: not found" in out
+
+
+# Solving a file
+
+
+def test_solve_writes_value_policy_and_certificate(birl):
+    transition = torch.softmax(torch.randn(4, 2, 4, dtype=torch.float64), -1)
+    mdp = birl_ext.DenseMDP(torch.randn(4, 2, dtype=torch.float64), transition, 0.9)
+    mdp.save("mdp.npz")
+    status, out, err = birl("solve", "--mdp", "mdp.npz", "--temperature", "0.5")
+    assert (status, err) == (0, "")
+    assert "error bound" in out
+    want = birl_ext.solve(mdp, temperature=0.5)
+    got = read_tensors("mdp.solution.npz", want._fields)
+    assert set(got) == set(want._fields)
+    for name in ("value", "policy", "error_bound"):
+        assert torch.equal(got[name], getattr(want, name)), name
+    status, *_ = birl("solve", "--mdp", "mdp.npz", "--temperature", "-1")
+    assert status == 2
+    assert birl("solve", "--mdp", "mdp.npz", "--temperature", "1", "--out", "x.safetensors")[0] == 0
+    assert Path("x.safetensors").exists()
