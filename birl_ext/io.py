@@ -51,7 +51,11 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -
     target = Path(path)
     suffix = _suffix(target)
     package = _safetensors() if suffix == ".safetensors" else None
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: safetensors refuses views of one storage, such as a reward that is also the reference.
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=suffix)
     try:
         with os.fdopen(handle, "wb") as file:

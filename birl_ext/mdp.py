@@ -79,8 +79,8 @@ class _MDP:
     def to(self, *targets: torch.device | str | torch.dtype) -> Self:
         """A copy on another device, in another dtype, or both: ``mdp.to("cuda", torch.float32)``.
 
-        Widening to float64 divides every row of P by its sum, which leaves the model as it was
-        read before (P/σ) and makes it pass the tighter tolerance.
+        Widening to float64 divides every row of P, and ρ, by its sum: this leaves the model as it
+        was read before (P/σ) and lets it pass the tighter tolerance.
         """
         devices = [target for target in targets if not isinstance(target, torch.dtype)]
         dtypes = [target for target in targets if isinstance(target, torch.dtype)]
@@ -97,7 +97,13 @@ class _MDP:
             changes[name] = tensor
         widened = torch.float64 in dtypes and self.dtype == torch.float32
         new = self.replace(validate="cheap", **changes)
-        return new._normalised() if widened else new
+        if not widened:
+            return new
+        if new.initial_distribution is not None:
+            start = new.initial_distribution
+            changes["initial_distribution"] = start / start.sum(-1, keepdim=True)
+        changes[self._entries] = new._normalised()
+        return new.replace(validate="cheap", **changes)
 
     # Normal form
 
@@ -265,7 +271,8 @@ class _MDP:
     def _check_rows(self) -> None:
         raise NotImplementedError
 
-    def _normalised(self) -> Self:
+    def _normalised(self) -> Tensor:
+        """P/σ, as the tensor that holds P's numbers; rows of zeros stay."""
         raise NotImplementedError
 
 
@@ -334,7 +341,7 @@ class DenseMDP(_MDP):
     def to_sparse(self) -> SparseMDP:
         """The same MDP in CSR form; the pattern is the union of the non-zeros over the batch."""
         batch = self.transition.shape[:-3]
-        flat = self.transition.reshape(*batch, -1)
+        flat = self.transition.flatten(-3)
         present = (flat != 0).flatten(0, -2).any(0) if batch else flat != 0
         keep = present.nonzero().squeeze(-1)
         counts = present.reshape(-1, self.states).sum(-1)
@@ -352,11 +359,9 @@ class DenseMDP(_MDP):
     def _check_rows(self) -> None:
         validation.check_rows(self.transition, self._continuing())
 
-    def _normalised(self) -> DenseMDP:
+    def _normalised(self) -> Tensor:
         total = self.transition.sum(-1, keepdim=True)
-        return self.replace(
-            validate="cheap", transition=self.transition / torch.where(total == 0, 1.0, total)
-        )
+        return self.transition / torch.where(total == 0, 1.0, total)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -491,12 +496,11 @@ class SparseMDP(_MDP):
             self.values, self.rows(), self.col, (self.states, self.actions), self._continuing()
         )
 
-    def _normalised(self) -> SparseMDP:
+    def _normalised(self) -> Tensor:
         rows = self.rows()
         total = self.values.new_zeros((*self.values.shape[:-1], self.states * self.actions))
         total = total.index_add(-1, rows, self.values)
-        total = torch.where(total == 0, 1.0, total)
-        return self.replace(validate="cheap", values=self.values / total[..., rows])
+        return self.values / torch.where(total == 0, 1.0, total)[..., rows]
 
 
 def load(
