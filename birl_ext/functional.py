@@ -1,6 +1,8 @@
-"""The public functions: solve, bellman, evaluate, occupancy. Pure, differentiable, on tensors or on MDP objects.
+"""The public functions: solve, bellman, evaluate, occupancy. Pure, differentiable, on tensors or on
+MDP objects.
 
-*B are batch axes that broadcast; a transition without them is shared by the whole batch and read once.
+*B are batch axes that broadcast; a transition without them is shared by the whole batch and read
+once.
 """
 
 from __future__ import annotations
@@ -93,31 +95,40 @@ def solve(
         π(a|s) = μ(a|s) exp((Q(s,a) − V(s))/τ)
 
     Args:
-        reward: r, (*B, S, A), reward per step, float32 or float64; or a DenseMDP or SparseMDP, which brings
+        reward: r, (*B, S, A), reward per step, float32 or float64; or a DenseMDP or SparseMDP,
+            which brings
             transition, discount, reference, mask and terminal along.
-        transition: P, (*B, S, A, S), probabilities of the next state, same dtype. Rows are read as P/ΣP.
+        transition: P, (*B, S, A, S), probabilities of the next state, same dtype. Rows are read
+            as P/ΣP.
         discount: γ in [0, 1), per step; a number or (*B).
         temperature: τ > 0, units of reward; a number or (*B).
-        reference: μ, (*B, S, A), positive weights; None is μ ≡ 1 (plain entropy). Normalised: KL to a reference.
+        reference: μ, (*B, S, A), positive weights; None is μ ≡ 1 (plain entropy). Normalised:
+            KL to a reference.
         mask: (*B, S, A) bool, True where the action is available; None is everywhere.
         terminal: (*B, S) bool, True where the process ends: r is paid, nothing follows.
         initial: V₀, (*B, S), a warm start. No gradient.
         method: "auto" chooses per shape and discount; see docs/solvers.md.
-        tol: certified relative error asked of the value, in units of max(‖V‖∞, ‖r‖∞); None: as far as rounding allows.
+        tol: certified relative error asked of the value, in units of max(‖V‖∞, ‖r‖∞); None: as
+            far as rounding allows.
         max_iterations: most passes over P; None: enough for the method.
-        on_fail: "raise", or "status": return the best iterate; where status ≠ 0 its gradient is NaN.
-        validate: "full", "cheap" (shapes, dtypes, scalars) or "off", for tensors; an MDP object has been validated.
+        on_fail: "raise", or "status": return the best iterate; where status ≠ 0 its gradient is
+            NaN.
+        validate: "full", "cheap" (shapes, dtypes, scalars) or "off", for tensors; an MDP object
+            has been validated.
         backend: "auto", "torch", "cpu" or "cuda".
 
     Returns:
         Solution. Its `error_bound` is never below ‖value − V*‖∞.
 
     Raises:
-        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its place.
+        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with
+            its place.
         SolveError: not converged; the best iterate is the error's `solution`.
 
-    Gradients: reward, transition, discount, temperature, reference; reverse and forward mode, any order, by the
-    implicit function theorem (M10)-(M12). That of P lies on the tangent of the simplex: it is the derivative of
+    Gradients: reward, transition, discount, temperature, reference; reverse and forward mode,
+        any order, by the
+    implicit function theorem (M10)-(M12). That of P lies on the tangent of the simplex: it is the
+    derivative of
     P ↦ solve(P/ΣP).
 
     Source: Yang, Gao and Yuan, AISTATS 2025; (M1)-(M9).
@@ -184,13 +195,15 @@ def bellman(
 
     Args:
         value: V, (*B, S), units of reward.
-        reward, transition, discount, temperature, reference, mask, terminal, validate, backend: as in `solve`.
+        reward, transition, discount, temperature, reference, mask, terminal, validate, backend:
+            as in `solve`.
 
     Returns:
         TV (*B, S); Q (*B, S, A), −inf where masked; and π_V (*B, S, A), the softmax policy at V.
 
     Raises:
-        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its place.
+        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with
+            its place.
 
     Gradients: value, reward, transition, discount, temperature, reference; any order and mode.
 
@@ -220,7 +233,8 @@ def bellman(
         _backend(backend, flat.reward.device),
     )
     q = _masked(advantage + image.unsqueeze(-1), flat)
-    return tuple(flat.layout.restore(x.to(dtype)) for x in (image, q, policy))  # type: ignore[return-value]
+    restore = flat.layout.restore
+    return restore(image.to(dtype)), restore(q.to(dtype)), restore(policy.to(dtype))
 
 
 def evaluate(
@@ -239,7 +253,8 @@ def evaluate(
 
     Args:
         policy: π, (*B, S, A), probabilities.
-        reward: g, (*B, S, A); or an MDP object, whose reward, transition, discount and terminal are used.
+        reward: g, (*B, S, A); or an MDP object, whose reward, transition, discount and terminal
+            are used.
         transition: P, (*B, S, A, S).
         discount: γ in [0, 1).
         terminal: (*B, S) bool, as in `solve`.
@@ -249,7 +264,8 @@ def evaluate(
         J, (*B, S), units of reward. The regularisation is not part of it.
 
     Raises:
-        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its place.
+        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with
+            its place.
 
     Gradients: policy, reward, transition, discount; any order and mode.
 
@@ -291,7 +307,8 @@ def occupancy(
         d, (*B, S), probabilities: they sum to one unless the process ends.
 
     Raises:
-        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its place.
+        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with
+            its place.
 
     Gradients: policy, transition, discount, initial_distribution; any order and mode.
 

@@ -82,7 +82,9 @@ class Solution(NamedTuple):
     advantage: Tensor
     """Q* − V*, (*B, S, A), free of the cancellation of subtracting the two; 0 where masked."""
     residual: Tensor
-    """Half the span of TV − V at the last sweep, (*B,); its sup norm if some row has no continuation."""
+    """Half the span of TV − V at the last sweep, (*B,); its sup norm if some row has no
+    continuation.
+    """
     error_bound: Tensor
     """Certified bound on ‖value − V*‖∞, (*B,): (M6) and rounding, never below the true error."""
     log_policy_error_bound: Tensor

@@ -1,4 +1,6 @@
-"""Bilevel reinforcement learning: an upper level shapes an MDP, whose soft-optimal policy it is judged by."""
+"""Bilevel reinforcement learning: an upper level shapes an MDP, whose soft-optimal policy it is
+judged by.
+"""
 
 from birl_ext.bilevel.hypergradient import HypergradientReport, hypergradient_report
 from birl_ext.bilevel.msobirl import MSoBiRL, Outcome

@@ -1,7 +1,8 @@
-"""The hyper-gradient from inexact inner solves (M14), its certificate, and a report against the exact one.
+"""The hyper-gradient from inexact inner solves (M14), its certificate, and a report against the
+exact one.
 
-An `Estimate` needs a value V and a flow λ, neither of them exact: V from a few sweeps, λ from a few products. The flow is the
-adjoint of (M12); the w of (M14) is −τλ.
+An estimate needs a value V and a flow λ, neither of them exact: V from a few sweeps, λ from a few
+products. The flow is the adjoint of (M12); the w of (M14) is −τλ.
 """
 
 from __future__ import annotations
@@ -106,10 +107,13 @@ class Linearisation:
         return self.direct + inner
 
     def flow_error(self, flow: Tensor) -> Tensor:
-        """Certified bound on ‖Δr̄‖₁, (N, G): what the errors of V and λ do to the cotangent of the reward.
+        """Certified bound on ‖Δr̄‖₁, (N, G): what the errors of V and λ do to the cotangent of the
+        reward.
 
-        With ε = 2‖ΔV‖∞/τ (M7) a policy moves by at most η = e^ε − 1 in ℓ₁ per state, and with ρ the residual
-        of λ (M13), ‖Δλ‖₁ ≤ (ρ + γη‖λ‖₁ + ‖Δv̄‖₁)/(1 − γ). The cotangents that f itself hands down are taken as they
+        With ε = 2‖ΔV‖∞/τ (M7) a policy moves by at most η = e^ε − 1 in ℓ₁ per state, and with ρ the
+        residual
+        of λ (M13), ‖Δλ‖₁ ≤ (ρ + γη‖λ‖₁ + ‖Δv̄‖₁)/(1 − γ). The cotangents that f itself hands down
+        are taken as they
         are; `hypergradient_report(smoothness=…)` adds how they move with π.
         """
         return self._flow_error(flow, 0.0)
@@ -214,18 +218,21 @@ def hypergradient_report(
 ) -> HypergradientReport:
     """Compare a hyper-gradient with the exact one and certify its error.
 
-        ‖∇φ̂ − ∇φ‖₂ ≤ max_{s,a} ‖∂(r + γPV)/∂x‖₂ · ‖Δr̄‖₁ + γ‖r̄‖₁ ‖ΔV‖∞ · max_{s,a} Σ_t ‖∂P(t|s,a)/∂x‖₂
+        ‖∇φ̂ − ∇φ‖₂ ≤ max_{s,a} ‖∂(r + γPV)/∂x‖₂ · ‖Δr̄‖₁ + γ‖r̄‖₁ ‖ΔV‖∞ · max_{s,a} Σ_t
+        ‖∂P(t|s,a)/∂x‖₂
 
     Args:
         problem: the two levels.
         x: upper variable, (d,) or (M, d).
         temperature: τ.
         estimate: a linearisation and the flow used with it; None: the ones of the solver itself.
-        smoothness: Lipschitz constant of ∂f/∂π with respect to π, entry by entry; 0 if it is linear in π or the
+        smoothness: Lipschitz constant of ∂f/∂π with respect to π, entry by entry; 0 if it is
+            linear in π or the
             cotangents are constants. The bound is certified for that constant.
 
     Returns:
-        HypergradientReport. The bound is inf if discount or reference depend on x, or ∂P/∂x is too large to form.
+        HypergradientReport. The bound is inf if discount or reference depend on x, or ∂P/∂x is too
+        large to form.
 
     Source: (M5), (M7), (M13), combined.
     """
@@ -283,7 +290,9 @@ def _exact_flow(at: Linearisation) -> Tensor:
 
 
 def _bound(at: Linearisation, flow: Tensor, smoothness: float, starts: torch.Size) -> Tensor:
-    """The right-hand side of the formula in `hypergradient_report`, summed over the problems of each start."""
+    """The right-hand side of the formula in `hypergradient_report`, summed over the problems of
+    each start.
+    """
     flat, x = at.flat, at.x
     infinite = at.objective.new_full(starts, torch.inf)
     if flat.log_reference.requires_grad or flat.discount.requires_grad:

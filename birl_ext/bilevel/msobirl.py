@@ -36,14 +36,17 @@ class Outcome(NamedTuple):
     objective: Tensor
     gradient_norm: Tensor
     relative_error: Tensor
-    """Certified bound on ‖Δr̄‖₁ / (‖λ‖₁ + ‖Q̄‖₁): how well the cotangent that reaches the reward is known."""
+    """Certified bound on ‖Δr̄‖₁ / (‖λ‖₁ + ‖Q̄‖₁): how well the cotangent that reaches the reward is
+    known.
+    """
     sweeps: int
     products: int
     temperature: float
 
 
 class MSoBiRL:
-    """Single-loop bilevel descent: sweeps on V, steps on the adjoint, one step on x, all warm-started.
+    """Single-loop bilevel descent: sweeps on V, steps on the adjoint, one step on x, all warm-
+    started.
 
         V_k = T^N V_{k−1},   λ_k ≈ (I − γP_π)⁻ᵀ v̄,   x_{k+1} = x_k − β ∇φ̂(x_k, V_k, λ_k)
 
@@ -51,7 +54,8 @@ class MSoBiRL:
         problem: the two levels.
         x: start, (d,), or (M, d) for many starts at once; copied.
         temperature: τ, or a schedule of it (see `geometric`).
-        optimiser: from a list of parameters to any torch optimiser, e.g. ``lambda p: torch.optim.Adam(p, lr=1e-2)``.
+        optimiser: from a list of parameters to any torch optimiser, e.g. ``lambda p:
+            torch.optim.Adam(p, lr=1e-2)``.
         mode: how the inner problems are solved.
             "contracting": deflated sweeps and λ ← v̄ + γP_πᵀλ, which contracts by γ; as many of each as `accuracy` needs.
             "published": N plain sweeps and one step w ← w − ζ(AᵀAw − Aᵀb) per outer step, as in the paper.
@@ -60,7 +64,8 @@ class MSoBiRL:
         accuracy: certified relative error allowed in the cotangent of the reward ("contracting").
         adjoint_rate: ζ, below 2/σ²max(A) ("published").
         sweep_tol: stop the sweeps once a sweep moves V by less ("published"), units of reward.
-        noise: standard deviation of Gaussian noise added to the hyper-gradient, units of φ per unit of x.
+        noise: standard deviation of Gaussian noise added to the hyper-gradient, units of φ per
+            unit of x.
         seed: of the noise and of the published w₀ ~ N(0, I).
         max_inner: most sweeps, and most products, per outer step ("contracting").
 
@@ -109,7 +114,9 @@ class MSoBiRL:
         self._drift_goal = accuracy
 
     def step(self) -> Outcome:
-        """One outer step on x; with an optimiser that asks again, such as LBFGS, several evaluations."""
+        """One outer step on x; with an optimiser that asks again, such as LBFGS, several
+        evaluations.
+        """
         outcomes: list[Outcome] = []
 
         def closure() -> Tensor:
@@ -254,7 +261,9 @@ class MSoBiRL:
         return SweptValue(image + middle, advantage, policy, log_policy, error)
 
     def _published_flow(self, at: Linearisation) -> Tensor:
-        """w ← w − ζ(AᵀAw − Aᵀb) with A = (I − γP_π)ᵀ; here for λ = −w/τ, which obeys the same recursion."""
+        """w ← w − ζ(AᵀAw − Aᵀb) with A = (I − γP_π)ᵀ; here for λ = −w/τ, which obeys the same
+        recursion.
+        """
         flow = self._flow
         if flow is None:
             shape = at.source.shape
@@ -264,7 +273,9 @@ class MSoBiRL:
         return flow - self.adjoint_rate * at.forward(at.transposed(flow) - at.source)
 
     def _contract_flow(self, at: Linearisation) -> Tensor:
-        """λ ← v̄ + γP_πᵀλ, from the warm start with its mass made exact: Σλ = Σv̄/(1 − γ) where nothing ends."""
+        """λ ← v̄ + γP_πᵀλ, from the warm start with its mass made exact: Σλ = Σv̄/(1 − γ) where
+        nothing ends.
+        """
         flow = self._flow
         if flow is None:
             flow = at.source

@@ -1,4 +1,6 @@
-"""Newton's method for upper levels with few variables: the layer's second derivatives make the Hessian exact."""
+"""Newton's method for upper levels with few variables: the layer's second derivatives make the
+Hessian exact.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class NewtonOutcome(NamedTuple):
 
 
 class DampedNewton:
-    """min φ(x) by x ← x − (H + μ diag H)⁻¹ g, with μ from the ratio of actual to predicted decrease.
+    """min φ(x) by x ← x − (H + μ diag H)⁻¹ g, with μ from the ratio of actual to predicted
+    decrease.
 
     The damping is scaled by the diagonal of H, so badly scaled parameters do no harm.
 

@@ -21,11 +21,13 @@ Temperature = float | Callable[[int], float]
 
 @dataclass(frozen=True)
 class BilevelProblem:
-    """min over x of φ(x) = f(x, π*(x)), where π*(x) is the soft-optimal policy of an MDP that x shapes.
+    """min over x of φ(x) = f(x, π*(x)), where π*(x) is the soft-optimal policy of an MDP that x
+    shapes.
 
     Args:
         lower: x → DenseMDP or SparseMDP; reward, transition or reference may depend on x.
-        upper: (x, Solution) → φ, a scalar, or one number per start when x has a leading axis of starts.
+        upper: (x, Solution) → φ, a scalar, or one number per start when x has a leading axis of
+            starts.
 
     Many starts are one batch: let x be (M, d), the MDP's first batch axis M, and φ (M,).
     """

@@ -1,1 +1,3 @@
-"""Dispatcher ops and their derivatives; one file per op. Private: the public functions are in `functional`."""
+"""Dispatcher ops and their derivatives; one file per op. Private: the public functions are in
+`functional`.
+"""

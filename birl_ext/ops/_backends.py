@@ -1,12 +1,15 @@
-"""Which code computes an op: the compiled module where it loaded and fits, else PyTorch; and what a failed solve raises."""
+"""Which code computes an op: the compiled module where it loaded and fits, else PyTorch; and what a
+failed solve raises.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from birl_ext import errors, validation
+from birl_ext import _native, errors, validation
 from birl_ext.ops import _torch
 from birl_ext.solution import Status
 
@@ -26,9 +29,20 @@ def bellman(
     value: Tensor,
     backend: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _torch.bellman(
-        transition, crow, col, reward, log_reference, discount, temperature, value
+    data = (transition, crow, col, reward, log_reference, discount, temperature)
+    if not _compiled(transition.device, backend):
+        return _torch.bellman(*data, value)
+    image = _vector(reward.shape[:-1], reward)
+    table = [_vector(reward.shape, reward) for _ in range(3)]
+    _native.sweep(
+        *_plain(*data),
+        value.contiguous(),
+        value_out=image,
+        advantage_out=table[0],
+        policy_out=table[1],
+        log_policy_out=table[2],
     )
+    return image, table[0], table[1], table[2]
 
 
 def solve(
@@ -47,20 +61,33 @@ def solve(
     strict: bool,
     backend: int,
 ) -> tuple[Tensor, ...]:
-    outputs = _torch.solve(
-        transition,
-        crow,
-        col,
-        reward,
-        log_reference,
-        discount,
-        temperature,
-        initial,
-        method,
-        tol,
-        max_iterations,
-        validate,
-    )
+    data = (transition, crow, col, reward, log_reference, discount, temperature)
+    if _compiled(transition.device, backend) and transition.is_cpu:
+        batch = reward.shape[:2]
+        outputs = (
+            _vector(reward.shape[:-1], reward),
+            _vector(batch, reward),
+            *(_vector(reward.shape, reward) for _ in range(3)),
+            _vector((*batch, 6), reward),
+            torch.empty(batch, dtype=torch.int64, device=reward.device),
+        )
+        _native.solve(
+            *_plain(*data),
+            None if initial.dim() == 1 else initial.contiguous(),
+            relative_value_out=outputs[0],
+            offset_out=outputs[1],
+            advantage_out=outputs[2],
+            policy_out=outputs[3],
+            log_policy_out=outputs[4],
+            info_out=outputs[5],
+            status_out=outputs[6],
+            method=method,
+            tol=tol,
+            max_iterations=max_iterations,
+            validate=bool(validate),
+        )
+    else:
+        outputs = _torch.solve(*data, initial, method, tol, max_iterations, validate)
     if strict and bool(outputs[-1].any()):
         raise failure(outputs, transition, crow, col, reward, lambda flat: (flat,))
     return outputs
@@ -78,12 +105,62 @@ def policy_solve(
     method: int,
     backend: int,
 ) -> tuple[Tensor, Tensor]:
-    return _torch.policy_solve(transition, crow, col, policy, discount, rhs, transpose, tol, method)
+    if not (_compiled(transition.device, backend) and transition.is_cpu):
+        return _torch.policy_solve(
+            transition, crow, col, policy, discount, rhs, transpose, tol, method
+        )
+    out, residual = _vector(rhs.shape, rhs), _vector(rhs.shape[:-1], rhs)
+    sparse = transition.dim() == 2
+    _native.policy_solve(
+        transition.contiguous(),
+        crow if sparse else None,
+        col if sparse else None,
+        policy.contiguous(),
+        discount.contiguous(),
+        rhs.contiguous(),
+        out=out,
+        residual_out=residual,
+        transpose=transpose,
+        method=method,
+        tol=tol,
+    )
+    return out, residual
+
+
+def _compiled(device: torch.device, backend: int) -> bool:
+    """Whether a compiled module computes the op; `available` warns once where it should but cannot."""
+    if backend == TORCH or device.type not in ("cpu", "cuda"):
+        return False
+    return _native.available(device.type)
+
+
+def _plain(
+    transition: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    reward: Tensor,
+    log_reference: Tensor,
+    *scalars: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Contiguous tensors, and None for what is absent: what the compiled modules take."""
+    sparse = transition.dim() == 2
+    return (
+        transition.contiguous(),
+        crow if sparse else None,
+        col if sparse else None,
+        reward.contiguous(),
+        None if log_reference.dim() == 1 else log_reference.contiguous(),
+        *(scalar.contiguous() for scalar in scalars),
+    )
+
+
+def _vector(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=like.device)
 
 
 def unavailable(name: str) -> str:
     """Why a compiled backend cannot be used; empty if it can."""
-    return "not built"
+    return _native.reason(name)
 
 
 def failure(

@@ -15,9 +15,11 @@ LIBRARY = torch.library.Library("birl_ext", "DEF")
 def fold(
     tensors: Sequence[Tensor], dims: Sequence[int | None], size: int
 ) -> tuple[list[Tensor], int]:
-    """Merge a vmapped axis into N if the transition varies along it, else into G, so that P stays shared.
+    """Merge a vmapped axis into N if the transition varies along it, else into G, so that P stays
+    shared.
 
-    `tensors` begins with transition, crow, col; empty tensors stand for absent arguments and stay so.
+    `tensors` begins with transition, crow, col; empty tensors stand for absent arguments and stay
+    so.
     Returns the merged tensors and the axis (0 or 1) that took the new one.
     """
     if dims[1] is not None or dims[2] is not None:

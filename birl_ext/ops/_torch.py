@@ -1,11 +1,14 @@
-"""The pure-PyTorch backend of the ops: any device, no compiler, the same answers as the compiled modules.
+"""The pure-PyTorch backend of the ops: any device, no compiler, the same answers as the compiled
+modules.
 
-Everything is batched over (N, G); an element that has finished is frozen, so no element can change another.
+Everything is batched over (N, G); an element that has finished is frozen, so no element can change
+another.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -314,8 +317,12 @@ def _start(rhs: Tensor, weight: Tensor, discount: Tensor, transpose: bool) -> Te
     return rhs + discount[..., None, None] / gap * rhs.mean(-1, keepdim=True)
 
 
-def _bicgstab(product, rhs: Tensor, start: Tensor, tol: float, limit: int) -> Tensor:  # type: ignore[no-untyped-def]
-    """Batched BiCGStab on the last axis; a lane that has converged or broken down keeps its best iterate."""
+def _bicgstab(
+    product: Callable[[Tensor], Tensor], rhs: Tensor, start: Tensor, tol: float, limit: int
+) -> Tensor:
+    """Batched BiCGStab on the last axis; a lane that has converged or broken down keeps its best
+    iterate.
+    """
     x = start
     residual = rhs - product(x)
     shadow, direction = residual, residual
@@ -350,7 +357,9 @@ def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
 
 
 def _inspect(problem: Problem, transition: Tensor, validate: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Status ≥ 10, flat place and value of the first bad entry of each element; 0 where there is none."""
+    """Status ≥ 10, flat place and value of the first bad entry of each element; 0 where there is
+    none.
+    """
     shape = problem.discount.shape
     status = torch.zeros(shape, dtype=torch.int64, device=problem.reward.device)
     place, culprit = torch.zeros_like(problem.discount), torch.zeros_like(problem.discount)

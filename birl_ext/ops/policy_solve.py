@@ -42,10 +42,12 @@ for _key in ("CPU", "CUDA"):
 
 
 class PolicySolve(torch.autograd.Function):
-    """x = (I − γP_π)⁻¹ b, or with the transpose; every derivative is again a solve with the same matrix.
+    """x = (I − γP_π)⁻¹ b, or with the transpose; every derivative is again a solve with the same
+    matrix.
 
     Shapes: transition as in Rows; policy (N, G, S, A); discount (N, G); rhs and x (N, G, K, S).
-    With A = I − γP_π and x̄ the cotangent of x: b̄ = A⁻ᵀ x̄ and M̄ = γ u wᵀ for M = P_π, where (u, w) = (b̄, x), or (x, b̄)
+    With A = I − γP_π and x̄ the cotangent of x: b̄ = A⁻ᵀ x̄ and M̄ = γ u wᵀ for M = P_π, where (u,
+    w) = (b̄, x), or (x, b̄)
     for the transposed system.
     """
 

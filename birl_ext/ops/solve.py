@@ -1,4 +1,6 @@
-"""The fixed point V* = TV* (M3) as one op: derivatives by the implicit function theorem (M10)-(M12), vmap rule."""
+"""The fixed point V* = TV* (M3) as one op: derivatives by the implicit function theorem
+(M10)-(M12), vmap rule.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,13 @@ from birl_ext.ops.rows import Rows
 
 __all__ = ["INFO", "solve"]
 
-INFO = 6  # columns: residual, error bound, passes over P, place and value of a bad entry, inner products
+INFO = 6  # columns: residual, error bound, passes, place and value of a bad entry, products
 
 LIBRARY.define(
     "solve(Tensor transition, Tensor crow, Tensor col, Tensor reward, Tensor log_reference, "
-    "Tensor discount, Tensor temperature, Tensor initial, int method, float tol, int max_iterations, "
-    "int validate, bool strict, int backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor discount, Tensor temperature, Tensor initial, int method, float tol, "
+    "int max_iterations, int validate, bool strict, int backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -60,9 +63,11 @@ for _key in ("CPU", "CUDA"):
 
 
 class Solve(torch.autograd.Function):
-    """(W, c, Q − V, π, log π, info, status) at the fixed point V = c + W; c is a constant, W carries the derivative of V.
+    """(W, c, Q − V, π, log π, info, status) at the fixed point V = c + W; c is a constant, W
+    carries the derivative of V.
 
-    An element that failed has NaN derivatives, never wrong ones: its status enters the flow as a factor.
+    An element that failed has NaN derivatives, never wrong ones: its status enters the flow as
+        a factor.
     """
 
     @staticmethod
@@ -190,7 +195,9 @@ def solve(
     strict: bool,
     backend: int,
 ) -> tuple[Tensor, ...]:
-    """W (N, G, S), c (N, G), then Q − V, π, log π (N, G, S, A), all float64; info (N, G, 6); status (N, G) int64."""
+    """W (N, G, S), c (N, G), then Q − V, π, log π (N, G, S, A), all float64; info (N, G, 6); status
+    (N, G) int64.
+    """
     return Solve.apply(
         transition,
         crow,

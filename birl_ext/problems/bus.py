@@ -1,4 +1,6 @@
-"""Bus engine replacement (Rust 1987): maximum likelihood of a dynamic discrete choice, from real data."""
+"""Bus engine replacement (Rust 1987): maximum likelihood of a dynamic discrete choice, from real
+data.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ KEEP, REPLACE = 0, 1
 
 
 class _Cost(NamedTuple):
-    """Operating cost c(s; θ₁) per month in bin s, linear in θ₁: one column of `basis` per parameter."""
+    """Operating cost c(s; θ₁) per month in bin s, linear in θ₁: one column of `basis` per
+    parameter.
+    """
 
     basis: Callable[[Tensor], Tensor]
     label: str
@@ -125,12 +129,14 @@ def _table(path: str, header: tuple[str, ...]) -> Tensor:
 
 
 def bus_problem(data: BusData, discount: float, cost: str) -> BilevelProblem:
-    """Maximum likelihood as a bilevel problem in x = (RC, θ₁): the soft-optimal policy is the choice probability.
+    """Maximum likelihood as a bilevel problem in x = (RC, θ₁): the soft-optimal policy is the
+    choice probability.
 
         r(s, keep) = −c(s; θ₁),  r(s, replace) = −RC − c(0; θ₁),
         φ(x) = −Σ_s [ n_keep(s) log π(keep|s) + n_replace(s) log π(replace|s) ]
 
-    The odometer moves by j bins with its empirical frequency, from s if kept, from 0 if replaced, and stops at the last bin.
+    The odometer moves by j bins with its empirical frequency, from s if kept, from 0 if replaced,
+    and stops at the last bin.
     """
     states = data.decisions.shape[0]
     odometer = torch.arange(states, dtype=torch.float64)
