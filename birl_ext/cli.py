@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if command not in COMMANDS:
                 raise _unknown("command", command, COMMANDS)
-            return COMMANDS[command](rest)
+            status = COMMANDS[command](rest)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:  # the reader of the output, such as head, has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         except (BirlError, OSError) as error:
             if os.environ.get("BIRL_DEBUG"):
                 raise

@@ -277,7 +277,7 @@ def test_kill_9_never_loses_an_acknowledged_checkpoint(fast_store):
 
         child = fork(work)
         os.close(writer)
-        time.sleep(generator.uniform(0, 4 * per_save))
+        time.sleep(generator.uniform(0, 2.5 * per_save))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(reader, "rb") as pipe:

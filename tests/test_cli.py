@@ -125,6 +125,13 @@ def test_a_wrong_flag_is_status_2_and_leaves_nothing_behind(birl, words):
     assert not Path("runs").exists()
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+    command = " ".join([*BIRL, "doctor"])
+    shell = f"{command} | true; exit ${{PIPESTATUS[0]}}"
+    process = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (141, "")
+
+
 # Runs
 
 

@@ -70,52 +70,83 @@ def run(job: Job, directory: RunDirectory, *, checkpoint_every: int | None = Non
     store = CheckpointStore(directory.checkpoints)
     with directory.lock():
         step, seconds = restore(job, store) if store.paths() else (0, 0.0)
-        started = time.perf_counter() - seconds
-        saved_step = tried_step = step
-        tried_at = time.perf_counter()
-
-        def save() -> None:
-            nonlocal saved_step, tried_step, tried_at
-            tried_step, tried_at = step, time.perf_counter()
-            metrics.sync()
-            store.save(
-                job.state_dict(),
-                step=step,
-                config=to_plain(job.config),
-                versions=versions(),
-                seconds=time.perf_counter() - started,
-            )
-            saved_step = step
-
-        def due() -> bool:
-            if checkpoint_every is not None:
-                return step - tried_step >= checkpoint_every
-            return time.perf_counter() - tried_at >= SECONDS_BETWEEN_CHECKPOINTS
-
+        clock = _Clock(seconds)
         with (
             MetricsWriter(directory, after=step) as metrics,
             stop_requests() as stop,
             progress(directory.problem, total=job.total_steps, completed=step) as report,
         ):
+            saver = _Saver(job, store, metrics, clock, saved=step if store.paths() else None)
             while not job.done and not stop:
                 values = {name: float(value) for name, value in job.step().items()}
                 step += 1
                 metrics.append({"step": step, **values})
                 report(step, values)
-                if due():
-                    try:
-                        save()
-                    except CheckpointWriteError as error:
-                        # The disk may have room again later; only the last save must succeed.
-                        warnings.warn(str(error), stacklevel=2)
-            if step > saved_step or not store.paths():
-                save()
+                saver.save_if_due(step, checkpoint_every)
+            saver.save(step)
         if not job.done:
             return Outcome(step, None, stop[0])
 
-        summary = summarise(job, directory, step=step, seconds=time.perf_counter() - started)
+        summary = summarise(job, directory, step=step, seconds=clock.seconds)
         directory.write_summary(summary)
         return Outcome(step, summary, None)
+
+
+class _Clock:
+    """Seconds of a run over all its sessions."""
+
+    def __init__(self, before: float) -> None:
+        self._zero = time.perf_counter() - before
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._zero
+
+
+class _Saver:
+    """Writes the checkpoints of a run; `saved` is the step of the one that is there already."""
+
+    def __init__(
+        self,
+        job: Job,
+        store: CheckpointStore,
+        metrics: MetricsWriter,
+        clock: _Clock,
+        *,
+        saved: int | None,
+    ) -> None:
+        self._job, self._store, self._metrics, self._clock = job, store, metrics, clock
+        self._saved = saved
+        self._tried, self._tried_at = saved or 0, clock.seconds
+
+    def save(self, step: int) -> None:
+        """Write one, unless this step has one."""
+        if step == self._saved:
+            return
+        self._tried, self._tried_at = step, self._clock.seconds
+        self._metrics.sync()
+        self._store.save(
+            self._job.state_dict(),
+            step=step,
+            config=to_plain(self._job.config),
+            versions=versions(),
+            seconds=self._clock.seconds,
+        )
+        self._saved = step
+
+    def save_if_due(self, step: int, every: int | None) -> None:
+        """Write one if `every` steps, or 30 seconds, have passed; a failure only warns."""
+        if every is not None:
+            due = step - self._tried >= every
+        else:
+            due = self._clock.seconds - self._tried_at >= SECONDS_BETWEEN_CHECKPOINTS
+        if not due:
+            return
+        try:
+            self.save(step)
+        except CheckpointWriteError as error:
+            # The disk may have room again later; only the last save must succeed.
+            warnings.warn(str(error), stacklevel=2)
 
 
 def restore(job: Job, store: CheckpointStore) -> tuple[int, float]:
