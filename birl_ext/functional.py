@@ -424,28 +424,16 @@ def _flat(
 
 
 def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
-    relative, offset, advantage, policy, log_policy, info, status = outputs
+    value, q, advantage, policy, log_policy, _, info, status = outputs
     dtype, restore = flat.reward.dtype, flat.layout.restore
-    value = relative + offset.unsqueeze(-1)
-    q = _masked(advantage + value.unsqueeze(-1), flat)
-    residual, bound, passes, *_ = info.unbind(-1)
-    log_bound = 2 * bound / flat.temperature.detach()
-    if dtype != torch.float64:
-        # what is handed out is rounded once more, and that is part of the error
-        unit = torch.finfo(dtype).eps / 2
-        bound = bound + unit * value.detach().abs().amax(-1)
-        logs = log_policy.detach()
-        log_bound = log_bound + unit * logs.where(logs > -torch.inf, 0.0).abs().amax((-1, -2))
     return Solution(
         value=restore(value.to(dtype)),
-        q=restore(q.to(dtype)),
+        q=restore(_masked(q, flat).to(dtype)),
         policy=restore(policy.to(dtype)),
         log_policy=restore(_masked(log_policy, flat).to(dtype)),
         advantage=restore(advantage.to(dtype)),
-        residual=restore(residual),
-        error_bound=restore(bound),
-        log_policy_error_bound=restore(log_bound),
-        iterations=restore(passes.nan_to_num().long()),
+        info=restore(info),
+        temperature=restore(flat.temperature.detach()),
         status=restore(status),
     )
 

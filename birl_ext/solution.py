@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["Method", "Rigour", "Solution", "Status"]
@@ -81,15 +82,38 @@ class Solution(NamedTuple):
     """log π*, (*B, S, A); −inf where masked."""
     advantage: Tensor
     """Q* − V*, (*B, S, A), free of the cancellation of subtracting the two; 0 where masked."""
-    residual: Tensor
-    """Half the span of TV − V at the last sweep, (*B,); its sup norm if some row has no
-    continuation.
-    """
-    error_bound: Tensor
-    """Certified bound on ‖value − V*‖∞, (*B,): (M6) and rounding, never below the true error."""
-    log_policy_error_bound: Tensor
-    """Certified bound on max |log_policy − log π*|, (*B,), dimensionless (M7)."""
-    iterations: Tensor
-    """Passes over the transition, (*B,) int64."""
+    info: Tensor
+    """What the solver certified and counted, (*B, 6): see the properties."""
+    temperature: Tensor
+    """τ of each problem, (*B,)."""
     status: Tensor
     """A `Status` per problem, (*B,) int64; 0 is success."""
+
+    @property
+    def residual(self) -> Tensor:
+        """Half the span of TV − V at the last sweep, (*B,); its sup norm if some row ends."""
+        return self.info[..., 0]
+
+    @property
+    def error_bound(self) -> Tensor:
+        """Certified bound on ‖value − V*‖∞, (*B,): (M6) and rounding, never below the error."""
+        return self.info[..., 1] + _rounding(self.value, 1)
+
+    @property
+    def log_policy_error_bound(self) -> Tensor:
+        """Certified bound on max |log_policy − log π*|, (*B,), dimensionless (M7)."""
+        seen = self.log_policy.where(self.log_policy > -torch.inf, 0.0)
+        return 2 * self.info[..., 1] / self.temperature + _rounding(seen, 2)
+
+    @property
+    def iterations(self) -> Tensor:
+        """Passes over the transition, (*B,) int64."""
+        return self.info[..., 2].nan_to_num().long()
+
+
+def _rounding(table: Tensor, event: int) -> Tensor | float:
+    """What the last rounding, to the dtype handed out, adds to an error."""
+    if table.dtype == torch.float64:
+        return 0.0
+    largest = table.detach().double().abs().flatten(-event).amax(-1)
+    return torch.finfo(table.dtype).eps / 2 * largest

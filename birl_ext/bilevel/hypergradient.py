@@ -366,17 +366,16 @@ def _leaves(flat: Flat, swept: SweptValue) -> tuple[Solution, list[Tensor]]:
     value, advantage = leaf(swept.value), leaf(swept.advantage)
     q = leaf(swept.advantage + swept.value.unsqueeze(-1))
     policy, log_policy = leaf(swept.policy), leaf(swept.log_policy)
-    error = restore(swept.error)
+    error = swept.error
+    absent = torch.zeros_like(error)
     solution = Solution(
         value=value,
         q=q,
         policy=policy,
         log_policy=log_policy,
         advantage=advantage,
-        residual=error,
-        error_bound=error,
-        log_policy_error_bound=restore(2 * swept.error / flat.temperature.detach()),
-        iterations=torch.zeros_like(error, dtype=torch.int64),
-        status=torch.zeros_like(error, dtype=torch.int64),
+        info=restore(torch.stack((error, error, *(absent,) * 4), -1)),
+        temperature=restore(flat.temperature.detach()),
+        status=restore(absent.long()),
     )
     return solution, [value, q, policy, log_policy, advantage]

@@ -64,31 +64,33 @@ def solve(
     data = (transition, crow, col, reward, log_reference, discount, temperature)
     if _compiled(transition.device, backend) and transition.is_cpu:
         batch = reward.shape[:2]
-        outputs = (
-            _vector(reward.shape[:-1], reward),
-            _vector(batch, reward),
-            *(_vector(reward.shape, reward) for _ in range(3)),
-            _vector((*batch, 6), reward),
-            torch.empty(batch, dtype=torch.int64, device=reward.device),
-        )
+        relative = _vector(reward.shape[:-1], reward)
+        advantage, policy, log_policy = (_vector(reward.shape, reward) for _ in range(3))
+        offset, info = _vector(batch, reward), _vector((*batch, 6), reward)
+        status = torch.empty(batch, dtype=torch.int64, device=reward.device)
         _native.solve(
             *_plain(*data),
             None if initial.dim() == 1 else initial.contiguous(),
-            relative_value_out=outputs[0],
-            offset_out=outputs[1],
-            advantage_out=outputs[2],
-            policy_out=outputs[3],
-            log_policy_out=outputs[4],
-            info_out=outputs[5],
-            status_out=outputs[6],
+            relative_value_out=relative,
+            offset_out=offset,
+            advantage_out=advantage,
+            policy_out=policy,
+            log_policy_out=log_policy,
+            info_out=info,
+            status_out=status,
             method=method,
             tol=tol,
             max_iterations=max_iterations,
             validate=bool(validate),
         )
     else:
-        outputs = _torch.solve(*data, initial, method, tol, max_iterations, validate)
-    if strict and bool(outputs[-1].any()):
+        relative, offset, advantage, policy, log_policy, info, status = _torch.solve(
+            *data, initial, method, tol, max_iterations, validate
+        )
+    value = relative + offset.unsqueeze(-1)
+    q = advantage + value.unsqueeze(-1)
+    outputs = (value, q, advantage, policy, log_policy, offset, info, status)
+    if strict and bool(status.any()):
         raise failure(outputs, transition, crow, col, reward, lambda flat: (flat,))
     return outputs
 
@@ -177,7 +179,7 @@ def failure(
         outputs: what the op `solve` returned.
         locate: from the flat index n·G + g to the caller's batch index.
     """
-    info, status = outputs[5].flatten(0, 1), outputs[6].flatten()
+    info, status = outputs[6].flatten(0, 1), outputs[7].flatten()
     failed = status.nonzero().flatten()
     first = int(failed[0])
     code = Status(int(status[first]))

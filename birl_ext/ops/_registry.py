@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["LIBRARY", "fold", "to_lanes"]
+__all__ = ["LIBRARY", "bound_once", "fold", "to_lanes"]
+
+F = TypeVar("F", bound=type[torch.autograd.Function])
 
 LIBRARY = torch.library.Library("birl_ext", "DEF")
+
+
+def bound_once(function: F) -> F:
+    """Keep the signature of `forward`, which torch would otherwise work out at every call."""
+    function.forward.__signature__ = inspect.signature(function.forward)
+    return function
 
 
 def fold(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, fold, to_lanes
+from birl_ext.ops._registry import LIBRARY, bound_once, fold, to_lanes
 from birl_ext.ops.bellman import (
     Point,
     backup_tangent,
@@ -29,7 +29,7 @@ LIBRARY.define(
     "solve(Tensor transition, Tensor crow, Tensor col, Tensor reward, Tensor log_reference, "
     "Tensor discount, Tensor temperature, Tensor initial, int method, float tol, "
     "int max_iterations, int validate, bool strict, int backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -52,16 +52,17 @@ def _(
 ) -> tuple[Tensor, ...]:
     batch = reward.shape[:2]
     value = reward.new_empty(reward.shape[:-1], dtype=torch.float64)
-    table = [reward.new_empty(reward.shape, dtype=torch.float64) for _ in range(3)]
+    table = [reward.new_empty(reward.shape, dtype=torch.float64) for _ in range(4)]
     offset = value.new_empty(batch)
     status = reward.new_empty(batch, dtype=torch.int64)
-    return value, offset, *table, value.new_empty((*batch, INFO)), status
+    return value, *table, offset, value.new_empty((*batch, INFO)), status
 
 
 for _key in ("CPU", "CUDA"):
     LIBRARY.impl("solve", _backends.solve, _key)
 
 
+@bound_once
 class Solve(torch.autograd.Function):
     """(W, c, Q − V, π, log π, info, status) at the fixed point V = c + W; c is a constant, W
     carries the derivative of V.
@@ -77,7 +78,7 @@ class Solve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         transition, crow, col, _, _, discount, temperature, *_, ctx.backend = inputs
-        value, offset, advantage, policy, _, info, status = output
+        value, _, advantage, policy, _, offset, info, status = output
         saved = (
             transition,
             crow,
@@ -102,7 +103,8 @@ class Solve(torch.autograd.Function):
         )
         rows = Rows(transition, crow, col, policy.shape[-2], policy.shape[-1])
         trust = torch.where(status == 0, 1.0, torch.nan).double().unsqueeze(-1)
-        return Point(rows, discount, temperature, value, offset, advantage, policy), trust
+        relative = value - offset.unsqueeze(-1)  # free of the constant mode, which cancels
+        return Point(rows, discount, temperature, relative, offset, advantage, policy), trust
 
     @staticmethod
     def _linear_solve(ctx: Any, point: Point, rhs: Tensor, transpose: bool) -> Tensor:
@@ -125,16 +127,20 @@ class Solve(torch.autograd.Function):
     def backward(
         ctx: Any,
         value_bar: Tensor | None,
-        _offset: Tensor | None,
+        q_bar: Tensor | None,
         advantage_bar: Tensor | None,
         policy_bar: Tensor | None,
         log_policy_bar: Tensor | None,
-        _info: Tensor | None,
-        _status: Tensor | None,
+        *_: Tensor | None,
     ) -> tuple[Any, ...]:
-        if all(b is None for b in (value_bar, advantage_bar, policy_bar, log_policy_bar)):
+        bars = (value_bar, q_bar, advantage_bar, policy_bar, log_policy_bar)
+        if all(bar is None for bar in bars):
             return (None,) * 14
         point, trust = Solve._point(ctx)
+        if q_bar is not None:  # Q = (Q − V) + V
+            advantage_bar = q_bar if advantage_bar is None else advantage_bar + q_bar
+            inflow = q_bar.sum(-1)
+            value_bar = inflow if value_bar is None else value_bar + inflow
         folded = fold_cotangents(point, value_bar, advantage_bar, policy_bar, log_policy_bar)
         source = folded.value
         if folded.q is not None:
@@ -146,16 +152,8 @@ class Solve(torch.autograd.Function):
             point, folded, flow, needs
         )
         reward_bar = weight.to(point.rows.data.dtype) if ctx.needs_input_grad[3] else None
-        bars = (
-            transition_bar,
-            None,
-            None,
-            reward_bar,
-            reference_bar,
-            discount_bar,
-            temperature_bar,
-        )
-        return (*bars, *(None,) * 7)
+        data = (transition_bar, None, None, reward_bar, reference_bar)
+        return (*data, discount_bar, temperature_bar, *(None,) * 7)
 
     @staticmethod
     def jvp(ctx: Any, *dots: Any) -> tuple[Tensor | None, ...]:
@@ -170,7 +168,7 @@ class Solve(torch.autograd.Function):
         policy_dot, log_policy_dot = policy_tangent(
             point, advantage_dot, reference_dot, temperature_dot
         )
-        return value_dot, None, advantage_dot, policy_dot, log_policy_dot, None, None
+        return value_dot, q_dot, advantage_dot, policy_dot, log_policy_dot, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
