@@ -69,10 +69,8 @@ class CsrPolicyMatrix {
 
   void apply(const double* x, double* y, Team& team) const {
     run(team, [&](Index s) {
-      double total = 0.0;
-      for (Index k = pattern_.crow[s]; k < pattern_.crow[s + 1]; ++k)
-        total += values_[k] * x[pattern_.col[k]];
-      y[s] = total;
+      y[s] = sparse_dot(values_.data(), pattern_.col.data(), pattern_.crow[s], pattern_.crow[s + 1],
+                        x);
     });
   }
 

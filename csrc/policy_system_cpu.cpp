@@ -156,9 +156,8 @@ class PolicySystem {
       }
       previous = current;
     }
-    const double length = static_cast<double>(model_.longest_row() + model_.actions);
-    const double floor =
-        (16.0 + 0.25 * length) * kEps * (size + 2.0 * norm(x_, request_.transpose));
+    const double units = 16.0 + model_.additions() + 0.25 * static_cast<double>(model_.actions);
+    const double floor = units * kEps * (size + 2.0 * norm(x_, request_.transpose));
     solved = current <= std::max(request_.tol * size, floor);
     return current;
   }

@@ -218,12 +218,10 @@ class Solver {
   }
 
   // Rounding error of one component of δ in units of eps·scale: 8 for the handful of operations
-  // after the row sums (two of them: P·W and σ), and half an ulp per dependent addition of a row,
-  // of which a dense row has S/16 in each of 16 lanes plus a tree and a tail of at most 15.
+  // after the row sums, half an ulp for each dependent addition in the two row sums P·W and σ, and
+  // the same for the sum over actions.
   double rounding_units() const {
-    const double length = static_cast<double>(model_->longest_row());
-    constexpr bool dense = std::is_same<Model, DenseTransition<Real>>::value;
-    return 8.0 + (dense ? length / 16.0 + std::min(length, 20.0) : length) +
+    return 8.0 + model_->additions() +
            0.5 * static_cast<double>(std::min<Index>(model_->actions, 64));
   }
 
@@ -268,11 +266,12 @@ class Solver {
         break;
       }
       since_best = half < 0.9 * best ? 0 : since_best + 1;
-      best = std::min(best, half);
+      if (since_best == 0) best = half;
       // At the rounding level: stop when nothing is left, or nothing more is gained.
       const double floor = rounding();
-      const bool exhausted = half <= kEps * scale() || (half <= floor && since_best >= 2) ||
-                             (half <= 8.0 * floor && since_best >= 20);
+      const bool exhausted = half <= kEps * scale() ||
+                             (half <= floor && since_best >= patience()) ||
+                             (half <= 8.0 * floor && since_best >= 10 * patience());
       if (passes_ > 0 && exhausted) {
         status = request_.tol > 0.0 ? Status::kStagnated : Status::kConverged;
         break;
@@ -286,6 +285,14 @@ class Solver {
       advance();
     }
     return {status, half_span(), error_bound(), passes_, products_};
+  }
+
+  // Sweeps within which the half-span falls by a tenth if it still falls: γ^n <= 0.9.
+  Index patience() const {
+    const double slowest = 0.11 / (1.0 - problem_.discount);
+    if (mode_ == Mode::kValueIteration) return 2 + static_cast<Index>(slowest);
+    if (mode_ == Mode::kModifiedPolicy) return 2 + static_cast<Index>(slowest / 20.0);
+    return 2;
   }
 
   Mode first_mode() const {
