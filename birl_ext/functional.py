@@ -134,7 +134,7 @@ def solve(
     Source: Yang, Gao and Yuan, AISTATS 2025; (M1)-(M9).
     """
     flat = _flat(reward, transition, discount, temperature, reference, mask, terminal, validate)
-    guess = flat.discount.new_empty(0)
+    guess = torch.empty(0, dtype=torch.float64, device=flat.reward.device)
     if initial is not None:
         _require_shape("initial", initial, (flat.reward.shape[-2],))
         guess = flat.layout.grouped(initial.detach().double(), 1)
@@ -147,7 +147,9 @@ def solve(
     if max_iterations is not None and max_iterations < 1:
         raise OptionError(f"max_iterations is {max_iterations!r}", allowed="1 or more, or None")
     raising = on_fail == "raise"
-    concrete = validation.is_concrete(flat.reward, flat.transition)
+    concrete = validation.is_concrete(
+        flat.reward, flat.transition, flat.log_reference, flat.discount, flat.temperature
+    )
     index = _index(flat)
     # rows of an MDP object were read when it was made, and may be zero where the process ends
     raw = isinstance(reward, Tensor) and mask is None and terminal is None
@@ -419,7 +421,7 @@ def _flat(
         # a tensor's values are read by the op, in its first pass
         validation.check_discount(discount, data=False)
         validation.check_temperature(temperature, data=False)
-    absent = reward.new_empty(0, dtype=torch.float64)
+    absent = torch.empty(0, dtype=torch.float64, device=reward.device)  # not new_empty: vmap
     return flatten(reward, transition, absent, discount, temperature, batch=batch)
 
 
@@ -447,7 +449,7 @@ def _masked(table: Tensor, flat: Flat) -> Tensor:
 
 def _index(flat: Flat) -> tuple[Tensor, Tensor]:
     if flat.crow is None or flat.col is None:
-        absent = flat.reward.new_empty(0, dtype=torch.int64)
+        absent = torch.empty(0, dtype=torch.int64, device=flat.reward.device)
         return absent, absent
     return flat.crow, flat.col
 

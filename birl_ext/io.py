@@ -142,8 +142,7 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> 
             raise _malformed(path, f"member {member.filename} is not an array of version 1 or 2")
         width = "<H" if magic[6] == 1 else "<I"
         (length,) = struct.unpack(width, stream.read(struct.calcsize(width)))
-        header = stream.read(min(length, _MAX_HEADER))
-        found = _NPY_HEADER.fullmatch(header) if len(header) == length else None
+        found = _NPY_HEADER.fullmatch(stream.read(min(length, _MAX_HEADER)))
         if found is None:
             raise _malformed(path, f"member {member.filename} has an unexpected header")
         dtype = np.dtype(found[1].decode())

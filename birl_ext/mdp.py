@@ -260,7 +260,7 @@ class _MDP:
     def _log_reference(self, available: Tensor | None) -> Tensor:
         if self.reference is None:
             if available is None:
-                return self.reward.new_empty((0,), dtype=torch.float64)
+                return torch.empty(0, dtype=torch.float64, device=self.device)
             zeros = torch.zeros(available.shape, dtype=torch.float64, device=self.device)
             return zeros.masked_fill(~available, -torch.inf)
         reference = self.reference.to(torch.float64)

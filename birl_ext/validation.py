@@ -299,7 +299,7 @@ def check_rows(transition: Tensor, continuing: Tensor | None) -> None:
 
     Args:
         transition: P, (*B, S, A, S).
-        continuing: (*B, S, A) bool, the rows to look at; None means all. Broadcasts with P's rows.
+        continuing: (*B, S, A) bool, False for rows that have been zeroed; None means no such row.
 
     Raises:
         NonFiniteInputError, NegativeProbabilityError, NonStochasticError: in this order.
@@ -310,12 +310,10 @@ def check_rows(transition: Tensor, continuing: Tensor | None) -> None:
     fine = ((total - 1).abs() <= tolerance) & (transition.amin(-1) >= 0)
     if _all_fine(fine, continuing):
         return
-    rows = None if continuing is None else continuing.unsqueeze(-1)
     for bad, error in (
         (~torch.isfinite(transition), _probability_error),
         (transition < 0, _negative_error),
     ):
-        bad = bad if rows is None else bad & rows
         if bad.any():
             (*batch, state, action, following), value = _first(bad, transition)
             raise error(value, _place(batch, state=state, action=action, next_state=following))
@@ -363,7 +361,7 @@ def check_sparse_rows(
         rows: (nnz,) int64, the row s·A + a of each entry.
         col: (nnz,) int64, its next state.
         shape: (S, A).
-        continuing: (*B, S, A) bool, the rows to look at; None means all.
+        continuing: (*B, S, A) bool, False for rows that have been zeroed; None means no such row.
     """
     states, actions = shape
     total = values.new_zeros((*values.shape[:-1], states * actions), dtype=torch.float64)
@@ -371,17 +369,11 @@ def check_sparse_rows(
     total = total.reshape(*values.shape[:-1], states, actions)
     fine = (total - 1).abs() <= row_sum_tolerance(values.dtype, states)
     wrong = ~((values >= 0) & torch.isfinite(values))
-    if continuing is not None:
-        wrong = wrong & continuing.flatten(-2)[..., rows]
     if not wrong.any() and _all_fine(fine, continuing):
         return
     if wrong.any():
-        finite = torch.isfinite(values.broadcast_to(wrong.shape))
-        bad, error = (
-            (wrong & ~finite, _probability_error)
-            if (wrong & ~finite).any()
-            else (wrong, _negative_error)
-        )
+        infinite = ~torch.isfinite(values)
+        bad, error = (infinite, _probability_error) if infinite.any() else (wrong, _negative_error)
         (*batch, entry), value = _first(bad, values)
         state, action = divmod(int(rows[entry]), actions)
         where = _place(batch, state=state, action=action, next_state=int(col[entry]))

@@ -306,7 +306,12 @@ def test_a_truncated_file_falls_back(two, name):
     content = path.read_bytes()
     for size in sorted({0, 1, len(content) - 1, *range(0, len(content), len(content) // 60 + 1)}):
         path.write_bytes(content[:size])
-        damaged_at(two, name)
+        told = (
+            ""
+            if name == "manifest.json"
+            else f" has {size} bytes, the manifest says {len(content)}"
+        )
+        damaged_at(two, name + told)
 
 
 @pytest.mark.parametrize("name", FILES)

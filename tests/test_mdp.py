@@ -371,6 +371,26 @@ def test_non_finite_is_found_at_every_position() -> None:
                 DenseMDP(**plain(reward=put(R, (s, a), value)))
 
 
+@pytest.mark.parametrize("tiny", [-1e-12, -1e-300])
+def test_a_tiny_negative_is_refused_even_where_the_row_sums_to_one(tiny: float) -> None:
+    row = torch.tensor([0.5, 0.5 - tiny, tiny]).double()
+    with pytest.raises(errors.NegativeProbabilityError, match=f"is {tiny:g} at .* next state 2 "):
+        DenseMDP(**plain(transition=put(P, (2, 0), row)))
+    with pytest.raises(errors.NegativeProbabilityError, match=f"is {tiny:g} at .* next state 2 "):
+        DenseMDP(**plain(transition=put(P, (2, 0), row)), validate="off").to_sparse().replace(
+            mask=torch.ones(S, A, dtype=torch.bool)
+        )
+
+
+def test_the_first_bad_row_is_named_not_the_first_dead_one() -> None:
+    mask = put(torch.ones(S, A, dtype=torch.bool), (0, 1), False)
+    wrong = put(P, (2, 1), ROW)
+    with pytest.raises(errors.NonStochasticError, match=r"0\.97 at state 2, action 1 "):
+        DenseMDP(**plain(transition=wrong, mask=mask))
+    with pytest.raises(errors.NonStochasticError, match=r"0\.97 at state 2, action 1 "):
+        DenseMDP(**plain(transition=wrong), validate="off").to_sparse().replace(mask=mask)
+
+
 def test_discount_boundaries_are_legal() -> None:
     for value in (0, 0.0, -0.0, float(np.nextafter(1.0, 0.0)), 5e-324, torch.tensor(0.0)):
         DenseMDP(**plain(discount=value))

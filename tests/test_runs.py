@@ -347,11 +347,27 @@ def test_a_finished_run_stays_as_it_is(tmp_path, uninterrupted):
 
 def test_seconds_add_up_over_sessions(tmp_path):
     path = tmp_path / "run"
-    job, directory = start(path, steps=2, pause=0.02)
+    job, directory = start(path, steps=2)
     loop.run(signal_at(job, 1, signal.SIGTERM), directory)
-    first = CheckpointStore(directory.checkpoints).load().seconds
-    outcome = loop.run(*again(path))
-    assert outcome.summary["seconds"] >= first + 0.02
+    store = CheckpointStore(directory.checkpoints)
+    found = store.load()
+    store.save(found.state, step=1, config=found.config, versions=found.versions, seconds=1000.0)
+    assert loop.run(*again(path)).summary["seconds"] > 1000.0
+    assert store.load().seconds > 1000.0
+
+
+def test_a_checkpoint_is_never_newer_than_its_metrics(tmp_path, monkeypatch):
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def logged(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    job, directory = start(tmp_path / "run", steps=1)
+    monkeypatch.setattr(os, "fsync", logged)
+    loop.run(job, directory)
+    assert synced.index("metrics.jsonl") < synced.index("tensors.pt")
 
 
 def test_another_configuration_is_refused(tmp_path):

@@ -218,7 +218,7 @@ class MSoBiRL:
         if value is None:
             value = flat.discount.new_zeros(flat.reward.shape[:-1])
         published = self.mode == "published"
-        absent = flat.reward.new_empty(0, dtype=torch.int64)
+        absent = torch.empty(0, dtype=torch.int64, device=flat.reward.device)
         index = (absent, absent) if flat.crow is None or flat.col is None else (flat.crow, flat.col)
         gap = 1 - flat.discount
         tau = flat.temperature
