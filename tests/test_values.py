@@ -1,0 +1,404 @@
+"""Values: every public function, input form, method and backend against the float64 oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import FLOATS, SMALL, WARP, Case, cases, oracle, problems
+from closeness import assert_close
+from hypothesis import given
+from torch import Tensor
+
+import birl_ext
+from birl_ext.mdp import DenseMDP, SparseMDP
+from birl_ext.ops import _backends
+from birl_ext.reference import float64, multiprecision
+from birl_ext.solution import Solution, Status
+
+BACKENDS = ["torch", *([] if _backends.unavailable("cpu") else ["cpu"])]
+FORMS = ("dense", "sparse", "tensors")
+METHODS = ("auto", "value-iteration", "newton", "newton-krylov", "policy-iteration")
+EPS = {dtype: torch.finfo(dtype).eps for dtype in FLOATS}
+OPTIONAL = ("mask", "terminal", "reference")
+
+
+def of_dtype(case: Case, dtype: torch.dtype) -> DenseMDP:
+    mdp = case.mdp()
+    return mdp if dtype == case.dtype else mdp.to(dtype)
+
+
+def solve_as(form: str, mdp: DenseMDP, temperature: float | Tensor, **options: Any) -> Solution:
+    """The same problem through one of the three kinds of input."""
+    if form == "dense":
+        return birl_ext.solve(mdp, temperature=temperature, **options)
+    if form == "sparse":
+        return birl_ext.solve(mdp.to_sparse(), temperature=temperature, **options)
+    return birl_ext.solve(
+        mdp.reward,
+        mdp.transition,
+        discount=mdp.discount,
+        temperature=temperature,
+        **{name: getattr(mdp, name) for name in OPTIONAL},
+        **options,
+    )
+
+
+def as_form(form: str, mdp: DenseMDP) -> tuple[DenseMDP | SparseMDP | None, dict[str, Any]]:
+    """What stands for the MDP in `bellman`, `evaluate` and `occupancy`."""
+    if form == "tensors":
+        return None, {"discount": mdp.discount, "terminal": mdp.terminal}
+    return (mdp.to_sparse() if form == "sparse" else mdp), {}
+
+
+def stretched(values: Tensor, event: int) -> Tensor:
+    """A (*B) tensor with `event` axes of size one appended."""
+    return values.reshape(*values.shape, *(1,) * event)
+
+
+def assert_solves(got: Solution, want: float64.Oracle, case: Case, dtype: torch.dtype) -> None:
+    """Within the certified bounds, which are themselves small, and consistent with each other."""
+    assert got.value.dtype == got.policy.dtype == dtype
+    assert (got.status == Status.CONVERGED).all(), got.status
+    unit = EPS[dtype]
+    slack = 1e-13 * (1 + np.abs(want.value).max()) / (1 - case.discount)  # of the oracle
+    bound = got.error_bound + slack
+    label = f"{case} {dtype}"
+    assert_close(got.value, want.value, bound=stretched(bound, 1), label=f"{label} value")
+    on_q = stretched(bound, 2) + unit * np.abs(want.value).max() + unit
+    assert_close(got.q, want.q, bound=on_q, label=f"{label} q")
+    on_log = got.log_policy_error_bound + 4 * slack / case.temperature + 1e-12
+    assert_close(
+        got.log_policy, want.log_policy, bound=stretched(on_log, 2), label=f"{label} log_policy"
+    )
+    on_policy = stretched(on_log.exp() - 1, 2) + unit
+    assert_close(got.policy, want.policy, bound=on_policy, label=f"{label} policy")
+    available = np.isfinite(want.q)
+    advantage = np.where(available, np.where(available, want.q, 0.0) - want.value[..., None], 0.0)
+    assert_close(got.advantage, advantage, bound=on_q + stretched(bound, 2), label="advantage")
+    assert_close(
+        got.policy.double().sum(-1),
+        np.ones(got.value.shape),
+        bound=4 * unit,
+        label=f"{label}: π sums to one",
+    )
+    # an error bound of infinity would pass all of the above
+    scale = 1 + np.abs(want.value).max()
+    assert (got.error_bound <= max(1e-11, 8 * unit) * scale / (1 - case.discount)).all(), label
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=["f32", "f64"])
+@pytest.mark.parametrize("case", SMALL + WARP, ids=str)
+def test_solve_equals_the_oracle(case: Case, dtype: torch.dtype, form: str, backend: str) -> None:
+    mdp = of_dtype(case, dtype)
+    got = solve_as(form, mdp, case.temperature, backend=backend)
+    assert_solves(got, oracle(mdp, case.temperature), case, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_every_method_finds_the_same_solution(
+    case: Case, form: str, method: str, backend: str
+) -> None:
+    mdp = case.mdp()
+    got = solve_as(form, mdp, case.temperature, method=method, backend=backend)
+    assert_solves(got, oracle(mdp, case.temperature), case, case.dtype)
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-6, 1e-10])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_a_tolerance_is_met_and_not_overdone(method: str, backend: str, tol: float) -> None:
+    """The certified error is below tol·max(‖V‖, ‖r‖), the true one below the certified one."""
+    case = Case("garnet", 12, 3, batch=(5,), discount=0.95, temperature=0.2, seed=3)
+    mdp = case.mdp()
+    got = solve_as("dense", mdp, case.temperature, method=method, backend=backend, tol=tol)
+    want = oracle(mdp, case.temperature)
+    size = np.maximum(np.abs(want.value).max(-1), np.abs(mdp.reward.numpy()).max((-1, -2)))
+    assert (got.error_bound.numpy() <= tol * size * (1 + tol)).all()
+    assert_close(got.value, want.value, bound=stretched(got.error_bound, 1), label=(method, tol))
+    exact = solve_as("dense", mdp, case.temperature, method=method, backend=backend)
+    assert (got.iterations <= exact.iterations).all()
+    if tol == 1e-2:
+        assert (got.iterations < exact.iterations).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=["f32", "f64"])
+@pytest.mark.parametrize("case", SMALL + WARP, ids=str)
+def test_bellman_equals_the_oracle(case: Case, dtype: torch.dtype, form: str, backend: str) -> None:
+    mdp = of_dtype(case, dtype)
+    value = torch.randn(*mdp.batch_shape, case.states, dtype=dtype)
+    instead, extras = as_form(form, mdp)
+    if instead is None:
+        extras |= {"mask": mdp.mask, "reference": mdp.reference}
+        inputs = (mdp.reward, mdp.transition)
+    else:
+        inputs = (instead,)
+    got = birl_ext.bellman(value, *inputs, temperature=case.temperature, backend=backend, **extras)
+    answers = [
+        float64.bellman(value[index].numpy(), **arguments)
+        for index, arguments in problems(mdp, case.temperature)
+    ]
+    want = [
+        np.reshape(part, (*mdp.batch_shape, *part[0].shape)) for part in zip(*answers, strict=True)
+    ]
+    bound = 20 * EPS[dtype] * (1 + np.abs(want[0]).max())
+    for name, ours, theirs, most in (
+        ("TV", got[0], want[0], bound),
+        ("Q", got[1], want[1], bound),
+        ("π", got[2], want[2], bound / case.temperature),
+    ):
+        assert ours.dtype == dtype
+        assert_close(ours, theirs, bound=most, label=f"{case} {name}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=["f32", "f64"])
+@pytest.mark.parametrize("case", SMALL + WARP, ids=str)
+def test_evaluate_and_occupancy_equal_the_oracle(
+    case: Case, dtype: torch.dtype, form: str, backend: str
+) -> None:
+    mdp = of_dtype(case, dtype)
+    policy = birl_ext.solve(mdp, temperature=case.temperature).policy
+    gain = torch.randn(*mdp.batch_shape, case.states, case.actions, dtype=dtype)
+    start = mdp.initial_distribution
+    assert start is not None
+    instead, extras = as_form(form, mdp)
+    if instead is None:  # rows that the policy never takes must still be probabilities
+        unused = mdp.transition.sum(-1, keepdim=True) == 0
+        transition = mdp.transition.masked_fill(unused, 1 / case.states)
+        value = birl_ext.evaluate(policy, gain, transition, backend=backend, **extras)
+        visits = birl_ext.occupancy(
+            policy, transition, initial_distribution=start, backend=backend, **extras
+        )
+    else:
+        value = birl_ext.evaluate(policy, instead.replace(reward=gain), backend=backend)
+        visits = birl_ext.occupancy(policy, instead, backend=backend)
+    masked = instead.replace(reward=gain).reward if instead is not None else gain
+    values, shares = [], []
+    for index, arguments in problems(mdp, case.temperature):
+        shared = {name: arguments[name] for name in ("transition", "discount", "terminal")}
+        pi = policy[index].double().numpy()
+        values.append(float64.evaluate(pi, reward=masked[index].numpy(), **shared))
+        # the oracle starts where the MDP does
+        shares.append(float64.occupancy(pi, initial_distribution=start.numpy(), **shared))
+    shape = (*mdp.batch_shape, case.states)
+    # inputs are used as they are; only the answer is rounded to the dtype
+    bound = 4 * EPS[dtype] / (1 - case.discount) if dtype == torch.float64 else 1e-6
+    scale = 1 + np.abs(values).max()
+    assert_close(
+        value, np.reshape(values, shape), bound=4 * bound * scale, label=f"{case} evaluate"
+    )
+    assert_close(visits, np.reshape(shares, shape), bound=4 * bound, label=f"{case} occupancy")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("transition_batch", "reward_batch", "discount_batch", "temperature_batch"),
+    [
+        ((), (4, 7), (), ()),
+        ((4, 1), (4, 7), (), ()),
+        ((7,), (4, 7), (4, 1), (7,)),
+        ((4, 7), (), (7,), (4, 1)),
+        ((3, 1, 2), (5, 1), (3, 1, 1), (2,)),
+        ((), (), (3,), ()),
+        ((1,), (1,), (), (3,)),
+        ((0,), (0,), (), ()),
+    ],
+    ids=str,
+)
+def test_batch_axes_broadcast(
+    transition_batch: tuple[int, ...],
+    reward_batch: tuple[int, ...],
+    discount_batch: tuple[int, ...],
+    temperature_batch: tuple[int, ...],
+    backend: str,
+) -> None:
+    """Each problem of a broadcast batch has the answer that it has alone."""
+    states, actions = 4, 3
+    transition = torch.softmax(
+        torch.randn(*transition_batch, states, actions, states, dtype=torch.float64), -1
+    )
+    reward = torch.randn(*reward_batch, states, actions, dtype=torch.float64)
+    discount = 0.5 + 0.45 * torch.rand(discount_batch, dtype=torch.float64)
+    temperature = 0.1 + torch.rand(temperature_batch, dtype=torch.float64)
+    batch = torch.broadcast_shapes(
+        transition_batch, reward_batch, discount_batch, temperature_batch
+    )
+    got = birl_ext.solve(
+        reward, transition, discount=discount, temperature=temperature, backend=backend
+    )
+    assert got.value.shape == (*batch, states)
+    assert got.q.shape == got.policy.shape == (*batch, states, actions)
+    assert got.error_bound.shape == got.status.shape == got.iterations.shape == batch
+    expanded = {
+        "reward": reward.expand(*batch, states, actions),
+        "transition": transition.expand(*batch, states, actions, states),
+        "discount": discount.expand(batch),
+        "temperature": temperature.expand(batch),
+    }
+    for index in np.ndindex(*batch):
+        own = {name: tensor[index].numpy() for name, tensor in expanded.items()}
+        alone = float64.solve(**own)
+        for name in ("value", "q", "policy", "log_policy"):
+            assert_close(
+                getattr(got, name)[index],
+                getattr(alone, name),
+                bound=1e-11,
+                label=f"{name} of problem {index}",
+            )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_axes_broadcast_in_bellman_evaluate_and_occupancy(backend: str) -> None:
+    states, actions, batch = 4, 3, (4, 7)
+    transition = torch.softmax(
+        torch.randn(7, states, actions, states, dtype=torch.float64), -1
+    )  # behind the 4 of the policies
+    reward = torch.randn(4, 1, states, actions, dtype=torch.float64)
+    policy = torch.softmax(torch.randn(*batch, states, actions, dtype=torch.float64), -1)
+    start = torch.softmax(torch.randn(7, states, dtype=torch.float64), -1)
+    value = torch.randn(4, 1, states, dtype=torch.float64)
+    shared: dict[str, Any] = {"discount": 0.9, "backend": backend}
+    image, _, choice = birl_ext.bellman(value, reward, transition, temperature=0.3, **shared)
+    gained = birl_ext.evaluate(policy, reward, transition, **shared)
+    visits = birl_ext.occupancy(policy, transition, initial_distribution=start, **shared)
+    assert image.shape == gained.shape == visits.shape == (*batch, states)
+    for i, j in np.ndindex(*batch):
+        model = transition[j].numpy()
+        one = float64.bellman(
+            value[i, 0].numpy(), reward[i, 0].numpy(), model, discount=0.9, temperature=0.3
+        )
+        pi = policy[i, j].numpy()
+        assert_close(image[i, j], one.value, bound=1e-13, label=f"TV {i, j}")
+        assert_close(choice[i, j], one.policy, bound=1e-13, label=f"π {i, j}")
+        alone = float64.evaluate(pi, reward[i, 0].numpy(), model, discount=0.9)
+        assert_close(gained[i, j], alone, bound=1e-12, label=f"J {i, j}")
+        share = float64.occupancy(pi, model, discount=0.9, initial_distribution=start[j].numpy())
+        assert_close(visits[i, j], share, bound=1e-13, label=f"d {i, j}")
+
+
+def test_batched_masks_terminals_and_references_broadcast() -> None:
+    """A mask (7,), a terminal (4, 1) and a reference (4, 7) over one shared transition."""
+    states, actions = 4, 3
+    transition = torch.softmax(torch.randn(states, actions, states, dtype=torch.float64), -1)
+    reward = torch.randn(4, 1, states, actions, dtype=torch.float64)
+    mask = torch.rand(7, states, actions) < 0.7
+    mask[..., 0] = True
+    terminal = torch.rand(4, 1, states) < 0.3
+    reference = 0.1 + torch.rand(4, 7, states, actions, dtype=torch.float64)
+    mdp = DenseMDP(
+        reward, transition, 0.9, mask=mask, terminal=terminal, reference=reference
+    )  # fmt: skip
+    want = oracle(mdp, 0.3)
+    for form in FORMS:
+        got = solve_as(form, mdp, 0.3)
+        assert_close(got.value, want.value, bound=1e-11, label=f"{form} value")
+        assert_close(got.policy, want.policy, bound=1e-11, label=f"{form} policy")
+
+
+def exact(arguments: dict[str, Any]) -> float64.Oracle:
+    return multiprecision.solve(multiprecision.Problem.of(**arguments)).floats()
+
+
+def assert_certified(got: Solution, mdp: DenseMDP, temperature: float, label: object) -> None:
+    """The bounds hold against fifty digits, with no slack but the rounding of the comparison."""
+    for index, arguments in problems(mdp, temperature):
+        want = exact(arguments)
+        ulp = 2.3e-16 * np.abs(want.value).max()
+        bound = float(got.error_bound[index]) + ulp
+        assert_close(got.value[index], want.value, bound=bound, label=f"{label} value {index}")
+        log_bound = float(got.log_policy_error_bound[index])
+        logs = np.where(np.isfinite(want.log_policy), want.log_policy, 0.0)
+        assert_close(
+            got.log_policy[index],
+            want.log_policy,
+            bound=log_bound + 2.3e-16 * np.abs(logs).max(),
+            label=f"{label} log_policy {index}",
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tol", [None, 1e-3], ids=["exact", "loose"])
+@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_the_certificate_is_never_below_the_true_error(
+    case: Case, method: str, tol: float | None, backend: str
+) -> None:
+    mdp = case.mdp()
+    got = solve_as("dense", mdp, case.temperature, method=method, tol=tol, backend=backend)
+    assert_certified(got, mdp, case.temperature, f"{case} {method}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_certificate_holds_on_random_problems(backend: str) -> None:
+    @given(cases())
+    def holds(case: Case) -> None:
+        mdp = case.mdp()
+        got = birl_ext.solve(mdp, temperature=case.temperature, backend=backend)
+        assert_certified(got, mdp, case.temperature, case)
+        sparse = birl_ext.solve(mdp.to_sparse(), temperature=case.temperature, backend=backend)
+        assert_certified(sparse, mdp, case.temperature, f"{case} sparse")
+
+    holds()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["dense", "garnet"])
+def test_float32_tells_the_truth_at_a_discount_near_one(kind: str, backend: str) -> None:
+    """γ = .9999, τ = 1e-3: float32 data, float64 answers, gradients too, and an honest bound."""
+    case = Case(
+        kind, 32, 8, batch=(6,), discount=0.9999, temperature=1e-3, dtype=torch.float32, seed=7
+    )
+    single = case.mdp()
+    double = single.to(torch.float64)  # divides every row by its sum, as the solver reads it
+    weight = torch.randn(6, 32, 8, dtype=torch.float64)
+    policies, gradients = [], []
+    for mdp in (single, double):
+        reward = mdp.reward.clone().requires_grad_()
+        got = birl_ext.solve(
+            reward,
+            mdp.transition,
+            discount=case.discount,
+            temperature=case.temperature,
+            backend=backend,
+        )
+        objective = (weight * got.policy.double()).sum() + got.value.double().mean()
+        (gradient,) = torch.autograd.grad(objective, reward)
+        policies.append(got.policy.double().detach())
+        gradients.append(gradient.double())
+        if mdp is single:
+            bound = got.error_bound
+            value = got.value.detach()
+        else:
+            # half the spacing of float32 is the least that its bound can be
+            true_error = (value.double() - got.value).abs().amax(-1)
+            assert (true_error <= bound).all(), (true_error / bound).max()
+            assert (bound <= 1e-6 * got.value.abs().amax(-1)).all()
+    assert_close(policies[0], policies[1], bound=1e-3, label="policy")
+    error = (gradients[0] - gradients[1]).flatten(1).norm(dim=1)
+    assert (error <= 1e-4 * gradients[1].flatten(1).norm(dim=1)).all(), error
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason=f"_cpu: {_backends.unavailable('cpu')}")
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize("case", SMALL + WARP, ids=str)
+def test_the_backends_give_the_same_answers(case: Case, form: str) -> None:
+    mdp = case.mdp()
+    native, plain = (solve_as(form, mdp, case.temperature, backend=b) for b in ("cpu", "torch"))
+    bound = stretched(native.error_bound + plain.error_bound, 1)
+    assert_close(native.value, plain.value, bound=bound, label=f"{case} value")
+    log_bound = native.log_policy_error_bound + plain.log_policy_error_bound
+    assert_close(
+        native.log_policy, plain.log_policy, bound=stretched(log_bound, 2), label=f"{case} log π"
+    )
+    assert torch.equal(native.status, plain.status)
