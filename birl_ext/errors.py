@@ -31,6 +31,7 @@ __all__ = [
     "NotConvergedError",
     "OptionError",
     "ParameterError",
+    "PolicyError",
     "ReferencePolicyError",
     "ShapeError",
     "SizeLimitError",
@@ -115,6 +116,12 @@ class InitialDistributionError(InvalidMDPError):
     code = "BIRL-E107"
     meaning = "the initial distribution is not a probability vector"
     remedy = "make it non-negative and normalise it"
+
+
+class PolicyError(InvalidMDPError):
+    code = "BIRL-E108"
+    meaning = "a policy is not a probability distribution over the actions"
+    remedy = "make it non-negative and normalise it over the last axis"
 
 
 class ParameterError(BirlError, ValueError):

@@ -221,6 +221,7 @@ def bellman(
         terminal,
         validate,
         value.shape[:-1],
+        read=True,
     )
     _require_shape("value", value, (flat.reward.shape[-2],))
     dtype = flat.reward.dtype
@@ -273,10 +274,11 @@ def evaluate(
 
     Source: maths section 3, "Policy value under another reward".
     """
+    batch = tuple(policy.shape[:-2])
     flat = _flat(
-        reward, transition, discount, 1.0, None, None, terminal, validate, policy.shape[:-2]
+        reward, transition, discount, 1.0, None, None, terminal, validate, batch, read=True
     )
-    _require_shape("policy", policy, tuple(flat.reward.shape[-2:]))
+    _check_policy(policy, flat, validate)
     pi = flat.layout.grouped(policy.double(), 2)
     gain = (pi * flat.reward.double()).sum(-1)
     value = _policy_system(flat, pi, gain, False, backend)
@@ -324,14 +326,21 @@ def occupancy(
             allowed="a probability vector (*B, S)",
             fix="pass initial_distribution, or an MDP object that has one",
         )
-    batch = torch.broadcast_shapes(policy.shape[:-2], initial_distribution.shape[:-1])
+    batch = validation.broadcast_batches(
+        {
+            "policy": tuple(policy.shape[:-2]),
+            "initial_distribution": tuple(initial_distribution.shape[:-1]),
+        }
+    )
     if isinstance(transition, (DenseMDP, SparseMDP)):
         flat = _flat(transition, None, discount, 1.0, None, None, terminal, validate, batch)
     else:
         states, actions = policy.shape[-2:]
         nothing = transition.new_zeros(()).expand(states, actions)
-        flat = _flat(nothing, transition, discount, 1.0, None, None, terminal, validate, batch)
-    _require_shape("policy", policy, tuple(flat.reward.shape[-2:]))
+        flat = _flat(
+            nothing, transition, discount, 1.0, None, None, terminal, validate, batch, read=True
+        )
+    _check_policy(policy, flat, validate)
     _require_shape("initial_distribution", initial_distribution, (flat.reward.shape[-2],))
     if validate == "full" and validation.is_concrete(initial_distribution):
         validation.check_initial_distribution(initial_distribution)
@@ -341,10 +350,17 @@ def occupancy(
     return flat.layout.restore(share.to(flat.reward.dtype))
 
 
+def _check_policy(policy: Tensor, flat: Flat, validate: validation.Level) -> None:
+    _require_shape("policy", policy, tuple(flat.reward.shape[-2:]))
+    if validate == "full" and validation.is_concrete(policy):
+        validation.check_policy(policy)
+
+
 def _policy_system(
     flat: Flat, policy: Tensor, rhs: Tensor, transpose: bool, backend: BackendName
 ) -> Tensor:
     """(I − γP_π)⁻¹ b or its transpose, for b (N, G, S)."""
+    solution: Tensor
     solution, _ = _policy_solve.policy_solve(
         flat.transition,
         *_index(flat),
@@ -369,8 +385,13 @@ def _flat(
     terminal: Tensor | None,
     validate: validation.Level,
     batch: tuple[int, ...] = (),
+    *,
+    read: bool = False,
 ) -> Flat:
-    """Tensors or an MDP object, checked once, in the normal form of the ops."""
+    """Tensors or an MDP object, checked once, in the normal form of the ops.
+
+    `read` is for ops that do not check the numbers themselves in their first pass.
+    """
     if isinstance(reward, (DenseMDP, SparseMDP)):
         extras = {
             "transition": transition,
@@ -418,9 +439,12 @@ def _flat(
                 "temperature": temperature,
             }
         )
-        # a tensor's values are read by the op, in its first pass
-        validation.check_discount(discount, data=False)
-        validation.check_temperature(temperature, data=False)
+        reading = read and validate == "full" and validation.is_concrete(reward, transition)
+        validation.check_discount(discount, data=reading)
+        validation.check_temperature(temperature, data=reading)
+        if reading:
+            validation.check_reward(reward)
+            validation.check_rows(transition, None)
     absent = torch.empty(0, dtype=torch.float64, device=reward.device)  # not new_empty: vmap
     return flatten(reward, transition, absent, discount, temperature, batch=batch)
 

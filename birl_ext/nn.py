@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from birl_ext.errors import TemperatureError
+from birl_ext.errors import OptionError, TemperatureError
 from birl_ext.functional import solve
 from birl_ext.solution import Solution
 
@@ -58,9 +58,16 @@ class SoftPlanner(nn.Module):
 
     def forward(self, reward: Tensor, transition: Tensor | None = None) -> Solution:
         """Solve for the rewards (*B, S, A); a transition given here takes the place of the buffer."""
+        given = self.transition if transition is None else transition
+        if given is None:
+            raise OptionError(
+                "SoftPlanner has no transition",
+                allowed="a tensor (*B, S, A, S)",
+                fix="pass transition to the module or to the call",
+            )
         return solve(
             reward,
-            self.transition if transition is None else transition,
+            given,
             discount=self.discount,
             temperature=self.log_temperature.exp(),
             **self.options,

@@ -26,6 +26,7 @@ from birl_ext.errors import (
     NonFiniteInputError,
     NonStochasticError,
     OptionError,
+    PolicyError,
     ReferencePolicyError,
     ShapeError,
     SparseFormatError,
@@ -44,6 +45,7 @@ __all__ = [
     "check_discount",
     "check_initial_distribution",
     "check_level",
+    "check_policy",
     "check_reference",
     "check_reward",
     "check_rows",
@@ -432,6 +434,28 @@ def check_initial_distribution(initial: Tensor) -> None:
             f"initial_distribution sums to {value:.8g}",
             where=_place(place),
             allowed=f"1 ± {tolerance:.3g} for {_short(initial.dtype)}",
+        )
+
+
+def check_policy(policy: Tensor) -> None:
+    """Raise unless π, (*B, S, A), is a probability distribution over the actions of every state."""
+    bad = ~(policy >= 0)  # NaN fails too; an infinity fails the sum
+    if bad.any():
+        (*batch, state, action), value = _first(bad, policy)
+        raise PolicyError(
+            f"policy is {value:.6g}",
+            where=_place(batch, state=state, action=action),
+            allowed="at least 0",
+        )
+    total = policy.sum(-1, dtype=torch.float64)
+    tolerance = row_sum_tolerance(policy.dtype, policy.shape[-1])
+    bad = ~((total - 1).abs() <= tolerance)
+    if bad.any():
+        (*batch, state), value = _first(bad, total)
+        raise PolicyError(
+            f"policy sums to {value:.8g}",
+            where=_place(batch, state=state),
+            allowed=f"1 ± {tolerance:.3g} for {_short(policy.dtype)}",
         )
 
 

@@ -92,8 +92,9 @@ class Linearisation:
             flat.temperature,
             flat.reward,
         )
-        needs = tuple(t.requires_grad for t in tensors)
-        bars = parameter_cotangents(self.point, self.folded, flow, needs[:4])
+        needs = [t.requires_grad for t in tensors]
+        first = (needs[0], needs[1], needs[2], needs[3])
+        bars = parameter_cotangents(self.point, self.folded, flow, first)
         pairs = [
             (t, bar.to(t.dtype))
             for t, bar, need in zip(tensors, bars, needs, strict=True)
@@ -274,6 +275,7 @@ def exact_value(flat: Flat, solution: Solution) -> SweptValue:
 
 def _exact_flow(at: Linearisation) -> Tensor:
     point = at.point
+    flow: Tensor
     flow, _ = torch.ops.birl_ext.policy_solve(
         point.rows.data,
         point.rows.crow,
@@ -319,7 +321,7 @@ def _bound(at: Linearisation, flow: Tensor, smoothness: float, starts: torch.Siz
     per_problem = _lane_sum(flat.layout.restore(error), starts)
     bound = slope * per_problem
     if transition_too:
-        weight = parameter_cotangents(at.point, at.folded, flow, (False,) * 4)[4]
+        weight = parameter_cotangents(at.point, at.folded, flow, (False, False, False, False))[4]
         mass = at.point.discount * weight.abs().sum((-1, -2)) * at.value_error
         entries = flat.transition.reshape(flat.transition.shape[0], -1)
         norms = torch.zeros((entries.shape[-1], *starts), dtype=torch.float64, device=x.device)

@@ -119,17 +119,18 @@ class MSoBiRL:
         """
         outcomes: list[Outcome] = []
 
-        def closure() -> Tensor:
+        def closure() -> float:
             objective, gradient, error = self._hypergradient()
             lanes = objective.shape
             norm = gradient.double().reshape(*lanes, -1).norm(dim=-1)
-            outcomes.append(Outcome(objective, norm, error, *self._counts, self._temperature))
+            sweeps, products = self._counts
+            outcomes.append(Outcome(objective, norm, error, sweeps, products, self._temperature))
             if self.noise:
                 shape, dtype = gradient.shape, gradient.dtype
                 shock = torch.randn(shape, generator=self.generator, dtype=dtype)
                 gradient = gradient + self.noise * shock.to(gradient.device)
             self.x.grad = gradient
-            return objective.sum()
+            return float(objective.sum())
 
         self.optimiser.step(closure)
         self.steps += 1

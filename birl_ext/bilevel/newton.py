@@ -91,7 +91,8 @@ class DampedNewton:
 
     def covariance(self) -> Tensor:
         """H⁻¹ at x, (d, d): the asymptotic covariance of a maximum-likelihood estimate."""
-        return torch.linalg.inv(self._expand()[2])
+        covariance: Tensor = torch.linalg.inv(self._expand()[2])
+        return covariance
 
     def state_dict(self) -> dict[str, Any]:
         return {

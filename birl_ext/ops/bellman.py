@@ -37,8 +37,9 @@ def _(
     value: Tensor,
     backend: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    table = [reward.new_empty(reward.shape, dtype=torch.float64) for _ in range(3)]
-    return (reward.new_empty(reward.shape[:-1], dtype=torch.float64), *table)
+    advantage = reward.new_empty(reward.shape, dtype=torch.float64)
+    image = reward.new_empty(reward.shape[:-1], dtype=torch.float64)
+    return image, advantage, torch.empty_like(advantage), torch.empty_like(advantage)
 
 
 for _key in ("CPU", "CUDA"):

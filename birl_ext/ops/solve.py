@@ -142,7 +142,7 @@ class Solve(torch.autograd.Function):
             inflow = q_bar.sum(-1)
             value_bar = inflow if value_bar is None else value_bar + inflow
         folded = fold_cotangents(point, value_bar, advantage_bar, policy_bar, log_policy_bar)
-        source = folded.value
+        source = torch.zeros_like(point.value) if folded.value is None else folded.value
         if folded.q is not None:
             pulled = point.rows.pull(folded.q * point.rows.scale())
             source = source + point.discount.unsqueeze(-1) * pulled

@@ -106,7 +106,7 @@ def _table(path: str, header: tuple[str, ...]) -> Tensor:
             allowed=f"the header {expected}",
             fix=f"make {expected} the first line",
         )
-    rows = []
+    rows: list[list[float]] = []
     for number, cells in enumerate(lines[1:], start=2):
         if not cells:
             continue

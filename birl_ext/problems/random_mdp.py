@@ -1,4 +1,4 @@
-"""The synthetic problem of SoBiRL: a quadratic reward model over random MDPs, with a known optimum."""
+"""SoBiRL's synthetic problem: a quadratic reward model on a random MDP, with a known optimum."""
 
 from __future__ import annotations
 
