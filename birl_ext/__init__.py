@@ -6,17 +6,17 @@ reinforcement learning on top.
 """
 
 from birl_ext import nn
+from birl_ext._version import __version__
 from birl_ext.functional import bellman, evaluate, occupancy, solve
 from birl_ext.mdp import DenseMDP, SparseMDP
 from birl_ext.solution import Solution, Status
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DenseMDP",
     "Solution",
     "SparseMDP",
     "Status",
+    "__version__",
     "bellman",
     "evaluate",
     "nn",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from birl_ext._version import __version__
 from birl_ext.errors import (
     BackendFallbackWarning,
     BackendUnavailableError,
@@ -54,9 +55,6 @@ class _Backend:
         """The module, if it also belongs to this version of the package."""
         self.load()
         if self.module is not None and not self._checked:
-            # Not at import: the package's version is not defined before its modules are.
-            from birl_ext import __version__
-
             self._checked = True
             built = _built_version(self.module)
             if built != __version__:
