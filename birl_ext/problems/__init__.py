@@ -1,6 +1,7 @@
 """Benchmark problems with published numbers, one per file; each is a job that `birl run` runs."""
 
 from birl_ext.problems.bus import BusConfig, BusJob
+from birl_ext.problems.four_rooms import FourRoomsConfig, FourRoomsJob
 from birl_ext.problems.random_mdp import RandomMDPConfig, RandomMDPJob
 from birl_ext.runs.job import Problem
 
@@ -9,6 +10,9 @@ __all__ = ["PROBLEMS"]
 PROBLEMS = {
     "random-mdp": Problem(
         RandomMDPConfig, RandomMDPJob, "a random MDP with a quadratic reward model; known optimum"
+    ),
+    "four-rooms": Problem(
+        FourRoomsConfig, FourRoomsJob, "incentives that lead a walker through four rooms"
     ),
     "bus": Problem(BusConfig, BusJob, "bus engine replacement, estimated from real decisions"),
 }
