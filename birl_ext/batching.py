@@ -6,7 +6,6 @@ that serves many rewards is stored and read once, whatever the order of the axes
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -90,9 +89,17 @@ def layout(transition_batch: tuple[int, ...], *batches: tuple[int, ...]) -> Layo
     return Layout(
         batch_shape=batch,
         order=None if order == tuple(range(len(batch))) else order,
-        models=math.prod(batch[i] for i in model_axes),
-        group=math.prod(batch[i] for i in group_axes),
+        models=_product([batch[i] for i in model_axes]),
+        group=_product([batch[i] for i in group_axes]),
     )
+
+
+def _product(sizes: list[int]) -> int:
+    """`math.prod`, which torch.compile cannot trace for symbolic sizes."""
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
 
 
 class Flat(NamedTuple):
