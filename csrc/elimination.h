@@ -19,11 +19,18 @@ namespace birl {
 
 class Elimination {
  public:
-  explicit Elimination(Index n) : n_(n), magnitudes_(n * n), defect_(n), inverse_pivot_(n) {}
+  explicit Elimination(Index n)
+      : n_(n),
+        stride_((n + EliminationKernels::kPadding + 7) / 8 * 8),
+        magnitudes_(n * stride_),
+        defect_(n),
+        inverse_pivot_(n) {}
 
   Index size() const { return n_; }
-  double* row(Index i) { return magnitudes_.data() + i * n_; }  // to be filled with γ P_π(i, ·)
-  double* defect() { return defect_.data(); }                   // to be filled with d
+  double* row(Index i) {
+    return magnitudes_.data() + i * stride_;
+  }                                            // to be filled with γ P_π(i, ·)
+  double* defect() { return defect_.data(); }  // to be filled with d
 
   // Factors in place.
   void factor(Team& team, Interrupt& interrupt) {
@@ -32,12 +39,13 @@ class Elimination {
     for (Index k0 = 0; k0 < n_; k0 += kBlock) {
       interrupt.check();
       const Index k1 = std::min(n_, k0 + kBlock), below = n_ - k1;
-      kernel.block(magnitudes_.data(), n_, k0, k1, defect_.data(), inverse_pivot_.data());
+      kernel.block(magnitudes_.data(), n_, stride_, k0, k1, defect_.data(), inverse_pivot_.data());
       constexpr Index kRows = 16;
       const double work = 2.0 * static_cast<double>((k1 - k0) * below * below);
       team.run((below + kRows - 1) / kRows, work, [&](Index c, int) {
         const Index i0 = k1 + c * kRows, i1 = std::min(n_, i0 + kRows);
-        kernel.below(magnitudes_.data(), n_, k0, k1, i0, i1, defect_.data(), inverse_pivot_.data());
+        kernel.below(magnitudes_.data(), n_, stride_, k0, k1, i0, i1, defect_.data(),
+                     inverse_pivot_.data());
       });
     }
   }
@@ -45,12 +53,12 @@ class Elimination {
   // x := A⁻¹x, or A⁻ᵀx.
   void solve(double* x, bool transpose) const {
     const EliminationKernels& kernel = kernels().elimination;
-    (transpose ? kernel.solve_transpose : kernel.solve)(magnitudes_.data(), n_,
+    (transpose ? kernel.solve_transpose : kernel.solve)(magnitudes_.data(), n_, stride_,
                                                         inverse_pivot_.data(), x);
   }
 
  private:
-  Index n_;
+  Index n_, stride_;
   std::vector<double> magnitudes_, defect_, inverse_pivot_;
 };
 

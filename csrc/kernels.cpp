@@ -4,59 +4,98 @@
 
 #include "core/scalar_math.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace birl::BIRL_ISA {
 namespace {
 
+// A vector of kWidth doubles, loads that widen float, and sums across lanes.
 #if defined(__AVX512F__)
 constexpr int kWidth = 8;
+typedef __m512d Vec;
+inline Vec load(const double* p) { return _mm512_loadu_pd(p); }
+inline Vec load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+inline void store(double* p, Vec v) { _mm512_storeu_pd(p, v); }
+inline __m256d halve(Vec v) {
+  return _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
+}
+inline __m256d pairs(Vec u, Vec v) {
+  return halve(_mm512_add_pd(_mm512_unpacklo_pd(u, v), _mm512_unpackhi_pd(u, v)));
+}
 #elif defined(__AVX2__)
 constexpr int kWidth = 4;
+typedef __m256d Vec;
+inline Vec load(const double* p) { return _mm256_loadu_pd(p); }
+inline Vec load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+inline void store(double* p, Vec v) { _mm256_storeu_pd(p, v); }
+inline __m256d pairs(Vec u, Vec v) { return _mm256_hadd_pd(u, v); }
 #else
 constexpr int kWidth = 2;
-#endif
-constexpr int kParts = 16 / kWidth;  // sixteen lanes on every instruction set
-
-typedef double Vec __attribute__((vector_size(8 * kWidth)));
-typedef float Half __attribute__((vector_size(4 * kWidth)));
-
+typedef double Vec __attribute__((vector_size(16)));
 inline Vec load(const double* p) {
   Vec v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-
 inline Vec load(const float* p) {
-  Half v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, Vec);
+  return Vec{static_cast<double>(p[0]), static_cast<double>(p[1])};
 }
-
 inline void store(double* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+#endif
+constexpr int kParts = 16 / kWidth;  // sixteen lanes on every instruction set
 
-inline double reduce(Vec* acc) {
-  for (int half = kParts / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) acc[i] += acc[i + half];
-  double lane[kWidth];
-  store(lane, acc[0]);
-  for (int half = kWidth / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+// out[i] = sum of the lanes of v[i]
+#if defined(__AVX2__)
+inline __m128d fold(__m256d v) {
+  return _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
 }
+inline void lane_sums(const Vec (&v)[4], double* out) {
+  _mm_storeu_pd(out, fold(pairs(v[0], v[1])));
+  _mm_storeu_pd(out + 2, fold(pairs(v[2], v[3])));
+}
+inline void lane_sums(const Vec (&v)[1], double* out) {
+  *out = _mm_cvtsd_f64(fold(pairs(v[0], v[0])));
+}
+#else
+template <int Rows>
+inline void lane_sums(const Vec (&v)[Rows], double* out) {
+  for (int i = 0; i < Rows; ++i) out[i] = v[i][0] + v[i][1];
+}
+#endif
 
 template <int Rows, class Real>
-inline void row_products(const Real* p, Index cols, const double* w, double* y) {
-  Vec acc[Rows][kParts] = {};
+inline __attribute__((always_inline)) void row_products(const Real* p, Index cols, const double* w,
+                                                        double* y) {
+  Vec acc[Rows][kParts];
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) acc[i][part] = Vec{};
   Index t = 0;
   for (; t + 16 <= cols; t += 16)
+#pragma GCC unroll 8
     for (int part = 0; part < kParts; ++part) {
       const Vec x = load(w + t + part * kWidth);
+#pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) acc[i][part] += load(p + i * cols + t + part * kWidth) * x;
     }
+  Vec total[Rows];
+#pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) {
-    double total = reduce(acc[i]);
-    for (Index u = t; u < cols; ++u) total += static_cast<double>(p[i * cols + u]) * w[u];
-    y[i] = total;
+#pragma GCC unroll 4
+    for (int half = kParts / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+      for (int part = 0; part < half; ++part) acc[i][part] += acc[i][part + half];
+    total[i] = acc[i][0];
   }
+  lane_sums(total, y);
+  if (t < cols)
+    for (int i = 0; i < Rows; ++i) {
+      double tail = 0.0;
+      for (Index u = t; u < cols; ++u) tail += static_cast<double>(p[i * cols + u]) * w[u];
+      y[i] += tail;
+    }
 }
 
 template <class Real>
@@ -69,25 +108,37 @@ void products(const Real* p, Index rows, Index cols, const double* w, double* y)
 template <class Real>
 void sums(const Real* p, Index rows, Index cols, double* sum, double* least) {
   for (Index i = 0; i < rows; ++i, p += cols) {
-    Vec acc[kParts] = {};
-    Vec low[kParts] = {};  // zero: a minimum above zero is of no interest
+    Vec acc[kParts], low[kParts];  // low starts at zero: a minimum above is of no interest
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) acc[part] = low[part] = Vec{};
     Index t = 0;
     for (; t + 16 <= cols; t += 16)
+#pragma GCC unroll 8
       for (int part = 0; part < kParts; ++part) {
         const Vec x = load(p + t + part * kWidth);
         acc[part] += x;
         low[part] = x < low[part] ? x : low[part];
       }
-    double total = reduce(acc), smallest = 0.0;
-    for (int part = 0; part < kParts; ++part)
-      for (int lane = 0; lane < kWidth; ++lane)
-        smallest = low[part][lane] < smallest ? low[part][lane] : smallest;
+    Vec total[1];
+#pragma GCC unroll 4
+    for (int half = kParts / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+      for (int part = 0; part < half; ++part) {
+        acc[part] += acc[part + half];
+        low[part] = low[part] < low[part + half] ? low[part] : low[part + half];
+      }
+    total[0] = acc[0];
+    lane_sums(total, sum + i);
+    double lanes[kWidth], smallest = 0.0, tail = 0.0;
+    store(lanes, low[0]);
+    for (int lane = 0; lane < kWidth; ++lane)
+      smallest = lanes[lane] < smallest ? lanes[lane] : smallest;
     for (; t < cols; ++t) {
       const double x = static_cast<double>(p[t]);
-      total += x;
+      tail += x;
       smallest = x < smallest ? x : smallest;
     }
-    sum[i] = total;
+    sum[i] += tail;
     least[i] = smallest;
   }
 }
@@ -125,56 +176,77 @@ void q_values(Index rows, const Real* reward, const double* product, const doubl
     q[i] = static_cast<double>(reward[i]) + discount * (product[i] * inverse_sum[i]);
 }
 
-void eliminate_block(double* a, Index n, Index k0, Index k1, double* defect,
+// y[0..n) += m x[0..n), in whole vectors: may touch up to kWidth − 1 entries more.
+inline void add_multiple(const double* x, Index n, double m, double* y) {
+  for (Index j = 0; j < n; j += kWidth) store(y + j, load(y + j) + m * load(x + j));
+}
+
+// Row i against pivots [k0, i): multipliers, defect, and the columns up to n.
+inline void eliminate_row(double* a, Index n, Index stride, Index k0, Index i, double* defect,
+                          const double* inverse_pivot) {
+  double* row = a + i * stride;
+  for (Index k = k0; k < i; ++k) {
+    const double multiplier = row[k] * inverse_pivot[k];
+    row[k] = multiplier;
+    if (multiplier == 0.0) continue;
+    defect[i] += multiplier * defect[k];
+    add_multiple(a + k * stride + k + 1, n - k - 1, multiplier, row + k + 1);
+  }
+}
+
+void eliminate_block(double* a, Index n, Index stride, Index k0, Index k1, double* defect,
                      double* inverse_pivot) {
   for (Index i = k0; i < k1; ++i) {
-    double* row = a + i * n;
-    for (Index k = k0; k < i; ++k) {
-      const double multiplier = row[k] * inverse_pivot[k];
-      row[k] = multiplier;
-      if (multiplier == 0.0) continue;
-      defect[i] += multiplier * defect[k];
-      combine(a + k * n + k + 1, n, 1, n - k - 1, &multiplier, row + k + 1);
-    }
-    double pivot = defect[i];
-    for (Index j = i + 1; j < n; ++j) pivot += row[j];
-    inverse_pivot[i] = 1.0 / pivot;
+    eliminate_row(a, n, stride, k0, i, defect, inverse_pivot);
+    const double* row = a + i * stride;
+    Vec acc[1] = {Vec{}};
+    for (Index j = i + 1; j < n; j += kWidth) acc[0] += load(row + j);
+    double rest;
+    lane_sums(acc, &rest);
+    inverse_pivot[i] = 1.0 / (defect[i] + rest);
   }
 }
 
-void eliminate_below(double* a, Index n, Index k0, Index k1, Index i0, Index i1, double* defect,
-                     const double* inverse_pivot) {
+void eliminate_below(double* a, Index n, Index stride, Index k0, Index k1, Index i0, Index i1,
+                     double* defect, const double* inverse_pivot) {
+  double block[EliminationKernels::kLargestBlock + EliminationKernels::kPadding] =
+      {};  // the panel's columns alone: whole vectors must not reach into the rest
+  const Index width = k1 - k0;
   for (Index i = i0; i < i1; ++i) {
-    double* row = a + i * n;
+    double* row = a + i * stride;
+    __builtin_memcpy(block, row + k0, sizeof(double) * width);
     for (Index k = k0; k < k1; ++k) {
-      const double multiplier = row[k] * inverse_pivot[k];
-      row[k] = multiplier;
+      const double multiplier = block[k - k0] * inverse_pivot[k];
+      block[k - k0] = multiplier;
       if (multiplier == 0.0) continue;
       defect[i] += multiplier * defect[k];
-      combine(a + k * n + k + 1, n, 1, k1 - k - 1, &multiplier, row + k + 1);
+      add_multiple(a + k * stride + k + 1, k1 - k - 1, multiplier, block + k - k0 + 1);
     }
-    combine(a + k0 * n + k1, n, k1 - k0, n - k1, row + k0, row + k1);
+    __builtin_memcpy(row + k0, block, sizeof(double) * width);
+    combine(a + k0 * stride + k1, stride, width, n - k1, block, row + k1);
   }
 }
 
-void eliminated_solve(const double* a, Index n, const double* inverse_pivot, double* x) {
+void eliminated_solve(const double* a, Index n, Index stride, const double* inverse_pivot,
+                      double* x) {
   double product;
   for (Index i = 1; i < n; ++i) {
-    row_products<1>(a + i * n, i, x, &product);
+    row_products<1>(a + i * stride, i, x, &product);
     x[i] += product;
   }
   for (Index i = n - 1; i >= 0; --i) {
-    row_products<1>(a + i * n + i + 1, n - i - 1, x + i + 1, &product);
+    row_products<1>(a + i * stride + i + 1, n - i - 1, x + i + 1, &product);
     x[i] = (x[i] + product) * inverse_pivot[i];
   }
 }
 
-void eliminated_solve_transpose(const double* a, Index n, const double* inverse_pivot, double* x) {
+void eliminated_solve_transpose(const double* a, Index n, Index stride, const double* inverse_pivot,
+                                double* x) {
   for (Index i = 0; i < n; ++i) {
     x[i] *= inverse_pivot[i];
-    combine(a + i * n + i + 1, n, 1, n - i - 1, x + i, x + i + 1);
+    combine(a + i * stride + i + 1, stride, 1, n - i - 1, x + i, x + i + 1);
   }
-  for (Index i = n - 1; i > 0; --i) combine(a + i * n, n, 1, i, x + i, x);
+  for (Index i = n - 1; i > 0; --i) combine(a + i * stride, stride, 1, i, x + i, x);
 }
 
 // A block of states at a time, so that the exponentials form one long flat loop.

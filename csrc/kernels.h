@@ -21,15 +21,19 @@ struct RowKernels {
 };
 
 // GTH elimination of A = D - N, N >= 0 off the diagonal: rows of magnitudes, nothing is subtracted.
-// See policy_system.h for the layout.
+// See elimination.h. Rows are `stride` apart, at least kPadding more than n, and zero beyond n.
 struct EliminationKernels {
+  static constexpr Index kPadding = 8;
+  static constexpr Index kLargestBlock = 64;
   // Rows [k0, k1) to their final form, over columns [k0, n).
-  void (*block)(double* a, Index n, Index k0, Index k1, double* defect, double* inverse_pivot);
+  void (*block)(double* a, Index n, Index stride, Index k0, Index k1, double* defect,
+                double* inverse_pivot);
   // Rows [i0, i1) below that block: multipliers in columns [k0, k1), update of columns [k1, n).
-  void (*below)(double* a, Index n, Index k0, Index k1, Index i0, Index i1, double* defect,
-                const double* inverse_pivot);
-  void (*solve)(const double* a, Index n, const double* inverse_pivot, double* x);
-  void (*solve_transpose)(const double* a, Index n, const double* inverse_pivot, double* x);
+  void (*below)(double* a, Index n, Index stride, Index k0, Index k1, Index i0, Index i1,
+                double* defect, const double* inverse_pivot);
+  void (*solve)(const double* a, Index n, Index stride, const double* inverse_pivot, double* x);
+  void (*solve_transpose)(const double* a, Index n, Index stride, const double* inverse_pivot,
+                          double* x);
 };
 
 struct SoftMaximum {
