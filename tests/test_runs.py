@@ -472,10 +472,10 @@ def test_figures_are_the_same_bytes_each_time(tmp_path):
     first = [path.read_bytes() for path in written]
     assert first[0].startswith(b"\x89PNG")
     assert b"<dc:date>" not in first[1]
-    plots.mpl.rcParams["font.size"] = 30
+    plots.mpl.rcParams["xtick.major.size"] = 30
     loop.draw_figures(job, directory, directory.read_summary())
     assert [path.read_bytes() for path in written] == first
-    plots.mpl.rcParams["font.size"] = before["font.size"]
+    plots.mpl.rcParams["xtick.major.size"] = before["xtick.major.size"]
     assert dict(plots.mpl.rcParams) == before
 
 
