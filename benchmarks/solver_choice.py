@@ -1,0 +1,268 @@
+"""Which solver suits which MDP, and does method="auto" pick it?
+
+Every method solves the same MDPs to the same certified tolerance, through the public API. Before a
+time is taken the answers are compared: two values must agree within the sum of their error bounds.
+Passes over P and products with P_π are exact and repeatable; seconds are those of this machine, and
+only as good as it is idle.
+
+    python benchmarks/solver_choice.py [--quick] [--out FILE]
+    python benchmarks/solver_choice.py --table FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import birl_ext
+from birl_ext import DenseMDP, SparseMDP
+
+TOL = 1e-8
+METHODS = ("auto", "value-iteration", "newton", "newton-krylov", "policy-iteration")
+BACKENDS = ("cpu", "torch")
+DISCOUNTS = (0.9, 0.99, 0.9999)
+TEMPERATURES = (0.1, 0.001)
+STATES = (64, 1024)
+CAPS = {"value-iteration": 5_000, "policy-iteration": 1_000}
+"""Most passes; a method that needs more is recorded as not converged."""
+SLOWEST = 5.0
+"""Seconds after which a case is not repeated."""
+
+MDP = DenseMDP | SparseMDP
+
+
+def dense(states: int, generator: torch.Generator) -> Tensor:
+    """Random rows over all states, 4 actions: mixes in one step."""
+    return _normalised(torch.rand(states, 4, states, generator=generator, dtype=torch.float64))
+
+
+def garnet(states: int, generator: torch.Generator) -> Tensor:
+    """4 random successors per state and action, 4 actions: mixes in a few steps."""
+    weights = torch.rand(states, 4, states, generator=generator, dtype=torch.float64)
+    fourth = weights.topk(4, -1).values[..., -1:]
+    return _normalised(weights * (weights >= fourth))
+
+
+def two_cluster(states: int, generator: torch.Generator) -> Tensor:
+    """Two dense halves that leak 1e-3 into each other, 4 actions: mixes in a thousand steps."""
+    half = torch.arange(states) < states // 2
+    leak = torch.where(half[:, None] == half, 1.0, 1e-3).to(torch.float64)
+    return _normalised(dense(states, generator) * leak[:, None])
+
+
+def grid(states: int, generator: torch.Generator) -> Tensor:
+    """A square walk in 4 directions that slips with probability 0.2: the best cell drains it."""
+    side = int(states**0.5)
+    cell = torch.arange(side * side)
+    row, column = cell // side, cell % side
+    moved = [
+        (row - 1).clamp(min=0) * side + column,
+        row * side + (column + 1).clamp(max=side - 1),
+        (row + 1).clamp(max=side - 1) * side + column,
+        row * side + (column - 1).clamp(min=0),
+    ]
+    rows = torch.zeros(side * side, 4, side * side, dtype=torch.float64)
+    for action in range(4):
+        for way, target in enumerate(moved):
+            rows[cell, action, target] += 0.85 if way == action else 0.05
+    return rows
+
+
+def chain(states: int, generator: torch.Generator) -> Tensor:
+    """A line walked left or right, failing with probability 0.1: news travels slowly."""
+    cell = torch.arange(states)
+    ends = (cell - 1).clamp(min=0), (cell + 1).clamp(max=states - 1)
+    rows = torch.zeros(states, 2, states, dtype=torch.float64)
+    for action in range(2):
+        rows[cell, action, ends[action]] += 0.9
+        rows[cell, action, ends[1 - action]] += 0.1
+    return rows
+
+
+def _normalised(rows: Tensor) -> Tensor:
+    return rows / rows.sum(-1, keepdim=True)
+
+
+FAMILIES: dict[str, tuple[Callable[[int, torch.Generator], Tensor], bool]] = {
+    "dense": (dense, False),
+    "two-cluster": (two_cluster, False),
+    "garnet": (garnet, True),
+    "grid": (grid, True),
+    "chain": (chain, True),
+}
+"""Family → its transition, and whether it is solved as a SparseMDP."""
+
+
+def problem(family: str, states: int, discount: float) -> MDP:
+    generator = torch.Generator().manual_seed(states)
+    build, sparse = FAMILIES[family]
+    transition = build(states, generator)
+    shape = transition.shape[:-1]
+    reward = torch.rand(shape, generator=generator, dtype=torch.float64)
+    mdp = DenseMDP(reward, transition, discount)
+    return mdp.to_sparse() if sparse else mdp
+
+
+def measure(
+    mdp: MDP, temperature: float, method: str, backend: str
+) -> tuple[dict[str, Any], birl_ext.Solution]:
+    def solve() -> birl_ext.Solution:
+        return birl_ext.solve(
+            mdp,
+            temperature=temperature,
+            method=method,
+            backend=backend,
+            tol=TOL,
+            max_iterations=CAPS.get(method),
+            on_fail="status",
+        )
+
+    seconds = []
+    while not seconds or (len(seconds) < 5 and sum(seconds) < SLOWEST / 10):
+        start = time.perf_counter()
+        solution = solve()
+        seconds.append(time.perf_counter() - start)
+    status = birl_ext.Status(int(solution.status))
+    row = {
+        "method": method,
+        "backend": backend,
+        "status": status.name,
+        "passes": int(solution.iterations),
+        "products": int(solution.info[..., 5]),
+        "seconds": min(seconds),
+        "error_bound": float(solution.error_bound),
+    }
+    return row, solution
+
+
+def agree(one: birl_ext.Solution, other: birl_ext.Solution, what: str) -> None:
+    gap = float((one.value - other.value).abs().max())
+    allowed = float(one.error_bound + other.error_bound)
+    if not gap <= allowed:
+        raise AssertionError(
+            f"{what}: values differ by {gap:.3g}, their bounds allow {allowed:.3g}"
+        )
+
+
+def cases(quick: bool) -> Iterator[tuple[str, int, float, float]]:
+    for family in FAMILIES:
+        for states in STATES[:1] if quick else STATES:
+            for discount in DISCOUNTS:
+                for temperature in TEMPERATURES:
+                    yield family, states, discount, temperature
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    load = os.getloadavg()[0]
+    return (
+        f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} thread used, "
+        f"load average {load:.1f} at the start"
+    )
+
+
+def table(report: dict[str, Any]) -> str:
+    """The rows of docs/solvers.md: passes (and products, where there are any) and milliseconds."""
+
+    def cell(row: dict[str, Any]) -> str:
+        if row["status"] != "CONVERGED":
+            return f"> {row['passes']}"
+        products = f" + {row['products']}" if row["products"] and row["backend"] == "cpu" else ""
+        return f"{row['passes']}{products}"
+
+    columns = (
+        "family, S, γ, τ",
+        *METHODS[1:],
+        "auto",
+        "auto, ms",
+        "auto on PyTorch, ms",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    seen: dict[tuple[Any, ...], dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in report["rows"]:
+        key = (row["family"], row["states"], row["discount"], row["temperature"])
+        seen.setdefault(key, {})[row["backend"], row["method"]] = row
+    for (family, states, discount, temperature), rows in seen.items():
+        small = states <= STATES[0]
+        if temperature != TEMPERATURES[0] or (small and discount != DISCOUNTS[-1]):
+            continue
+        name = f"{family}, {states}, {discount:g}, {temperature:g}"
+        cells = [cell(rows["cpu", method]) for method in (*METHODS[1:], "auto")]
+        times = [_two_digits(1e3 * rows[backend, "auto"]["seconds"]) for backend in BACKENDS]
+        lines.append(f"| {' | '.join([name, *cells, *times])} |")
+    return "\n".join(lines)
+
+
+def _two_digits(number: float) -> str:
+    return f"{float(f'{number:.2g}'):g}"
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """JSON with one measurement per line."""
+    rows = ",\n  ".join(map(json.dumps, report["rows"]))
+    text = json.dumps({**report, "rows": []}, indent=1, ensure_ascii=False)
+    path.write_text(text.replace('"rows": []', f'"rows": [\n  {rows}\n ]') + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="the smallest size only")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--table", type=Path, help="print the table of stored results and stop")
+    options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text())))
+        return
+    report: dict[str, Any] = {
+        "question": __doc__.splitlines()[0],
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "versions": {"birl_ext": birl_ext.__version__, "torch": torch.__version__},
+        "tolerance": TOL,
+        "rows": [],
+    }
+    for family, states, discount, temperature in cases(options.quick):
+        mdp = problem(family, states, discount)
+        case = {
+            "family": family,
+            "states": mdp.states,
+            "discount": discount,
+            "temperature": temperature,
+        }
+        reference = None
+        for backend in BACKENDS:
+            # the PyTorch path is a fallback: at the larger size only its own choice is of interest
+            for method in METHODS if backend == "cpu" or states <= STATES[0] else METHODS[:1]:
+                row, solution = measure(mdp, temperature, method, backend)
+                if row["status"] == "CONVERGED":
+                    reference = reference or solution
+                    agree(solution, reference, f"{case} {backend} {method}")
+                report["rows"].append({**case, **row})
+                print(
+                    f"{family:12}{mdp.states:6}{discount:8}{temperature:7} {backend:6}{method:17}"
+                    f"{row['status']:15}{row['passes']:6} passes{row['products']:7} products "
+                    f"{1e3 * row['seconds']:10.2f} ms",
+                    flush=True,
+                )
+    if options.out:
+        write(report, options.out)
+
+
+if __name__ == "__main__":
+    main()
