@@ -183,3 +183,15 @@ def test_values_behind_the_mask_and_in_terminal_rows_are_not_read() -> None:
     got = float64.solve(**dirty), multiprecision.solve(Problem.of(**dirty)).floats()
     for ours, theirs in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
         assert np.array_equal(ours, theirs)
+
+
+def test_rows_are_read_as_ratios() -> None:
+    """Doubling is exact, so P/ΣP, and with it every bit of the answer, stays."""
+    arguments = one(Case(seed=3))
+    double = {**arguments, "transition": 2 * arguments["transition"]}
+    for solve in (
+        lambda given: float64.solve(**given),
+        lambda given: multiprecision.solve(Problem.of(**given)).floats(),
+    ):
+        for ours, theirs in zip(solve(double), solve(arguments), strict=True):
+            assert np.array_equal(ours, theirs)
