@@ -56,19 +56,17 @@ Noise = Literal["planner", "simulator"]
 Method = Literal["gradient", "continuation", "starts", "noise", "combined"]
 
 PUBLISHED = {
-    (0.001, 1.0): {"HPGD": 0.91, "AMD": 0.58, "zero order": 0.59, "no incentive": 0.410},
-    (0.001, 3.0): {"HPGD": 0.51, "AMD": 0.51, "zero order": 0.50, "no incentive": 0.410},
-    (0.001, 5.0): {"HPGD": 0.46, "AMD": 0.46, "zero order": 0.46, "no incentive": 0.410},
-    (0.003, 1.0): {"HPGD": 0.95, "AMD": 1.00, "zero order": 0.91, "no incentive": 0.321},
-    (0.003, 3.0): {"HPGD": 0.73, "AMD": 0.39, "zero order": 0.40, "no incentive": 0.321},
-    (0.003, 5.0): {"HPGD": 0.29, "AMD": 0.32, "zero order": 0.32, "no incentive": 0.321},
-    (0.005, 1.0): {"HPGD": 1.17, "AMD": 1.28, "zero order": 1.15, "no incentive": 0.299},
-    (0.005, 3.0): {"HPGD": 1.01, "AMD": 1.13, "zero order": 1.02, "no incentive": 0.299},
-    (0.005, 5.0): {"HPGD": 0.87, "AMD": 0.97, "zero order": 0.79, "no incentive": 0.299},
+    (0.001, 1.0): {"HPGD": 0.91, "AMD": 0.58, "zero order": 0.59},
+    (0.001, 3.0): {"HPGD": 0.51, "AMD": 0.51, "zero order": 0.50},
+    (0.001, 5.0): {"HPGD": 0.46, "AMD": 0.46, "zero order": 0.46},
+    (0.003, 1.0): {"HPGD": 0.95, "AMD": 1.00, "zero order": 0.91},
+    (0.003, 3.0): {"HPGD": 0.73, "AMD": 0.39, "zero order": 0.40},
+    (0.003, 5.0): {"HPGD": 0.29, "AMD": 0.32, "zero order": 0.32},
+    (0.005, 1.0): {"HPGD": 1.17, "AMD": 1.28, "zero order": 1.15},
+    (0.005, 3.0): {"HPGD": 1.01, "AMD": 1.13, "zero order": 1.02},
+    (0.005, 5.0): {"HPGD": 0.87, "AMD": 0.97, "zero order": 0.79},
 }
-"""(λ, κ) → upper value of Thoma et al., NeurIPS 2024, Table 1: mean over ten seeds, λ's rows as
-shipped with their code.
-"""
+"""(λ, κ) → method → upper value, mean of ten seeds: Thoma et al., NeurIPS 2024, Table 1."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class FourRoomsConfig:
     """Starts of the methods "starts" and "combined"; a quarter goes on at each thinning."""
 
     steps: int = 300
-    """Outer steps."""
+    """Outer steps, 4 or more."""
 
     learning_rate: float = 0.3
     """Of Adam at the beginning; it falls to a tenth."""
@@ -112,11 +110,10 @@ class FourRoomsConfig:
     """Of the starts and of the noise."""
 
     def __post_init__(self) -> None:
-        positive = ("temperature", "starts", "steps", "learning_rate", "spread")
-        allowed = {name: (0.0, "more than 0") for name in positive}
-        for name, (low, words) in allowed.items():
+        above = {"temperature": 0, "starts": 0, "steps": 3, "learning_rate": 0, "spread": 0}
+        for name, low in above.items():
             if not getattr(self, name) > low:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}", allowed=words)
+                raise ConfigError(f"{name} is {getattr(self, name)!r}", allowed=f"more than {low}")
         if not self.heat >= 1:
             raise ConfigError(f"heat is {self.heat!r}", allowed="1 or more")
         if self.method not in get_args(Method):
@@ -270,7 +267,7 @@ class FourRoomsJob:
         self._ends = [config.steps * part // 4 for part in ((1, 2, 4) if many else (4,))]
         self._heat = self._draw_heat(count, generator)
         self._rung = self._taken = 0
-        self._best, self._best_weights = -torch.inf, torch.zeros_like(weights[0])
+        self._best, self._best_weights = -torch.inf, weights[0]
         self._climb(weights * spreads[torch.arange(count) % SPREADS, None])
 
     @property
@@ -284,23 +281,22 @@ class FourRoomsJob:
     def step(self) -> dict[str, float]:
         if self._taken >= self._ends[self._rung]:
             self._thin_out()
-        before = self.algorithm.x.detach().clone()
-        at_goal = self._temperatures(self.algorithm.steps).squeeze(-1) == self.config.temperature
+        x = self.algorithm.x.detach().clone()
+        cold = self._temperatures(self.algorithm.steps).squeeze(-1) == self.config.temperature
         self._set_learning_rate()
         outcome = self.algorithm.step()
         self._taken += 1
         self._values = -outcome.objective
-        lead = int(self._values.where(at_goal, -torch.inf).argmax())
-        if at_goal[lead] and self._values[lead] > self._best:
-            self._best, self._best_weights = float(self._values[lead]), before[lead]
+        lead = int(self._values.where(cold, -torch.inf).argmax())
+        if cold[lead] and self._values[lead] > self._best:
+            self._best, self._best_weights = float(self._values[lead]), x[lead]
         metrics = {
-            "leader": float(self._values[lead]),
             "median": float(self._values.median()),
             "gradient_norm": float(outcome.gradient_norm[lead]),
-            "starts": len(before),
+            "starts": len(x),
         }
-        # until a start has cooled there is no value at λ to show
-        return {"value": self._best, **metrics} if self._best > -torch.inf else metrics
+        # a value at a higher temperature is not comparable: nothing to show until a start is cold
+        return {"objective": self._best, **metrics} if self._best > -torch.inf else metrics
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -339,7 +335,7 @@ class FourRoomsJob:
             "error_bound": rooms.error_bound(w, solution),
             "gradient_norm": float(gradient.norm()),
             "no_incentive": -float(rooms.problem().objective(nothing, tau)),
-            f"objective_{other.noise}_moves": float(other.value(w, policy)),
+            f"objective_{other.noise}_moves": float(other.value(w.detach(), policy)),
             "spent": -float(incentive.sum()),
             "parameters": {"weights": w.detach()},
             "incentive": incentive,
@@ -364,7 +360,7 @@ class FourRoomsJob:
         self.algorithm = MSoBiRL(
             self.rooms.problem(),
             x,
-            temperature=self._temperatures,
+            temperature=self._temperatures,  # type: ignore[arg-type]
             optimiser=torch.optim.Adam,
             mode="exact",
             noise=config.gradient_noise if config.method == "noise" else 0.0,
@@ -405,51 +401,55 @@ class FourRoomsJob:
         from birl_ext.runs import plots
 
         published = PUBLISHED.get((self.config.temperature, self.config.kappa), {})
-        known = {f"best published, {max(published, key=published.get)}": max(published.values())}
+        best = sorted(published.items(), key=lambda entry: entry[1])[-1:]
         return plots.learning_curve(
             history,
-            {"value": "best so far", "leader": "leading start", "median": "median start"},
+            {"objective": "best start so far", "median": "median of the starts left"},
             title=f"Four rooms, λ = {self.config.temperature:g}, κ = {self.config.kappa:g}",
             ylabel="upper value",
-            references={"no incentive": summary["no_incentive"], **known},
+            references={
+                "no incentive": summary["no_incentive"],
+                **{f"published, {method}": value for method, value in best},
+            },
         )
 
     def _incentives(self, summary: Mapping[str, Any]) -> Figure:
+        from matplotlib.colors import PowerNorm
+
         from birl_ext.runs import plots
 
-        figure, axes = plots.new_figure(size=(5.6, 4.6))
-        cost = -torch.tensor(summary["incentive"], dtype=torch.float64)
-        image = axes.imshow(self.rooms.picture(cost), cmap="YlOrRd", vmin=0)
+        figure, axes = plots.new_figure(size=(5.8, 4.6))
+        cost = -1000 * torch.tensor(summary["incentive"], dtype=torch.float64)
+        picture = self.rooms.picture(cost).numpy()
+        # the square root: a few cells take nearly all, and the rest would not be seen
+        image = axes.imshow(picture, cmap="YlOrRd", norm=PowerNorm(0.5, vmin=0))
         self._draw_map(axes)
         for s, (i, j) in enumerate(self.rooms.cells):
-            if cost[s] >= 0.05 * BUDGET and s not in self.rooms.landmarks:
-                colour = "white" if cost[s] > 0.6 * cost.max() else plots.INK
-                text = f"{1000 * cost[s]:.0f}"
-                axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+            if cost[s] >= 1:
+                colour = "white" if cost[s] > 0.4 * cost.max() else plots.INK
+                axes.text(j, i, f"{cost[s]:.0f}", ha="center", va="center", size=7, color=colour)
         bar = figure.colorbar(image, ax=axes, shrink=0.85)
-        bar.set_label("penalty per step, units of the goal's reward")
-        axes.set_title(f"Incentives; {summary['spent']:.3f} of {BUDGET} spent")
+        bar.set_label("penalty per step, thousandths of the goal's reward")
+        axes.set_title(f"Incentives: {summary['spent']:.3f} of {BUDGET} spent")
         return figure
 
     def _policies(self, summary: Mapping[str, Any]) -> Figure:
         from birl_ext.runs import plots
 
-        figure, panels = plots.new_figure(1, 2, size=(10.4, 4.8))
+        figure, panels = plots.new_figure(1, 2, size=(10.4, 4.6))
         policy = torch.tensor(summary["policy"], dtype=torch.float64)
         visits = torch.tensor(summary["visits"], dtype=torch.float64)
         top = float(visits.max())
         rows, columns = torch.tensor(self.rooms.cells).T
-        for context, axes in enumerate(panels):
-            picture = self.rooms.picture(visits[context])
-            image = axes.imshow(picture, cmap="Blues", vmin=0, vmax=top)
-            self._draw_map(axes, goal=context)
+        for context, (goal, axes) in enumerate(zip("AB", panels, strict=True)):
+            picture = self.rooms.picture(visits[context]).numpy()
+            image = axes.imshow(picture, cmap="YlOrBr", vmin=0, vmax=top)
+            self._draw_map(axes, goal)
             moving = self.rooms.goals[context] == 0
             mean = policy[context] @ torch.tensor(STEPS, dtype=torch.float64)
+            arrows = (columns[moving], rows[moving], mean[moving, 1], mean[moving, 0])
             axes.quiver(
-                columns[moving],
-                rows[moving],
-                mean[moving, 1],
-                mean[moving, 0],
+                *(part.numpy() for part in arrows),
                 angles="xy",
                 scale_units="xy",
                 scale=1.2,
@@ -457,18 +457,28 @@ class FourRoomsJob:
                 width=0.005,
                 color=plots.INK,
             )
-            axes.set_title(f"Goal {'AB'[context]}")
+            axes.set_title(f"The walker on its way to {goal}")
         figure.colorbar(image, ax=panels, shrink=0.8, label="expected discounted visits")
         return figure
 
-    def _draw_map(self, axes: Axes, goal: int | None = None) -> None:
+    def _draw_map(self, axes: Axes, goals: str = "AB") -> None:
         """Walls and letters, on axes that show an image of the map."""
-        axes.set_facecolor("#8a8f96")
+        from birl_ext.runs import plots
+
+        axes.set_facecolor(plots.MUTED)
+        axes.spines[:].set_visible(False)
         axes.grid(False)
         axes.set_xticks([])
         axes.set_yticks([])
         for s, letter in self.rooms.landmarks.items():
-            if goal is not None and letter == "BA"[goal]:
-                continue
-            i, j = self.rooms.cells[s]
-            axes.text(j, i, letter, ha="center", va="center", weight="bold", color="#0072B2")
+            if letter in "ST" + goals:
+                i, j = self.rooms.cells[s]
+                axes.annotate(
+                    letter,
+                    (j - 0.45, i - 0.45),
+                    ha="left",
+                    va="top",
+                    size=8,
+                    weight="bold",
+                    color=plots.COLOURS[0],
+                )

@@ -1,0 +1,161 @@
+"""How high do the exact-gradient methods climb in Configurable Four Rooms?
+
+Nine rows (temperature λ, price κ) by five methods: the metric is the upper value of the best
+weights in the planner's model, solved to rounding, mean over the two goals. Published entries
+(Thoma et al., NeurIPS 2024, Table 1) are means over ten seeds of the same metric, averaged over the
+last 1,000 of 10,000 outer steps.
+
+    python benchmarks/four_rooms_table.py [--rows 0.003/3 …] [--methods combined …]
+        [--budget quick|default|wide] [--seeds N] [--out FILE]
+
+Every finished run is written at once, and a run that the file already holds is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from birl_ext.problems.four_rooms import PUBLISHED, FourRoomsConfig, FourRoomsJob, Method
+from birl_ext.runs.versions import versions
+
+BUDGETS = {
+    "quick": {"starts": 32, "steps": 100},
+    "default": {},
+    "wide": {"starts": 512, "steps": 600},
+}
+KEY = ("temperature", "kappa", "method", "seed", "budget")
+
+
+def measure(config: FourRoomsConfig, budget: str) -> dict[str, Any]:
+    """Run a job to its end; seconds include building it and certifying the result."""
+    wall, processor = time.perf_counter(), time.process_time()
+    job = FourRoomsJob(config)
+    while not job.done:
+        job.step()
+    summary = job.summary()
+    return {
+        **dataclasses.asdict(config),
+        "budget": budget,
+        **{name: value for name, value in summary.items() if isinstance(value, float)},
+        "seconds": round(time.perf_counter() - wall, 2),
+        "processor_seconds": round(time.process_time() - processor, 2),
+        "weights": [round(x, 4) for x in summary["parameters"]["weights"].tolist()],
+    }
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(report, indent=1) + "\n")
+    draft.replace(path)
+
+
+def machine() -> str:
+    model = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    return (
+        f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} thread used, "
+        f"load average {os.getloadavg()[0]:.1f} at the start"
+    )
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """Markdown: best over the seeds, and mean where there are several; published entries beside."""
+    methods = [m for m in get_args(Method) if any(e["method"] == m for e in entries)]
+    published = list(next(iter(PUBLISHED.values())))
+    head = ["λ", "κ", "no incentive", *published, *methods, "best", "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (temperature, kappa), known in PUBLISHED.items():
+        row = [e for e in entries if (e["temperature"], e["kappa"]) == (temperature, kappa)]
+        if not row:
+            continue
+        cells = [f"{temperature:g}", f"{kappa:g}", f"{row[0]['no_incentive']:.3f}"]
+        cells += [f"{known[method]:.2f}" for method in published]
+        for method in methods:
+            values = [e["objective"] for e in row if e["method"] == method]
+            mean = f" ({statistics.mean(values):.3f})" if len(values) > 1 else ""
+            cells.append(f"{max(values):.3f}{mean}" if values else "")
+        slowest = [e["processor_seconds"] for e in row if e["method"] == methods[-1]]
+        cells.append(f"**{max(e['objective'] for e in row):.4f}**")
+        cells.append(f"{statistics.mean(slowest):.1f}" if slowest else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    lines.append(
+        "Methods: best over the seeds (mean over the seeds). Seconds: processor time of one run "
+        f"of the method {methods[-1]!r}."
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    rows = [f"{temperature:g}/{kappa:g}" for temperature, kappa in PUBLISHED]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", nargs="+", choices=rows, default=rows, metavar="λ/κ")
+    parser.add_argument("--methods", nargs="+", choices=get_args(Method), default=get_args(Method))
+    parser.add_argument("--budget", choices=BUDGETS, default="default")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … per row and method")
+    here = Path(__file__).parent
+    today = date.today().isoformat()
+    parser.add_argument("--out", type=Path, default=here / "results" / f"four_rooms_{today}.json")
+    options = parser.parse_args()
+
+    report: dict[str, Any] = {
+        "question": (__doc__ or "").splitlines()[0],
+        "date": today,
+        "machine": machine(),
+        "versions": versions(),
+        "commands": [],
+        "published": [
+            {"temperature": t, "kappa": k, **known} for (t, k), known in PUBLISHED.items()
+        ],
+        "rows": [],
+    }
+    if options.out.exists():
+        report = json.loads(options.out.read_text())
+    report["commands"].append(shlex.join(["python", *sys.argv]))
+    held = {tuple(entry[name] for name in KEY) for entry in report["rows"]}
+    for row in options.rows:
+        temperature, kappa = map(float, row.split("/"))
+        for method in options.methods:
+            for seed in range(options.seeds):
+                config = FourRoomsConfig(
+                    temperature, kappa, method=method, seed=seed, **BUDGETS[options.budget]
+                )
+                if (temperature, kappa, method, seed, options.budget) in held:
+                    continue
+                entry = measure(config, options.budget)
+                report["rows"].append(entry)
+                write(report, options.out)
+                print(
+                    f"λ {temperature:g}  κ {kappa:g}  {method:12} seed {seed}  "
+                    f"value {entry['objective']:.4f} ± {entry['error_bound']:.0e}  "
+                    f"{entry['processor_seconds']:.1f} s",
+                    flush=True,
+                )
+    for budget in BUDGETS:
+        if entries := [e for e in report["rows"] if e["budget"] == budget]:
+            print(f"\nBudget {budget}: {BUDGETS[budget] or 'the defaults of FourRoomsConfig'}\n")
+            print(table(entries))
+
+
+if __name__ == "__main__":
+    main()
