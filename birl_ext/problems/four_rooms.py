@@ -404,7 +404,7 @@ class FourRoomsJob:
         best = sorted(published.items(), key=lambda entry: entry[1])[-1:]
         return plots.learning_curve(
             history,
-            {"objective": "best start so far", "median": "median of the starts left"},
+            {"objective": "best start so far", "median": "median start, at its own temperature"},
             title=f"Four rooms, λ = {self.config.temperature:g}, κ = {self.config.kappa:g}",
             ylabel="upper value",
             references={
@@ -443,7 +443,7 @@ class FourRoomsJob:
         rows, columns = torch.tensor(self.rooms.cells).T
         for context, (goal, axes) in enumerate(zip("AB", panels, strict=True)):
             picture = self.rooms.picture(visits[context]).numpy()
-            image = axes.imshow(picture, cmap="YlOrBr", vmin=0, vmax=top)
+            image = axes.imshow(picture, cmap="YlOrBr", alpha=0.7, vmin=0, vmax=top)
             self._draw_map(axes, goal)
             moving = self.rooms.goals[context] == 0
             mean = policy[context] @ torch.tensor(STEPS, dtype=torch.float64)
