@@ -1,0 +1,158 @@
+"""The documentation runs, prints what it shows, and says what the code says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import birl_ext.problems
+from birl_ext.errors import catalogue
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"])
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# what torch itself says while it traces
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    """A fenced block of Python, and the text block right behind it, which is its output."""
+
+    page: str
+    line: int
+    code: str
+    output: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks(text: str, page: str) -> list[Block]:
+    fences = list(FENCE.finditer(text))
+    found = []
+    for fence, after in itertools.pairwise([*fences, None]):
+        if fence[1] != "python":
+            continue
+        output = None
+        if after is not None and after[1] == "text":
+            between = text[fence.end() : after.start()]
+            output = after[2] if not between.strip() else None
+        found.append(Block(page, text.count("\n", 0, fence.start()) + 2, fence[2], output))
+    return found
+
+
+def documented() -> list[Block]:
+    return [
+        block
+        for page in PAGES
+        if page.is_file()
+        for block in blocks(page.read_text(), str(page.relative_to(ROOT)))
+    ]
+
+
+@pytest.fixture
+def _apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """An empty directory to write to; what documentation may change for itself is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("birl_ext.problems.PROBLEMS", dict(birl_ext.problems.PROBLEMS))
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_apart")
+@pytest.mark.parametrize("block", documented(), ids=str)
+def test_a_block_runs_and_prints_what_is_shown(
+    block: Block, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(compile(block.code, str(block), "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    if block.output is not None:
+        assert printed == block.output, f"{block} prints\n{printed}"
+
+
+@pytest.mark.usefixtures("_apart")
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_runs(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+def test_blocks_are_found_with_their_output() -> None:
+    text = (
+        "```python\na\n```\n\n```text\nb\n```\nx\n```python\nc\n```\nno output:\n```text\nd\n```\n"
+    )
+    found = [(block.line, block.code, block.output) for block in blocks(text, "page")]
+    assert found == [(2, "a\n", "b\n"), (10, "c\n", None)]
+
+
+def test_every_error_is_in_the_readme() -> None:
+    head = "| code | class | meaning | remedy |\n|---|---|---|---|\n"
+    rows = [
+        f"| {code} | `{cls.__name__}` | {cls.meaning} | {cls.remedy or '–'} |"
+        for code, cls in catalogue()
+    ]
+    table = head + "\n".join(rows) + "\n"
+    text = (ROOT / "README.md").read_text()
+    found = text.partition("by tests/test_docs.py -->\n")[2].partition("<!-- end of errors -->")[0]
+    assert found == table, f"the table in README.md should be\n\n{table}"
+
+
+def test_every_label_is_defined() -> None:
+    """Docstrings cite (M1), (M5)-(M7), …; docs/maths.md has each once, M1 to M16."""
+    defined = re.findall(r"^\*\*\(M(\d+)\)\*\*", (ROOT / "docs" / "maths.md").read_text(), re.M)
+    assert [int(label) for label in defined] == list(range(1, 17))
+    cited = {
+        int(label)
+        for path in (ROOT / "birl_ext").rglob("*.py")
+        for label in re.findall(r"\(M(\d+)\)", path.read_text())
+    }
+    assert cited <= set(range(1, 17))
+
+
+LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
+
+
+def test_links_lead_somewhere() -> None:
+    broken = [
+        f"{page.relative_to(ROOT)} -> {target}"
+        for page in PAGES
+        if page.is_file()
+        for target in LINK.findall(page.read_text())
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert not broken
+
+
+def test_named_files_exist() -> None:
+    """`birl_ext/….py`, `csrc/…`, `tests/…` in backticks are files of the tree."""
+    named = re.compile(r"`((?:birl_ext|csrc|tests|benchmarks|examples|docs)/[\w./]+)`")
+    missing = [
+        f"{page.relative_to(ROOT)} names {name}"
+        for page in PAGES
+        if page.is_file()
+        for name in named.findall(page.read_text())
+        if not (ROOT / name).exists()
+    ]
+    assert not missing
+
+
+def test_the_table_of_solvers_is_the_one_measured() -> None:
+    """docs/solvers.md shows the stored results, not older ones."""
+    benchmarks = ROOT / "benchmarks"
+    report = json.loads((benchmarks / "results" / "solver_choice.json").read_text())
+    table = runpy.run_path(str(benchmarks / "solver_choice.py"))["table"](report)
+    text = (ROOT / "docs" / "solvers.md").read_text()
+    assert table in text, f"docs/solvers.md should contain\n\n{table}"
+    assert report["machine"].split(",")[0] in text
