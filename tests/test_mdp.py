@@ -879,6 +879,8 @@ def test_save_and_load_keep_every_bit(tmp_path: Path, suffix: str, index: int) -
 def test_numpy_reads_and_writes_the_same_npz(tmp_path: Path) -> None:
     mdp = DenseMDP(**parts())
     mdp.save(tmp_path / "ours.npz")
+    with zipfile.ZipFile(tmp_path / "ours.npz") as archive:  # no clock in the bytes
+        assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     with np.load(tmp_path / "ours.npz", allow_pickle=False) as file:
         arrays = dict(file)
     assert np.array_equal(arrays["transition"], mdp.transition.numpy())
@@ -1030,6 +1032,7 @@ NPZ: dict[str, tuple[dict[str, bytes | None], str]] = {
         "unexpected header",
     ),
     "long header": ({"reward": header(HEADER + " " * 2000, bytes(48))}, "unexpected header"),
+    "junk after the header": ({"reward": header(HEADER + "\n ", bytes(48))}, "unexpected header"),
     "version 3": ({"reward": header(HEADER, bytes(48), b"\x03\x00")}, "version 1 or 2"),
     "no reward": ({"reward": None}, "has members discount, transition"),
     "no format": ({"format": None}, "has format none"),
