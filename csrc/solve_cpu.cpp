@@ -247,7 +247,8 @@ class Solver {
     passes_ = products_ = escalated_at_ = stalled_ = passes_without_gain_ = 0;
     forcing_ = 0.3;
     krylov_best_ = kInf;
-    slow_mixing_ = false;
+    window_half_ = kInf;
+    krylov_failed_ = false;
     double best = kInf;    // smallest half-span so far
     Index since_best = 0;  // sweeps since it fell by a tenth
     double previous = kInf;
@@ -277,10 +278,11 @@ class Solver {
         break;
       }
       if (given > 0 ? passes_ >= given
-                    : mode_ == Mode::kValueIteration && passes_ - escalated_at_ >= contraction)
+                    : (mode_ == Mode::kValueIteration || mode_ == Mode::kModifiedPolicy) &&
+                          passes_ - escalated_at_ >= contraction)
         break;
       if (automatic) choose(half, previous);
-      give_up_if_slow();
+      give_up_if_slow(half);
       previous = half;
       advance();
     }
@@ -324,21 +326,35 @@ class Solver {
   }
 
   // Far more passes than a method should need: hand over to one that converges globally.
-  void give_up_if_slow() {
+  void give_up_if_slow(double half) {
     const Index used = passes_ - escalated_at_;
     const bool direct = model_->states <= kDirectLimit;
     Mode next = mode_;
-    if (mode_ == Mode::kModifiedPolicy && (used >= 2000 || (used >= 4 && slow_mixing_)))
+    if (mode_ == Mode::kModifiedPolicy && !krylov_failed_ && mixes_slowly(used, half))
       next = Mode::kNewtonKrylov;
-    else if (mode_ == Mode::kNewtonKrylov && (used >= 200 || (used >= 4 && stalled_ >= 4)))
-      next = direct ? Mode::kNewtonDirect : Mode::kValueIteration;
-    else if (mode_ == Mode::kNewtonDirect && used >= 1000)
+    else if (mode_ == Mode::kNewtonKrylov && (used >= 200 || (used >= 4 && stalled_ >= 4))) {
+      krylov_failed_ = true;
+      next = direct ? Mode::kNewtonDirect : Mode::kModifiedPolicy;
+    } else if (mode_ == Mode::kNewtonDirect && used >= 1000)
       next = Mode::kValueIteration;
     if (next == mode_) return;
     mode_ = next;
     escalated_at_ = passes_;
-    slow_mixing_ = false;
     stalled_ = 0;
+  }
+
+  // Whether modified policy iteration, at the pace of its last passes, would need more than
+  // a Krylov method or an elimination is likely to.
+  bool mixes_slowly(Index used, double half) {
+    // News crosses a large grid at 20 to 60 states a pass, and nothing contracts before it has.
+    constexpr Index kWindow = 32;
+    if (used % kWindow != 0) return false;
+    const double before = window_half_;
+    window_half_ = half;
+    if (used < 2 * kWindow || half <= target()) return false;
+    constexpr double patience = 150.0;  // passes of up to 60 products
+    return !(std::log(target() / half) / std::log(half / before) * kWindow < patience) ||
+           !(half < before);
   }
 
   void advance() {
@@ -447,7 +463,6 @@ class Solver {
     const PolicyOperator<Matrix> op(*matrix_, problem_.discount, false, false, team_, interrupt_);
     std::vector<double> term = right_side(), next(term.size()), x = term;
     const double start = spread(term);
-    double at_20 = start;
     Index j = 0;
     while (j < 60) {
       op.step(term.data(), next.data());
@@ -456,16 +471,9 @@ class Solver {
       for (std::size_t i = 0; i < x.size(); ++i) x[i] += term[i];
       if (j % 10 != 0) continue;
       const double now = spread(term);
-      if (j == 20) at_20 = now;
       if (j >= 20 && (now <= 0.1 * start || now <= 0.1 * target())) break;
     }
     products_ += j;
-    // Predicted products to the target at the late terms' rate; a Krylov method needs hundreds.
-    if (j == 60) {
-      const double rate = std::pow(spread(term) / at_20, 1.0 / 40.0);
-      const double predicted = std::log(target() / half_span()) / std::log(std::min(rate, 1.0));
-      slow_mixing_ = !(predicted < 8000.0);
-    }
     accept_step(x);
   }
 
@@ -498,7 +506,8 @@ class Solver {
   Mode mode_ = Mode::kAuto;
   Index passes_ = 0, products_ = 0, escalated_at_ = 0, stalled_ = 0, passes_without_gain_ = 0;
   double forcing_ = 0.3, krylov_best_ = kInf;
-  bool slow_mixing_ = false;
+  double window_half_ = kInf;  // half-span a window of passes ago
+  bool krylov_failed_ = false;
 };
 
 }  // namespace
