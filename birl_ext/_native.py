@@ -23,6 +23,7 @@ from birl_ext.errors import (
     DtypeError,
     ShapeError,
 )
+from birl_ext.solution import Rigour
 
 __all__ = ["available", "policy_solve", "reason", "report", "solve", "sweep"]
 
@@ -249,7 +250,7 @@ def solve(
     method: int = 0,
     tol: float = 0.0,
     max_iterations: int = 0,
-    validate: bool = True,
+    validate: Rigour = Rigour.OR_ENDING,
 ) -> None:
     """The fixed point V* = offset + relative value of every problem, with its certificate.
 
@@ -265,7 +266,7 @@ def solve(
             iteration.
         tol: relative certified error; 0 goes as far as rounding allows.
         max_iterations: most passes over P; 0 is a default by method.
-        validate: check the numbers first.
+        validate: what to check of the rows of P.
 
     Raises: as for `sweep`.
 
@@ -293,7 +294,7 @@ def solve(
         method,
         tol,
         max_iterations,
-        validate,
+        int(validate),
         torch.get_num_threads(),
     )
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from birl_ext import validation
+
 __all__ = ["Flat", "Layout", "flatten", "layout"]
 
 
@@ -31,7 +33,8 @@ class Layout(NamedTuple):
 
     def shared(self, tensor: Tensor, event: int) -> Tensor:
         """(*B_transition, *event) to (N, *event), for the last `event` axes of a transition."""
-        return tensor.reshape(self.models, *tensor.shape[tensor.ndim - event :])
+        shape = (self.models, *tensor.shape[tensor.ndim - event :])
+        return tensor.reshape(shape).contiguous()
 
     def grouped(self, tensor: Tensor, event: int) -> Tensor:
         """(*B, *event) to (N, G, *event); axes that broadcast stay views where strides allow it."""
@@ -149,18 +152,24 @@ def flatten(
         col: (nnz,) int64 next states of a sparse transition.
         batch: further batch axes to broadcast with, those of a policy or a value, say.
 
+    Raises:
+        ShapeError: batch axes that do not broadcast; names the tensor.
+
     Gradients: reward, transition, log_reference, discount, temperature.
     """
     event = 3 if crow is None else 1
     has_reference = log_reference.ndim > 1
-    axes = layout(
-        transition.shape[:-event],
-        reward.shape[:-2],
-        log_reference.shape[:-2] if has_reference else (),
-        discount.shape if isinstance(discount, Tensor) else (),
-        temperature.shape if isinstance(temperature, Tensor) else (),
-        batch,
-    )
+    batches = {
+        "transition": tuple(transition.shape[:-event]),
+        "reward": tuple(reward.shape[:-2]),
+        "mask or reference": tuple(log_reference.shape[:-2]) if has_reference else (),
+        "discount": tuple(discount.shape) if isinstance(discount, Tensor) else (),
+        "temperature": tuple(temperature.shape) if isinstance(temperature, Tensor) else (),
+        "policy, value or initial distribution": batch,
+    }
+    if any(batches.values()):
+        validation.broadcast_batches(batches)  # names the one that does not fit
+    axes = layout(*batches.values())
     return Flat(
         transition=axes.shared(transition, event),
         reward=axes.grouped(reward, 2),

@@ -143,6 +143,7 @@ class TemperatureError(ParameterError):
 class OptionError(ParameterError):
     code = "BIRL-E203"
     meaning = "an option has an unknown name or an impossible value"
+    remedy = "choose one of the allowed values"
 
 
 class ShapeError(BirlError, ValueError):

@@ -146,6 +146,11 @@ def solve(
         raise OptionError(f"tol is {tol!r}", allowed="0 or more, or None")
     if max_iterations is not None and max_iterations < 1:
         raise OptionError(f"max_iterations is {max_iterations!r}", allowed="1 or more, or None")
+    if method == "newton":
+        states = flat.reward.shape[-2]
+        validation.check_memory(
+            f'method="newton" with {states} states', states * states, fix='use method="auto"'
+        )
     raising = on_fail == "raise"
     concrete = validation.is_concrete(
         flat.reward, flat.transition, flat.log_reference, flat.discount, flat.temperature
@@ -451,16 +456,16 @@ def _flat(
 
 def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
     value, q, advantage, policy, log_policy, _, info, status = outputs
-    dtype, restore = flat.reward.dtype, flat.layout.restore
+    q, log_policy = _masked(q, flat), _masked(log_policy, flat)
+    tables = (value, q, policy, log_policy, advantage)
+    if flat.reward.dtype != torch.float64:
+        tables = tuple(table.to(flat.reward.dtype) for table in tables)
+    restore = flat.layout.restore
     return Solution(
-        value=restore(value.to(dtype)),
-        q=restore(_masked(q, flat).to(dtype)),
-        policy=restore(policy.to(dtype)),
-        log_policy=restore(_masked(log_policy, flat).to(dtype)),
-        advantage=restore(advantage.to(dtype)),
-        info=restore(info),
-        temperature=restore(flat.temperature.detach()),
-        status=restore(status),
+        *(restore(table) for table in tables),
+        restore(info),
+        restore(flat.temperature.detach()),
+        restore(status),
     )
 
 

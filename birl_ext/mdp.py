@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field
@@ -480,6 +481,11 @@ class SparseMDP(_MDP):
     def to_dense(self) -> DenseMDP:
         """The same MDP with a dense transition; duplicate entries are added up."""
         batch = self.values.shape[:-1]
+        validation.check_memory(
+            f"to_dense() of {self.states} states and {self.actions} actions",
+            math.prod(batch) * self.states * self.actions * self.states,
+            fix="keep the SparseMDP: every function takes it",
+        )
         flat = self.values.new_zeros((*batch, self.states * self.actions * self.states))
         flat = flat.index_add(-1, self.rows() * self.states + self.col, self.values)
         shape = (*batch, self.states, self.actions, self.states)

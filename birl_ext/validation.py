@@ -9,6 +9,7 @@ tensors and CUDA graph capture. There the status codes of the ops are the second
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Literal
 
@@ -29,6 +30,7 @@ from birl_ext.errors import (
     PolicyError,
     ReferencePolicyError,
     ShapeError,
+    SizeLimitError,
     SparseFormatError,
     TemperatureError,
 )
@@ -45,6 +47,7 @@ __all__ = [
     "check_discount",
     "check_initial_distribution",
     "check_level",
+    "check_memory",
     "check_policy",
     "check_reference",
     "check_reward",
@@ -152,6 +155,27 @@ def check_devices(tensors: Mapping[str, Tensor | float | None]) -> None:
                 f"{first[0]} is on {first[1]} but {name} is on {tensor.device}",
                 allowed="one device for all",
             )
+
+
+# Sizes
+
+
+def check_memory(what: str, numbers: int, *, fix: str) -> None:
+    """Raise SizeLimitError if that many float64 numbers exceed the memory of this machine.
+
+    Args:
+        what: subject of the message, e.g. "to_dense() of 100000 states".
+        numbers: how many.
+        fix: what to do instead.
+    """
+    needed = 8 * numbers
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise SizeLimitError(
+            f"{what} needs {needed / 2**30:.3g} GiB",
+            allowed=f"the {memory / 2**30:.3g} GiB of this machine",
+            fix=fix,
+        )
 
 
 # Shapes
@@ -431,7 +455,7 @@ def check_initial_distribution(initial: Tensor) -> None:
     if bad.any():
         place, value = _first(bad, total)
         raise InitialDistributionError(
-            f"initial_distribution sums to {value:.8g}",
+            f"initial_distribution sums to {value:.12g}",
             where=_place(place),
             allowed=f"1 ± {tolerance:.3g} for {_short(initial.dtype)}",
         )
@@ -453,7 +477,7 @@ def check_policy(policy: Tensor) -> None:
     if bad.any():
         (*batch, state), value = _first(bad, total)
         raise PolicyError(
-            f"policy sums to {value:.8g}",
+            f"policy sums to {value:.12g}",
             where=_place(batch, state=state),
             allowed=f"1 ± {tolerance:.3g} for {_short(policy.dtype)}",
         )
@@ -512,7 +536,7 @@ def status_error(
 
 def _row_sum_error(value: float, where: str, dtype: torch.dtype, states: int) -> BirlError:
     allowed = f"1 ± {row_sum_tolerance(dtype, states):.3g} for {_short(dtype)}"
-    return NonStochasticError(f"transition row sums to {value:.8g}", where=where, allowed=allowed)
+    return NonStochasticError(f"transition row sums to {value:.12g}", where=where, allowed=allowed)
 
 
 def _negative_error(value: float, where: str) -> BirlError:

@@ -18,7 +18,7 @@ struct Solve {
   Index method;            // 0 auto, 1 value iteration, 2 Newton direct, 3 Newton-Krylov, 4 MPI
   double tol;              // relative and certified; 0: as far as rounding allows
   Index max_iterations;    // passes over P; 0: enough for the contraction to reach rounding level
-  bool validate;
+  Rigour validate;
   int threads;
 };
 

@@ -49,8 +49,9 @@ class Solver {
       const Index row0 = c * chunk, row1 = std::min(rows, row0 + chunk);
       model.row_sums(row0, row1, inverse_sum_.data() + row0, least_.data() + row0);
     });
-    if (request_.validate) {
-      const Defect defect = transition_defect(model, inverse_sum_.data(), least_.data());
+    if (request_.validate != Rigour::kOff) {
+      const Defect defect =
+          transition_defect(model, request_.validate, inverse_sum_.data(), least_.data());
       if (defect.status != Status::kConverged) return defect;
     }
     for (double& sum : inverse_sum_) sum = sum == 0.0 ? 0.0 : 1.0 / sum;
@@ -541,7 +542,7 @@ void solve(const Batch& batch, const Solve& request, Interrupt& interrupt) {
         const Index values = i * S, pairs = i * S * A;
         double* info = request.info + 6 * i;
         Defect defect;
-        if (request.validate) {
+        if (request.validate != Rigour::kOff) {
           defect = problem_defect(problem, S, A);
           if (defect.status == Status::kConverged) defect = transition;
         }

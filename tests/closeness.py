@@ -52,7 +52,9 @@ def assert_same_bits(got: Tensor, want: Tensor, *, label: object) -> None:
     """Fail unless both tensors hold the same bits; equal NaNs are equal, 0.0 and −0.0 are not."""
     assert got.dtype == want.dtype, f"{label}: got {got.dtype}, want {want.dtype}"
     assert got.shape == want.shape, f"{label}: got {tuple(got.shape)}, want {tuple(want.shape)}"
-    ours, theirs = (t.detach().cpu().contiguous().view(torch.uint8).flatten() for t in (got, want))
+    ours, theirs = (
+        t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (got, want)
+    )
     different = (ours != theirs).nonzero()
     if different.numel():
         first = int(different[0]) // got.element_size()

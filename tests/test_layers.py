@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "_version",
     "errors",
+    "solution",
     "_native",
     "io",
     "validation",
-    "solution",
     "ops",
     "batching",
     "mdp",

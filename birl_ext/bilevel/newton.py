@@ -69,6 +69,7 @@ class DampedNewton:
             float(objective), float(gradient.norm()), self.decrement, self.damping, passes, bound
         )
         noise = 1e-13 * max(abs(float(objective)), 1.0)
+        gain_in_reach = float((gradient.square() / scale.diagonal()).sum())
         for _ in range(60):
             damped = hessian + self.damping * scale
             factor, fault = torch.linalg.cholesky_ex(damped)
@@ -78,6 +79,8 @@ class DampedNewton:
                 with torch.no_grad():
                     there, _ = self.problem.evaluate(self.x + move, self.temperature, self._value)
                 gained = float(objective - there)
+                if promised <= noise and gain_in_reach > 1e3 * noise:
+                    break  # only a null step is left, though the gradient promises more
                 if gained >= 1e-4 * promised - noise:
                     self.x = self.x + move
                     if gained > 0.75 * promised:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from birl_ext import _native, errors, validation
 from birl_ext.ops import _torch
-from birl_ext.solution import Status
+from birl_ext.solution import Rigour, Status
 
 __all__ = ["AUTO", "NATIVE", "TORCH", "bellman", "failure", "policy_solve", "solve", "unavailable"]
 
@@ -81,7 +81,7 @@ def solve(
             method=method,
             tol=tol,
             max_iterations=max_iterations,
-            validate=bool(validate),
+            validate=Rigour(validate),
         )
     else:
         relative, offset, advantage, policy, log_policy, info, status = _torch.solve(

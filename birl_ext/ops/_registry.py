@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import custom_function_call
+from torch._functorch.utils import unwrap_dead_wrappers
 
-__all__ = ["LIBRARY", "bound_once", "fold", "to_lanes"]
-
-F = TypeVar("F", bound=type[torch.autograd.Function])
+__all__ = ["LIBRARY", "Function", "fold", "to_lanes"]
 
 LIBRARY = torch.library.Library("birl_ext", "DEF")
 
 
-def bound_once(function: F) -> F:
-    """Keep the signature of `forward`, which torch would otherwise work out at every call."""
-    function.forward.__signature__ = inspect.signature(function.forward)
-    return function
+class Function(torch.autograd.Function):
+    """An autograd.Function that takes positional arguments only.
+
+    Torch's own `apply` works out the signature of `forward` and binds it at every call, which
+    costs more than the rest of the call.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return custom_function_call(cls, *args)
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
 
 
 def fold(

@@ -164,7 +164,7 @@ def solve(
         bound = (gamma * half + unit) / one_minus
         size = torch.maximum((value + offset.unsqueeze(-1)).abs().amax(-1), top_reward)
 
-        finite = torch.isfinite(half)
+        finite = torch.isfinite(half) & torch.isfinite(size) & torch.isfinite(bound)
         stuck = half > best / 2
         stalled = torch.where(stuck, stalled + 1, 0)
         best = torch.minimum(best, torch.where(finite, half, math.inf))

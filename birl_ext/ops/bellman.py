@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, bound_once, fold, to_lanes
+from birl_ext.ops._registry import LIBRARY, Function, fold, to_lanes
 from birl_ext.ops.rows import Rows
 
 __all__ = ["bellman"]
@@ -180,8 +180,7 @@ def policy_tangent(
     return point.policy * log_policy_dot, log_policy_dot
 
 
-@bound_once
-class Bellman(torch.autograd.Function):
+class Bellman(Function):
     """(TV, Q − TV, π, log π) at a given V. Shapes as in `bellman`."""
 
     @staticmethod

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, bound_once, fold, to_lanes
+from birl_ext.ops._registry import LIBRARY, Function, fold, to_lanes
 from birl_ext.ops.rows import Rows
 
 __all__ = ["policy_solve"]
@@ -41,8 +41,7 @@ for _key in ("CPU", "CUDA"):
     LIBRARY.impl("policy_solve", _backends.policy_solve, _key)
 
 
-@bound_once
-class PolicySolve(torch.autograd.Function):
+class PolicySolve(Function):
     """x = (I − γP_π)⁻¹ b, or with the transpose; every derivative is again a solve with the same
     matrix.
 

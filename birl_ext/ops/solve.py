@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, bound_once, fold, to_lanes
+from birl_ext.ops._registry import LIBRARY, Function, fold, to_lanes
 from birl_ext.ops.bellman import (
     Point,
     backup_tangent,
@@ -62,8 +62,7 @@ for _key in ("CPU", "CUDA"):
     LIBRARY.impl("solve", _backends.solve, _key)
 
 
-@bound_once
-class Solve(torch.autograd.Function):
+class Solve(Function):
     """(W, c, Q − V, π, log π, info, status) at the fixed point V = c + W; c is a constant, W
     carries the derivative of V.
 
