@@ -325,7 +325,7 @@ def test_slow_mixing(states: int, sparse: bool, method: int) -> None:
     found = run_solve(case, method=method)
     check_solution(case, found, METHODS[method])
     if method == 0:
-        assert found.info[0, 0, 2] <= 60, "value iteration would need thousands of passes"
+        assert found.info[0, 0, 2] <= 100, "value iteration would need thousands of passes"
 
 
 def test_chain_needs_many_newton_steps_and_gets_them() -> None:
