@@ -161,14 +161,20 @@ def test_gradient_against_finite_differences(temperature):
     torch.testing.assert_close(slope, (up - down) / (2 * h), rtol=1e-4, atol=1e-8)
 
 
-def test_error_bound_covers_a_loose_solve():
-    rooms = FourRooms(3.0)
+def test_error_bound_covers_the_worst_tilt_of_the_policy():
+    """Every log probability moved by up to ε in the direction that helps: covered, if loosely."""
+    rooms, tau, epsilon = FourRooms(3.0), 0.01, 1e-3
     weights = torch.randn(105, dtype=torch.float64)
-    mdp = rooms.lower(weights)
-    exact = rooms.value(weights, birl_ext.solve(mdp, temperature=0.01).policy)
-    loose = birl_ext.solve(mdp, temperature=0.01, tol=1e-6, method="value-iteration")
-    error = abs(float(rooms.value(weights, loose.policy) - exact))
-    assert 0 < error <= rooms.error_bound(weights, loose)
+    exact = birl_ext.solve(rooms.lower(weights), temperature=tau)
+    logs = exact.log_policy.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(rooms.value(weights, logs.softmax(-1)), logs)
+    tilted = (exact.log_policy + epsilon / 2 * slope.sign()).log_softmax(-1)
+    assert (tilted - exact.log_policy).abs().max() <= epsilon
+    info = exact.info.clone()
+    info[..., 1] = epsilon * tau / 2
+    guess = exact._replace(policy=tilted.exp(), log_policy=tilted, info=info)
+    error = float(rooms.value(weights, guess.policy) - rooms.value(weights, exact.policy))
+    assert error < rooms.error_bound(weights, guess) < 1000 * error
 
 
 # The job
@@ -177,6 +183,22 @@ def test_error_bound_covers_a_loose_solve():
 def test_published_rows():
     assert len(PUBLISHED) == 9
     assert PUBLISHED[0.003, 3.0] == {"HPGD": 0.73, "AMD": 0.39, "zero order": 0.40}
+
+
+def test_starts_range_from_flat_to_spread_and_from_cold_to_hot():
+    job = FourRoomsJob(FourRoomsConfig(starts=64, spread=6.0, heat=8.0))
+    first = job.state_dict()
+    scale = first["algorithm"]["x"].reshape(16, 4, 105).std((0, 2))
+    assert scale.tolist() == pytest.approx([0.01, 2.0, 4.0, 6.0], rel=0.1)
+    assert (first["heat"][:16] == 1).all()
+    assert 1 <= first["heat"][16:].min() < 2
+    assert 6 < first["heat"].max() <= 8
+
+
+def test_the_best_quarter_goes_on():
+    job = FourRoomsJob(dataclasses.replace(TINY, starts=16))
+    counts = [job.step()["starts"] for _ in range(TINY.steps)]
+    assert counts == [16] * 3 + [4] * 3 + [1] * 6
 
 
 @pytest.mark.parametrize("method", ["gradient", "continuation", "starts", "noise", "combined"])
