@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import birl_ext.problems
+from birl_ext.cli import COMMANDS
 from birl_ext.errors import catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,6 +108,14 @@ def test_every_error_is_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     found = text.partition("by tests/test_docs.py -->\n")[2].partition("<!-- end of errors -->")[0]
     assert found == table, f"the table in README.md should be\n\n{table}"
+
+
+def test_every_command_and_problem_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    shown = set(re.findall(r"^birl (\w+)", text, re.M)) | set(
+        re.findall(r"^birl run ([a-z-]+)", text, re.M)
+    )
+    assert set(COMMANDS) | set(birl_ext.problems.PROBLEMS) <= shown
 
 
 def test_every_label_is_defined() -> None:
