@@ -103,7 +103,7 @@ class FourRoomsConfig:
     heat: float = 8.0
     """Highest temperature to cool from, in units of λ."""
 
-    gradient_noise: float = 0.03
+    gradient_noise: float = 0.01
     """Standard deviation of the method "noise", units of value per unit of weight."""
 
     seed: int = 0
@@ -267,8 +267,8 @@ class FourRoomsJob:
         self._ends = [config.steps * part // 4 for part in ((1, 2, 4) if many else (4,))]
         self._heat = self._draw_heat(count, generator)
         self._rung = self._taken = 0
-        self._best, self._best_weights = -torch.inf, weights[0]
         self._climb(weights * spreads[torch.arange(count) % SPREADS, None])
+        self._best, self._best_weights = -torch.inf, self.algorithm.x.detach()[0].clone()
 
     @property
     def total_steps(self) -> int:
