@@ -1,0 +1,638 @@
+"""Every error that the functions, the containers and the bilevel layer can raise: its class, its
+code, and a message with the place, the value and a remedy.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import birl_ext
+from birl_ext import errors
+from birl_ext.bilevel import BilevelProblem, DampedNewton, MSoBiRL, geometric
+from birl_ext.mdp import DenseMDP, SparseMDP
+from birl_ext.nn import SoftPlanner
+from birl_ext.problems.bus import load_bus_data
+from birl_ext.solution import Status
+
+ROOT = Path(__file__).parent.parent
+S, A = 4, 3
+CATALOGUE = dict(errors.catalogue())
+
+
+def model() -> dict[str, Any]:
+    """A valid batch of two problems."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(2, S, A, S, generator=generator, dtype=torch.float64)
+    return {
+        "reward": torch.randn(2, S, A, generator=generator, dtype=torch.float64),
+        "transition": rows / rows.sum(-1, keepdim=True),
+        "discount": 0.9,
+        "temperature": 0.5,
+    }
+
+
+def with_entry(name: str, place: tuple[int, ...], value: Any) -> dict[str, Any]:
+    """The valid batch with one number changed."""
+    arguments = model()
+    arguments[name] = arguments[name].clone()
+    arguments[name][place] = torch.as_tensor(value, dtype=torch.float64)
+    return arguments
+
+
+def solve(**changes: Any) -> Any:
+    return birl_ext.solve(**{**model(), **changes})
+
+
+def dense(**changes: Any) -> DenseMDP:
+    arguments = {**model(), **changes}
+    del arguments["temperature"]
+    return DenseMDP(**arguments)
+
+
+def sparse(**changes: Any) -> SparseMDP:
+    """Every row of four states and three actions goes to states 0 and 1."""
+    arguments: dict[str, Any] = {
+        "reward": torch.zeros(S, A, dtype=torch.float64),
+        "values": torch.full((2 * S * A,), 0.5, dtype=torch.float64),
+        "crow": 2 * torch.arange(S * A + 1),
+        "col": torch.tensor([0, 1]).repeat(S * A),
+        "discount": 0.9,
+    }
+    return SparseMDP(**{**arguments, **changes})
+
+
+def huge(states: int = 1_000_000) -> SparseMDP:
+    """A ring of a million states: small as CSR, eight terabytes as a dense tensor."""
+    ring = torch.arange(states)
+    return SparseMDP(
+        torch.zeros(states, 1, dtype=torch.float64),
+        torch.ones(states, dtype=torch.float64),
+        torch.arange(states + 1),
+        (ring + 1) % states,
+        0.9,
+    )
+
+
+def changed(tensor: Tensor, place: Any, value: Any) -> Tensor:
+    copy = tensor.clone()
+    copy[place] = value
+    return copy
+
+
+def broken_row(short: float = 0.1) -> dict[str, Any]:
+    arguments = model()
+    arguments["transition"][1, 2, 0, 3] += short
+    return arguments
+
+
+def policy() -> Tensor:
+    return torch.full((S, A), 1 / A, dtype=torch.float64)
+
+
+def no_action() -> Tensor:
+    return changed(torch.ones(2, S, A, dtype=torch.bool), (1, 2), False)
+
+
+def bus(tmp_path: Path, text: str) -> Any:
+    path = tmp_path / "counts.csv"
+    path.write_text(text)
+    return load_bus_data(str(path))
+
+
+def quadratic(sign: float = 1.0) -> BilevelProblem:
+    """φ = ‖x‖², or with sign −1 the same value with the gradient of −‖x‖²."""
+
+    def upper(x: Tensor, _: Any) -> Tensor:
+        bowl = x.square().sum()
+        return sign * bowl + (1 - sign) * bowl.detach()
+
+    return BilevelProblem(lambda x: dense(reward=x[0] * model()["reward"]), upper)
+
+
+X0 = torch.tensor([1.0, -2.0], dtype=torch.float64)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+# code, words of the message (a regular expression), and what provokes it
+Row = tuple[str, str, Callable[[], Any]]
+
+NUMBERS: dict[str, Row] = {
+    "row sum": (
+        "E101",
+        r"transition row sums to 1\.1\d* at batch 1, state 2, action 0 \(allowed: 1 ± 1e-08",
+        lambda: solve(**{"transition": broken_row()["transition"]}),
+    ),
+    "row sum, MDP": (
+        "E101",
+        r"sums to 1\.1\d* at batch 1, state 2, action 0",
+        lambda: dense(transition=broken_row()["transition"]),
+    ),
+    "row sum, sparse": (
+        "E101",
+        r"sums to 0\.75 at state 1, action 1 ",
+        lambda: sparse(values=changed(sparse().values, 9, 0.25)),
+    ),
+    "row sum, zero row": (
+        "E101",
+        r"sums to 0 at batch 0, state 3, action 2 .*terminal",
+        lambda: solve(**with_entry("transition", (0, 3, 2), 0.0)),
+    ),
+    "row sum, bellman": (
+        "E101",
+        r"sums to 1\.1\d* at batch 1, state 2, action 0",
+        lambda: birl_ext.bellman(torch.zeros(S).double(), **broken_row()),
+    ),
+    "row sum, evaluate": (
+        "E101",
+        r"sums to 1\.1\d* at batch 1, state 2, action 0",
+        lambda: birl_ext.evaluate(
+            policy(), model()["reward"], broken_row()["transition"], discount=0.9
+        ),
+    ),
+    "row sum, occupancy": (
+        "E101",
+        r"sums to 1\.1\d* at batch 1, state 2, action 0",
+        lambda: birl_ext.occupancy(
+            policy(),
+            broken_row()["transition"],
+            discount=0.9,
+            initial_distribution=torch.full((S,), 1 / S, dtype=torch.float64),
+        ),
+    ),
+    "negative": (
+        "E102",
+        r"transition is -0\.25 at batch 0, state 1, action 2, next state 3 \(allowed: at least 0",
+        lambda: solve(**with_entry("transition", (0, 1, 2), [0.5, 0.5, 0.25, -0.25])),
+    ),
+    "negative by a hair": (
+        "E102",
+        r"transition is -1e-12 at batch 0, state 1, action 2, next state 0",
+        lambda: dense(
+            transition=with_entry("transition", (0, 1, 2), [-1e-12, 0.5, 0.25, 0.25])["transition"]
+        ),
+    ),
+    "negative, sparse": (
+        "E102",
+        r"transition is -0\.5 at state 3, action 2, next state 1",
+        lambda: sparse(values=changed(sparse().values, slice(-2, None), torch.tensor([1.5, -0.5]))),
+    ),
+    "NaN in P": (
+        "E103",
+        r"transition is nan at batch 1, state 0, action 1, next state 2",
+        lambda: solve(**with_entry("transition", (1, 0, 1, 2), math.nan)),
+    ),
+    "inf in P, sparse": (
+        "E103",
+        r"transition is inf at state 0, action 1, next state 0",
+        lambda: sparse(values=changed(sparse().values, 2, math.inf)),
+    ),
+    "NaN in r": (
+        "E103",
+        r"reward is nan at batch 1, state 3, action 0 .*mask",
+        lambda: solve(**with_entry("reward", (1, 3, 0), math.nan)),
+    ),
+    "-inf in r": (
+        "E103",
+        r"reward is -inf at batch 0, state 0, action 2 .*use `mask`",
+        lambda: solve(**with_entry("reward", (0, 0, 2), -math.inf)),
+    ),
+    "NaN in the reference": (
+        "E103",
+        r"reference is nan at state 2, action 1",
+        lambda: solve(reference=changed(policy(), (2, 1), math.nan)),
+    ),
+    "NaN in ρ": (
+        "E103",
+        r"initial_distribution is nan at state 1",
+        lambda: dense(initial_distribution=torch.tensor([1, math.nan, 0, 0], dtype=torch.float64)),
+    ),
+    "no action": (
+        "E104",
+        r"mask forbids all 3 actions at batch 1, state 2 ",
+        lambda: solve(mask=no_action()),
+    ),
+    "no action, MDP": (
+        "E104",
+        r"mask forbids all 3 actions at batch 1, state 2 ",
+        lambda: dense(mask=no_action()),
+    ),
+    "column": (
+        "E105",
+        r"col is 4 at index 5 \(allowed: 0 to 3",
+        lambda: sparse(col=changed(sparse().col, 5, 4)),
+    ),
+    "falling rows": (
+        "E105",
+        r"crow falls from 4 to 3 at index 3",
+        lambda: sparse(crow=changed(sparse().crow, 3, 3)),
+    ),
+    "layout": (
+        "E105",
+        r"transition is torch\.strided",
+        lambda: SparseMDP.from_torch(model()["transition"], model()["reward"], 0.9),
+    ),
+    "zero reference": (
+        "E106",
+        r"reference is 0 at state 2, action 1 \(allowed: above 0",
+        lambda: solve(reference=changed(policy(), (2, 1), 0.0)),
+    ),
+    "negative reference": (
+        "E106",
+        r"reference is -1 at state 0, action 0",
+        lambda: dense(reference=changed(policy(), (0, 0), -1.0)),
+    ),
+    "ρ sum": (
+        "E107",
+        r"initial_distribution sums to 1\.1 .*allowed: 1 ± 1e-08",
+        lambda: birl_ext.occupancy(
+            policy(),
+            model()["transition"],
+            discount=0.9,
+            initial_distribution=torch.tensor([0.5, 0.5, 0.1, 0], dtype=torch.float64),
+        ),
+    ),
+    "negative ρ": (
+        "E107",
+        r"initial_distribution is -0\.5 at state 2",
+        lambda: dense(initial_distribution=torch.tensor([1, 0.5, -0.5, 0], dtype=torch.float64)),
+    ),
+    "policy sum": (
+        "E108",
+        r"policy sums to 0\.9 at state 2 \(allowed: 1 ± 1e-08",
+        lambda: birl_ext.evaluate(
+            changed(torch.full((S, A), 0.3, dtype=torch.float64) + 0.1 / 3, 2, 0.3),
+            model()["reward"],
+            model()["transition"],
+            discount=0.9,
+        ),
+    ),
+    "negative policy": (
+        "E108",
+        r"policy is -0\.5 at state 1, action 2",
+        lambda: birl_ext.occupancy(
+            changed(policy(), 1, torch.tensor([1.0, 0.5, -0.5]).double()),
+            model()["transition"],
+            discount=0.9,
+            initial_distribution=torch.full((S,), 1 / S, dtype=torch.float64),
+        ),
+    ),
+    "NaN in the policy": (
+        "E108",
+        r"policy is nan at state 1, action 0",
+        lambda: birl_ext.evaluate(changed(policy(), (1, 0), math.nan), dense()),
+    ),
+}
+
+SCALARS: dict[str, Row] = {
+    "γ = 1": ("E201", r"discount is 1\.0 \(allowed: 0 ≤ discount < 1", lambda: solve(discount=1.0)),
+    "γ < 0": (
+        "E201",
+        r"discount is -5e-324",
+        lambda: solve(discount=math.nextafter(0, -1)),
+    ),
+    "γ NaN": ("E201", r"discount is nan", lambda: solve(discount=math.nan)),
+    "γ tensor": (
+        "E201",
+        r"discount is 1\.0 at batch 1 ",
+        lambda: solve(discount=torch.tensor([0.5, 1.0])),
+    ),
+    "γ, MDP": ("E201", r"discount is 1\.5", lambda: dense(discount=1.5)),
+    "γ, evaluate": (
+        "E201",
+        r"discount is 2\.0",
+        lambda: birl_ext.evaluate(policy(), model()["reward"], model()["transition"], discount=2.0),
+    ),
+    "γ tensor, evaluate": (
+        "E201",
+        r"discount is 2\.0 at batch 1",
+        lambda: birl_ext.evaluate(
+            policy(),
+            model()["reward"],
+            model()["transition"],
+            discount=torch.tensor([0.5, 2.0]),
+        ),
+    ),
+    "τ = 0": ("E202", r"temperature is 0\.0 .*positive", lambda: solve(temperature=0.0)),
+    "τ inf": ("E202", r"temperature is inf", lambda: solve(temperature=math.inf)),
+    "τ NaN": ("E202", r"temperature is nan", lambda: solve(temperature=math.nan)),
+    "τ tensor": (
+        "E202",
+        r"temperature is -1\.0 at batch 0 ",
+        lambda: solve(temperature=torch.tensor([-1.0, 1.0])),
+    ),
+    "τ tensor, bellman": (
+        "E202",
+        r"temperature is -1\.0 at batch 0 ",
+        lambda: birl_ext.bellman(
+            torch.zeros(S).double(), **{**model(), "temperature": torch.tensor([-1.0, 1.0])}
+        ),
+    ),
+    "τ, MDP": (
+        "E202",
+        r"temperature is -1",
+        lambda: birl_ext.solve(dense(), temperature=-1.0),
+    ),
+    "τ, layer": (
+        "E202",
+        r"temperature is 0 ",
+        lambda: SoftPlanner(discount=0.9, temperature=0),
+    ),
+    "τ, schedule": ("E202", r"end is 0\.0 ", lambda: geometric(1.0, 0.0, 10)),
+    "method": (
+        "E203",
+        r"method is 'newtn' .*Fix: use method='newton'",
+        lambda: solve(method="newtn"),
+    ),
+    "on_fail": ("E203", r"on_fail is 'ignore'", lambda: solve(on_fail="ignore")),
+    "validate": ("E203", r"validate is 'no'", lambda: solve(validate="no")),
+    "backend": ("E203", r"backend is 'gpu'", lambda: solve(backend="gpu")),
+    "tol": ("E203", r"tol is -1 ", lambda: solve(tol=-1)),
+    "max_iterations": (
+        "E203",
+        r"max_iterations is 0 \(allowed: 1 or more",
+        lambda: solve(max_iterations=0),
+    ),
+    "no transition": (
+        "E203",
+        r"transition is missing",
+        lambda: birl_ext.solve(model()["reward"], discount=0.9, temperature=1.0),
+    ),
+    "no discount": ("E203", r"discount is missing", lambda: solve(discount=None)),
+    "twice": (
+        "E203",
+        r"discount was given beside an MDP object\. Fix: use mdp\.replace",
+        lambda: birl_ext.solve(dense(), temperature=1.0, discount=0.5),
+    ),
+    "no ρ": (
+        "E203",
+        r"initial_distribution is None",
+        lambda: birl_ext.occupancy(policy(), model()["transition"], discount=0.9),
+    ),
+    "mode": (
+        "E203",
+        r"mode is 'fast' .*'contracting', 'published', 'exact'",
+        lambda: MSoBiRL(quadratic(), X0, temperature=1.0, optimiser=sgd, mode="fast"),
+    ),
+    "sweeps": (
+        "E203",
+        r"sweeps is 0 ",
+        lambda: MSoBiRL(quadratic(), X0, temperature=1.0, optimiser=sgd, sweeps=0),
+    ),
+    "schedule": ("E203", r"steps is 0 ", lambda: geometric(1.0, 0.1, 0)),
+}
+
+TENSORS: dict[str, Row] = {
+    "P against r": (
+        "E301",
+        r"transition has shape \(2, 4, 3, 4\) \(allowed: \(\*B, S, A, S\) = \(\*B, 4, 2, 4\)",
+        lambda: solve(reward=torch.zeros(S, 2, dtype=torch.float64)),
+    ),
+    "no state": (
+        "E301",
+        r"reward has shape \(0, 3\) .*S ≥ 1 and A ≥ 1",
+        lambda: solve(reward=torch.zeros(0, 3).double(), transition=torch.zeros(0, 3, 0).double()),
+    ),
+    "no action axis": (
+        "E301",
+        r"reward has shape \(4, 0\)",
+        lambda: solve(reward=torch.zeros(4, 0).double(), transition=torch.zeros(4, 0, 4).double()),
+    ),
+    "batch axes": (
+        "E301",
+        r"batch axes \(3,\)",
+        lambda: dense(reward=torch.zeros(3, S, A, dtype=torch.float64)),
+    ),
+    "batch axes, solve": (
+        "E301",
+        r"batch axes \(3,\)",
+        lambda: solve(reward=torch.zeros(3, S, A, dtype=torch.float64)),
+    ),
+    "mask": (
+        "E301",
+        r"mask has shape \(3, 4\)",
+        lambda: solve(mask=torch.ones(A, S, dtype=torch.bool)),
+    ),
+    "warm start": (
+        "E301",
+        r"initial has shape \(5,\) \(allowed: \(\*B, 4\)",
+        lambda: solve(initial=torch.zeros(5, dtype=torch.float64)),
+    ),
+    "value": (
+        "E301",
+        r"value has shape \(5,\)",
+        lambda: birl_ext.bellman(torch.zeros(5).double(), **model()),
+    ),
+    "policy": (
+        "E301",
+        r"policy has shape \(4, 2\)",
+        lambda: birl_ext.evaluate(
+            torch.full((S, 2), 0.5).double(),
+            model()["reward"],
+            model()["transition"],
+            discount=0.9,
+        ),
+    ),
+    "upper": (
+        "E301",
+        r"upper returned shape \(2, 4\)",
+        lambda: BilevelProblem(lambda x: dense(), lambda x, s: s.value).objective(X0, 1.0),
+    ),
+    "mixed": (
+        "E302",
+        r"transition has dtype float64 \(allowed: float32, as reward",
+        lambda: solve(reward=model()["reward"].float()),
+    ),
+    "integers": (
+        "E302",
+        r"reward has dtype int64",
+        lambda: solve(reward=torch.zeros(S, A, dtype=torch.int64)),
+    ),
+    "no tensor": ("E302", r"reward is a list", lambda: solve(reward=[[0.0]])),
+    "mask of numbers": (
+        "E302",
+        r"mask is float64 \(allowed: a bool tensor",
+        lambda: solve(mask=torch.ones(S, A, dtype=torch.float64)),
+    ),
+    "γ of words": ("E302", r"discount is 'high'", lambda: dense(discount="high")),
+    "to_dense": (
+        "E304",
+        r"to_dense\(\) .* GiB \(allowed: the .* GiB of this machine",
+        lambda: huge().to_dense(),
+    ),
+    "dense factors": (
+        "E304",
+        r"newton.* with 1000000 states needs .*Fix: use method=\"auto\"",
+        lambda: birl_ext.solve(huge(), temperature=1.0, method="newton"),
+    ),
+    "device": (
+        "E303",
+        r"reward is on cpu but transition is on meta",
+        lambda: solve(transition=model()["transition"].to("meta")),
+    ),
+    "device of γ": (
+        "E303",
+        r"discount is on meta",
+        lambda: solve(discount=torch.tensor(0.9, device="meta")),
+    ),
+    "device, MDP": (
+        "E303",
+        r"on meta",
+        lambda: dense(mask=torch.ones(S, A, dtype=torch.bool, device="meta")),
+    ),
+}
+
+RESULTS: dict[str, Row] = {
+    "not converged": (
+        "E401",
+        r"not converged: certified error \d.* after 2 passes at 2 of 2 problems, .*batch",
+        lambda: solve(max_iterations=2, discount=0.999),
+    ),
+    "stagnated": (
+        "E402",
+        r"stagnated: certified error \d.* after \d+ passes",
+        lambda: solve(tol=1e-18, discount=0.999),
+    ),
+    "overflow": (
+        "E403",
+        r"overflowed.*rescale",
+        lambda: solve(reward=torch.full((S, A), 1e308, dtype=torch.float64), discount=0.99),
+    ),
+    "NaN objective": (
+        "E501",
+        r"no step along the gradient .*`upper` is a differentiable function",
+        lambda: DampedNewton(
+            BilevelProblem(lambda x: dense(), lambda x, s: (x.square() / 0 - x / 0).sum()),
+            X0,
+            temperature=1.0,
+        ).step(),
+    ),
+    "wrong sign": (
+        "E501",
+        r"no step along the gradient \(norm 4\.47\) decreases the objective",
+        lambda: DampedNewton(quadratic(-1.0), X0, temperature=1.0).step(),
+    ),
+    "no such device": (
+        "E601",
+        r'backend="cuda" for tensors on cpu',
+        lambda: solve(backend="cuda"),
+    ),
+}
+
+ROWS = {**NUMBERS, **SCALARS, **TENSORS, **RESULTS}
+
+
+def assert_raises(code: str, words: str, provoke: Callable[[], Any]) -> None:
+    expected = CATALOGUE[f"BIRL-{code}"]
+    with pytest.raises(expected, match=rf"^BIRL-{code} .*{words}") as caught:
+        provoke()
+    error = caught.value
+    assert type(error) is expected
+    assert error.code == f"BIRL-{code}"
+    assert ". Fix: " in str(error), "no remedy"
+    assert error.fix
+    assert error.what in str(error)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_error(name: str) -> None:
+    assert_raises(*ROWS[name])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("state,keep\n0,1\n", r"begins with 'state,keep' at line 1 "),
+        ("", r"begins with 'nothing' at line 1"),
+        ("state,keep,replace\n0,1,2\n1,x,2\n", r"has '1,x,2' at line 3 "),
+        ("state,keep,replace\n0,1,2\n1,1.5,2\n", r"has '1,1\.5,2' at line 3 "),
+        ("state,keep,replace\n0,1,2\n2,1,2\n", r"has '2,1,2' at line 3 .*the first one 1"),
+    ],
+    ids=["header", "empty", "word", "fraction", "gap"],
+)
+def test_errors_of_bus_data_name_the_line(text: str, words: str, tmp_path: Path) -> None:
+    assert_raises("E701", words, lambda: bus(tmp_path, text))
+
+
+def test_what_only_the_op_can_see_is_said_in_the_same_words() -> None:
+    """Under a trace nothing is read at the border; the op's status becomes the same error."""
+    given = broken_row()
+    with pytest.raises(errors.NonStochasticError) as at_the_border:
+        dense(transition=given["transition"])
+    with pytest.raises(errors.NonStochasticError) as from_the_op:
+        birl_ext.solve(**given)
+    assert str(at_the_border.value) == str(from_the_op.value)
+
+
+def test_tolerance_of_row_sums_scales_with_dtype_and_size() -> None:
+    """A tenth of the tolerance passes, ten times as much does not."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-8)):
+        given = model()
+        given["reward"] = given["reward"].to(dtype)
+        for factor, passes in ((0.1, True), (-0.1, True), (10, False), (-10, False)):
+            rows = given["transition"].clone()
+            rows[1, 2, 0] *= 1 + factor * tolerance
+            got = birl_ext.solve(**{**given, "transition": rows.to(dtype)}, on_fail="status")
+            assert got.status.tolist() == [0, 0 if passes else Status.ROW_SUM], (dtype, factor)
+
+
+def test_an_input_without_validation_is_not_read() -> None:
+    """validate="off" takes rows as ratios: the answer is that of the normalised rows."""
+    given = broken_row()
+    rows = given["transition"]
+    got = birl_ext.solve(**given, validate="off")
+    want = birl_ext.solve(**{**given, "transition": rows / rows.sum(-1, keepdim=True)})
+    assert torch.allclose(got.value, want.value, rtol=1e-13)
+
+
+def test_every_class_says_what_it_means() -> None:
+    for code, cls in errors.catalogue():
+        assert re.fullmatch(r"BIRL-E\d{3}", code)
+        assert cls.meaning, code
+        assert cls.__name__ in errors.__all__
+
+
+def test_every_status_has_a_sentence() -> None:
+    for status in Status:
+        assert status.sentence.endswith(".")
+
+
+def test_an_error_can_be_caught_as_what_python_would_raise() -> None:
+    """A shape is a ValueError, a dtype a TypeError, a failed solve a RuntimeError."""
+    for code, builtin in (("E1", ValueError), ("E2", ValueError), ("E4", RuntimeError)):
+        for name, cls in CATALOGUE.items():
+            if name.startswith(f"BIRL-{code}"):
+                assert issubclass(cls, builtin), name
+    assert issubclass(errors.DtypeError, TypeError)
+    assert issubclass(errors.MissingDependencyError, ImportError)
+
+
+def test_every_code_of_the_catalogue_is_exercised_somewhere() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
+    here = {f"BIRL-{code}" for code, _, _ in ROWS.values()}
+    missing = [
+        code
+        for code, cls in errors.catalogue()
+        if code not in here and not re.search(rf"\b{cls.__name__}\b", text)
+    ]
+    assert not missing, f"no test provokes {', '.join(missing)}"
+
+
+def test_the_table_of_the_readme_is_the_catalogue() -> None:
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("there is no README.md yet")
+    listed = re.findall(r"^\|\s*`?(BIRL-E\d{3})", readme.read_text(encoding="utf-8"), re.MULTILINE)
+    if not listed:
+        pytest.skip("README.md has no table of errors yet")
+    assert listed == list(CATALOGUE)
