@@ -1,7 +1,7 @@
 """The compiled modules: loaded once, with the reason where one did not load; called with integers.
 
-The wrappers allocate nothing. They check device, dtype, shape and contiguity, and pass pointers and
-sizes. Shapes: N transitions, each shared by G problems, with S states and A actions.
+The wrappers check device, dtype, shape and contiguity of what they are given, allocate what they
+return, and pass pointers and sizes. Shapes: N transitions, each shared by G problems, with S states and A actions.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -126,45 +127,62 @@ def report() -> dict[str, dict[str, Any]]:
 class _Call:
     """The checks of one call: every tensor passes through `at` once and becomes a pointer."""
 
-    def __init__(self, transition: Tensor, crow: Tensor | None, col: Tensor | None) -> None:
+    def __init__(self, transition: Tensor) -> None:
         if transition.dtype not in (torch.float32, torch.float64):
             raise DtypeError(f"transition has dtype {transition.dtype}")
         self.device, self.storage = transition.device, transition.dtype
-        self.transition, self.crow, self.col = transition, crow, col
 
-    def at(self, name: str, tensor: Tensor | None, *shape: int, dtype: torch.dtype) -> int:
+    def at(
+        self,
+        name: str,
+        tensor: Tensor | None,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float64,
+    ) -> int:
         if tensor is None:
             return 0
+        if (
+            tensor.shape == shape
+            and tensor.dtype is dtype
+            and tensor.device == self.device
+            and tensor.is_contiguous()
+        ):
+            return tensor.data_ptr()
         if tensor.device != self.device:
             raise DeviceError(f"{name} is on {tensor.device}, transition on {self.device}")
-        if tensor.dtype != dtype:
+        if tensor.dtype is not dtype:
             raise DtypeError(f"{name} has dtype {tensor.dtype}", allowed=str(dtype))
         if tensor.shape != shape:
             raise ShapeError(f"{name} has shape {tuple(tensor.shape)}", allowed=str(shape))
-        if not tensor.is_contiguous():
-            raise ShapeError(f"{name} is not contiguous", fix="call .contiguous() on it")
-        return tensor.data_ptr()
+        raise ShapeError(f"{name} is not contiguous", fix="call .contiguous() on it")
 
-    def vector(self, name: str, tensor: Tensor | None, *shape: int) -> int:
-        return self.at(name, tensor, *shape, dtype=torch.float64)
-
-    def model(self, n: int, s: int, a: int) -> tuple[int, int, int, int]:
+    def model(
+        self,
+        transition: Tensor,
+        crow: Tensor | None,
+        col: Tensor | None,
+        sizes: tuple[int, int, int],
+    ) -> tuple[int, int, int, int]:
         """Pointers to transition, crow, col, and the number of entries; zeros if dense."""
-        if (self.crow is None) != (self.col is None):
+        n, s, a = sizes
+        if (crow is None) != (col is None):
             raise ShapeError("crow and col belong together", fix="give both or neither")
-        if self.crow is None or self.col is None:
-            return self.at("transition", self.transition, n, s, a, s, dtype=self.storage), 0, 0, 0
-        entries = self.col.numel()
+        if crow is None or col is None:
+            return self.at("transition", transition, (n, s, a, s), self.storage), 0, 0, 0
+        entries = col.numel()
         return (
-            self.at("transition", self.transition, n, entries, dtype=self.storage),
-            self.at("crow", self.crow, s * a + 1, dtype=torch.int64),
-            self.at("col", self.col, entries, dtype=torch.int64),
+            self.at("transition", transition, (n, entries), self.storage),
+            self.at("crow", crow, (s * a + 1,), torch.int64),
+            self.at("col", col, (entries,), torch.int64),
             entries,
         )
 
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64, device=self.device)
+
     @property
     def dtype(self) -> int:
-        return int(self.storage == torch.float64)
+        return int(self.storage is torch.float64)
 
 
 def _sizes(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
@@ -183,12 +201,7 @@ def sweep(
     discount: Tensor,
     temperature: Tensor,
     value: Tensor,
-    *,
-    value_out: Tensor,
-    advantage_out: Tensor | None = None,
-    policy_out: Tensor | None = None,
-    log_policy_out: Tensor | None = None,
-) -> None:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One application of the soft Bellman operator at `value`, on the device of the tensors.
 
     Args:
@@ -196,8 +209,10 @@ def sweep(
         reward: (N, G, S, A) in transition's dtype.
         log_reference: (N, G, S, A) float64, −inf where masked; None is a reference of one.
         discount, temperature: (N, G) float64.
-        value, value_out: (N, G, S) float64.
-        advantage_out, policy_out, log_policy_out: (N, G, S, A) float64.
+        value: (N, G, S) float64.
+
+    Returns:
+        TV (N, G, S); Q − TV, π and log π (N, G, S, A); float64.
 
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor is not as above.
@@ -205,22 +220,23 @@ def sweep(
 
     Source: (M1), (M2).
     """
-    n, g, s, a = _sizes("reward", reward)
-    call = _Call(transition, crow, col)
-    pairs = (n, g, s, a)
+    pairs = n, g, s, a = _sizes("reward", reward)
+    call = _Call(transition)
+    image, advantage = call.new(n, g, s), call.new(*pairs)
+    policy, log_policy = torch.empty_like(advantage), torch.empty_like(advantage)
     arguments = (
         call.dtype,
         *pairs,
-        *call.model(n, s, a),
-        call.at("reward", reward, *pairs, dtype=call.storage),
-        call.vector("log_reference", log_reference, *pairs),
-        call.vector("discount", discount, n, g),
-        call.vector("temperature", temperature, n, g),
-        call.vector("value", value, n, g, s),
-        call.vector("value_out", value_out, n, g, s),
-        call.vector("advantage_out", advantage_out, *pairs),
-        call.vector("policy_out", policy_out, *pairs),
-        call.vector("log_policy_out", log_policy_out, *pairs),
+        *call.model(transition, crow, col, (n, s, a)),
+        call.at("reward", reward, pairs, call.storage),
+        call.at("log_reference", log_reference, pairs),
+        call.at("discount", discount, (n, g)),
+        call.at("temperature", temperature, (n, g)),
+        call.at("value", value, (n, g, s)),
+        image.data_ptr(),
+        advantage.data_ptr(),
+        policy.data_ptr(),
+        log_policy.data_ptr(),
     )
     if call.device.type == "cuda":
         stream = torch.cuda.current_stream(call.device).cuda_stream
@@ -228,6 +244,7 @@ def sweep(
             _backends["cuda"].require().sweep(*arguments, stream, call.device.index)
     else:
         _cpu(call).sweep(*arguments, torch.get_num_threads())
+    return image, advantage, policy, log_policy
 
 
 def solve(
@@ -240,63 +257,70 @@ def solve(
     temperature: Tensor,
     initial: Tensor | None,
     *,
-    relative_value_out: Tensor,
-    offset_out: Tensor,
-    advantage_out: Tensor,
-    policy_out: Tensor,
-    log_policy_out: Tensor,
-    info_out: Tensor,
-    status_out: Tensor,
+    batch: Sequence[int] | None = None,
     method: int = 0,
     tol: float = 0.0,
     max_iterations: int = 0,
-    validate: Rigour = Rigour.OR_ENDING,
-) -> None:
-    """The fixed point V* = offset + relative value of every problem, with its certificate.
+    validate: int = Rigour.OR_ENDING,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fixed point V* of every problem, with its certificate.
 
     Args:
         transition … temperature: as for `sweep`.
         initial: (N, G, S) float64, a first guess of V*.
-        relative_value_out: (N, G, S); offset_out: (N, G); float64.
-        advantage_out, policy_out, log_policy_out: (N, G, S, A) float64.
-        info_out: (N, G, 6) float64: residual, bound on ‖V − V*‖∞ (units of reward), passes over P,
-            place and value of an invalid input, inner products.
-        status_out: (N, G) int64, see `birl_ext.solution.Status`.
+        batch: axes *B of the outputs, N·G problems in the same order; by default (N, G).
         method: 0 automatic, 1 value iteration, 2 Newton, 3 Newton-Krylov, 4 modified policy
             iteration.
         tol: relative certified error; 0 goes as far as rounding allows.
         max_iterations: most passes over P; 0 is a default by method.
-        validate: what to check of the rows of P.
+        validate: a `Rigour`, what to check of the rows of P.
+
+    Returns:
+        V (*B, S); Q, Q − V, π and log π (*B, S, A); a constant near V (*B); info (*B, 6): residual,
+        bound on ‖V − V*‖∞ (units of reward), passes over P, place and value of an invalid input,
+        inner products; all float64; and a `Status` (*B), int64.
 
     Raises: as for `sweep`.
 
     Source: (M3), (M6), (M9).
     """
-    n, g, s, a = _sizes("reward", reward)
-    call = _Call(transition, crow, col)
-    pairs = (n, g, s, a)
+    pairs = n, g, s, a = _sizes("reward", reward)
+    axes = (n, g) if batch is None else tuple(batch)
+    call = _Call(transition)
+    value, q = call.new(*axes, s), call.new(*axes, s, a)
+    advantage, policy, log_policy = (
+        torch.empty_like(q),
+        torch.empty_like(q),
+        torch.empty_like(q),
+    )
+    offset, info = call.new(*axes), call.new(*axes, 6)
+    status = torch.empty(axes, dtype=torch.int64, device=call.device)
+    if status.numel() != n * g:
+        raise ShapeError(f"batch is {axes}", allowed=f"axes of {n * g} problems")
     _cpu(call).solve(
         call.dtype,
         *pairs,
-        *call.model(n, s, a),
-        call.at("reward", reward, *pairs, dtype=call.storage),
-        call.vector("log_reference", log_reference, *pairs),
-        call.vector("discount", discount, n, g),
-        call.vector("temperature", temperature, n, g),
-        call.vector("initial", initial, n, g, s),
-        call.vector("relative_value_out", relative_value_out, n, g, s),
-        call.vector("offset_out", offset_out, n, g),
-        call.vector("advantage_out", advantage_out, *pairs),
-        call.vector("policy_out", policy_out, *pairs),
-        call.vector("log_policy_out", log_policy_out, *pairs),
-        call.vector("info_out", info_out, n, g, 6),
-        call.at("status_out", status_out, n, g, dtype=torch.int64),
+        *call.model(transition, crow, col, (n, s, a)),
+        call.at("reward", reward, pairs, call.storage),
+        call.at("log_reference", log_reference, pairs),
+        call.at("discount", discount, (n, g)),
+        call.at("temperature", temperature, (n, g)),
+        call.at("initial", initial, (n, g, s)),
+        value.data_ptr(),
+        q.data_ptr(),
+        advantage.data_ptr(),
+        policy.data_ptr(),
+        log_policy.data_ptr(),
+        offset.data_ptr(),
+        info.data_ptr(),
+        status.data_ptr(),
         method,
         tol,
         max_iterations,
         int(validate),
         torch.get_num_threads(),
     )
+    return value, q, advantage, policy, log_policy, offset, info, status
 
 
 def policy_solve(
@@ -307,36 +331,36 @@ def policy_solve(
     discount: Tensor,
     rhs: Tensor,
     *,
-    out: Tensor,
-    residual_out: Tensor,
     transpose: bool = False,
     method: int = 0,
     tol: float = 0.0,
     max_iterations: int = 0,
-) -> int:
+) -> tuple[Tensor, Tensor, int]:
     """Solve (I − γP_π) x = b, or with the transposed matrix, for K right-hand sides each.
 
     Args:
         transition, crow, col: as for `sweep`.
         policy: (N, G, S, A) float64.
         discount: (N, G) float64.
-        rhs, out: (N, G, K, S) float64.
-        residual_out: (N, G, K) float64: ‖b − Ax‖∞, or ‖b − Aᵀx‖₁ if `transpose`.
+        rhs: (N, G, K, S) float64.
         method: 0 automatic, 2 direct, 3 Krylov, 5 Richardson with exact mass.
         tol: residual relative to ‖b‖; 0 goes as far as rounding allows.
         max_iterations: most products per correction; 0 is a default by method.
 
-    Returns: how many systems missed both the tolerance and the rounding level.
+    Returns:
+        x (N, G, K, S); its residual (N, G, K): ‖b − Ax‖∞, or ‖b − Aᵀx‖₁ if `transpose`; and how many
+        systems missed both the tolerance and the rounding level.
 
     Raises: as for `sweep`.
 
     Source: (M10), (M12), (M13).
     """
-    n, g, s, a = _sizes("policy", policy)
+    pairs = n, g, s, a = _sizes("policy", policy)
     if rhs.dim() != 4:
         raise ShapeError(f"rhs has shape {tuple(rhs.shape)}", allowed="(N, G, K, S)")
     k = rhs.shape[2]
-    call = _Call(transition, crow, col)
+    call = _Call(transition)
+    out, residual = call.new(n, g, k, s), call.new(n, g, k)
     failed: int = _cpu(call).policy_solve(
         call.dtype,
         n,
@@ -344,19 +368,19 @@ def policy_solve(
         k,
         s,
         a,
-        *call.model(n, s, a),
-        call.vector("policy", policy, n, g, s, a),
-        call.vector("discount", discount, n, g),
-        call.vector("rhs", rhs, n, g, k, s),
-        call.vector("out", out, n, g, k, s),
-        call.vector("residual_out", residual_out, n, g, k),
+        *call.model(transition, crow, col, (n, s, a)),
+        call.at("policy", policy, pairs),
+        call.at("discount", discount, (n, g)),
+        call.at("rhs", rhs, (n, g, k, s)),
+        out.data_ptr(),
+        residual.data_ptr(),
         transpose,
         method,
         tol,
         max_iterations,
         torch.get_num_threads(),
     )
-    return failed
+    return out, residual, failed
 
 
 def _cpu(call: _Call) -> Any:

@@ -52,6 +52,11 @@ class Layout(NamedTuple):
             return self.grouped(value.to(torch.float64), 0)
         return torch.full((self.models, self.group), value, dtype=torch.float64, device=device)
 
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Axes in which an op can write its outputs: the caller's, unless they are permuted."""
+        return self.batch_shape if self.order is None else (self.models, self.group)
+
     def locate(self, flat: int) -> tuple[int, ...]:
         """Batch index, in the caller's axes, of the problem with flat index n·G + g."""
         order = self.order or range(len(self.batch_shape))

@@ -167,6 +167,7 @@ def solve(
         flat.discount,
         flat.temperature,
         guess,
+        flat.layout.output_shape,
         int(_METHODS[method]),
         float(tol or 0.0),
         int(max_iterations or 0),
@@ -460,20 +461,19 @@ def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
     tables = (value, q, policy, log_policy, advantage)
     if flat.reward.dtype != torch.float64:
         tables = tuple(table.to(flat.reward.dtype) for table in tables)
+    temperature = flat.temperature.detach()
+    if flat.layout.order is None:  # the op has put its outputs into the caller's axes
+        return Solution(*tables, info, temperature.reshape(flat.layout.batch_shape), status)
     restore = flat.layout.restore
-    return Solution(
-        *(restore(table) for table in tables),
-        restore(info),
-        restore(flat.temperature.detach()),
-        restore(status),
-    )
+    return Solution(*map(restore, (*tables, info, temperature, status)))
 
 
 def _masked(table: Tensor, flat: Flat) -> Tensor:
     """−inf where no action is available, with a gradient of exactly zero there."""
     if flat.log_reference.dim() == 1:
         return table
-    return table.where(flat.log_reference > -torch.inf, -torch.inf)
+    available = (flat.log_reference > -torch.inf).reshape(table.shape)
+    return table.where(available, -torch.inf)
 
 
 def _index(flat: Flat) -> tuple[Tensor, Tensor]:

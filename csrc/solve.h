@@ -8,11 +8,12 @@ namespace birl {
 
 struct Solve {
   const double* initial;   // (N,G,S) or null
-  double* relative_value;  // (N,G,S): V = offset + relative_value
-  double* offset;          // (N,G)
-  double* advantage;       // (N,G,S,A)
+  double* value;           // (N,G,S)
+  double* q;               // (N,G,S,A)
+  double* advantage;       // (N,G,S,A): q − value, from the relative form and so more exact
   double* policy;          // (N,G,S,A)
   double* log_policy;      // (N,G,S,A)
+  double* offset;          // (N,G): a constant near the value
   double* info;            // (N,G,6): residual, error bound, passes over P, place, value, products
   Index* status;           // (N,G)
   Index method;            // 0 auto, 1 value iteration, 2 Newton direct, 3 Newton-Krylov, 4 MPI

@@ -59,8 +59,8 @@ class Solver {
   }
 
   Outcome run(const Model& model, const Problem<Real>& problem, const double* initial,
-              double* relative_value, double* offset, double* advantage, double* policy,
-              double* log_policy) {
+              double* value, double* q, double* advantage, double* policy, double* log_policy,
+              double* offset) {
     model_ = &model;
     problem_ = problem;
     q_ = advantage;  // holds q' until the end
@@ -72,8 +72,11 @@ class Solver {
     const Index S = model.states, A = model.actions;
     kernels().soft_maximum({S, A, q_, problem.log_reference, problem.temperature, next_.data(),
                             policy, log_policy, advantage, scratch_[0].soft_maximum.data()});
-    std::copy(next_.begin(), next_.end(), relative_value);
     *offset = problem.discount * c_ + shift();
+    for (Index s = 0; s < S; ++s) {
+      value[s] = next_[s] + *offset;
+      for (Index row = s * A; row < (s + 1) * A; ++row) q[row] = advantage[row] + value[s];
+    }
     return outcome;
   }
 
@@ -549,7 +552,8 @@ void solve(const Batch& batch, const Solve& request, Interrupt& interrupt) {
         }
         if (defect.status != Status::kConverged) {
           const double nan = std::numeric_limits<double>::quiet_NaN();
-          std::fill_n(request.relative_value + values, S, nan);
+          std::fill_n(request.value + values, S, nan);
+          std::fill_n(request.q + pairs, S * A, nan);
           std::fill_n(request.advantage + pairs, S * A, nan);
           std::fill_n(request.policy + pairs, S * A, nan);
           std::fill_n(request.log_policy + pairs, S * A, nan);
@@ -562,8 +566,8 @@ void solve(const Batch& batch, const Solve& request, Interrupt& interrupt) {
         }
         const Outcome outcome = solver.run(
             model, problem, request.initial ? request.initial + values : nullptr,
-            request.relative_value + values, request.offset + i, request.advantage + pairs,
-            request.policy + pairs, request.log_policy + pairs);
+            request.value + values, request.q + pairs, request.advantage + pairs,
+            request.policy + pairs, request.log_policy + pairs, request.offset + i);
         request.status[i] = static_cast<Index>(outcome.status);
         const double row[6] = {outcome.residual,
                                outcome.error_bound,

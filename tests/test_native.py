@@ -159,35 +159,21 @@ class Solved:
 
 
 def run_solve(case: Case, *, initial: np.ndarray | None = None, **options: object) -> Solved:
-    n, g, s, a = case.reward.shape
-    new = lambda *shape: torch.full(shape, -7.0, dtype=torch.float64)  # noqa: E731
-    out = {
-        "relative_value_out": new(n, g, s),
-        "offset_out": new(n, g),
-        "advantage_out": new(n, g, s, a),
-        "policy_out": new(n, g, s, a),
-        "log_policy_out": new(n, g, s, a),
-        "info_out": new(n, g, 6),
-        "status_out": torch.full((n, g), -7),
-    }
     first = None if initial is None else torch.from_numpy(initial)
-    _native.solve(*case.tensors(), first, **out, **options)
-    arrays = [x.numpy() for x in out.values()]
-    value = arrays[1][..., None] + arrays[0]
-    return Solved(value, *arrays[2:], raw=[x.tobytes() for x in arrays])
+    outputs = _native.solve(*case.tensors(), first, **options)
+    value, _, advantage, policy, log_policy, _, info, status = (x.numpy() for x in outputs)
+    raw = [x.numpy().tobytes() for x in outputs]
+    return Solved(value, advantage, policy, log_policy, info, status, raw=raw)
 
 
 def run_policy_solve(
     case: Case, policy: np.ndarray, rhs: np.ndarray, **options: object
 ) -> tuple[np.ndarray, np.ndarray, int]:
     transition, crow, col, _, _, discount, _ = case.tensors()
-    out = torch.empty(rhs.shape, dtype=torch.float64)
-    residual = torch.empty(rhs.shape[:-1], dtype=torch.float64)
-    failed = _native.policy_solve(
-        transition, crow, col, torch.from_numpy(policy), discount, torch.from_numpy(rhs),
-        out=out, residual_out=residual, **options,
-    )  # fmt: skip
-    return out.numpy(), residual.numpy(), failed
+    x, residual, failed = _native.policy_solve(
+        transition, crow, col, torch.from_numpy(policy), discount, torch.from_numpy(rhs), **options
+    )
+    return x.numpy(), residual.numpy(), failed
 
 
 def assert_close(found: np.ndarray, truth: np.ndarray, bound: float, what: str) -> None:
@@ -213,15 +199,7 @@ def test_sweep(states: int, actions: int, storage: type, sparse: bool, extras: s
         terminal=extras in ("terminal", "both"), masked=extras in ("masked", "both"),
     )  # fmt: skip
     value = np.random.default_rng(1).standard_normal(case.reward.shape[:-1]) + 50.0
-    image = torch.empty(value.shape, dtype=torch.float64)
-    pairs = [torch.empty(case.reward.shape, dtype=torch.float64) for _ in range(3)]
-    _native.sweep(
-        *case.tensors(), torch.from_numpy(value), value_out=image, advantage_out=pairs[0],
-        policy_out=pairs[1], log_policy_out=pairs[2],
-    )  # fmt: skip
-    alone = torch.empty_like(image)
-    _native.sweep(*case.tensors(), torch.from_numpy(value), value_out=alone)
-    assert torch.equal(alone, image), "the optional outputs changed the value"
+    image, *pairs = _native.sweep(*case.tensors(), torch.from_numpy(value))
     for n in range(2):
         for g in range(2):
             truth = bellman(case, n, g, value[n, g])
@@ -530,7 +508,7 @@ def test_malformed_sparsity_never_reaches_a_kernel() -> None:
     bad_crow[2] = bad_crow[3] + 1
     for pattern in ((crow, bad_col), (bad_crow, col)):
         with pytest.raises(ValueError, match=r"crow|column"):
-            _native.sweep(transition, *pattern, *rest, value, value_out=value.clone())
+            _native.sweep(transition, *pattern, *rest, value)
 
 
 # ---- form ---------------------------------------------------------------------------------------
@@ -570,7 +548,7 @@ def test_empty_batches_return_at_once(lanes: tuple[int, int]) -> None:
     empty = np.zeros((*lanes, 3, 5))
     assert run_policy_solve(case, np.zeros((*lanes, 5, 2)), empty)[2] == 0
     value = torch.zeros((*lanes, 5), dtype=torch.float64)
-    _native.sweep(*case.tensors(), value, value_out=value.clone())
+    _native.sweep(*case.tensors(), value)
 
 
 def test_no_right_hand_side_is_a_right_number_of_them() -> None:
@@ -597,7 +575,7 @@ def test_wrapper_refuses_what_the_kernel_would_misread() -> None:
         arguments = list(tensors)
         arguments[place] = tensor
         with pytest.raises(error):
-            _native.sweep(*arguments, value, value_out=value.clone())
+            _native.sweep(*arguments, value)
 
 
 def test_interrupt_ends_a_long_solve() -> None:

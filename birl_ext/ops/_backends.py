@@ -11,7 +11,7 @@ from torch import Tensor
 
 from birl_ext import _native, errors, validation
 from birl_ext.ops import _torch
-from birl_ext.solution import Rigour, Status
+from birl_ext.solution import Status
 
 __all__ = ["AUTO", "NATIVE", "TORCH", "bellman", "failure", "policy_solve", "solve", "unavailable"]
 
@@ -32,17 +32,7 @@ def bellman(
     data = (transition, crow, col, reward, log_reference, discount, temperature)
     if not _compiled(transition.device, backend):
         return _torch.bellman(*data, value)
-    image = _vector(reward.shape[:-1], reward)
-    table = [_vector(reward.shape, reward) for _ in range(3)]
-    _native.sweep(
-        *_plain(*data),
-        value.contiguous(),
-        value_out=image,
-        advantage_out=table[0],
-        policy_out=table[1],
-        log_policy_out=table[2],
-    )
-    return image, table[0], table[1], table[2]
+    return _native.sweep(*_plain(*data), value.contiguous())
 
 
 def solve(
@@ -54,6 +44,7 @@ def solve(
     discount: Tensor,
     temperature: Tensor,
     initial: Tensor,
+    batch: Sequence[int],
     method: int,
     tol: float,
     max_iterations: int,
@@ -63,34 +54,18 @@ def solve(
 ) -> tuple[Tensor, ...]:
     data = (transition, crow, col, reward, log_reference, discount, temperature)
     if _compiled(transition.device, backend) and transition.is_cpu:
-        batch = reward.shape[:2]
-        relative = _vector(reward.shape[:-1], reward)
-        advantage, policy, log_policy = (_vector(reward.shape, reward) for _ in range(3))
-        offset, info = _vector(batch, reward), _vector((*batch, 6), reward)
-        status = torch.empty(batch, dtype=torch.int64, device=reward.device)
-        _native.solve(
+        outputs = _native.solve(
             *_plain(*data),
             None if initial.dim() == 1 else initial.contiguous(),
-            relative_value_out=relative,
-            offset_out=offset,
-            advantage_out=advantage,
-            policy_out=policy,
-            log_policy_out=log_policy,
-            info_out=info,
-            status_out=status,
+            batch=batch,
             method=method,
             tol=tol,
             max_iterations=max_iterations,
-            validate=Rigour(validate),
+            validate=validate,
         )
     else:
-        relative, offset, advantage, policy, log_policy, info, status = _torch.solve(
-            *data, initial, method, tol, max_iterations, validate
-        )
-    value = relative + offset.unsqueeze(-1)
-    q = advantage + value.unsqueeze(-1)
-    outputs = (value, q, advantage, policy, log_policy, offset, info, status)
-    if strict and bool(status.any()):
+        outputs = _torch.solve(*data, initial, batch, method, tol, max_iterations, validate)
+    if strict and bool(outputs[-1].any()):
         raise failure(outputs, transition, crow, col, reward, lambda flat: (flat,))
     return outputs
 
@@ -111,22 +86,19 @@ def policy_solve(
         return _torch.policy_solve(
             transition, crow, col, policy, discount, rhs, transpose, tol, method
         )
-    out, residual = _vector(rhs.shape, rhs), _vector(rhs.shape[:-1], rhs)
     sparse = transition.dim() == 2
-    _native.policy_solve(
+    x, residual, _ = _native.policy_solve(
         transition.contiguous(),
         crow if sparse else None,
         col if sparse else None,
         policy.contiguous(),
         discount.contiguous(),
         rhs.contiguous(),
-        out=out,
-        residual_out=residual,
         transpose=transpose,
         method=method,
         tol=tol,
     )
-    return out, residual
+    return x, residual
 
 
 def _compiled(device: torch.device, backend: int) -> bool:
@@ -156,10 +128,6 @@ def _plain(
     )
 
 
-def _vector(shape: Sequence[int], like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=torch.float64, device=like.device)
-
-
 def unavailable(name: str) -> str:
     """Why a compiled backend cannot be used; empty if it can."""
     return _native.reason(name)
@@ -179,7 +147,7 @@ def failure(
         outputs: what the op `solve` returned.
         locate: from the flat index n·G + g to the caller's batch index.
     """
-    info, status = outputs[6].flatten(0, 1), outputs[7].flatten()
+    info, status = outputs[6].reshape(-1, 6), outputs[7].flatten()
     failed = status.nonzero().flatten()
     first = int(failed[0])
     code = Status(int(status[first]))

@@ -8,7 +8,7 @@ another.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from birl_ext.validation import row_sum_tolerance
 __all__ = ["bellman", "policy_solve", "solve"]
 
 EPS = torch.finfo(torch.float64).eps
+SPARSE_DIRECT_STATES = 200  # above, products with few entries per row beat a dense LU
 DIRECT_STATES = 1500  # above, an LU of (I − γP_π) costs more than the Krylov products it saves
 SWEEPS_PER_POLICY = 40  # of modified policy iteration: between the 20 and 60 that suit grids
 
@@ -107,6 +108,7 @@ def solve(
     discount: Tensor,
     temperature: Tensor,
     initial: Tensor,
+    batch: Sequence[int],
     method: int,
     tol: float,
     max_iterations: int,
@@ -215,7 +217,11 @@ def solve(
     done_offset = torch.where(bad, torch.nan, done_offset)
     table = [torch.where(bad[..., None, None], torch.nan, entry) for entry in table]
     info[..., :3] = torch.where(bad.unsqueeze(-1), torch.nan, info[..., :3])
-    return done_value, done_offset, *table, info, status
+    advantage, policy, log_policy = table
+    absolute = done_value + done_offset.unsqueeze(-1)
+    q = advantage + absolute.unsqueeze(-1)
+    outputs = (absolute, q, advantage, policy, log_policy, done_offset, info, status)
+    return tuple(x.reshape((*batch, *x.shape[2:])) for x in outputs)
 
 
 def policy_solve(
@@ -256,9 +262,10 @@ def policy_solve(
 
 
 def _choose(problem: Problem) -> int:
-    if problem.rows.states <= DIRECT_STATES:
-        return Method.NEWTON
-    return Method.KRYLOV if problem.rows.dense else Method.POLICY_ITERATION
+    states = problem.rows.states
+    if not problem.rows.dense:
+        return Method.NEWTON if states <= SPARSE_DIRECT_STATES else Method.POLICY_ITERATION
+    return Method.NEWTON if states <= DIRECT_STATES else Method.KRYLOV
 
 
 def _deflated(delta: Tensor, middle: Tensor, gamma: Tensor, one_minus: Tensor) -> Tensor:

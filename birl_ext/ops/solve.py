@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ INFO = 6  # columns: residual, error bound, passes, place and value of a bad ent
 
 LIBRARY.define(
     "solve(Tensor transition, Tensor crow, Tensor col, Tensor reward, Tensor log_reference, "
-    "Tensor discount, Tensor temperature, Tensor initial, int method, float tol, "
-    "int max_iterations, int validate, bool strict, int backend) "
+    "Tensor discount, Tensor temperature, Tensor initial, SymInt[] batch, int method, "
+    "float tol, int max_iterations, int validate, bool strict, int backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -43,6 +44,7 @@ def _(
     discount: Tensor,
     temperature: Tensor,
     initial: Tensor,
+    batch: Sequence[int],
     method: int,
     tol: float,
     max_iterations: int,
@@ -50,12 +52,14 @@ def _(
     strict: bool,
     backend: int,
 ) -> tuple[Tensor, ...]:
-    batch = reward.shape[:2]
-    value = reward.new_empty(reward.shape[:-1], dtype=torch.float64)
-    table = [reward.new_empty(reward.shape, dtype=torch.float64) for _ in range(4)]
-    offset = value.new_empty(batch)
-    status = reward.new_empty(batch, dtype=torch.int64)
-    return value, *table, offset, value.new_empty((*batch, INFO)), status
+    states, actions = reward.shape[-2:]
+
+    def new(*event: int) -> Tensor:
+        return reward.new_empty((*batch, *event), dtype=torch.float64)
+
+    tables = tuple(new(states, actions) for _ in range(4))
+    status = reward.new_empty(tuple(batch), dtype=torch.int64)
+    return new(states), *tables, new(), new(INFO), status
 
 
 for _key in ("CPU", "CUDA"):
@@ -76,7 +80,7 @@ class Solve(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        transition, crow, col, _, _, discount, temperature, *_, ctx.backend = inputs
+        transition, crow, col, _, _, discount, temperature, _, ctx.batch, *_, ctx.backend = inputs
         value, _, advantage, policy, _, offset, info, status = output
         saved = (
             transition,
@@ -100,8 +104,12 @@ class Solve(Function):
         transition, crow, col, discount, temperature, value, offset, advantage, policy, status = (
             ctx.saved_tensors
         )
-        rows = Rows(transition, crow, col, policy.shape[-2], policy.shape[-1])
-        trust = torch.where(status == 0, 1.0, torch.nan).double().unsqueeze(-1)
+        n, g = discount.shape
+        s, a = policy.shape[-2:]
+        rows = Rows(transition, crow, col, s, a)
+        value, offset = value.reshape(n, g, s), offset.reshape(n, g)
+        advantage, policy = advantage.reshape(n, g, s, a), policy.reshape(n, g, s, a)
+        trust = torch.where(status.reshape(n, g) == 0, 1.0, torch.nan).double().unsqueeze(-1)
         relative = value - offset.unsqueeze(-1)  # free of the constant mode, which cancels
         return Point(rows, discount, temperature, relative, offset, advantage, policy), trust
 
@@ -134,8 +142,13 @@ class Solve(Function):
     ) -> tuple[Any, ...]:
         bars = (value_bar, q_bar, advantage_bar, policy_bar, log_policy_bar)
         if all(bar is None for bar in bars):
-            return (None,) * 14
+            return (None,) * 15
         point, trust = Solve._point(ctx)
+        table = point.policy.shape
+        value_bar = None if value_bar is None else value_bar.reshape(table[:-1])
+        q_bar, advantage_bar, policy_bar, log_policy_bar = (
+            None if bar is None else bar.reshape(table) for bar in bars[1:]
+        )
         if q_bar is not None:  # Q = (Q − V) + V
             advantage_bar = q_bar if advantage_bar is None else advantage_bar + q_bar
             inflow = q_bar.sum(-1)
@@ -152,11 +165,11 @@ class Solve(Function):
         )
         reward_bar = weight.to(point.rows.data.dtype) if ctx.needs_input_grad[3] else None
         data = (transition_bar, None, None, reward_bar, reference_bar)
-        return (*data, discount_bar, temperature_bar, *(None,) * 7)
+        return (*data, discount_bar, temperature_bar, *(None,) * 8)
 
     @staticmethod
-    def jvp(ctx: Any, *dots: Any) -> tuple[Tensor | None, ...]:
-        transition_dot, _, _, reward_dot, reference_dot, discount_dot, temperature_dot = dots[:7]
+    def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        transition_dot, _, _, reward_dot, reference_dot, discount_dot, temperature_dot = inputs[:7]
         point, trust = Solve._point(ctx)
         q_dot, source, scale = backup_tangent(
             point, transition_dot, reward_dot, reference_dot, discount_dot, temperature_dot
@@ -167,12 +180,19 @@ class Solve(Function):
         policy_dot, log_policy_dot = policy_tangent(
             point, advantage_dot, reference_dot, temperature_dot
         )
-        return value_dot, q_dot, advantage_dot, policy_dot, log_policy_dot, None, None, None
+        dots = (value_dot, q_dot, advantage_dot, policy_dot, log_policy_dot)
+        return *(dot.reshape((*ctx.batch, *dot.shape[2:])) for dot in dots), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         lanes, axis = fold(args[:8], in_dims[:8], info.batch_size)
-        return to_lanes(Solve.apply(*lanes, *args[8:]), axis, info.batch_size)
+        batch, *options = args[8:]
+        merged = Solve.apply(*lanes, tuple(lanes[5].shape), *options)
+        outputs, _ = to_lanes(merged, axis, info.batch_size)
+        own = tuple(
+            x.movedim(axis, 0).reshape((info.batch_size, *batch, *x.shape[3:])) for x in outputs
+        )
+        return own, (0,) * len(own)
 
 
 @torch.compiler.allow_in_graph
@@ -185,6 +205,7 @@ def solve(
     discount: Tensor,
     temperature: Tensor,
     initial: Tensor,
+    batch: Sequence[int],
     method: int,
     tol: float,
     max_iterations: int,
@@ -192,8 +213,9 @@ def solve(
     strict: bool,
     backend: int,
 ) -> tuple[Tensor, ...]:
-    """W (N, G, S), c (N, G), then Q − V, π, log π (N, G, S, A), all float64; info (N, G, 6); status
-    (N, G) int64.
+    """V, then Q, Q − V, π, log π, a constant near V, info (…, 6) and status, in axes `batch`.
+
+    The inputs have axes (N, G); `batch` are the caller's axes, of N·G problems in the same order.
     """
     return Solve.apply(
         transition,
@@ -204,6 +226,7 @@ def solve(
         discount,
         temperature,
         initial,
+        batch,
         method,
         tol,
         max_iterations,
