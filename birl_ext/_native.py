@@ -1,7 +1,8 @@
 """The compiled modules: loaded once, with the reason where one did not load; called with integers.
 
 The wrappers check device, dtype, shape and contiguity of what they are given, allocate what they
-return, and pass pointers and sizes. Shapes: N transitions, each shared by G problems, with S states and A actions.
+return, and pass pointers and sizes. Shapes: N transitions, each shared by G problems, with S states
+and A actions.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from birl_ext.errors import (
     DtypeError,
     ShapeError,
 )
-from birl_ext.solution import Rigour
+from birl_ext.solution import INFO, Rigour
 
 __all__ = ["available", "policy_solve", "reason", "report", "solve", "sweep"]
 
@@ -262,7 +263,7 @@ def solve(
     tol: float = 0.0,
     max_iterations: int = 0,
     validate: int = Rigour.OR_ENDING,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fixed point V* of every problem, with its certificate.
 
     Args:
@@ -276,9 +277,8 @@ def solve(
         validate: a `Rigour`, what to check of the rows of P.
 
     Returns:
-        V (*B, S); Q, Q − V, π and log π (*B, S, A); a constant near V (*B); info (*B, 6): residual,
-        bound on ‖V − V*‖∞ (units of reward), passes over P, place and value of an invalid input,
-        inner products; all float64; and a `Status` (*B), int64.
+        V (*B, S); Q, Q − V, π and log π (*B, S, A); info (*B, 8), see `Info`; all float64; and a
+        `Status` (*B), int64.
 
     Raises: as for `sweep`.
 
@@ -293,7 +293,7 @@ def solve(
         torch.empty_like(q),
         torch.empty_like(q),
     )
-    offset, info = call.new(*axes), call.new(*axes, 6)
+    info = call.new(*axes, INFO)
     status = torch.empty(axes, dtype=torch.int64, device=call.device)
     if status.numel() != n * g:
         raise ShapeError(f"batch is {axes}", allowed=f"axes of {n * g} problems")
@@ -311,7 +311,6 @@ def solve(
         advantage.data_ptr(),
         policy.data_ptr(),
         log_policy.data_ptr(),
-        offset.data_ptr(),
         info.data_ptr(),
         status.data_ptr(),
         method,
@@ -320,7 +319,7 @@ def solve(
         int(validate),
         torch.get_num_threads(),
     )
-    return value, q, advantage, policy, log_policy, offset, info, status
+    return value, q, advantage, policy, log_policy, info, status
 
 
 def policy_solve(
@@ -348,8 +347,8 @@ def policy_solve(
         max_iterations: most products per correction; 0 is a default by method.
 
     Returns:
-        x (N, G, K, S); its residual (N, G, K): ‖b − Ax‖∞, or ‖b − Aᵀx‖₁ if `transpose`; and how many
-        systems missed both the tolerance and the rounding level.
+        x (N, G, K, S); its residual (N, G, K), ‖b − Ax‖∞, or ‖b − Aᵀx‖₁ if `transpose`; and how
+        many systems missed both the tolerance and the rounding level.
 
     Raises: as for `sweep`.
 

@@ -164,17 +164,21 @@ def flatten(
     """
     event = 3 if crow is None else 1
     has_reference = log_reference.ndim > 1
-    batches = {
-        "transition": tuple(transition.shape[:-event]),
-        "reward": tuple(reward.shape[:-2]),
-        "mask or reference": tuple(log_reference.shape[:-2]) if has_reference else (),
-        "discount": tuple(discount.shape) if isinstance(discount, Tensor) else (),
-        "temperature": tuple(temperature.shape) if isinstance(temperature, Tensor) else (),
-        "policy, value or initial distribution": batch,
-    }
-    if any(batches.values()):
+    scalars = [x for x in (discount, temperature) if isinstance(x, Tensor) and x.ndim]
+    batched = transition.ndim > event or reward.ndim > 2 or log_reference.ndim > 2
+    if batched or batch or scalars:
+        batches = {
+            "transition": tuple(transition.shape[:-event]),
+            "reward": tuple(reward.shape[:-2]),
+            "mask or reference": tuple(log_reference.shape[:-2]) if has_reference else (),
+            "discount": tuple(discount.shape) if isinstance(discount, Tensor) else (),
+            "temperature": tuple(temperature.shape) if isinstance(temperature, Tensor) else (),
+            "policy, value or initial distribution": batch,
+        }
         validation.broadcast_batches(batches)  # names the one that does not fit
-    axes = layout(*batches.values())
+        axes = layout(*batches.values())
+    else:
+        axes = _SINGLE
     return Flat(
         transition=axes.shared(transition, event),
         reward=axes.grouped(reward, 2),

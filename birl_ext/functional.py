@@ -134,7 +134,7 @@ def solve(
     Source: Yang, Gao and Yuan, AISTATS 2025; (M1)-(M9).
     """
     flat = _flat(reward, transition, discount, temperature, reference, mask, terminal, validate)
-    guess = torch.empty(0, dtype=torch.float64, device=flat.reward.device)
+    guess = _absent(torch.float64, flat.reward)
     if initial is not None:
         _require_shape("initial", initial, (flat.reward.shape[-2],))
         guess = flat.layout.grouped(initial.detach().double(), 1)
@@ -176,7 +176,7 @@ def solve(
         _backend(backend, flat.reward.device),
     )
     solution = _assemble(flat, outputs)
-    if raising and concrete and bool(outputs[-1].any()):
+    if raising and concrete and _any(outputs[-1]):
         error = _backends.failure(outputs, flat.transition, *index, flat.reward, flat.layout.locate)
         if isinstance(error, SolveError):
             error.solution = solution
@@ -451,21 +451,23 @@ def _flat(
         if reading:
             validation.check_reward(reward)
             validation.check_rows(transition, None)
-    absent = torch.empty(0, dtype=torch.float64, device=reward.device)  # not new_empty: vmap
+    absent = _absent(torch.float64, reward)
     return flatten(reward, transition, absent, discount, temperature, batch=batch)
 
 
 def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
-    value, q, advantage, policy, log_policy, _, info, status = outputs
+    value, q, advantage, policy, log_policy, info, status = outputs
     q, log_policy = _masked(q, flat), _masked(log_policy, flat)
     tables = (value, q, policy, log_policy, advantage)
     if flat.reward.dtype != torch.float64:
         tables = tuple(table.to(flat.reward.dtype) for table in tables)
-    temperature = flat.temperature.detach()
     if flat.layout.order is None:  # the op has put its outputs into the caller's axes
-        return Solution(*tables, info, temperature.reshape(flat.layout.batch_shape), status)
-    restore = flat.layout.restore
-    return Solution(*map(restore, (*tables, info, temperature, status)))
+        return Solution(*tables, info, status)
+    return Solution(*map(flat.layout.restore, (*tables, info, status)))
+
+
+def _any(status: Tensor) -> bool:
+    return bool(status.item() if status.numel() == 1 else status.any())
 
 
 def _masked(table: Tensor, flat: Flat) -> Tensor:
@@ -478,9 +480,22 @@ def _masked(table: Tensor, flat: Flat) -> Tensor:
 
 def _index(flat: Flat) -> tuple[Tensor, Tensor]:
     if flat.crow is None or flat.col is None:
-        absent = torch.empty(0, dtype=torch.int64, device=flat.reward.device)
+        absent = _absent(torch.int64, flat.reward)
         return absent, absent
     return flat.crow, flat.col
+
+
+_ABSENT: dict[torch.dtype, Tensor] = {}
+
+
+def _absent(dtype: torch.dtype, like: Tensor) -> Tensor:
+    """An empty tensor, which stands for an argument that was not given. Not `new_empty`, which
+    under vmap is batched."""
+    if not like.is_cpu or not validation.is_concrete(like):
+        return torch.empty(0, dtype=dtype, device=like.device)
+    if dtype not in _ABSENT:
+        _ABSENT[dtype] = torch.empty(0, dtype=dtype)
+    return _ABSENT[dtype]
 
 
 def _backend(name: str, device: torch.device) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Method", "Rigour", "Solution", "Status"]
+__all__ = ["INFO", "Info", "Method", "Rigour", "Solution", "Status"]
 
 
 class Method(IntEnum):
@@ -19,6 +19,22 @@ class Method(IntEnum):
     NEWTON = 2  # soft policy iteration, direct solve (M9)
     KRYLOV = 3  # Newton, inexact: BiCGStab
     POLICY_ITERATION = 4  # modified policy iteration
+
+
+class Info(IntEnum):
+    """What a solver says of each problem: the columns of `Solution.info`."""
+
+    RESIDUAL = 0
+    ERROR_BOUND = 1
+    PASSES = 2
+    PLACE = 3  # of an invalid input, a flat index
+    CULPRIT = 4  # its value
+    PRODUCTS = 5  # of inner linear solvers
+    TEMPERATURE = 6
+    OFFSET = 7  # a constant near the value
+
+
+INFO = len(Info)
 
 
 class Rigour(IntEnum):
@@ -83,32 +99,31 @@ class Solution(NamedTuple):
     advantage: Tensor
     """Q* − V*, (*B, S, A), free of the cancellation of subtracting the two; 0 where masked."""
     info: Tensor
-    """What the solver certified and counted, (*B, 6): see the properties."""
-    temperature: Tensor
-    """τ of each problem, (*B,)."""
+    """What the solver certified and counted, (*B, 8): see the properties."""
     status: Tensor
     """A `Status` per problem, (*B,) int64; 0 is success."""
 
     @property
     def residual(self) -> Tensor:
         """Half the span of TV − V at the last sweep, (*B,); its sup norm if some row ends."""
-        return self.info[..., 0]
+        return self.info[..., Info.RESIDUAL]
 
     @property
     def error_bound(self) -> Tensor:
         """Certified bound on ‖value − V*‖∞, (*B,): (M6) and rounding, never below the error."""
-        return self.info[..., 1] + _rounding(self.value, 1)
+        return self.info[..., Info.ERROR_BOUND] + _rounding(self.value, 1)
 
     @property
     def log_policy_error_bound(self) -> Tensor:
         """Certified bound on max |log_policy − log π*|, (*B,), dimensionless (M7)."""
         seen = self.log_policy.where(self.log_policy > -torch.inf, 0.0)
-        return 2 * self.info[..., 1] / self.temperature + _rounding(seen, 2)
+        change = 2 * self.info[..., Info.ERROR_BOUND] / self.info[..., Info.TEMPERATURE]
+        return change + _rounding(seen, 2)
 
     @property
     def iterations(self) -> Tensor:
         """Passes over the transition, (*B,) int64."""
-        return self.info[..., 2].nan_to_num().long()
+        return self.info[..., Info.PASSES].nan_to_num().long()
 
 
 def _rounding(table: Tensor, event: int) -> Tensor | float:

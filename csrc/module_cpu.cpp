@@ -90,8 +90,8 @@ int sweep(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Poi
 int solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
           Pointer col, Index nnz, Pointer reward, Pointer log_reference, Pointer discount,
           Pointer temperature, Pointer initial, Pointer value_out, Pointer q_out,
-          Pointer advantage_out, Pointer policy_out, Pointer log_policy_out, Pointer offset_out,
-          Pointer info_out, Pointer status_out, Index method, double tol, Index max_iterations, Index validate,
+          Pointer advantage_out, Pointer policy_out, Pointer log_policy_out, Pointer info_out,
+          Pointer status_out, Index method, double tol, Index max_iterations, Index validate,
           int threads) {
   if (method < 0 || method > 4) throw py::value_error("method: expected 0 to 4");
   if (validate < 0 || validate > 2) throw py::value_error("validate: expected 0 to 2");
@@ -103,7 +103,6 @@ int solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Poi
                             at<double>(advantage_out),
                             at<double>(policy_out),
                             at<double>(log_policy_out),
-                            at<double>(offset_out),
                             at<double>(info_out),
                             at<Index>(status_out),
                             method,

@@ -6,6 +6,10 @@
 
 namespace birl {
 
+// Columns of `info`: half-span of δ, bound on ‖V − V*‖∞, passes over P, place and value of an
+// invalid input, products of inner solvers, temperature, and a constant near the value.
+constexpr Index kInfo = 8;
+
 struct Solve {
   const double* initial;   // (N,G,S) or null
   double* value;           // (N,G,S)
@@ -13,8 +17,7 @@ struct Solve {
   double* advantage;       // (N,G,S,A): q − value, from the relative form and so more exact
   double* policy;          // (N,G,S,A)
   double* log_policy;      // (N,G,S,A)
-  double* offset;          // (N,G): a constant near the value
-  double* info;            // (N,G,6): residual, error bound, passes over P, place, value, products
+  double* info;            // (N,G,kInfo)
   Index* status;           // (N,G)
   Index method;            // 0 auto, 1 value iteration, 2 Newton direct, 3 Newton-Krylov, 4 MPI
   double tol;              // relative and certified; 0: as far as rounding allows

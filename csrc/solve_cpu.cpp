@@ -25,6 +25,7 @@ struct Outcome {
   Status status;
   double residual, error_bound;
   Index passes, products;
+  double offset = 0.0;
 };
 
 // Solves one problem after another on transitions of one shape; keeps its memory between them.
@@ -59,22 +60,21 @@ class Solver {
   }
 
   Outcome run(const Model& model, const Problem<Real>& problem, const double* initial,
-              double* value, double* q, double* advantage, double* policy, double* log_policy,
-              double* offset) {
+              double* value, double* q, double* advantage, double* policy, double* log_policy) {
     model_ = &model;
     problem_ = problem;
     q_ = advantage;  // holds q' until the end
     policy_ = policy;
     begin(initial);
-    const Outcome outcome = iterate();
+    Outcome outcome = iterate();
 
     // Everything below comes from the last sweep; P is not read again.
     const Index S = model.states, A = model.actions;
     kernels().soft_maximum({S, A, q_, problem.log_reference, problem.temperature, next_.data(),
                             policy, log_policy, advantage, scratch_[0].soft_maximum.data()});
-    *offset = problem.discount * c_ + shift();
+    outcome.offset = problem.discount * c_ + shift();
     for (Index s = 0; s < S; ++s) {
-      value[s] = next_[s] + *offset;
+      value[s] = next_[s] + outcome.offset;
       for (Index row = s * A; row < (s + 1) * A; ++row) q[row] = advantage[row] + value[s];
     }
     return outcome;
@@ -544,7 +544,7 @@ void solve(const Batch& batch, const Solve& request, Interrupt& interrupt) {
         interrupt.check();
         const Problem<Real> problem = problem_at<Real>(batch, i);
         const Index values = i * S, pairs = i * S * A;
-        double* info = request.info + 6 * i;
+        double* info = request.info + kInfo * i;
         Defect defect;
         if (request.validate != Rigour::kOff) {
           defect = problem_defect(problem, S, A);
@@ -557,25 +557,27 @@ void solve(const Batch& batch, const Solve& request, Interrupt& interrupt) {
           std::fill_n(request.advantage + pairs, S * A, nan);
           std::fill_n(request.policy + pairs, S * A, nan);
           std::fill_n(request.log_policy + pairs, S * A, nan);
-          request.offset[i] = nan;
           request.status[i] = static_cast<Index>(defect.status);
-          const double row[6] = {nan,          nan, 0.0, static_cast<double>(defect.place),
-                                 defect.value, 0.0};
-          std::copy(row, row + 6, info);
+          const double row[kInfo] = {
+              nan,          nan, 0.0, static_cast<double>(defect.place),
+              defect.value, 0.0, problem.temperature, nan};
+          std::copy(row, row + kInfo, info);
           continue;
         }
         const Outcome outcome = solver.run(
             model, problem, request.initial ? request.initial + values : nullptr,
             request.value + values, request.q + pairs, request.advantage + pairs,
-            request.policy + pairs, request.log_policy + pairs, request.offset + i);
+            request.policy + pairs, request.log_policy + pairs);
         request.status[i] = static_cast<Index>(outcome.status);
-        const double row[6] = {outcome.residual,
+        const double row[kInfo] = {outcome.residual,
                                outcome.error_bound,
                                static_cast<double>(outcome.passes),
                                0.0,
                                0.0,
-                               static_cast<double>(outcome.products)};
-        std::copy(row, row + 6, info);
+                               static_cast<double>(outcome.products),
+                               problem.temperature,
+                               outcome.offset};
+        std::copy(row, row + kInfo, info);
       }
     };
     const double sweep_work = 2.0 * model_of(0).work() + 40.0 * static_cast<double>(S * A);

@@ -161,7 +161,7 @@ class Solved:
 def run_solve(case: Case, *, initial: np.ndarray | None = None, **options: object) -> Solved:
     first = None if initial is None else torch.from_numpy(initial)
     outputs = _native.solve(*case.tensors(), first, **options)
-    value, _, advantage, policy, log_policy, _, info, status = (x.numpy() for x in outputs)
+    value, _, advantage, policy, log_policy, info, status = (x.numpy() for x in outputs)
     raw = [x.numpy().tobytes() for x in outputs]
     return Solved(value, advantage, policy, log_policy, info, status, raw=raw)
 

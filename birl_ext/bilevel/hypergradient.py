@@ -376,8 +376,9 @@ def _leaves(flat: Flat, swept: SweptValue) -> tuple[Solution, list[Tensor]]:
         policy=policy,
         log_policy=log_policy,
         advantage=advantage,
-        info=restore(torch.stack((error, error, *(absent,) * 4), -1)),
-        temperature=restore(flat.temperature.detach()),
+        info=restore(
+            torch.stack((error, error, *(absent,) * 4, flat.temperature.detach(), absent), -1)
+        ),
         status=restore(absent.long()),
     )
     return solution, [value, q, policy, log_policy, advantage]

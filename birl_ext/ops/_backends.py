@@ -11,7 +11,7 @@ from torch import Tensor
 
 from birl_ext import _native, errors, validation
 from birl_ext.ops import _torch
-from birl_ext.solution import Status
+from birl_ext.solution import INFO, Status
 
 __all__ = ["AUTO", "NATIVE", "TORCH", "bellman", "failure", "policy_solve", "solve", "unavailable"]
 
@@ -102,7 +102,7 @@ def policy_solve(
 
 
 def _compiled(device: torch.device, backend: int) -> bool:
-    """Whether a compiled module computes the op; `available` warns once where it should but cannot."""
+    """Whether a compiled module computes the op; warns once where it should but cannot."""
     if backend == TORCH or device.type not in ("cpu", "cuda"):
         return False
     return _native.available(device.type)
@@ -147,11 +147,11 @@ def failure(
         outputs: what the op `solve` returned.
         locate: from the flat index n·G + g to the caller's batch index.
     """
-    info, status = outputs[6].reshape(-1, 6), outputs[7].flatten()
+    info, status = outputs[5].reshape(-1, INFO), outputs[6].flatten()
     failed = status.nonzero().flatten()
     first = int(failed[0])
     code = Status(int(status[first]))
-    _, bound, passes, place, value, _ = info[first].tolist()
+    _, bound, passes, place, value, *_ = info[first].tolist()
     batch = locate(first)
     if code >= Status.ROW_SUM:
         sparse = transition.dim() == 2

@@ -1,4 +1,4 @@
-"""The dispatcher library of the package, and how a vmapped axis joins the two batch axes of an op."""
+"""The dispatcher library of the package; how a vmapped axis joins the two batch axes of an op."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.utils import unwrap_dead_wrappers
 
-__all__ = ["LIBRARY", "Function", "fold", "to_lanes"]
+__all__ = ["LIBRARY", "Function", "are_plain", "fold", "to_lanes"]
 
 LIBRARY = torch.library.Library("birl_ext", "DEF")
 
@@ -27,6 +27,20 @@ class Function(torch.autograd.Function):
         if torch._C._are_functorch_transforms_active():
             return custom_function_call(cls, *args)
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether an op may be computed at once: real tensors, and nobody listens to the dispatcher.
+
+    The dispatcher costs more than the arithmetic of a small problem.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
+        return False
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return all(type(t) in _PLAIN and not batched(t) for t in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def fold(

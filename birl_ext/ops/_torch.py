@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops.rows import Rows
-from birl_ext.solution import Method, Rigour, Status
+from birl_ext.solution import INFO, Info, Method, Rigour, Status
 from birl_ext.validation import row_sum_tolerance
 
 __all__ = ["bellman", "policy_solve", "solve"]
@@ -140,8 +140,8 @@ def solve(
     active = status == 0
     done_value, done_offset = value.clone(), offset.clone()
     table = [torch.full_like(problem.reward, torch.nan) for _ in range(3)]
-    info = torch.zeros((*gamma.shape, 6), dtype=torch.float64, device=gamma.device)
-    info[..., 3], info[..., 4] = place, culprit
+    info = torch.zeros((*gamma.shape, INFO), dtype=torch.float64, device=gamma.device)
+    info[..., Info.PLACE], info[..., Info.CULPRIT] = place, culprit
     best = torch.full_like(gamma, math.inf)
     stalled = torch.zeros_like(status)
     inner_total = 0
@@ -191,11 +191,10 @@ def solve(
                 torch.where(keep.unsqueeze(-1), new, old)
                 for new, old in zip(found, table, strict=True)
             ]
-            record = torch.stack(
-                (half, bound, torch.full_like(half, passes), *info[..., 3:5].unbind(-1),
-                 torch.full_like(half, inner_total)), -1,
-            )  # fmt: skip
-            info = torch.where(keep, record, info)
+            info[..., Info.RESIDUAL] = half.where(finished, info[..., Info.RESIDUAL])
+            info[..., Info.ERROR_BOUND] = bound.where(finished, info[..., Info.ERROR_BOUND])
+            info[..., Info.PASSES].masked_fill_(finished, passes)
+            info[..., Info.PRODUCTS].masked_fill_(finished, inner_total)
             active = active & ~finished
         if not bool(active.any()):
             break
@@ -220,7 +219,8 @@ def solve(
     advantage, policy, log_policy = table
     absolute = done_value + done_offset.unsqueeze(-1)
     q = advantage + absolute.unsqueeze(-1)
-    outputs = (absolute, q, advantage, policy, log_policy, done_offset, info, status)
+    info[..., Info.TEMPERATURE], info[..., Info.OFFSET] = problem.temperature, done_offset
+    outputs = (absolute, q, advantage, policy, log_policy, info, status)
     return tuple(x.reshape((*batch, *x.shape[2:])) for x in outputs)
 
 

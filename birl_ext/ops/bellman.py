@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, Function, fold, to_lanes
+from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, to_lanes
 from birl_ext.ops.rows import Rows
 
 __all__ = ["bellman"]
@@ -185,7 +185,10 @@ class Bellman(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.birl_ext.bellman(*args)
+        if are_plain(args[:8]):
+            return _backends.bellman(*args)
+        outputs: tuple[Tensor, ...] = torch.ops.birl_ext.bellman(*args)
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

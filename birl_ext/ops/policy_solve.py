@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, Function, fold, to_lanes
+from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, to_lanes
 from birl_ext.ops.rows import Rows
 
 __all__ = ["policy_solve"]
@@ -52,21 +52,11 @@ class PolicySolve(Function):
     """
 
     @staticmethod
-    def forward(
-        transition: Tensor,
-        crow: Tensor,
-        col: Tensor,
-        policy: Tensor,
-        discount: Tensor,
-        rhs: Tensor,
-        transpose: bool,
-        tol: float,
-        method: int,
-        backend: int,
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.birl_ext.policy_solve(
-            transition, crow, col, policy, discount, rhs, transpose, tol, method, backend
-        )
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        if are_plain(args[:6]):
+            return _backends.policy_solve(*args)
+        outputs: tuple[Tensor, Tensor] = torch.ops.birl_ext.policy_solve(*args)
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -210,7 +200,7 @@ def policy_solve(
     method: int,
     backend: int,
 ) -> tuple[Tensor, Tensor]:
-    """Solve (I − γP_π) x = b or its transpose; returns x (N, G, K, S) and the residual (N, G, K)."""
+    """(I − γP_π) x = b or its transpose: x (N, G, K, S) and its residual (N, G, K)."""
     return PolicySolve.apply(
         transition, crow, col, policy, discount, rhs, transpose, tol, method, backend
     )

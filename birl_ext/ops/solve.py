@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, Function, fold, to_lanes
+from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, to_lanes
 from birl_ext.ops.bellman import (
     Point,
     backup_tangent,
@@ -21,16 +21,15 @@ from birl_ext.ops.bellman import (
 )
 from birl_ext.ops.policy_solve import PolicySolve
 from birl_ext.ops.rows import Rows
+from birl_ext.solution import INFO, Info
 
-__all__ = ["INFO", "solve"]
-
-INFO = 6  # columns: residual, error bound, passes, place and value of a bad entry, products
+__all__ = ["solve"]
 
 LIBRARY.define(
     "solve(Tensor transition, Tensor crow, Tensor col, Tensor reward, Tensor log_reference, "
     "Tensor discount, Tensor temperature, Tensor initial, SymInt[] batch, int method, "
     "float tol, int max_iterations, int validate, bool strict, int backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -59,7 +58,7 @@ def _(
 
     tables = tuple(new(states, actions) for _ in range(4))
     status = reward.new_empty(tuple(batch), dtype=torch.int64)
-    return new(states), *tables, new(), new(INFO), status
+    return new(states), *tables, new(INFO), status
 
 
 for _key in ("CPU", "CUDA"):
@@ -67,21 +66,22 @@ for _key in ("CPU", "CUDA"):
 
 
 class Solve(Function):
-    """(W, c, Q − V, π, log π, info, status) at the fixed point V = c + W; c is a constant, W
-    carries the derivative of V.
+    """(V, Q, Q − V, π, log π, info, status) at the fixed point.
 
-    An element that failed has NaN derivatives, never wrong ones: its status enters the flow as
-        a factor.
+    An element that failed has NaN derivatives, never wrong ones.
     """
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.birl_ext.solve(*args)
+        if are_plain(args[:8]):
+            return _backends.solve(*args)
+        outputs: tuple[Tensor, ...] = torch.ops.birl_ext.solve(*args)
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         transition, crow, col, _, _, discount, temperature, _, ctx.batch, *_, ctx.backend = inputs
-        value, _, advantage, policy, _, offset, info, status = output
+        value, _, advantage, policy, _, info, status = output
         saved = (
             transition,
             crow,
@@ -89,25 +89,25 @@ class Solve(Function):
             discount,
             temperature,
             value,
-            offset,
+            info,
             advantage,
             policy,
             status,
         )
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(offset, info, status)
+        ctx.mark_non_differentiable(info, status)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
     def _point(ctx: Any) -> tuple[Point, Tensor]:
-        transition, crow, col, discount, temperature, value, offset, advantage, policy, status = (
+        transition, crow, col, discount, temperature, value, info, advantage, policy, status = (
             ctx.saved_tensors
         )
         n, g = discount.shape
         s, a = policy.shape[-2:]
         rows = Rows(transition, crow, col, s, a)
-        value, offset = value.reshape(n, g, s), offset.reshape(n, g)
+        value, offset = value.reshape(n, g, s), info[..., Info.OFFSET].reshape(n, g)
         advantage, policy = advantage.reshape(n, g, s, a), policy.reshape(n, g, s, a)
         trust = torch.where(status.reshape(n, g) == 0, 1.0, torch.nan).double().unsqueeze(-1)
         relative = value - offset.unsqueeze(-1)  # free of the constant mode, which cancels
@@ -181,7 +181,7 @@ class Solve(Function):
             point, advantage_dot, reference_dot, temperature_dot
         )
         dots = (value_dot, q_dot, advantage_dot, policy_dot, log_policy_dot)
-        return *(dot.reshape((*ctx.batch, *dot.shape[2:])) for dot in dots), None, None, None
+        return *(dot.reshape((*ctx.batch, *dot.shape[2:])) for dot in dots), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -213,7 +213,7 @@ def solve(
     strict: bool,
     backend: int,
 ) -> tuple[Tensor, ...]:
-    """V, then Q, Q − V, π, log π, a constant near V, info (…, 6) and status, in axes `batch`.
+    """V, Q, Q − V, π, log π, info (…, 8) and status, in axes `batch`.
 
     The inputs have axes (N, G); `batch` are the caller's axes, of N·G problems in the same order.
     """
