@@ -202,13 +202,15 @@ def table(report: dict[str, Any]) -> str:
             continue
         name = f"{family}, {states}, {discount:g}, {temperature:g}"
         cells = [cell(rows["cpu", method]) for method in (*METHODS[1:], "auto")]
-        times = [_two_digits(1e3 * rows[backend, "auto"]["seconds"]) for backend in BACKENDS]
+        times = [_milliseconds(rows[backend, "auto"]) for backend in BACKENDS]
         lines.append(f"| {' | '.join([name, *cells, *times])} |")
     return "\n".join(lines)
 
 
-def _two_digits(number: float) -> str:
-    return f"{float(f'{number:.2g}'):g}"
+def _milliseconds(row: dict[str, Any]) -> str:
+    number = 1e3 * row["seconds"]
+    two_digits = f"{float(f'{number:.2g}'):g}"
+    return two_digits if row["status"] == "CONVERGED" else f"fails ({two_digits})"
 
 
 def write(report: dict[str, Any], path: Path) -> None:
