@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import runpy
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from birl_ext.errors import catalogue
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"])
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+FOUR_ROOMS = sorted((ROOT / "benchmarks" / "results").glob("four_rooms_*.json"))
 # what torch itself says while it traces
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
@@ -98,6 +100,13 @@ def test_blocks_are_found_with_their_output() -> None:
     assert found == [(2, "a\n", "b\n"), (10, "c\n", None)]
 
 
+def between(text: str, name: str) -> str:
+    """What stands between the comments of a table that is kept in step with the code."""
+    match = re.search(rf"^<!-- {name}: .*-->\n(.*?)^<!-- end of {name} -->$", text, re.M | re.S)
+    assert match, f"README.md has no part {name!r}"
+    return match[1]
+
+
 def test_every_error_is_in_the_readme() -> None:
     head = "| code | class | meaning | remedy |\n|---|---|---|---|\n"
     rows = [
@@ -105,8 +114,36 @@ def test_every_error_is_in_the_readme() -> None:
         for code, cls in catalogue()
     ]
     table = head + "\n".join(rows) + "\n"
-    text = (ROOT / "README.md").read_text()
-    found = text.partition("by tests/test_docs.py -->\n")[2].partition("<!-- end of errors -->")[0]
+    found = between((ROOT / "README.md").read_text(), "errors")
+    assert found == table, f"the table in README.md should be\n\n{table}"
+
+
+@pytest.mark.skipif(not FOUR_ROOMS, reason="no stored results of four rooms")
+def test_the_table_of_four_rooms_is_the_one_measured() -> None:
+    report = json.loads(FOUR_ROOMS[-1].read_text())
+    lines = [
+        "| λ | κ | no incentive | HPGD | AMD | zero order | plain gradient | combined "
+        "| bound on the error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for known in report["published"]:
+        key = known["temperature"], known["kappa"]
+        runs: dict[str, list[dict[str, float]]] = {}
+        for row in report["rows"]:
+            if (row["temperature"], row["kappa"], row["budget"]) == (*key, "default"):
+                runs.setdefault(row["method"], []).append(row)
+        mean = {name: statistics.mean(r["objective"] for r in rs) for name, rs in runs.items()}
+        cells = [
+            *(f"{number:g}" for number in key),
+            f"{runs['combined'][0]['no_incentive']:.3f}",
+            *(f"{known[name]:.2f}" for name in ("HPGD", "AMD", "zero order")),
+            f"{mean['gradient']:.3f}",
+            f"**{mean['combined']:.3f}**",
+            f"{max(r['error_bound'] for r in runs['combined']):.0e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    table = "\n".join(lines) + "\n"
+    found = between((ROOT / "README.md").read_text(), "four rooms")
     assert found == table, f"the table in README.md should be\n\n{table}"
 
 
