@@ -134,14 +134,15 @@ def main() -> None:
     }
     if options.out.exists():
         report = json.loads(options.out.read_text())
-    report["commands"].append(shlex.join(["python", *sys.argv]))
+    settings = [word for word in sys.argv[1:] if word not in ("--out", str(options.out))]
+    report["commands"].append(shlex.join(["python", "benchmarks/four_rooms_table.py", *settings]))
     held = {tuple(entry[name] for name in KEY) for entry in report["rows"]}
     for row in options.rows:
         temperature, kappa = map(float, row.split("/"))
         for method in options.methods:
             for seed in range(options.seeds):
-                settings = BUDGETS[options.budget][method in BATCH]
-                config = FourRoomsConfig(temperature, kappa, method=method, seed=seed, **settings)
+                chosen = BUDGETS[options.budget][method in BATCH]
+                config = FourRoomsConfig(temperature, kappa, method=method, seed=seed, **chosen)
                 if (temperature, kappa, method, seed, options.budget) in held:
                     continue
                 entry = measure(config, options.budget)
