@@ -374,7 +374,10 @@ def op_under_test(
             if op == "bellman":
                 return bellman_op(transition, crow, col, *rest, code)
             guess = torch.empty(0, dtype=torch.float64)
-            outputs = solve_op(transition, crow, col, *rest, guess, 0, 0.0, 0, 0, False, code)
+            batch = rest[0].shape[:2]
+            outputs = solve_op(
+                transition, crow, col, *rest, guess, batch, 0, 0.0, 0, 0, False, code
+            )
             return outputs[:5]
 
     return call, [inputs[name] for name in names if inputs[name].requires_grad]

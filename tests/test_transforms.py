@@ -515,7 +515,7 @@ def raw_arguments(op: str, sparse: bool) -> tuple[Any, ...]:
     data = (rows, crow, col, table, log_reference, discount, 0.5 + 0 * discount)
     if op == "bellman":
         return (*data, draw(n, g, STATES), 0)
-    return (*data, torch.empty(0, dtype=torch.float64), 0, 0.0, 0, 2, False, 0)
+    return (*data, torch.empty(0, dtype=torch.float64), (n, g), 0, 0.0, 0, 2, False, 0)
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
