@@ -9,6 +9,7 @@ below the error; the tightest and the loosest are shown.
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,8 +23,10 @@ from torch import Tensor
 import birl_ext
 
 TOL = 1e-6
-STALE = 3
-"""Calls of the loop without a smaller residual after which it has stagnated."""
+PATIENCE = 3
+"""Calls without a smaller residual after which the expert's loop has stagnated. Plain iteration
+gets a horizon of sweeps: its residual stays at one unit in the last place for thousands of them.
+"""
 
 
 class Found(NamedTuple):
@@ -37,7 +40,7 @@ class Found(NamedTuple):
 
 def run(small: bool = False) -> list[dict[str, Any]]:
     """The measured case; `small` shrinks it to a test of the benchmark itself."""
-    shape, discount = ((2, 6, 2), 0.99) if small else ((256, 32, 8), 0.9999)
+    shape, discount = ((2, 6, 2), 0.99) if small else ((16, 32, 8), 0.9999)
     problem = workloads.dense(*shape, torch.float32, discount=discount, temperature=1e-3)
     generator = torch.Generator().manual_seed(1)
     cotangent = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -60,6 +63,7 @@ def run(small: bool = False) -> list[dict[str, Any]]:
             "columns": {
                 "candidate": "candidate",
                 "ms, with gradient": "milliseconds",
+                "samples": "samples",
                 "error of V, relative": "value_error",
                 "error of π, absolute": "policy_error",
                 "error of the gradient of Σ u·π, relative": "grad_error",
@@ -73,11 +77,14 @@ def run(small: bool = False) -> list[dict[str, Any]]:
 
 
 def _row(name: str, call: Callable[[], Found], truth: Found) -> dict[str, Any]:
-    call()  # compiles, and fills caches
-    start = time.perf_counter()
-    found = call()
-    milliseconds = 1e3 * (time.perf_counter() - start)
-    row: dict[str, Any] = {"candidate": name, "status": "timed", "milliseconds": milliseconds}
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < 9 and sum(seconds) < 1):
+        start = time.perf_counter()
+        found = call()
+        seconds.append(time.perf_counter() - start)
+    median = 1e3 * statistics.median(seconds)
+    row: dict[str, Any] = {"candidate": name, "status": "timed", "milliseconds": median}
+    row["samples"] = len(seconds)
     row["value_error"] = _relative(found.value, truth.value)
     row["policy_error"] = float((found.policy.double() - truth.policy).abs().max())
     row["grad_error"] = _relative(found.grad, truth.grad)
@@ -96,6 +103,7 @@ def _relative(found: Tensor, truth: Tensor) -> float:
 
 def _candidates(problem: Problem, cotangent: Tensor) -> list[tuple[str, Callable[[], Found]]]:
     single = cotangent.float()
+    horizon = round(1 / (1 - problem.discount)) // competitors.BLOCK
 
     def by_hand(solve: Callable[[], Answer]) -> Callable[[], Found]:
         return lambda: _implicit(problem, solve().tensors["value"], single)
@@ -104,11 +112,11 @@ def _candidates(problem: Problem, cotangent: Tensor) -> list[tuple[str, Callable
         ("birl_ext.solve and backward", lambda: _ours(problem, single)),
         (
             f"torch.compile, {competitors.BLOCK} sweeps a call, implicit by hand",
-            by_hand(_until_stagnation(problem, competitors.plain, competitors.BLOCK)),
+            by_hand(_until_stagnation(problem, competitors.plain, competitors.BLOCK, horizon)),
         ),
         (
             "expert: torch.compile, midpoint and span, implicit by hand",
-            by_hand(_until_stagnation(problem, competitors.midpoint, 4)),
+            by_hand(_until_stagnation(problem, competitors.midpoint, 4, PATIENCE)),
         ),
         (
             "PyTorch Newton, linalg.solve, implicit by hand",
@@ -130,11 +138,12 @@ def _ours(problem: Problem, cotangent: Tensor) -> Found:
 
 
 def _until_stagnation(
-    problem: Problem, step: competitors.Step, sweeps: int
+    problem: Problem, step: competitors.Step, sweeps: int, patience: int
 ) -> Callable[[], Answer]:
-    """Repeat a compiled step until its residual is zero, or has not fallen for some calls."""
+    """Repeat a compiled step until its residual is zero, or has not fallen for `patience` calls."""
     advance = competitors.compiled_step(step, sweeps)
     data = problem.reward, problem.transition, problem.discount, problem.temperature
+    advance(torch.zeros_like(problem.weight), *data)  # compiles
 
     def run() -> Answer:
         value = torch.zeros_like(problem.weight)
@@ -143,9 +152,7 @@ def _until_stagnation(
             value, residual = advance(value, *data)
             stale = 0 if float(residual) < best else stale + 1
             best = min(best, float(residual))
-            if best == 0 or (stale >= STALE and best < TOL * float(value.abs().max())):
-                break
-            if done >= competitors.CAP:
+            if best == 0 or stale >= patience or done >= competitors.CAP:
                 break
         return Answer({"value": value}, done)
 

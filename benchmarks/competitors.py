@@ -401,9 +401,11 @@ def _mdpsolver(problem: Problem) -> Callable[[], Any]:
         )
         models.append(model)
 
+    parallel = problem.reward.shape[1] > 100  # threads for a handful of states only cost
+
     def run() -> list[Any]:
         for model in models:
-            model.solve(algorithm="mpi", tolerance=1e-4, postProcessing=False)
+            model.solve(algorithm="mpi", tolerance=1e-4, postProcessing=False, parallel=parallel)
         return models
 
     return run
