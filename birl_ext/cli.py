@@ -300,7 +300,11 @@ def _solve(words: list[str]) -> int:
         tol=options.tol,
         max_iterations=options.max_iterations,
     )
-    write_tensors(target, solution._asdict())
+    tables = solution._asdict()
+    del tables["info"]
+    for name in ("residual", "error_bound", "log_policy_error_bound", "iterations"):
+        tables[name] = getattr(solution, name)
+    write_tensors(target, tables)
     print(f"{options.mdp}: {mdp}")
     _table(
         {

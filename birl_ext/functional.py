@@ -14,13 +14,19 @@ from torch import Tensor
 
 from birl_ext import validation
 from birl_ext.batching import Flat, flatten
-from birl_ext.errors import BackendUnavailableError, OptionError, ShapeError, SolveError
+from birl_ext.errors import (
+    BackendUnavailableError,
+    OptionError,
+    ShapeError,
+    SolveError,
+    StagnatedError,
+)
 from birl_ext.mdp import DenseMDP, SparseMDP
 from birl_ext.ops import _backends
 from birl_ext.ops import bellman as _bellman
 from birl_ext.ops import policy_solve as _policy_solve
 from birl_ext.ops import solve as _solve
-from birl_ext.solution import Method, Rigour, Solution
+from birl_ext.solution import Method, Rigour, Solution, Status
 
 __all__ = ["bellman", "evaluate", "occupancy", "solve"]
 
@@ -155,6 +161,11 @@ def solve(
     concrete = validation.is_concrete(
         flat.reward, flat.transition, flat.log_reference, flat.discount, flat.temperature
     )
+    # what is handed out in float32 is known to half a unit in its last place, and no better
+    rounded = torch.finfo(flat.reward.dtype).eps / 2 if flat.reward.dtype != torch.float64 else 0.0
+    out_of_reach = tol is not None and 0 < tol <= rounded
+    if out_of_reach and raising and not concrete:
+        raise StagnatedError(f"tol is {tol!r}", allowed=f"above {rounded:.2g} for float32")
     index = _index(flat)
     # rows of an MDP object were read when it was made, and may be zero where the process ends
     raw = isinstance(reward, Tensor) and mask is None and terminal is None
@@ -169,12 +180,15 @@ def solve(
         guess,
         flat.layout.output_shape,
         int(_METHODS[method]),
-        float(tol or 0.0),
+        0.0 if not tol or out_of_reach else tol - rounded,
         int(max_iterations or 0),
         int(rigour),
         raising and not concrete,  # where nothing can be read here, the op itself raises
         _backend(backend, flat.reward.device),
     )
+    if out_of_reach:
+        status = outputs[-1]
+        outputs = (*outputs[:-1], status.masked_fill(status == 0, int(Status.STAGNATED)))
     solution = _assemble(flat, outputs)
     if raising and concrete and _any(outputs[-1]):
         error = _backends.failure(outputs, flat.transition, *index, flat.reward, flat.layout.locate)
@@ -458,12 +472,13 @@ def _flat(
 def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
     value, q, advantage, policy, log_policy, info, status = outputs
     q, log_policy = _masked(q, flat), _masked(log_policy, flat)
-    tables = (value, q, policy, log_policy, advantage)
-    if flat.reward.dtype != torch.float64:
-        tables = tuple(table.to(flat.reward.dtype) for table in tables)
+    solution = Solution(value, q, policy, log_policy, advantage, info, status)
+    if (dtype := flat.reward.dtype) != torch.float64:
+        rounded = (table.to(dtype) for table in solution[:5])
+        solution = Solution._make((*rounded, info, status))
     if flat.layout.order is None:  # the op has put its outputs into the caller's axes
-        return Solution(*tables, info, status)
-    return Solution(*map(flat.layout.restore, (*tables, info, status)))
+        return solution
+    return Solution._make(map(flat.layout.restore, solution))
 
 
 def _any(status: Tensor) -> bool:

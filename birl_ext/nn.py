@@ -57,7 +57,7 @@ class SoftPlanner(nn.Module):
         self.register_buffer("transition", transition)
 
     def forward(self, reward: Tensor, transition: Tensor | None = None) -> Solution:
-        """Solve for the rewards (*B, S, A); a transition given here takes the place of the buffer."""
+        """Solve for rewards (*B, S, A); a transition given here takes the place of the buffer."""
         given = self.transition if transition is None else transition
         if given is None:
             raise OptionError(

@@ -29,7 +29,7 @@ class Elimination {
   Index size() const { return n_; }
   double* row(Index i) {
     return magnitudes_.data() + i * stride_;
-  }                                            // to be filled with γ P_π(i, ·)
+  }  // to be filled with γ P_π(i, ·)
   double* defect() { return defect_.data(); }  // to be filled with d
 
   // Factors in place.

@@ -11,17 +11,17 @@ namespace birl {
 constexpr Index kInfo = 8;
 
 struct Solve {
-  const double* initial;   // (N,G,S) or null
-  double* value;           // (N,G,S)
-  double* q;               // (N,G,S,A)
-  double* advantage;       // (N,G,S,A): q − value, from the relative form and so more exact
-  double* policy;          // (N,G,S,A)
-  double* log_policy;      // (N,G,S,A)
-  double* info;            // (N,G,kInfo)
-  Index* status;           // (N,G)
-  Index method;            // 0 auto, 1 value iteration, 2 Newton direct, 3 Newton-Krylov, 4 MPI
-  double tol;              // relative and certified; 0: as far as rounding allows
-  Index max_iterations;    // passes over P; 0: enough for the contraction to reach rounding level
+  const double* initial;  // (N,G,S) or null
+  double* value;          // (N,G,S)
+  double* q;              // (N,G,S,A)
+  double* advantage;      // (N,G,S,A): q − value, from the relative form and so more exact
+  double* policy;         // (N,G,S,A)
+  double* log_policy;     // (N,G,S,A)
+  double* info;           // (N,G,kInfo)
+  Index* status;          // (N,G)
+  Index method;           // 0 auto, 1 value iteration, 2 Newton direct, 3 Newton-Krylov, 4 MPI
+  double tol;             // relative and certified; 0: as far as rounding allows
+  Index max_iterations;   // passes over P; 0: enough for the contraction to reach rounding level
   Rigour validate;
   int threads;
 };

@@ -137,7 +137,10 @@ class Linearisation:
 
 
 def linearise(
-    problem: BilevelProblem, x: Tensor, temperature: float, sweep: Callable[[Flat], SweptValue]
+    problem: BilevelProblem,
+    x: Tensor,
+    temperature: float | Tensor,
+    sweep: Callable[[Flat], SweptValue],
 ) -> Linearisation:
     """Evaluate the upper level at the policy of an approximate value, and collect its cotangents.
 
@@ -212,7 +215,7 @@ class SweptValue(NamedTuple):
 def hypergradient_report(
     problem: BilevelProblem,
     x: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     *,
     estimate: tuple[Linearisation, Tensor] | None = None,
     smoothness: float = 0.0,
@@ -348,7 +351,8 @@ def _lane_sum(values: Tensor, starts: torch.Size) -> Tensor:
 
 def _norm(x: Tensor, starts: torch.Size) -> Tensor:
     """ℓ₂ norm per start, or of the whole."""
-    return x.double().reshape(*starts, -1).norm(dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(x.double().reshape(*starts, -1), dim=-1)
+    return norm
 
 
 def _pattern(flat: Flat) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,6 @@ from birl_ext.bilevel.hypergradient import (
 )
 from birl_ext.bilevel.problem import BilevelProblem, Temperature, direct_gradient, temperature_at
 from birl_ext.errors import OptionError
-from birl_ext.ops import bellman as _bellman
 from birl_ext.ops._backends import AUTO
 
 __all__ = ["MSoBiRL", "Outcome"]
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
     """
     sweeps: int
     products: int
-    temperature: float
+    temperature: float | Tensor
 
 
 class MSoBiRL:
@@ -57,10 +57,11 @@ class MSoBiRL:
         optimiser: from a list of parameters to any torch optimiser, e.g. ``lambda p:
             torch.optim.Adam(p, lr=1e-2)``.
         mode: how the inner problems are solved.
-            "contracting": deflated sweeps and λ ← v̄ + γP_πᵀλ, which contracts by γ; as many of each as `accuracy` needs.
-            "published": N plain sweeps and one step w ← w − ζ(AᵀAw − Aᵀb) per outer step, as in the paper.
-            "exact": both solved as far as rounding allows; one outer step is one `birl_ext.solve` and its gradient.
-        sweeps: N, sweeps per outer step ("published"), or the size of a round of them ("contracting").
+            "contracting": deflated sweeps and λ ← v̄ + γP_πᵀλ, which contracts by γ; as many of each
+                as `accuracy` needs.
+            "published": N plain sweeps and one step w ← w − ζ(AᵀAw − Aᵀb) per outer step.
+            "exact": both as far as rounding allows, by `birl_ext.solve` and its gradient.
+        sweeps: N, sweeps per outer step ("published").
         accuracy: certified relative error allowed in the cotangent of the reward ("contracting").
         adjoint_rate: ζ, below 2/σ²max(A) ("published").
         sweep_tol: stop the sweeps once a sweep moves V by less ("published"), units of reward.
@@ -137,7 +138,7 @@ class MSoBiRL:
         return outcomes[0]
 
     def hypergradient_report(self, smoothness: float = 0.0) -> HypergradientReport:
-        """The estimate of the next step against the exact hyper-gradient, with its certified bound."""
+        """The estimate of the next step against the exact one, with its certified bound."""
         if self.mode == "exact":
             return hypergradient_report(
                 self.problem, self.x, self._temperature, smoothness=smoothness
@@ -151,10 +152,10 @@ class MSoBiRL:
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on; no step is lost or repeated after `load_state_dict`."""
+        """Everything the next step depends on, as a snapshot."""
         return {
             "x": self.x.detach().clone(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimiser": copy.deepcopy(self.optimiser.state_dict()),
             "value": None if self._value is None else self._value.clone(),
             "flow": None if self._flow is None else self._flow.clone(),
             "generator": self.generator.get_state(),
@@ -164,16 +165,18 @@ class MSoBiRL:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         with torch.no_grad():
             self.x.copy_(state["x"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
         self._restore_inner(state)
         self.steps = int(state["steps"])
 
     def _restore_inner(self, state: Mapping[str, Any]) -> None:
-        self._value, self._flow = state["value"], state["flow"]
+        value, flow = state["value"], state["flow"]
+        self._value = None if value is None else value.clone()
+        self._flow = None if flow is None else flow.clone()
         self.generator.set_state(state["generator"])
 
     @property
-    def _temperature(self) -> float:
+    def _temperature(self) -> float | Tensor:
         return temperature_at(self.temperature, self.steps)
 
     def _hypergradient(self) -> tuple[Tensor, Tensor, Tensor]:

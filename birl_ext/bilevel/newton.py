@@ -88,7 +88,8 @@ class DampedNewton:
                     return outcome
             self.damping = max(self.damping * 4, 1e-8)
         raise GradientError(
-            f"no step along the gradient (norm {float(gradient.norm()):.3g}) decreases the objective",
+            f"no step along the gradient (norm {float(gradient.norm()):.3g}) "
+            "decreases the objective",
             fix="check that `upper` is a differentiable function of x and the solution",
         )
 

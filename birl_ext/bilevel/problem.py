@@ -15,8 +15,8 @@ from birl_ext.solution import Solution
 
 __all__ = ["BilevelProblem", "Temperature", "geometric", "temperature_at"]
 
-Temperature = float | Callable[[int], float]
-"""τ, or a schedule: outer step → τ."""
+Temperature = float | Tensor | Callable[[int], float | Tensor]
+"""τ, a number or (*B), or a schedule of it: outer step → τ."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class BilevelProblem:
     lower: Callable[[Tensor], DenseMDP | SparseMDP]
     upper: Callable[[Tensor, Solution], Tensor]
 
-    def objective(self, x: Tensor, temperature: float, initial: Tensor | None = None) -> Tensor:
+    def objective(
+        self, x: Tensor, temperature: float | Tensor, initial: Tensor | None = None
+    ) -> Tensor:
         """φ(x), exactly: solved as far as rounding allows, differentiable in x to any order."""
         return self.evaluate(x, temperature, initial)[0]
 
     def evaluate(
-        self, x: Tensor, temperature: float, initial: Tensor | None = None
+        self, x: Tensor, temperature: float | Tensor, initial: Tensor | None = None
     ) -> tuple[Tensor, Solution]:
         """φ(x) and the solution of the lower level there."""
         solution = solve(self.lower(x), temperature=temperature, initial=initial)
@@ -77,7 +79,7 @@ def geometric(start: float, end: float, steps: int) -> Callable[[int], float]:
     return schedule
 
 
-def temperature_at(temperature: Temperature, step: int) -> float:
+def temperature_at(temperature: Temperature, step: int) -> float | Tensor:
     return temperature(step) if callable(temperature) else temperature
 
 

@@ -5,6 +5,7 @@ failed solve raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def bellman(
     data = (transition, crow, col, reward, log_reference, discount, temperature)
     if not _compiled(transition.device, backend):
         return _torch.bellman(*data, value)
-    return _native.sweep(*_plain(*data), value.contiguous())
+    return _native.sweep(**_plain(*data), value=value.contiguous())
 
 
 def solve(
@@ -54,9 +55,9 @@ def solve(
 ) -> tuple[Tensor, ...]:
     data = (transition, crow, col, reward, log_reference, discount, temperature)
     if _compiled(transition.device, backend) and transition.is_cpu:
-        outputs = _native.solve(
-            *_plain(*data),
-            None if initial.dim() == 1 else initial.contiguous(),
+        outputs: tuple[Tensor, ...] = _native.solve(
+            **_plain(*data),
+            initial=None if initial.dim() == 1 else initial.contiguous(),
             batch=batch,
             method=method,
             tol=tol,
@@ -114,18 +115,20 @@ def _plain(
     col: Tensor,
     reward: Tensor,
     log_reference: Tensor,
-    *scalars: Tensor,
-) -> tuple[Tensor | None, ...]:
+    discount: Tensor,
+    temperature: Tensor,
+) -> dict[str, Any]:
     """Contiguous tensors, and None for what is absent: what the compiled modules take."""
     sparse = transition.dim() == 2
-    return (
-        transition.contiguous(),
-        crow if sparse else None,
-        col if sparse else None,
-        reward.contiguous(),
-        None if log_reference.dim() == 1 else log_reference.contiguous(),
-        *(scalar.contiguous() for scalar in scalars),
-    )
+    return {
+        "transition": transition.contiguous(),
+        "crow": crow if sparse else None,
+        "col": col if sparse else None,
+        "reward": reward.contiguous(),
+        "log_reference": None if log_reference.dim() == 1 else log_reference.contiguous(),
+        "discount": discount.contiguous(),
+        "temperature": temperature.contiguous(),
+    }
 
 
 def unavailable(name: str) -> str:

@@ -26,7 +26,8 @@ class Function(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return custom_function_call(cls, *args)
-        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
+        base: Any = super(torch.autograd.Function, cls)
+        return base.apply(*unwrap_dead_wrappers(args))
 
 
 def are_plain(tensors: Sequence[Tensor]) -> bool:
@@ -37,7 +38,8 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
         return False
     batched = torch._C._functorch.is_legacy_batchedtensor
-    return all(type(t) in _PLAIN and not batched(t) for t in tensors)
+    # a lazily negated tensor is resolved by the dispatcher too
+    return all(type(t) in _PLAIN and not batched(t) and not t.is_neg() for t in tensors)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -55,10 +57,9 @@ def fold(
     """
     if dims[1] is not None or dims[2] is not None:
         raise NotImplementedError("birl_ext: vmap over a sparsity pattern is not supported")
-    axis = 0 if dims[0] is not None else 1
-    merged = list(tensors[:3])
-    if axis == 0:
-        merged[0] = tensors[0].movedim(dims[0], 0).flatten(0, 1)
+    merged, axis = list(tensors[:3]), 1
+    if dims[0] is not None:
+        merged[0], axis = tensors[0].movedim(dims[0], 0).flatten(0, 1), 0
     for tensor, dim in zip(tensors[3:], dims[3:], strict=True):
         if dim is None and tensor.dim() == 1:  # absent
             merged.append(tensor)

@@ -166,7 +166,9 @@ def solve(
         bound = (gamma * half + unit) / one_minus
         size = torch.maximum((value + offset.unsqueeze(-1)).abs().amax(-1), top_reward)
 
-        finite = torch.isfinite(half) & torch.isfinite(size) & torch.isfinite(bound)
+        anchor = (step.image.amax(-1) + step.image.amin(-1)) / 2
+        constant = gamma * offset + anchor + torch.where(gamma > 0, gamma / one_minus, 0.0) * middle
+        finite = torch.isfinite(half) & torch.isfinite(size) & torch.isfinite(constant)
         stuck = half > best / 2
         stalled = torch.where(stuck, stalled + 1, 0)
         best = torch.minimum(best, torch.where(finite, half, math.inf))
@@ -182,10 +184,8 @@ def solve(
 
         if bool(finished.any()):
             keep = finished.unsqueeze(-1)
-            anchor = (step.image.amax(-1) + step.image.amin(-1)) / 2
-            shift = torch.where(gamma > 0, gamma / one_minus, 0.0) * middle
             done_value = torch.where(keep, step.image - anchor.unsqueeze(-1), done_value)
-            done_offset = torch.where(finished, gamma * offset + anchor + shift, done_offset)
+            done_offset = torch.where(finished, constant, done_offset)
             found = (step.advantage, step.policy, step.log_policy)
             table = [
                 torch.where(keep.unsqueeze(-1), new, old)
@@ -221,7 +221,8 @@ def solve(
     q = advantage + absolute.unsqueeze(-1)
     info[..., Info.TEMPERATURE], info[..., Info.OFFSET] = problem.temperature, done_offset
     outputs = (absolute, q, advantage, policy, log_policy, info, status)
-    return tuple(x.reshape((*batch, *x.shape[2:])) for x in outputs)
+    # cloned, so that the caller owns what it gets and may write to it
+    return tuple(x.reshape((*batch, *x.shape[2:])).clone() for x in outputs)
 
 
 def policy_solve(

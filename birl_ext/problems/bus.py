@@ -5,7 +5,6 @@ data.
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -90,7 +89,7 @@ def _shipped(name: str) -> str:
 
 
 def _table(path: str, header: tuple[str, ...]) -> Tensor:
-    """Rows numbered 0, 1, 2, … in the first column, counts in the others: (rows, len(header) − 1)."""
+    """Rows numbered 0, 1, 2, … in the first column, counts in the others, as a tensor."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -114,7 +113,7 @@ def _table(path: str, header: tuple[str, ...]) -> Tensor:
             values = [float(cell) for cell in cells]
         except ValueError:
             values = []
-        whole = len(values) == len(header) and all(v >= 0 and v == math.floor(v) for v in values)
+        whole = len(values) == len(header) and all(v >= 0 and v.is_integer() for v in values)
         if not whole or values[0] != len(rows):
             raise FileFormatError(
                 f"{path} has {','.join(cells)!r}",

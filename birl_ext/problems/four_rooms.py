@@ -360,7 +360,7 @@ class FourRoomsJob:
         self.algorithm = MSoBiRL(
             self.rooms.problem(),
             x,
-            temperature=self._temperatures,  # type: ignore[arg-type]
+            temperature=self._temperatures,
             optimiser=torch.optim.Adam,
             mode="exact",
             noise=config.gradient_noise if config.method == "noise" else 0.0,
