@@ -23,6 +23,7 @@ __all__ = ["bellman", "policy_solve", "solve"]
 EPS = torch.finfo(torch.float64).eps
 SPARSE_DIRECT_STATES = 200  # above, products with few entries per row beat a dense LU
 DIRECT_STATES = 1500  # above, an LU of (I − γP_π) costs more than the Krylov products it saves
+HAND_OVER = 150  # passes after which modified policy iteration has met slow mixing
 SWEEPS_PER_POLICY = 40  # of modified policy iteration: between the 20 and 60 that suit grids
 
 
@@ -117,9 +118,11 @@ def solve(
     problem = _problem(transition, crow, col, reward, log_reference, discount, temperature)
     status, place, culprit = _inspect(problem, transition, validate)
     states, actions = reward.shape[-2:]
-    if method == Method.AUTO:
+    automatic = method == Method.AUTO
+    if automatic:
         method = _choose(problem)
-    limit = max_iterations or (1_000_000 if method == Method.VALUE_ITERATION else 1000)
+    newton = method in (Method.NEWTON, Method.KRYLOV)
+    limit = max_iterations or (1000 if newton else 1_000_000)
 
     gamma = discount
     one_minus = 1 - gamma
@@ -199,6 +202,8 @@ def solve(
         if not bool(active.any()):
             break
 
+        if automatic and method == Method.POLICY_ITERATION and passes >= HAND_OVER:
+            method = Method.NEWTON if problem.rows.states <= DIRECT_STATES else Method.KRYLOV
         if method == Method.VALUE_ITERATION:
             move, inner = _deflated(delta, middle, gamma, one_minus), 0
         else:
