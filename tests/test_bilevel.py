@@ -1,0 +1,507 @@
+"""M-SoBiRL against its published formulas, its certificate against the truth, Newton on data."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from closeness import assert_close, assert_same_bits
+from torch import Tensor
+
+from birl_ext.bilevel import (
+    BilevelProblem,
+    DampedNewton,
+    MSoBiRL,
+    geometric,
+    hypergradient_report,
+)
+from birl_ext.mdp import DenseMDP
+from birl_ext.problems.bus import bus_problem, load_bus_data
+from birl_ext.solution import Solution
+
+S, A, D = 4, 3, 5
+WHERE = ("reward", "transition")
+MODES = ("contracting", "published", "exact")
+
+
+class Small:
+    """A random bilevel problem: f = ½‖x‖² + Σ c π + ½‖π‖², x in the rewards or the transitions."""
+
+    def __init__(
+        self, seed: int, where: str = "reward", discount: float = 0.8, sparse: bool = False
+    ) -> None:
+        rng = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+        self.where, self.discount, self.sparse = where, discount, sparse
+        self.base, self.slope = normal(S, A), normal(S, A, D)
+        self.logits, self.tilt = normal(S, A, S), normal(S, A, S, D)
+        self.cost = normal(S, A)
+        self.start = normal(D)
+        self.problem = BilevelProblem(self.lower, self.upper)
+
+    def reward(self, x: Tensor) -> Tensor:
+        """(*M, S, A)."""
+        if self.where == "transition":
+            return self.base
+        return self.base + torch.einsum("sad,...d->...sa", self.slope, torch.sin(x))
+
+    def transition(self, x: Tensor) -> Tensor:
+        """(*M, S, A, S)."""
+        if self.where == "reward":
+            return self.logits.softmax(-1)
+        return (self.logits + 0.3 * torch.einsum("satd,...d->...sat", self.tilt, x)).softmax(-1)
+
+    def lower(self, x: Tensor) -> Any:
+        mdp = DenseMDP(self.reward(x), self.transition(x), self.discount)
+        return mdp.to_sparse() if self.sparse else mdp
+
+    def upper(self, x: Tensor, solution: Solution) -> Tensor:
+        policy = solution.policy
+        shaped = (self.cost * policy + policy.square() / 2).sum((-1, -2))
+        return shaped + x.square().sum(-1) / 2
+
+    def algorithm(self, mode: str, x: Tensor | None = None, **options: Any) -> MSoBiRL:
+        settings: dict[str, Any] = {"temperature": 0.5, "optimiser": sgd, "mode": mode, **options}
+        return MSoBiRL(self.problem, self.start if x is None else x, **settings)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05)
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.05)
+
+
+def exact_gradient(problem: BilevelProblem, x: Tensor, temperature: float = 0.5) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(problem.objective(x, temperature).sum(), x)[0]
+
+
+def differences(function: Callable[[Tensor], Tensor], x: Tensor, h: float = 1e-5) -> Tensor:
+    steps = h * torch.eye(len(x), dtype=x.dtype)
+    return torch.stack([(function(x + d) - function(x - d)) / (2 * h) for d in steps])
+
+
+# The exact hyper-gradient
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("where", WHERE)
+def test_the_exact_hypergradient_equals_differences(where: str, sparse: bool) -> None:
+    small = Small(1, where, sparse=sparse)
+    got = exact_gradient(small.problem, small.start)
+    want = differences(lambda x: small.problem.objective(x, 0.5), small.start)
+    assert_close(got, want, bound=1e-8 * float(want.norm()), label=where)
+    report = hypergradient_report(small.problem, small.start, 0.5, smoothness=1.0)
+    assert_close(report.exact, want, bound=1e-8 * float(want.norm()), label="report")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("where", WHERE)
+def test_the_hypergradient_is_the_published_formula(where: str, seed: int) -> None:
+    """(M14) by loops: ∇φ = ∇f + (1/τ)[Σ G ∇r̃ − Φᵀw], (I − γP_π)ᵀw = UᵀG, ∇r̃ = ∇r + γΣ∇P V."""
+    small, tau = Small(seed, where), 0.5
+    x = small.start
+    phi, solution = small.problem.evaluate(x, tau)
+    assert phi.dim() == 0
+    policy, value = solution.policy.numpy(), solution.value.numpy()
+    rows = small.transition(x).numpy()
+    on_reward = torch.autograd.functional.jacobian(small.reward, x).numpy()  # (S, A, D)
+    on_rows = torch.autograd.functional.jacobian(small.transition, x).numpy()  # (S, A, S, D)
+    on_policy = (small.cost + solution.policy).numpy()
+    share = np.zeros(S)  # UᵀG
+    matrix = np.eye(S)
+    table = np.zeros((S, A, D))
+    for s in range(S):
+        for a in range(A):
+            weight = policy[s, a] * on_policy[s, a]  # G
+            share[s] += weight
+            table[s, a] = on_reward[s, a]
+            for t in range(S):
+                share[t] -= small.discount * rows[s, a, t] * weight
+                matrix[t, s] -= small.discount * policy[s, a] * rows[s, a, t]
+                table[s, a] += small.discount * on_rows[s, a, t] * value[t]
+    w = np.linalg.solve(matrix, share)
+    want = x.numpy().copy()
+    for s in range(S):
+        for a in range(A):
+            weight = policy[s, a] * on_policy[s, a]
+            want += (weight - policy[s, a] * w[s]) * table[s, a] / tau
+    got = exact_gradient(small.problem, x)
+    assert_close(got, want, bound=1e-12 * np.abs(want).max(), label=f"{where} {seed}")
+
+
+# The three modes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_published_steps_follow_the_published_recursion(seed: int) -> None:
+    """Sweeps, w ← w − ζ(AᵀAw − Aᵀb), and x ← x − β∇φ̂, all written out."""
+    small, tau, gamma, zeta, beta = Small(seed), 0.5, 0.8, 0.4, 0.05
+    algorithm = small.algorithm("published", sweeps=3, adjoint_rate=zeta, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(S, generator=generator, dtype=torch.float64).numpy()
+    x, value = small.start.numpy().copy(), np.zeros(S)
+    rows = small.transition(small.start).numpy()
+    identity = np.eye(S)
+    for step in range(6):
+        point = torch.from_numpy(x)
+        reward = small.reward(point).numpy()
+        on_reward = torch.autograd.functional.jacobian(small.reward, point).numpy()
+        for _ in range(3):
+            q = reward + gamma * rows @ value
+            top = q.max(1, keepdims=True)
+            weight = np.exp((q - top) / tau)
+            value = top[:, 0] + tau * np.log(weight.sum(1))
+        policy = weight / weight.sum(1, keepdims=True)
+        grad_policy = small.cost.numpy() + policy
+        flow = policy * grad_policy  # G
+        transposed = identity - gamma * np.einsum("sa,sat->ts", policy, rows)  # A
+        b = flow.sum(1) - gamma * np.einsum("sa,sat->t", flow, rows)
+        w = w - zeta * (transposed.T @ (transposed @ w) - transposed.T @ b)
+        phi_x = np.einsum("sa,sad->sd", policy, on_reward)
+        gradient = x + (np.einsum("sa,sad->d", flow, on_reward) - phi_x.T @ w) / tau
+        outcome = algorithm.step()
+        assert outcome.sweeps == 3
+        assert outcome.products == 1
+        norm = float(np.linalg.norm(gradient))
+        assert float(outcome.gradient_norm) == pytest.approx(norm, rel=1e-10)
+        objective = (small.cost.numpy() * policy + policy**2 / 2).sum() + (x**2).sum() / 2
+        assert float(outcome.objective) == pytest.approx(objective, rel=1e-12)
+        x = x - beta * gradient
+        assert_close(algorithm.x.detach(), x, bound=1e-11, label=f"x after step {step + 1}")
+
+
+@pytest.mark.parametrize("discount", [0.5, 0.95])
+@pytest.mark.parametrize("where", WHERE)
+def test_contracting_steps_are_as_accurate_as_asked(where: str, discount: float) -> None:
+    small = Small(2, where, discount)
+    for accuracy in (0.1, 1e-3, 1e-9):
+        algorithm = small.algorithm("contracting", accuracy=accuracy)
+        for _ in range(3):
+            x = algorithm.x.detach().clone()
+            outcome = algorithm.step()
+            assert float(outcome.relative_error) <= accuracy
+            got = (x - algorithm.x.detach()) / 0.05
+            want = exact_gradient(small.problem, x)
+            gap = float((got - want).norm())
+            assert gap <= 10 * accuracy * max(1.0, float(want.norm())), (accuracy, gap)
+
+
+def test_a_finer_accuracy_costs_more_sweeps_and_the_warm_start_saves_them() -> None:
+    small = Small(2, discount=0.95)
+    counts = {}
+    for accuracy in (0.1, 1e-6):
+        algorithm = small.algorithm("contracting", accuracy=accuracy)
+        counts[accuracy] = [sum(algorithm.step()[3:5]) for _ in range(3)]
+    assert counts[0.1][0] < counts[1e-6][0]
+    assert counts[1e-6][2] < counts[1e-6][0]
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_the_modes_meet_at_the_same_optimum(where: str) -> None:
+    found = {}
+    for mode in MODES:
+        small = Small(3, where, discount=0.5)
+        algorithm = small.algorithm(mode, accuracy=1e-6, sweeps=30)
+        for _ in range(400):
+            outcome = algorithm.step()
+        found[mode] = algorithm.x.detach()
+        assert float(outcome.gradient_norm) < 1e-6, mode
+        assert exact_gradient(small.problem, found[mode]).norm() < 1e-5, mode
+    for mode in MODES[:2]:
+        assert_close(found[mode], found["exact"], bound=1e-5, label=mode)
+
+
+@pytest.mark.parametrize("mode", ["contracting", "exact"])
+@pytest.mark.parametrize("where", WHERE)
+def test_many_starts_are_the_same_starts_one_by_one(where: str, mode: str) -> None:
+    small = Small(4, where)
+    starts = torch.stack([small.start, -small.start, 0.1 * small.start])
+    options: dict[str, Any] = {"accuracy": 1e-11, "optimiser": adam}
+    together = small.algorithm(mode, starts, **options)
+    alone = [small.algorithm(mode, x, **options) for x in starts]
+    for _ in range(4):
+        outcome = together.step()
+        singles = [algorithm.step() for algorithm in alone]
+        assert outcome.objective.shape == outcome.gradient_norm.shape == (3,)
+        want = torch.stack([one.objective for one in singles])
+        assert_close(outcome.objective, want, bound=1e-9, label="objective")
+        norms = torch.stack([one.gradient_norm for one in singles])
+        assert_close(outcome.gradient_norm, norms, bound=1e-8, label="gradient norm")
+    want = torch.stack([one.x.detach() for one in alone])
+    assert_close(together.x.detach(), want, bound=1e-8, label="x")
+
+
+def test_many_published_starts_are_the_same_recursions() -> None:
+    """From one state of the adjoint, which each start draws anew."""
+    small = Small(4)
+    starts = torch.stack([small.start, -small.start, 0.1 * small.start])
+    together = small.algorithm("published", starts)
+    together.step()
+    state = together.state_dict()
+    together.step()
+    for i in range(3):
+        alone = small.algorithm("published", starts[i])
+        own = {name: state[name][:, i : i + 1] for name in ("value", "flow")}
+        single = alone.state_dict()
+        alone.load_state_dict({**single, **own, "x": state["x"][i], "steps": state["steps"]})
+        alone.step()
+        assert_close(alone.x.detach(), together.x.detach()[i], bound=1e-13, label=f"start {i}")
+
+
+# Runs
+
+
+@pytest.mark.parametrize("optimiser", [sgd, adam], ids=["sgd", "adam"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_restored_run_goes_on_to_the_same_bits(mode: str, optimiser: Any) -> None:
+    small = Small(5, "transition")
+    options: dict[str, Any] = {
+        "optimiser": optimiser,
+        "noise": 0.01,
+        "seed": 7,
+        "temperature": geometric(1.0, 0.1, 8),
+    }
+    one = small.algorithm(mode, **options)
+    for _ in range(3):
+        one.step()
+    kept = one.state_dict()
+    for _ in range(4):
+        last = one.step()
+    other = small.algorithm(mode, torch.zeros(D, dtype=torch.float64), **{**options, "seed": 1})
+    other.load_state_dict(kept)
+    for _ in range(4):
+        again = other.step()
+    assert_same_bits(other.x.detach(), one.x.detach(), label="x")
+    assert again.temperature == last.temperature
+    assert_same_bits(again.objective.reshape(1), last.objective.reshape(1), label="objective")
+    assert again[3:5] == last[3:5]
+
+
+def test_a_state_is_a_snapshot() -> None:
+    """Steps taken after `state_dict` do not reach into it."""
+    small = Small(5)
+    algorithm = small.algorithm("contracting", optimiser=adam)
+    algorithm.step()
+    kept = algorithm.state_dict()
+    before = kept["x"].clone(), kept["value"].clone(), kept["flow"].clone()
+    moment = kept["optimiser"]["state"][0]["exp_avg"].clone()
+    algorithm.step()
+    for now, then in zip((kept["x"], kept["value"], kept["flow"]), before, strict=True):
+        assert_same_bits(now, then, label="state")
+    other = small.algorithm("contracting", optimiser=adam)
+    other.load_state_dict(kept)
+    other.step()
+    assert_same_bits(other.x.detach(), algorithm.x.detach(), label="x")
+    assert_same_bits(kept["optimiser"]["state"][0]["exp_avg"], moment, label="moment")
+
+
+def test_the_temperature_follows_its_schedule() -> None:
+    schedule = geometric(1.0, 0.01, 4)
+    algorithm = Small(6).algorithm("contracting", temperature=schedule)
+    got = [algorithm.step().temperature for _ in range(6)]
+    want = [10 ** (-step / 2) for step in range(4)] + [0.01, 0.01]
+    assert got == pytest.approx(want, rel=1e-12)
+
+
+def test_noise_is_seeded_and_as_strong_as_asked() -> None:
+    small = Small(6)
+    paths = {}
+    for seed, noise in ((1, 0.3), (2, 0.3), (1, 0.0)):
+        runs = []
+        for _ in range(2):
+            algorithm = small.algorithm("exact", noise=noise, seed=seed)
+            algorithm.step()
+            runs.append(algorithm.x.detach())
+        assert_same_bits(runs[0], runs[1], label=f"seed {seed}")
+        paths[seed, noise] = runs[0]
+    assert not torch.equal(paths[1, 0.3], paths[2, 0.3])
+    shock = (paths[1, 0.0] - paths[1, 0.3]) / 0.05  # the learning rate
+    generator = torch.Generator().manual_seed(1)
+    want = 0.3 * torch.randn(D, generator=generator, dtype=torch.float64)
+    assert_close(shock, want, bound=1e-12, label="shock")
+
+
+@pytest.mark.parametrize("mode", ["contracting", "exact"])
+def test_lbfgs_asks_more_than_once_and_converges(mode: str) -> None:
+    def lbfgs(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(
+            parameters, max_iter=10, line_search_fn="strong_wolfe", tolerance_change=0
+        )
+
+    small = Small(7)
+    algorithm = small.algorithm(mode, optimiser=lbfgs, accuracy=1e-9)
+    norms = [float(algorithm.step().gradient_norm) for _ in range(6)]
+    assert norms[-1] < 1e-6 < norms[0]
+    assert exact_gradient(small.problem, algorithm.x.detach()).norm() < 1e-5
+
+
+# The certificate
+
+
+@pytest.mark.parametrize("mode", ["published", "contracting"])
+@pytest.mark.parametrize("where", WHERE)
+def test_the_certificate_bounds_the_error_of_the_hypergradient(where: str, mode: str) -> None:
+    """A hundred random problems, few and many sweeps: never below the truth, and not vacuous."""
+    ratios = []
+    for seed in range(100):
+        small = Small(seed, where, discount=(0.3, 0.6, 0.9)[seed % 3])
+        algorithm = small.algorithm(
+            mode,
+            temperature=(0.3, 1.0, 3.0)[seed // 3 % 3],
+            sweeps=(1, 3, 20)[seed // 9 % 3],
+            accuracy=(0.5, 1e-2, 1e-6)[seed // 9 % 3],
+            sweep_tol=0.0,
+            seed=seed,
+        )
+        for _ in range(seed % 4):
+            algorithm.step()
+        report = algorithm.hypergradient_report(smoothness=1.0)
+        error = float((report.estimate - report.exact).norm())
+        bound = float(report.bound)
+        assert error <= bound, f"problem {seed}: error {error:.6g}, bound {bound:.6g}"
+        norm = float(report.exact.norm())
+        assert float(report.relative_error) == pytest.approx(error / norm)
+        assert -1 - 1e-12 <= float(report.cosine) <= 1 + 1e-12
+        ratios.append(bound / norm)
+    assert sum(math.isfinite(ratio) for ratio in ratios) == 100
+    if mode == "contracting":
+        assert np.median(ratios) < 1
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_the_certificate_shrinks_with_the_error(where: str) -> None:
+    small = Small(8, where)
+    bounds = []
+    for accuracy in (1e-1, 1e-3, 1e-6, 1e-9):
+        algorithm = small.algorithm("contracting", accuracy=accuracy)
+        bounds.append(float(algorithm.hypergradient_report(smoothness=1.0).bound))
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[-1] < 1e-5
+    exact = hypergradient_report(small.problem, small.start, 0.5, smoothness=1.0)
+    assert float(exact.bound) < 1e-8
+    assert float(exact.relative_error) < 1e-12
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_report_changes_nothing(mode: str) -> None:
+    small = Small(9)
+    watched, other = (small.algorithm(mode, noise=0.1, seed=3) for _ in range(2))
+    for _ in range(3):
+        watched.hypergradient_report()
+        watched.step()
+        other.step()
+    assert_same_bits(watched.x.detach(), other.x.detach(), label="x")
+
+
+def test_a_report_of_many_starts_is_one_per_start() -> None:
+    small = Small(9)
+    starts = torch.stack([small.start, 2 * small.start])
+    report = hypergradient_report(small.problem, starts, 0.5, smoothness=1.0)
+    for i, x in enumerate(starts):
+        alone = hypergradient_report(small.problem, x, 0.5, smoothness=1.0)
+        assert_close(report.exact[i], alone.exact, bound=1e-12, label="exact")
+        assert_close(report.objective[i], alone.objective, bound=1e-12, label="objective")
+        assert float(report.bound[i]) == pytest.approx(float(alone.bound), rel=0.5)
+    assert report.bound.shape == report.cosine.shape == (2,)
+
+
+def test_the_bound_is_infinite_where_none_is_proved() -> None:
+    small = Small(9)
+
+    def lower(x: Tensor) -> DenseMDP:
+        return DenseMDP(
+            small.base, small.logits.softmax(-1), 0.8, reference=x[: S * A].reshape(S, A).exp()
+        )
+
+    problem = BilevelProblem(lower, lambda x, solution: (small.cost * solution.policy).sum())
+    x = torch.zeros(S * A, dtype=torch.float64)
+    report = hypergradient_report(problem, x, 0.5)
+    assert float(report.bound) == math.inf
+    want = differences(lambda y: problem.objective(y, 0.5), x)
+    assert_close(report.exact, want, bound=1e-8, label="gradient of the reference")
+
+
+def test_upper_levels_may_use_every_part_of_the_solution() -> None:
+    """Value, Q, advantage and log-policy cotangents reach x as the exact gradient says."""
+    small = Small(10)
+    weights = [torch.randn(S, dtype=torch.float64), *(torch.randn(S, A).double() for _ in range(4))]
+
+    def upper(x: Tensor, solution: Solution) -> Tensor:
+        parts = (
+            solution.value,
+            solution.q,
+            solution.advantage,
+            solution.policy,
+            solution.log_policy,
+        )
+        return sum((w * part).sum() for w, part in zip(weights, parts, strict=True))
+
+    problem = BilevelProblem(small.lower, upper)
+    want = differences(lambda x: problem.objective(x, 0.5), small.start)
+    for mode in ("contracting", "exact"):
+        algorithm = MSoBiRL(
+            problem, small.start, temperature=0.5, optimiser=sgd, mode=mode, accuracy=1e-10
+        )
+        algorithm.step()
+        got = (small.start - algorithm.x.detach()) / 0.05
+        assert_close(got, want, bound=1e-7 * float(want.norm()), label=mode)
+
+
+# Newton
+
+
+def test_newton_converges_quadratically_on_the_bus_likelihood() -> None:
+    problem = bus_problem(load_bus_data(), 0.9999, "linear")
+    newton = DampedNewton(problem, torch.tensor([5.0, 1.0]).double(), temperature=1.0)
+    outcomes = [newton.step() for _ in range(15)]
+    objectives = [outcome.objective for outcome in outcomes]
+    for before, after in itertools.pairwise(objectives):
+        assert after <= before + 1e-11
+    assert outcomes[-1].decrement < 1e-15
+    assert newton.x.tolist() == pytest.approx([10.0750, 2.2930], abs=5e-3)
+    decrements = [outcome.decrement for outcome in outcomes if 1e-9 < outcome.decrement < 1]
+    for before, after in itertools.pairwise(decrements):
+        assert after < 0.1 * before
+    assert max(outcome.solver_passes for outcome in outcomes) <= 12
+    assert all(outcome.error_bound < 1e-3 for outcome in outcomes)
+
+
+def test_newton_goes_on_from_its_state_to_the_same_bits() -> None:
+    problem = bus_problem(load_bus_data(), 0.99, "linear")
+    start = torch.tensor([5.0, 1.0]).double()
+    one = DampedNewton(problem, start, temperature=1.0)
+    for _ in range(3):
+        one.step()
+    state = one.state_dict()
+    other = DampedNewton(problem, torch.zeros(2).double(), temperature=1.0)
+    other.load_state_dict(state)
+    for _ in range(3):
+        assert one.step() == other.step()
+    assert_same_bits(other.x, one.x, label="x")
+    assert_same_bits(start, torch.tensor([5.0, 1.0]).double(), label="the start is copied")
+
+
+def test_newton_solves_a_quadratic_in_one_undamped_step() -> None:
+    small = Small(11)
+    matrix = torch.tensor([[2.0, 0.3], [0.3, 1.0]]).double()
+    target = torch.tensor([1.0, -1.0]).double()
+    problem = BilevelProblem(
+        lambda x: DenseMDP(small.base + 0 * x[0], small.logits.softmax(-1), 0.5),
+        lambda x, _: (x - target) @ matrix @ (x - target) / 2,
+    )
+    newton = DampedNewton(problem, torch.zeros(2).double(), temperature=1.0, damping=0.0)
+    first = newton.step()
+    assert first.decrement == pytest.approx(float(target @ matrix @ target))
+    assert_close(newton.x, target, bound=1e-6, label="minimiser")
+    assert_close(newton.covariance(), torch.linalg.inv(matrix), bound=1e-12, label="covariance")
