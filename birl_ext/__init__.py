@@ -1,8 +1,7 @@
 """birl_ext: differentiate through an optimal policy.
 
 Solves entropy-regularised MDPs to a certified tolerance, gives exact derivatives of the solution,
-and builds bilevel
-reinforcement learning on top.
+and builds bilevel reinforcement learning on top.
 """
 
 from birl_ext import nn

@@ -102,40 +102,37 @@ def solve(
 
     Args:
         reward: r, (*B, S, A), reward per step, float32 or float64; or a DenseMDP or SparseMDP,
-            which brings
-            transition, discount, reference, mask and terminal along.
-        transition: P, (*B, S, A, S), probabilities of the next state, same dtype. Rows are read
-            as P/ΣP.
+            which brings transition, discount, reference, mask and terminal along.
+        transition: P, (*B, S, A, S), probabilities of the next state, same dtype. Rows are read as
+            P/ΣP.
         discount: γ in [0, 1), per step; a number or (*B).
         temperature: τ > 0, units of reward; a number or (*B).
-        reference: μ, (*B, S, A), positive weights; None is μ ≡ 1 (plain entropy). Normalised:
-            KL to a reference.
+        reference: μ, (*B, S, A), positive weights; None is μ ≡ 1 (plain entropy). Normalised: KL to
+            a reference.
         mask: (*B, S, A) bool, True where the action is available; None is everywhere.
         terminal: (*B, S) bool, True where the process ends: r is paid, nothing follows.
         initial: V₀, (*B, S), a warm start. No gradient.
         method: "auto" chooses per shape and discount; see docs/solvers.md.
-        tol: certified relative error asked of the value, in units of max(‖V‖∞, ‖r‖∞); None: as
-            far as rounding allows.
+        tol: certified relative error asked of the value, in units of max(‖V‖∞, ‖r‖∞); None: as far
+            as rounding allows.
         max_iterations: most passes over P; None: enough for the method.
         on_fail: "raise", or "status": return the best iterate; where status ≠ 0 its gradient is
             NaN.
-        validate: "full", "cheap" (shapes, dtypes, scalars) or "off", for tensors; an MDP object
-            has been validated.
+        validate: "full", "cheap" (shapes, dtypes, scalars) or "off", for tensors; an MDP object has
+            been validated.
         backend: "auto", "torch", "cpu" or "cuda".
 
     Returns:
         Solution. Its `error_bound` is never below ‖value − V*‖∞.
 
     Raises:
-        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with
-            its place.
+        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its
+            place.
         SolveError: not converged; the best iterate is the error's `solution`.
 
-    Gradients: reward, transition, discount, temperature, reference; reverse and forward mode,
-        any order, by the
-    implicit function theorem (M10)-(M12). That of P lies on the tangent of the simplex: it is the
-    derivative of
-    P ↦ solve(P/ΣP).
+    Gradients: reward, transition, discount, temperature, reference; reverse and forward mode, any
+    order, by the implicit function theorem (M10)-(M12). That of P lies on the tangent of the
+    simplex: it is the derivative of P ↦ solve(P/ΣP).
 
     Source: Yang, Gao and Yuan, AISTATS 2025; (M1)-(M9).
     """
@@ -224,8 +221,8 @@ def bellman(
         TV (*B, S); Q (*B, S, A), −inf where masked; and π_V (*B, S, A), the softmax policy at V.
 
     Raises:
-        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with
-            its place.
+        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its
+            place.
 
     Gradients: value, reward, transition, discount, temperature, reference; any order and mode.
 
@@ -276,8 +273,8 @@ def evaluate(
 
     Args:
         policy: π, (*B, S, A), probabilities.
-        reward: g, (*B, S, A); or an MDP object, whose reward, transition, discount and terminal
-            are used.
+        reward: g, (*B, S, A); or an MDP object, whose reward, transition, discount and terminal are
+            used.
         transition: P, (*B, S, A, S).
         discount: γ in [0, 1).
         terminal: (*B, S) bool, as in `solve`.
@@ -287,8 +284,8 @@ def evaluate(
         J, (*B, S), units of reward. The regularisation is not part of it.
 
     Raises:
-        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with
-            its place.
+        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its
+            place.
 
     Gradients: policy, reward, transition, discount; any order and mode.
 
@@ -331,8 +328,8 @@ def occupancy(
         d, (*B, S), probabilities: they sum to one unless the process ends.
 
     Raises:
-        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with
-            its place.
+        InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its
+            place.
 
     Gradients: policy, transition, discount, initial_distribution; any order and mode.
 

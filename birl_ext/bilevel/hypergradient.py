@@ -112,10 +112,9 @@ class Linearisation:
         reward.
 
         With ε = 2‖ΔV‖∞/τ (M7) a policy moves by at most η = e^ε − 1 in ℓ₁ per state, and with ρ the
-        residual
-        of λ (M13), ‖Δλ‖₁ ≤ (ρ + γη‖λ‖₁ + ‖Δv̄‖₁)/(1 − γ). The cotangents that f itself hands down
-        are taken as they
-        are; `hypergradient_report(smoothness=…)` adds how they move with π.
+        residual of λ (M13), ‖Δλ‖₁ ≤ (ρ + γη‖λ‖₁ + ‖Δv̄‖₁)/(1 − γ). The cotangents that f itself
+        hands down are taken as they are; `hypergradient_report(smoothness=…)` adds how they move
+        with π.
         """
         return self._flow_error(flow, 0.0)
 
@@ -230,9 +229,8 @@ def hypergradient_report(
         x: upper variable, (d,) or (M, d).
         temperature: τ.
         estimate: a linearisation and the flow used with it; None: the ones of the solver itself.
-        smoothness: Lipschitz constant of ∂f/∂π with respect to π, entry by entry; 0 if it is
-            linear in π or the
-            cotangents are constants. The bound is certified for that constant.
+        smoothness: Lipschitz constant of ∂f/∂π with respect to π, entry by entry; 0 if it is linear
+            in π or the cotangents are constants. The bound is certified for that constant.
 
     Returns:
         HypergradientReport. The bound is inf if discount or reference depend on x, or ∂P/∂x is too

@@ -65,8 +65,8 @@ class MSoBiRL:
         accuracy: certified relative error allowed in the cotangent of the reward ("contracting").
         adjoint_rate: ζ, below 2/σ²max(A) ("published").
         sweep_tol: stop the sweeps once a sweep moves V by less ("published"), units of reward.
-        noise: standard deviation of Gaussian noise added to the hyper-gradient, units of φ per
-            unit of x.
+        noise: standard deviation of Gaussian noise added to the hyper-gradient, units of φ per unit
+            of x.
         seed: of the noise and of the published w₀ ~ N(0, I).
         max_inner: most sweeps, and most products, per outer step ("contracting").
 

@@ -18,8 +18,8 @@ LIBRARY = torch.library.Library("birl_ext", "DEF")
 class Function(torch.autograd.Function):
     """An autograd.Function that takes positional arguments only.
 
-    Torch's own `apply` works out the signature of `forward` and binds it at every call, which
-    costs more than the rest of the call.
+    Torch's own `apply` works out the signature of `forward` and binds it at every call, which costs
+    more than the rest of the call.
     """
 
     @classmethod
@@ -52,8 +52,7 @@ def fold(
     shared.
 
     `tensors` begins with transition, crow, col; empty tensors stand for absent arguments and stay
-    so.
-    Returns the merged tensors and the axis (0 or 1) that took the new one.
+    so. Returns the merged tensors and the axis (0 or 1) that took the new one.
     """
     if dims[1] is not None or dims[2] is not None:
         raise NotImplementedError("birl_ext: vmap over a sparsity pattern is not supported")

@@ -1,8 +1,7 @@
 """One application of the soft Bellman operator (M1)-(M3): op, derivatives, vmap rule.
 
 Its first-order rules (`fold_cotangents`, `parameter_cotangents`, `backup_tangent`) serve the fixed
-point too: there only
-the cotangent of the value differs, by one adjoint solve.
+point too: there only the cotangent of the value differs, by one adjoint solve.
 """
 
 from __future__ import annotations
@@ -107,8 +106,8 @@ def parameter_cotangents(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Cotangents of P, log μ, γ, τ and Q from the flow λ(s), the cotangent of TV (M12).
 
-    needs: for transition, log_reference, discount, temperature. Returns them in that order,
-        then w = Q̄ + λπ, which is r̄.
+    needs: for transition, log_reference, discount, temperature. Returns them in that order, then w
+    = Q̄ + λπ, which is r̄.
     """
     needs_transition, needs_reference, needs_discount, needs_temperature = needs
     visits = flow.unsqueeze(-1) * point.policy

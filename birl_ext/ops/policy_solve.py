@@ -47,8 +47,7 @@ class PolicySolve(Function):
 
     Shapes: transition as in Rows; policy (N, G, S, A); discount (N, G); rhs and x (N, G, K, S).
     With A = I − γP_π and x̄ the cotangent of x: b̄ = A⁻ᵀ x̄ and M̄ = γ u wᵀ for M = P_π, where (u,
-    w) = (b̄, x), or (x, b̄)
-    for the transposed system.
+    w) = (b̄, x), or (x, b̄) for the transposed system.
     """
 
     @staticmethod

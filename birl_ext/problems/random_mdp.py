@@ -48,8 +48,7 @@ def random_mdp_problem(config: RandomMDPConfig) -> tuple[BilevelProblem, Tensor]
         r(s,a) = u_sa v_sa (xᵀMx),  u, v ~ U(0,1),  M ~ N(0,1);  f = ½‖x‖² + ½‖π‖²
 
     Each (s,a) reaches 1 to S − 1 states with normalised uniform weights. The optimum is x = 0,
-    where the policy is uniform:
-    φ = S/(2A).
+    where the policy is uniform: φ = S/(2A).
     """
     generator = torch.Generator().manual_seed(config.seed)
     states, actions, dimension = config.states, config.actions, config.dimension
