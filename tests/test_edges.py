@@ -668,7 +668,7 @@ def test_an_in_place_change_after_the_forward_is_caught(changed: str, backend: s
         for ours, theirs in zip(change_and_differentiate(), want, strict=True):
             assert_same_bits(ours, theirs, label="the reward is not needed")
         return
-    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace"):
         change_and_differentiate()
 
 
