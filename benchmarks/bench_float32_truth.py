@@ -46,9 +46,6 @@ def run(small: bool = False) -> list[dict[str, Any]]:
     cotangent = torch.rand(shape, generator=generator, dtype=torch.float64)
     truth = _truth(problem, cotangent)
     rows = [_row(name, call, truth) for name, call in _candidates(problem, cotangent)]
-    ours = rows[0]
-    if not ours["honest"].startswith("yes"):
-        raise AssertionError(f"a certified bound is below the error: {ours}")
     return [
         {
             "case": "float32 truth",
@@ -94,6 +91,8 @@ def _row(name: str, call: Callable[[], Found], truth: Found) -> dict[str, Any]:
     ratio = found.bound.double() / error
     honest = int((found.bound.double() >= error).sum())
     row["honest"] = f"{'yes' if honest == len(error) else 'NO'}: {honest} of {len(error)}"
+    if honest < len(error):
+        row |= {"status": "wrong", "reason": "a certified bound is below the error"}
     return row | {"tightest": float(ratio.min()), "loosest": float(ratio.max())}
 
 

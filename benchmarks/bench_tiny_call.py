@@ -32,7 +32,7 @@ def run(small: bool = False) -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [_measure(5 if small else 200, 3 if small else 100)]
+        return [_measure(5 if small else 200, 3 if small else 60)]
     finally:
         torch.set_num_threads(threads)
 

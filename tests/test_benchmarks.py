@@ -23,7 +23,7 @@ NATIVE = birl_ext._native.reason("cpu")
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The folder on the path; no compilation, no flushing, the fewest samples."""
+    """The folder on the path; no compilation, small buffers, the fewest samples."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     harness, competitors = module("harness"), module("competitors")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -31,7 +31,9 @@ def _quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(harness, "last_cache", lambda: 1 << 12)
     monkeypatch.setattr(harness, "missing", lambda *packages: ", ".join(packages))
     competitors.compiled_step.cache_clear()
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     competitors.compiled_step.cache_clear()
 
 
@@ -197,12 +199,8 @@ def test_the_gradient_of_the_truth_is_a_difference_quotient(name: str) -> None:
 
 def test_a_run_writes_json_and_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "cpu.json"
-    threads = torch.get_num_threads()
     arguments = ["--small", "--only", "small_batch", "--threads", "1", "--out", str(out)]
-    try:
-        assert module("run_all").main(arguments) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert module("run_all").main(arguments) == 0
     report = json.loads(out.read_text())
     assert set(report) == {
         *("format", "date", "command", "machine", "load_average", "threads", "versions"),
@@ -223,6 +221,21 @@ def test_a_run_writes_json_and_markdown(tmp_path: Path, capsys: pytest.CaptureFi
     for written in (out.read_text(), text):
         assert str(tmp_path) not in written
         assert str(BENCHMARKS) not in written
+
+
+def test_a_run_with_a_wrong_answer_of_ours_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = dict(module("workloads").truth(tiny()))
+    wrong = {**right, "value": -right["value"]}
+    case = tiny_case(answering("birl_ext", wrong), answering("another", right))
+    measured = module("harness").measure(case)
+    monkeypatch.setattr(module("bench_dense"), "run", lambda small: [measured])
+    out = tmp_path / "cpu.json"
+    assert module("run_all").main(["--only", "dense", "--threads", "1", "--out", str(out)]) == 1
+    assert "wrong answers of birl_ext in: tiny" in capsys.readouterr().err
+    rows = json.loads(out.read_text())["cases"][0]["rows"]
+    assert rows[1]["times_ours"] is None
 
 
 @pytest.mark.slow
