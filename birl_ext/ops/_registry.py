@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.utils import unwrap_dead_wrappers
 
-__all__ = ["LIBRARY", "Function", "are_plain", "fold", "to_lanes"]
+__all__ = ["LIBRARY", "Function", "are_plain", "fold", "in_graph", "to_lanes"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 LIBRARY = torch.library.Library("birl_ext", "DEF")
 
@@ -28,6 +35,46 @@ class Function(torch.autograd.Function):
             return custom_function_call(cls, *args)
         base: Any = super(torch.autograd.Function, cls)
         return base.apply(*unwrap_dead_wrappers(args))
+
+
+def in_graph(function: F) -> F:
+    """`torch.compiler.allow_in_graph`, told to Dynamo when Dynamo is imported.
+
+    Without it Dynamo would trace into the autograd.Function and drop its rules: silent zeros. At
+    once it would cost every `import birl_ext` the second that importing Dynamo takes.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.allow_in_graph(function)
+    else:
+        if not _IN_GRAPH:
+            sys.meta_path.insert(0, _DynamoWatch())
+        _IN_GRAPH.append(function)
+    return function
+
+
+_IN_GRAPH: list[Callable[..., Any]] = []
+
+
+class _DynamoWatch(importlib.abc.MetaPathFinder):
+    """Finds torch._dynamo as anyone would, and speaks to it as soon as it has been executed."""
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "torch._dynamo":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                for function in _IN_GRAPH:
+                    torch.compiler.allow_in_graph(function)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def are_plain(tensors: Sequence[Tensor]) -> bool:

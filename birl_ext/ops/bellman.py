@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, to_lanes
+from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, in_graph, to_lanes
 from birl_ext.ops.rows import Rows
 
 __all__ = ["bellman"]
@@ -265,7 +265,7 @@ class Bellman(Function):
         return to_lanes(Bellman.apply(*lanes, args[8]), axis, info.batch_size)
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def bellman(
     transition: Tensor,
     crow: Tensor,

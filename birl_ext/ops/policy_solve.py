@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, to_lanes
+from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, in_graph, to_lanes
 from birl_ext.ops.rows import Rows
 
 __all__ = ["policy_solve"]
@@ -185,8 +185,7 @@ def _as_group(columns: Tensor) -> Tensor:
     return columns.reshape(shape[0], shape[1] * shape[2], *shape[3:])
 
 
-# allow_in_graph: without it Dynamo traces into the Function and drops its jvp and backward rules.
-@torch.compiler.allow_in_graph
+@in_graph
 def policy_solve(
     transition: Tensor,
     crow: Tensor,

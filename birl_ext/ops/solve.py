@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, to_lanes
+from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, in_graph, to_lanes
 from birl_ext.ops.bellman import (
     Point,
     backup_tangent,
@@ -195,7 +195,7 @@ class Solve(Function):
         return own, (0,) * len(own)
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def solve(
     transition: Tensor,
     crow: Tensor,
