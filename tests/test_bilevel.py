@@ -505,3 +505,22 @@ def test_newton_solves_a_quadratic_in_one_undamped_step() -> None:
     assert first.decrement == pytest.approx(float(target @ matrix @ target))
     assert_close(newton.x, target, bound=1e-6, label="minimiser")
     assert_close(newton.covariance(), torch.linalg.inv(matrix), bound=1e-12, label="covariance")
+
+
+@pytest.mark.parametrize("accuracy", [0.5, 1e-3, 1e-9])
+@pytest.mark.parametrize("where", WHERE)
+def test_the_adjoint_error_is_certified(where: str, accuracy: float) -> None:
+    """(M13): ‖λ − λ*‖₁ ≤ ρ/(1 − γ), against the system solved by LU."""
+    for seed in range(20):
+        algorithm = Small(seed, where, discount=0.9).algorithm("contracting", accuracy=accuracy)
+        kept = algorithm.state_dict()
+        at, flow, _ = algorithm._estimate()
+        algorithm.load_state_dict(kept)
+        point = at.point
+        matrix = point.rows.policy_matrix(point.policy * point.rows.scale())
+        system = torch.eye(point.rows.states, dtype=torch.float64) - point.gamma * matrix
+        exact = torch.linalg.solve(system.mT, at.source.unsqueeze(-1)).squeeze(-1)
+        error = float((flow - exact).abs().sum())
+        report = algorithm.hypergradient_report(smoothness=1.0)
+        assert error <= float(report.adjoint_error), f"problem {seed}"
+        assert float(report.adjoint_residual) == pytest.approx(0.1 * float(report.adjoint_error))

@@ -42,6 +42,10 @@ class HypergradientReport(NamedTuple):
     cosine: Tensor
     bound: Tensor
     """Certified bound on ‖estimate − ∇φ‖₂; inf where none can be given."""
+    adjoint_residual: Tensor
+    """ρ = ‖v̄ − (I − γP_π)ᵀλ‖₁ of the flow that was used, summed over the problems of a start."""
+    adjoint_error: Tensor
+    """Certified bound ρ/(1 − γ) on ‖λ − λ*‖₁, with the rounding of ρ itself (M13)."""
 
 
 @dataclass
@@ -82,6 +86,11 @@ class Linearisation:
     def _scale(self) -> Tensor:
         return self.point.rows.scale()
 
+    def adjoint_residual(self, flow: Tensor) -> Tensor:
+        """ρ = ‖v̄ − (I − γP_π)ᵀλ‖₁ and its own rounding, (N, G)."""
+        residual = (self.source - self.transposed(flow)).abs().sum(-1)
+        return residual + 4 * _EPS * self.point.rows.states * flow.abs().sum(-1)
+
     def gradient(self, flow: Tensor) -> Tensor:
         """∇φ̂ = ∇_x f + the cotangents of (M12) carried through the lower level's x-dependence."""
         flat = self.flat
@@ -121,9 +130,8 @@ class Linearisation:
     def _flow_error(self, flow: Tensor, smoothness: float) -> Tensor:
         point = self.point
         discount, temperature = point.discount, point.temperature
-        residual = (self.source - self.transposed(flow)).abs().sum(-1)
+        residual = self.adjoint_residual(flow)
         mass = flow.abs().sum(-1)
-        residual = residual + 4 * _EPS * point.rows.states * mass
         drift = torch.expm1((2 * self.value_error / temperature).clamp(max=700.0))
         moved = point.policy * drift[..., None, None]
         q_error = (self.policy_bar.abs() * moved).sum((-1, -2)) / temperature
@@ -247,6 +255,7 @@ def hypergradient_report(
         estimate = point, _exact_flow(point)
     at, flow = estimate
     approximate = at.gradient(flow)
+    residual = at.adjoint_residual(flow)
     starts = phi.shape
     gap, norm = _norm(approximate - exact, starts), _norm(exact, starts)
     tiny = torch.finfo(torch.float64).tiny
@@ -259,6 +268,8 @@ def hypergradient_report(
         relative_error=gap / norm.clamp(min=tiny),
         cosine=cosine,
         bound=_bound(at, flow, smoothness, starts),
+        adjoint_residual=_lane_sum(at.flat.layout.restore(residual), starts),
+        adjoint_error=_lane_sum(at.flat.layout.restore(residual / (1 - at.point.discount)), starts),
     )
 
 

@@ -217,6 +217,7 @@ class BusJob:
             "log_likelihood": float(travel - report.objective),
             "gradient_norm": float(report.exact.norm()),
             "error_bound": float(report.bound),
+            "adjoint_error": float(report.adjoint_error),
             "steps": self._steps,
             "bus_months": int(self.data.decisions.sum()),
             "replacements": int(self.data.decisions[:, REPLACE].sum()),
