@@ -162,7 +162,7 @@ def solve(
     rounded = torch.finfo(flat.reward.dtype).eps / 2 if flat.reward.dtype != torch.float64 else 0.0
     out_of_reach = tol is not None and 0 < tol <= rounded
     if out_of_reach and raising and not concrete:
-        raise StagnatedError(f"tol is {tol!r}", allowed=f"above {rounded:.2g} for float32")
+        raise _too_tight(tol, rounded)
     index = _index(flat)
     # rows of an MDP object were read when it was made, and may be zero where the process ends
     raw = isinstance(reward, Tensor) and mask is None and terminal is None
@@ -189,6 +189,8 @@ def solve(
     solution = _assemble(flat, outputs)
     if raising and concrete and _any(outputs[-1]):
         error = _backends.failure(outputs, flat.transition, *index, flat.reward, flat.layout.locate)
+        if out_of_reach and isinstance(error, StagnatedError):
+            error = _too_tight(tol, rounded)
         if isinstance(error, SolveError):
             error.solution = solution
         raise error
@@ -476,6 +478,14 @@ def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
     if flat.layout.order is None:  # the op has put its outputs into the caller's axes
         return solution
     return Solution._make(map(flat.layout.restore, solution))
+
+
+def _too_tight(tol: float | None, rounded: float) -> StagnatedError:
+    return StagnatedError(
+        f"tol is {tol!r}, but values handed out in float32 are known no better than {rounded:.2g}",
+        allowed=f"above {rounded:.2g}",
+        fix="loosen `tol`, or pass float64 tensors",
+    )
 
 
 def _any(status: Tensor) -> bool:
