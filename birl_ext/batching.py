@@ -13,7 +13,7 @@ from torch import Tensor
 
 from birl_ext import validation
 
-__all__ = ["Flat", "Layout", "flatten", "layout"]
+__all__ = ["Flat", "Layout", "absent", "flatten", "layout"]
 
 
 class Layout(NamedTuple):
@@ -132,6 +132,29 @@ class Flat(NamedTuple):
     crow: Tensor | None
     col: Tensor | None
     layout: Layout
+
+    @property
+    def pattern(self) -> tuple[Tensor, Tensor]:
+        """crow and col as the ops take them: absent for a dense transition."""
+        if self.crow is None or self.col is None:
+            nothing = absent(torch.int64, self.reward)
+            return nothing, nothing
+        return self.crow, self.col
+
+
+_ABSENT: dict[torch.dtype, Tensor] = {}
+
+
+def absent(dtype: torch.dtype, like: Tensor) -> Tensor:
+    """An empty tensor, which stands for an argument that was not given.
+
+    Not `new_empty`, which under vmap is batched. Kept where that is safe: it is asked for often.
+    """
+    if not like.is_cpu or not validation.is_concrete(like):
+        return torch.empty(0, dtype=dtype, device=like.device)
+    if dtype not in _ABSENT:
+        _ABSENT[dtype] = torch.empty(0, dtype=dtype)
+    return _ABSENT[dtype]
 
 
 def flatten(

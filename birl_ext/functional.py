@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from birl_ext import validation
-from birl_ext.batching import Flat, flatten
+from birl_ext.batching import Flat, absent, flatten
 from birl_ext.errors import (
     BackendUnavailableError,
     OptionError,
@@ -137,7 +137,7 @@ def solve(
     Source: Yang, Gao and Yuan, AISTATS 2025; (M1)-(M9).
     """
     flat = _flat(reward, transition, discount, temperature, reference, mask, terminal, validate)
-    guess = _absent(torch.float64, flat.reward)
+    guess = absent(torch.float64, flat.reward)
     if initial is not None:
         _require_shape("initial", initial, (flat.reward.shape[-2],))
         guess = flat.layout.grouped(initial.detach().double(), 1)
@@ -163,7 +163,7 @@ def solve(
     out_of_reach = tol is not None and 0 < tol <= rounded
     if out_of_reach and raising and not concrete:
         raise _too_tight(tol, rounded)
-    index = _index(flat)
+    index = flat.pattern
     # rows of an MDP object were read when it was made, and may be zero where the process ends
     raw = isinstance(reward, Tensor) and mask is None and terminal is None
     rigour = Rigour.OFF if validate != "full" else Rigour.STOCHASTIC if raw else Rigour.OR_ENDING
@@ -246,7 +246,7 @@ def bellman(
     dtype = flat.reward.dtype
     image, advantage, policy, _ = _bellman.bellman(
         flat.transition,
-        *_index(flat),
+        *flat.pattern,
         flat.reward,
         flat.log_reference,
         flat.discount,
@@ -382,7 +382,7 @@ def _policy_system(
     solution: Tensor
     solution, _ = _policy_solve.policy_solve(
         flat.transition,
-        *_index(flat),
+        *flat.pattern,
         policy,
         flat.discount,
         rhs.unsqueeze(2),
@@ -464,8 +464,8 @@ def _flat(
         if reading:
             validation.check_reward(reward)
             validation.check_rows(transition, None)
-    absent = _absent(torch.float64, reward)
-    return flatten(reward, transition, absent, discount, temperature, batch=batch)
+    no_reference = absent(torch.float64, reward)
+    return flatten(reward, transition, no_reference, discount, temperature, batch=batch)
 
 
 def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
@@ -498,26 +498,6 @@ def _masked(table: Tensor, flat: Flat) -> Tensor:
         return table
     available = (flat.log_reference > -torch.inf).reshape(table.shape)
     return table.where(available, -torch.inf)
-
-
-def _index(flat: Flat) -> tuple[Tensor, Tensor]:
-    if flat.crow is None or flat.col is None:
-        absent = _absent(torch.int64, flat.reward)
-        return absent, absent
-    return flat.crow, flat.col
-
-
-_ABSENT: dict[torch.dtype, Tensor] = {}
-
-
-def _absent(dtype: torch.dtype, like: Tensor) -> Tensor:
-    """An empty tensor, which stands for an argument that was not given. Not `new_empty`, which
-    under vmap is batched."""
-    if not like.is_cpu or not validation.is_concrete(like):
-        return torch.empty(0, dtype=dtype, device=like.device)
-    if dtype not in _ABSENT:
-        _ABSENT[dtype] = torch.empty(0, dtype=dtype)
-    return _ABSENT[dtype]
 
 
 def _backend(name: str, device: torch.device) -> int:

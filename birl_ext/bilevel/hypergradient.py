@@ -163,7 +163,7 @@ def linearise(
         swept = sweep(flat)
     rows = Rows(
         flat.transition.detach(),
-        *_pattern(flat),
+        *flat.pattern,
         flat.reward.shape[-2],
         flat.reward.shape[-1],
     )
@@ -362,13 +362,6 @@ def _norm(x: Tensor, starts: torch.Size) -> Tensor:
     """ℓ₂ norm per start, or of the whole."""
     norm: Tensor = torch.linalg.vector_norm(x.double().reshape(*starts, -1), dim=-1)
     return norm
-
-
-def _pattern(flat: Flat) -> tuple[Tensor, Tensor]:
-    if flat.crow is None or flat.col is None:
-        absent = torch.empty(0, dtype=torch.int64, device=flat.reward.device)
-        return absent, absent
-    return flat.crow, flat.col
 
 
 def _leaves(flat: Flat, swept: SweptValue) -> tuple[Solution, list[Tensor]]:

@@ -222,8 +222,6 @@ class MSoBiRL:
         if value is None:
             value = flat.discount.new_zeros(flat.reward.shape[:-1])
         published = self.mode == "published"
-        absent = torch.empty(0, dtype=torch.int64, device=flat.reward.device)
-        index = (absent, absent) if flat.crow is None or flat.col is None else (flat.crow, flat.col)
         gap = 1 - flat.discount
         tau = flat.temperature
         continuing = bool((flat.transition.sum(-1) > 0).all()) if flat.crow is None else False
@@ -231,7 +229,7 @@ class MSoBiRL:
         while True:
             swept = torch.ops.birl_ext.bellman(
                 flat.transition,
-                *index,
+                *flat.pattern,
                 flat.reward,
                 flat.log_reference,
                 flat.discount,
