@@ -1,6 +1,32 @@
 #include "parallel.h"
 
+#if defined(__unix__)
+#include <dlfcn.h>
+#include <unistd.h>
+#endif
+
 namespace birl {
+
+namespace {
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// The entry by which compiled OpenMP code starts a parallel region, of whichever OpenMP library the
+// process has loaded for everyone. Threads of our own would share their cores with that library's,
+// which spin for a while after every parallel operation. Not in a forked child, where the library's
+// threads no longer exist but it waits for them.
+Parallel openmp() {
+#if defined(__unix__)
+  static const Parallel found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static const pid_t home = getpid();
+  return getpid() == home ? found : nullptr;
+#else
+  return nullptr;
+#endif
+}
+[[maybe_unused]] const Parallel at_load = openmp();  // remembers the process that loaded us
+
+}  // namespace
 
 Team::Team(int threads)
     : size_(threads > 0 ? threads : static_cast<int>(std::thread::hardware_concurrency())) {
@@ -62,6 +88,19 @@ void Team::run(Index count, double work, const Body& body) {
     for (Index i = 0; i < count; ++i) body(i, 0);
     return;
   }
+  if (const Parallel parallel = openmp()) {
+    body_ = &body;
+    count_ = count;
+    next_.store(0, std::memory_order_relaxed);
+    busy_.store(0, std::memory_order_relaxed);
+    parallel(
+        [](void* team) {
+          Team& self = *static_cast<Team*>(team);
+          self.drain(self.busy_.fetch_add(1, std::memory_order_relaxed));
+        },
+        this, static_cast<unsigned>(size_), 0);
+    return rethrow();
+  }
   if (static_cast<int>(threads_.size()) + 1 < size_) start();
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -73,13 +112,18 @@ void Team::run(Index count, double work, const Body& body) {
   }
   wake_.notify_all();
   drain(0);
-  std::unique_lock<std::mutex> lock(mutex_);
-  done_.wait(lock, [&] { return busy_.load(std::memory_order_acquire) == 0; });
-  if (failure_) {
-    std::exception_ptr failure = failure_;
-    failure_ = nullptr;
-    std::rethrow_exception(failure);
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [&] { return busy_.load(std::memory_order_acquire) == 0; });
   }
+  rethrow();
+}
+
+void Team::rethrow() {
+  if (!failure_) return;
+  std::exception_ptr failure = failure_;
+  failure_ = nullptr;
+  std::rethrow_exception(failure);
 }
 
 }  // namespace birl

@@ -14,7 +14,8 @@
 
 namespace birl {
 
-// A few threads that live as long as one call. They start at the first run() that is worth it.
+// The threads of the process's OpenMP library where it has one (PyTorch brings it), else a few of
+// our own that live as long as one call and start at the first run() that is worth it.
 // Which worker takes which index is unspecified: a body must not let results depend on it.
 class Team {
  public:
@@ -38,6 +39,7 @@ class Team {
   void start();
   void serve(int worker);
   void drain(int worker);
+  void rethrow();
 
   int size_;
   std::vector<std::thread> threads_;

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from processes import fork
 
 from birl_ext import _native
 from birl_ext.errors import DeviceError, DtypeError, ShapeError
@@ -539,6 +540,25 @@ def test_thread_count_does_not_change_a_bit(shape: tuple[int, ...], sparse: bool
     finally:
         torch.set_num_threads(threads)
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.timeout(60)
+def test_a_forked_child_solves_with_threads() -> None:
+    """The parent's pool of threads is not there in a child; waiting for it would never end."""
+    case = make_case(0, 40, 3, transitions=64)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        expected = run_solve(case).raw
+
+        def work() -> None:
+            signal.alarm(20)  # a child that waits for ever is killed
+            assert run_solve(case).raw == expected
+
+        _, status = os.waitpid(fork(work), 0)
+    finally:
+        torch.set_num_threads(threads)
+    assert status == 0
 
 
 @pytest.mark.parametrize("lanes", [(0, 1), (1, 0), (0, 0)])
