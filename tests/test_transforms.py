@@ -330,10 +330,11 @@ def test_export_survives_a_file(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+# the cache on disk does not know when an op changes the shape of what it returns
+@torch._inductor.config.patch(fx_graph_cache=False)
+@torch._functorch.config.patch(enable_autograd_cache=False)
+def test_inductor() -> None:
     """The default compiler, forward and backward."""
-    # its cache on disk does not know when an op changes the shape of what it returns
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     of = subject("solve")
     ours, plain = of.scalars()
     got = by_backward(of.ours, torch.compile(ours, fullgraph=True), of.inputs)
