@@ -277,8 +277,8 @@ def solve(
         validate: a `Rigour`, what to check of the rows of P.
 
     Returns:
-        V (*B, S); Q, Q − V, π and log π (*B, S, A); info (*B, 8), see `Info`; all float64; and a
-        `Status` (*B), int64.
+        V (*B, S) float64; Q, Q − V, π and log π (*B, S, A) in transition's dtype; info (*B, 9)
+        float64, see `Info`; and a `Status` (*B), int64.
 
     Raises: as for `sweep`.
 
@@ -287,7 +287,8 @@ def solve(
     pairs = n, g, s, a = _sizes("reward", reward)
     axes = (n, g) if batch is None else tuple(batch)
     call = _Call(transition)
-    value, q = call.new(*axes, s), call.new(*axes, s, a)
+    value = call.new(*axes, s)
+    q = torch.empty((*axes, s, a), dtype=call.storage, device=call.device)
     advantage, policy, log_policy = (
         torch.empty_like(q),
         torch.empty_like(q),

@@ -26,6 +26,7 @@ from birl_ext.ops import _backends
 from birl_ext.ops import bellman as _bellman
 from birl_ext.ops import policy_solve as _policy_solve
 from birl_ext.ops import solve as _solve
+from birl_ext.ops.rows import widened
 from birl_ext.solution import Method, Rigour, Solution, Status
 
 __all__ = ["bellman", "evaluate", "occupancy", "solve"]
@@ -298,7 +299,7 @@ def evaluate(
         reward, transition, discount, 1.0, None, None, terminal, validate, batch, read=True
     )
     _check_policy(policy, flat, validate)
-    pi = flat.layout.grouped(policy.double(), 2)
+    pi = flat.layout.grouped(widened(policy), 2)
     gain = (pi * flat.reward.double()).sum(-1)
     value = _policy_system(flat, pi, gain, False, backend)
     return flat.layout.restore(value.to(flat.reward.dtype))
@@ -365,7 +366,7 @@ def occupancy(
         validation.check_initial_distribution(initial_distribution)
     start = flat.layout.grouped(initial_distribution.double(), 1)
     mass = (1 - flat.discount).unsqueeze(-1) * start
-    share = _policy_system(flat, flat.layout.grouped(policy.double(), 2), mass, True, backend)
+    share = _policy_system(flat, flat.layout.grouped(widened(policy), 2), mass, True, backend)
     return flat.layout.restore(share.to(flat.reward.dtype))
 
 
@@ -471,10 +472,9 @@ def _flat(
 def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
     value, q, advantage, policy, log_policy, info, status = outputs
     q, log_policy = _masked(q, flat), _masked(log_policy, flat)
+    if value.dtype is not q.dtype:
+        value = value.to(q.dtype)
     solution = Solution(value, q, policy, log_policy, advantage, info, status)
-    if (dtype := flat.reward.dtype) != torch.float64:
-        rounded = (table.to(dtype) for table in solution[:5])
-        solution = Solution._make((*rounded, info, status))
     if flat.layout.order is None:  # the op has put its outputs into the caller's axes
         return solution
     return Solution._make(map(flat.layout.restore, solution))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["INFO", "Info", "Method", "Rigour", "Solution", "Status"]
+__all__ = ["INFO", "Info", "Kernel", "Method", "Rigour", "Solution", "Status"]
 
 
 class Method(IntEnum):
@@ -32,9 +32,24 @@ class Info(IntEnum):
     PRODUCTS = 5  # of inner linear solvers
     TEMPERATURE = 6
     OFFSET = 7  # a constant near the value
+    KERNEL = 8  # the `Kernel` that solved the problem
 
 
 INFO = len(Info)
+
+
+class Kernel(IntEnum):
+    """The code that solves a problem, chosen by device, storage form and size."""
+
+    TORCH = 0  # plain PyTorch, any device
+    CPU_LANES = 1  # small dense: states on the lanes of a vector
+    CPU_ROWS = 2  # dense, row by row
+    CPU_CSR = 3  # sparse
+    CUDA_WARP = 10  # one warp per problem
+    CUDA_BLOCK = 11  # one block, P in shared memory
+    CUDA_CLUSTER = 12  # a cluster of blocks
+    CUDA_GRID = 13  # the whole device on one dense problem
+    CUDA_CSR = 14  # sparse
 
 
 class Rigour(IntEnum):
@@ -99,7 +114,7 @@ class Solution(NamedTuple):
     advantage: Tensor
     """Q* − V*, (*B, S, A), free of the cancellation of subtracting the two; 0 where masked."""
     info: Tensor
-    """What the solver certified and counted, (*B, 8): see the properties."""
+    """What the solver certified and counted, (*B, 9) float64: see the properties."""
     status: Tensor
     """A `Status` per problem, (*B,) int64; 0 is success."""
 
@@ -124,6 +139,15 @@ class Solution(NamedTuple):
     def iterations(self) -> Tensor:
         """Passes over the transition, (*B,) int64."""
         return self.info[..., Info.PASSES].nan_to_num().long()
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels that solved the batch, each once, in the order of `Kernel`.
+
+        Reads `info`: on a GPU it waits for the solution.
+        """
+        used = set(self.info[..., Info.KERNEL].flatten().tolist())
+        return tuple(kernel.name for kernel in Kernel if kernel in used)
 
 
 def _rounding(table: Tensor, event: int) -> Tensor | float:

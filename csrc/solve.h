@@ -7,21 +7,21 @@
 namespace birl {
 
 // Columns of `info`: half-span of δ, bound on ‖V − V*‖∞, passes over P, place and value of an
-// invalid input, products of inner solvers, temperature, and a constant near the value.
-constexpr Index kInfo = 8;
+// invalid input, products of inner solvers, temperature, a constant near the value, and a Kernel.
+constexpr Index kInfo = 9;
 
 struct Solve {
   const double* initial;  // (N,G,S) or null
   double* value;          // (N,G,S)
-  double* q;              // (N,G,S,A)
-  double* advantage;      // (N,G,S,A): q − value, from the relative form and so more exact
-  double* policy;         // (N,G,S,A)
-  double* log_policy;     // (N,G,S,A)
-  double* info;           // (N,G,kInfo)
-  Index* status;          // (N,G)
-  Index method;           // 0 auto, 1 value iteration, 2 Newton direct, 3 Newton-Krylov, 4 MPI
-  double tol;             // relative and certified; 0: as far as rounding allows
-  Index max_iterations;   // passes over P; 0: enough for the contraction to reach rounding level
+  void* q;                // (N,G,S,A), as the next three in the type of P and r
+  void* advantage;        // q − value, from the relative form and so more exact
+  void* policy;
+  void* log_policy;
+  double* info;          // (N,G,kInfo)
+  Index* status;         // (N,G)
+  Index method;          // 0 auto, 1 value iteration, 2 Newton direct, 3 Newton-Krylov, 4 MPI
+  double tol;            // relative and certified; 0: as far as rounding allows
+  Index max_iterations;  // passes over P; 0: enough for the contraction to reach rounding level
   Rigour validate;
   int threads;
 };

@@ -28,6 +28,20 @@ struct Outcome {
   double offset = 0.0;
 };
 
+// Where one problem's results go: the tables in the type of P and r.
+template <class Real>
+struct Tables {
+  double* value;                              // (S)
+  Real *q, *advantage, *policy, *log_policy;  // (S,A)
+};
+
+template <class Real>
+Tables<Real> tables_at(const Solve& request, Index i, Index S, Index A) {
+  const auto at = [&](void* table) { return static_cast<Real*>(table) + i * S * A; };
+  return {request.value + i * S, at(request.q), at(request.advantage), at(request.policy),
+          at(request.log_policy)};
+}
+
 // Solves one problem after another on transitions of one shape; keeps its memory between them.
 template <class Model>
 class Solver {
@@ -60,30 +74,44 @@ class Solver {
   }
 
   Outcome run(const Model& model, const Problem<Real>& problem, const double* initial,
-              double* value, double* q, double* advantage, double* policy, double* log_policy) {
+              const Tables<Real>& out) {
     model_ = &model;
     problem_ = problem;
-    q_ = advantage;  // holds q' until the end
-    policy_ = policy;
     begin(initial);
     Outcome outcome = iterate();
-
-    // Everything below comes from the last sweep; P is not read again.
-    const Index S = model.states, A = model.actions;
-    kernels().soft_maximum({S, A, q_, problem.log_reference, problem.temperature, next_.data(),
-                            policy, log_policy, advantage, scratch_[0].soft_maximum.data()});
     outcome.offset = problem.discount * c_ + shift();
-    for (Index s = 0; s < S; ++s) {
-      value[s] = next_[s] + outcome.offset;
-      for (Index row = s * A; row < (s + 1) * A; ++row) q[row] = advantage[row] + value[s];
-    }
+    write(outcome.offset, out);
     return outcome;
   }
 
  private:
+  // Everything comes from the last sweep; P is not read again.
+  void write(double offset, const Tables<Real>& out) {
+    const Index S = model_->states, A = model_->actions;
+    log_policy_.resize(S * A);
+    double* const advantage = q_.data();  // takes the place of q'
+    kernels().soft_maximum({S, A, q_.data(), problem_.log_reference, problem_.temperature,
+                            next_.data(), policy_.data(), log_policy_.data(), advantage,
+                            scratch_[0].soft_maximum.data()});
+    for (Index s = 0; s < S; ++s) {
+      const double value = next_[s] + offset;
+      out.value[s] = value;
+      for (Index row = s * A; row < (s + 1) * A; ++row)
+        out.q[row] = static_cast<Real>(advantage[row] + value);
+    }
+    const auto store = [](const std::vector<double>& table, Real* to) {
+      std::transform(table.begin(), table.end(), to, [](double x) { return static_cast<Real>(x); });
+    };
+    store(q_, out.advantage);
+    store(policy_, out.policy);
+    store(log_policy_, out.log_policy);
+  }
+
   void begin(const double* initial) {
     const Index S = model_->states, A = model_->actions, rows = S * A;
     if (scratch_.empty()) scratch_.assign(team_.size(), SweepScratch<Model>(*model_));
+    q_.resize(rows);
+    policy_.resize(rows);
     w_.assign(S, 0.0);
     next_.resize(S);
     delta_.resize(S);
@@ -133,12 +161,12 @@ class Solver {
       SweepScratch<Model>& mine = scratch_[worker];
       const Index s0 = item * chunk, s1 = std::min(S, s0 + chunk);
       if (from_zero_)
-        std::copy(problem_.reward + s0 * A, problem_.reward + s1 * A, q_ + s0 * A);
+        std::copy(problem_.reward + s0 * A, problem_.reward + s1 * A, q_.data() + s0 * A);
       else
         q_values(model, problem_, inverse_sum_.data() + s0 * A, w_.data(), s0, s1,
-                 mine.product.data(), q_ + s0 * A);
-      kernels().soft_maximum({s1 - s0, A, q_ + s0 * A, reference(s0), problem_.temperature,
-                              next_.data() + s0, form ? policy_ + s0 * A : nullptr, nullptr,
+                 mine.product.data(), q_.data() + s0 * A);
+      kernels().soft_maximum({s1 - s0, A, q_.data() + s0 * A, reference(s0), problem_.temperature,
+                              next_.data() + s0, form ? policy_.data() + s0 * A : nullptr, nullptr,
                               nullptr, mine.soft_maximum.data()});
       ranges_[item] = kernels().difference(s1 - s0, next_.data() + s0, w_.data() + s0, constant,
                                            delta_.data() + s0);
@@ -181,8 +209,9 @@ class Solver {
     const Index S = model_->states, A = model_->actions;
     weight_.resize(S * A);
     std::vector<double> value(S);
-    kernels().soft_maximum({S, A, q_, problem_.log_reference, problem_.temperature, value.data(),
-                            policy_, nullptr, nullptr, scratch_[0].soft_maximum.data()});
+    kernels().soft_maximum({S, A, q_.data(), problem_.log_reference, problem_.temperature,
+                            value.data(), policy_.data(), nullptr, nullptr,
+                            scratch_[0].soft_maximum.data()});
     for (Index row = 0; row < S * A; ++row) weight_[row] = policy_[row] * inverse_sum_[row];
     weight_ready_ = true;
   }
@@ -504,8 +533,7 @@ class Solver {
   double c_ = 0.0, low_ = 0.0, high_ = 0.0;  // V = c + W, W in [low, high]
   double largest_reward_ = 0.0, largest_reference_ = 0.0;
   Range range_{};
-  double* q_ = nullptr;
-  double* policy_ = nullptr;
+  std::vector<double> q_, policy_, log_policy_;  // q' until the end, then Q − V
   std::vector<double> w_, next_, delta_, inverse_sum_, least_, weight_;
   std::vector<Range> ranges_;
   std::vector<SweepScratch<Model>> scratch_;
@@ -536,6 +564,7 @@ void solve(const Batch& batch, const Solve& request, Interrupt& interrupt) {
     const bool across = batch.transitions >= outer.size();
     Team& within = across ? alone : outer;
     std::vector<std::unique_ptr<Solver<Model>>> solvers(across ? outer.size() : 1);
+    const double kernel = static_cast<double>(batch.sparse() ? Kernel::kCpuCsr : Kernel::kCpuRows);
 
     const auto one = [&](Index n, int worker) {
       interrupt.check();
@@ -548,7 +577,7 @@ void solve(const Batch& batch, const Solve& request, Interrupt& interrupt) {
       for (Index i = n * G; i < (n + 1) * G; ++i) {
         interrupt.check();
         const Problem<Real> problem = problem_at<Real>(batch, i);
-        const Index values = i * S, pairs = i * S * A;
+        const Tables<Real> out = tables_at<Real>(request, i, S, A);
         double* info = request.info + kInfo * i;
         Defect defect;
         if (request.validate != Rigour::kOff) {
@@ -557,11 +586,9 @@ void solve(const Batch& batch, const Solve& request, Interrupt& interrupt) {
         }
         if (defect.status != Status::kConverged) {
           const double nan = std::numeric_limits<double>::quiet_NaN();
-          std::fill_n(request.value + values, S, nan);
-          std::fill_n(request.q + pairs, S * A, nan);
-          std::fill_n(request.advantage + pairs, S * A, nan);
-          std::fill_n(request.policy + pairs, S * A, nan);
-          std::fill_n(request.log_policy + pairs, S * A, nan);
+          std::fill_n(out.value, S, nan);
+          for (Real* table : {out.q, out.advantage, out.policy, out.log_policy})
+            std::fill_n(table, S * A, static_cast<Real>(nan));
           request.status[i] = static_cast<Index>(defect.status);
           const double row[kInfo] = {nan,
                                      nan,
@@ -570,14 +597,13 @@ void solve(const Batch& batch, const Solve& request, Interrupt& interrupt) {
                                      defect.value,
                                      0.0,
                                      problem.temperature,
-                                     nan};
+                                     nan,
+                                     kernel};
           std::copy(row, row + kInfo, info);
           continue;
         }
         const Outcome outcome =
-            solver.run(model, problem, request.initial ? request.initial + values : nullptr,
-                       request.value + values, request.q + pairs, request.advantage + pairs,
-                       request.policy + pairs, request.log_policy + pairs);
+            solver.run(model, problem, request.initial ? request.initial + i * S : nullptr, out);
         request.status[i] = static_cast<Index>(outcome.status);
         const double row[kInfo] = {outcome.residual,
                                    outcome.error_bound,
@@ -586,7 +612,8 @@ void solve(const Batch& batch, const Solve& request, Interrupt& interrupt) {
                                    0.0,
                                    static_cast<double>(outcome.products),
                                    problem.temperature,
-                                   outcome.offset};
+                                   outcome.offset,
+                                   kernel};
         std::copy(row, row + kInfo, info);
       }
     };

@@ -384,9 +384,26 @@ def test_float32_tells_the_truth_at_a_discount_near_one(kind: str, backend: str)
             true_error = (value.double() - got.value).abs().amax(-1)
             assert (true_error <= bound).all(), (true_error / bound).max()
             assert (bound <= 1e-6 * got.value.abs().amax(-1)).all()
-    assert_close(policies[0], policies[1], bound=1e-3, label="policy")
+    assert_close(policies[0], policies[1], bound=1e-6, label="policy")
     error = (gradients[0] - gradients[1]).flatten(1).norm(dim=1)
-    assert (error <= 1e-4 * gradients[1].flatten(1).norm(dim=1)).all(), error
+    assert (error <= 1e-6 * gradients[1].flatten(1).norm(dim=1)).all(), error
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_solution_has_the_dtype_of_its_data_and_names_its_kernel(
+    dtype: torch.dtype, backend: str
+) -> None:
+    mdp = Case(states=140, batch=(2,), dtype=dtype).mdp()
+    expected = {"torch": {"TORCH"}, "cpu": {"CPU_ROWS", "CPU_CSR"}}[backend]
+    found = set()
+    for one in (mdp, mdp.to_sparse()):
+        solution = birl_ext.solve(one, temperature=0.5, backend=backend)
+        assert {table.dtype for table in solution[:5]} == {dtype}
+        assert solution.info.dtype == solution.error_bound.dtype == torch.float64
+        assert len(solution.kernels) == 1
+        found.update(solution.kernels)
+    assert found == expected
 
 
 @pytest.mark.skipif(len(BACKENDS) == 1, reason=f"_cpu: {_backends.unavailable('cpu')}")

@@ -23,7 +23,7 @@ from birl_ext.ops.bellman import (
     fold_cotangents,
     parameter_cotangents,
 )
-from birl_ext.ops.rows import Rows
+from birl_ext.ops.rows import Rows, widened
 from birl_ext.solution import Solution
 
 __all__ = ["HypergradientReport", "Linearisation", "hypergradient_report", "linearise"]
@@ -279,7 +279,7 @@ def exact_value(flat: Flat, solution: Solution) -> SweptValue:
     return SweptValue(
         grouped(solution.value.detach().double(), 1),
         grouped(solution.advantage.detach().double(), 2),
-        grouped(solution.policy.detach().double(), 2),
+        grouped(widened(solution.policy.detach()), 2),
         grouped(solution.log_policy.detach().double(), 2),
         grouped(solution.log_policy_error_bound, 0) * flat.temperature.detach() / 2,
     )

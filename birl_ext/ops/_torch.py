@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops.rows import Rows
-from birl_ext.solution import INFO, Info, Method, Rigour, Status
+from birl_ext.solution import INFO, Info, Kernel, Method, Rigour, Status
 from birl_ext.validation import row_sum_tolerance
 
 __all__ = ["bellman", "policy_solve", "solve"]
@@ -223,9 +223,10 @@ def solve(
     info[..., :3] = torch.where(bad.unsqueeze(-1), torch.nan, info[..., :3])
     advantage, policy, log_policy = table
     absolute = done_value + done_offset.unsqueeze(-1)
-    q = advantage + absolute.unsqueeze(-1)
+    tables = (advantage + absolute.unsqueeze(-1), advantage, policy, log_policy)
     info[..., Info.TEMPERATURE], info[..., Info.OFFSET] = problem.temperature, done_offset
-    outputs = (absolute, q, advantage, policy, log_policy, info, status)
+    info[..., Info.KERNEL] = Kernel.TORCH
+    outputs = (absolute, *(table.to(reward.dtype) for table in tables), info, status)
     # cloned, so that the caller owns what it gets and may write to it
     return tuple(x.reshape((*batch, *x.shape[2:])).clone() for x in outputs)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "widened"]
 
 
 class Rows(NamedTuple):
@@ -115,6 +115,19 @@ class Rows(NamedTuple):
     def _by_action(self, table: Tensor) -> Tensor:
         """(…, S·A) → (…, S, A)."""
         return table.reshape(*table.shape[:-1], self.states, self.actions)
+
+
+def widened(policy: Tensor) -> Tensor:
+    """π in float64, summing to one again where it missed one by the rounding of a narrower dtype.
+
+    I − γP_π would take what is missing for a leak, and 1/(1 − γ) would magnify it.
+    """
+    if policy.dtype == torch.float64:
+        return policy
+    wide = policy.double()
+    mass = wide.detach().sum(-1, keepdim=True)
+    rounding = 4 * policy.shape[-1] * torch.finfo(policy.dtype).eps
+    return wide / torch.where((mass - 1).abs() <= rounding, mass, 1.0)
 
 
 def _joined(table: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from birl_ext.ops.bellman import (
     policy_tangent,
 )
 from birl_ext.ops.policy_solve import PolicySolve
-from birl_ext.ops.rows import Rows
+from birl_ext.ops.rows import Rows, widened
 from birl_ext.solution import INFO, Info
 
 __all__ = ["solve"]
@@ -53,12 +53,11 @@ def _(
 ) -> tuple[Tensor, ...]:
     states, actions = reward.shape[-2:]
 
-    def new(*event: int) -> Tensor:
-        return reward.new_empty((*batch, *event), dtype=torch.float64)
+    def new(*event: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return reward.new_empty((*batch, *event), dtype=dtype)
 
-    tables = tuple(new(states, actions) for _ in range(4))
-    status = reward.new_empty(tuple(batch), dtype=torch.int64)
-    return new(states), *tables, new(INFO), status
+    tables = tuple(new(states, actions, dtype=reward.dtype) for _ in range(4))
+    return new(states), *tables, new(INFO), new(dtype=torch.int64)
 
 
 for _key in ("CPU", "CUDA"):
@@ -108,7 +107,8 @@ class Solve(Function):
         s, a = policy.shape[-2:]
         rows = Rows(transition, crow, col, s, a)
         value, offset = value.reshape(n, g, s), info[..., Info.OFFSET].reshape(n, g)
-        advantage, policy = advantage.reshape(n, g, s, a), policy.reshape(n, g, s, a)
+        advantage = advantage.reshape(n, g, s, a).double()
+        policy = widened(policy.reshape(n, g, s, a))
         trust = torch.where(status.reshape(n, g) == 0, 1.0, torch.nan).double().unsqueeze(-1)
         relative = value - offset.unsqueeze(-1)  # free of the constant mode, which cancels
         return Point(rows, discount, temperature, relative, offset, advantage, policy), trust
@@ -147,7 +147,7 @@ class Solve(Function):
         table = point.policy.shape
         value_bar = None if value_bar is None else value_bar.reshape(table[:-1])
         q_bar, advantage_bar, policy_bar, log_policy_bar = (
-            None if bar is None else bar.reshape(table) for bar in bars[1:]
+            None if bar is None else bar.reshape(table).double() for bar in bars[1:]
         )
         if q_bar is not None:  # Q = (Q − V) + V
             advantage_bar = q_bar if advantage_bar is None else advantage_bar + q_bar
@@ -180,7 +180,8 @@ class Solve(Function):
         policy_dot, log_policy_dot = policy_tangent(
             point, advantage_dot, reference_dot, temperature_dot
         )
-        dots = (value_dot, q_dot, advantage_dot, policy_dot, log_policy_dot)
+        tables = (q_dot, advantage_dot, policy_dot, log_policy_dot)
+        dots = (value_dot, *(dot.to(point.rows.data.dtype) for dot in tables))
         return *(dot.reshape((*ctx.batch, *dot.shape[2:])) for dot in dots), None, None
 
     @staticmethod
@@ -213,7 +214,9 @@ def solve(
     strict: bool,
     backend: int,
 ) -> tuple[Tensor, ...]:
-    """V, Q, Q − V, π, log π, info (…, 8) and status, in axes `batch`.
+    """V, Q, Q − V, π, log π, info (…, 9) and status, in axes `batch`.
+
+    V and info are float64, the four tables in the dtype of reward and transition.
 
     The inputs have axes (N, G); `batch` are the caller's axes, of N·G problems in the same order.
     """

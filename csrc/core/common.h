@@ -31,4 +31,17 @@ enum class Status : Index {
   kReference = 17,
 };
 
+// What solved a problem, in the last column of `info`.
+enum class Kernel : Index {
+  kTorch = 0,
+  kCpuLanes = 1,      // small dense: states on the lanes of a vector
+  kCpuRows = 2,       // dense, row by row
+  kCpuCsr = 3,        // sparse
+  kCudaWarp = 10,     // one warp per problem
+  kCudaBlock = 11,    // one block, P in shared memory
+  kCudaCluster = 12,  // a cluster of blocks
+  kCudaGrid = 13,     // the whole device on one dense problem
+  kCudaCsr = 14,      // sparse
+};
+
 }  // namespace birl
