@@ -3,19 +3,26 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace birl {
 
 namespace baseline {
 extern const Kernels kTable;
-}
+extern const LaneKernels<float> kLanesSingle;
+extern const LaneKernels<double> kLanesDouble;
+}  // namespace baseline
 #ifdef BIRL_X86_DISPATCH
 namespace avx2 {
 extern const Kernels kTable;
-}
+extern const LaneKernels<float> kLanesSingle;
+extern const LaneKernels<double> kLanesDouble;
+}  // namespace avx2
 namespace avx512 {
 extern const Kernels kTable;
-}
+extern const LaneKernels<float> kLanesSingle;
+extern const LaneKernels<double> kLanesDouble;
+}  // namespace avx512
 #endif
 
 const char* compiled_instruction_sets() {
@@ -26,8 +33,16 @@ const char* compiled_instruction_sets() {
 #endif
 }
 
-const Kernels& kernels() {
-  static const Kernels* const chosen = [] {
+namespace {
+
+struct Tables {
+  const Kernels* kernels;
+  const LaneKernels<float>* lanes_single;
+  const LaneKernels<double>* lanes_double;
+};
+
+const Tables& chosen() {
+  static const Tables tables = [] {
 #ifdef BIRL_X86_DISPATCH
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -37,12 +52,27 @@ const Kernels& kernels() {
     const char* wanted = std::getenv("BIRL_ISA");
     const bool lower_than_512 = wanted && std::strcmp(wanted, "avx512") != 0;
     const bool lower_than_2 = wanted && std::strcmp(wanted, "baseline") == 0;
-    if (has_avx512 && !lower_than_512) return &avx512::kTable;
-    if (has_avx2 && !lower_than_2) return &avx2::kTable;
+    if (has_avx512 && !lower_than_512)
+      return Tables{&avx512::kTable, &avx512::kLanesSingle, &avx512::kLanesDouble};
+    if (has_avx2 && !lower_than_2)
+      return Tables{&avx2::kTable, &avx2::kLanesSingle, &avx2::kLanesDouble};
 #endif
-    return &baseline::kTable;
+    return Tables{&baseline::kTable, &baseline::kLanesSingle, &baseline::kLanesDouble};
   }();
-  return *chosen;
+  return tables;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen().kernels; }
+
+template <>
+const LaneKernels<float>& lane_kernels<float>() {
+  return *chosen().lanes_single;
+}
+template <>
+const LaneKernels<double>& lane_kernels<double>() {
+  return *chosen().lanes_double;
 }
 
 }  // namespace birl

@@ -105,12 +105,15 @@ void products(const Real* p, Index rows, Index cols, const double* w, double* y)
   for (; i < rows; ++i) row_products<1>(p + i * cols, cols, w, y + i);
 }
 
-template <class Real>
-void sums(const Real* p, Index rows, Index cols, double* sum, double* least) {
+// Σ_t p, min(0, min_t p), and with `Multiply` Σ_t p w, of each row.
+template <bool Multiply, class Real>
+inline __attribute__((always_inline)) void row_reductions(const Real* p, Index rows, Index cols,
+                                                          const double* w, double* y, double* sum,
+                                                          double* least) {
   for (Index i = 0; i < rows; ++i, p += cols) {
-    Vec acc[kParts], low[kParts];  // low starts at zero: a minimum above is of no interest
+    Vec acc[kParts], low[kParts], product[kParts];
 #pragma GCC unroll 8
-    for (int part = 0; part < kParts; ++part) acc[part] = low[part] = Vec{};
+    for (int part = 0; part < kParts; ++part) acc[part] = low[part] = product[part] = Vec{};
     Index t = 0;
     for (; t + 16 <= cols; t += 16)
 #pragma GCC unroll 8
@@ -118,18 +121,24 @@ void sums(const Real* p, Index rows, Index cols, double* sum, double* least) {
         const Vec x = load(p + t + part * kWidth);
         acc[part] += x;
         low[part] = x < low[part] ? x : low[part];
+        if constexpr (Multiply) product[part] += x * load(w + t + part * kWidth);
       }
-    Vec total[1];
+    Vec total[1], total_product[1];
 #pragma GCC unroll 4
     for (int half = kParts / 2; half > 0; half /= 2)
 #pragma GCC unroll 4
       for (int part = 0; part < half; ++part) {
         acc[part] += acc[part + half];
         low[part] = low[part] < low[part + half] ? low[part] : low[part + half];
+        if constexpr (Multiply) product[part] += product[part + half];
       }
     total[0] = acc[0];
     lane_sums(total, sum + i);
-    double lanes[kWidth], smallest = 0.0, tail = 0.0;
+    if constexpr (Multiply) {
+      total_product[0] = product[0];
+      lane_sums(total_product, y + i);
+    }
+    double lanes[kWidth], smallest = 0.0, tail = 0.0, tail_product = 0.0;
     store(lanes, low[0]);
     for (int lane = 0; lane < kWidth; ++lane)
       smallest = lanes[lane] < smallest ? lanes[lane] : smallest;
@@ -137,10 +146,23 @@ void sums(const Real* p, Index rows, Index cols, double* sum, double* least) {
       const double x = static_cast<double>(p[t]);
       tail += x;
       smallest = x < smallest ? x : smallest;
+      if constexpr (Multiply) tail_product += x * w[t];
     }
     sum[i] += tail;
     least[i] = smallest;
+    if constexpr (Multiply) y[i] += tail_product;
   }
+}
+
+template <class Real>
+void sums(const Real* p, Index rows, Index cols, double* sum, double* least) {
+  row_reductions<false>(p, rows, cols, nullptr, nullptr, sum, least);
+}
+
+template <class Real>
+void products_and_sums(const Real* p, Index rows, Index cols, const double* w, double* y,
+                       double* sum, double* least) {
+  row_reductions<true>(p, rows, cols, w, y, sum, least);
 }
 
 template <class Real>
@@ -335,8 +357,8 @@ const Kernels kTable = {
 #define BIRL_STRING_(x) #x
 #define BIRL_STRING(x) BIRL_STRING_(x)
     BIRL_STRING(BIRL_ISA),
-    {products<float>, sums<float>, combine<float>, q_values<float>},
-    {products<double>, sums<double>, combine<double>, q_values<double>},
+    {products<float>, sums<float>, products_and_sums<float>, combine<float>, q_values<float>},
+    {products<double>, sums<double>, products_and_sums<double>, combine<double>, q_values<double>},
     soft_maximum,
     {eliminate_block, eliminate_below, eliminated_solve, eliminated_solve_transpose},
     dot,

@@ -12,6 +12,9 @@ struct RowKernels {
   void (*products)(const Real* p, Index rows, Index cols, const double* w, double* y);
   // sum[i] = Σ_t p[i,t], least[i] = min_t p[i,t] (NaN entries show in the sum)
   void (*sums)(const Real* p, Index rows, Index cols, double* sum, double* least);
+  // products and sums in one reading
+  void (*products_and_sums)(const Real* p, Index rows, Index cols, const double* w, double* y,
+                            double* sum, double* least);
   // out[t] += Σ_k weight[k] p[k,t]
   void (*combine)(const Real* p, Index stride, Index rows, Index cols, const double* weight,
                   double* out);

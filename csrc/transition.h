@@ -1,5 +1,6 @@
 // The two storage forms of P. The solvers are templates over either; a model offers
 //   products, row_sums       over rows [row0, row1), row = s·A + a
+//   products_and_sums        both in one reading
 //   policy_row               out[t] += Σ_a weight[a] P(t|s,a), out dense
 //   values, count            the stored entries, for naming a bad one
 //   work, longest_row        multiply-adds of one pass; terms in the longest row sum
@@ -32,6 +33,11 @@ struct DenseTransition {
   }
   void row_sums(Index row0, Index row1, double* sum, double* least) const {
     kernels().rows<Real>().sums(values + row0 * states, row1 - row0, states, sum, least);
+  }
+  void products_and_sums(Index row0, Index row1, const double* w, double* y, double* sum,
+                         double* least) const {
+    kernels().rows<Real>().products_and_sums(values + row0 * states, row1 - row0, states, w, y, sum,
+                                             least);
   }
   void policy_row(Index s, const double* weight, double* out) const {
     kernels().rows<Real>().combine(values + s * actions * states, states, actions, states, weight,
@@ -82,6 +88,11 @@ struct CsrTransition {
       sum[row - row0] = total;
       least[row - row0] = smallest;
     }
+  }
+  void products_and_sums(Index row0, Index row1, const double* w, double* y, double* sum,
+                         double* least) const {
+    products(row0, row1, w, y);
+    row_sums(row0, row1, sum, least);
   }
   void policy_row(Index s, const double* weight, double* out) const {
     for (Index a = 0; a < actions; ++a)

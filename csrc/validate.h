@@ -38,14 +38,18 @@ Defect problem_defect(const Problem<Real>& problem, Index states, Index actions)
   return {};
 }
 
+// Rounding of single precision data, and of their sum, is no mistake.
+template <class Real>
+double row_sum_tolerance(Index states) {
+  return (sizeof(Real) == 4 ? 1e-5 : 1e-8) +
+         static_cast<double>(states) * std::numeric_limits<Real>::epsilon();
+}
+
 // Status codes 10 to 12, from row sums and row minima. Only a transition that fails is searched.
 template <class Model>
 Defect transition_defect(const Model& model, Rigour rigour, const double* sum,
                          const double* least) {
-  using Real = typename Model::Real;
-  constexpr bool single = sizeof(Real) == 4;
-  const double tolerance = (single ? 1e-5 : 1e-8) +
-                           static_cast<double>(model.states) * std::numeric_limits<Real>::epsilon();
+  const double tolerance = row_sum_tolerance<typename Model::Real>(model.states);
   for (Index row = 0; row < model.states * model.actions; ++row) {
     if (std::isfinite(sum[row]) && least[row] >= 0.0 &&
         ((sum[row] == 0.0 && rigour == Rigour::kOrEnding) || std::abs(sum[row] - 1.0) <= tolerance))

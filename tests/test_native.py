@@ -22,7 +22,10 @@ if _native.reason("cpu") and os.environ.get("BIRL_REQUIRE_EXT") != "1":
 EPS = np.finfo(np.float64).eps
 SIZES = [1, 2, 31, 32, 33, 65, 130]
 STORAGE = [np.float32, np.float64]
-NATIVE_KERNELS = ((Kernel.CPU_LANES, Kernel.CPU_ROWS), (Kernel.CPU_CSR,))  # dense, sparse
+NATIVE_KERNELS = (  # dense, sparse
+    (Kernel.CPU_LANES, Kernel.CPU_ROWS),
+    (Kernel.CPU_LANES, Kernel.CPU_CSR),
+)
 METHODS = {0: "auto", 1: "value_iteration", 2: "newton", 3: "krylov", 4: "mpi"}
 
 

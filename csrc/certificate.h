@@ -1,0 +1,90 @@
+// What a sweep proves of the distance to V* (M6), rounding included, and when nothing more can be
+// had.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "core/common.h"
+
+namespace birl {
+
+constexpr double kEps = std::numeric_limits<double>::epsilon();
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+struct Certificate {
+  // Of the problem:
+  double discount = 0.0, temperature = 1.0;
+  double largest_reward = 0.0, largest_reference = 0.0;  // |r|, |log μ| over available actions
+  bool continues = true;                                 // every available row
+  Index actions = 1;
+  double additions = 0.0;  // dependent additions in a row sum
+  double tol = 0.0;        // relative; 0: as far as rounding allows
+  // Of the last sweep, made at V = c + W:
+  double c = 0.0;
+  double least = 0.0, most = 0.0;  // range of W
+  double low = 0.0, high = 0.0;    // range of δ = TV − V
+
+  double half_span() const {
+    return continues ? 0.5 * (high - low) : std::max(std::abs(low), std::abs(high));
+  }
+
+  // (M6): V* lies in TV + γ/(1−γ) [min δ, max δ]; the middle is added where that is valid.
+  double shift() const {
+    return continues ? discount / (1.0 - discount) * (0.5 * (low + high)) : 0.0;
+  }
+
+  // Size of the numbers whose rounding enters δ.
+  double scale() const {
+    const double span = 2.0 * std::max(std::abs(least), std::abs(most));
+    return largest_reward + span + (1.0 - discount) * std::abs(c) +
+           temperature * (1.0 + std::log(static_cast<double>(actions)) + largest_reference);
+  }
+
+  // Rounding error of one component of δ: 8 units for the handful of operations after the row sums,
+  // half an ulp for each dependent addition in the two row sums P·W and σ, and the same for the sum
+  // over actions.
+  double rounding() const {
+    const double units = 8.0 + additions + 0.5 * static_cast<double>(std::min<Index>(actions, 64));
+    return units * kEps * scale();
+  }
+
+  double error_bound() const { return (discount * half_span() + rounding()) / (1.0 - discount); }
+
+  double largest_value() const {
+    return std::max(std::max(std::abs(c + least), std::abs(c + most)), largest_reward);
+  }
+
+  bool converged() const { return tol > 0.0 && error_bound() <= tol * largest_value(); }
+
+  // Half-span at which iteration ends, as far as it can be told now.
+  double target() const {
+    const double wanted = tol * largest_value() * (1.0 - discount) / std::max(discount, 0.1);
+    return std::max(wanted, kEps * scale());
+  }
+};
+
+// Tells when the half-span has come down as far as rounding lets it.
+class Progress {
+ public:
+  // `patience`: sweeps within which the half-span falls by a tenth if it still falls.
+  bool exhausted(const Certificate& certificate, Index patience) {
+    const double half = certificate.half_span(), floor = certificate.rounding();
+    since_best_ = half < 0.9 * best_ ? 0 : since_best_ + 1;
+    if (since_best_ == 0) best_ = half;
+    at_rounding_level_ = half <= floor && since_best_ > 0;
+    return half <= kEps * certificate.scale() || (half <= floor && since_best_ >= patience) ||
+           (half <= 8.0 * floor && since_best_ >= 10 * patience);
+  }
+
+  // Whether a jittering half-span tells nothing of the contraction any more.
+  bool at_rounding_level() const { return at_rounding_level_; }
+
+ private:
+  double best_ = kInf;
+  Index since_best_ = 0;
+  bool at_rounding_level_ = false;
+};
+
+}  // namespace birl

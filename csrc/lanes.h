@@ -1,0 +1,83 @@
+// Small problems, their states on the lanes of SIMD registers.
+//
+// A table over (S,A) is stored [block][a][lane], P is stored [block][t][a][lane], a block being
+// `width` states. One value V(t), broadcast, then multiplies whole registers of P, and everything
+// after the products (maximum, exp, sum, log) runs down the actions without crossing lanes. Lanes
+// beyond the last state repeat it, so that reductions need no mask.
+#pragma once
+
+#include "core/common.h"
+
+namespace birl {
+
+// Of one sweep: the range of δ, the range of the image, and whether all of it is finite.
+struct Extent {
+  double low, high, least, most;
+  bool finite;
+};
+
+// One application of T in the arithmetic of Number, on data stored as Real, in relative form:
+// W = value − centre, q' = r + scale·ΣPW, image = τ log Σ_a μ exp(q'/τ), δ = image − W − constant.
+template <class Number, class Real>
+struct LaneSweep {
+  Index states, actions;
+  const Real* transition;
+  const Real* reward;
+  const Number* scale;          // γ/σ, zero for a row without continuation
+  const Number* log_reference;  // null: the reference is one everywhere
+  Number temperature;
+  const Number* value;  // null: W = 0, and P is not read
+  Number centre, constant;
+  Number* image;
+  Number* q;
+  Number* w;  // scratch, one number per padded state
+};
+
+// What a problem looks like once packed. `reward` must be finite for the rest to mean anything.
+struct LaneProblem {
+  double largest_reward, largest_reference;  // over available actions
+  bool finite;                               // reward
+  bool continues;                            // every available row
+};
+
+template <class Real>
+struct LaneResult {
+  Index states, actions;
+  const double* q_relative;                   // q' of the last sweep, packed
+  const double* image;                        // and its image
+  const double* log_reference;                // packed, or null
+  double temperature, offset;                 // V = image + offset
+  double* value;                              // (S)
+  Real *q, *advantage, *policy, *log_policy;  // (S,A)
+  double* scratch;                            // 6·width·A numbers
+};
+
+template <class Real>
+struct LaneKernels {
+  Index width;
+  // P (S,A,S) to the packed form.
+  void (*pack_transition)(const Real* p, Index states, Index actions, Real* packed);
+  // σ of every packed row. Returns whether all entries are finite and none is negative, and every
+  // |σ − 1| <= tolerance; a σ of exactly zero passes if `ending`.
+  bool (*row_sums)(const Real* packed, Index states, Index actions, double tolerance, bool ending,
+                   double* sum);
+  LaneProblem (*pack_problem)(const Real* reward, const double* log_reference, Index states,
+                              Index actions, const double* inverse_sum, double discount,
+                              Real* packed_reward, double* scale, double* packed_reference);
+  Extent (*sweep)(const LaneSweep<double, Real>&);
+  Extent (*sweep_single)(const LaneSweep<float, Real>&);  // null for double storage
+  void (*unpack)(const double* packed, Index states, Index actions, double* table);
+  void (*result)(const LaneResult<Real>&);
+};
+
+// The table in use: the best the processor supports, or the one named by BIRL_ISA.
+template <class Real>
+const LaneKernels<Real>& lane_kernels();
+template <>
+const LaneKernels<float>& lane_kernels<float>();
+template <>
+const LaneKernels<double>& lane_kernels<double>();
+
+inline Index padded(Index states, Index width) { return (states + width - 1) / width * width; }
+
+}  // namespace birl
