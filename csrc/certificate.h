@@ -16,41 +16,46 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 struct Certificate {
   // Of the problem:
   double discount = 0.0, temperature = 1.0;
+  double horizon = 1.0;                                  // 1/(1 − γ)
   double largest_reward = 0.0, largest_reference = 0.0;  // |r|, |log μ| over available actions
   bool continues = true;                                 // every available row
-  Index actions = 1;
-  double additions = 0.0;  // dependent additions in a row sum
+  double log_actions = 0.0;
+  double additions = 0.0;  // dependent additions in the row sums P·W and σ and in that over actions
   double tol = 0.0;        // relative; 0: as far as rounding allows
   // Of the last sweep, made at V = c + W:
   double c = 0.0;
   double least = 0.0, most = 0.0;  // range of W
   double low = 0.0, high = 0.0;    // range of δ = TV − V
 
+  Certificate() = default;
+  Certificate(double discount_, double temperature_, Index actions, double row_additions,
+              double tol_)
+      : discount(discount_),
+        temperature(temperature_),
+        horizon(1.0 / (1.0 - discount_)),
+        log_actions(std::log(static_cast<double>(actions))),
+        additions(row_additions + 0.5 * static_cast<double>(std::min<Index>(actions, 64))),
+        tol(tol_) {}
+
   double half_span() const {
     return continues ? 0.5 * (high - low) : std::max(std::abs(low), std::abs(high));
   }
 
   // (M6): V* lies in TV + γ/(1−γ) [min δ, max δ]; the middle is added where that is valid.
-  double shift() const {
-    return continues ? discount / (1.0 - discount) * (0.5 * (low + high)) : 0.0;
-  }
+  double shift() const { return continues ? discount * horizon * (0.5 * (low + high)) : 0.0; }
 
   // Size of the numbers whose rounding enters δ.
   double scale() const {
     const double span = 2.0 * std::max(std::abs(least), std::abs(most));
     return largest_reward + span + (1.0 - discount) * std::abs(c) +
-           temperature * (1.0 + std::log(static_cast<double>(actions)) + largest_reference);
+           temperature * (1.0 + log_actions + largest_reference);
   }
 
-  // Rounding error of one component of δ: 8 units for the handful of operations after the row sums,
-  // half an ulp for each dependent addition in the two row sums P·W and σ, and the same for the sum
-  // over actions.
-  double rounding() const {
-    const double units = 8.0 + additions + 0.5 * static_cast<double>(std::min<Index>(actions, 64));
-    return units * kEps * scale();
-  }
+  // Rounding error of one component of δ: 8 units for the handful of operations after the sums, and
+  // half an ulp for each dependent addition in them.
+  double rounding() const { return (8.0 + additions) * kEps * scale(); }
 
-  double error_bound() const { return (discount * half_span() + rounding()) / (1.0 - discount); }
+  double error_bound() const { return (discount * half_span() + rounding()) * horizon; }
 
   double largest_value() const {
     return std::max(std::max(std::abs(c + least), std::abs(c + most)), largest_reward);
@@ -60,8 +65,9 @@ struct Certificate {
 
   // Half-span at which iteration ends, as far as it can be told now.
   double target() const {
-    const double wanted = tol * largest_value() * (1.0 - discount) / std::max(discount, 0.1);
-    return std::max(wanted, kEps * scale());
+    const double rest = kEps * scale();
+    if (tol == 0.0) return rest;
+    return std::max(tol * largest_value() / (horizon * std::max(discount, 0.1)), rest);
   }
 };
 

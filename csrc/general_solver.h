@@ -101,12 +101,8 @@ class GeneralSolver {
     w_.assign(S, 0.0);
     next_.resize(S);
     delta_.resize(S);
-    certificate_ = {};
-    certificate_.discount = problem_.discount;
-    certificate_.temperature = problem_.temperature;
-    certificate_.actions = A;
-    certificate_.additions = model_->additions();
-    certificate_.tol = request_.tol;
+    certificate_ =
+        Certificate(problem_.discount, problem_.temperature, A, model_->additions(), request_.tol);
     for (Index row = 0; row < rows; ++row) {
       const double reference = problem_.log_reference ? problem_.log_reference[row] : 0.0;
       if (reference == -kInf) continue;

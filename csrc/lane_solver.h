@@ -32,6 +32,7 @@ class LaneSolver {
         actions_(actions),
         width_(lane_kernels<Real>().width),
         entries_(padded(states, width_) * actions),
+        log_actions_(std::log(static_cast<double>(actions))),
         transition_(entries_ * states),
         reward_(entries_),
         inverse_sum_(entries_, 1.0),  // stays one in vectors beyond the last state
@@ -41,17 +42,24 @@ class LaneSolver {
         value_(padded(states, width_)),
         image_(value_.size()),
         w_(value_.size()),
-        scratch_(6 * width_ * actions) {}
+        scratch_(6 * width_ * actions),
+        single_(sizeof(Real) == 4 && request.method <= 1 && request.max_iterations != 1),
+        single_scale_(single_ ? entries_ : 0),
+        single_reference_(single_scale_.size()),
+        single_work_(single_ ? entries_ + 3 * value_.size() : 0) {}
 
   static constexpr Kernel kKernel = Kernel::kCpuLanes;
+  // Problems a thread works on by turns: one's chain of dependent operations hides the other's.
+  static constexpr int kAbreast = 1;
 
   // Packs a transition, and finds the first thing wrong with it.
   void take(const Model& model) {
     model_ = &model;
     transition_defect_ = {};
+    ahead_ = 0;
     pack(model);
     const bool checked = request_.validate != Rigour::kOff;
-    const bool sound = lane_kernels<Real>().row_sums(
+    const bool sound = lane_kernels<Real>().inverse_row_sums(
         transition_.data(), states_, actions_, row_sum_tolerance<Real>(states_),
         request_.validate != Rigour::kStochastic, inverse_sum_.data());
     if (checked && !sound) {
@@ -60,16 +68,25 @@ class LaneSolver {
       model.row_sums(0, rows, sum.data(), least.data());
       transition_defect_ = transition_defect(model, request_.validate, sum.data(), least.data());
     }
-    for (double& x : inverse_sum_) x = x == 0.0 ? 0.0 : 1.0 / x;
   }
 
-  // The solution, or the first thing wrong with the input.
-  Defect solve(const Problem<Real>& problem, const double* initial, const Tables<Real>& out,
-               Outcome& outcome) {
+  // Starts on a problem; the first thing wrong with the input.
+  Defect begin(const Problem<Real>& problem, const double* initial) {
     Defect defect = pack(problem);
     if (defect.status == Status::kConverged) defect = transition_defect_;
-    if (defect.status == Status::kConverged) outcome = run(initial, out);
+    if (defect.status == Status::kConverged) start(initial);
     return defect;
+  }
+
+  // One sweep, or a sweep and a Newton step. True when there is nothing more to do.
+  bool step() { return phase_ == kSingle ? (sweep_single(), false) : sweep_double(); }
+
+  Outcome finish(const Tables<Real>& out) {
+    const double offset = certificate_.discount * certificate_.c + certificate_.shift();
+    lane_kernels<Real>().result({states_, actions_, q_.data(), image_.data(), reference(),
+                                 problem_.temperature, offset, out.value, out.q, out.advantage,
+                                 out.policy, out.log_policy, scratch_.data()});
+    return {status_, certificate_.half_span(), certificate_.error_bound(), passes_, 0, offset};
   }
 
  private:
@@ -77,34 +94,13 @@ class LaneSolver {
     problem_ = problem;
     packed_ = lane_kernels<Real>().pack_problem(
         problem.reward, problem.log_reference, states_, actions_, inverse_sum_.data(),
-        problem.discount, reward_.data(), scale_.data(), log_reference_.data());
+        problem.discount, reward_.data(), scale_.data(), log_reference_.data(),
+        single_ ? single_scale_.data() : nullptr, single_reference_.data());
     const bool suspicious = !packed_.finite || problem.log_reference ||
                             !(problem.discount >= 0.0 && problem.discount < 1.0) ||
                             !(problem.temperature > 0.0 && problem.temperature < kInf);
     if (request_.validate == Rigour::kOff || !suspicious) return {};
     return problem_defect(problem, states_, actions_);
-  }
-
-  Outcome run(const double* initial, const Tables<Real>& out) {
-    certificate_ = {};
-    certificate_.discount = problem_.discount;
-    certificate_.temperature = problem_.temperature;
-    certificate_.largest_reward = packed_.largest_reward;
-    certificate_.largest_reference = packed_.largest_reference;
-    certificate_.continues = packed_.continues;
-    certificate_.actions = actions_;
-    certificate_.additions = 0.5 * static_cast<double>(states_) + 2.0;
-    certificate_.tol = request_.tol;
-    passes_ = products_ = 0;
-    at_zero_ = true;
-    if (initial) start(initial);
-    if (single_pays(initial)) iterate_single();
-    Outcome outcome = iterate();
-    outcome.offset = certificate_.discount * certificate_.c + certificate_.shift();
-    lane_kernels<Real>().result({states_, actions_, q_.data(), image_.data(), reference(),
-                                 problem_.temperature, outcome.offset, out.value, out.q,
-                                 out.advantage, out.policy, out.log_policy, scratch_.data()});
-    return outcome;
   }
 
   const double* reference() const {
@@ -127,13 +123,32 @@ class LaneSolver {
       }
   }
 
-  // V = c + (value − centre), the middle of W taken out where T commutes with constants.
   void start(const double* initial) {
-    for (std::size_t s = 0; s < value_.size(); ++s)
-      value_[s] = initial[std::min<Index>(static_cast<Index>(s), states_ - 1)];
-    const auto ends = std::minmax_element(value_.begin(), value_.end());
-    take(*ends.first, *ends.second);
+    certificate_ = Certificate(problem_.discount, problem_.temperature, actions_,
+                               0.5 * static_cast<double>(states_) + 2.0,  // two partial sums
+                               request_.tol);
+    certificate_.largest_reward = packed_.largest_reward;
+    certificate_.largest_reference = packed_.largest_reference;
+    certificate_.continues = packed_.continues;
+    passes_ = 0;
+    rate_ = 0.0;
+    previous_ = kInf;
+    progress_ = {};
+    newton_ = request_.method == 2;
+    at_zero_ = initial == nullptr;
+    centre_ = 0.0;
+    if (initial) {
+      for (std::size_t s = 0; s < value_.size(); ++s)
+        value_[s] = initial[std::min<Index>(static_cast<Index>(s), states_ - 1)];
+      const auto ends = std::minmax_element(value_.begin(), value_.end());
+      take(*ends.first, *ends.second);
+    }
+    // Not near the ends of single precision's range, where 0/0 and overflow wait.
+    const bool ordinary = problem_.temperature > 1e-30 && problem_.temperature < 1e30;
+    phase_ = single_ && ordinary && !initial ? kSingle : kDouble;
   }
+
+  // V = c + (value − centre): the middle of W is taken out where T commutes with constants.
   void take(double least, double most) {
     centre_ = certificate_.continues ? 0.5 * (least + most) : 0.0;
     certificate_.c = certificate_.continues ? certificate_.c + centre_ : 0.0;
@@ -142,8 +157,21 @@ class LaneSolver {
     at_zero_ = false;
   }
 
-  // One sweep at the present V. False if something overflowed.
-  bool sweep() {
+  // Brings a piece of a transition to come into the second-level cache while this one is worked on.
+  void fetch_ahead() {
+    if constexpr (std::is_same<Model, DenseTransition<Real>>::value) {
+      constexpr Index kLine = 64, kSweeps = 8;
+      const Index bytes = states_ * actions_ * states_ * static_cast<Index>(sizeof(Real));
+      const Index end = std::min(bytes, ahead_ + std::max<Index>(kLine, bytes / kSweeps));
+      const char* const next = reinterpret_cast<const char*>(model_->values) + kAbreast * bytes;
+      for (; ahead_ < end; ahead_ += kLine) __builtin_prefetch(next + ahead_, 0, 2);
+    }
+  }
+
+  // ---- double precision -------------------------------------------------------------------------
+
+  bool sweep_double() {
+    fetch_ahead();
     const double constant = (1.0 - problem_.discount) * certificate_.c;
     extent_ = lane_kernels<Real>().sweep({states_, actions_, transition_.data(), reward_.data(),
                                           scale_.data(), reference(), problem_.temperature,
@@ -151,52 +179,39 @@ class LaneSolver {
                                           image_.data(), q_.data(), w_.data()});
     certificate_.low = extent_.low;
     certificate_.high = extent_.high;
-    if (!at_zero_) ++passes_;
-    return extent_.finite && std::isfinite(certificate_.c);
+    const bool free = at_zero_;  // T0 needs no P, and is a better start than zero
+    if (!free) ++passes_;
+    if (!extent_.finite || !std::isfinite(certificate_.c)) return ends(Status::kNonFinite);
+    if (certificate_.converged()) return ends(Status::kConverged);
+    const double half = certificate_.half_span();
+    const double slowest = certificate_.horizon;
+    const Index patience = newton_ ? 2 : 2 + static_cast<Index>(0.11 * slowest);
+    const bool exhausted = progress_.exhausted(certificate_, patience);
+    if (passes_ > 0 && exhausted)
+      return ends(request_.tol > 0.0 ? Status::kStagnated : Status::kConverged);
+    const Index given = request_.max_iterations;
+    const Index contraction = static_cast<Index>(std::min(1e9, 60.0 * slowest)) + 1000;
+    if (passes_ >= (given > 0 ? given : contraction)) return ends(Status::kMaxIterations);
+    if (previous_ < kInf) rate_ = half / previous_;
+    previous_ = half;
+    newton_ = newton_ || (request_.method == 0 && passes_ >= 2 && half > certificate_.target() &&
+                          (progress_.at_rounding_level() || newton_pays(half, kInf)));
+    if (newton_ && !free)
+      newton();
+    else
+      accept_sweep();
+    return false;
+  }
+
+  bool ends(Status status) {
+    status_ = status;
+    return true;
   }
 
   void accept_sweep() {
     certificate_.c = certificate_.discount * certificate_.c + certificate_.shift();
     value_.swap(image_);
     take(extent_.least, extent_.most);
-  }
-
-  Outcome iterate() {
-    enum { kSweeps, kNewton } mode = request_.method == 2 ? kNewton : kSweeps;
-    const Index given = request_.max_iterations;
-    const double slowest = 1.0 / (1.0 - problem_.discount);
-    const Index contraction = static_cast<Index>(std::min(1e9, 60.0 * slowest)) + 1000;
-    const Index patience = 2 + static_cast<Index>(0.11 * slowest);
-    double previous = kInf;
-    Progress progress;
-    Status status = Status::kMaxIterations;
-    for (Index count = 0;; ++count) {
-      if (count % 64 == 63) interrupt_.check();
-      if (!sweep()) {
-        status = Status::kNonFinite;
-        break;
-      }
-      if (certificate_.converged()) {
-        status = Status::kConverged;
-        break;
-      }
-      const double half = certificate_.half_span();
-      const bool exhausted = progress.exhausted(certificate_, mode == kNewton ? 2 : patience);
-      if (passes_ > 0 && exhausted) {
-        status = request_.tol > 0.0 ? Status::kStagnated : Status::kConverged;
-        break;
-      }
-      if (given > 0 ? passes_ >= given : passes_ >= contraction) break;
-      if (mode == kSweeps && request_.method == 0 && passes_ >= 2 && half > certificate_.target() &&
-          (progress.at_rounding_level() || newton_pays(half, half / previous, kInf)))
-        mode = kNewton;
-      previous = half;
-      if (mode == kSweeps || passes_ == 0)  // T0 is free, and a better start than zero
-        accept_sweep();
-      else
-        newton();
-    }
-    return {status, certificate_.half_span(), certificate_.error_bound(), passes_, products_};
   }
 
   // W := W + x with (I − γP_π) x = δ less its middle. Where every row continues x matters only up
@@ -244,97 +259,69 @@ class LaneSolver {
 
   // ---- single precision -------------------------------------------------------------------------
 
-  static constexpr double kEpsSingle = std::numeric_limits<float>::epsilon();
-
-  double noise_single() const { return 2.0 * kEpsSingle * certificate_.scale(); }
-
-  bool single_pays(const double* initial) {
-    if (sizeof(Real) != 4 || request_.method > 1 || request_.max_iterations == 1) return false;
-    // 0/0 and overflow await temperatures near the ends of single precision's range.
-    if (!(problem_.temperature > 1e-30 && problem_.temperature < 1e30)) return false;
-    if (!initial) return true;
-    if (!sweep() || certificate_.half_span() <= 64.0 * noise_single()) {
-      --passes_;  // this sweep is made again, as the first of `iterate`
-      return false;
-    }
-    accept_sweep();
-    return true;
-  }
-
-  // Value iteration until single precision has nothing more to give.
-  void iterate_single() {
+  // The next sweep of value iteration; on to double precision when this one has nothing more to
+  // give.
+  void sweep_single() {
     if constexpr (sizeof(Real) == 4) {
-      single_.resize(2 * entries_ + (problem_.log_reference ? entries_ : 0) + 3 * value_.size());
-      float* const scale = single_.data();
-      float* const q = scale + entries_;
-      float* value = q + entries_;
-      float* image = value + value_.size();
-      float* const w = image + value_.size();
-      float* const mu = problem_.log_reference ? w + value_.size() : nullptr;
-      std::transform(scale_.begin(), scale_.end(), scale, to_single);
-      if (mu) std::transform(log_reference_.begin(), log_reference_.end(), mu, to_single);
-      if (!at_zero_)
-        std::transform(value_.begin(), value_.end(), value,
-                       [this](double v) { return to_single(v - centre_); });
-      float centre = 0.0f;
-      const Certificate before = certificate_;
-      const double centre_before = centre_;
-      const bool was_zero = at_zero_;
-      bool first = at_zero_;
-      const Index given = request_.max_iterations;
-      double previous = kInf;
-      for (;;) {
-        const double constant = (1.0 - problem_.discount) * certificate_.c;
-        extent_ = lane_kernels<Real>().sweep_single(
-            {states_, actions_, transition_.data(), reward_.data(), scale, mu,
-             static_cast<float>(problem_.temperature), first ? nullptr : value, centre,
-             static_cast<float>(constant), image, q, w});
-        if (!first) ++passes_;
-        first = false;
-        certificate_.low = extent_.low;
-        certificate_.high = extent_.high;
-        if (!extent_.finite || !std::isfinite(certificate_.c)) {  // once more in double precision
-          certificate_ = before;
-          centre_ = centre_before;
-          at_zero_ = was_zero;
-          return;
-        }
-        const double half = certificate_.half_span(), noise = noise_single();
-        certificate_.c = certificate_.discount * certificate_.c + certificate_.shift();
-        std::swap(value, image);
-        take(extent_.least, extent_.most);
-        centre = static_cast<float>(centre_);
-        certificate_.c += certificate_.continues ? static_cast<double>(centre) - centre_ : 0.0;
-        const double target = std::max(certificate_.target(), noise);
-        if (half <= target || (half > 0.9 * previous && half <= 16.0 * noise)) break;
-        if (given > 0 && passes_ + 1 >= given) break;
-        if (passes_ >= 2 && request_.method == 0 && newton_pays(half, half / previous, noise))
-          break;
-        if (passes_ >= kMostSingle) break;
-        previous = half;
-      }
-      std::transform(value, value + value_.size(), value_.begin(),
+      constexpr double kEpsSingle = std::numeric_limits<float>::epsilon();
+      constexpr Index kMost = 1000;
+      const Index length = static_cast<Index>(value_.size());
+      float* const value = single_work_.data() + (swapped_ ? length : 0);
+      float* const image = single_work_.data() + (swapped_ ? 0 : length);
+      float* const w = single_work_.data() + 2 * length;
+      fetch_ahead();
+      const double constant = (1.0 - problem_.discount) * certificate_.c;
+      extent_ = lane_kernels<Real>().sweep_single(
+          {states_, actions_, transition_.data(), reward_.data(), single_scale_.data(),
+           problem_.log_reference ? single_reference_.data() : nullptr,
+           static_cast<float>(problem_.temperature), at_zero_ ? nullptr : value,
+           static_cast<float>(centre_), static_cast<float>(constant), image, w + length, w});
+      if (!extent_.finite || !std::isfinite(certificate_.c)) return start_double();
+      if (!at_zero_) ++passes_;
+      certificate_.low = extent_.low;
+      certificate_.high = extent_.high;
+      const double half = certificate_.half_span();
+      const double noise = 2.0 * kEpsSingle * certificate_.scale();
+      if (previous_ < kInf) rate_ = half / previous_;
+      certificate_.c = certificate_.discount * certificate_.c + certificate_.shift();
+      take(extent_.least, extent_.most);
+      const double rounded = static_cast<double>(static_cast<float>(centre_));
+      certificate_.c += rounded - centre_;
+      centre_ = rounded;
+      swapped_ = !swapped_;
+      const bool exhausted = half > 0.9 * previous_ && half <= 16.0 * noise;
+      previous_ = half;
+      if (half > std::max(certificate_.target(), noise) && !exhausted && passes_ < kMost &&
+          !(request_.max_iterations > 0 && passes_ + 1 >= request_.max_iterations) &&
+          !(passes_ % 4 == 2 && request_.method == 0 && newton_pays(half, noise)))
+        return;
+      std::transform(image, image + length, value_.begin(),
                      [](float x) { return static_cast<double>(x); });
-      centre_ = static_cast<double>(centre);
+      previous_ = kInf;
+      phase_ = kDouble;
     }
   }
-  static constexpr Index kMostSingle = 1000;
-  static float to_single(double x) { return static_cast<float>(x); }
+
+  // From the beginning, where single precision overflowed.
+  void start_double() {
+    start(nullptr);
+    phase_ = kDouble;
+  }
 
   // ---- what pays --------------------------------------------------------------------------------
 
-  // Whether Newton's method costs less than the sweeps still needed at this rate of contraction,
+  // Whether Newton's method costs less than the sweeps still needed at the measured contraction,
   // those above `noise` in single precision. Nanoseconds on one core of an AVX-512 machine.
-  bool newton_pays(double half, double rate, double noise) const {
+  bool newton_pays(double half, double noise) const {
     const double target = certificate_.target();
     if (half <= target) return false;
-    if (!(rate < 1.0)) return true;
+    if (!(rate_ < 1.0)) return true;
     const double E = static_cast<double>(entries_), S = static_cast<double>(states_);
     const double A = static_cast<double>(actions_);
     const double single = 0.012 * E * S + 0.25 * E + 30.0, sweep = 0.035 * E * S + E + 75.0;
     const double newton =
         sweep + 0.03 * S * S * S + 2.5 * S * S + 0.08 * S * S * A + 4.0 * S * A + 700.0;
-    const double decade = -1.0 / std::log(rate);  // sweeps by which the half-span falls e-fold
+    const double decade = -1.0 / std::log(rate_);  // sweeps by which the half-span falls e-fold
     const double middle = std::min(half, std::max(noise, target));
     const double sweeps = decade * (noise < half ? std::log(half / middle) * single +
                                                        std::log(middle / target) * sweep
@@ -352,20 +339,29 @@ class LaneSolver {
   Team& alone_;
   Interrupt& interrupt_;
   Index states_, actions_, width_, entries_;
+  double log_actions_;
   std::vector<Real> transition_, reward_;                        // packed
   std::vector<double> inverse_sum_, scale_, log_reference_, q_;  // packed
   std::vector<double> value_, image_, w_, scratch_;
-  std::vector<float> single_;
+  const bool single_;  // sweeps in single precision come first
+  std::vector<float> single_scale_, single_reference_, single_work_;
 
   const Model* model_ = nullptr;
   Problem<Real> problem_{};
   Defect transition_defect_;
   LaneProblem packed_{};
+  enum { kSingle, kDouble } phase_ = kDouble;
+  bool newton_ = false, swapped_ = false;
   Certificate certificate_;
+  Progress progress_;
+  Status status_ = Status::kConverged;
   Extent extent_{};
   double centre_ = 0.0;
+  double previous_ = kInf;  // half-span of the sweep before
+  double rate_ = 0.0;       // at which the half-span fell in the last sweep that told
   bool at_zero_ = true;
-  Index passes_ = 0, products_ = 0;
+  Index passes_ = 0;
+  Index ahead_ = 0;  // bytes of the transition to come asked for already
 
   std::unique_ptr<Elimination> elimination_;
   std::vector<double> table_, policy_, row_inverse_, step_, soft_maximum_;

@@ -393,7 +393,8 @@ void pack_transition(const Real* p, Index S, Index A, Real* packed) {
 }
 
 template <class Real>
-bool row_sums(const Real* packed, Index S, Index A, double tolerance, bool ending, double* sum) {
+bool inverse_row_sums(const Real* packed, Index S, Index A, double tolerance, bool ending,
+                      double* inverse) {
   constexpr Index W = kBlock<Real>, L = Lanes<Double>::kCount;
   const Double bound = broadcast<Double>(tolerance);
   bool sound = true;
@@ -416,7 +417,7 @@ bool row_sums(const Real* packed, Index S, Index A, double tolerance, bool endin
         least = smaller(x, least);
       }
       const Double sigma = total[0] + total[1];
-      store<Double>(sum + block * A * W + a * W + lane, sigma);
+      store<Double>(inverse + block * A * W + a * W + lane, sigma == 0.0 ? Double{} : 1.0 / sigma);
       const Double excess = sigma - 1.0;
       const Double gap = excess < 0.0 ? -excess : excess;
       // one where the row is sound: a NaN compares false
@@ -430,28 +431,69 @@ bool row_sums(const Real* packed, Index S, Index A, double tolerance, bool endin
   return sound;
 }
 
-// Table (S,A) to [block][a][lane], one number at a time: it is small.
-template <class From, class To>
-inline void pack_table(const From* table, Index S, Index A, Index W, To* packed) {
+// Table (S,A) to [block][a][lane].
+template <class Number>
+inline void pack_table(const Number* table, Index S, Index A, Number* packed) {
+  constexpr Index W = kBlock<Number>;
+  for (Index s = 0; s < S; s += W, packed += A * W) {
+    const Number* row[W];
+    for (Index lane = 0; lane < W; ++lane)
+      row[lane] = table + (s + lane < S ? s + lane : S - 1) * A;
+    for (Index a = 0; a < A; a += W) transpose_tile(row, a, A - a, packed + a * W, W);
+  }
+}
+// The same in blocks of another width than a register's.
+inline void pack_table(const double* table, Index S, Index A, Index W, double* packed) {
   for (Index s = 0; s < S; s += W, packed += A * W)
     for (Index lane = 0; lane < W; ++lane) {
-      const From* row = table + (s + lane < S ? s + lane : S - 1) * A;
-      for (Index a = 0; a < A; ++a) packed[a * W + lane] = static_cast<To>(row[a]);
+      const double* row = table + (s + lane < S ? s + lane : S - 1) * A;
+      for (Index a = 0; a < A; ++a) packed[a * W + lane] = row[a];
     }
+}
+
+// to (count, A) = the first `count` lanes of from [a][lane].
+template <class Real>
+inline void unpack_block(const Real* from, Index A, Index count, Real* to) {
+  constexpr Index W = kBlock<Real>;
+#if defined(__AVX512F__)
+  const Real* row[W];
+  alignas(64) Real tile[W * W];
+  for (Index a = 0; a < A; a += W) {
+    const Index width = A - a < W ? A - a : W;
+    for (Index i = 0; i < W; ++i) row[i] = from + (a + (i < width ? i : 0)) * W;
+    transpose_tile(row, 0, count, tile, W);
+    for (Index lane = 0; lane < count; ++lane) {
+      if constexpr (sizeof(Real) == 4)
+        _mm512_mask_storeu_ps(to + lane * A + a, static_cast<__mmask16>((1 << width) - 1),
+                              _mm512_load_ps(tile + lane * W));
+      else
+        _mm512_mask_storeu_pd(to + lane * A + a, static_cast<__mmask8>((1 << width) - 1),
+                              _mm512_load_pd(tile + lane * W));
+    }
+  }
+#else
+  for (Index lane = 0; lane < count; ++lane)
+    for (Index a = 0; a < A; ++a) to[lane * A + a] = from[a * W + lane];
+#endif
 }
 
 template <class Real>
 LaneProblem pack_problem(const Real* reward, const double* log_reference, Index S, Index A,
                          const double* inverse_sum, double discount, Real* packed_reward,
-                         double* scale, double* packed_reference) {
+                         double* scale, double* packed_reference, float* single_scale,
+                         float* single_reference) {
   constexpr Index W = kBlock<Real>;
-  pack_table(reward, S, A, W, packed_reward);
+  pack_table(reward, S, A, packed_reward);
   if (log_reference) pack_table(log_reference, S, A, W, packed_reference);
   const Index entries = (S + W - 1) / W * W * A;
   double largest = 0.0, largest_reference = 0.0, rest = 0.0, ends = 0.0;
   for (Index i = 0; i < entries; i += Lanes<Double>::kCount) {
     const Double gamma = broadcast<Double>(discount);
-    store<Double>(scale + i, gamma * load<Double>(inverse_sum + i));
+    const Double x = gamma * load<Double>(inverse_sum + i);
+    store<Double>(scale + i, x);
+    if (single_scale) store(single_scale + i, x);
+    if (single_scale && log_reference)
+      store(single_reference + i, load<Double>(packed_reference + i));
   }
   if (!log_reference) {
     Double most{}, sum{}, least = broadcast<Double>(kInf);
@@ -527,23 +569,19 @@ void result(const LaneResult<Real>& m) {
     for (Index a = 0; a < A; ++a) {
       Double advantage = load<Double>(q + a * W) - image;
       if (reference) advantage = masked(a) ? Double{} : advantage;
-      Real* const to = tables + a * L;
+      Real* const to = tables + a * W + s % W;
       store(to, advantage + value);
-      store(to + A * L, advantage);
-      store(to + 2 * A * L, load<Double>(share + a * L) / total);
-      store(to + 3 * A * L, load<Double>(exponent + a * L) - logarithm);
-    }
-    const Index count = S - s < L ? S - s : L;
-    Real* const out[4] = {m.q, m.advantage, m.policy, m.log_policy};
-    for (int k = 0; k < 4; ++k) {
-      const Real* from = tables + k * A * L;
-      Real* to = out[k] + s * A;
-      for (Index lane = 0; lane < count; ++lane)
-        for (Index a = 0; a < A; ++a) to[lane * A + a] = from[a * L + lane];
+      store(to + A * W, advantage);
+      store(to + 2 * A * W, load<Double>(share + a * L) / total);
+      store(to + 3 * A * W, load<Double>(exponent + a * L) - logarithm);
     }
     double values[L];
     store<Double>(values, value);
-    for (Index lane = 0; lane < count; ++lane) m.value[s + lane] = values[lane];
+    for (Index lane = 0; lane < L && s + lane < S; ++lane) m.value[s + lane] = values[lane];
+    if ((s + L) % W != 0 && s + L < S) continue;
+    const Index first = s / W * W, count = S - first < W ? S - first : W;
+    Real* const out[4] = {m.q, m.advantage, m.policy, m.log_policy};
+    for (int k = 0; k < 4; ++k) unpack_block(tables + k * A * W, A, count, out[k] + first * A);
   }
 }
 
@@ -553,12 +591,12 @@ void result(const LaneResult<Real>& m) {
 extern const LaneKernels<float> kLanesSingle;
 extern const LaneKernels<double> kLanesDouble;
 const LaneKernels<float> kLanesSingle = {
-    kBlock<float>,        pack_transition<float>, row_sums<float>, pack_problem<float>,
-    sweep<Double, float>, sweep<Single, float>,   unpack<float>,   result<float>};
-const LaneKernels<double> kLanesDouble = {kBlock<double>,        pack_transition<double>,
-                                          row_sums<double>,      pack_problem<double>,
-                                          sweep<Double, double>, nullptr,
-                                          unpack<double>,        result<double>};
+    kBlock<float>,        pack_transition<float>, inverse_row_sums<float>, pack_problem<float>,
+    sweep<Double, float>, sweep<Single, float>,   unpack<float>,           result<float>};
+const LaneKernels<double> kLanesDouble = {kBlock<double>,           pack_transition<double>,
+                                          inverse_row_sums<double>, pack_problem<double>,
+                                          sweep<Double, double>,    nullptr,
+                                          unpack<double>,           result<double>};
 
 }  // namespace BIRL_ISA
 }  // namespace birl

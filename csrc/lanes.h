@@ -57,13 +57,15 @@ struct LaneKernels {
   Index width;
   // P (S,A,S) to the packed form.
   void (*pack_transition)(const Real* p, Index states, Index actions, Real* packed);
-  // σ of every packed row. Returns whether all entries are finite and none is negative, and every
-  // |σ − 1| <= tolerance; a σ of exactly zero passes if `ending`.
-  bool (*row_sums)(const Real* packed, Index states, Index actions, double tolerance, bool ending,
-                   double* sum);
+  // 1/σ of every packed row, zero where σ is. Returns whether all entries are finite and none is
+  // negative, and every |σ − 1| <= tolerance; a σ of exactly zero passes if `ending`.
+  bool (*inverse_row_sums)(const Real* packed, Index states, Index actions, double tolerance,
+                           bool ending, double* inverse);
+  // γ/σ and log μ also in single precision, unless `single_scale` is null.
   LaneProblem (*pack_problem)(const Real* reward, const double* log_reference, Index states,
                               Index actions, const double* inverse_sum, double discount,
-                              Real* packed_reward, double* scale, double* packed_reference);
+                              Real* packed_reward, double* scale, double* packed_reference,
+                              float* single_scale, float* single_reference);
   Extent (*sweep)(const LaneSweep<double, Real>&);
   Extent (*sweep_single)(const LaneSweep<float, Real>&);  // null for double storage
   void (*unpack)(const double* packed, Index states, Index actions, double* table);
