@@ -188,41 +188,76 @@ inline void q_values(const LaneSweep<typename Lanes<Vec>::Number, Real>& m, Inde
   }
 }
 
-template <class Vec>
+template <class Vec, class Real>
+inline void all_q_values(const LaneSweep<typename Lanes<Vec>::Number, Real>& m, Index place,
+                         const Real* p) {
+  Index a = 0;
+  for (; a + 8 <= m.actions; a += 8) q_values<8, Vec>(m, place, a, p);
+  switch (m.actions - a) {
+    case 1:
+      return q_values<1, Vec>(m, place, a, p);
+    case 2:
+      return q_values<2, Vec>(m, place, a, p);
+    case 3:
+      return q_values<3, Vec>(m, place, a, p);
+    case 4:
+      return q_values<4, Vec>(m, place, a, p);
+    case 5:
+      return q_values<5, Vec>(m, place, a, p);
+    case 6:
+      return q_values<6, Vec>(m, place, a, p);
+    case 7:
+      return q_values<7, Vec>(m, place, a, p);
+    default:
+      return;
+  }
+}
+
+template <class Vec, int Count>
 struct SoftMaximum {
-  Vec top, total;  // value = top + τ log total
+  Vec top[Count], total[Count];  // value = top + τ log total
 };
 
-// Over `actions` entries of q, `stride` apart.
-template <class Vec>
-inline __attribute__((always_inline)) SoftMaximum<Vec> soft_maximum(
+// Over `actions` entries of q, kBlock apart, for vectors of states at `place`: several at a time,
+// because each is one long chain of dependent operations.
+template <class Real, class Vec, int Count>
+inline __attribute__((always_inline)) SoftMaximum<Vec, Count> soft_maximum(
     const typename Lanes<Vec>::Number* q, const typename Lanes<Vec>::Number* reference,
-    Index actions, Index stride, Vec temperature, Vec inverse) {
+    const Index (&place)[Count], Index actions, Vec temperature, Vec inverse) {
   using Number = typename Lanes<Vec>::Number;
+  constexpr Index W = kBlock<Real>;
   const Vec nothing = broadcast<Vec>(static_cast<Number>(-kInf));
-  Vec best = nothing, total{};
+  SoftMaximum<Vec, Count> m;
+#pragma GCC unroll 4
+  for (int i = 0; i < Count; ++i) {
+    m.top[i] = nothing;
+    m.total[i] = Vec{};
+  }
   if (!reference) {
-    for (Index a = 0; a < actions; ++a) best = larger(load<Vec>(q + a * stride), best);
     for (Index a = 0; a < actions; ++a)
-      total += exp_nonpositive((load<Vec>(q + a * stride) - best) * inverse);
-    return {best, total};
+#pragma GCC unroll 4
+      for (int i = 0; i < Count; ++i) m.top[i] = larger(load<Vec>(q + place[i] + a * W), m.top[i]);
+    for (Index a = 0; a < actions; ++a)
+#pragma GCC unroll 4
+      for (int i = 0; i < Count; ++i)
+        m.total[i] += exp_nonpositive((load<Vec>(q + place[i] + a * W) - m.top[i]) * inverse);
+    return m;
   }
-  for (Index a = 0; a < actions; ++a) {
-    const Vec mu = load<Vec>(reference + a * stride);
-    best = larger(mu == nothing ? nothing : load<Vec>(q + a * stride), best);
+#pragma GCC unroll 4
+  for (int i = 0; i < Count; ++i) {
+    const auto log_mu = [&](Index a) { return load<Vec>(reference + place[i] + a * W); };
+    const auto exponent = [&](Index a) {
+      const Vec mu = log_mu(a), x = (load<Vec>(q + place[i] + a * W) - m.top[i]) * inverse + mu;
+      return mu == nothing ? nothing : x;
+    };
+    for (Index a = 0; a < actions; ++a)
+      m.top[i] = larger(log_mu(a) == nothing ? nothing : load<Vec>(q + place[i] + a * W), m.top[i]);
+    Vec peak = nothing;
+    for (Index a = 0; a < actions; ++a) peak = larger(exponent(a), peak);
+    for (Index a = 0; a < actions; ++a) m.total[i] += exp_nonpositive(exponent(a) - peak);
+    m.top[i] += temperature * peak;
   }
-  Vec peak = nothing;
-  for (Index a = 0; a < actions; ++a) {
-    const Vec mu = load<Vec>(reference + a * stride);
-    const Vec x = mu == nothing ? nothing : (load<Vec>(q + a * stride) - best) * inverse + mu;
-    peak = larger(x, peak);
-  }
-  for (Index a = 0; a < actions; ++a) {
-    const Vec mu = load<Vec>(reference + a * stride);
-    const Vec x = mu == nothing ? nothing : (load<Vec>(q + a * stride) - best) * inverse + mu;
-    total += exp_nonpositive(x - peak);
-  }
-  return {best + temperature * peak, total};
+  return m;
 }
 
 template <class Number>
@@ -233,67 +268,65 @@ inline Number inverse_of(Number temperature) {
   return inverse > kLargest ? kLargest : inverse;  // a subnormal τ must not turn 0·(1/τ) into NaN
 }
 
+// Running ranges of δ and of the image.
+template <class Vec>
+struct Ranges {
+  Vec low, high, least, most, rest;
+};
+
+template <int Count, class Vec, class Real>
+inline __attribute__((always_inline)) void sweep_states(
+    const LaneSweep<typename Lanes<Vec>::Number, Real>& m, Index s, Vec temperature, Vec inverse,
+    Vec constant, Ranges<Vec>& ranges) {
+  constexpr Index L = Lanes<Vec>::kCount, W = kBlock<Real>;
+  const Index A = m.actions;
+  Index place[Count];
+#pragma GCC unroll 4
+  for (int i = 0; i < Count; ++i) {
+    const Index block = (s + i * L) / W, lane = (s + i * L) % W;
+    place[i] = block * A * W + lane;
+    const Real* p = m.transition + block * m.states * A * W + lane;
+    if (!m.value) {
+      for (Index a = 0; a < A; ++a)
+        store<Vec>(m.q + place[i] + a * W, load<Vec>(m.reward + place[i] + a * W));
+    } else {
+      all_q_values<Vec>(m, place[i], p);
+    }
+  }
+  const SoftMaximum<Vec, Count> maximum =
+      soft_maximum<Real, Vec, Count>(m.q, m.log_reference, place, A, temperature, inverse);
+#pragma GCC unroll 4
+  for (int i = 0; i < Count; ++i) {
+    const Vec image = maximum.top[i] + temperature * log_from_one(maximum.total[i]);
+    const Vec before = m.value ? load<Vec>(m.w + s + i * L) : Vec{};
+    const Vec delta = (image - before) - constant;
+    store<Vec>(m.image + s + i * L, image);
+    ranges.low = smaller(delta, ranges.low);
+    ranges.high = larger(delta, ranges.high);
+    ranges.least = smaller(image, ranges.least);
+    ranges.most = larger(image, ranges.most);
+    ranges.rest += delta - delta;  // zero unless something is NaN or infinite
+  }
+}
+
 template <class Vec, class Real>
 Extent sweep(const LaneSweep<typename Lanes<Vec>::Number, Real>& m) {
   using Number = typename Lanes<Vec>::Number;
-  constexpr Index L = Lanes<Vec>::kCount, W = kBlock<Real>;
-  const Index S = m.states, A = m.actions;
+  constexpr Index L = Lanes<Vec>::kCount;
+  const Index S = m.states;
   const Vec temperature = broadcast<Vec>(m.temperature);
   const Vec inverse = broadcast<Vec>(inverse_of(m.temperature));
   const Vec constant = broadcast<Vec>(m.constant), centre = broadcast<Vec>(m.centre);
   if (m.value)
     for (Index s = 0; s < S; s += L) store<Vec>(m.w + s, load<Vec>(m.value + s) - centre);
   const Vec infinite = broadcast<Vec>(static_cast<Number>(kInf));
-  Vec low = infinite, high = -infinite, least = infinite, most = -infinite, rest{};
-  for (Index s = 0; s < S; s += L) {
-    const Index block = s / W, lane = s % W, place = block * A * W + lane;
-    const Real* p = m.transition + block * S * A * W + lane;
-    if (!m.value) {
-      for (Index a = 0; a < A; ++a)
-        store<Vec>(m.q + place + a * W, load<Vec>(m.reward + place + a * W));
-    } else {
-      Index a = 0;
-      for (; a + 8 <= A; a += 8) q_values<8, Vec>(m, place, a, p);
-      switch (A - a) {
-        case 1:
-          q_values<1, Vec>(m, place, a, p);
-          break;
-        case 2:
-          q_values<2, Vec>(m, place, a, p);
-          break;
-        case 3:
-          q_values<3, Vec>(m, place, a, p);
-          break;
-        case 4:
-          q_values<4, Vec>(m, place, a, p);
-          break;
-        case 5:
-          q_values<5, Vec>(m, place, a, p);
-          break;
-        case 6:
-          q_values<6, Vec>(m, place, a, p);
-          break;
-        case 7:
-          q_values<7, Vec>(m, place, a, p);
-          break;
-        default:
-          break;
-      }
-    }
-    const SoftMaximum<Vec> maximum =
-        soft_maximum<Vec>(m.q + place, m.log_reference ? m.log_reference + place : nullptr, A, W,
-                          temperature, inverse);
-    const Vec image = maximum.top + temperature * log_from_one(maximum.total);
-    const Vec delta = m.value ? (image - load<Vec>(m.w + s)) - constant : image - constant;
-    store<Vec>(m.image + s, image);
-    low = smaller(delta, low);
-    high = larger(delta, high);
-    least = smaller(image, least);
-    most = larger(image, most);
-    rest += delta - delta;  // zero unless something is NaN or infinite
-  }
-  return {extreme<false>(low), extreme<true>(high), extreme<false>(least), extreme<true>(most),
-          extreme<true>(rest == Vec{} ? Vec{} : broadcast<Vec>(1)) == 0.0};
+  Ranges<Vec> ranges{infinite, -infinite, infinite, -infinite, Vec{}};
+  Index s = 0;
+  for (; s + L < S; s += 2 * L) sweep_states<2, Vec>(m, s, temperature, inverse, constant, ranges);
+  if (s < S) sweep_states<1, Vec>(m, s, temperature, inverse, constant, ranges);
+  return {extreme<false>(ranges.low), extreme<true>(ranges.high), extreme<false>(ranges.least),
+          extreme<true>(ranges.most),
+          extreme<true>(ranges.rest == Vec{} ? Vec{} : broadcast<Vec>(1)) == 0.0};
 }
 
 // ---- packing ------------------------------------------------------------------------------------
