@@ -27,7 +27,7 @@ from birl_ext.errors import (
 )
 from birl_ext.solution import INFO, Rigour
 
-__all__ = ["available", "policy_solve", "reason", "report", "solve", "sweep"]
+__all__ = ["available", "policy_solve", "reason", "report", "solve", "solve_vjp", "sweep"]
 
 MODULES = {"cpu": "_cpu", "cuda": "_cuda"}
 
@@ -321,6 +321,73 @@ def solve(
         torch.get_num_threads(),
     )
     return value, q, advantage, policy, log_policy, info, status
+
+
+def solve_vjp(
+    transition: Tensor,
+    crow: Tensor | None,
+    col: Tensor | None,
+    discount: Tensor,
+    temperature: Tensor,
+    value: Tensor,
+    advantage: Tensor,
+    policy: Tensor,
+    info: Tensor,
+    status: Tensor,
+    bars: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Derivatives at the fixed point that `solve` returned.
+
+    Args:
+        transition … temperature: as for `sweep`.
+        value, advantage, policy, info, status: what `solve` returned.
+        bars: cotangents of V, Q, Q − V, π and log π, like these; None is zero.
+        needs: which derivatives are wanted: of transition, reward, log_reference, discount and
+            temperature.
+
+    Returns:
+        The cotangents that are wanted, in that order: like transition; (N, G, S, A) in its dtype;
+        (N, G, S, A), (N, G) and (N, G) float64. NaN where status is not zero.
+
+    Raises: as for `sweep`.
+
+    Source: (M10)-(M12).
+    """
+    n, g = discount.shape
+    s, a = policy.shape[-2:]
+    axes = tuple(status.shape)
+    call = _Call(transition)
+    table = (*axes, s, a)
+    wanted = (
+        torch.empty_like(transition) if needs[0] else None,
+        torch.empty((n, g, s, a), dtype=call.storage) if needs[1] else None,
+        call.new(n, g, s, a) if needs[2] else None,
+        call.new(n, g) if needs[3] else None,
+        call.new(n, g) if needs[4] else None,
+    )
+    if status.numel() != n * g:
+        raise ShapeError(f"status has shape {axes}", allowed=f"axes of {n * g} problems")
+    _cpu(call).solve_vjp(
+        call.dtype,
+        n,
+        g,
+        s,
+        a,
+        *call.model(transition, crow, col, (n, s, a)),
+        call.at("discount", discount, (n, g)),
+        call.at("temperature", temperature, (n, g)),
+        call.at("value", value, (*axes, s)),
+        call.at("advantage", advantage, table, call.storage),
+        call.at("policy", policy, table, call.storage),
+        call.at("info", info, (*axes, INFO)),
+        call.at("status", status, axes, torch.int64),
+        call.at("cotangent of V", bars[0], (*axes, s)),
+        *(call.at("cotangent", bar, table, call.storage) for bar in bars[1:]),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in wanted),
+        torch.get_num_threads(),
+    )
+    return wanted
 
 
 def policy_solve(

@@ -5,6 +5,7 @@
 #include "bellman.h"
 #include "policy_system.h"
 #include "solve.h"
+#include "solve_vjp.h"
 
 namespace py = pybind11;
 using birl::Index;
@@ -114,6 +115,26 @@ int solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Poi
   return 0;
 }
 
+int solve_vjp(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
+              Pointer col, Index nnz, Pointer discount, Pointer temperature, Pointer value,
+              Pointer advantage, Pointer policy, Pointer info, Pointer status, Pointer value_bar,
+              Pointer q_bar, Pointer advantage_bar, Pointer policy_bar, Pointer log_policy_bar,
+              Pointer transition_bar, Pointer reward_bar, Pointer log_reference_bar,
+              Pointer discount_bar, Pointer temperature_bar, int threads) {
+  const birl::Batch batch =
+      make_batch(dtype, N, G, S, A, transition, crow, col, nnz, 0, 0, discount, temperature);
+  const birl::SolveVjp request{at<const double>(value),       at<const void>(advantage),
+                               at<const void>(policy),        at<const double>(info),
+                               at<const Index>(status),       at<const double>(value_bar),
+                               at<const void>(q_bar),         at<const void>(advantage_bar),
+                               at<const void>(policy_bar),    at<const void>(log_policy_bar),
+                               at<void>(transition_bar),      at<void>(reward_bar),
+                               at<double>(log_reference_bar), at<double>(discount_bar),
+                               at<double>(temperature_bar),   threads};
+  run([&](birl::Interrupt& interrupt) { birl::solve_vjp(batch, request, interrupt); });
+  return 0;
+}
+
 Index policy_solve(int dtype, Index N, Index G, Index K, Index S, Index A, Pointer transition,
                    Pointer crow, Pointer col, Index nnz, Pointer policy, Pointer discount,
                    Pointer rhs, Pointer out, Pointer residual_out, bool transpose, Index method,
@@ -145,5 +166,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("build_info", &build_info);
   module.def("sweep", &sweep);
   module.def("solve", &solve);
+  module.def("solve_vjp", &solve_vjp);
   module.def("policy_solve", &policy_solve);
 }

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "sparse.h"
 #include "transition.h"
 
 namespace birl {

@@ -14,7 +14,7 @@ from birl_ext import _native, errors, validation
 from birl_ext.ops import _torch
 from birl_ext.solution import INFO, Status
 
-__all__ = ["AUTO", "NATIVE", "TORCH", "bellman", "failure", "policy_solve", "solve", "unavailable"]
+__all__ = ["AUTO", "NATIVE", "TORCH", "bellman", "failure", "policy_solve", "solve", "solve_vjp", "unavailable"]
 
 AUTO, TORCH, NATIVE = 0, 1, 2
 
@@ -69,6 +69,33 @@ def solve(
     if strict and bool(outputs[-1].any()):
         raise failure(outputs, transition, crow, col, reward, lambda flat: (flat,))
     return outputs
+
+
+def solve_vjp(
+    transition: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    discount: Tensor,
+    temperature: Tensor,
+    solution: Sequence[Tensor],
+    bars: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    backend: int,
+) -> tuple[Tensor | None, ...] | None:
+    """See `_native.solve_vjp`; None where no compiled module can do it."""
+    if not (transition.is_cpu and _compiled(transition.device, backend)):
+        return None
+    sparse = transition.dim() == 2
+    return _native.solve_vjp(
+        transition.contiguous(),
+        crow if sparse else None,
+        col if sparse else None,
+        discount.contiguous(),
+        temperature.contiguous(),
+        *solution,
+        [None if bar is None else bar.contiguous() for bar in bars],
+        needs,
+    )
 
 
 def policy_solve(

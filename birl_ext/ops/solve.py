@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, in_graph, to_lanes
+from birl_ext.ops._registry import (
+    LIBRARY,
+    Function,
+    are_plain,
+    fold,
+    in_graph,
+    is_first_order,
+    to_lanes,
+)
 from birl_ext.ops.bellman import (
     Point,
     backup_tangent,
@@ -131,6 +139,31 @@ class Solve(Function):
         return solution.squeeze(2)
 
     @staticmethod
+    def _compiled_backward(ctx: Any, bars: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
+        """The whole rule in one call, where nothing is to be derived from it again."""
+        if not is_first_order():
+            return None
+        saved = ctx.saved_tensors
+        if not are_plain([*saved, *(bar for bar in bars if bar is not None)]):
+            return None
+        transition, crow, col, discount, temperature, value, info, advantage, policy, status = saved
+        needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6))
+        wanted = _backends.solve_vjp(
+            transition,
+            crow,
+            col,
+            discount,
+            temperature,
+            (value, advantage, policy, info, status),
+            bars,
+            needs,
+            ctx.backend,
+        )
+        if wanted is None:
+            return None
+        return (wanted[0], None, None, *wanted[1:], *(None,) * 8)
+
+    @staticmethod
     def backward(
         ctx: Any,
         value_bar: Tensor | None,
@@ -143,6 +176,9 @@ class Solve(Function):
         bars = (value_bar, q_bar, advantage_bar, policy_bar, log_policy_bar)
         if all(bar is None for bar in bars):
             return (None,) * 15
+        compiled = Solve._compiled_backward(ctx, bars)
+        if compiled is not None:
+            return compiled
         point, trust = Solve._point(ctx)
         table = point.policy.shape
         value_bar = None if value_bar is None else value_bar.reshape(table[:-1])
