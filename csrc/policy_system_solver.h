@@ -31,10 +31,11 @@ inline double norm(const std::vector<double>& x, bool one_norm) {
 
 // One (n, g): a policy matrix and the right-hand sides that belong to it. Every state is formed
 // before the first solve.
-template <class Model>
+template <class Model, class Stored = double>
 class PolicySystem {
  public:
-  using Matrix = typename PolicyMatrixOf<Model, double>::type;
+  // In float it is off by what rounding the policy to float would change, and keeps its row sums.
+  using Matrix = typename PolicyMatrixOf<Model, Stored>::type;
 
   PolicySystem(const Model& model, Matrix& matrix, std::unique_ptr<Elimination>& elimination,
                double discount, const PolicySystemOptions& options, Team& team,
@@ -52,6 +53,12 @@ class PolicySystem {
 
   // Rows [s0, s1) of P_π, from 1/σ and π of all states; `row` is scratch of S numbers.
   void form(Index s0, Index s1, const double* inverse_sum, const double* policy, double* row) {
+    weigh(s0, s1, inverse_sum, policy);
+    matrix_.form_rows(model_, weight_.data(), s0, s1, row);
+  }
+
+  // The same in two steps: the weights π/σ, to form the rows of the matrix with.
+  const double* weigh(Index s0, Index s1, const double* inverse_sum, const double* policy) {
     const Index A = model_.actions;
     for (Index s = s0; s < s1; ++s) {
       double mass = 0.0, stopping = 0.0;
@@ -66,8 +73,10 @@ class PolicySystem {
       defect_[s] = (1.0 - discount_) + discount_ * lost;
       closed_[s] = normalised && stopping == 0.0;
     }
-    matrix_.form_rows(model_, weight_.data(), s0, s1, row);
+    return weight_.data();
   }
+
+  Matrix& matrix() { return matrix_; }
 
   // True if the residual met the tolerance, or the rounding level where that is higher.
   bool solve(const double* b, double* out, double* residual_out) {
@@ -246,13 +255,11 @@ class PolicySystem {
 
   void factor() {
     if (factored_) return;
-    const Index S = model_.states, A = model_.actions;
+    const Index S = model_.states;
     if (!elimination_) elimination_ = std::make_unique<Elimination>(S);
-    std::vector<double> weight(A);
     for (Index s = 0; s < S; ++s) {
-      for (Index a = 0; a < A; ++a) weight[a] = discount_ * weight_[s * A + a];
       std::fill(elimination_->row(s), elimination_->row(s) + S, 0.0);
-      model_.policy_row(s, weight.data(), elimination_->row(s));
+      matrix_.add_row(s, discount_, elimination_->row(s));
     }
     std::copy(defect_.begin(), defect_.end(), elimination_->defect());
     elimination_->factor(team_, interrupt_);
@@ -271,13 +278,13 @@ class PolicySystem {
   std::vector<char> closed_;  // whether all that leaves a state arrives somewhere
 };
 
-template <class Model>
+template <class Model, class Stored = double>
 auto make_policy_matrix(const Model& model, const PolicyPattern* pattern) {
-  using Matrix = typename PolicyMatrixOf<Model, double>::type;
+  using Matrix = typename PolicyMatrixOf<Model, Stored>::type;
   if constexpr (std::is_same<Matrix, CsrPolicyMatrix>::value)
     return std::make_unique<Matrix>(*pattern);
   else
-    return std::make_unique<Matrix>(model.states);
+    return std::make_unique<Matrix>(model.states, !std::is_same<Stored, double>::value);
 }
 
 }  // namespace birl

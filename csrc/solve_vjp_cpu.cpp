@@ -4,6 +4,7 @@
 #include <limits>
 #include <memory>
 
+#include "huge_pages.h"
 #include "policy_system_solver.h"
 #include "solve.h"
 #include "solve_vjp_kernels.h"
@@ -260,6 +261,7 @@ void solve_lanes(const Batch& batch, Rule<Real>& rule, LaneWorker& mine, Index f
 template <class Model>
 class SystemWorker {
   using Real = typename Model::Real;
+  using System = PolicySystem<Model, Real>;
   static constexpr bool kDense = std::is_same<Model, DenseTransition<Real>>::value;
   // P is dealt out in this many parts, whose shares of a sum over rows are added in order.
   static constexpr Index kParts = kDense ? 32 : 8;
@@ -277,12 +279,11 @@ class SystemWorker {
   void solve(const Model& model, Rule<Real>& rule, Index i) {
     const Index S = batch_.states, chunk = model.chunk(), chunks = (S + chunk - 1) / chunk;
     if (rule.open(i, slot_)) {
-      if (!matrix_) matrix_ = make_policy_matrix(model, pattern_);
+      if (!matrix_) matrix_ = make_policy_matrix<Model, Real>(model, pattern_);
       // What is stored in float32 is not worth the last digits of a double.
       const double gamma = batch_.discount[i];
       const double tol = sizeof(Real) == 4 ? 1e-9 * (1.0 - gamma) : 0.0;
-      PolicySystem<Model> system(model, *matrix_, elimination_, gamma, {true, 0, tol, 0}, team_,
-                                 interrupt_);
+      System system(model, *matrix_, elimination_, gamma, {true, 0, tol, 0}, team_, interrupt_);
       read(model, rule, i, system);
       double residual;
       system.solve(slot_.source.data(), slot_.flow.data(), &residual);
@@ -296,7 +297,7 @@ class SystemWorker {
 
  private:
   // The only reading of P: σ, P W, P_π, and what the cotangent of Q sends back to V.
-  void read(const Model& model, const Rule<Real>& rule, Index i, PolicySystem<Model>& system) {
+  void read(const Model& model, const Rule<Real>& rule, Index i, System& system) {
     const Index S = batch_.states, A = batch_.actions;
     const Index chunk = model.chunk(), chunks = (S + chunk - 1) / chunk;
     const Index parts = std::min(kParts, chunks);
@@ -305,30 +306,42 @@ class SystemWorker {
       for (Index c = part * chunks / parts; c < (part + 1) * chunks / parts; ++c) {
         interrupt_.check();
         const Index s0 = c * chunk, s1 = std::min(S, s0 + chunk), row0 = s0 * A, row1 = s1 * A;
+        double* const row = rows_[worker].data();
+        double* const pulled = rule.pulls() ? pulled_.data() + part * S : nullptr;
         if constexpr (kDense) {
-          vjp_kernels().rows<Real>().moments(model.values + row0 * S, row1 - row0, S,
-                                             slot_.relative, slot_.inverse_sum.data() + row0,
-                                             slot_.expected + row0);
+          for (Index s = s0; s < s1; ++s) read_state(model, rule, i, system, s, row, pulled);
         } else {
           model.row_sums(row0, row1, slot_.inverse_sum.data() + row0, least_.data() + row0);
           model.products(row0, row1, slot_.relative, slot_.expected + row0);
-          for (Index row = row0; row < row1; ++row) {
-            double& sum = slot_.inverse_sum[row];
+          for (Index j = row0; j < row1; ++j) {
+            double& sum = slot_.inverse_sum[j];
             sum = sum == 0.0 ? 0.0 : 1.0 / sum;
-            slot_.expected[row] *= sum;
+            slot_.expected[j] *= sum;
           }
+          system.form(s0, s1, slot_.inverse_sum.data(), slot_.probability.data(), row);
+          if (!pulled) continue;
+          rule.weigh(i, s0, s1, slot_);
+          for (Index s = s0; s < s1; ++s) model.policy_row(s, slot_.scaled.data() + s * A, pulled);
         }
-        system.form(s0, s1, slot_.inverse_sum.data(), slot_.probability.data(),
-                    rows_[worker].data());
-        if (!rule.pulls()) continue;
-        rule.weigh(i, s0, s1, slot_);
-        for (Index s = s0; s < s1; ++s)
-          model.policy_row(s, slot_.scaled.data() + s * A, pulled_.data() + part * S);
       }
     });
     if (!rule.pulls()) return;
     for (Index part = 0; part < parts; ++part)
       for (Index t = 0; t < S; ++t) slot_.source[t] += pulled_[part * S + t];
+  }
+
+  // One state while its rows of P are in the first-level cache.
+  void read_state(const Model& model, const Rule<Real>& rule, Index i, System& system, Index s,
+                  double* row, double* pulled) {
+    const VjpRowKernels<Real>& kernel = vjp_kernels().rows<Real>();
+    const Index S = batch_.states, A = batch_.actions, j = s * A;
+    const Real* const p = model.values + j * S;
+    kernel.moments(p, A, S, slot_.relative, slot_.inverse_sum.data() + j, slot_.expected + j);
+    const double* const weight =
+        system.weigh(s, s + 1, slot_.inverse_sum.data(), slot_.probability.data());
+    if (pulled) rule.weigh(i, s, s + 1, slot_);
+    kernel.policy_row(p, A, S, weight + j, pulled ? slot_.scaled.data() + j : nullptr, row, pulled);
+    system.matrix().put_row(s, row);
   }
 
   const Batch& batch_;
@@ -338,7 +351,7 @@ class SystemWorker {
   Slot slot_;
   std::vector<double> least_, pulled_;
   std::vector<std::vector<double>> rows_;
-  std::unique_ptr<typename PolicySystem<Model>::Matrix> matrix_;
+  std::unique_ptr<typename System::Matrix> matrix_;
   std::unique_ptr<Elimination> elimination_;
 };
 
@@ -346,13 +359,13 @@ class SystemWorker {
 
 void solve_vjp(const Batch& batch, const SolveVjp& request, Interrupt& interrupt) {
   const Index S = batch.states, A = batch.actions, total = batch.total();
+  const Index bytes = batch.transitions * (batch.sparse() ? batch.nnz : S * A * S) *
+                      static_cast<Index>(batch.is_double ? sizeof(double) : sizeof(float));
   if (total == 0) {  // transitions without problems
-    if (request.transition_bar && batch.transitions > 0) {
-      const Index entries = batch.transitions * (batch.sparse() ? batch.nnz : S * A * S);
-      std::memset(request.transition_bar, 0, entries * (batch.is_double ? 8 : 4));
-    }
+    if (request.transition_bar && bytes > 0) std::memset(request.transition_bar, 0, bytes);
     return;
   }
+  if (request.transition_bar) prefer_huge_pages(request.transition_bar, bytes);
   with_models(batch, [&](auto model_of) {
     using Model = decltype(model_of(0));
     using Real = typename Model::Real;
