@@ -472,6 +472,7 @@ def _flat(
 def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
     value, q, advantage, policy, log_policy, info, status = outputs
     q, log_policy = _masked(q, flat), _masked(log_policy, flat)
+    advantage = _masked(advantage, flat, 0.0)
     if value.dtype is not q.dtype:
         value = value.to(q.dtype)
     solution = Solution(value, q, policy, log_policy, advantage, info, status)
@@ -492,12 +493,12 @@ def _any(status: Tensor) -> bool:
     return bool(status.item() if status.numel() == 1 else status.any())
 
 
-def _masked(table: Tensor, flat: Flat) -> Tensor:
-    """−inf where no action is available, with a gradient of exactly zero there."""
+def _masked(table: Tensor, flat: Flat, value: float = -torch.inf) -> Tensor:
+    """`value` where no action is available, with a gradient of exactly zero there."""
     if flat.log_reference.dim() == 1:
         return table
     available = (flat.log_reference > -torch.inf).reshape(table.shape)
-    return table.where(available, -torch.inf)
+    return table.where(available, value)
 
 
 def _backend(name: str, device: torch.device) -> int:

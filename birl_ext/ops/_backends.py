@@ -14,7 +14,17 @@ from birl_ext import _native, errors, validation
 from birl_ext.ops import _torch
 from birl_ext.solution import INFO, Status
 
-__all__ = ["AUTO", "NATIVE", "TORCH", "bellman", "failure", "policy_solve", "solve", "solve_vjp", "unavailable"]
+__all__ = [
+    "AUTO",
+    "NATIVE",
+    "TORCH",
+    "bellman",
+    "failure",
+    "policy_solve",
+    "solve",
+    "solve_vjp",
+    "unavailable",
+]
 
 AUTO, TORCH, NATIVE = 0, 1, 2
 
