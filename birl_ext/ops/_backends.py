@@ -82,21 +82,14 @@ def solve(
 
 
 def solve_vjp(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    discount: Tensor,
-    temperature: Tensor,
-    solution: Sequence[Tensor],
-    bars: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    backend: int,
+    saved: Any, bars: Sequence[Tensor | None], needs: Sequence[bool], backend: int
 ) -> tuple[Tensor | None, ...] | None:
-    """See `_native.solve_vjp`; None where no compiled module can do it."""
+    """`ops.solve.pull_back` by compiled code; None where there is none for it."""
+    transition, crow, col, discount, temperature, *solution = saved
     if not (transition.is_cpu and _compiled(transition.device, backend)):
         return None
     sparse = transition.dim() == 2
-    return _native.solve_vjp(
+    transition_bar, reward_bar, reference_bar, *scalars = _native.solve_vjp(
         transition.contiguous(),
         crow if sparse else None,
         col if sparse else None,
@@ -106,6 +99,9 @@ def solve_vjp(
         [None if bar is None else bar.contiguous() for bar in bars],
         needs,
     )
+    shape = (*discount.shape, *solution[2].shape[-2:])
+    tables = (None if bar is None else bar.view(shape) for bar in (reward_bar, reference_bar))
+    return (transition_bar, *tables, *scalars)
 
 
 def policy_solve(
