@@ -395,11 +395,7 @@ def solve_vjp(
     col: Tensor | None,
     discount: Tensor | float,
     temperature: Tensor | float,
-    value: Tensor,
-    advantage: Tensor,
-    policy: Tensor,
-    info: Tensor,
-    status: Tensor,
+    solution: Sequence[Tensor],
     bars: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
@@ -408,7 +404,7 @@ def solve_vjp(
     Args:
         transition, crow, col: as for `sweep`; with numbers for γ and τ in axes (*B, S, A, S).
         discount, temperature: (N, G) float64; or numbers, and a problem for every transition.
-        value, advantage, policy, info, status: what `solve` returned, in axes *B.
+        solution: value, advantage, policy, info and status, as `solve` returned them in axes *B.
         bars: cotangents of V, Q, Q − V, π and log π, like these; None is zero.
         needs: which derivatives are wanted: of transition, reward, log_reference, discount and
             temperature.
@@ -421,10 +417,13 @@ def solve_vjp(
 
     Source: (M10)-(M12).
     """
+    value, advantage, policy, info, status = solution
     axes, table = status.shape, policy.shape
-    uniform = not isinstance(discount, Tensor)
-    n, g = (status.numel(), 1) if uniform else discount.shape
     s, a = table[-2:]
+    n, g, models = status.numel(), 1, axes
+    if isinstance(discount, Tensor):
+        n, g = discount.shape
+        models = discount.shape[:1]
     call = _Call(transition)
     wanted = (
         torch.empty_like(transition) if needs[0] else None,
@@ -441,17 +440,19 @@ def solve_vjp(
         g,
         s,
         a,
-        *call.model(transition, crow, col, axes if uniform else (n,), s, a),
-        discount if uniform else call.at("discount", discount, (n, g)),
-        temperature if uniform else call.at("temperature", temperature, (n, g)),
+        *call.model(transition, crow, col, models, s, a),
+        call.at("discount", discount, (n, g)) if isinstance(discount, Tensor) else discount,
+        call.at("temperature", temperature, (n, g))
+        if isinstance(temperature, Tensor)
+        else temperature,
         call.at("value", value, table[:-1]),
         call.at("advantage", advantage, table, call.storage),
         call.at("policy", policy, table, call.storage),
         call.at("info", info, (*axes, INFO)),
         call.at("status", status, axes, torch.int64),
         call.at("cotangent of V", bars[0], table[:-1]),
-        *(call.at("cotangent", bar, table, call.storage) for bar in bars[1:]),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in wanted),
+        *[0 if bar is None else call.at("cotangent", bar, table, call.storage) for bar in bars[1:]],
+        *[0 if tensor is None else tensor.data_ptr() for tensor in wanted],
         torch.get_num_threads(),
     )
     return wanted

@@ -203,7 +203,8 @@ struct LaneWorker {
   LaneSpace space;
   std::vector<double> row, pulled;
 
-  LaneWorker(Index S, Index A) : slots(kLanes, Slot(S, S * A)), space(S), row(S), pulled(S) {}
+  LaneWorker(Index lanes, Index S, Index A)
+      : slots(lanes, Slot(S, S * A)), space(S), row(S), pulled(S) {}
 };
 
 // Problems [first, first + count), one per lane.
@@ -377,7 +378,8 @@ void solve_vjp(const Batch& batch, const SolveVjp& request, Interrupt& interrupt
       std::vector<std::unique_ptr<LaneWorker>> workers(outer.size());
       outer.run(blocks, work * static_cast<double>(total), [&](Index block, int worker) {
         interrupt.check();
-        if (!workers[worker]) workers[worker] = std::make_unique<LaneWorker>(S, A);
+        if (!workers[worker])
+          workers[worker] = std::make_unique<LaneWorker>(std::min(kLanes, total), S, A);
         const Index first = block * kLanes;
         solve_lanes(batch, rule, *workers[worker], first, std::min(kLanes, total - first));
       });

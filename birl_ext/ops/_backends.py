@@ -95,7 +95,7 @@ def solve_vjp(
         col if sparse else None,
         discount.contiguous(),
         temperature.contiguous(),
-        *solution,
+        solution,
         [None if bar is None else bar.contiguous() for bar in bars],
         needs,
     )

@@ -27,7 +27,7 @@ class PlainSolve(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         reward: Tensor,
         transition: Tensor,
@@ -48,22 +48,23 @@ class PlainSolve(torch.autograd.Function):
         bars = bars[:5]
         if all(bar is None for bar in bars):
             return (None,) * 5
-        saved = ctx.saved_tensors
+        saved, (discount, temperature) = ctx.saved_tensors, ctx.scalars
         wanted, needed = ctx.needs_input_grad[:2]
         needs = (needed, wanted, False, False, False)
-        if is_first_order() and are_plain([*saved, *(bar for bar in bars if bar is not None)]):
-            transition, *solution = saved
+        # what was saved was plain; what arrives may be mapped, negated lazily, …
+        if is_first_order() and are_plain([bar for bar in bars if bar is not None]):
             transition_bar, reward_bar, *_ = _native.solve_vjp(
-                transition,
+                saved[0],
                 None,
                 None,
-                *ctx.scalars,
-                *solution,
+                discount,
+                temperature,
+                saved[1:],
                 [None if bar is None else bar.contiguous() for bar in bars],
                 needs,
             )
         else:
-            transition_bar, reward_bar = _general(saved, ctx.scalars, bars, needs)
+            transition_bar, reward_bar = _general(saved, (discount, temperature), bars, needs)
         return (reward_bar, transition_bar, None, None, None)
 
 

@@ -136,7 +136,7 @@ def pull_back(
         source = source + point.discount.unsqueeze(-1) * pulled
     flow = _linear_solve(point, source * trust, True, backend)
     transition_bar, *others, weight = parameter_cotangents(
-        point, folded, flow, (needs[0], *needs[2:])
+        point, folded, flow, (needs[0], needs[2], needs[3], needs[4])
     )
     reward_bar = weight.to(point.rows.data.dtype) if needs[1] else None
     return (transition_bar, reward_bar, *others)
