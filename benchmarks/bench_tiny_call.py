@@ -98,8 +98,9 @@ def _layers(problem: Problem) -> list[Layer]:
         _recording(_native, "solve") as glue,
         _recording(ops_solve, "solve") as function,
     ):
-        birl_ext.solve(reward, transition, **scalars)
-        birl_ext.solve(wanted, transition, **scalars)
+        # a backend by name takes the general way, whose layers these are
+        birl_ext.solve(reward, transition, **scalars, backend="cpu")
+        birl_ext.solve(wanted, transition, **scalars, backend="cpu")
 
     def with_backward() -> birl_ext.Solution:
         solution = birl_ext.solve(wanted, transition, **scalars)
@@ -128,6 +129,11 @@ def _layers(problem: Problem) -> list[Layer]:
         Layer(
             "birl_ext.solve, no gradient",
             lambda: birl_ext.solve(reward, transition, **scalars),
+            value,
+        ),
+        Layer(
+            "the general way (a backend by name), reward requires a gradient",
+            lambda: birl_ext.solve(wanted, transition, **scalars, backend="cpu"),
             value,
         ),
         Layer(LIMITED, lambda: birl_ext.solve(wanted, transition, **scalars), value),

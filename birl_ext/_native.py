@@ -27,7 +27,16 @@ from birl_ext.errors import (
 )
 from birl_ext.solution import INFO, Rigour
 
-__all__ = ["available", "policy_solve", "reason", "report", "solve", "sweep"]
+__all__ = [
+    "available",
+    "policy_solve",
+    "reason",
+    "report",
+    "solve",
+    "solve_plain",
+    "solve_vjp",
+    "sweep",
+]
 
 MODULES = {"cpu": "_cpu", "cuda": "_cuda"}
 
@@ -162,17 +171,18 @@ class _Call:
         transition: Tensor,
         crow: Tensor | None,
         col: Tensor | None,
-        sizes: tuple[int, int, int],
+        models: tuple[int, ...],
+        s: int,
+        a: int,
     ) -> tuple[int, int, int, int]:
         """Pointers to transition, crow, col, and the number of entries; zeros if dense."""
-        n, s, a = sizes
         if (crow is None) != (col is None):
             raise ShapeError("crow and col belong together", fix="give both or neither")
         if crow is None or col is None:
-            return self.at("transition", transition, (n, s, a, s), self.storage), 0, 0, 0
+            return self.at("transition", transition, (*models, s, a, s), self.storage), 0, 0, 0
         entries = col.numel()
         return (
-            self.at("transition", transition, (n, entries), self.storage),
+            self.at("transition", transition, (*models, entries), self.storage),
             self.at("crow", crow, (s * a + 1,), torch.int64),
             self.at("col", col, (entries,), torch.int64),
             entries,
@@ -228,7 +238,7 @@ def sweep(
     arguments = (
         call.dtype,
         *pairs,
-        *call.model(transition, crow, col, (n, s, a)),
+        *call.model(transition, crow, col, (n,), s, a),
         call.at("reward", reward, pairs, call.storage),
         call.at("log_reference", log_reference, pairs),
         call.at("discount", discount, (n, g)),
@@ -301,7 +311,7 @@ def solve(
     _cpu(call).solve(
         call.dtype,
         *pairs,
-        *call.model(transition, crow, col, (n, s, a)),
+        *call.model(transition, crow, col, (n,), s, a),
         call.at("reward", reward, pairs, call.storage),
         call.at("log_reference", log_reference, pairs),
         call.at("discount", discount, (n, g)),
@@ -321,6 +331,131 @@ def solve(
         torch.get_num_threads(),
     )
     return value, q, advantage, policy, log_policy, info, status
+
+
+def solve_plain(
+    reward: Tensor, transition: Tensor, discount: float, temperature: float, validate: int
+) -> tuple[tuple[Tensor, ...], int]:
+    """`solve` without its checks and options, for one reward per transition and numbers γ and τ.
+
+    Args:
+        reward: (*B, S, A), float32 or float64, contiguous, on the CPU.
+        transition: (*B, S, A, S), as the reward.
+        discount, temperature: for all problems.
+        validate: a `Rigour`.
+
+    Returns:
+        What `solve` returns, and how many problems failed.
+    """
+    *batch, states, actions = shape = reward.shape
+    double = torch.float64
+    value = torch.empty(shape[:-1], dtype=double)
+    q, advantage = torch.empty_like(reward), torch.empty_like(reward)
+    policy, log_policy = torch.empty_like(reward), torch.empty_like(reward)
+    info = torch.empty((*batch, INFO), dtype=double)
+    status = torch.empty(batch, dtype=torch.int64)
+    failed: int = (
+        _backends["cpu"]
+        .require()
+        .solve(
+            reward.dtype is double,
+            status.numel(),
+            1,
+            states,
+            actions,
+            transition.data_ptr(),
+            0,
+            0,
+            0,
+            reward.data_ptr(),
+            0,
+            discount,
+            temperature,
+            0,
+            value.data_ptr(),
+            q.data_ptr(),
+            advantage.data_ptr(),
+            policy.data_ptr(),
+            log_policy.data_ptr(),
+            info.data_ptr(),
+            status.data_ptr(),
+            0,
+            0.0,
+            0,
+            validate,
+            torch.get_num_threads(),
+        )
+    )
+    return (value, q, advantage, policy, log_policy, info, status), failed
+
+
+def solve_vjp(
+    transition: Tensor,
+    crow: Tensor | None,
+    col: Tensor | None,
+    discount: Tensor | float,
+    temperature: Tensor | float,
+    solution: Sequence[Tensor],
+    bars: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Derivatives at the fixed point that `solve` returned.
+
+    Args:
+        transition, crow, col: as for `sweep`; with numbers for γ and τ in axes (*B, S, A, S).
+        discount, temperature: (N, G) float64; or numbers, and a problem for every transition.
+        solution: value, advantage, policy, info and status, as `solve` returned them in axes *B.
+        bars: cotangents of V, Q, Q − V, π and log π, like these; None is zero.
+        needs: which derivatives are wanted: of transition, reward, log_reference, discount and
+            temperature.
+
+    Returns:
+        The cotangents that are wanted, in that order: like transition; (*B, S, A) in its dtype;
+        (*B, S, A) float64; (N, G) and (N, G) float64. NaN where status is not zero.
+
+    Raises: as for `sweep`.
+
+    Source: (M10)-(M12).
+    """
+    value, advantage, policy, info, status = solution
+    axes, table = status.shape, policy.shape
+    s, a = table[-2:]
+    n, g, models = status.numel(), 1, axes
+    if isinstance(discount, Tensor):
+        n, g = discount.shape
+        models = discount.shape[:1]
+    call = _Call(transition)
+    wanted = (
+        torch.empty_like(transition) if needs[0] else None,
+        torch.empty_like(policy) if needs[1] else None,
+        call.new(*table) if needs[2] else None,
+        call.new(n, g) if needs[3] else None,
+        call.new(n, g) if needs[4] else None,
+    )
+    if status.numel() != n * g:
+        raise ShapeError(f"status has shape {axes}", allowed=f"axes of {n * g} problems")
+    _cpu(call).solve_vjp(
+        call.dtype,
+        n,
+        g,
+        s,
+        a,
+        *call.model(transition, crow, col, models, s, a),
+        call.at("discount", discount, (n, g)) if isinstance(discount, Tensor) else discount,
+        call.at("temperature", temperature, (n, g))
+        if isinstance(temperature, Tensor)
+        else temperature,
+        call.at("value", value, table[:-1]),
+        call.at("advantage", advantage, table, call.storage),
+        call.at("policy", policy, table, call.storage),
+        call.at("info", info, (*axes, INFO)),
+        call.at("status", status, axes, torch.int64),
+        call.at("cotangent of V", bars[0], table[:-1]),
+        *[0 if bar is None else call.at("cotangent", bar, table, call.storage) for bar in bars[1:]],
+        *[0 if tensor is None else tensor.data_ptr() for tensor in wanted],
+        torch.get_num_threads(),
+    )
+    return wanted
 
 
 def policy_solve(
@@ -368,7 +503,7 @@ def policy_solve(
         k,
         s,
         a,
-        *call.model(transition, crow, col, (n, s, a)),
+        *call.model(transition, crow, col, (n,), s, a),
         call.at("policy", policy, pairs),
         call.at("discount", discount, (n, g)),
         call.at("rhs", rhs, (n, g, k, s)),

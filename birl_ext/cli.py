@@ -1,6 +1,6 @@
 """The command line: ``birl run | solve | plot | doctor``.
 
-Torch, tyro, rich and matplotlib are imported only by the commands that need them.
+Tyro, rich and matplotlib are imported only by the commands that need them.
 """
 
 from __future__ import annotations

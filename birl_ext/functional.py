@@ -24,6 +24,7 @@ from birl_ext.errors import (
 from birl_ext.mdp import DenseMDP, SparseMDP
 from birl_ext.ops import _backends
 from birl_ext.ops import bellman as _bellman
+from birl_ext.ops import plain as _plain
 from birl_ext.ops import policy_solve as _policy_solve
 from birl_ext.ops import solve as _solve
 from birl_ext.ops.rows import widened
@@ -137,6 +138,21 @@ def solve(
 
     Source: Yang, Gao and Yuan, AISTATS 2025; (M1)-(M9).
     """
+    if (
+        method == "auto"
+        and backend == "auto"
+        and validate == "full"
+        and on_fail in _ON_FAIL
+        and reference is None
+        and mask is None
+        and terminal is None
+        and initial is None
+        and tol is None
+        and max_iterations is None
+    ):
+        outcome = _unprepared(reward, transition, discount, temperature)
+        if outcome is not None and (outcome.failed == 0 or on_fail == "status"):
+            return _solution(outcome.outputs)
     flat = _flat(reward, transition, discount, temperature, reference, mask, terminal, validate)
     guess = absent(torch.float64, flat.reward)
     if initial is not None:
@@ -472,12 +488,34 @@ def _flat(
 def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
     value, q, advantage, policy, log_policy, info, status = outputs
     q, log_policy = _masked(q, flat), _masked(log_policy, flat)
-    if value.dtype is not q.dtype:
-        value = value.to(q.dtype)
-    solution = Solution(value, q, policy, log_policy, advantage, info, status)
+    advantage = _masked(advantage, flat, 0.0)
+    solution = _solution((value, q, advantage, policy, log_policy, info, status))
     if flat.layout.order is None:  # the op has put its outputs into the caller's axes
         return solution
     return Solution._make(map(flat.layout.restore, solution))
+
+
+def _unprepared(
+    reward: Tensor | MDP,
+    transition: Tensor | None,
+    discount: float | Tensor | None,
+    temperature: float | Tensor,
+) -> _plain.Outcome | None:
+    """What `solve` finds the short way; None if it has to take the general one."""
+    if not isinstance(reward, DenseMDP):
+        return _plain.solve(reward, transition, discount, temperature, Rigour.STOCHASTIC)
+    if not (transition is discount is reward.mask is reward.reference is None):
+        return None
+    # its rows were read when it was made, and are zero where the process ends
+    data = (reward.reward, reward.transition, reward.discount)
+    return _plain.solve(*data, temperature, Rigour.OR_ENDING)
+
+
+def _solution(outputs: tuple[Tensor, ...]) -> Solution:
+    value, q, advantage, policy, log_policy, info, status = outputs
+    if value.dtype is not q.dtype:
+        value = value.to(q.dtype)
+    return Solution(value, q, policy, log_policy, advantage, info, status)
 
 
 def _too_tight(tol: float | None, rounded: float) -> StagnatedError:
@@ -492,12 +530,12 @@ def _any(status: Tensor) -> bool:
     return bool(status.item() if status.numel() == 1 else status.any())
 
 
-def _masked(table: Tensor, flat: Flat) -> Tensor:
-    """−inf where no action is available, with a gradient of exactly zero there."""
+def _masked(table: Tensor, flat: Flat, value: float = -torch.inf) -> Tensor:
+    """`value` where no action is available, with a gradient of exactly zero there."""
     if flat.log_reference.dim() == 1:
         return table
     available = (flat.log_reference > -torch.inf).reshape(table.shape)
-    return table.where(available, -torch.inf)
+    return table.where(available, value)
 
 
 def _backend(name: str, device: torch.device) -> int:

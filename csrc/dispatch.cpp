@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "lanes.h"
+#include "solve_vjp_kernels.h"
 
 namespace birl {
 
@@ -11,17 +12,20 @@ namespace baseline {
 extern const Kernels kTable;
 extern const LaneKernels<float> kLanesSingle;
 extern const LaneKernels<double> kLanesDouble;
+extern const VjpKernels kVjpTable;
 }  // namespace baseline
 #ifdef BIRL_X86_DISPATCH
 namespace avx2 {
 extern const Kernels kTable;
 extern const LaneKernels<float> kLanesSingle;
 extern const LaneKernels<double> kLanesDouble;
+extern const VjpKernels kVjpTable;
 }  // namespace avx2
 namespace avx512 {
 extern const Kernels kTable;
 extern const LaneKernels<float> kLanesSingle;
 extern const LaneKernels<double> kLanesDouble;
+extern const VjpKernels kVjpTable;
 }  // namespace avx512
 #endif
 
@@ -39,6 +43,7 @@ struct Tables {
   const Kernels* kernels;
   const LaneKernels<float>* lanes_single;
   const LaneKernels<double>* lanes_double;
+  const VjpKernels* vjp;
 };
 
 const Tables& chosen() {
@@ -53,11 +58,13 @@ const Tables& chosen() {
     const bool lower_than_512 = wanted && std::strcmp(wanted, "avx512") != 0;
     const bool lower_than_2 = wanted && std::strcmp(wanted, "baseline") == 0;
     if (has_avx512 && !lower_than_512)
-      return Tables{&avx512::kTable, &avx512::kLanesSingle, &avx512::kLanesDouble};
+      return Tables{&avx512::kTable, &avx512::kLanesSingle, &avx512::kLanesDouble,
+                    &avx512::kVjpTable};
     if (has_avx2 && !lower_than_2)
-      return Tables{&avx2::kTable, &avx2::kLanesSingle, &avx2::kLanesDouble};
+      return Tables{&avx2::kTable, &avx2::kLanesSingle, &avx2::kLanesDouble, &avx2::kVjpTable};
 #endif
-    return Tables{&baseline::kTable, &baseline::kLanesSingle, &baseline::kLanesDouble};
+    return Tables{&baseline::kTable, &baseline::kLanesSingle, &baseline::kLanesDouble,
+                  &baseline::kVjpTable};
   }();
   return tables;
 }
@@ -65,6 +72,7 @@ const Tables& chosen() {
 }  // namespace
 
 const Kernels& kernels() { return *chosen().kernels; }
+const VjpKernels& vjp_kernels() { return *chosen().vjp; }
 
 template <>
 const LaneKernels<float>& lane_kernels<float>() {

@@ -5,6 +5,7 @@
 #include "bellman.h"
 #include "policy_system.h"
 #include "solve.h"
+#include "solve_vjp.h"
 
 namespace py = pybind11;
 using birl::Index;
@@ -17,6 +18,24 @@ template <class T>
 T* at(Pointer p) {
   return reinterpret_cast<T*>(p);
 }
+
+// A number per problem: an array of the caller, or one number for all.
+class PerProblem {
+ public:
+  PerProblem(const py::object& given, Index count) {
+    if (PyFloat_Check(given.ptr()))
+      own_.assign(std::max<Index>(count, 0), given.cast<double>());
+    else
+      theirs_ = given.cast<Pointer>();
+  }
+  Pointer pointer() const {
+    return own_.empty() ? theirs_ : reinterpret_cast<Pointer>(own_.data());
+  }
+
+ private:
+  std::vector<double> own_;
+  Pointer theirs_ = 0;
+};
 
 birl::Batch make_batch(int dtype, Index N, Index G, Index S, Index A, Pointer transition,
                        Pointer crow, Pointer col, Index nnz, Pointer reward, Pointer log_reference,
@@ -87,16 +106,17 @@ int sweep(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Poi
   return 0;
 }
 
-int solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
-          Pointer col, Index nnz, Pointer reward, Pointer log_reference, Pointer discount,
-          Pointer temperature, Pointer initial, Pointer value_out, Pointer q_out,
-          Pointer advantage_out, Pointer policy_out, Pointer log_policy_out, Pointer info_out,
-          Pointer status_out, Index method, double tol, Index max_iterations, Index validate,
-          int threads) {
+Index solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
+            Pointer col, Index nnz, Pointer reward, Pointer log_reference,
+            const py::object& discount, const py::object& temperature, Pointer initial,
+            Pointer value_out, Pointer q_out, Pointer advantage_out, Pointer policy_out,
+            Pointer log_policy_out, Pointer info_out, Pointer status_out, Index method, double tol,
+            Index max_iterations, Index validate, int threads) {
   if (method < 0 || method > 4) throw py::value_error("method: expected 0 to 4");
   if (validate < 0 || validate > 2) throw py::value_error("validate: expected 0 to 2");
+  const PerProblem discounts(discount, N * G), temperatures(temperature, N * G);
   const birl::Batch batch = make_batch(dtype, N, G, S, A, transition, crow, col, nnz, reward,
-                                       log_reference, discount, temperature);
+                                       log_reference, discounts.pointer(), temperatures.pointer());
   const birl::Solve request{at<const double>(initial),
                             at<double>(value_out),
                             at<void>(q_out),
@@ -111,6 +131,29 @@ int solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Poi
                             static_cast<birl::Rigour>(validate),
                             threads};
   run([&](birl::Interrupt& interrupt) { birl::solve(batch, request, interrupt); });
+  return std::count_if(request.status, request.status + batch.total(),
+                       [](Index status) { return status != 0; });
+}
+
+int solve_vjp(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
+              Pointer col, Index nnz, const py::object& discount, const py::object& temperature,
+              Pointer value, Pointer advantage, Pointer policy, Pointer info, Pointer status,
+              Pointer value_bar, Pointer q_bar, Pointer advantage_bar, Pointer policy_bar,
+              Pointer log_policy_bar, Pointer transition_bar, Pointer reward_bar,
+              Pointer log_reference_bar, Pointer discount_bar, Pointer temperature_bar,
+              int threads) {
+  const PerProblem discounts(discount, N * G), temperatures(temperature, N * G);
+  const birl::Batch batch = make_batch(dtype, N, G, S, A, transition, crow, col, nnz, 0, 0,
+                                       discounts.pointer(), temperatures.pointer());
+  const birl::SolveVjp request{at<const double>(value),       at<const void>(advantage),
+                               at<const void>(policy),        at<const double>(info),
+                               at<const Index>(status),       at<const double>(value_bar),
+                               at<const void>(q_bar),         at<const void>(advantage_bar),
+                               at<const void>(policy_bar),    at<const void>(log_policy_bar),
+                               at<void>(transition_bar),      at<void>(reward_bar),
+                               at<double>(log_reference_bar), at<double>(discount_bar),
+                               at<double>(temperature_bar),   threads};
+  run([&](birl::Interrupt& interrupt) { birl::solve_vjp(batch, request, interrupt); });
   return 0;
 }
 
@@ -145,5 +188,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("build_info", &build_info);
   module.def("sweep", &sweep);
   module.def("solve", &solve);
+  module.def("solve_vjp", &solve_vjp);
   module.def("policy_solve", &policy_solve);
 }

@@ -1,9 +1,11 @@
 // P_π(s,t) = Σ_a π(a|s) P(t|s,a)/σ(s,a), formed once and multiplied often.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "parallel.h"
+#include "sparse.h"
 #include "transition.h"
 
 namespace birl {
@@ -11,7 +13,9 @@ namespace birl {
 template <class Stored>
 class DensePolicyMatrix {
  public:
-  explicit DensePolicyMatrix(Index states) : n_(states), values_(states * states) {}
+  // With `keep_mass`, products see rows that sum to what they did before they were rounded.
+  explicit DensePolicyMatrix(Index states, bool keep_mass = false)
+      : n_(states), values_(new Stored[states * states]), excess_(keep_mass ? states : 0) {}
 
   Index size() const { return n_; }
   double work() const { return static_cast<double>(n_ * n_); }
@@ -23,16 +27,31 @@ class DensePolicyMatrix {
     for (Index s = s0; s < s1; ++s) {
       std::fill(row, row + n_, 0.0);
       model.policy_row(s, weight + s * model.actions, row);
-      std::transform(row, row + n_, values_.data() + s * n_,
-                     [](double p) { return static_cast<Stored>(p); });
+      put_row(s, row);
     }
+  }
+
+  void put_row(Index s, const double* row) {
+    Stored* const stored = values_.get() + s * n_;
+    std::transform(row, row + n_, stored, [](double p) { return static_cast<Stored>(p); });
+    if (excess_.empty()) return;
+    double before, after, least;
+    kernels().rows<double>().sums(row, 1, n_, &before, &least);
+    kernels().rows<Stored>().sums(stored, 1, n_, &after, &least);
+    excess_[s] = before - after;
+  }
+
+  // out += scale · row s, its diagonal entry apart
+  void add_row(Index s, double scale, double* out) const {
+    kernels().rows<Stored>().combine(values_.get() + s * n_, n_, 1, n_, &scale, out);
   }
 
   void apply(const double* x, double* y, Team& team) const {
     constexpr Index kRows = 64;
     team.run((n_ + kRows - 1) / kRows, 2.0 * work(), [&](Index c, int) {
       const Index s0 = c * kRows, s1 = std::min(n_, s0 + kRows);
-      kernels().rows<Stored>().products(values_.data() + s0 * n_, s1 - s0, n_, x, y + s0);
+      kernels().rows<Stored>().products(values_.get() + s0 * n_, s1 - s0, n_, x, y + s0);
+      add_excess(s0, s1, x, y);
     });
   }
 
@@ -41,13 +60,20 @@ class DensePolicyMatrix {
     team.run((n_ + kCols - 1) / kCols, 2.0 * work(), [&](Index c, int) {
       const Index t0 = c * kCols, t1 = std::min(n_, t0 + kCols);
       std::fill(y + t0, y + t1, 0.0);
-      kernels().rows<Stored>().combine(values_.data() + t0, n_, n_, t1 - t0, x, y + t0);
+      kernels().rows<Stored>().combine(values_.get() + t0, n_, n_, t1 - t0, x, y + t0);
+      add_excess(t0, t1, x, y);
     });
   }
 
  private:
+  void add_excess(Index s0, Index s1, const double* x, double* y) const {
+    if (excess_.empty()) return;
+    for (Index s = s0; s < s1; ++s) y[s] += excess_[s] * x[s];
+  }
+
   Index n_;
-  std::vector<Stored> values_;
+  std::unique_ptr<Stored[]> values_;  // each row is written before it is read
+  std::vector<double> excess_;        // what rounding took from each row, put on the diagonal
 };
 
 class CsrPolicyMatrix {
@@ -65,6 +91,11 @@ class CsrPolicyMatrix {
     for (Index row = s0 * model.actions; row < s1 * model.actions; ++row)
       for (Index k = model.crow[row]; k < model.crow[row + 1]; ++k)
         values_[pattern_.slot[k]] += weight[row] * static_cast<double>(model.values[k]);
+  }
+
+  void add_row(Index s, double scale, double* out) const {
+    for (Index k = pattern_.crow[s]; k < pattern_.crow[s + 1]; ++k)
+      out[pattern_.col[k]] += scale * values_[k];
   }
 
   void apply(const double* x, double* y, Team& team) const {

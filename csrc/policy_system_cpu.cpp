@@ -1,272 +1,6 @@
-#include "policy_system.h"
-
-#include <cmath>
-#include <limits>
-#include <memory>
-
-#include "elimination.h"
-#include "krylov.h"
-#include "policy_matrix.h"
+#include "policy_system_solver.h"
 
 namespace birl {
-namespace {
-
-constexpr double kEps = std::numeric_limits<double>::epsilon();
-constexpr Index kDirectAuto = 256;    // a factorisation costs less than a few dozen products
-constexpr Index kDirectLimit = 2500;  // beyond it the square matrix is the larger evil
-
-enum Method : Index { kAuto = 0, kDirect = 2, kKrylov = 3, kRichardson = 5 };
-
-double norm(const std::vector<double>& x, bool one_norm) {
-  double sum = 0.0, largest = 0.0;
-  for (const double e : x) {
-    sum += std::abs(e);
-    largest = std::max(largest, std::abs(e));
-  }
-  return one_norm || std::isnan(sum) ? sum : largest;
-}
-
-// One (n, g): a policy matrix and the right-hand sides that belong to it.
-template <class Model>
-class PolicySystem {
-  using Matrix = typename PolicyMatrixOf<Model, double>::type;
-
- public:
-  PolicySystem(const Model& model, Matrix& matrix, std::unique_ptr<Elimination>& elimination,
-               const double* inverse_sum, const double* policy, double discount,
-               const PolicySolve& request, Team& team, Interrupt& interrupt)
-      : model_(model),
-        matrix_(matrix),
-        elimination_(elimination),
-        discount_(discount),
-        request_(request),
-        team_(team),
-        interrupt_(interrupt),
-        weight_(model.states * model.actions),
-        defect_(model.states) {
-    const Index S = model.states, A = model.actions;
-    for (Index s = 0; s < S; ++s) {
-      double mass = 0.0, stopping = 0.0;
-      for (Index row = s * A; row < s * A + A; ++row) {
-        weight_[row] = policy[row] * inverse_sum[row];
-        mass += policy[row];
-        if (inverse_sum[row] == 0.0) stopping += policy[row];
-      }
-      // A softmax sums to one up to rounding; 1 − γ must not inherit that rounding error.
-      const bool normalised = std::abs(mass - 1.0) <= 4.0 * kEps * static_cast<double>(A);
-      const double lost = normalised ? stopping : 1.0 - (mass - stopping);
-      defect_[s] = (1.0 - discount) + discount * lost;
-      deflate_ = deflate_ && normalised && stopping == 0.0;
-    }
-    std::vector<double> row(S);
-    matrix_.form_rows(model, weight_.data(), 0, S, row.data());
-  }
-
-  // True if the residual met the tolerance, or the rounding level where that is higher.
-  bool solve(const double* b, double* out, double* residual_out) {
-    const std::size_t n = static_cast<std::size_t>(matrix_.size());
-    rhs_.assign(b, b + n);
-    x_.assign(n, 0.0);
-    correction_.resize(n);
-    const double size = norm(rhs_, request_.transpose);
-    bool solved = size == 0.0;
-    double reached = solved ? 0.0 : std::numeric_limits<double>::quiet_NaN();
-    if (!solved && std::isfinite(size)) {
-      start();
-      const bool given = request_.method != kAuto;
-      const bool small = model_.states <= kDirectAuto;
-      constexpr bool sparse = std::is_same<Matrix, CsrPolicyMatrix>::value;
-      const Index first =
-          given ? request_.method : (small ? kDirect : (sparse ? kRichardson : kKrylov));
-      reached = refine(first, solved);
-      if (!solved && first == kRichardson) reached = refine(kKrylov, solved);
-      if (!solved && first != kDirect && model_.states <= kDirectLimit) {
-        std::fill(x_.begin(), x_.end(), 0.0);
-        reached = refine(kDirect, solved);
-      }
-    }
-    if (solved || std::isfinite(reached))
-      std::copy(x_.begin(), x_.end(), out);
-    else
-      std::fill(out, out + n, std::numeric_limits<double>::quiet_NaN());
-    *residual_out = reached;
-    return solved;
-  }
-
- private:
-  // The part of the solution along the slow mode is known beforehand: the constant that carries the
-  // mean of b, or for the transpose the total mass Σb/(1−γ), spread like |b|. A direct solve of the
-  // transpose starts from zero instead, because it keeps a non-negative solution non-negative.
-  void start() {
-    if (!deflate_ || (request_.transpose && direct_first())) return;
-    double sum = 0.0, size = 0.0;
-    for (const double e : rhs_) {
-      sum += e;
-      size += std::abs(e);
-    }
-    const double mass = sum / (1.0 - discount_);
-    for (std::size_t i = 0; i < x_.size(); ++i)
-      x_[i] = request_.transpose ? mass * (std::abs(rhs_[i]) / size)
-                                 : mass / static_cast<double>(x_.size());
-  }
-
-  bool direct_first() const {
-    return request_.method == kDirect || (request_.method == kAuto && model_.states <= kDirectAuto);
-  }
-
-  // b − Ax from scratch. Where every row continues, A(α + z) = (1 − γ)α + Az is used as it stands,
-  // so a large constant in x does not drown the rest.
-  double residual() {
-    const std::size_t n = x_.size();
-    double middle = 0.0;
-    if (deflate_ && !request_.transpose) {
-      const auto ends = std::minmax_element(x_.begin(), x_.end());
-      middle = 0.5 * (*ends.first + *ends.second);
-    }
-    shifted_ = x_;
-    for (double& e : shifted_) e -= middle;
-    residual_.resize(n);
-    PolicyOperator<Matrix>(matrix_, discount_, request_.transpose, false, team_, interrupt_)(
-        shifted_, residual_);
-    const double constant = (1.0 - discount_) * middle;
-    for (std::size_t i = 0; i < n; ++i) residual_[i] = (rhs_[i] - constant) - residual_[i];
-    return norm(residual_, request_.transpose);
-  }
-
-  // Corrects x until the residual is small enough or no longer falls. Returns the final residual.
-  double refine(Index method, bool& solved) {
-    constexpr int kRounds = 8;
-    const double size = norm(rhs_, request_.transpose);
-    double previous = residual(), current = previous;
-    best_ = x_;
-    for (int round = 0; round < kRounds; ++round) {
-      // Rounding of one product and one subtraction; the last bits are not worth a round.
-      const double floor = 2.0 * kEps * (size + 2.0 * norm(x_, request_.transpose));
-      if (current <= std::max(request_.tol * size, floor)) break;
-      correct(method, std::max(0.5 * request_.tol * size, 0.25 * floor));
-      for (std::size_t i = 0; i < x_.size(); ++i) x_[i] += correction_[i];
-      current = residual();
-      if (current < previous || round == 0) best_ = x_;
-      if (!(current < 0.5 * previous) && (round > 0 || !(current < 1e3 * previous))) {
-        if (!(current < previous)) {
-          x_ = best_;
-          current = residual();
-        }
-        break;
-      }
-      previous = current;
-    }
-    const double units = 16.0 + model_.additions() + 0.25 * static_cast<double>(model_.actions);
-    const double floor = units * kEps * (size + 2.0 * norm(x_, request_.transpose));
-    solved = current <= std::max(request_.tol * size, floor);
-    return current;
-  }
-
-  // correction ≈ A⁻¹ residual
-  void correct(Index method, double target) {
-    if (method == kDirect) {
-      factor();
-      correction_ = residual_;
-      elimination_->solve(correction_.data(), request_.transpose);
-      return;
-    }
-    const PolicyOperator<Matrix> op(matrix_, discount_, request_.transpose, deflate_, team_,
-                                    interrupt_);
-    const double mean = deflate_ ? op.remove_mean(residual_.data()) : 0.0;
-    const Index given = request_.max_iterations;
-    if (method == kRichardson) {
-      const double all = std::min(1e7, 40.0 / (1.0 - discount_) + 100.0);
-      richardson(op, target, given > 0 ? given : static_cast<Index>(all));
-    } else {
-      const Index limit = given > 0 ? given : 2000;
-      // Max norm and 1-norm against the 2-norm of the recursions.
-      const double root = std::sqrt(static_cast<double>(x_.size()));
-      const double target2 = request_.transpose ? target / root : target;
-      KrylovResult result = bicgstab(op, residual_, correction_, target2, limit);
-      if (!(result.residual <= target2) && result.products < limit) {
-        std::vector<double> rest(x_.size());
-        op(correction_, rest);
-        for (std::size_t i = 0; i < rest.size(); ++i) rest[i] = residual_[i] - rest[i];
-        gmres(op, std::move(rest), correction_, target2, limit - result.products);
-      }
-    }
-    // For A itself the constant removed from the residual, and the one left by the compressed
-    // solve, are both exact multiples of an eigenvector.
-    if (deflate_ && !request_.transpose) {
-      std::vector<double> image(x_.size());
-      PolicyOperator<Matrix>(matrix_, discount_, false, false, team_, interrupt_)(correction_,
-                                                                                  image);
-      double sum = 0.0;
-      for (const double e : image) sum += e;
-      const double constant = (mean - sum / static_cast<double>(x_.size())) / (1.0 - discount_);
-      for (double& e : correction_) e += constant;
-    }
-  }
-
-  // Σ_j (γP_π)^j r while it contracts well: gives up once the measured rate predicts more products
-  // than a Krylov method is likely to need.
-  void richardson(const PolicyOperator<Matrix>& op, double target, Index limit) {
-    constexpr Index kWindow = 32;
-    constexpr double kPatience = 4000.0;
-    const bool one_norm = request_.transpose;
-    std::vector<double> term = residual_, next(term.size());
-    correction_ = residual_;
-    double window_start = norm(term, one_norm), size = window_start;
-    for (Index j = 1; j <= limit; ++j) {
-      op.step(term.data(), next.data());
-      term.swap(next);
-      for (std::size_t i = 0; i < term.size(); ++i) correction_[i] += term[i];
-      if (j % 8 != 0) continue;
-      size = norm(term, one_norm);
-      if (size == 0.0) return;
-      if (j % kWindow != 0) {
-        if (size <= 0.1 * target * (1.0 - discount_)) return;
-        continue;
-      }
-      const double rate = std::pow(size / window_start, 1.0 / kWindow);
-      window_start = size;
-      if (size * rate <= target * (1.0 - rate)) return;
-      const double predicted = std::log(target * (1.0 - rate) / size) / std::log(rate);
-      if (request_.method != kRichardson && !(rate < 1.0 && predicted < kPatience)) return;
-    }
-  }
-
-  void factor() {
-    if (factored_) return;
-    const Index S = model_.states, A = model_.actions;
-    if (!elimination_) elimination_ = std::make_unique<Elimination>(S);
-    std::vector<double> weight(A);
-    for (Index s = 0; s < S; ++s) {
-      for (Index a = 0; a < A; ++a) weight[a] = discount_ * weight_[s * A + a];
-      std::fill(elimination_->row(s), elimination_->row(s) + S, 0.0);
-      model_.policy_row(s, weight.data(), elimination_->row(s));
-    }
-    std::copy(defect_.begin(), defect_.end(), elimination_->defect());
-    elimination_->factor(team_, interrupt_);
-    factored_ = true;
-  }
-
-  const Model& model_;
-  Matrix& matrix_;
-  std::unique_ptr<Elimination>& elimination_;
-  double discount_;
-  const PolicySolve& request_;
-  Team& team_;
-  Interrupt& interrupt_;
-  bool deflate_ = true, factored_ = false;
-  std::vector<double> weight_, defect_, rhs_, x_, best_, correction_, residual_, shifted_;
-};
-
-template <class Model>
-auto make_matrix(const Model& model, const PolicyPattern* pattern) {
-  using Matrix = typename PolicyMatrixOf<Model, double>::type;
-  if constexpr (std::is_same<Matrix, CsrPolicyMatrix>::value)
-    return std::make_unique<Matrix>(*pattern);
-  else
-    return std::make_unique<Matrix>(model.states);
-}
-
-}  // namespace
 
 Index policy_solve(const Batch& batch, const PolicySolve& request, Interrupt& interrupt) {
   if (batch.total() == 0) return 0;
@@ -282,27 +16,34 @@ Index policy_solve(const Batch& batch, const PolicySolve& request, Interrupt& in
     const bool across = batch.total() >= outer.size();
     Team& within = across ? alone : outer;
     struct Workspace {
-      std::unique_ptr<typename PolicyMatrixOf<Model, double>::type> matrix;
+      std::unique_ptr<typename PolicySystem<Model>::Matrix> matrix;
       std::unique_ptr<Elimination> elimination;
       std::vector<double> inverse_sum;
       Index transition = -1;
     };
     std::vector<Workspace> workspaces(across ? outer.size() : 1);
+    std::vector<std::vector<double>> rows(outer.size(), std::vector<double>(S));
+    const PolicySystemOptions options{request.transpose, request.method, request.tol,
+                                      request.max_iterations};
 
     const auto one = [&](Index i, int worker) {
       interrupt.check();
       Workspace& workspace = workspaces[worker];
       const Index n = i / batch.problems;
       const Model model = model_of(n);
-      if (!workspace.matrix) workspace.matrix = make_matrix(model, pattern.get());
+      if (!workspace.matrix) workspace.matrix = make_policy_matrix(model, pattern.get());
       if (workspace.transition != n) {
         workspace.inverse_sum.resize(S * A);
         inverse_row_sums(model, workspace.inverse_sum.data());
         workspace.transition = n;
       }
-      PolicySystem<Model> system(model, *workspace.matrix, workspace.elimination,
-                                 workspace.inverse_sum.data(), request.policy + i * S * A,
-                                 batch.discount[i], request, within, interrupt);
+      PolicySystem<Model> system(model, *workspace.matrix, workspace.elimination, batch.discount[i],
+                                 options, within, interrupt);
+      const Index chunk = model.chunk();
+      within.run((S + chunk - 1) / chunk, 2.0 * model.work(), [&](Index c, int helper) {
+        system.form(c * chunk, std::min(S, (c + 1) * chunk), workspace.inverse_sum.data(),
+                    request.policy + i * S * A, rows[across ? worker : helper].data());
+      });
       for (Index k = i * K; k < (i + 1) * K; ++k)
         if (!system.solve(request.rhs + k * S, request.out + k * S, request.residual + k))
           failed.fetch_add(1, std::memory_order_relaxed);

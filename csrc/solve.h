@@ -9,6 +9,7 @@ namespace birl {
 // Columns of `info`: half-span of δ, bound on ‖V − V*‖∞, passes over P, place and value of an
 // invalid input, products of inner solvers, temperature, a constant near the value, and a Kernel.
 constexpr Index kInfo = 9;
+constexpr Index kOffset = 7;  // the column of that constant
 
 struct Solve {
   const double* initial;  // (N,G,S) or null

@@ -12,51 +12,39 @@ from torch import Tensor
 
 from birl_ext import _native, errors, validation
 from birl_ext.ops import _torch
+from birl_ext.ops.rows import Data
 from birl_ext.solution import INFO, Status
 
-__all__ = ["AUTO", "NATIVE", "TORCH", "bellman", "failure", "policy_solve", "solve", "unavailable"]
+__all__ = [
+    "AUTO",
+    "NATIVE",
+    "TORCH",
+    "bellman",
+    "failure",
+    "policy_solve",
+    "solve",
+    "solve_vjp",
+    "unavailable",
+]
 
 AUTO, TORCH, NATIVE = 0, 1, 2
 
 
-def bellman(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    reward: Tensor,
-    log_reference: Tensor,
-    discount: Tensor,
-    temperature: Tensor,
-    value: Tensor,
-    backend: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    data = (transition, crow, col, reward, log_reference, discount, temperature)
-    if not _compiled(transition.device, backend):
-        return _torch.bellman(*data, value)
-    return _native.sweep(**_plain(*data), value=value.contiguous())
+def bellman(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op `bellman`; its arguments are those of the schema in `ops/bellman.py`."""
+    data, (value, backend) = Data(*arguments[:7]), arguments[7:]
+    if not _compiled(data.transition.device, backend):
+        return _torch.bellman(data, value)
+    return _native.sweep(**_plain(data), value=value.contiguous())
 
 
-def solve(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    reward: Tensor,
-    log_reference: Tensor,
-    discount: Tensor,
-    temperature: Tensor,
-    initial: Tensor,
-    batch: Sequence[int],
-    method: int,
-    tol: float,
-    max_iterations: int,
-    validate: int,
-    strict: bool,
-    backend: int,
-) -> tuple[Tensor, ...]:
-    data = (transition, crow, col, reward, log_reference, discount, temperature)
-    if _compiled(transition.device, backend) and transition.is_cpu:
+def solve(*arguments: Any) -> tuple[Tensor, ...]:
+    """The op `solve`; its arguments are those of the schema in `ops/solve.py`."""
+    data, (initial, *options, strict, backend) = Data(*arguments[:7]), arguments[7:]
+    if _compiled(data.transition.device, backend) and data.transition.is_cpu:
+        batch, method, tol, max_iterations, validate = options
         outputs: tuple[Tensor, ...] = _native.solve(
-            **_plain(*data),
+            **_plain(data),
             initial=None if initial.dim() == 1 else initial.contiguous(),
             batch=batch,
             method=method,
@@ -65,10 +53,35 @@ def solve(
             validate=validate,
         )
     else:
-        outputs = _torch.solve(*data, initial, batch, method, tol, max_iterations, validate)
+        outputs = _torch.solve(data, initial, *options)
     if strict and bool(outputs[-1].any()):
-        raise failure(outputs, transition, crow, col, reward, lambda flat: (flat,))
+        raise failure(
+            outputs, data.transition, data.crow, data.col, data.reward, lambda flat: (flat,)
+        )
     return outputs
+
+
+def solve_vjp(
+    saved: Any, bars: Sequence[Tensor | None], needs: Sequence[bool], backend: int
+) -> tuple[Tensor | None, ...] | None:
+    """`ops.solve.pull_back` by compiled code; None where there is none for it."""
+    transition, crow, col, discount, temperature, *solution = saved
+    if not (transition.is_cpu and _compiled(transition.device, backend)):
+        return None
+    sparse = transition.dim() == 2
+    transition_bar, reward_bar, reference_bar, *scalars = _native.solve_vjp(
+        transition.contiguous(),
+        crow if sparse else None,
+        col if sparse else None,
+        discount.contiguous(),
+        temperature.contiguous(),
+        solution,
+        [None if bar is None else bar.contiguous() for bar in bars],
+        needs,
+    )
+    shape = (*discount.shape, *solution[2].shape[-2:])
+    tables = (None if bar is None else bar.view(shape) for bar in (reward_bar, reference_bar))
+    return (transition_bar, *tables, *scalars)
 
 
 def policy_solve(
@@ -109,25 +122,17 @@ def _compiled(device: torch.device, backend: int) -> bool:
     return _native.available(device.type)
 
 
-def _plain(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    reward: Tensor,
-    log_reference: Tensor,
-    discount: Tensor,
-    temperature: Tensor,
-) -> dict[str, Any]:
+def _plain(data: Data) -> dict[str, Any]:
     """Contiguous tensors, and None for what is absent: what the compiled modules take."""
-    sparse = transition.dim() == 2
+    sparse, reference = data.transition.dim() == 2, data.log_reference
     return {
-        "transition": transition.contiguous(),
-        "crow": crow if sparse else None,
-        "col": col if sparse else None,
-        "reward": reward.contiguous(),
-        "log_reference": None if log_reference.dim() == 1 else log_reference.contiguous(),
-        "discount": discount.contiguous(),
-        "temperature": temperature.contiguous(),
+        "transition": data.transition.contiguous(),
+        "crow": data.crow if sparse else None,
+        "col": data.col if sparse else None,
+        "reward": data.reward.contiguous(),
+        "log_reference": None if reference.dim() == 1 else reference.contiguous(),
+        "discount": data.discount.contiguous(),
+        "temperature": data.temperature.contiguous(),
     }
 
 

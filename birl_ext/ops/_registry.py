@@ -14,8 +14,19 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 
-__all__ = ["LIBRARY", "Function", "are_plain", "fold", "in_graph", "to_lanes"]
+__all__ = [
+    "LIBRARY",
+    "PLAIN",
+    "Function",
+    "are_plain",
+    "fold",
+    "in_graph",
+    "is_first_order",
+    "nobody_listens",
+    "to_lanes",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,11 +96,30 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
         return False
     batched = torch._C._functorch.is_legacy_batchedtensor
-    # a lazily negated tensor is resolved by the dispatcher too
-    return all(type(t) in _PLAIN and not batched(t) and not t.is_neg() for t in tensors)
+    # tensors that are negated lazily or zero without memory are resolved by the dispatcher too
+    return all(
+        type(t) in PLAIN and not batched(t) and not t.is_neg() and not t._is_zerotensor()
+        for t in tensors
+    )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+def nobody_listens() -> bool:
+    """Whether no transform, mode, trace or forward derivative follows what is computed now."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    )
+
+
+def is_first_order() -> bool:
+    """Whether nobody differentiates or maps what is computed now."""
+    return not torch.is_grad_enabled() and nobody_listens()
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def fold(

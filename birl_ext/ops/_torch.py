@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.ops.rows import Rows
+from birl_ext.ops.rows import Data, Rows
 from birl_ext.solution import INFO, Info, Kernel, Method, Rigour, Status
 from birl_ext.validation import row_sum_tolerance
 
@@ -72,42 +72,20 @@ class Problem(NamedTuple):
         return (weight * self.rows.apply(vector)).sum(-1)
 
 
-def _problem(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    reward: Tensor,
-    log_reference: Tensor,
-    discount: Tensor,
-    temperature: Tensor,
-) -> Problem:
-    rows = Rows(transition.double(), crow, col, reward.shape[-2], reward.shape[-1])
-    reference = None if log_reference.numel() == 0 and log_reference.dim() == 1 else log_reference
-    return Problem(rows, rows.scale(), reward.double(), reference, discount, temperature)
+def _problem(data: Data) -> Problem:
+    reward, reference = data.reward, data.log_reference
+    rows = Rows(data.transition.double(), data.crow, data.col, *reward.shape[-2:])
+    given = None if reference.numel() == 0 and reference.dim() == 1 else reference
+    return Problem(rows, rows.scale(), reward.double(), given, data.discount, data.temperature)
 
 
-def bellman(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    reward: Tensor,
-    log_reference: Tensor,
-    discount: Tensor,
-    temperature: Tensor,
-    value: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = _problem(transition, crow, col, reward, log_reference, discount, temperature)
-    return tuple(problem.sweep(value, torch.zeros_like(discount)))  # type: ignore[return-value]
+def bellman(data: Data, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sweep = _problem(data).sweep(value, torch.zeros_like(data.discount))
+    return tuple(sweep)  # type: ignore[return-value]
 
 
 def solve(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    reward: Tensor,
-    log_reference: Tensor,
-    discount: Tensor,
-    temperature: Tensor,
+    data: Data,
     initial: Tensor,
     batch: Sequence[int],
     method: int,
@@ -115,8 +93,8 @@ def solve(
     max_iterations: int,
     validate: int,
 ) -> tuple[Tensor, ...]:
-    problem = _problem(transition, crow, col, reward, log_reference, discount, temperature)
-    status, place, culprit = _inspect(problem, transition, validate)
+    problem, reward = _problem(data), data.reward
+    status, place, culprit = _inspect(problem, data.transition, validate)
     states, actions = reward.shape[-2:]
     automatic = method == Method.AUTO
     if automatic:
@@ -124,7 +102,7 @@ def solve(
     newton = method in (Method.NEWTON, Method.KRYLOV)
     limit = max_iterations or (1000 if newton else 1_000_000)
 
-    gamma = discount
+    gamma = data.discount
     one_minus = 1 - gamma
     continuing = problem.continues.flatten(1).all(-1, keepdim=True).expand_as(gamma)
     top_reward = problem.reward.abs().amax((-1, -2))

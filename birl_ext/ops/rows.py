@@ -14,7 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "widened"]
+__all__ = ["Data", "Rows", "widened"]
+
+
+class Data(NamedTuple):
+    """What every op is given first, in normal form; an empty tensor stands for what is absent."""
+
+    transition: Tensor  # (N, S, A, S), or CSR values (N, nnz)
+    crow: Tensor
+    col: Tensor
+    reward: Tensor  # (N, G, S, A)
+    log_reference: Tensor  # (N, G, S, A), −inf where masked
+    discount: Tensor  # (N, G)
+    temperature: Tensor  # (N, G)
 
 
 class Rows(NamedTuple):

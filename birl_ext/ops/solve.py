@@ -5,13 +5,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, in_graph, to_lanes
+from birl_ext.ops._registry import (
+    LIBRARY,
+    Function,
+    are_plain,
+    fold,
+    in_graph,
+    is_first_order,
+    to_lanes,
+)
 from birl_ext.ops.bellman import (
     Point,
     backup_tangent,
@@ -23,7 +31,7 @@ from birl_ext.ops.policy_solve import PolicySolve
 from birl_ext.ops.rows import Rows, widened
 from birl_ext.solution import INFO, Info
 
-__all__ = ["solve"]
+__all__ = ["Saved", "pull_back", "solve"]
 
 LIBRARY.define(
     "solve(Tensor transition, Tensor crow, Tensor col, Tensor reward, Tensor log_reference, "
@@ -64,6 +72,93 @@ for _key in ("CPU", "CUDA"):
     LIBRARY.impl("solve", _backends.solve, _key)
 
 
+class Saved(NamedTuple):
+    """What the derivatives at a fixed point need: the data, and the solution in its axes *B."""
+
+    transition: Tensor
+    crow: Tensor
+    col: Tensor
+    discount: Tensor  # (N, G)
+    temperature: Tensor
+    value: Tensor
+    advantage: Tensor
+    policy: Tensor
+    info: Tensor
+    status: Tensor
+
+    def point(self) -> tuple[Point, Tensor]:
+        """The solution in axes (N, G), and (N, G, 1) with 1 where it can be trusted, else NaN."""
+        n, g = self.discount.shape
+        s, a = self.policy.shape[-2:]
+        offset = self.info[..., Info.OFFSET].reshape(n, g)
+        trust = torch.where(self.status.reshape(n, g) == 0, 1.0, torch.nan).double().unsqueeze(-1)
+        point = Point(
+            Rows(self.transition, self.crow, self.col, s, a),
+            self.discount,
+            self.temperature,
+            self.value.reshape(n, g, s) - offset.unsqueeze(-1),  # the constant mode cancels
+            offset,
+            self.advantage.reshape(n, g, s, a).double(),
+            widened(self.policy.reshape(n, g, s, a)),
+        )
+        return point, trust
+
+
+def pull_back(
+    saved: Saved, bars: Sequence[Tensor | None], needs: Sequence[bool], backend: int
+) -> tuple[Tensor | None, ...]:
+    """Cotangents of transition, reward (N, G, S, A), log_reference, discount and temperature.
+
+    Args:
+        bars: cotangents of V, Q, Q − V, π and log π in axes *B; None is zero.
+        needs: which of the results are wanted.
+
+    One compiled call where nothing is to be derived from it again, else differentiable operations.
+    """
+    if is_first_order() and are_plain([*saved, *(bar for bar in bars if bar is not None)]):
+        wanted = _backends.solve_vjp(saved, bars, needs, backend)
+        if wanted is not None:
+            return wanted
+    point, trust = saved.point()
+    shape = point.policy.shape
+    value_bar = None if bars[0] is None else bars[0].reshape(shape[:-1])
+    q_bar, advantage_bar, policy_bar, log_policy_bar = (
+        None if bar is None else bar.reshape(shape).double() for bar in bars[1:]
+    )
+    if q_bar is not None:  # Q = (Q − V) + V
+        advantage_bar = q_bar if advantage_bar is None else advantage_bar + q_bar
+        inflow = q_bar.sum(-1)
+        value_bar = inflow if value_bar is None else value_bar + inflow
+    folded = fold_cotangents(point, value_bar, advantage_bar, policy_bar, log_policy_bar)
+    source = torch.zeros_like(point.value) if folded.value is None else folded.value
+    if folded.q is not None:
+        pulled = point.rows.pull(folded.q * point.rows.scale())
+        source = source + point.discount.unsqueeze(-1) * pulled
+    flow = _linear_solve(point, source * trust, True, backend)
+    transition_bar, *others, weight = parameter_cotangents(
+        point, folded, flow, (needs[0], needs[2], needs[3], needs[4])
+    )
+    reward_bar = weight.to(point.rows.data.dtype) if needs[1] else None
+    return (transition_bar, reward_bar, *others)
+
+
+def _linear_solve(point: Point, rhs: Tensor, transpose: bool, backend: int) -> Tensor:
+    rows = point.rows
+    solution, _ = PolicySolve.apply(
+        rows.data,
+        rows.crow,
+        rows.col,
+        point.policy,
+        point.discount,
+        rhs.unsqueeze(2),
+        transpose,
+        0.0,
+        0,
+        backend,
+    )
+    return solution.squeeze(2)
+
+
 class Solve(Function):
     """(V, Q, Q − V, π, log π, info, status) at the fixed point.
 
@@ -81,16 +176,16 @@ class Solve(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         transition, crow, col, _, _, discount, temperature, _, ctx.batch, *_, ctx.backend = inputs
         value, _, advantage, policy, _, info, status = output
-        saved = (
+        saved = Saved(
             transition,
             crow,
             col,
             discount,
             temperature,
             value,
-            info,
             advantage,
             policy,
+            info,
             status,
         )
         ctx.set_materialize_grads(False)
@@ -99,82 +194,22 @@ class Solve(Function):
         ctx.save_for_forward(*saved)
 
     @staticmethod
-    def _point(ctx: Any) -> tuple[Point, Tensor]:
-        transition, crow, col, discount, temperature, value, info, advantage, policy, status = (
-            ctx.saved_tensors
-        )
-        n, g = discount.shape
-        s, a = policy.shape[-2:]
-        rows = Rows(transition, crow, col, s, a)
-        value, offset = value.reshape(n, g, s), info[..., Info.OFFSET].reshape(n, g)
-        advantage = advantage.reshape(n, g, s, a).double()
-        policy = widened(policy.reshape(n, g, s, a))
-        trust = torch.where(status.reshape(n, g) == 0, 1.0, torch.nan).double().unsqueeze(-1)
-        relative = value - offset.unsqueeze(-1)  # free of the constant mode, which cancels
-        return Point(rows, discount, temperature, relative, offset, advantage, policy), trust
-
-    @staticmethod
-    def _linear_solve(ctx: Any, point: Point, rhs: Tensor, transpose: bool) -> Tensor:
-        rows = point.rows
-        solution, _ = PolicySolve.apply(
-            rows.data,
-            rows.crow,
-            rows.col,
-            point.policy,
-            point.discount,
-            rhs.unsqueeze(2),
-            transpose,
-            0.0,
-            0,
-            ctx.backend,
-        )
-        return solution.squeeze(2)
-
-    @staticmethod
-    def backward(
-        ctx: Any,
-        value_bar: Tensor | None,
-        q_bar: Tensor | None,
-        advantage_bar: Tensor | None,
-        policy_bar: Tensor | None,
-        log_policy_bar: Tensor | None,
-        *_: Tensor | None,
-    ) -> tuple[Any, ...]:
-        bars = (value_bar, q_bar, advantage_bar, policy_bar, log_policy_bar)
+    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
         if all(bar is None for bar in bars):
             return (None,) * 15
-        point, trust = Solve._point(ctx)
-        table = point.policy.shape
-        value_bar = None if value_bar is None else value_bar.reshape(table[:-1])
-        q_bar, advantage_bar, policy_bar, log_policy_bar = (
-            None if bar is None else bar.reshape(table).double() for bar in bars[1:]
-        )
-        if q_bar is not None:  # Q = (Q − V) + V
-            advantage_bar = q_bar if advantage_bar is None else advantage_bar + q_bar
-            inflow = q_bar.sum(-1)
-            value_bar = inflow if value_bar is None else value_bar + inflow
-        folded = fold_cotangents(point, value_bar, advantage_bar, policy_bar, log_policy_bar)
-        source = torch.zeros_like(point.value) if folded.value is None else folded.value
-        if folded.q is not None:
-            pulled = point.rows.pull(folded.q * point.rows.scale())
-            source = source + point.discount.unsqueeze(-1) * pulled
-        flow = Solve._linear_solve(ctx, point, source * trust, True)
-        needs = tuple(ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
-        transition_bar, reference_bar, discount_bar, temperature_bar, weight = parameter_cotangents(
-            point, folded, flow, needs
-        )
-        reward_bar = weight.to(point.rows.data.dtype) if ctx.needs_input_grad[3] else None
-        data = (transition_bar, None, None, reward_bar, reference_bar)
-        return (*data, discount_bar, temperature_bar, *(None,) * 8)
+        needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6))
+        transition_bar, *others = pull_back(Saved(*ctx.saved_tensors), bars[:5], needs, ctx.backend)
+        return (transition_bar, None, None, *others, *(None,) * 8)
 
     @staticmethod
     def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
         transition_dot, _, _, reward_dot, reference_dot, discount_dot, temperature_dot = inputs[:7]
-        point, trust = Solve._point(ctx)
+        saved = Saved(*ctx.saved_tensors)
+        point, trust = saved.point()
         q_dot, source, scale = backup_tangent(
             point, transition_dot, reward_dot, reference_dot, discount_dot, temperature_dot
         )
-        value_dot = Solve._linear_solve(ctx, point, source * trust, False)
+        value_dot = _linear_solve(point, source * trust, False, ctx.backend)
         q_dot = q_dot + point.gamma * point.rows.apply(value_dot) * scale
         advantage_dot = q_dot - value_dot.unsqueeze(-1)
         policy_dot, log_policy_dot = policy_tangent(

@@ -1,0 +1,152 @@
+"""`solve` for tensors that need no preparation: a short way to the same kernel and the same bits.
+
+On a small problem the general way (checks, normal form, dispatcher) takes ten times as long as the
+arithmetic. Whatever is unusual returns None here and goes there; so do errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from birl_ext import _native
+from birl_ext.ops import _backends
+from birl_ext.ops._registry import PLAIN, are_plain, is_first_order, nobody_listens
+from birl_ext.ops.solve import Saved, pull_back
+
+__all__ = ["solve"]
+
+
+class PlainSolve(torch.autograd.Function):
+    """`ops.solve.Solve` at numbers γ and τ; after the outputs, how many problems failed.
+
+    Never mapped and never dual: it has a backward only.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        reward: Tensor,
+        transition: Tensor,
+        discount: float,
+        temperature: float,
+        validate: int,
+    ) -> tuple[Any, ...]:
+        outputs, failed = _native.solve_plain(reward, transition, discount, temperature, validate)
+        value, _, advantage, policy, _, info, status = outputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(info, status)
+        ctx.save_for_backward(transition, value, advantage, policy, info, status)
+        ctx.scalars = discount, temperature
+        return (*outputs, failed)
+
+    @staticmethod
+    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
+        bars = bars[:5]
+        if all(bar is None for bar in bars):
+            return (None,) * 5
+        saved, (discount, temperature) = ctx.saved_tensors, ctx.scalars
+        wanted, needed = ctx.needs_input_grad[:2]
+        needs = (needed, wanted, False, False, False)
+        # what was saved was plain; what arrives may be mapped, negated lazily, …
+        if is_first_order() and are_plain([bar for bar in bars if bar is not None]):
+            transition_bar, reward_bar, *_ = _native.solve_vjp(
+                saved[0],
+                None,
+                None,
+                discount,
+                temperature,
+                saved[1:],
+                [None if bar is None else bar.contiguous() for bar in bars],
+                needs,
+            )
+        else:
+            transition_bar, reward_bar = _general(saved, (discount, temperature), bars, needs)
+        return (reward_bar, transition_bar, None, None, None)
+
+
+def _general(
+    tensors: Sequence[Tensor],
+    scalars: tuple[float, float],
+    bars: Sequence[Tensor | None],
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The rule in operations that can be differentiated again, in the normal form (N, 1)."""
+    transition, value, advantage, policy, info, status = tensors
+    discount, temperature = (
+        torch.full((status.numel(), 1), number, dtype=torch.float64) for number in scalars
+    )
+    nothing = torch.empty(0, dtype=torch.int64)
+    states, actions = policy.shape[-2:]
+    rows = transition.reshape(-1, states, actions, states)
+    saved = Saved(
+        rows,
+        nothing,
+        nothing,
+        discount,
+        temperature,
+        value,
+        advantage,
+        policy,
+        info,
+        status,
+    )
+    transition_bar, reward_bar, *_ = pull_back(saved, bars, needs, _backends.AUTO)
+    return (
+        None if transition_bar is None else transition_bar.reshape(transition.shape),
+        None if reward_bar is None else reward_bar.reshape(policy.shape),
+    )
+
+
+class Outcome(NamedTuple):
+    """What `ops.solve.solve` returns, and how many problems failed."""
+
+    outputs: tuple[Tensor, ...]
+    failed: int
+
+
+def solve(
+    reward: Any, transition: Any, discount: Any, temperature: Any, validate: int
+) -> Outcome | None:
+    """V, Q, Q − V, π, log π, info and status; None unless everything is plain.
+
+    Plain are: strided, contiguous CPU tensors (*B, S, A) and (*B, S, A, S) of float32 or float64
+    with the same batch axes, numbers γ and τ in range, eager mode, and a compiled module.
+    """
+    if type(temperature) is int:
+        temperature = float(temperature)
+    if not (
+        type(reward) in PLAIN
+        and type(transition) in PLAIN
+        and type(discount) is float
+        and type(temperature) is float
+        and 0.0 <= discount < 1.0
+        and 0.0 < temperature < float("inf")
+        and nobody_listens()
+    ):
+        return None
+    shape, dtype = reward.shape, reward.dtype
+    if not (
+        len(shape) >= 2
+        and transition.shape == (*shape, shape[-2])
+        and (dtype is torch.float64 or dtype is torch.float32)
+        and dtype is transition.dtype
+        and reward.is_cpu
+        and transition.is_cpu
+        and transition.numel() > 0
+        and reward.layout is torch.strided
+        and transition.layout is torch.strided
+        and reward.is_contiguous()
+        and transition.is_contiguous()
+        and are_plain((reward, transition))
+        and _native.available("cpu")
+    ):
+        return None
+    if torch.is_grad_enabled() and (reward.requires_grad or transition.requires_grad):
+        apply: Any = super(torch.autograd.Function, PlainSolve).apply
+        *outputs, failed = apply(reward, transition, discount, temperature, validate)
+        return Outcome(tuple(outputs), failed)
+    return Outcome(*_native.solve_plain(reward, transition, discount, temperature, validate))
