@@ -16,11 +16,14 @@ from birl_ext.benchmarks.report import digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Text
 
 __all__ = ["draw", "points", "spread"]
 
 OURS, RIVAL, LINE = "#c8102e", "#5b6770", "#9aa5ad"
 TICKS = 0.125, 0.25, 0.5, 1.0
+BESIDE = 0.985
+"""Rivals stand a little to the left of ours, so that both are seen."""
 GAP = 0.043
 """Between two names, as a share of the height."""
 KEYS = {"ours": "birl_ext", "compiled": "torch.compile", "expert": "expert"}
@@ -57,7 +60,7 @@ def draw(document: Mapping[str, Any], path: Path) -> Path:
     figure, axes = pyplot.subplots(figsize=(10, 5.8), layout="constrained")
     axes.set(xscale="log", yscale="log")
     left, right = _limits(axes, document["ceilings"], found)
-    _ceilings(axes, document["ceilings"], left, right)
+    slanted = _ceilings(axes, document["ceilings"], left, right)
     _points(axes, found)
     _names(axes, [point for point in found if point.key == "ours"])
     axes.set(xlabel="operations per byte of P", ylabel="billion operations per second")
@@ -74,6 +77,9 @@ def draw(document: Mapping[str, Any], path: Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(which="major", color="#eceef0", linewidth=0.6)
     axes.set_axisbelow(True)
+    figure.draw_without_rendering()  # only now the axes have their size
+    for words in slanted:
+        words.set_rotation(_slope(axes))
     figure.savefig(path, dpi=160)
     pyplot.close(figure)
     return path
@@ -92,23 +98,52 @@ def _limits(
 
 def _ceilings(
     axes: Axes, ceilings: Mapping[str, Mapping[str, float]], left: float, right: float
-) -> None:
-    flat = ceilings["gigaflops"]
-    for level, rate in ceilings["gigabytes_per_second"].items():
+) -> list[Text]:
+    flat, slanted = ceilings["gigaflops"], []
+    for names, rate in _merged(ceilings["gigabytes_per_second"]):
         end = min(right, max(flat.values()) / rate)
         axes.plot([left, end], [left * rate, end * rate], color=LINE, linewidth=1, zorder=1)
-        text = f"{level} {digits(rate)} GB/s"
-        _remark(axes, text, (left, left * rate), ha="left")
+        text = f"{', '.join(names)}: {digits(rate)} GB/s"
+        slanted.append(_remark(axes, text, (left, left * rate), ha="left"))
     for dtype, rate in flat.items():
         axes.axhline(rate, color=LINE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        _remark(axes, f"matrix product, {dtype}, {digits(rate)} GFLOP/s", (right, rate), ha="right")
+        text = f"matrix product, {dtype}: {digits(rate)} GFLOP/s"
+        _remark(axes, text, (right, rate), ha="right")
+    return slanted
 
 
-def _remark(axes: Axes, text: str, at: tuple[float, float], *, ha: str) -> None:
-    away = 4 if ha == "left" else -4
-    axes.annotate(
-        text, at, (away, 3), textcoords="offset points", ha=ha, fontsize=8, color=RIVAL, zorder=2
+def _slope(axes: Axes) -> float:
+    """Degrees on paper of a line that rises by one decade per decade."""
+    box = axes.get_window_extent()
+    wide, high = (math.log(ends[1] / ends[0]) for ends in (axes.get_xlim(), axes.get_ylim()))
+    return math.degrees(math.atan2(box.height / high, box.width / wide))
+
+
+def _merged(rates: Mapping[str, float]) -> Iterator[tuple[list[str], float]]:
+    """Levels whose rates differ by less than a tenth share a line."""
+    groups: list[tuple[list[str], float]] = []
+    for level, rate in sorted(rates.items(), key=lambda pair: pair[1]):
+        if groups and rate < 1.1 * groups[-1][1]:
+            groups[-1][0].append(level)
+        else:
+            groups.append(([level], rate))
+    yield from groups
+
+
+def _remark(axes: Axes, text: str, at: tuple[float, float], *, ha: str) -> Text:
+    """Words on a line that passes through a point."""
+    words: Text = axes.annotate(
+        text,
+        at,
+        (4 if ha == "left" else -4, 4),
+        textcoords="offset points",
+        ha=ha,
+        rotation_mode="anchor",
+        fontsize=8,
+        color=RIVAL,
+        zorder=2,
     )
+    return words
 
 
 def _points(axes: Axes, found: Sequence[Point]) -> None:
@@ -116,7 +151,7 @@ def _points(axes: Axes, found: Sequence[Point]) -> None:
         mine = [point for point in found if point.key == key]
         ours = key == "ours"
         axes.scatter(
-            [point.intensity for point in mine],
+            [point.intensity * (1.0 if ours else BESIDE) for point in mine],
             [point.gigaflops for point in mine],
             color=OURS if ours else "white",
             edgecolor=OURS if ours else RIVAL,
@@ -126,7 +161,9 @@ def _points(axes: Axes, found: Sequence[Point]) -> None:
             zorder=4 if ours else 3,
         )
     if found:
-        axes.legend(loc="lower right", frameon=False, fontsize=9)
+        axes.legend(
+            loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, fontsize=9
+        )
 
 
 def _names(axes: Axes, mine: Sequence[Point]) -> None:

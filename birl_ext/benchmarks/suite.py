@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import itertools
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -41,8 +43,11 @@ ON_REQUEST = {"cpu": ("dense_big",), "cuda": ("bilevel_loop",)}
 
 def question(name: str) -> str:
     """The first line of a case's file."""
-    module = importlib.import_module(f"birl_ext.benchmarks.cases.{name}")
-    return (module.__doc__ or "").splitlines()[0]
+    return (_load(name).__doc__ or "").splitlines()[0]
+
+
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(f"birl_ext.benchmarks.cases.{name}")
 
 
 def run(
@@ -115,8 +120,7 @@ def _run_case(name: str, prefix: str, plan: Plan, document: dict[str, Any]) -> N
     torch_dense.forget_compilations()
     start = time.perf_counter()
     told = dataclasses.replace(plan, tell=lambda text: _tell(prefix + text))
-    module = importlib.import_module(f"birl_ext.benchmarks.cases.{name}")
-    for case in module.run(told):
+    for case in _load(name).run(told):
         document["cases"].append(case)
         _tell("")
         print("\n".join(report.lines(case)), flush=True)
@@ -179,13 +183,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "birl bench") -> in
     stem = f"{kind}_{machine.today()}" + ("_quick" if options.quick else "")
     return run(
         options.cases,
-        folder / f"{stem}.json",
+        _unused(folder, stem),
         device=options.device,
         threads=options.threads,
         quick=options.quick,
         seconds=options.seconds,
         command=shlex.join([*prog.split(), *_without_paths(given)]),
     )
+
+
+def _unused(folder: Path, stem: str) -> Path:
+    """A JSON file that is not there yet: what was measured once is not overwritten."""
+    names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := folder / f"{name}.json").exists())
 
 
 def _without_paths(arguments: Sequence[str]) -> list[str]:

@@ -39,7 +39,8 @@ COLUMNS = {
     "": "reason",
 }
 ACCURACY = (
-    "birl_ext: to rounding, or certified to .05 per step; the others: relative residual 1e-10"
+    "birl_ext: to rounding, or the cotangent of r certified to .05; the others: relative residual "
+    "1e-10"
 )
 
 
@@ -123,7 +124,11 @@ def _ways(level: _Level, plan: Plan) -> list[tuple[str, str, Gradient]]:
     midpoint = functools.partial(_sweep_on, step=torch_dense.midpoint, sweeps=4, plan=plan)
     return [
         ("ours", "birl_ext.solve and backward, warm start", _ours(level)),
-        ("contracting", "birl_ext MSoBiRL, certified to .05", _single_loop(level, "contracting")),
+        (
+            "contracting",
+            "birl_ext MSoBiRL, cotangent of r certified to .05",
+            _single_loop(level, "contracting"),
+        ),
         (
             "published",
             "SoBiRL as published: ten sweeps, one adjoint step",
