@@ -113,10 +113,17 @@ def _read_quantecon(values: Any) -> Answer:
 
 def _mdpsolver(models: list[Any], states: int) -> Callable[[], Any]:
     parallel = states > 100  # threads for a handful of states only cost
+    start = [0] * states  # else a second solve begins at the solution of the first
 
     def run() -> list[Any]:
         for model in models:
-            model.solve(algorithm="mpi", tolerance=EPSILON, postProcessing=False, parallel=parallel)
+            model.solve(
+                algorithm="mpi",
+                tolerance=EPSILON,
+                initPolicy=start,
+                postProcessing=False,
+                parallel=parallel,
+            )
         return models
 
     return run

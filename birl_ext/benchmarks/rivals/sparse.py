@@ -1,8 +1,9 @@
 """Sparse MDPs: birl_ext, PyTorch's CSR products, compiled gathers, JAX.
 
 What would take minutes is timed for a few sweeps; the time is that rate times the number of sweeps
-that a solution takes at least. It is known without making them: with δ = TV − V of one sign,
-γ·min |δ| ≤ |δ'| after the next sweep, so the residual cannot be small before γᵏ·min |δ| is.
+that a solution takes, estimated from below: the smaller end of δ = TV − V falls by γ per sweep, and
+what falls faster is ignored. Where δ has one sign that is a theorem. Where not, it is what full
+runs on such grids show: counts come out 5 to 25 per cent too small, in favour of the rival.
 """
 
 from __future__ import annotations
@@ -261,9 +262,8 @@ def _extrapolate(problem: GridProblem, answer: Answer, goal: float) -> Answer:
 
 
 def sweeps_needed(moved: Tensor, discount: float, goal: float, done: int) -> float:
-    """Fewest sweeps until ‖TV − V‖∞ ≤ goal, if the last of those done moved V by `moved`."""
-    low, high = moved.aminmax()
-    least = float(low) if low > 0 else -float(high) if high < 0 else 0.0
+    """About the fewest sweeps until ‖TV − V‖∞ ≤ goal, if the last one done moved V by `moved`."""
+    least = min(abs(float(end)) for end in moved.aminmax())
     return done + max(0.0, math.log(goal / least) / math.log(discount)) if least else done
 
 
