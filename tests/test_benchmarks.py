@@ -247,6 +247,14 @@ def broken_if_called() -> Any:
     raise AssertionError
 
 
+def test_a_candidate_that_remembers_is_timed_once() -> None:
+    calls = []
+    rival = Candidate("once", "once", lambda: lambda: calls.append(1) or Answer({}), once=True)
+    row = measured(answering("ours", right()), rival)[1]
+    assert len(calls) == row["cold"]["samples"] == 1
+    assert row["warm"] is None
+
+
 def test_a_few_sweeps_are_a_rate_and_marked_as_such() -> None:
     few = Candidate("few", "few", lambda: lambda: Answer({}, passes=10, needed=500))
     case = harness.measure(tiny_case(answering("ours", right()), few), QUICK)
@@ -461,6 +469,18 @@ def test_a_run_writes_json_and_markdown(tmp_path: Path, stubs: Any) -> None:
     for written in (out.read_text(), text):
         assert str(tmp_path) not in written
         assert str(ROOT) not in written
+
+
+def test_a_busy_machine_is_told_of(
+    tmp_path: Path, stubs: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stubs["small_batch"] = [good()]
+    for load, told in ((0.0, False), (1000.0, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
+        run(tmp_path / str(load), "small_batch")
+        (page,) = (tmp_path / str(load)).glob("*.md")
+        assert ("are void" in capsys.readouterr().out) == told
+        assert ("are void" in page.read_text()) == told
 
 
 def test_results_are_never_overwritten(tmp_path: Path, stubs: Any) -> None:

@@ -103,6 +103,7 @@ class Candidate:
         needs: packages without which the row says "missing".
         excuse: why this row is not run at all.
         compiles: whether the checking call holds a compilation.
+        once: whether only the first call is a fair sample, because it leaves something behind.
     """
 
     key: str
@@ -113,6 +114,7 @@ class Candidate:
     needs: tuple[str, ...] = ()
     excuse: str = ""
     compiles: bool = False
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,7 @@ def _try(case: Case, candidate: Candidate, plan: Plan) -> _Trial:
     if answer.needed is not None and answer.passes:
         passes, multiple = answer.needed, answer.needed / answer.passes
     row |= {"status": "timed", "passes": passes, "extrapolated": multiple != 1.0}
-    slow = took > SLOW and not candidate.compiles
+    slow = candidate.once or (took > SLOW and not candidate.compiles)
     return out._replace(call=call, answer=answer, took=took, slow=slow, multiple=multiple)
 
 

@@ -22,6 +22,7 @@ from birl_ext import _native
 
 __all__ = [
     "bandwidth",
+    "busy",
     "caches",
     "ceilings",
     "clock",
@@ -188,6 +189,16 @@ def header(command: str, device: torch.device, threads: int, quick: bool) -> dic
         "versions": {"python": platform.python_version(), **_versions()},
         "compiled_module": native["build_info"] or native["reason"],
     }
+
+
+def busy(load: float) -> str:
+    """A warning if other programs want this machine too; empty if not."""
+    if load <= 0.5 * (os.cpu_count() or 1):
+        return ""
+    return (
+        f"Other programs are running (load average {load:.1f}). Rivals whose threads spin while they "
+        "wait lose many times what ours lose: ratios of this run are void."
+    )
 
 
 def today() -> str:

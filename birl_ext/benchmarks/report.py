@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from birl_ext.benchmarks import machine
+
 __all__ = ["digits", "lines", "markdown", "verdicts", "write"]
 
 
@@ -67,6 +69,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     if report["quick"]:
         parts.append("**A trial on toy sizes: its times mean nothing.**\n")
+    if warning := machine.busy(report["load_average"]):
+        parts.append(f"**{warning}**\n")
     if report.get("interrupted"):
         parts.append("**Interrupted: the cases below are those that were finished.**\n")
     parts += [

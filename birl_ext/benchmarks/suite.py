@@ -76,6 +76,8 @@ def run(
     chosen = list(names) or [one for one in CASES if one not in ON_REQUEST[plan.device.type]]
     document = machine.header(command, plan.device, plan.threads, quick)
     document |= {"ceilings": {}, "requirements": [], "cases": []}
+    if warning := machine.busy(document["load_average"]):
+        print(f"{warning}\n", flush=True)
     begin, status = time.perf_counter(), 0
     try:
         _tell("measuring this machine")

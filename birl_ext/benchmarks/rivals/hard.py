@@ -42,6 +42,7 @@ def dense(problem: DenseProblem, lists: str) -> list[Candidate]:
             _read_mdpsolver,
             solves="hard",
             needs=("mdpsolver",),
+            once=True,  # a second solve begins at the solution of the first
             excuse=where or lists,
         ),
     ]
@@ -68,6 +69,7 @@ def sparse(problem: GridProblem, *, slow: str, lists: str) -> list[Candidate]:
             _read_mdpsolver,
             solves="hard",
             needs=("mdpsolver",),
+            once=True,  # a second solve begins at the solution of the first
             excuse=where or lists,
         ),
     ]
@@ -113,17 +115,10 @@ def _read_quantecon(values: Any) -> Answer:
 
 def _mdpsolver(models: list[Any], states: int) -> Callable[[], Any]:
     parallel = states > 100  # threads for a handful of states only cost
-    start = [0] * states  # else a second solve begins at the solution of the first
 
     def run() -> list[Any]:
         for model in models:
-            model.solve(
-                algorithm="mpi",
-                tolerance=EPSILON,
-                initPolicy=start,
-                postProcessing=False,
-                parallel=parallel,
-            )
+            model.solve(algorithm="mpi", tolerance=EPSILON, postProcessing=False, parallel=parallel)
         return models
 
     return run
