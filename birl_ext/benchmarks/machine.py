@@ -196,8 +196,8 @@ def busy(load: float) -> str:
     if load <= 0.5 * (os.cpu_count() or 1):
         return ""
     return (
-        f"Other programs are running (load average {load:.1f}). Rivals whose threads spin while they "
-        "wait lose many times what ours lose: ratios of this run are void."
+        f"Other programs are running (load average {load:.1f}). Rivals whose threads spin while "
+        "they wait lose many times what ours lose: ratios of this run are void."
     )
 
 
