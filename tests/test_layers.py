@@ -34,6 +34,7 @@ LAYERS = (
     "runs",
     "problems",
     "doctor",
+    "benchmarks",
     "cli",
     "__main__",
 )
