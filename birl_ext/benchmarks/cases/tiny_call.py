@@ -121,8 +121,9 @@ def _layers(problem: DenseProblem) -> list[Layer]:
         _recording(_native, "solve") as glue,
         _recording(ops_solve, "solve") as function,
     ):
-        mine(reward)
-        mine(wanted)
+        # a backend by name takes the general way, whose layers these are
+        mine(reward, backend=problem.device.type)
+        mine(wanted, backend=problem.device.type)
 
     def with_backward() -> birl_ext.Solution:
         solution = mine(wanted)
