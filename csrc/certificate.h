@@ -22,6 +22,7 @@ struct Certificate {
   double log_actions = 0.0;
   double additions = 0.0;  // dependent additions in the row sums P·W and σ and in that over actions
   double tol = 0.0;        // relative; 0: as far as rounding allows
+  double relative_target = 0.0;  // half-span at which the bound meets it, per unit of value
   // Of the last sweep, made at V = c + W:
   double c = 0.0;
   double least = 0.0, most = 0.0;  // range of W
@@ -35,7 +36,8 @@ struct Certificate {
         horizon(1.0 / (1.0 - discount_)),
         log_actions(std::log(static_cast<double>(actions))),
         additions(row_additions + 0.5 * static_cast<double>(std::min<Index>(actions, 64))),
-        tol(tol_) {}
+        tol(tol_),
+        relative_target(tol_ * (1.0 - discount_) / std::max(discount_, 0.1)) {}
 
   double half_span() const {
     return continues ? 0.5 * (high - low) : std::max(std::abs(low), std::abs(high));
@@ -67,7 +69,7 @@ struct Certificate {
   double target() const {
     const double rest = kEps * scale();
     if (tol == 0.0) return rest;
-    return std::max(tol * largest_value() / (horizon * std::max(discount, 0.1)), rest);
+    return std::max(relative_target * largest_value(), rest);
   }
 };
 

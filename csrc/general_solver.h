@@ -2,6 +2,7 @@
 // solve, modified policy iteration, value iteration, or Newton with elimination as a last resort.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -143,7 +144,7 @@ class GeneralSolver {
     if (form) make_matrix();
     ranges_.resize(chunks);
     const double work = 2.0 * model.work() + 40.0 * static_cast<double>(S * A);
-    team_.run(chunks, work, [&](Index item, int worker) {
+    const auto one = [&](Index item, int worker) {
       SweepScratch<Model>& mine = scratch_[worker];
       const Index s0 = item * chunk, s1 = std::min(S, s0 + chunk);
       if (from_zero_)
@@ -156,6 +157,12 @@ class GeneralSolver {
       ranges_[item] = kernels().difference(s1 - s0, next_.data() + s0, w_.data() + s0, constant,
                                            delta_.data() + s0);
       if (form) form_rows(s0, s1, worker);
+    };
+    // Neighbouring chunks in one piece, so that what comes next is known and can be fetched ahead.
+    const Index length = std::max<Index>(1, chunks / (8 * team_.size()));
+    team_.run((chunks + length - 1) / length, work, [&](Index piece, int worker) {
+      for (Index item = piece * length; item < std::min(chunks, (piece + 1) * length); ++item)
+        one(item, worker);
     });
     certificate_.low = kInf;
     certificate_.high = -kInf;
@@ -247,12 +254,13 @@ class GeneralSolver {
     krylov_best_ = kInf;
     window_half_ = kInf;
     krylov_failed_ = false;
+    expected_ = kInf;
     Progress progress;
     Status status = Status::kMaxIterations;
 
     for (;;) {
       interrupt_.check();
-      sweep(mode_ != Mode::kValueIteration && !from_zero_ && mode_ != Mode::kNewtonDirect);
+      sweep(uses_matrix() && !from_zero_ && !(expected_ <= certificate_.target()));
       if (summed_ && !checked_) {
         checked_ = true;
         if (request_.validate != Rigour::kOff)
@@ -285,6 +293,10 @@ class GeneralSolver {
       advance();
     }
     return {status, certificate_.half_span(), certificate_.error_bound(), passes_, products_};
+  }
+
+  bool uses_matrix() const {
+    return mode_ == Mode::kNewtonKrylov || mode_ == Mode::kModifiedPolicy;
   }
 
   // Sweeps within which the half-span falls by a tenth if it still falls: γ^n <= 0.9.
@@ -440,6 +452,11 @@ class GeneralSolver {
       products_ += result.products;
       if (!(result.residual <= 0.5 * size)) stalled_ = 4;  // Krylov is of no use here
     }
+    // What is left of the linear system, and T's curvature over the spread of γPx ≈ x − δ.
+    std::vector<double> ahead(x.size());
+    std::transform(x.begin(), x.end(), b.begin(), ahead.begin(), std::minus<double>());
+    const double range = 2.0 * spread(ahead);
+    expected_ = result.residual / size * half + range * range / (8.0 * problem_.temperature);
     accept_step(x);
   }
 
@@ -495,6 +512,7 @@ class GeneralSolver {
   double forcing_ = 0.3, krylov_best_ = kInf;
   double window_half_ = kInf;  // half-span a window of passes ago
   bool krylov_failed_ = false;
+  double expected_ = kInf;  // half-span after the step just made
 };
 
 }  // namespace birl

@@ -18,6 +18,7 @@ typedef __m512d Vec;
 inline Vec load(const double* p) { return _mm512_loadu_pd(p); }
 inline Vec load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 inline void store(double* p, Vec v) { _mm512_storeu_pd(p, v); }
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
 inline __m256d halve(Vec v) {
   return _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
 }
@@ -30,6 +31,7 @@ typedef __m256d Vec;
 inline Vec load(const double* p) { return _mm256_loadu_pd(p); }
 inline Vec load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 inline void store(double* p, Vec v) { _mm256_storeu_pd(p, v); }
+inline void store(float* p, Vec v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
 inline __m256d pairs(Vec u, Vec v) { return _mm256_hadd_pd(u, v); }
 #else
 constexpr int kWidth = 2;
@@ -43,6 +45,10 @@ inline Vec load(const float* p) {
   return Vec{static_cast<double>(p[0]), static_cast<double>(p[1])};
 }
 inline void store(double* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store(float* p, Vec v) {
+  p[0] = static_cast<float>(v[0]);
+  p[1] = static_cast<float>(v[1]);
+}
 #endif
 constexpr int kParts = 16 / kWidth;  // sixteen lanes on every instruction set
 
@@ -64,6 +70,14 @@ inline void lane_sums(const Vec (&v)[Rows], double* out) {
   for (int i = 0; i < Rows; ++i) out[i] = v[i][0] + v[i][1];
 }
 #endif
+
+// Σ_{t >= t0} p w, rounded the same wherever it is inlined.
+template <class Real>
+inline double tail_product(const Real* p, Index t0, Index cols, const double* w) {
+  double tail = 0.0;
+  for (Index t = t0; t < cols; ++t) tail = __builtin_fma(static_cast<double>(p[t]), w[t], tail);
+  return tail;
+}
 
 template <int Rows, class Real>
 inline __attribute__((always_inline)) void row_products(const Real* p, Index cols, const double* w,
@@ -91,11 +105,7 @@ inline __attribute__((always_inline)) void row_products(const Real* p, Index col
   }
   lane_sums(total, y);
   if (t < cols)
-    for (int i = 0; i < Rows; ++i) {
-      double tail = 0.0;
-      for (Index u = t; u < cols; ++u) tail += static_cast<double>(p[i * cols + u]) * w[u];
-      y[i] += tail;
-    }
+    for (int i = 0; i < Rows; ++i) y[i] += tail_product(p + i * cols, t, cols, w);
 }
 
 template <class Real>
@@ -138,7 +148,8 @@ inline __attribute__((always_inline)) void row_reductions(const Real* p, Index r
       total_product[0] = product[0];
       lane_sums(total_product, y + i);
     }
-    double lanes[kWidth], smallest = 0.0, tail = 0.0, tail_product = 0.0;
+    double lanes[kWidth], smallest = 0.0, tail = 0.0;
+    if constexpr (Multiply) y[i] += tail_product(p, t, cols, w);
     store(lanes, low[0]);
     for (int lane = 0; lane < kWidth; ++lane)
       smallest = lanes[lane] < smallest ? lanes[lane] : smallest;
@@ -146,11 +157,9 @@ inline __attribute__((always_inline)) void row_reductions(const Real* p, Index r
       const double x = static_cast<double>(p[t]);
       tail += x;
       smallest = x < smallest ? x : smallest;
-      if constexpr (Multiply) tail_product += x * w[t];
     }
     sum[i] += tail;
     least[i] = smallest;
-    if constexpr (Multiply) y[i] += tail_product;
   }
 }
 
@@ -188,6 +197,31 @@ void combine(const Real* p, Index stride, Index rows, Index cols, const double* 
     double acc = out[t];
     for (Index k = 0; k < rows; ++k) acc += weight[k] * static_cast<double>(p[k * stride + t]);
     out[t] = acc;
+  }
+}
+
+template <class Real>
+void policy_row(const Real* p, Index rows, Index cols, const double* weight, const Real* ahead,
+                Real* out) {
+  constexpr int kTile = 4 * kWidth;
+  Index t = 0;
+  for (; t + kTile <= cols; t += kTile) {
+    Vec acc[4] = {Vec{}, Vec{}, Vec{}, Vec{}};
+    for (Index k = 0; k < rows; ++k) {
+      const Index at = k * cols + t;
+      if (ahead) {  // two lines of a row to come for the two that are read (one if float)
+        __builtin_prefetch(ahead + at, 0, 2);
+        __builtin_prefetch(ahead + at + kTile / 2, 0, 2);
+      }
+      for (int i = 0; i < 4; ++i) acc[i] += weight[k] * load(p + at + i * kWidth);
+    }
+    for (int i = 0; i < 4; ++i) store(out + t + i * kWidth, acc[i]);
+  }
+  for (; t < cols; ++t) {
+    double acc = 0.0;
+    for (Index k = 0; k < rows; ++k)
+      acc = __builtin_fma(weight[k], static_cast<double>(p[k * cols + t]), acc);
+    out[t] = static_cast<Real>(acc);
   }
 }
 
@@ -357,8 +391,10 @@ const Kernels kTable = {
 #define BIRL_STRING_(x) #x
 #define BIRL_STRING(x) BIRL_STRING_(x)
     BIRL_STRING(BIRL_ISA),
-    {products<float>, sums<float>, products_and_sums<float>, combine<float>, q_values<float>},
-    {products<double>, sums<double>, products_and_sums<double>, combine<double>, q_values<double>},
+    {products<float>, sums<float>, products_and_sums<float>, combine<float>, policy_row<float>,
+     q_values<float>},
+    {products<double>, sums<double>, products_and_sums<double>, combine<double>, policy_row<double>,
+     q_values<double>},
     soft_maximum,
     {eliminate_block, eliminate_below, eliminated_solve, eliminated_solve_transpose},
     dot,

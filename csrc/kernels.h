@@ -18,6 +18,10 @@ struct RowKernels {
   // out[t] += Σ_k weight[k] p[k,t]
   void (*combine)(const Real* p, Index stride, Index rows, Index cols, const double* weight,
                   double* out);
+  // out[t] = Σ_k weight[k] p[k,t] in p's own precision, for consecutive rows. While it works it
+  // asks the memory for as much from `ahead` on, unless that is null.
+  void (*policy_row)(const Real* p, Index rows, Index cols, const double* weight, const Real* ahead,
+                     Real* out);
   // q[i] = reward[i] + discount · product[i] · inverse_sum[i]
   void (*q_values)(Index rows, const Real* reward, const double* product, const double* inverse_sum,
                    double discount, double* q);

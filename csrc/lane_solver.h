@@ -293,7 +293,7 @@ class LaneSolver {
       previous_ = half;
       if (half > std::max(certificate_.target(), noise) && !exhausted && passes_ < kMost &&
           !(request_.max_iterations > 0 && passes_ + 1 >= request_.max_iterations) &&
-          !(passes_ % 4 == 2 && request_.method == 0 && newton_pays(half, noise)))
+          !(passes_ % 8 == 6 && request_.method == 0 && newton_pays(half, noise)))
         return;
       std::transform(image, image + length, value_.begin(),
                      [](float x) { return static_cast<double>(x); });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
@@ -20,11 +21,22 @@ class DensePolicyMatrix {
   Index size() const { return n_; }
   double work() const { return static_cast<double>(n_ * n_); }
 
-  // Rows [s0, s1) from weights π/σ (S,A); `row` is scratch of S numbers.
+  // Rows [s0, s1) from weights π/σ (S,A); `row` is scratch of S numbers. The states whose rows of P
+  // are likely to be read next, those after s1, are asked for meanwhile.
   template <class Real>
   void form_rows(const DenseTransition<Real>& model, const double* weight, Index s0, Index s1,
                  double* row) {
+    const Index A = model.actions, size = A * n_;
     for (Index s = s0; s < s1; ++s) {
+      if constexpr (std::is_same<Real, Stored>::value) {
+        if (excess_.empty()) {
+          const Index next = s + (s1 - s0);
+          kernels().rows<Real>().policy_row(model.values + s * size, A, n_, weight + s * A,
+                                            next < n_ ? model.values + next * size : nullptr,
+                                            values_.get() + s * n_);
+          continue;
+        }
+      }
       std::fill(row, row + n_, 0.0);
       model.policy_row(s, weight + s * model.actions, row);
       put_row(s, row);
