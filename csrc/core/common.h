@@ -44,4 +44,8 @@ enum class Kernel : Index {
   kCudaCsr = 14,      // sparse
 };
 
+// What is checked of the rows of P: nothing; stochastic, or exactly zero where the process ends;
+// stochastic.
+enum class Rigour : Index { kOff, kOrEnding, kStochastic };
+
 }  // namespace birl
