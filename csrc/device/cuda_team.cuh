@@ -76,16 +76,16 @@ class BlockTeam {
   template <class T, class Local, class Join>
   BIRL_DEVICE T reduce(Local&& local, Join&& join) {
     static_assert(sizeof(T) <= kLargestReduced, "enlarge kLargestReduced");
-    __shared__ alignas(kAlignment) char slots[2][kMaxThreads / kWarp][kLargestReduced];
-    auto& slot = slots[reductions_++ & 1];
+    char* const slots = reduced(reductions_++ & 1);
     const T mine = warp_join<T>(local(thread()), join);
-    if (threadIdx.x % kWarp == 0) __builtin_memcpy(slot[threadIdx.x / kWarp], &mine, sizeof(T));
+    if (threadIdx.x % kWarp == 0)
+      __builtin_memcpy(slots + threadIdx.x / kWarp * kLargestReduced, &mine, sizeof(T));
     __syncthreads();
     T total;
-    __builtin_memcpy(&total, slot[0], sizeof(T));
+    __builtin_memcpy(&total, slots, sizeof(T));
     for (unsigned warp = 1; warp < blockDim.x / kWarp; ++warp) {
       T part;
-      __builtin_memcpy(&part, slot[warp], sizeof(T));
+      __builtin_memcpy(&part, slots + warp * kLargestReduced, sizeof(T));
       total = join(total, part);
     }
     return total;
@@ -101,6 +101,12 @@ class BlockTeam {
   }
 
  private:
+  // One function, so that all reductions of a kernel share the same slots.
+  BIRL_DEVICE static char* reduced(unsigned turn) {
+    __shared__ alignas(kAlignment) char slots[2][kMaxThreads / kWarp * kLargestReduced];
+    return slots[turn];
+  }
+
   BIRL_DEVICE Thread thread() const {
     return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
   }
@@ -109,7 +115,7 @@ class BlockTeam {
 };
 
 template <class Team, class Kernel>
-__global__ void __launch_bounds__(Team::kMaxThreads)
+__global__ void __launch_bounds__(Team::kMaxThreads, Kernel::kTeamsPerProcessor)
     run_items(const __grid_constant__ Kernel kernel, Index items, char* workspace,
               std::size_t spill) {
   extern __shared__ __align__(16) char shared[];
@@ -118,12 +124,6 @@ __global__ void __launch_bounds__(Team::kMaxThreads)
   Team team;
   for (Index item = blockIdx.x; item < items; item += gridDim.x) kernel.run(team, arrays, item);
 }
-
-// How a kernel is launched: teams in flight, threads of each, bytes of each.
-struct Grid {
-  unsigned blocks, threads;
-  Bytes bytes;
-};
 
 template <class Team, class Kernel>
 cudaError_t launch(const Kernel& kernel, Index items, const Grid& grid, void* workspace,

@@ -5,7 +5,9 @@
 //   template <class Chip, class Spill> Arrays lay_out(Chip& chip, Spill& spill) const;
 //       takes its arrays from on-chip memory and from the workspace in global memory;
 //   template <class Team> void run(Team& team, const Arrays& arrays, Index item) const;
-//       solves one item with the threads of one team (a warp, a block, a cluster, a grid).
+//       solves one item with the threads of one team (a warp, a block, a cluster, a grid);
+//
+// and kTeamsPerProcessor, the teams a multiprocessor should have registers for.
 //
 // `run` is executed by every thread of the team and is a sequence of
 //
@@ -86,6 +88,14 @@ class Footprint {
 // What a team needs of both memories.
 struct Bytes {
   std::size_t chip, spill;
+};
+
+// How a kernel is launched: teams in flight, threads of each, bytes of each.
+struct Grid {
+  unsigned blocks, threads;
+  Bytes bytes;
+
+  std::size_t workspace() const { return bytes.spill * blocks; }
 };
 
 template <class Kernel>

@@ -19,6 +19,19 @@ BIRL_DEVICE Pair load_pair(const double* p) {
 #endif
 }
 
+// x in double, converted at each use. A plain conversion of a number that stays in a register is
+// moved out of the loop around it, and then takes two registers for good.
+BIRL_DEVICE double widen(double x) { return x; }
+BIRL_DEVICE double widen(float x) {
+#if defined(__CUDACC__)
+  double wide;
+  asm volatile("cvt.f64.f32 %0, %1;" : "=d"(wide) : "f"(x));
+  return wide;
+#else
+  return static_cast<double>(x);
+#endif
+}
+
 #if defined(__CUDACC__)
 constexpr int kWarp = 32;
 

@@ -38,6 +38,10 @@ struct RegisterRows {
   using Real = Real_;
   static constexpr bool kOnChip = true;
   static constexpr int kTile = kStates + 1;  // row pitch: lanes fall on different banks
+  // What the compiler is told to make room for; P and some ninety others have to fit.
+  static constexpr int kRegistersOfP = kStates * kRows * static_cast<int>(sizeof(Real) / 4);
+  static constexpr bool kOneWarp = true;  // the team is a warp
+  static constexpr int kTeamsPerProcessor = kRegistersOfP <= 32 ? 16 : kRegistersOfP <= 64 ? 12 : 8;
 
   const Real* values;  // (N, S, A, S)
   int states, actions;
@@ -70,7 +74,7 @@ struct RegisterRows {
       Index start;
       int states;
       BIRL_DEVICE int count() const { return states; }
-      BIRL_DEVICE double operator()(int i) const { return static_cast<double>(value[i]); }
+      BIRL_DEVICE double operator()(int i) const { return widen(value[i]); }
       BIRL_DEVICE double sum() const { return unrolled_sum<kStates>(*this); }
       BIRL_DEVICE double dot(const double* w) const { return unrolled_dot<kStates>(*this, w); }
       template <class Visit>
@@ -145,6 +149,8 @@ template <class Real_>
 struct SharedRows {
   using Real = Real_;
   static constexpr bool kOnChip = true;
+  static constexpr int kTeamsPerProcessor = 3;
+  static constexpr bool kOneWarp = false;
 
   const Real* values;  // (N, S, A, S)
   int states, actions;
@@ -228,6 +234,8 @@ template <class Real_>
 struct GlobalRows {
   using Real = Real_;
   static constexpr bool kOnChip = false;
+  static constexpr int kTeamsPerProcessor = 2;
+  static constexpr bool kOneWarp = false;
 
   const Real* values;  // (N, S, A, S)
   int states, actions;
@@ -303,6 +311,8 @@ template <class Real_>
 struct CsrRows {
   using Real = Real_;
   static constexpr bool kOnChip = false;
+  static constexpr int kTeamsPerProcessor = 2;
+  static constexpr bool kOneWarp = false;
 
   const Real* values;  // (N, nnz)
   int states, actions;

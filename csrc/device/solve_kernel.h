@@ -80,6 +80,8 @@ struct Findings {
 template <class Home>
 struct SolveKernel {
   using Real = typename Home::Real;
+  static constexpr int kTeamsPerProcessor = Home::kTeamsPerProcessor;
+  static constexpr bool kOneWarp = Home::kOneWarp;
 
   Home home;
   SolveArguments<Real> arguments;
