@@ -48,4 +48,8 @@ enum class Kernel : Index {
 // stochastic.
 enum class Rigour : Index { kOff, kOrEnding, kStochastic };
 
+// Columns of `info`: half-span of δ, bound on ‖V − V*‖∞, passes over P, place and value of an
+// invalid input, products of inner solvers, temperature, a constant near the value, and a Kernel.
+constexpr Index kInfo = 9;
+
 }  // namespace birl

@@ -34,16 +34,13 @@ struct SolveArguments {
   Real* advantage;
   Real* policy;
   Real* log_policy;
-  double* info;   // (N,G,kInfoColumns)
+  double* info;   // (N,G,kInfo)
   Index* status;  // (N,G)
   SolveOptions options;
   Kernel kernel;                     // what `info` will call this one
   bool direct;                       // whether to make room for an elimination
   bool spill_matrix, spill_vectors;  // what lies in the workspace instead of on chip
 };
-
-// As in solve.h.
-constexpr Index kInfoColumns = 9;
 
 constexpr Index kNowhere = INT64_MAX;
 
@@ -445,7 +442,7 @@ class Solving {
 
   BIRL_DEVICE void write_info(double residual, double bound, Index passes, Index place,
                               double culprit, double offset) {
-    double* const info = given_.info + item_ * kInfoColumns;
+    double* const info = given_.info + item_ * kInfo;
     info[0] = residual;
     info[1] = bound;
     info[2] = static_cast<double>(passes);

@@ -19,14 +19,14 @@ struct Solution {
 
   explicit Solution(const Case<Real>& c)
       : value(c.items() * c.S, -7.0),
-        info(c.items() * kInfoColumns, -7.0),
+        info(c.items() * birl::kInfo, -7.0),
         q(c.items() * c.table(), Real(-7)),
         advantage(q),
         policy(q),
         log_policy(q),
         status(c.items(), -7) {}
 
-  const double* row(Index item) const { return info.data() + item * kInfoColumns; }
+  const double* row(Index item) const { return info.data() + item * birl::kInfo; }
 };
 
 template <class T>
