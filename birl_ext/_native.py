@@ -29,12 +29,15 @@ from birl_ext.solution import INFO, Rigour
 
 __all__ = [
     "available",
+    "build_info",
     "policy_solve",
     "reason",
     "report",
+    "require",
     "solve",
     "solve_plain",
     "solve_vjp",
+    "stand_in",
     "sweep",
 ]
 
@@ -81,14 +84,14 @@ class _Backend:
             raise BackendUnavailableError(f"backend {self.name!r}: {self.reason}")
         return module
 
-    def announce(self) -> None:
+    def announce(self, why: str) -> None:
         """Say once that PyTorch stands in; BIRL_REQUIRE_EXT=1 makes a missing `_cpu` an error."""
         if self.name == "cpu" and os.environ.get("BIRL_REQUIRE_EXT") == "1":
             self.require()
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.reason}; PyTorch computes the same answers, slower. "
+                f"{why}; PyTorch computes the same answers, slower. "
                 "Fix: reinstall birl_ext with a C++ compiler at hand; `birl doctor` tells more",
                 BackendFallbackWarning,
                 stacklevel=3,
@@ -111,8 +114,23 @@ def available(name: str) -> bool:
     backend = _backends[name]
     if backend.usable() is not None:
         return True
-    backend.announce()
+    backend.announce(backend.reason)
     return False
+
+
+def stand_in(name: str, why: str) -> None:
+    """Warn, once for each backend, that PyTorch computes in its place."""
+    _backends[name].announce(why)
+
+
+def require(name: str) -> ModuleType:
+    """The module of a backend, or BackendUnavailableError."""
+    return _backends[name].require()
+
+
+def build_info(name: str) -> dict[str, Any]:
+    """How a module was built."""
+    return dict(require(name).build_info())
 
 
 def reason(name: str) -> str:
@@ -134,7 +152,7 @@ def report() -> dict[str, dict[str, Any]]:
     return entries
 
 
-class _Call:
+class Call:
     """The checks of one call: every tensor passes through `at` once and becomes a pointer."""
 
     def __init__(self, transition: Tensor) -> None:
@@ -196,7 +214,7 @@ class _Call:
         return int(self.storage is torch.float64)
 
 
-def _sizes(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
+def sizes(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
     if tensor.dim() != 4:
         raise ShapeError(f"{name} has shape {tuple(tensor.shape)}", allowed="(N, G, S, A)")
     n, g, s, a = tensor.shape
@@ -231,8 +249,8 @@ def sweep(
 
     Source: (M1), (M2).
     """
-    pairs = n, g, s, a = _sizes("reward", reward)
-    call = _Call(transition)
+    pairs = n, g, s, a = sizes("reward", reward)
+    call = Call(transition)
     image, advantage = call.new(n, g, s), call.new(*pairs)
     policy, log_policy = torch.empty_like(advantage), torch.empty_like(advantage)
     arguments = (
@@ -250,9 +268,9 @@ def sweep(
         log_policy.data_ptr(),
     )
     if call.device.type == "cuda":
-        stream = torch.cuda.current_stream(call.device).cuda_stream
-        with torch.cuda.device(call.device):
-            _backends["cuda"].require().sweep(*arguments, stream, call.device.index)
+        from birl_ext import _native_cuda
+
+        _native_cuda.sweep(arguments, call.device)
     else:
         _cpu(call).sweep(*arguments, torch.get_num_threads())
     return image, advantage, policy, log_policy
@@ -294,9 +312,9 @@ def solve(
 
     Source: (M3), (M6), (M9).
     """
-    pairs = n, g, s, a = _sizes("reward", reward)
+    pairs = n, g, s, a = sizes("reward", reward)
     axes = (n, g) if batch is None else tuple(batch)
-    call = _Call(transition)
+    call = Call(transition)
     value = call.new(*axes, s)
     q = torch.empty((*axes, s, a), dtype=call.storage, device=call.device)
     advantage, policy, log_policy = (
@@ -424,7 +442,7 @@ def solve_vjp(
     if isinstance(discount, Tensor):
         n, g = discount.shape
         models = discount.shape[:1]
-    call = _Call(transition)
+    call = Call(transition)
     wanted = (
         torch.empty_like(transition) if needs[0] else None,
         torch.empty_like(policy) if needs[1] else None,
@@ -490,11 +508,11 @@ def policy_solve(
 
     Source: (M10), (M12), (M13).
     """
-    pairs = n, g, s, a = _sizes("policy", policy)
+    pairs = n, g, s, a = sizes("policy", policy)
     if rhs.dim() != 4:
         raise ShapeError(f"rhs has shape {tuple(rhs.shape)}", allowed="(N, G, K, S)")
     k = rhs.shape[2]
-    call = _Call(transition)
+    call = Call(transition)
     out, residual = call.new(n, g, k, s), call.new(n, g, k)
     failed: int = _cpu(call).policy_solve(
         call.dtype,
@@ -518,7 +536,7 @@ def policy_solve(
     return out, residual, failed
 
 
-def _cpu(call: _Call) -> Any:
+def _cpu(call: Call) -> Any:
     if call.device.type != "cpu":
         raise BackendUnavailableError(
             f"no compiled kernel of this operation for device {call.device}",
