@@ -1,4 +1,4 @@
-"""The command line: ``birl run | solve | plot | doctor``.
+"""The command line: ``birl run | solve | plot | bench | doctor``.
 
 Tyro, rich and matplotlib are imported only by the commands that need them.
 """
@@ -33,6 +33,7 @@ commands:
   run --resume DIR    go on with a run that was stopped
   solve --mdp FILE    solve your own MDP, written by DenseMDP.save or SparseMDP.save
   plot DIR            draw the figures of a run again
+  bench [CASE …]      measure birl_ext against everyone else, on this machine
   doctor              versions, compiled modules, devices: what to send with a bug report
 
 `birl COMMAND --help` says more. BIRL_DEBUG=1 shows the traceback of an error.
@@ -317,6 +318,12 @@ def _solve(words: list[str]) -> int:
     return 0
 
 
+def _bench(words: list[str]) -> int:
+    from birl_ext.benchmarks import suite
+
+    return suite.main(words)
+
+
 def _doctor(words: list[str]) -> int:
     from birl_ext import doctor
 
@@ -328,6 +335,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "solve": _solve,
     "plot": _plot,
+    "bench": _bench,
     "doctor": _doctor,
 }
 

@@ -35,6 +35,7 @@ LAYERS = (
     "runs",
     "problems",
     "doctor",
+    "benchmarks",
     "cli",
     "__main__",
 )

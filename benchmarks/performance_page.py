@@ -1,0 +1,169 @@
+"""Writes the tables of docs/performance.md from constants and from stored results.
+
+    python benchmarks/performance_page.py [--write]
+
+Without --write it prints the tables. Nothing in them is typed by hand: floors come from
+`birl_ext/benchmarks/floors.py`, times from the files in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from birl_ext.benchmarks import floors
+from birl_ext.benchmarks.report import digits
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+CACHED = ("small batch", "micro batch", "kernel only, small", "kernel only, micro")
+"""Cases whose single MDPs stay in a core's cache from one pass to the next."""
+
+
+def stored(kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """Name and content of every stored run of a device kind, oldest first; no trials."""
+    found = [
+        (path.stem, json.loads(path.read_text()))
+        for path in sorted(RESULTS.glob(f"{kind}_*"))
+        if path.suffix == ".json"
+    ]
+    return [(name, report) for name, report in found if not report.get("quick")]
+
+
+def tables() -> dict[str, str]:
+    """Name of each part of the page → its text."""
+    return {
+        "kernels": "\n".join(floors.kernels()),
+        "floors of an H200": "\n".join(floors.predictions(floors.H200)),
+        "floors of an H100": "\n".join(floors.predictions(floors.H100)),
+        "requirements": requirements(stored("cpu")),
+        "predictions": predictions(stored("cpu")),
+        "versions": versions(stored("cpu")),
+        "gpu": gpu(stored("gpu")),
+    }
+
+
+def requirements(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """The claims of the last run that judged them."""
+    judged = [(name, run) for name, run in runs if run.get("requirements")]
+    if not judged:
+        return "No stored run has judged them yet."
+    name, run = judged[-1]
+    lines = [
+        f"From `benchmarks/results/{name}.json`:",
+        "",
+        "| case | claim | wanted | measured | |",
+        "|---|---|---|---|---|",
+    ]
+    for one in run["requirements"]:
+        cells = one["case"], one["claim"], one["wanted"], digits(one["measured"]), one["verdict"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def predictions(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Bytes, operations, floor and outcome of ours, by the last run that measured the ceilings."""
+    measured = [(name, run) for name, run in runs if run.get("ceilings")]
+    if not measured:
+        return "No stored run has measured the ceilings yet."
+    name, run = measured[-1]
+    rates = run["ceilings"]["gigabytes_per_second"]
+    lines = [
+        f"From `benchmarks/results/{name}.json`; memory {digits(rates['memory'])} GB/s.",
+        "",
+        "| case | MB a pass | million operations | floor of a pass, ms | passes | predicted, ms "
+        "| measured, ms | measured/predicted |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in run["cases"]:
+        ours = next((row for row in case["rows"] if row["key"] == "ours"), {})
+        if ours.get("status") != "timed" or not ours.get("passes") or "cold" not in ours:
+            continue
+        predicted = _predicted(case, float(ours["passes"]), rates)
+        took = ours["cold"]["median"]
+        numbers = (
+            case["bytes_of_pass"] / 1e6,
+            case["operations_of_pass"] / 1e6,
+            case["floor_milliseconds"],
+            ours["passes"],
+            predicted,
+            took,
+            took / predicted,
+        )
+        lines.append(f"| {case['case']} | {' | '.join(map(digits, numbers))} |")
+    return "\n".join(lines)
+
+
+def _predicted(case: Mapping[str, Any], passes: float, rates: Mapping[str, float]) -> float:
+    """Milliseconds: one pass from memory, the others from the level that P stays in."""
+    size = 1e-6 * case["bytes_of_pass"]
+    cached = case["case"].startswith(CACHED)
+    # a problem beyond the private caches comes from wherever a buffer of its size came from
+    again = rates.get("L2") if cached else case["read_gigabytes_per_second"]["this size again"]
+    return float(size / rates["memory"] + max(passes - 1, 0) * size / (again or rates["memory"]))
+
+
+def versions(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Milliseconds of ours in every stored run: a column per version of the kernels."""
+    columns: dict[str, dict[str, str]] = {}
+    for name, run in runs:
+        columns[name] = {
+            case["case"]: digits(row["cold"]["median"])
+            for case in run["cases"]
+            for row in case["rows"][:1]
+            if row.get("cold")
+        }
+    cases = list(dict.fromkeys(case for column in columns.values() for case in column))
+    lines = [f"| case | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
+    for case in cases:
+        lines.append(f"| {case} | {' | '.join(col.get(case, '') for col in columns.values())} |")
+    return "\n".join(lines)
+
+
+def gpu(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """What ran on a GPU, or that nothing has."""
+    if not runs:
+        return "Not measured on a GPU yet: everything above is a prediction."
+    name, run = runs[-1]
+    lines = [f"From `benchmarks/results/{name}.json`, {run['device']}:", ""]
+    lines += ["| case | ms, cold | ms, queued |", "|---|---|---|"]
+    for case in (run.get("suite") or {}).get("cases", ()):
+        ours = case["rows"][0]
+        if ours.get("cold"):
+            queued = (ours.get("queued") or {}).get("median")
+            lines.append(
+                f"| {case['case']} | {digits(ours['cold']['median'])} | {digits(queued)} |"
+            )
+    return "\n".join(lines)
+
+
+def filled(text: str, parts: Mapping[str, str]) -> str:
+    """The page with every part between its two comments replaced."""
+    for name, part in parts.items():
+        pattern = re.compile(
+            rf"(^<!-- {re.escape(name)}: .*-->\n).*?(^<!-- end of {re.escape(name)} -->$)",
+            re.M | re.S,
+        )
+        if not pattern.search(text):
+            raise ValueError(f"{PAGE.name} has no part {name!r}")
+        text = pattern.sub(lambda found, part=part: f"{found[1]}{part}\n{found[2]}", text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="replace them in docs/performance.md")
+    if parser.parse_args().write:
+        PAGE.write_text(filled(PAGE.read_text(), tables()))
+        return
+    for name, text in tables().items():
+        print(f"{name}\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()

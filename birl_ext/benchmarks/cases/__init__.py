@@ -1,0 +1,1 @@
+"""One file per question; each has ``run(plan)``, which returns the measured cases."""
