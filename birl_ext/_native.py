@@ -206,6 +206,33 @@ class Call:
             entries,
         )
 
+    def sweep(
+        self,
+        transition: Tensor,
+        crow: Tensor | None,
+        col: Tensor | None,
+        reward: Tensor,
+        log_reference: Tensor | None,
+        discount: Tensor,
+        temperature: Tensor,
+        value: Tensor,
+    ) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+        """The integers that every module's `sweep` begins with, and the outputs it writes."""
+        pairs = n, g, s, a = sizes("reward", reward)
+        outputs = self.new(n, g, s), self.new(*pairs), self.new(*pairs), self.new(*pairs)
+        arguments = (
+            self.dtype,
+            *pairs,
+            *self.model(transition, crow, col, (n,), s, a),
+            self.at("reward", reward, pairs, self.storage),
+            self.at("log_reference", log_reference, pairs),
+            self.at("discount", discount, (n, g)),
+            self.at("temperature", temperature, (n, g)),
+            self.at("value", value, (n, g, s)),
+            *(output.data_ptr() for output in outputs),
+        )
+        return arguments, outputs
+
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=self.device)
 
@@ -230,8 +257,8 @@ def sweep(
     discount: Tensor,
     temperature: Tensor,
     value: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One application of the soft Bellman operator at `value`, on the device of the tensors.
+) -> tuple[Tensor, ...]:
+    """One application of the soft Bellman operator at `value`.
 
     Args:
         transition: (N, S, A, S), or (N, nnz) with crow (S·A + 1,) and col (nnz,), int64.
@@ -249,31 +276,12 @@ def sweep(
 
     Source: (M1), (M2).
     """
-    pairs = n, g, s, a = sizes("reward", reward)
     call = Call(transition)
-    image, advantage = call.new(n, g, s), call.new(*pairs)
-    policy, log_policy = torch.empty_like(advantage), torch.empty_like(advantage)
-    arguments = (
-        call.dtype,
-        *pairs,
-        *call.model(transition, crow, col, (n,), s, a),
-        call.at("reward", reward, pairs, call.storage),
-        call.at("log_reference", log_reference, pairs),
-        call.at("discount", discount, (n, g)),
-        call.at("temperature", temperature, (n, g)),
-        call.at("value", value, (n, g, s)),
-        image.data_ptr(),
-        advantage.data_ptr(),
-        policy.data_ptr(),
-        log_policy.data_ptr(),
+    arguments, outputs = call.sweep(
+        transition, crow, col, reward, log_reference, discount, temperature, value
     )
-    if call.device.type == "cuda":
-        from birl_ext import _native_cuda
-
-        _native_cuda.sweep(arguments, call.device)
-    else:
-        _cpu(call).sweep(*arguments, torch.get_num_threads())
-    return image, advantage, policy, log_policy
+    _cpu(call).sweep(*arguments, torch.get_num_threads())
+    return outputs
 
 
 def solve(

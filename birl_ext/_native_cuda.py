@@ -90,10 +90,28 @@ def _workspace(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def sweep(arguments: tuple[int, ...], device: torch.device) -> None:
-    """`_native.sweep` on a GPU, its arguments already checked."""
-    with _launching(device) as (module, stream, index):
+def sweep(
+    transition: Tensor,
+    crow: Tensor | None,
+    col: Tensor | None,
+    reward: Tensor,
+    log_reference: Tensor | None,
+    discount: Tensor,
+    temperature: Tensor,
+    value: Tensor,
+) -> tuple[Tensor, ...]:
+    """`_native.sweep` on a GPU.
+
+    Raises: as `_native.sweep`, and
+        LaunchError: the driver refused.
+    """
+    call = _native.Call(transition)
+    arguments, outputs = call.sweep(
+        transition, crow, col, reward, log_reference, discount, temperature, value
+    )
+    with _launching(call.device) as (module, stream, index):
         module.sweep(*arguments, stream, index)
+    return outputs
 
 
 def solve(

@@ -75,6 +75,9 @@ def gpu(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(_native._backends, "cuda", backend)
     monkeypatch.setattr(_native_cuda, "_stream", lambda index: 0)
     monkeypatch.setattr(_native_cuda, "_index", lambda device: 0)
+    # the short way to the CPU's kernels is not for tensors on a GPU
+    monkeypatch.setattr(birl_ext.functional._plain, "solve", lambda *_: None)
+    monkeypatch.setattr(_native, "sweep", _native_cuda.sweep)
     monkeypatch.setattr(_native, "solve", _native_cuda.solve)
 
     def policy_solve(*data, transpose, method, tol):
@@ -258,6 +261,20 @@ def test_a_refused_launch_ends_in_pytorch(gpu: ModuleType, monkeypatch: pytest.M
     assert found.info[..., Info.KERNEL].unique().tolist() == [Kernel.TORCH]
     with pytest.raises(errors.BackendUnavailableError, match="out of resources"):
         birl_ext.solve(reward, transition, **options, backend="cpu")
+
+
+def test_a_refused_sweep_ends_in_pytorch(gpu: ModuleType) -> None:
+    """The double has no sweep: its launcher refuses, through the glue of the real one."""
+    reward, transition = problem(6, 3, torch.float64)
+    value = torch.randn(2, 6, dtype=torch.float64)
+    options = {"discount": 0.9, "temperature": 0.1}
+    with pytest.warns(errors.BackendFallbackWarning, match="sweep"):
+        found = birl_ext.bellman(value, reward, transition, **options)
+    truth = birl_ext.bellman(value, reward, transition, **options, backend="torch")
+    for one, other in zip(found, truth, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(errors.BackendUnavailableError, match="sweep"):
+        birl_ext.bellman(value, reward, transition, **options, backend="cpu")
 
 
 def test_capture_cannot_raise(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

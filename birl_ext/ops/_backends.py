@@ -30,12 +30,13 @@ __all__ = [
 AUTO, TORCH, NATIVE = 0, 1, 2
 
 
-def bellman(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bellman(*arguments: Any) -> tuple[Tensor, ...]:
     """The op `bellman`; its arguments are those of the schema in `ops/bellman.py`."""
     data, (value, backend) = Data(*arguments[:7]), arguments[7:]
     if _compiled(data.transition.device, backend):
+        native = _native.sweep if data.transition.is_cpu else _native_cuda.sweep
         try:
-            return _native.sweep(**_plain(data), value=value.contiguous())
+            return native(**_plain(data), value=value.contiguous())
         except _native_cuda.LaunchError as error:
             _stand_in(error, backend)
     return _torch.bellman(data, value)
