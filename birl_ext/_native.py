@@ -29,12 +29,15 @@ from birl_ext.solution import INFO, Rigour
 
 __all__ = [
     "available",
+    "build_info",
     "policy_solve",
     "reason",
     "report",
+    "require",
     "solve",
     "solve_plain",
     "solve_vjp",
+    "stand_in",
     "sweep",
 ]
 
@@ -81,14 +84,14 @@ class _Backend:
             raise BackendUnavailableError(f"backend {self.name!r}: {self.reason}")
         return module
 
-    def announce(self) -> None:
+    def announce(self, why: str) -> None:
         """Say once that PyTorch stands in; BIRL_REQUIRE_EXT=1 makes a missing `_cpu` an error."""
         if self.name == "cpu" and os.environ.get("BIRL_REQUIRE_EXT") == "1":
             self.require()
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.reason}; PyTorch computes the same answers, slower. "
+                f"{why}; PyTorch computes the same answers, slower. "
                 "Fix: reinstall birl_ext with a C++ compiler at hand; `birl doctor` tells more",
                 BackendFallbackWarning,
                 stacklevel=3,
@@ -111,8 +114,23 @@ def available(name: str) -> bool:
     backend = _backends[name]
     if backend.usable() is not None:
         return True
-    backend.announce()
+    backend.announce(backend.reason)
     return False
+
+
+def stand_in(name: str, why: str) -> None:
+    """Warn, once for each backend, that PyTorch computes in its place."""
+    _backends[name].announce(why)
+
+
+def require(name: str) -> ModuleType:
+    """The module of a backend, or BackendUnavailableError."""
+    return _backends[name].require()
+
+
+def build_info(name: str) -> dict[str, Any]:
+    """How a module was built."""
+    return dict(require(name).build_info())
 
 
 def reason(name: str) -> str:
@@ -134,7 +152,7 @@ def report() -> dict[str, dict[str, Any]]:
     return entries
 
 
-class _Call:
+class Call:
     """The checks of one call: every tensor passes through `at` once and becomes a pointer."""
 
     def __init__(self, transition: Tensor) -> None:
@@ -188,6 +206,33 @@ class _Call:
             entries,
         )
 
+    def sweep(
+        self,
+        transition: Tensor,
+        crow: Tensor | None,
+        col: Tensor | None,
+        reward: Tensor,
+        log_reference: Tensor | None,
+        discount: Tensor,
+        temperature: Tensor,
+        value: Tensor,
+    ) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+        """The integers that every module's `sweep` begins with, and the outputs it writes."""
+        pairs = n, g, s, a = sizes("reward", reward)
+        outputs = self.new(n, g, s), self.new(*pairs), self.new(*pairs), self.new(*pairs)
+        arguments = (
+            self.dtype,
+            *pairs,
+            *self.model(transition, crow, col, (n,), s, a),
+            self.at("reward", reward, pairs, self.storage),
+            self.at("log_reference", log_reference, pairs),
+            self.at("discount", discount, (n, g)),
+            self.at("temperature", temperature, (n, g)),
+            self.at("value", value, (n, g, s)),
+            *(output.data_ptr() for output in outputs),
+        )
+        return arguments, outputs
+
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=self.device)
 
@@ -196,7 +241,7 @@ class _Call:
         return int(self.storage is torch.float64)
 
 
-def _sizes(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
+def sizes(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
     if tensor.dim() != 4:
         raise ShapeError(f"{name} has shape {tuple(tensor.shape)}", allowed="(N, G, S, A)")
     n, g, s, a = tensor.shape
@@ -212,8 +257,8 @@ def sweep(
     discount: Tensor,
     temperature: Tensor,
     value: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One application of the soft Bellman operator at `value`, on the device of the tensors.
+) -> tuple[Tensor, ...]:
+    """One application of the soft Bellman operator at `value`.
 
     Args:
         transition: (N, S, A, S), or (N, nnz) with crow (S·A + 1,) and col (nnz,), int64.
@@ -231,31 +276,12 @@ def sweep(
 
     Source: (M1), (M2).
     """
-    pairs = n, g, s, a = _sizes("reward", reward)
-    call = _Call(transition)
-    image, advantage = call.new(n, g, s), call.new(*pairs)
-    policy, log_policy = torch.empty_like(advantage), torch.empty_like(advantage)
-    arguments = (
-        call.dtype,
-        *pairs,
-        *call.model(transition, crow, col, (n,), s, a),
-        call.at("reward", reward, pairs, call.storage),
-        call.at("log_reference", log_reference, pairs),
-        call.at("discount", discount, (n, g)),
-        call.at("temperature", temperature, (n, g)),
-        call.at("value", value, (n, g, s)),
-        image.data_ptr(),
-        advantage.data_ptr(),
-        policy.data_ptr(),
-        log_policy.data_ptr(),
+    call = Call(transition)
+    arguments, outputs = call.sweep(
+        transition, crow, col, reward, log_reference, discount, temperature, value
     )
-    if call.device.type == "cuda":
-        stream = torch.cuda.current_stream(call.device).cuda_stream
-        with torch.cuda.device(call.device):
-            _backends["cuda"].require().sweep(*arguments, stream, call.device.index)
-    else:
-        _cpu(call).sweep(*arguments, torch.get_num_threads())
-    return image, advantage, policy, log_policy
+    _cpu(call).sweep(*arguments, torch.get_num_threads())
+    return outputs
 
 
 def solve(
@@ -294,9 +320,9 @@ def solve(
 
     Source: (M3), (M6), (M9).
     """
-    pairs = n, g, s, a = _sizes("reward", reward)
+    pairs = n, g, s, a = sizes("reward", reward)
     axes = (n, g) if batch is None else tuple(batch)
-    call = _Call(transition)
+    call = Call(transition)
     value = call.new(*axes, s)
     q = torch.empty((*axes, s, a), dtype=call.storage, device=call.device)
     advantage, policy, log_policy = (
@@ -424,7 +450,7 @@ def solve_vjp(
     if isinstance(discount, Tensor):
         n, g = discount.shape
         models = discount.shape[:1]
-    call = _Call(transition)
+    call = Call(transition)
     wanted = (
         torch.empty_like(transition) if needs[0] else None,
         torch.empty_like(policy) if needs[1] else None,
@@ -490,11 +516,11 @@ def policy_solve(
 
     Source: (M10), (M12), (M13).
     """
-    pairs = n, g, s, a = _sizes("policy", policy)
+    pairs = n, g, s, a = sizes("policy", policy)
     if rhs.dim() != 4:
         raise ShapeError(f"rhs has shape {tuple(rhs.shape)}", allowed="(N, G, K, S)")
     k = rhs.shape[2]
-    call = _Call(transition)
+    call = Call(transition)
     out, residual = call.new(n, g, k, s), call.new(n, g, k)
     failed: int = _cpu(call).policy_solve(
         call.dtype,
@@ -518,7 +544,7 @@ def policy_solve(
     return out, residual, failed
 
 
-def _cpu(call: _Call) -> Any:
+def _cpu(call: Call) -> Any:
     if call.device.type != "cpu":
         raise BackendUnavailableError(
             f"no compiled kernel of this operation for device {call.device}",

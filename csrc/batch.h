@@ -6,10 +6,6 @@
 
 namespace birl {
 
-// What is checked of the rows of P: nothing; stochastic, or exactly zero where the process ends;
-// stochastic.
-enum class Rigour : Index { kOff, kOrEnding, kStochastic };
-
 struct Batch {
   bool is_double;
   Index transitions, problems, states, actions;  // N, G, S, A

@@ -72,15 +72,15 @@ template <class Rows, class Real>
 __global__ void __launch_bounds__(kWarp* kWarps) sweep_kernel(Rows model, DeviceSweep m) {
   extern __shared__ double shared[];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Index warps = blockDim.x / kWarp, S = m.states, A = m.actions;
+  const Index warps = blockDim.x / kWarp, S = m.batch.states, A = m.batch.actions;
   double* q = shared + warp * A;  // q' of this warp's state
-  const Index items = m.transitions * m.problems * S;
-  const Real* reward = static_cast<const Real*>(m.reward);
+  const Index items = m.batch.transitions * m.batch.problems * S;
+  const Real* reward = static_cast<const Real*>(m.batch.reward);
 
   for (Index item = blockIdx.x * warps + warp; item < items; item += gridDim.x * warps) {
-    const Index i = item / S, s = item % S, n = i / m.problems;
+    const Index i = item / S, s = item % S, n = i / m.batch.problems;
     const double* v = m.value + i * S;
-    const double gamma = m.discount[i], tau = m.temperature[i], constant = gamma * v[0];
+    const double gamma = m.batch.discount[i], tau = m.batch.temperature[i], constant = gamma * v[0];
 
     LogSumExp total;  // over actions, the same in every lane
     for (Index a = 0; a < A; ++a) {
@@ -89,14 +89,14 @@ __global__ void __launch_bounds__(kWarp* kWarps) sweep_kernel(Rows model, Device
       const double r = static_cast<double>(reward[item * A + a]);
       const double x = sum == 0.0 ? r - constant : r + gamma * (product / sum);
       if (lane == 0) q[a] = x;
-      total.add(m.log_reference ? x / tau + m.log_reference[item * A + a] : x / tau);
+      total.add(m.batch.log_reference ? x / tau + m.batch.log_reference[item * A + a] : x / tau);
     }
     const double log_total = total.value(), image = tau * log_total;
     if (lane == 0) m.value_out[item] = image + constant;
     __syncwarp();
     for (Index a = lane; a < A; a += kWarp) {
       const Index at = item * A + a;
-      const double reference = m.log_reference ? m.log_reference[at] : 0.0;
+      const double reference = m.batch.log_reference ? m.batch.log_reference[at] : 0.0;
       const bool masked = reference == -__builtin_huge_val();
       const double x = masked ? reference : (q[a] / tau + reference) - total.maximum;
       if (m.advantage) m.advantage[at] = masked ? 0.0 : q[a] - image;
@@ -109,28 +109,28 @@ __global__ void __launch_bounds__(kWarp* kWarps) sweep_kernel(Rows model, Device
 
 template <class Real>
 cudaError_t launch(const DeviceSweep& m, cudaStream_t stream) {
-  const Index fitting = kSharedBytes / (static_cast<Index>(sizeof(double)) * m.actions);
+  const Index fitting = kSharedBytes / (static_cast<Index>(sizeof(double)) * m.batch.actions);
   if (fitting < 1) return cudaErrorInvalidValue;
   const Index warps = fitting < kWarps ? fitting : kWarps;
-  const Index items = m.transitions * m.problems * m.states;
+  const Index items = m.batch.transitions * m.batch.problems * m.batch.states;
   const Index wanted = (items + warps - 1) / warps;
   const unsigned blocks = static_cast<unsigned>(wanted < (1 << 30) ? wanted : (1 << 30));
   const unsigned threads = static_cast<unsigned>(warps * kWarp);
-  const std::size_t bytes = sizeof(double) * static_cast<std::size_t>(warps * m.actions);
-  const Real* values = static_cast<const Real*>(m.transition);
-  if (m.crow)
+  const std::size_t bytes = sizeof(double) * static_cast<std::size_t>(warps * m.batch.actions);
+  const Real* values = static_cast<const Real*>(m.batch.transition);
+  if (m.batch.crow)
     sweep_kernel<CsrRows<Real>, Real>
-        <<<blocks, threads, bytes, stream>>>({values, m.crow, m.col, m.nnz}, m);
+        <<<blocks, threads, bytes, stream>>>({values, m.batch.crow, m.batch.col, m.batch.nnz}, m);
   else
-    sweep_kernel<DenseRows<Real>, Real><<<blocks, threads, bytes, stream>>>({values, m.states}, m);
+    sweep_kernel<DenseRows<Real>, Real><<<blocks, threads, bytes, stream>>>({values, m.batch.states}, m);
   return cudaGetLastError();
 }
 
 }  // namespace
 
 cudaError_t launch_sweep(const DeviceSweep& request, cudaStream_t stream) {
-  if (request.transitions * request.problems == 0) return cudaSuccess;  // a grid cannot be empty
-  return request.is_double ? launch<double>(request, stream) : launch<float>(request, stream);
+  if (request.batch.total() == 0) return cudaSuccess;  // a grid cannot be empty
+  return request.batch.is_double ? launch<double>(request, stream) : launch<float>(request, stream);
 }
 
 }  // namespace birl

@@ -3,24 +3,15 @@
 
 #include <cuda_runtime_api.h>
 
-#include "core/common.h"
+#include "device/batch.h"
 
 namespace birl {
 
 struct DeviceSweep {
-  bool is_double;
-  Index transitions, problems, states, actions;  // N, G, S, A
-  const void* transition;                        // (N,S,A,S), or (N,nnz) when crow is given
-  const Index* crow;
-  const Index* col;
-  Index nnz;
-  const void* reward;           // (N,G,S,A)
-  const double* log_reference;  // (N,G,S,A) or null
-  const double* discount;       // (N,G)
-  const double* temperature;    // (N,G)
-  const double* value;          // (N,G,S)
-  double* value_out;            // (N,G,S)
-  double* advantage;            // (N,G,S,A); the last three are optional
+  DeviceBatch batch;
+  const double* value;  // (N,G,S)
+  double* value_out;    // (N,G,S)
+  double* advantage;    // (N,G,S,A); the last three are optional
   double* policy;
   double* log_policy;
 };

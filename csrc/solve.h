@@ -6,11 +6,6 @@
 
 namespace birl {
 
-// Columns of `info`: half-span of δ, bound on ‖V − V*‖∞, passes over P, place and value of an
-// invalid input, products of inner solvers, temperature, a constant near the value, and a Kernel.
-constexpr Index kInfo = 9;
-constexpr Index kOffset = 7;  // the column of that constant
-
 struct Solve {
   const double* initial;  // (N,G,S) or null
   double* value;          // (N,G,S)
@@ -18,7 +13,7 @@ struct Solve {
   void* advantage;        // q − value, from the relative form and so more exact
   void* policy;
   void* log_policy;
-  double* info;          // (N,G,kInfo)
+  double* info;          // (N,G,kInfo), see core/common.h
   Index* status;         // (N,G)
   Index method;          // 0 auto, 1 value iteration, 2 Newton direct, 3 Newton-Krylov, 4 MPI
   double tol;            // relative and certified; 0: as far as rounding allows

@@ -18,6 +18,7 @@ LAYERS = (
     "errors",
     "solution",
     "_native",
+    "_native_cuda",
     "io",
     "validation",
     "ops",

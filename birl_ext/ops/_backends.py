@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from birl_ext import _native, errors, validation
+from birl_ext import _native, _native_cuda, errors, validation
 from birl_ext.ops import _torch
 from birl_ext.ops.rows import Data
 from birl_ext.solution import INFO, Status
@@ -30,29 +30,44 @@ __all__ = [
 AUTO, TORCH, NATIVE = 0, 1, 2
 
 
-def bellman(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bellman(*arguments: Any) -> tuple[Tensor, ...]:
     """The op `bellman`; its arguments are those of the schema in `ops/bellman.py`."""
     data, (value, backend) = Data(*arguments[:7]), arguments[7:]
-    if not _compiled(data.transition.device, backend):
-        return _torch.bellman(data, value)
-    return _native.sweep(**_plain(data), value=value.contiguous())
+    if _compiled(data.transition.device, backend):
+        native = _native.sweep if data.transition.is_cpu else _native_cuda.sweep
+        try:
+            return native(**_plain(data), value=value.contiguous())
+        except _native_cuda.LaunchError as error:
+            _stand_in(error, backend)
+    return _torch.bellman(data, value)
 
 
 def solve(*arguments: Any) -> tuple[Tensor, ...]:
     """The op `solve`; its arguments are those of the schema in `ops/solve.py`."""
     data, (initial, *options, strict, backend) = Data(*arguments[:7]), arguments[7:]
-    if _compiled(data.transition.device, backend) and data.transition.is_cpu:
-        batch, method, tol, max_iterations, validate = options
-        outputs: tuple[Tensor, ...] = _native.solve(
-            **_plain(data),
-            initial=None if initial.dim() == 1 else initial.contiguous(),
-            batch=batch,
-            method=method,
-            tol=tol,
-            max_iterations=max_iterations,
-            validate=validate,
+    if strict and _capturing(data.transition):
+        raise errors.OptionError(
+            'on_fail="raise" reads the status, and a CUDA graph is being captured',
+            fix='use on_fail="status" and look at the status after the replay',
         )
-    else:
+    outputs: tuple[Tensor, ...] | None = None
+    if _compiled(data.transition.device, backend):
+        native = _native.solve if data.transition.is_cpu else _native_cuda.solve
+        guess = None if initial.dim() == 1 else initial.contiguous()
+        batch, method, tol, max_iterations, validate = options
+        try:
+            outputs = native(
+                **_plain(data),
+                initial=guess,
+                batch=batch,
+                method=method,
+                tol=tol,
+                max_iterations=max_iterations,
+                validate=validate,
+            )
+        except _native_cuda.LaunchError as error:
+            _stand_in(error, backend)
+    if outputs is None:
         outputs = _torch.solve(data, initial, *options)
     if strict and bool(outputs[-1].any()):
         raise failure(
@@ -96,30 +111,50 @@ def policy_solve(
     method: int,
     backend: int,
 ) -> tuple[Tensor, Tensor]:
-    if not (_compiled(transition.device, backend) and transition.is_cpu):
-        return _torch.policy_solve(
-            transition, crow, col, policy, discount, rhs, transpose, tol, method
-        )
     sparse = transition.dim() == 2
-    x, residual, _ = _native.policy_solve(
+    data = (
         transition.contiguous(),
         crow if sparse else None,
         col if sparse else None,
         policy.contiguous(),
         discount.contiguous(),
         rhs.contiguous(),
-        transpose=transpose,
-        method=method,
-        tol=tol,
     )
-    return x, residual
+    if _compiled(transition.device, backend):
+        if transition.is_cpu:
+            options: dict[str, Any] = {"transpose": transpose, "method": method, "tol": tol}
+            return _native.policy_solve(*data, **options)[:2]
+        if _native_cuda.policy_solve_fits(rhs.shape[-1]):
+            try:
+                return _native_cuda.policy_solve(*data, transpose=transpose, tol=tol)
+            except _native_cuda.LaunchError as error:
+                _stand_in(error, backend)
+    return _torch.policy_solve(transition, crow, col, policy, discount, rhs, transpose, tol, method)
 
 
 def _compiled(device: torch.device, backend: int) -> bool:
     """Whether a compiled module computes the op; warns once where it should but cannot."""
     if backend == TORCH or device.type not in ("cpu", "cuda"):
         return False
-    return _native.available(device.type)
+    if device.type == "cpu":
+        return _native.available("cpu")
+    refusal = _native_cuda.refusal(device)
+    if refusal:
+        _stand_in(RuntimeError(refusal), backend)
+    return not refusal
+
+
+def _stand_in(error: RuntimeError, backend: int) -> None:
+    """PyTorch computes what the GPU's kernels cannot, with one warning; asked for, that is an
+    error.
+    """
+    if backend == NATIVE:
+        raise errors.BackendUnavailableError(f'backend="cuda": {error}') from error
+    _native.stand_in("cuda", str(error))
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _plain(data: Data) -> dict[str, Any]:

@@ -44,4 +44,13 @@ enum class Kernel : Index {
   kCudaCsr = 14,      // sparse
 };
 
+// What is checked of the rows of P: nothing; stochastic, or exactly zero where the process ends;
+// stochastic.
+enum class Rigour : Index { kOff, kOrEnding, kStochastic };
+
+// Columns of `info`: half-span of δ, bound on ‖V − V*‖∞, passes over P, place and value of an
+// invalid input, products of inner solvers, temperature, a constant near the value, and a Kernel.
+constexpr Index kInfo = 9;
+constexpr Index kOffset = 7;  // the column of that constant
+
 }  // namespace birl

@@ -1,0 +1,277 @@
+"""The compiled CUDA kernels, called with tensors: checks, workspace, stream, and what to do where a
+device or a driver refuses.
+
+All memory is torch's, and nothing here waits for the device, so every call can be captured in a
+CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from birl_ext import _native
+from birl_ext.errors import SizeLimitError
+from birl_ext.solution import INFO, Rigour
+
+__all__ = ["LaunchError", "outer", "policy_solve", "policy_solve_fits", "refusal", "solve", "sweep"]
+
+
+class LaunchError(RuntimeError):
+    """The driver refused a launch; PyTorch can stand in."""
+
+
+def refusal(device: torch.device) -> str:
+    """Why the compiled kernels do not run on a device; empty if they do."""
+    missing = _native.reason("cuda")
+    if missing:
+        return missing
+    index = _index(device)
+    if index not in _refusals:
+        built = str(_native.build_info("cuda")["architectures"])
+        capability = _capability(index)
+        _refusals[index] = (
+            ""
+            if runs_on(built, capability)
+            else f"birl_ext._cuda has no code for compute capability "
+            f"{capability[0]}.{capability[1]} of cuda:{index}, it was built for {built}"
+        )
+    return _refusals[index]
+
+
+_refusals: dict[int, str] = {}  # by device, asked for once
+
+
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for these CMake architectures runs on a device of this compute capability.
+
+    Real code runs within its major version, from its own minor version on; PTX on newer ones.
+    """
+    for architecture in architectures.split():
+        number, _, kind = architecture.partition("-")
+        if not number.isdigit():  # "native", "all", or a feature set of one chip: the builder knew
+            return True
+        built = divmod(int(number), 10)
+        if kind != "virtual" and built[0] == capability[0] and built[1] <= capability[1]:
+            return True
+        if kind != "real" and built <= capability:
+            return True
+    return False
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@contextmanager
+def _launching(device: torch.device) -> Iterator[tuple[ModuleType, int, int]]:
+    """The module, the current stream's handle and the device's index; refusals as LaunchError."""
+    module = _native.require("cuda")
+    index = _index(device)
+    try:
+        yield module, _stream(index), index
+    except module.LaunchError as error:
+        raise LaunchError(str(error)) from error
+
+
+def _stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+def _workspace(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def sweep(
+    transition: Tensor,
+    crow: Tensor | None,
+    col: Tensor | None,
+    reward: Tensor,
+    log_reference: Tensor | None,
+    discount: Tensor,
+    temperature: Tensor,
+    value: Tensor,
+) -> tuple[Tensor, ...]:
+    """`_native.sweep` on a GPU.
+
+    Raises: as `_native.sweep`, and
+        LaunchError: the driver refused.
+    """
+    call = _native.Call(transition)
+    arguments, outputs = call.sweep(
+        transition, crow, col, reward, log_reference, discount, temperature, value
+    )
+    with _launching(call.device) as (module, stream, index):
+        module.sweep(*arguments, stream, index)
+    return outputs
+
+
+def solve(
+    transition: Tensor,
+    crow: Tensor | None,
+    col: Tensor | None,
+    reward: Tensor,
+    log_reference: Tensor | None,
+    discount: Tensor,
+    temperature: Tensor,
+    initial: Tensor | None,
+    *,
+    batch: Sequence[int] | None = None,
+    method: int = 0,
+    tol: float = 0.0,
+    max_iterations: int = 0,
+    validate: int = Rigour.OR_ENDING,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_native.solve` on a GPU; methods 2, 3 and 4 are Newton with a direct solve there.
+
+    Raises: as `_native.sweep`, and
+        SizeLimitError: more than 2³¹ − 1 rows of P.
+        LaunchError: the driver refused.
+    """
+    call, (n, g, s, a) = _native.Call(transition), _native.sizes("reward", reward)
+    _check_rows(s, a)
+    axes = (n, g) if batch is None else tuple(batch)
+    value = call.new(*axes, s)
+    tables = [torch.empty((*axes, s, a), dtype=call.storage, device=call.device) for _ in range(4)]
+    info = call.new(*axes, INFO)
+    status = torch.empty(axes, dtype=torch.int64, device=call.device)
+    model = call.model(transition, crow, col, (n,), s, a)
+    with _launching(call.device) as (module, stream, index):
+        size = module.solve_workspace(call.dtype, n, g, s, a, model[1], model[3], index)
+        workspace = _workspace(size, call.device)
+        module.solve(
+            call.dtype,
+            n,
+            g,
+            s,
+            a,
+            *model,
+            call.at("reward", reward, (n, g, s, a), call.storage),
+            call.at("log_reference", log_reference, (n, g, s, a)),
+            call.at("discount", discount, (n, g)),
+            call.at("temperature", temperature, (n, g)),
+            call.at("initial", initial, (n, g, s)),
+            value.data_ptr(),
+            *(table.data_ptr() for table in tables),
+            info.data_ptr(),
+            status.data_ptr(),
+            method,
+            tol,
+            max_iterations,
+            int(validate),
+            workspace.data_ptr(),
+            stream,
+            index,
+        )
+    q, advantage, policy, log_policy = tables
+    return value, q, advantage, policy, log_policy, info, status
+
+
+def policy_solve_fits(states: int) -> bool:
+    """Whether `policy_solve` keeps the S² numbers of its elimination for so many states."""
+    return states <= int(_native.require("cuda").DIRECT_LIMIT)
+
+
+def policy_solve(
+    transition: Tensor,
+    crow: Tensor | None,
+    col: Tensor | None,
+    policy: Tensor,
+    discount: Tensor,
+    rhs: Tensor,
+    *,
+    transpose: bool = False,
+    tol: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`_native.policy_solve` on a GPU, always by elimination; x and its residual.
+
+    Raises: as `solve`.
+    """
+    call, (n, g, s, a) = _native.Call(transition), _native.sizes("policy", policy)
+    k = rhs.shape[2]
+    _check_rows(s, a)
+    out, residual = call.new(n, g, k, s), call.new(n, g, k)
+    model = call.model(transition, crow, col, (n,), s, a)
+    with _launching(call.device) as (module, stream, index):
+        size = module.policy_solve_workspace(call.dtype, n, g, k, s, a, model[1], model[3], index)
+        workspace = _workspace(size, call.device)
+        module.policy_solve(
+            call.dtype,
+            n,
+            g,
+            k,
+            s,
+            a,
+            *model,
+            call.at("policy", policy, (n, g, s, a)),
+            call.at("discount", discount, (n, g)),
+            call.at("rhs", rhs, (n, g, k, s)),
+            out.data_ptr(),
+            residual.data_ptr(),
+            transpose,
+            tol,
+            workspace.data_ptr(),
+            stream,
+            index,
+        )
+    return out, residual
+
+
+def outer(
+    transition: Tensor,
+    crow: Tensor | None,
+    col: Tensor | None,
+    weight: Tensor,
+    vector: Tensor,
+    shift: Tensor,
+) -> Tensor:
+    """Σ_g w(s,a) v(t) − shift(s,a) on the pattern of P, in the dtype of P: `ops.rows.Rows.outer`.
+
+    Args:
+        transition, crow, col: as for `_native.sweep`; only their shape and pattern are read.
+        weight: (N, G, S, A) float64.
+        vector: (N, G, S) float64.
+        shift: (N, S, A) float64.
+
+    Raises: as `solve`.
+
+    Source: (M12).
+    """
+    call, (n, g, s, a) = _native.Call(transition), _native.sizes("weight", weight)
+    _check_rows(s, a)
+    out = torch.empty_like(transition)
+    _, *pattern = call.model(transition, crow, col, (n,), s, a)
+    with _launching(call.device) as (module, stream, index):
+        module.outer(
+            call.dtype,
+            n,
+            g,
+            s,
+            a,
+            *pattern,
+            call.at("weight", weight, (n, g, s, a)),
+            call.at("vector", vector, (n, g, s)),
+            call.at("shift", shift, (n, s, a)),
+            out.data_ptr(),
+            stream,
+            index,
+        )
+    return out
+
+
+def _check_rows(states: int, actions: int) -> None:
+    most = 2**31 - 1
+    if states * actions > most:
+        raise SizeLimitError(
+            f"the transition has {states * actions} rows (S·A)",
+            allowed=f"at most {most} on a GPU",
+            fix='use backend="torch", or split the problem',
+        )

@@ -1,0 +1,229 @@
+// The decisions of one fixed-point iteration: certificate, stopping, and which step comes next.
+// Scalars only, executed by one thread of the team (Team::decide); the vectors are the kernel's.
+//
+// The rules are those of solve_cpu.cpp for small problems: value iteration with the constant mode
+// deflated, and Newton's method with an elimination once the measured contraction of the half-span
+// predicts more sweeps than Newton costs.
+#pragma once
+
+#include "core/common.h"
+#include "core/scalar_math.h"
+#include "device/layer.h"
+
+namespace birl::device {
+
+constexpr double kEps = 2.220446049250313e-16;
+constexpr double kInf = __builtin_huge_val();
+
+BIRL_DEVICE double smaller(double x, double y) { return y < x ? y : x; }
+BIRL_DEVICE double larger(double x, double y) { return y > x ? y : x; }
+BIRL_DEVICE double magnitude(double x) { return x < 0.0 ? -x : x; }
+BIRL_DEVICE bool is_finite(double x) { return x - x == 0.0; }
+
+// log x for finite x > 0
+BIRL_DEVICE double log_positive(double x) {
+  return x >= 1.0 ? log_from_one(x) : -log_from_one(1.0 / x);
+}
+
+enum class Mode : int { kValueIteration, kNewton };
+enum class Step : int { kStop, kAcceptSweep, kNewton };
+
+struct SolveOptions {
+  Index method;          // 0 auto, 1 value iteration; 2, 3 and 4 are Newton with an elimination
+  double tol;            // relative and certified; 0: as far as rounding allows
+  Index max_iterations;  // passes over P; 0: enough for the contraction to reach rounding level
+  Rigour validate;
+};
+
+// What one sweep found, over all states.
+struct SweepRange {
+  double delta_low, delta_high;  // of δ = TV − V
+  double image_low, image_high;  // of tw
+  bool finite;
+
+  BIRL_DEVICE static SweepRange nothing() { return {kInf, -kInf, kInf, -kInf, true}; }
+
+  BIRL_DEVICE void add(double delta, double image) {
+    delta_low = smaller(delta_low, delta);
+    delta_high = larger(delta_high, delta);
+    image_low = smaller(image_low, image);
+    image_high = larger(image_high, image);
+    finite = finite && is_finite(delta);
+  }
+
+  BIRL_DEVICE static SweepRange join(const SweepRange& x, const SweepRange& y) {
+    return {smaller(x.delta_low, y.delta_low), larger(x.delta_high, y.delta_high),
+            smaller(x.image_low, y.image_low), larger(x.image_high, y.image_high),
+            x.finite && y.finite};
+  }
+};
+
+// Lives in the team's on-chip memory; V = c + W.
+struct SolveControl {
+  // the problem
+  SolveOptions options;
+  double discount, temperature;
+  double states, actions;
+  double largest_reward, largest_reference;  // of available actions, by magnitude
+  double additions;                          // dependent ones in a row sum
+  bool continues;                            // no available row without continuation
+  bool direct;                               // whether there is memory for an elimination
+  // the iterate
+  double c, low, high;  // W lies in [low, high]
+  SweepRange range;     // of the last sweep
+  double middle;        // what to take off the next W, so that c carries the constant mode
+  // the iteration
+  Mode mode;
+  Status status;
+  Index passes, switched_at;
+  double best;       // smallest half-span so far
+  Index since_best;  // sweeps since it fell by a tenth
+  double previous;   // half-span
+  bool from_zero;    // the next sweep is at V = 0 and needs no P
+
+  BIRL_DEVICE void begin(bool zero) {
+    mode = options.method >= 2 && direct ? Mode::kNewton : Mode::kValueIteration;
+    status = Status::kMaxIterations;
+    passes = switched_at = since_best = 0;
+    best = previous = kInf;
+    from_zero = zero;
+  }
+
+  // Takes W's middle into c: where every row continues, T commutes with constants.
+  BIRL_DEVICE void centre(double w_low, double w_high) {
+    middle = continues ? 0.5 * (w_low + w_high) : 0.0;
+    c += middle;
+    low = w_low - middle;
+    high = w_high - middle;
+  }
+
+  // ---- certificate ----------------------------------------------------------------------------
+
+  BIRL_DEVICE double half_span() const {
+    return continues ? 0.5 * (range.delta_high - range.delta_low)
+                     : larger(magnitude(range.delta_low), magnitude(range.delta_high));
+  }
+
+  BIRL_DEVICE double delta_middle() const {
+    return continues ? 0.5 * (range.delta_low + range.delta_high) : 0.0;
+  }
+
+  // (M6): V* lies in TV + γ/(1−γ) [min δ, max δ]; the middle is added where that is valid.
+  BIRL_DEVICE double shift() const { return discount / (1.0 - discount) * delta_middle(); }
+
+  // The constant of the solution handed out, tw + offset.
+  BIRL_DEVICE double offset() const { return discount * c + shift(); }
+
+  // Size of the numbers whose rounding enters δ.
+  BIRL_DEVICE double scale() const {
+    const double span = 2.0 * larger(magnitude(low), magnitude(high));
+    return largest_reward + span + (1.0 - discount) * magnitude(c) +
+           temperature * (1.0 + log_from_one(actions) + largest_reference);
+  }
+
+  // Rounding error of one component of δ: units of eps·scale as in solve_cpu.cpp, 8 for the
+  // operations after the row sums, and the dependent additions of row sums and soft maximum.
+  BIRL_DEVICE double rounding() const {
+    return (8.0 + additions + 0.5 * smaller(actions, 64.0)) * kEps * scale();
+  }
+
+  BIRL_DEVICE double error_bound() const {
+    return (discount * half_span() + rounding()) / (1.0 - discount);
+  }
+
+  BIRL_DEVICE double largest_value() const {
+    return larger(larger(magnitude(c + low), magnitude(c + high)), largest_reward);
+  }
+
+  // ---- decisions ------------------------------------------------------------------------------
+
+  BIRL_DEVICE Step next(const SweepRange& found) {
+    range = found;
+    if (!from_zero) ++passes;
+    const double half = half_span();
+    if (!range.finite || !is_finite(c)) return stop(Status::kNonFinite);
+    if (options.tol > 0.0 && error_bound() <= options.tol * largest_value())
+      return stop(Status::kConverged);
+    since_best = half < 0.9 * best ? 0 : since_best + 1;
+    if (since_best == 0) best = half;
+    const double floor = rounding();
+    if (passes > 0 && exhausted(half, floor))
+      return stop(options.tol > 0.0 ? Status::kStagnated : Status::kConverged);
+    if (out_of_passes()) return stop(Status::kMaxIterations);
+    if (options.method == 0) choose(half, half <= floor && since_best > 0);
+    if (mode == Mode::kNewton && passes - switched_at >= 1000) switch_to(Mode::kValueIteration);
+    previous = half;
+    // T0 is free, and a better start than zero
+    const Step step = mode == Mode::kNewton && passes > 0 ? Step::kNewton : Step::kAcceptSweep;
+    from_zero = false;
+    return step;
+  }
+
+  // V := TV, corrected by the middle of (M6).
+  BIRL_DEVICE void accept_sweep() {
+    c = continues ? offset() : 0.0;
+    centre(range.image_low, range.image_high);
+  }
+
+  // V := V + x with (I − γP_π) x = δ − delta_middle(): where every row continues, the constant in
+  // δ contributes a constant to x.
+  BIRL_DEVICE void accept_newton(double w_low, double w_high) {
+    c += delta_middle() / (1.0 - discount);
+    centre(w_low, w_high);
+  }
+
+ private:
+  BIRL_DEVICE Step stop(Status reason) {
+    status = reason;
+    return Step::kStop;
+  }
+
+  BIRL_DEVICE void switch_to(Mode next) {
+    mode = next;
+    switched_at = passes;
+  }
+
+  // At the rounding level: nothing is left, or nothing more is gained.
+  BIRL_DEVICE bool exhausted(double half, double floor) const {
+    return half <= kEps * scale() || (half <= floor && since_best >= patience()) ||
+           (half <= 8.0 * floor && since_best >= 10 * patience());
+  }
+
+  // Sweeps within which the half-span falls by a tenth if it still falls: γ^n <= 0.9.
+  BIRL_DEVICE Index patience() const {
+    return 2 + (mode == Mode::kValueIteration ? static_cast<Index>(0.11 / (1.0 - discount)) : 0);
+  }
+
+  BIRL_DEVICE bool out_of_passes() const {
+    if (options.max_iterations > 0) return passes >= options.max_iterations;
+    const double contraction = smaller(1e9, 60.0 / (1.0 - discount)) + 1000.0;
+    return mode == Mode::kValueIteration &&
+           static_cast<double>(passes - switched_at) >= contraction;
+  }
+
+  // Value iteration as long as its measured contraction beats Newton's price, and Newton at the
+  // rounding level, where a jittering half-span tells nothing of the contraction.
+  BIRL_DEVICE void choose(double half, bool at_rounding_level) {
+    if (mode == Mode::kNewton || !direct || passes < 2) return;
+    const double wanted = larger(
+        options.tol * largest_value() * (1.0 - discount) / larger(discount, 0.1), kEps * scale());
+    if (half <= wanted) return;
+    const double rate = half / previous;
+    const double sweeps = rate < 1.0 && !at_rounding_level
+                              ? log_positive(half / wanted) / log_positive(1.0 / rate)
+                              : kInf;
+    // From contracting value iterates Newton needs about three steps to rounding level.
+    if (sweeps * sweep_cost() > 3.0 * newton_cost()) switch_to(Mode::kNewton);
+  }
+
+  // Clocks of one team, from instruction counts (not measured on a GPU): latency first, then work
+  // over some hundred lanes. They depend on the shape alone, so all kernels decide alike.
+  BIRL_DEVICE double sweep_cost() const {
+    return 1000.0 + states * actions * (states + 100.0) / 128.0;
+  }
+  BIRL_DEVICE double newton_cost() const {
+    return sweep_cost() + states * (150.0 + 0.75 * states + states * states / 256.0);
+  }
+};
+
+}  // namespace birl::device

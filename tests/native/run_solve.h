@@ -1,0 +1,83 @@
+// Calling the solve kernel on the host.
+#pragma once
+
+#include <cstring>
+
+#include "cases.h"
+#include "device/host_team.h"
+#include "device/solve_kernel.h"
+
+namespace test {
+
+using namespace birl::device;
+
+template <class Real>
+struct Solution {
+  std::vector<double> value, info;
+  std::vector<Real> q, advantage, policy, log_policy;
+  std::vector<Index> status;
+
+  explicit Solution(const Case<Real>& c)
+      : value(c.items() * c.S, -7.0),
+        info(c.items() * birl::kInfo, -7.0),
+        q(c.items() * c.table(), Real(-7)),
+        advantage(q),
+        policy(q),
+        log_policy(q),
+        status(c.items(), -7) {}
+
+  const double* row(Index item) const { return info.data() + item * birl::kInfo; }
+};
+
+template <class T>
+bool same_bits(const std::vector<T>& x, const std::vector<T>& y) {
+  return x.size() == y.size() &&
+         (x.empty() || std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0);
+}
+
+template <class Real>
+bool same_bits(const Solution<Real>& x, const Solution<Real>& y) {
+  return same_bits(x.value, y.value) && same_bits(x.q, y.q) &&
+         same_bits(x.advantage, y.advantage) && same_bits(x.policy, y.policy) &&
+         same_bits(x.log_policy, y.log_policy) && same_bits(x.info, y.info) &&
+         same_bits(x.status, y.status);
+}
+
+inline SolveOptions options(Index method = 0, double tol = 0.0, Index max_iterations = 0,
+                            birl::Rigour validate = birl::Rigour::kOrEnding) {
+  return {method, tol, max_iterations, validate};
+}
+
+template <class Real>
+SharedRows<Real> shared_rows(const Case<Real>& c) {
+  return {c.transition.data(), c.S, c.A};
+}
+template <class Real>
+GlobalRows<Real> global_rows(const Case<Real>& c) {
+  return {c.transition.data(), c.S, c.A};
+}
+template <class Real>
+CsrRows<Real> csr_rows(const Case<Real>& c) {
+  return {c.stored.data(), c.S, c.A, c.crow.data(), c.col.data(), static_cast<Index>(c.col.size())};
+}
+
+template <class Home, class Real = typename Home::Real>
+SolveKernel<Home> solve_kernel(const Home& home, const Case<Real>& c, Solution<Real>& out,
+                               const SolveOptions& how, const double* initial = nullptr,
+                               bool direct = true) {
+  return {home,
+          {c.G, c.reward.data(), c.log_reference.empty() ? nullptr : c.log_reference.data(),
+           c.discount.data(), c.temperature.data(), initial, out.value.data(), out.q.data(),
+           out.advantage.data(), out.policy.data(), out.log_policy.data(), out.info.data(),
+           out.status.data(), how, birl::Kernel::kCudaBlock, direct, true, true}};
+}
+
+template <class Home, class Real = typename Home::Real>
+Solution<Real> solve(const Home& home, const Case<Real>& c, const SolveOptions& how = options(),
+                     const HostRun& run = {}, const double* initial = nullptr) {
+  Solution<Real> out(c);
+  run_serial(solve_kernel(home, c, out, how, initial), c.items(), run);
+  return out;
+}
+
+}  // namespace test

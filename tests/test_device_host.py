@@ -1,0 +1,304 @@
+"""The CUDA kernels without a GPU: their bodies and their glue, run by host threads.
+
+`tests/native` compiles the kernels of csrc/device for the host, and csrc/module_cuda.cpp over them
+to a module `_cuda`. Here that module takes the place of the compiled one, and CPU tensors that of
+GPU tensors, so that everything but launches, streams and the hardware is exercised.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import birl_ext
+from birl_ext import _native, _native_cuda, errors
+from birl_ext.ops import _backends
+from birl_ext.ops.rows import Rows
+from birl_ext.solution import Info, Kernel, Status
+
+ROOT = Path(__file__).resolve().parents[1]
+NATIVE = ROOT / "tests" / "native"
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+
+
+def compile_module(folder: Path) -> Path:
+    """The module `_cuda` over the host double."""
+    import pybind11
+
+    out = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [
+        NATIVE / "stub",
+        ROOT / "csrc",
+        pybind11.get_include(),
+        sysconfig.get_path("include"),
+    ]
+    sources = [ROOT / "csrc" / "module_cuda.cpp", NATIVE / "launchers_host.cpp"]
+    command = [
+        str(COMPILER),
+        *("-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread"),
+        *(f"-I{folder}" for folder in includes),
+        f'-DBIRL_VERSION="{birl_ext.__version__}"',
+        '-DBIRL_CUDA_ARCHITECTURES="75-real 80-real 90"',
+        *map(str, sources),
+        *("-o", str(out)),
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    if COMPILER is None or importlib.util.find_spec("pybind11") is None:
+        pytest.skip("no C++ compiler, or no pybind11: nothing to build")
+    path = compile_module(tmp_path_factory.mktemp("cuda_host"))
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture
+def gpu(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """CPU tensors go to the CUDA glue, and the glue to the host double."""
+    backend = _native._Backend("cuda")
+    backend._tried, backend.module = True, module
+    monkeypatch.setitem(_native._backends, "cuda", backend)
+    monkeypatch.setattr(_native_cuda, "_stream", lambda index: 0)
+    monkeypatch.setattr(_native_cuda, "_index", lambda device: 0)
+    # the short way to the CPU's kernels is not for tensors on a GPU
+    monkeypatch.setattr(birl_ext.functional._plain, "solve", lambda *_: None)
+    monkeypatch.setattr(_native, "sweep", _native_cuda.sweep)
+    monkeypatch.setattr(_native, "solve", _native_cuda.solve)
+
+    def policy_solve(*data, transpose, method, tol):
+        return _native_cuda.policy_solve(*data, transpose=transpose, tol=tol)
+
+    monkeypatch.setattr(_native, "policy_solve", policy_solve)
+    if hasattr(_native, "solve_vjp"):  # the GPU has no fused backward of its own
+        monkeypatch.setattr(_backends, "solve_vjp", lambda *_: None)
+    return module
+
+
+def problem(
+    states: int, actions: int, dtype: torch.dtype, batch: tuple[int, ...] = (2,), seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    size = (*batch, states, actions)
+    transition = torch.rand((*size, states), generator=random, dtype=torch.float64) ** 4
+    transition /= transition.sum(-1, keepdim=True)
+    reward = torch.randn(size, generator=random, dtype=torch.float64)
+    return reward.to(dtype), transition.to(dtype)
+
+
+KERNELS = [  # states, actions, and the kernel that the host's small "shared memory" leads to
+    (5, 3, Kernel.CUDA_WARP),
+    (8, 16, Kernel.CUDA_WARP),
+    (16, 4, Kernel.CUDA_WARP),
+    (16, 6, Kernel.CUDA_WARP),
+    (17, 3, Kernel.CUDA_BLOCK),  # P on chip
+    (40, 4, Kernel.CUDA_BLOCK),  # P in memory, the elimination on chip
+    (70, 2, Kernel.CUDA_BLOCK),  # the elimination in the workspace
+]
+
+
+@pytest.mark.parametrize(("states", "actions", "kernel"), KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_solve_agrees_with_pytorch(
+    gpu: ModuleType, states: int, actions: int, kernel: Kernel, dtype: torch.dtype
+) -> None:
+    reward, transition = problem(states, actions, dtype)
+    options = {"discount": 0.99, "temperature": 0.1}
+    found = birl_ext.solve(reward, transition, **options)
+    truth = birl_ext.solve(reward, transition, **options, backend="torch")
+    assert found.info[..., Info.KERNEL].unique().tolist() == [kernel]
+    gap = (found.value.double() - truth.value.double()).abs()
+    assert bool((gap.amax(-1) <= found.error_bound + truth.error_bound).all())
+    torch.testing.assert_close(found.policy, truth.policy)
+    torch.testing.assert_close(found.log_policy, truth.log_policy)
+    torch.testing.assert_close(found.q, truth.q)
+
+
+def test_gradients_agree_with_pytorch(gpu: ModuleType) -> None:
+    reward, transition = problem(17, 3, torch.float64)
+
+    def gradients(backend: str) -> list[torch.Tensor]:
+        leaves = [reward.clone().requires_grad_(), transition.clone().requires_grad_()]
+        found = birl_ext.solve(*leaves, discount=0.95, temperature=0.2, backend=backend)
+        (found.value.square().sum() + found.log_policy.sin().sum()).backward()
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    for found, truth in zip(gradients("auto"), gradients("torch"), strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-11)
+
+
+def test_masks_ends_and_starts(gpu: ModuleType) -> None:
+    reward, transition = problem(9, 4, torch.float64)
+    mask = torch.rand(9, 4, generator=torch.Generator().manual_seed(1)) < 0.7
+    mask[:, 0] = True
+    terminal = torch.zeros(9, dtype=torch.bool)
+    terminal[3] = True
+    options = {"discount": 0.97, "temperature": 0.1, "mask": mask, "terminal": terminal}
+    found = birl_ext.solve(reward, transition, **options)
+    truth = birl_ext.solve(reward, transition, **options, backend="torch")
+    torch.testing.assert_close(found.value, truth.value)
+    torch.testing.assert_close(found.policy, truth.policy)
+    again = birl_ext.solve(reward, transition, **options, initial=found.value)
+    torch.testing.assert_close(again.value, found.value)
+    assert bool((again.iterations <= found.iterations).all())
+
+
+def test_sparse_rows(gpu: ModuleType) -> None:
+    reward, transition = problem(20, 3, torch.float64, ())
+    transition = torch.where(transition > 0.05, transition, 0)
+    transition /= transition.sum(-1, keepdim=True)
+    stored = transition.reshape(60, 20) > 0
+    crow = torch.cat([torch.zeros(1, dtype=torch.int64), stored.sum(1).cumsum(0)])
+    values, col = transition.reshape(60, 20)[stored], stored.nonzero()[:, 1]
+    mdp = birl_ext.SparseMDP(reward, values, crow, col, discount=0.97)
+    found = birl_ext.solve(mdp, temperature=0.1)
+    truth = birl_ext.solve(reward, transition, discount=0.97, temperature=0.1, backend="torch")
+    assert int(found.info[Info.KERNEL]) == Kernel.CUDA_CSR
+    torch.testing.assert_close(found.value, truth.value)
+
+
+def test_a_bad_problem_is_named(gpu: ModuleType) -> None:
+    reward, transition = problem(17, 3, torch.float64, (3,))
+    reward[1, 4, 2] = torch.nan
+    status = birl_ext.solve(
+        reward, transition, discount=0.9, temperature=0.1, on_fail="status"
+    ).status
+    assert status.tolist() == [0, Status.NON_FINITE_REWARD, 0]
+    with pytest.raises(errors.NonFiniteInputError, match="batch 1, state 4, action 2"):
+        birl_ext.solve(reward, transition, discount=0.9, temperature=0.1)
+
+
+def test_nothing_to_solve(gpu: ModuleType) -> None:
+    reward, transition = problem(4, 2, torch.float64, (0,))
+    assert birl_ext.solve(reward, transition, discount=0.9, temperature=1.0).value.shape == (0, 4)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outer(gpu: ModuleType, sparse: bool, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(3)
+    n, g, s, a = 2, 3, 11, 4
+    weight, vector = (
+        torch.randn(n, g, s, a, generator=random),
+        torch.randn(n, g, s, generator=random),
+    )
+    shift = torch.randn(n, s, a, generator=random)
+    if sparse:
+        stored = torch.rand(s * a, s, generator=random) < 0.3
+        crow = torch.cat([torch.zeros(1, dtype=torch.int64), stored.sum(1).cumsum(0)])
+        col = stored.nonzero()[:, 1].contiguous()
+        data = torch.rand(n, col.numel(), generator=random).to(dtype)
+    else:
+        crow = col = None
+        data = torch.rand(n, s, a, s, generator=random).to(dtype)
+    absent = torch.empty(0, dtype=torch.int64)
+    rows = Rows(data, absent if crow is None else crow, absent if col is None else col, s, a)
+    arguments = [x.double() for x in (weight, vector, shift)]
+    found = _native_cuda.outer(data, crow, col, *arguments)
+    torch.testing.assert_close(found, rows.outer(*arguments))
+
+
+# ---- what a device or a driver refuses ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [
+        ((7, 0), False),
+        ((7, 5), True),
+        ((8, 0), True),
+        ((8, 6), True),  # code of 8.0
+        ((9, 0), True),
+        ((10, 3), True),  # PTX of 9.0
+        ((12, 0), True),
+    ],
+)
+def test_which_device_a_build_runs_on(capability: tuple[int, int], runs: bool) -> None:
+    assert _native_cuda.runs_on("75-real 80-real 90", capability) is runs
+    assert _native_cuda.runs_on("native", capability)
+    assert not _native_cuda.runs_on("86-real", (8, 0))
+    assert not _native_cuda.runs_on("90-virtual", (8, 9))
+
+
+def test_a_device_without_code_is_refused_once(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native_cuda, "_refusals", {})
+    monkeypatch.setattr(_native_cuda, "_capability", lambda index: (7, 0))
+    device = torch.device("cuda", 0)
+    with pytest.warns(errors.BackendFallbackWarning, match=r"compute capability 7\.0"):
+        assert not _backends._compiled(device, _backends.AUTO)
+    assert not _backends._compiled(device, _backends.AUTO)  # without a second warning
+    with pytest.raises(errors.BackendUnavailableError, match=r"built for 75-real"):
+        _backends._compiled(device, _backends.NATIVE)
+
+
+def test_a_refused_launch_ends_in_pytorch(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise gpu.LaunchError("solve: out of resources")
+
+    reward, transition = problem(17, 3, torch.float64)
+    fake = ModuleType("fake")
+    fake.__dict__.update({**vars(gpu), "solve": refuse})
+    _native._backends["cuda"].module = fake
+    options = {"discount": 0.9, "temperature": 0.1}
+    with pytest.warns(errors.BackendFallbackWarning, match="out of resources"):
+        found = birl_ext.solve(reward, transition, **options)
+    assert found.info[..., Info.KERNEL].unique().tolist() == [Kernel.TORCH]
+    with pytest.raises(errors.BackendUnavailableError, match="out of resources"):
+        birl_ext.solve(reward, transition, **options, backend="cpu")
+
+
+def test_a_refused_sweep_ends_in_pytorch(gpu: ModuleType) -> None:
+    """The double has no sweep: its launcher refuses, through the glue of the real one."""
+    reward, transition = problem(6, 3, torch.float64)
+    value = torch.randn(2, 6, dtype=torch.float64)
+    options = {"discount": 0.9, "temperature": 0.1}
+    with pytest.warns(errors.BackendFallbackWarning, match="sweep"):
+        found = birl_ext.bellman(value, reward, transition, **options)
+    truth = birl_ext.bellman(value, reward, transition, **options, backend="torch")
+    for one, other in zip(found, truth, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(errors.BackendUnavailableError, match="sweep"):
+        birl_ext.bellman(value, reward, transition, **options, backend="cpu")
+
+
+def test_capture_cannot_raise(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "_capturing", lambda tensor: True)
+    monkeypatch.setattr(birl_ext.functional.validation, "is_concrete", lambda *_: False)
+    reward, transition = problem(5, 2, torch.float64)
+    with pytest.raises(errors.OptionError, match="CUDA graph"):
+        birl_ext.solve(reward, transition, discount=0.9, temperature=0.1)
+    birl_ext.solve(reward, transition, discount=0.9, temperature=0.1, on_fail="status")
+
+
+def test_what_is_too_large_is_named() -> None:
+    with pytest.raises(errors.SizeLimitError, match="rows"):
+        _native_cuda._check_rows(2**20, 2**11)
+
+
+# ---- the programs of tests/native ---------------------------------------------------------------
+
+
+def test_programs(tmp_path: Path) -> None:
+    """Orders of threads, correctness, and the layer, without sanitizers; CI adds those."""
+    if COMPILER is None or shutil.which("cmake") is None:
+        pytest.skip("no C++ compiler or no cmake: nothing to build")
+    build = [["cmake", "-S", str(NATIVE), "-B", str(tmp_path)], ["cmake", "--build", str(tmp_path)]]
+    for command in (*build, ["ctest", "--test-dir", str(tmp_path), "--output-on-failure"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
