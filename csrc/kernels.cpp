@@ -237,49 +237,51 @@ inline void add_multiple(const double* x, Index n, double m, double* y) {
   for (Index j = 0; j < n; j += kWidth) store(y + j, load(y + j) + m * load(x + j));
 }
 
-// Row i against pivots [k0, i): multipliers, defect, and the columns up to n.
-inline void eliminate_row(double* a, Index n, Index stride, Index k0, Index i, double* defect,
-                          const double* inverse_pivot) {
-  double* row = a + i * stride;
-  for (Index k = k0; k < i; ++k) {
-    const double multiplier = row[k] * inverse_pivot[k];
-    row[k] = multiplier;
-    if (multiplier == 0.0) continue;
-    defect[i] += multiplier * defect[k];
-    add_multiple(a + k * stride + k + 1, n - k - 1, multiplier, row + k + 1);
-  }
+// row := row + (row[k]/pivot) · pivot row, columns (k, n); the multiplier replaces row[k].
+inline void eliminate_entry(const double* a, Index n, Index stride, Index k, double* row,
+                            double* defect, double pivot_defect, double inverse_pivot) {
+  const double multiplier = row[k] * inverse_pivot;
+  row[k] = multiplier;
+  if (multiplier == 0.0) return;
+  *defect += multiplier * pivot_defect;
+  add_multiple(a + k * stride + k + 1, n - k - 1, multiplier, row + k + 1);
 }
 
+// Pivot by pivot: the rows below one are independent of each other, so their updates overlap.
 void eliminate_block(double* a, Index n, Index stride, Index k0, Index k1, double* defect,
                      double* inverse_pivot) {
-  for (Index i = k0; i < k1; ++i) {
-    eliminate_row(a, n, stride, k0, i, defect, inverse_pivot);
-    const double* row = a + i * stride;
+  for (Index k = k0; k < k1; ++k) {
+    const double* row = a + k * stride;
     Vec acc[1] = {Vec{}};
-    for (Index j = i + 1; j < n; j += kWidth) acc[0] += load(row + j);
+    for (Index j = k + 1; j < n; j += kWidth) acc[0] += load(row + j);
     double rest;
     lane_sums(acc, &rest);
-    inverse_pivot[i] = 1.0 / (defect[i] + rest);
+    inverse_pivot[k] = 1.0 / (defect[k] + rest);
+    for (Index i = k + 1; i < k1; ++i)
+      eliminate_entry(a, n, stride, k, a + i * stride, defect + i, defect[k], inverse_pivot[k]);
   }
 }
 
 void eliminate_below(double* a, Index n, Index stride, Index k0, Index k1, Index i0, Index i1,
                      double* defect, const double* inverse_pivot) {
-  double block[EliminationKernels::kLargestBlock + EliminationKernels::kPadding] =
-      {};  // the panel's columns alone: whole vectors must not reach into the rest
+  constexpr Index kTogether = 8;  // rows; their chains of dependent multipliers overlap
+  constexpr Index kLength = EliminationKernels::kLargestBlock + EliminationKernels::kPadding;
+  double block[kTogether][kLength] = {};  // the panel's columns alone: whole vectors must not reach
+                                          // into the rest
   const Index width = k1 - k0;
-  for (Index i = i0; i < i1; ++i) {
-    double* row = a + i * stride;
-    __builtin_memcpy(block, row + k0, sizeof(double) * width);
-    for (Index k = k0; k < k1; ++k) {
-      const double multiplier = block[k - k0] * inverse_pivot[k];
-      block[k - k0] = multiplier;
-      if (multiplier == 0.0) continue;
-      defect[i] += multiplier * defect[k];
-      add_multiple(a + k * stride + k + 1, k1 - k - 1, multiplier, block + k - k0 + 1);
+  for (Index first = i0; first < i1; first += kTogether) {
+    const Index rows = i1 - first < kTogether ? i1 - first : kTogether;
+    for (Index r = 0; r < rows; ++r)
+      __builtin_memcpy(block[r], a + (first + r) * stride + k0, sizeof(double) * width);
+    for (Index k = k0; k < k1; ++k)
+      for (Index r = 0; r < rows; ++r)
+        eliminate_entry(a + k0 * stride + k0, width, stride, k - k0, block[r], defect + first + r,
+                        defect[k], inverse_pivot[k]);
+    for (Index r = 0; r < rows; ++r) {
+      double* row = a + (first + r) * stride;
+      __builtin_memcpy(row + k0, block[r], sizeof(double) * width);
+      combine(a + k0 * stride + k1, stride, width, n - k1, block[r], row + k1);
     }
-    __builtin_memcpy(row + k0, block, sizeof(double) * width);
-    combine(a + k0 * stride + k1, stride, width, n - k1, block, row + k1);
   }
 }
 
