@@ -49,8 +49,6 @@ class LaneSolver {
         single_work_(single_ ? entries_ + 3 * value_.size() : 0) {}
 
   static constexpr Kernel kKernel = Kernel::kCpuLanes;
-  // Problems a thread works on by turns: one's chain of dependent operations hides the other's.
-  static constexpr int kAbreast = 1;
 
   // Packs a transition, and finds the first thing wrong with it.
   void take(const Model& model) {
@@ -70,23 +68,22 @@ class LaneSolver {
     }
   }
 
-  // Starts on a problem; the first thing wrong with the input.
-  Defect begin(const Problem<Real>& problem, const double* initial) {
+  // The solution, or the first thing wrong with the input.
+  Defect solve(const Problem<Real>& problem, const double* initial, const Tables<Real>& out,
+               Outcome& outcome) {
     Defect defect = pack(problem);
     if (defect.status == Status::kConverged) defect = transition_defect_;
-    if (defect.status == Status::kConverged) start(initial);
-    return defect;
-  }
-
-  // One sweep, or a sweep and a Newton step. True when there is nothing more to do.
-  bool step() { return phase_ == kSingle ? (sweep_single(), false) : sweep_double(); }
-
-  Outcome finish(const Tables<Real>& out) {
+    if (defect.status != Status::kConverged) return defect;
+    start(initial);
+    while (phase_ == kSingle) sweep_single();
+    for (Index count = 1; !sweep_double(); ++count)
+      if (count % 64 == 0) interrupt_.check();
     const double offset = certificate_.discount * certificate_.c + certificate_.shift();
     lane_kernels<Real>().result({states_, actions_, q_.data(), image_.data(), reference(),
                                  problem_.temperature, offset, out.value, out.q, out.advantage,
                                  out.policy, out.log_policy, scratch_.data()});
-    return {status_, certificate_.half_span(), certificate_.error_bound(), passes_, 0, offset};
+    outcome = {status_, certificate_.half_span(), certificate_.error_bound(), passes_, 0, offset};
+    return {};
   }
 
  private:
@@ -163,7 +160,7 @@ class LaneSolver {
       constexpr Index kLine = 64, kSweeps = 8;
       const Index bytes = states_ * actions_ * states_ * static_cast<Index>(sizeof(Real));
       const Index end = std::min(bytes, ahead_ + std::max<Index>(kLine, bytes / kSweeps));
-      const char* const next = reinterpret_cast<const char*>(model_->values) + kAbreast * bytes;
+      const char* const next = reinterpret_cast<const char*>(model_->values) + bytes;
       for (; ahead_ < end; ahead_ += kLine) __builtin_prefetch(next + ahead_, 0, 2);
     }
   }
@@ -320,7 +317,7 @@ class LaneSolver {
     const double A = static_cast<double>(actions_);
     const double single = 0.012 * E * S + 0.25 * E + 30.0, sweep = 0.035 * E * S + E + 75.0;
     const double newton =
-        sweep + 0.03 * S * S * S + 2.5 * S * S + 0.08 * S * S * A + 4.0 * S * A + 700.0;
+        sweep + 0.022 * S * S * S + 1.2 * S * S + 0.08 * S * S * A + 4.0 * S * A + 700.0;
     const double decade = -1.0 / std::log(rate_);  // sweeps by which the half-span falls e-fold
     const double middle = std::min(half, std::max(noise, target));
     const double sweeps = decade * (noise < half ? std::log(half / middle) * single +

@@ -213,6 +213,38 @@ inline void all_q_values(const LaneSweep<typename Lanes<Vec>::Number, Real>& m, 
   }
 }
 
+// 2^z for z <= 0 in single precision, a sweep's innermost loop: 2^-126 from there on, NaN stays
+// NaN. Relative error below 2e-7. Interpolation of 2^t at the Chebyshev nodes of [−1/2, 1/2].
+inline __attribute__((always_inline)) Single exp2_nonpositive(Single z) {
+  const Single least = broadcast<Single>(-126.0f);
+  const Single y = least > z ? least : z;
+  constexpr float kShift = 0x1.8p23f;  // rounds to an integer, and leaves it in the low bits
+  const Single shifted = y + kShift;
+  const Single t = y - (shifted - kShift);
+  Single p = t * 0.000154614447f + 0.00134004282f;
+  p = p * t + 0.00961805668f;
+  p = p * t + 0.0555032723f;
+  p = p * t + 0.240226509f;
+  p = p * t + 0.693147207f;
+  p = p * t + 1.0f;
+  const SingleBits one = bit_cast<SingleBits>(broadcast<Single>(1.0f));
+  return p * bit_cast<Single>((bit_cast<SingleBits>(shifted) << 23) + one);
+}
+
+// The exponential in which a sweep weighs actions, and 1/τ and log μ in its units.
+template <class Vec>
+struct Exponent;
+template <>
+struct Exponent<Single> {
+  static constexpr float kUnit = 0x1.62e43p-1f;  // log 2
+  static Single of(Single x) { return exp2_nonpositive(x); }
+};
+template <>
+struct Exponent<Double> {
+  static constexpr double kUnit = 1.0;
+  static Double of(Double x) { return exp_nonpositive(x); }
+};
+
 template <class Vec, int Count>
 struct SoftMaximum {
   Vec top[Count], total[Count];  // value = top + τ log total
@@ -240,7 +272,7 @@ inline __attribute__((always_inline)) SoftMaximum<Vec, Count> soft_maximum(
     for (Index a = 0; a < actions; ++a)
 #pragma GCC unroll 4
       for (int i = 0; i < Count; ++i)
-        m.total[i] += exp_nonpositive((load<Vec>(q + place[i] + a * W) - m.top[i]) * inverse);
+        m.total[i] += Exponent<Vec>::of((load<Vec>(q + place[i] + a * W) - m.top[i]) * inverse);
     return m;
   }
 #pragma GCC unroll 4
@@ -254,8 +286,8 @@ inline __attribute__((always_inline)) SoftMaximum<Vec, Count> soft_maximum(
       m.top[i] = larger(log_mu(a) == nothing ? nothing : load<Vec>(q + place[i] + a * W), m.top[i]);
     Vec peak = nothing;
     for (Index a = 0; a < actions; ++a) peak = larger(exponent(a), peak);
-    for (Index a = 0; a < actions; ++a) m.total[i] += exp_nonpositive(exponent(a) - peak);
-    m.top[i] += temperature * peak;
+    for (Index a = 0; a < actions; ++a) m.total[i] += Exponent<Vec>::of(exponent(a) - peak);
+    m.top[i] += (temperature * Exponent<Vec>::kUnit) * peak;
   }
   return m;
 }
@@ -315,7 +347,7 @@ Extent sweep(const LaneSweep<typename Lanes<Vec>::Number, Real>& m) {
   constexpr Index L = Lanes<Vec>::kCount;
   const Index S = m.states;
   const Vec temperature = broadcast<Vec>(m.temperature);
-  const Vec inverse = broadcast<Vec>(inverse_of(m.temperature));
+  const Vec inverse = broadcast<Vec>(inverse_of(m.temperature * Exponent<Vec>::kUnit));
   const Vec constant = broadcast<Vec>(m.constant), centre = broadcast<Vec>(m.centre);
   if (m.value)
     for (Index s = 0; s < S; s += L) store<Vec>(m.w + s, load<Vec>(m.value + s) - centre);
@@ -526,7 +558,8 @@ LaneProblem pack_problem(const Real* reward, const double* log_reference, Index 
     store<Double>(scale + i, x);
     if (single_scale) store(single_scale + i, x);
     if (single_scale && log_reference)
-      store(single_reference + i, load<Double>(packed_reference + i));
+      store(single_reference + i,
+            load<Double>(packed_reference + i) / static_cast<double>(Exponent<Single>::kUnit));
   }
   if (!log_reference) {
     Double most{}, sum{}, least = broadcast<Double>(kInf);

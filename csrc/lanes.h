@@ -24,7 +24,7 @@ struct LaneSweep {
   const Real* transition;
   const Real* reward;
   const Number* scale;          // γ/σ, zero for a row without continuation
-  const Number* log_reference;  // null: the reference is one everywhere
+  const Number* log_reference;  // base e, in single precision base 2; null: one everywhere
   Number temperature;
   const Number* value;  // null: W = 0, and P is not read
   Number centre, constant;
@@ -61,7 +61,7 @@ struct LaneKernels {
   // negative, and every |σ − 1| <= tolerance; a σ of exactly zero passes if `ending`.
   bool (*inverse_row_sums)(const Real* packed, Index states, Index actions, double tolerance,
                            bool ending, double* inverse);
-  // γ/σ and log μ also in single precision, unless `single_scale` is null.
+  // γ/σ, and log₂ μ, also in single precision unless `single_scale` is null.
   LaneProblem (*pack_problem)(const Real* reward, const double* log_reference, Index states,
                               Index actions, const double* inverse_sum, double discount,
                               Real* packed_reward, double* scale, double* packed_reference,

@@ -1,6 +1,5 @@
 #include "solve.h"
 
-#include <array>
 #include <memory>
 
 #include "general_solver.h"
@@ -36,82 +35,55 @@ void spans(Index total, Team& team, double work, Body&& body) {
   });
 }
 
-template <class Real>
-const double* initial_at(const Solve& request, Index i, Index S) {
-  return request.initial ? request.initial + i * S : nullptr;
+template <class Solver, class Model, class ModelOf, class Make>
+void solve_all(const Batch& batch, const Solve& request, ModelOf&& model_of, Team& team,
+               double work, Interrupt& interrupt, Make&& make) {
+  using Real = typename Model::Real;
+  const Index S = batch.states, A = batch.actions;
+  std::vector<Bench<Solver, Model>> workers(team.size());
+  spans(batch.total(), team, work, [&](Index begin, Index end, int worker) {
+    for (Index i = begin; i < end; ++i) {
+      interrupt.check();
+      workers[worker].take(i / batch.problems, model_of, make);
+      Outcome outcome{};
+      const Defect defect = workers[worker].solver->solve(
+          problem_at<Real>(batch, i), request.initial ? request.initial + i * S : nullptr,
+          tables_at<Real>(request, i, S, A), outcome);
+      if (defect.status != Status::kConverged)
+        report<Real>(request, i, defect, batch.temperature[i], Solver::kKernel, S, A);
+      else
+        report(request, i, outcome, batch.temperature[i], Solver::kKernel);
+    }
+  });
 }
 
 template <class Model, class ModelOf>
 void solve_small(const Batch& batch, const Solve& request, ModelOf&& model_of, Team& team,
                  Interrupt& interrupt) {
-  using Real = typename Model::Real;
   using Solver = LaneSolver<Model>;
-  const Index S = batch.states, A = batch.actions, total = batch.total();
+  const Index S = batch.states, A = batch.actions;
   Team alone(1);
-  const auto make = [&] { return std::make_unique<Solver>(request, alone, interrupt, S, A); };
-  constexpr Index kAbreast = Solver::kAbreast;
-  std::vector<std::array<Bench<Solver, Model>, kAbreast>> workers(team.size());
-  const double work = 30.0 * static_cast<double>(total) * (static_cast<double>(S * S * A) + 100.0);
-  spans(total, team, work, [&](Index begin, Index end, int worker) {
-    for (Index first = begin; first < end; first += kAbreast) {
-      interrupt.check();
-      const Index count = std::min(kAbreast, end - first);
-      bool at_work[kAbreast] = {};
-      Defect defect[kAbreast];
-      for (Index k = 0; k < count; ++k) {
-        Bench<Solver, Model>& bench = workers[worker][k];
-        bench.take((first + k) / batch.problems, model_of, make);
-        defect[k] = bench.solver->begin(problem_at<Real>(batch, first + k),
-                                        initial_at<Real>(request, first + k, S));
-        at_work[k] = defect[k].status == Status::kConverged;
-      }
-      for (bool any = true; any;) {
-        any = false;
-        for (Index k = 0; k < count; ++k)
-          if (at_work[k]) any |= at_work[k] = !workers[worker][k].solver->step();
-      }
-      for (Index k = 0; k < count; ++k) {
-        const Index i = first + k;
-        if (defect[k].status != Status::kConverged)
-          report<Real>(request, i, defect[k], batch.temperature[i], Solver::kKernel, S, A);
-        else
-          report(request, i, workers[worker][k].solver->finish(tables_at<Real>(request, i, S, A)),
-                 batch.temperature[i], Solver::kKernel);
-      }
-    }
+  const double work =
+      30.0 * static_cast<double>(batch.total()) * (static_cast<double>(S * S * A) + 100.0);
+  solve_all<Solver, Model>(batch, request, model_of, team, work, interrupt, [&] {
+    return std::make_unique<Solver>(request, alone, interrupt, S, A);
   });
 }
 
 template <class Model, class ModelOf>
 void solve_general(const Batch& batch, const Solve& request, ModelOf&& model_of, Team& team,
                    Interrupt& interrupt) {
-  using Real = typename Model::Real;
   using Solver = GeneralSolver<Model>;
-  const Index S = batch.states, A = batch.actions, total = batch.total();
   std::unique_ptr<PolicyPattern> pattern;
-  if (batch.sparse()) pattern = std::make_unique<PolicyPattern>(batch.crow, batch.col, S, A);
+  if (batch.sparse())
+    pattern = std::make_unique<PolicyPattern>(batch.crow, batch.col, batch.states, batch.actions);
   // Across problems where there are enough of them, else across the states of one.
   Team alone(1);
-  const bool across = total >= team.size();
+  const bool across = batch.total() >= team.size();
   Team &outer = across ? team : alone, &within = across ? alone : team;
-  const auto make = [&] {
+  const double work = 20.0 * model_of(0).work() * static_cast<double>(batch.total());
+  solve_all<Solver, Model>(batch, request, model_of, outer, work, interrupt, [&] {
     return std::make_unique<Solver>(request, pattern.get(), within, interrupt);
-  };
-  std::vector<Bench<Solver, Model>> workers(outer.size());
-  const double work = 20.0 * model_of(0).work() * static_cast<double>(total);
-  spans(total, outer, work, [&](Index begin, Index end, int worker) {
-    for (Index i = begin; i < end; ++i) {
-      interrupt.check();
-      workers[worker].take(i / batch.problems, model_of, make);
-      Outcome outcome{};
-      const Defect defect =
-          workers[worker].solver->solve(problem_at<Real>(batch, i), initial_at<Real>(request, i, S),
-                                        tables_at<Real>(request, i, S, A), outcome);
-      if (defect.status != Status::kConverged)
-        report<Real>(request, i, defect, batch.temperature[i], Solver::kKernel, S, A);
-      else
-        report(request, i, outcome, batch.temperature[i], Solver::kKernel);
-    }
   });
 }
 
