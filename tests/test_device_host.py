@@ -286,6 +286,13 @@ def test_capture_cannot_raise(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) 
     birl_ext.solve(reward, transition, discount=0.9, temperature=0.1, on_fail="status")
 
 
+def test_a_lone_large_problem_is_left_to_pytorch(gpu: ModuleType) -> None:
+    assert _native_cuda.solve_fits(1, 1, 512, 8)
+    assert not _native_cuda.solve_fits(1, 1, 513, 8)
+    assert _native_cuda.solve_fits(32, 1, 513, 8)
+    assert not _native_cuda.policy_solve_fits(2501)
+
+
 def test_what_is_too_large_is_named() -> None:
     with pytest.raises(errors.SizeLimitError, match="rows"):
         _native_cuda._check_rows(2**20, 2**11)
