@@ -18,7 +18,16 @@ from birl_ext import _native
 from birl_ext.errors import SizeLimitError
 from birl_ext.solution import INFO, Rigour
 
-__all__ = ["LaunchError", "outer", "policy_solve", "policy_solve_fits", "refusal", "solve", "sweep"]
+__all__ = [
+    "LaunchError",
+    "outer",
+    "policy_solve",
+    "policy_solve_fits",
+    "refusal",
+    "solve",
+    "solve_fits",
+    "sweep",
+]
 
 
 class LaunchError(RuntimeError):
@@ -173,6 +182,11 @@ def solve(
         )
     q, advantage, policy, log_policy = tables
     return value, q, advantage, policy, log_policy, info, status
+
+
+def solve_fits(n: int, g: int, s: int, a: int) -> bool:
+    """Whether one block per problem is a good way to solve N·G problems of this shape."""
+    return bool(_native.require("cuda").solve_fits(n, g, s, a))
 
 
 def policy_solve_fits(states: int) -> bool:

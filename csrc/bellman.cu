@@ -122,7 +122,8 @@ cudaError_t launch(const DeviceSweep& m, cudaStream_t stream) {
     sweep_kernel<CsrRows<Real>, Real>
         <<<blocks, threads, bytes, stream>>>({values, m.batch.crow, m.batch.col, m.batch.nnz}, m);
   else
-    sweep_kernel<DenseRows<Real>, Real><<<blocks, threads, bytes, stream>>>({values, m.batch.states}, m);
+    sweep_kernel<DenseRows<Real>, Real>
+        <<<blocks, threads, bytes, stream>>>({values, m.batch.states}, m);
   return cudaGetLastError();
 }
 

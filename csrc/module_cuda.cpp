@@ -29,8 +29,7 @@ struct LaunchError : std::runtime_error {
 };
 
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw LaunchError(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw LaunchError(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 // Makes a device current, and the caller's again.
@@ -93,6 +92,10 @@ int sweep(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Poi
   const DeviceGuard guard(device);
   check(birl::launch_sweep(request, at<CUstream_st>(stream)), "sweep");
   return 0;
+}
+
+bool solve_fits(Index N, Index G, Index S, Index A) {
+  return birl::device::worthwhile(batch_of(0, N, G, S, A, 0, 0, 0, 0, 0, 0, 0, 0));
 }
 
 std::size_t solve_workspace(int dtype, Index N, Index G, Index S, Index A, Pointer crow, Index nnz,
@@ -178,6 +181,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("DIRECT_LIMIT") = birl::device::kDirectLimit;
   module.def("build_info", &build_info);
   module.def("sweep", &sweep);
+  module.def("solve_fits", &solve_fits);
   module.def("solve_workspace", &solve_workspace);
   module.def("solve", &solve);
   module.def("policy_solve_workspace", &policy_solve_workspace);

@@ -27,7 +27,7 @@ SHAPES = [  # batch, states, actions, kernel
     (37, 33, 8, Kernel.CUDA_BLOCK),
     (3, 65, 17, None),
     (2, 200, 4, None),
-    (1, 600, 3, None),
+    (1, 600, 3, Kernel.TORCH),
 ]
 
 

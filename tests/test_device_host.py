@@ -8,6 +8,7 @@ GPU tensors, so that everything but launches, streams and the hardware is exerci
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -286,9 +287,58 @@ def test_capture_cannot_raise(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) 
     birl_ext.solve(reward, transition, discount=0.9, temperature=0.1, on_fail="status")
 
 
+def test_a_lone_large_problem_is_left_to_pytorch(gpu: ModuleType) -> None:
+    assert _native_cuda.solve_fits(1, 1, 512, 8)
+    assert not _native_cuda.solve_fits(1, 1, 513, 8)
+    assert _native_cuda.solve_fits(32, 1, 513, 8)
+    assert not _native_cuda.policy_solve_fits(2501)
+
+
 def test_what_is_too_large_is_named() -> None:
     with pytest.raises(errors.SizeLimitError, match="rows"):
         _native_cuda._check_rows(2**20, 2**11)
+
+
+# ---- registers and spills ----------------------------------------------------------------------
+
+
+def resource_usage() -> ModuleType:
+    """csrc/device/resource_usage.py, as CI runs it."""
+    path = ROOT / "csrc" / "device" / "resource_usage.py"
+    spec = importlib.util.spec_from_file_location("resource_usage", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_no_kernel_in_the_report_spills() -> None:
+    report = json.loads((ROOT / "csrc" / "device" / "resource_usage.json").read_text())
+    architectures = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+    assert len(report["kernels"]) >= 20
+    for kernel, usage in report["kernels"].items():
+        assert list(usage) == architectures, kernel
+        assert all(use["spill"] == use["stack"] == 0 for use in usage.values()), kernel
+        assert all(use["registers"] <= 255 for use in usage.values()), kernel
+
+
+def test_a_spill_and_more_registers_are_complaints() -> None:
+    log = """ptxas info    : Compiling entry function '_Z1kv' for 'sm_90'
+ptxas info    : Function properties for _Z1kv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 1552 bytes smem
+"""
+    tool = resource_usage()
+    found = tool.parse(log)
+    assert found == {"k": {"sm_90": {"stack": 0, "spill": 0, "registers": 64, "shared": 1552}}}
+    assert tool.complaints(found, found, same_compiler=True) == []
+    more = tool.parse(log.replace("Used 64", "Used 65"))
+    assert len(tool.complaints(more, found, same_compiler=True)) == 1
+    assert tool.complaints(more, found, same_compiler=False) == []
+    spilling = tool.parse(log.replace("0 bytes spill stores", "8 bytes spill stores"))
+    assert len(tool.complaints(spilling, found, same_compiler=False)) == 1
+    assert len(tool.complaints(found, {}, same_compiler=True)) == 1
 
 
 # ---- the programs of tests/native ---------------------------------------------------------------

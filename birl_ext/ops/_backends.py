@@ -12,7 +12,7 @@ from torch import Tensor
 
 from birl_ext import _native, _native_cuda, errors, validation
 from birl_ext.ops import _torch
-from birl_ext.ops.rows import Data
+from birl_ext.ops.rows import Data, Rows
 from birl_ext.solution import INFO, Status
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "TORCH",
     "bellman",
     "failure",
+    "first_order",
     "policy_solve",
     "solve",
     "solve_vjp",
@@ -51,7 +52,7 @@ def solve(*arguments: Any) -> tuple[Tensor, ...]:
             fix='use on_fail="status" and look at the status after the replay',
         )
     outputs: tuple[Tensor, ...] | None = None
-    if _compiled(data.transition.device, backend):
+    if _compiled(data.transition.device, backend) and _fits(data):
         native = _native.solve if data.transition.is_cpu else _native_cuda.solve
         guess = None if initial.dim() == 1 else initial.contiguous()
         batch, method, tol, max_iterations, validate = options
@@ -132,6 +133,26 @@ def policy_solve(
     return _torch.policy_solve(transition, crow, col, policy, discount, rhs, transpose, tol, method)
 
 
+class _CompiledRows(Rows):
+    """`Rows` whose outer product a GPU kernel writes; not differentiable."""
+
+    def outer(self, weight: Tensor, vector: Tensor, shift: Tensor) -> Tensor:
+        pattern = (None, None) if self.dense else (self.crow, self.col)
+        tables = (table.double().contiguous() for table in (weight, vector, shift))
+        try:
+            return _native_cuda.outer(self.data.contiguous(), *pattern, *tables)
+        except _native_cuda.LaunchError as error:
+            _native.stand_in("cuda", str(error))
+            return super().outer(weight, vector, shift)
+
+
+def first_order(rows: Rows, backend: int) -> Rows:
+    """The same rows for a derivative that is not derived again."""
+    if rows.data.is_cuda and _compiled(rows.data.device, backend):
+        return _CompiledRows(*rows)
+    return rows
+
+
 def _compiled(device: torch.device, backend: int) -> bool:
     """Whether a compiled module computes the op; warns once where it should but cannot."""
     if backend == TORCH or device.type not in ("cpu", "cuda"):
@@ -142,6 +163,13 @@ def _compiled(device: torch.device, backend: int) -> bool:
     if refusal:
         _stand_in(RuntimeError(refusal), backend)
     return not refusal
+
+
+def _fits(data: Data) -> bool:
+    """Whether a compiled solve of this size is worth having."""
+    if data.transition.is_cpu:
+        return True
+    return _native_cuda.solve_fits(*data.reward.shape)
 
 
 def _stand_in(error: RuntimeError, backend: int) -> None:

@@ -46,9 +46,8 @@ struct PolicySolveKernel {
     double* work;         // (S) the same, eliminated
     double* pivot;        // (S)
     double* correction;   // (K, S) residual, then what it adds to x
-    double* middle;       // (K) constant taken off x in the residual
+    double* middle;       // (K) constant taken off x in the residual, 0 unless it is an eigenvector
     int* wanting;         // (K) whether the column needs another correction
-    int* deflate;         // (S) whether the row defect is exactly 1 − γ
   };
 
   template <class Chip, class Spill>
@@ -67,7 +66,7 @@ struct PolicySolveKernel {
 
   template <class Team>
   BIRL_DEVICE void run(Team& team, const Arrays& m, Index item) const {
-    typename Home::template Local<Team> rows(team_home(), team, m.rows, item / arguments.problems);
+    typename Home::template Local<Team> rows(home, team, m.rows, item / arguments.problems);
     using Entries = typename Home::template Local<Team>::Entries;
     rows.load();
     team.phase([&](Thread t) {
@@ -76,16 +75,13 @@ struct PolicySolveKernel {
         m.inverse_sum[row] = sum == 0.0 ? 0.0 : 1.0 / sum;
       });
     });
-    weigh(team, m, item);
-    const bool constants = deflates(team, m);
+    const bool constants = weigh(team, m, item) && !arguments.transpose;
     // The first residual is b itself; after a correction the second says whether it was enough.
     for (int corrections = 0;; ++corrections) {
+      if (constants) find_middles(team, m, item);
       rows.form(m.weight, MatrixView{m.matrix, home.states, arguments.transpose});
-      residuals(team, m, item, constants);
-      if (!team.decide([&] { return corrections < kCorrections && wanting(m); })) return;
-      team.phase([&](Thread t) {
-        for (int s = t.rank; s < home.states; s += t.count) m.work[s] = m.defect[s];
-      });
+      residuals(team, m, item);
+      if (!measure(team, m, item) || corrections == kCorrections) return;
       eliminate(team, Elimination{home.states, m.matrix, m.work, m.pivot}, arguments.transpose,
                 arguments.right_sides, m.correction);
       correct(team, m, item);
@@ -95,7 +91,6 @@ struct PolicySolveKernel {
  private:
   static constexpr int kCorrections = 3;
 
-  BIRL_DEVICE const Home& team_home() const { return home; }
   BIRL_DEVICE Index columns() const {
     return static_cast<Index>(arguments.right_sides) * home.states;
   }
@@ -111,63 +106,63 @@ struct PolicySolveKernel {
     m.correction = memory.template take<double>(K * S);
     m.middle = memory.template take<double>(K);
     m.wanting = memory.template take<int>(K);
-    m.deflate = memory.template take<int>(S);
   }
 
-  // γπ/σ and the row defects; x := 0.
+  // γπ/σ and the row defects; x := 0. Whether every row defect is exactly 1 − γ.
   template <class Team>
-  BIRL_DEVICE void weigh(Team& team, const Arrays& m, Index item) const {
+  BIRL_DEVICE bool weigh(Team& team, const Arrays& m, Index item) const {
     const int S = home.states, A = home.actions;
     const double* const policy = arguments.policy + item * S * A;
     const double discount = arguments.discount[item];
-    team.phase([&](Thread t) {
-      for (int s = t.rank; s < S; s += t.count) {
-        double mass = 0.0, stopping = 0.0;
-        for (int row = s * A; row < (s + 1) * A; ++row) {
-          mass += policy[row];
-          if (m.inverse_sum[row] == 0.0) stopping += policy[row];
-          m.weight[row] = discount * (policy[row] * m.inverse_sum[row]);
-        }
-        // A softmax sums to one up to rounding; 1 − γ must not inherit that rounding error.
-        const bool normalised = magnitude(mass - 1.0) <= 4.0 * kEps * A;
-        const double lost = normalised ? stopping : 1.0 - (mass - stopping);
-        m.defect[s] = (1.0 - discount) + discount * lost;
-        m.deflate[s] = normalised && stopping == 0.0;
-      }
-      for (Index i = t.rank; i < columns(); i += t.count) arguments.out[item * columns() + i] = 0.0;
-    });
-  }
-
-  template <class Team>
-  BIRL_DEVICE bool deflates(Team& team, const Arrays& m) const {
-    if (arguments.transpose) return false;
     return team.template reduce<int>(
                [&](Thread t) {
                  int all = 1;
-                 for (int s = t.rank; s < home.states; s += t.count) all = all && m.deflate[s];
+                 for (int s = t.rank; s < S; s += t.count) {
+                   double mass = 0.0, stopping = 0.0;
+                   for (int row = s * A; row < (s + 1) * A; ++row) {
+                     mass += policy[row];
+                     if (m.inverse_sum[row] == 0.0) stopping += policy[row];
+                     m.weight[row] = discount * (policy[row] * m.inverse_sum[row]);
+                   }
+                   // A softmax sums to one up to rounding; 1 − γ must not inherit that error.
+                   const bool normalised = magnitude(mass - 1.0) <= 4.0 * kEps * A;
+                   const double lost = normalised ? stopping : 1.0 - (mass - stopping);
+                   m.defect[s] = (1.0 - discount) + discount * lost;
+                   all = all && normalised && stopping == 0.0;
+                 }
+                 for (Index i = t.rank; i < columns(); i += t.count)
+                   arguments.out[item * columns() + i] = 0.0;
+                 for (int k = t.rank; k < arguments.right_sides; k += t.count) m.middle[k] = 0.0;
                  return all;
                },
-               [](int x, int y) { return x && y; }) != 0;
+               [](int x, int y) { return x && y ? 1 : 0; }) != 0;
   }
 
-  // correction := b − Ax. With `constants`, A(α + z) = (1 − γ)α + Az is used as it stands, so that
-  // a large constant α in x does not drown the rest.
+  // The middle of each column of x.
   template <class Team>
-  BIRL_DEVICE void residuals(Team& team, const Arrays& m, Index item, bool constants) const {
-    const int S = home.states, K = arguments.right_sides;
-    const double* const b = arguments.rhs + item * columns();
+  BIRL_DEVICE void find_middles(Team& team, const Arrays& m, Index item) const {
+    const int S = home.states;
     const double* const x = arguments.out + item * columns();
-    const double discount = arguments.discount[item];
     team.phase([&](Thread t) {
-      for (int k = t.rank; k < K; k += t.count) {
+      for (int k = t.rank; k < arguments.right_sides; k += t.count) {
         double low = kInf, high = -kInf;
         for (int s = 0; s < S; ++s) {
           low = smaller(low, x[static_cast<Index>(k) * S + s]);
           high = larger(high, x[static_cast<Index>(k) * S + s]);
         }
-        m.middle[k] = constants && is_finite(high - low) ? 0.5 * (low + high) : 0.0;
+        m.middle[k] = is_finite(high - low) ? 0.5 * (low + high) : 0.0;
       }
     });
+  }
+
+  // correction := b − Ax. Where every row continues, A(α + z) = (1 − γ)α + Az is used as it stands,
+  // so that a large constant α in x does not drown the rest.
+  template <class Team>
+  BIRL_DEVICE void residuals(Team& team, const Arrays& m, Index item) const {
+    const int S = home.states;
+    const double* const b = arguments.rhs + item * columns();
+    const double* const x = arguments.out + item * columns();
+    const double discount = arguments.discount[item];
     team.phase([&](Thread t) {
       for (Index i = t.rank; i < columns(); i += t.count) {
         const Index k = i / S, s = i % S;
@@ -177,17 +172,32 @@ struct PolicySolveKernel {
         const double product = chained_sum(S, [&](int j) { return row[j] * (column[j] - middle); });
         m.correction[i] = (b[i] - (1.0 - discount) * middle) - ((column[s] - middle) - product);
       }
+      for (int s = t.rank; s < S; s += t.count) m.work[s] = m.defect[s];
     });
-    team.phase([&](Thread t) {
-      for (int k = t.rank; k < K; k += t.count) {
-        const Index at = static_cast<Index>(k) * S;
-        const double left = norm(m.correction + at), size = norm(b + at), reached = norm(x + at);
-        // Rounding of one product and one subtraction; the last bits are not worth a correction.
-        const double floor = 2.0 * kEps * (size + 2.0 * reached);
-        arguments.residual[item * K + k] = left;
-        m.wanting[k] = !(left <= larger(arguments.tol * size, floor));  // NaN wants, and gets, NaN
-      }
-    });
+  }
+
+  // Norms of the residuals, and whether any column needs a correction.
+  template <class Team>
+  BIRL_DEVICE bool measure(Team& team, const Arrays& m, Index item) const {
+    const int S = home.states, K = arguments.right_sides;
+    const double* const b = arguments.rhs + item * columns();
+    const double* const x = arguments.out + item * columns();
+    return team.template reduce<int>(
+               [&](Thread t) {
+                 int any = 0;
+                 for (int k = t.rank; k < K; k += t.count) {
+                   const Index at = static_cast<Index>(k) * S;
+                   const double left = norm(m.correction + at), size = norm(b + at);
+                   // Rounding of one product and one subtraction; the last bits are not worth more.
+                   const double floor = 2.0 * kEps * (size + 2.0 * norm(x + at));
+                   arguments.residual[item * K + k] = left;
+                   // NaN wants, and gets, NaN.
+                   m.wanting[k] = !(left <= larger(arguments.tol * size, floor));
+                   any = any || m.wanting[k];
+                 }
+                 return any;
+               },
+               [](int x, int y) { return x || y ? 1 : 0; }) != 0;
   }
 
   BIRL_DEVICE double norm(const double* x) const {
@@ -199,12 +209,6 @@ struct PolicySolveKernel {
       sum += x[i];
     }
     return sum == sum ? largest : sum;
-  }
-
-  BIRL_DEVICE bool wanting(const Arrays& m) const {
-    for (int k = 0; k < arguments.right_sides; ++k)
-      if (m.wanting[k]) return true;
-    return false;
   }
 
   template <class Team>

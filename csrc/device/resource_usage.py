@@ -46,7 +46,10 @@ def parse(log: str) -> Usage:
             shared = SHARED.search(line)
             current["shared"] = int(shared[1]) if shared else 0
             current = None
-    return {readable(name): found[name] for name in sorted(found)}
+    ordered = {}
+    for name, usage in found.items():
+        ordered[readable(name)] = dict(sorted(usage.items(), key=lambda item: int(item[0][3:])))
+    return dict(sorted(ordered.items()))
 
 
 def readable(mangled: str) -> str:
@@ -54,7 +57,8 @@ def readable(mangled: str) -> str:
     full = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
     name = re.sub(r"birl::(device::|\(anonymous namespace\)::)?|^void |\(.*\)$", "", full.strip())
     name = re.sub(r"(\d)[uU]?[lL]+\b", r"\1", name)
-    return re.sub(r"^run_items<(\w+), (.*) ?>$", r"\2 by \1", name).replace(" >", ">").strip()
+    name = re.sub(r"\s+>", ">", name)
+    return re.sub(r"^run_items<(\w+), (.*)>$", r"\2 by \1", name)
 
 
 def complaints(found: Usage, known: Usage, *, same_compiler: bool) -> list[str]:

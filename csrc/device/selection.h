@@ -60,6 +60,14 @@ inline bool indexable(const DeviceBatch& batch) {
   return batch.states >= 1 && batch.actions >= 1 && batch.states <= kMostRows / batch.actions;
 }
 
+// Whether a team of at most one block per problem is a good way to solve a batch. A lone large
+// problem keeps one multiprocessor busy and leaves the others idle: PyTorch's kernels are faster.
+constexpr Index kLargestAlone = 512, kManyProblems = 32;
+inline bool worthwhile(const DeviceBatch& batch) {
+  return batch.states <= kLargestAlone ||
+         (batch.states <= kDirectLimit && batch.total() >= kManyProblems);
+}
+
 // Blocks: P on chip if all of the kernel's memory fits there, else as much as fits without P.
 // `footprint_of(plan)` says what the kernel would need.
 template <class FootprintOf>

@@ -4,12 +4,13 @@
 //   undefined         a shift by the width of its type            UndefinedBehaviorSanitizer
 //   shared_place      two items write the same place              ThreadSanitizer
 //   between_phases    control flow reads an array                 ThreadSanitizer
-//   barriers          the real solve kernel, without each of its barriers in turn:
-//                     ThreadSanitizer has to report every one     (exit code 0: it did)
+//   barriers          the real kernels, without each of their barriers in turn: ThreadSanitizer
+//                     has to report every one                     (exit code 0: it did)
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "check.h"
+#include "device/policy_solve_kernel.h"
 #include "run_solve.h"
 
 namespace test {
@@ -62,15 +63,15 @@ struct BetweenPhases : Toy {
 const double start[] = {1.0, 2.0, 3.0, 4.0, 5.0};
 const SolveOptions kShort = options(2, 0.0, 3);
 
-// How the child ends that runs the solve kernel without barrier `skipped`.
-bool reported(const Case<double>& c, int skipped) {
+// run(skipped barrier) in a child of its own; whether that ended in a report.
+template <class Run>
+bool reported(int skipped, const Run& run) {
   std::fflush(nullptr);
   const pid_t child = fork();
   if (child == 0) {
-    std::freopen("/dev/null", "w", stderr);
+    if (!std::freopen("/dev/null", "w", stderr)) _exit(1);
     alarm(20);  // threads that went different ways wait for each other
-    Solution<double> out(c);
-    run_threads(solve_kernel(shared_rows(c), c, out, kShort, start), c.items(), 2, skipped);
+    run(skipped);
     _exit(0);
   }
   int status = 0;
@@ -78,23 +79,46 @@ bool reported(const Case<double>& c, int skipped) {
   return !(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
+// Leaves out each barrier but the last, after which the threads are joined; `spare` of them may go
+// unnoticed.
+template <class Run>
+void every_barrier_is_needed(const char* kernel, int least, int spare, const Run& run) {
+  expect(!reported(-1, run), std::string(kernel) + ": reported without a fault");
+  const int passed = run(-1);
+  expect(passed >= least, std::string(kernel) + ": too short a run");
+  std::string unnoticed;
+  for (int skipped = 0; skipped < passed - 1; ++skipped)
+    if (!reported(skipped, run)) {
+      unnoticed += " " + std::to_string(skipped);
+      --spare;
+    }
+  expect(spare == 0, std::string(kernel) + ": barriers that can be left out:" + unnoticed);
+}
+
 int barriers() {
   Traits traits;
   traits.discount = 0.99;
   traits.successors = 1;
   const Case<double> c = make_case<double>(5, 2, traits, 4);
-  Solution<double> whole(c);
-  expect(!reported(c, -1), "without a fault nothing is reported");
-  const int passed =
-      run_threads(solve_kernel(shared_rows(c), c, whole, kShort, start), c.items(), 2);
-  expect(passed > 30, "the problem is long enough");
-  int missed = 0;
-  for (int skipped = 0; skipped < passed - 1; ++skipped)
-    if (!reported(c, skipped)) {
-      ++missed;
-      std::printf("barrier %d can be left out\n", skipped);
-    }
-  expect(missed == 0, std::to_string(missed) + " missing barriers go unnoticed");
+  every_barrier_is_needed("solve", 30, 0, [&](int skipped) {
+    Solution<double> out(c);
+    const auto kernel = solve_kernel(shared_rows(c), c, out, kShort, start);
+    return run_threads(kernel, c.items(), 2, skipped);
+  });
+
+  const std::vector<double> policy(c.table(), 0.5),
+      rhs = {1.0, -2.0, 3.0, -4.0, 5.0, 2.0, 2.0, 1.0, 0.5, 3.0};
+  // Forming the matrix does not touch x. So the barrier in front of it is spare: twice the one
+  // after the middles, or, where there are none, the one after the correction.
+  for (const bool transpose : {false, true})
+    every_barrier_is_needed("policy_solve", 12, transpose ? 1 : 2, [&](int skipped) {
+      std::vector<double> out(rhs.size()), residual(2);
+      const PolicySolveKernel<SharedRows<double>> kernel{
+          shared_rows(c),
+          {c.G, 2, policy.data(), c.discount.data(), rhs.data(), out.data(), residual.data(),
+           transpose, 0.0, false, false}};
+      return run_threads(kernel, c.items(), 2, skipped);
+    });
   return summary("barriers");
 }
 

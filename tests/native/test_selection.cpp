@@ -95,6 +95,13 @@ void everything_fits() {
         }
 }
 
+void worth() {
+  expect(worthwhile(batch_of(1, 512, 8)), "one problem on one block");
+  expect(!worthwhile(batch_of(1, 513, 8)) && !worthwhile(batch_of(31, 513, 8)), "a few large");
+  expect(worthwhile(batch_of(32, 2500, 8)), "many large");
+  expect(!worthwhile(batch_of(1000, 2501, 8)), "no room for an elimination");
+}
+
 void sizes() {
   expect(indexable(batch_of(1, 1 << 20, 2047)), "the most rows");
   expect(!indexable(batch_of(1, 1 << 20, 2048)), "one state too many");
@@ -108,6 +115,7 @@ int main() {
   using namespace test;
   table();
   everything_fits();
+  worth();
   sizes();
   return summary("selection");
 }
