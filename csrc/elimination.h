@@ -10,6 +10,7 @@
 // A = LU with unit L, so Aᵀ = UᵀLᵀ comes from the same factors.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "kernels.h"
@@ -36,6 +37,8 @@ class Elimination {
   void factor(Team& team, Interrupt& interrupt) {
     constexpr Index kBlock = 32;
     const EliminationKernels& kernel = kernels().elimination;
+    // Whole vectors reach past a row's end, where a singular system before may have left its NaN.
+    for (Index i = 0; i < n_; ++i) std::fill(row(i) + n_, row(i) + stride_, 0.0);
     for (Index k0 = 0; k0 < n_; k0 += kBlock) {
       interrupt.check();
       const Index k1 = std::min(n_, k0 + kBlock), below = n_ - k1;

@@ -23,9 +23,9 @@ enum class Mode : Index { kAuto, kValueIteration, kNewtonDirect, kNewtonKrylov, 
 
 // Solves one problem after another on transitions of one shape; keeps its memory between them.
 //
-// P is read once per pass and the first pass also sums its rows: T0 needs no P, so that pass
-// already is a useful sweep. Until then every row is taken to continue; if one turns out to end,
-// the problem starts again.
+// P is read once per pass and the first pass also sums its rows: T0 needs no P and is a better
+// start than zero, so that pass already is a useful sweep. Until then every row is taken to
+// continue; if one turns out to end, the problem starts again.
 template <class Model>
 class GeneralSolver {
   using Real = typename Model::Real;
@@ -266,10 +266,15 @@ class GeneralSolver {
         if (request_.validate != Rigour::kOff)
           defect_ = transition_defect(*model_, request_.validate, sum_.data(), least_.data());
         if (defect_.status != Status::kConverged) return {defect_.status, kInf, kInf, 0, 0};
-        if (some_row_ends()) {
+        if (some_row_ends()) {  // as if known from the start: problems that follow know it
           begin();
-          continue;
+          return iterate();
         }
+      }
+      // T0 has seen nothing of P, neither what is wrong with it nor whether all rows continue.
+      if (passes_ == 0) {
+        accept_sweep();
+        continue;
       }
       const double half = certificate_.half_span();
       if (!finite_) {
@@ -281,7 +286,7 @@ class GeneralSolver {
         break;
       }
       const bool exhausted = progress.exhausted(certificate_, patience());
-      if (passes_ > 0 && exhausted) {
+      if (exhausted) {
         status = request_.tol > 0.0 ? Status::kStagnated : Status::kConverged;
         break;
       }
@@ -353,7 +358,6 @@ class GeneralSolver {
   }
 
   void advance() {
-    if (passes_ == 0) return accept_sweep();  // T0 is free, and a better start than zero
     switch (mode_) {
       case Mode::kNewtonDirect:
         return newton_direct();
