@@ -85,8 +85,9 @@ def gpu(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         return _native_cuda.policy_solve(*data, transpose=transpose, tol=tol)
 
     monkeypatch.setattr(_native, "policy_solve", policy_solve)
-    if hasattr(_native, "solve_vjp"):  # the GPU has no fused backward of its own
-        monkeypatch.setattr(_backends, "solve_vjp", lambda *_: None)
+    # The GPU has no fused backward of its own; its outer product is a kernel.
+    monkeypatch.setattr(_backends, "solve_vjp", lambda *_: None)
+    monkeypatch.setattr(_backends, "first_order", lambda rows, _: _backends._CompiledRows(*rows))
     return module
 
 

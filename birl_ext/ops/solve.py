@@ -115,11 +115,14 @@ def pull_back(
 
     One compiled call where nothing is to be derived from it again, else differentiable operations.
     """
-    if is_first_order() and are_plain([*saved, *(bar for bar in bars if bar is not None)]):
+    plain = is_first_order() and are_plain([*saved, *(bar for bar in bars if bar is not None)])
+    if plain:
         wanted = _backends.solve_vjp(saved, bars, needs, backend)
         if wanted is not None:
             return wanted
     point, trust = saved.point()
+    if plain:
+        point = point._replace(rows=_backends.first_order(point.rows, backend))
     shape = point.policy.shape
     value_bar = None if bars[0] is None else bars[0].reshape(shape[:-1])
     q_bar, advantage_bar, policy_bar, log_policy_bar = (
