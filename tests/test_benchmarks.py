@@ -663,7 +663,7 @@ def test_steps_are_limited_and_none_stops_the_next(tmp_path: Path) -> None:
         step bad 5 sh -c 'echo why; exit 3'
         FAILURE=skipped step excused 5 false
         step slow 1 sleep 30
-        LEAST=2; DEADLINE=$(($(date +%s) + 2)); step squeezed 300 sleep 30
+        LEAST=2; DEADLINE=$(($(date +%s) + 4)); step squeezed 300 sleep 30
         step late 5 echo never
         """
     )
