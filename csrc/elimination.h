@@ -33,6 +33,20 @@ class Elimination {
   }  // to be filled with γ P_π(i, ·)
   double* defect() { return defect_.data(); }  // to be filled with d
 
+  // Row s of I − γP_π from π(·|s) and 1/σ(s,·); `scaled` is scratch of A numbers.
+  template <class Model>
+  void set_row(const Model& model, Index s, const double* policy, const double* inverse_sum,
+               double discount, double* scaled) {
+    double stopping = 0.0;
+    for (Index a = 0; a < model.actions; ++a) {
+      scaled[a] = discount * (policy[a] * inverse_sum[a]);
+      if (inverse_sum[a] == 0.0) stopping += policy[a];
+    }
+    std::fill(row(s), row(s) + n_, 0.0);
+    model.policy_row(s, scaled, row(s));
+    defect_[s] = (1.0 - discount) + discount * stopping;
+  }
+
   // Factors in place.
   void factor(Team& team, Interrupt& interrupt) {
     constexpr Index kBlock = 32;

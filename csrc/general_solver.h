@@ -150,7 +150,7 @@ class GeneralSolver {
       if (from_zero_)
         std::copy(problem_.reward + s0 * A, problem_.reward + s1 * A, q_.data() + s0 * A);
       else
-        q_values(s0, s1, sum, mine.product.data());
+        read_rows(s0, s1, sum, mine.product.data());
       kernels().soft_maximum({s1 - s0, A, q_.data() + s0 * A, reference(s0), problem_.temperature,
                               next_.data() + s0, form ? policy_.data() + s0 * A : nullptr, nullptr,
                               nullptr, mine.soft_maximum.data()});
@@ -179,19 +179,17 @@ class GeneralSolver {
   }
 
   // q' for states [s0, s1); one reading of their rows of P, their sums with it if `sum`.
-  void q_values(Index s0, Index s1, bool sum, double* product) {
+  void read_rows(Index s0, Index s1, bool sum, double* product) {
     const Index row0 = s0 * model_->actions, row1 = s1 * model_->actions;
     double* const inverse = inverse_sum_.data() + row0;
     if (sum) {
       model_->products_and_sums(row0, row1, w_.data(), product, sum_.data() + row0,
                                 least_.data() + row0);
-      std::transform(sum_.data() + row0, sum_.data() + row1, inverse,
-                     [](double sigma) { return sigma == 0.0 ? 0.0 : 1.0 / sigma; });
+      std::transform(sum_.data() + row0, sum_.data() + row1, inverse, inverse_row_sum);
     } else {
       model_->products(row0, row1, w_.data(), product);
     }
-    kernels().rows<Real>().q_values(row1 - row0, problem_.reward + row0, product, inverse,
-                                    problem_.discount, q_.data() + row0);
+    q_values(problem_, product, inverse, row0, row1, q_.data() + row0);
   }
 
   const double* reference(Index s) const {
@@ -246,8 +244,6 @@ class GeneralSolver {
   Outcome iterate() {
     const bool automatic = request_.method == 0;
     const Index given = request_.max_iterations;
-    const double slowest = 1.0 / (1.0 - problem_.discount);
-    const Index contraction = static_cast<Index>(std::min(1e9, 60.0 * slowest)) + 1000;
     mode_ = automatic ? first_mode() : static_cast<Mode>(request_.method);
     passes_ = products_ = escalated_at_ = stalled_ = passes_without_gain_ = 0;
     forcing_ = 0.3;
@@ -292,7 +288,7 @@ class GeneralSolver {
       }
       if (given > 0 ? passes_ >= given
                     : (mode_ == Mode::kValueIteration || mode_ == Mode::kModifiedPolicy) &&
-                          passes_ - escalated_at_ >= contraction)
+                          passes_ - escalated_at_ >= certificate_.most_sweeps())
         break;
       give_up_if_slow(half);
       advance();
@@ -304,11 +300,9 @@ class GeneralSolver {
     return mode_ == Mode::kNewtonKrylov || mode_ == Mode::kModifiedPolicy;
   }
 
-  // Sweeps within which the half-span falls by a tenth if it still falls: γ^n <= 0.9.
   Index patience() const {
-    const double slowest = 0.11 / (1.0 - problem_.discount);
-    if (mode_ == Mode::kValueIteration) return 2 + static_cast<Index>(slowest);
-    if (mode_ == Mode::kModifiedPolicy) return 2 + static_cast<Index>(slowest / 20.0);
+    if (mode_ == Mode::kValueIteration) return certificate_.patience(1.0);
+    if (mode_ == Mode::kModifiedPolicy) return certificate_.patience(20.0);
     return 2;
   }
 
@@ -404,14 +398,8 @@ class GeneralSolver {
     team_.run((S + chunk - 1) / chunk, 2.0 * model_->work(), [&](Index item, int) {
       std::vector<double> scaled(A);
       for (Index s = item * chunk; s < std::min(S, (item + 1) * chunk); ++s) {
-        double stopping = 0.0;
-        for (Index a = 0; a < A; ++a) {
-          scaled[a] = gamma * weight_[s * A + a];
-          if (inverse_sum_[s * A + a] == 0.0) stopping += policy_[s * A + a];
-        }
-        std::fill(elimination_->row(s), elimination_->row(s) + S, 0.0);
-        model_->policy_row(s, scaled.data(), elimination_->row(s));
-        elimination_->defect()[s] = (1.0 - gamma) + gamma * stopping;
+        elimination_->set_row(*model_, s, policy_.data() + s * A, inverse_sum_.data() + s * A,
+                              gamma, scaled.data());
       }
     });
     elimination_->factor(team_, interrupt_);

@@ -28,7 +28,7 @@ void inverse_row_sums(const Model& model, double* inverse) {
   const Index rows = model.states * model.actions;
   std::vector<double> least(rows);
   model.row_sums(0, rows, inverse, least.data());
-  for (Index i = 0; i < rows; ++i) inverse[i] = inverse[i] == 0.0 ? 0.0 : 1.0 / inverse[i];
+  for (Index i = 0; i < rows; ++i) inverse[i] = inverse_row_sum(inverse[i]);
 }
 
 // A as an operator. With `deflate`, its compression to vectors of mean zero: valid when A maps

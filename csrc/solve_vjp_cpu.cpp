@@ -315,9 +315,8 @@ class SystemWorker {
           model.row_sums(row0, row1, slot_.inverse_sum.data() + row0, least_.data() + row0);
           model.products(row0, row1, slot_.relative, slot_.expected + row0);
           for (Index j = row0; j < row1; ++j) {
-            double& sum = slot_.inverse_sum[j];
-            sum = sum == 0.0 ? 0.0 : 1.0 / sum;
-            slot_.expected[j] *= sum;
+            slot_.inverse_sum[j] = inverse_row_sum(slot_.inverse_sum[j]);
+            slot_.expected[j] *= slot_.inverse_sum[j];
           }
           system.form(s0, s1, slot_.inverse_sum.data(), slot_.probability.data(), row);
           if (!pulled) continue;
