@@ -1,15 +1,15 @@
 # What the CPU module and its native tests are built of.
 
-# The inner loops are compiled once per instruction set and chosen at run time (kernels.h).
+# The inner loops are compiled once per instruction set and chosen at run time (csrc/kernels.h).
 # add_cpu_kernels(OPTIONS) sets kernel_objects; OPTIONS is an interface library, and learns whether
 # there is a choice.
 function(add_cpu_kernels options)
   set(kernel_objects)
   function(add_kernels isa)
     add_library(birl_kernels_${isa} OBJECT
-      ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/kernels.cpp
-      ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/lanes.cpp
-      ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/solve_vjp_kernels.cpp)
+      ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/kernels.cpp
+      ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/lanes.cpp
+      ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/solve_vjp_kernels.cpp)
     target_link_libraries(birl_kernels_${isa} PRIVATE ${options})
     target_compile_definitions(birl_kernels_${isa} PRIVATE BIRL_ISA=${isa})
     target_compile_options(birl_kernels_${isa} PRIVATE ${ARGN})
@@ -29,5 +29,5 @@ endfunction()
 
 set(cpu_sources)
 foreach(source bellman_cpu dispatch parallel policy_system_cpu solve_cpu solve_vjp_cpu sparse_cpu)
-  list(APPEND cpu_sources ${CMAKE_CURRENT_LIST_DIR}/${source}.cpp)
+  list(APPEND cpu_sources ${CMAKE_CURRENT_LIST_DIR}/../csrc/${source}.cpp)
 endforeach()
