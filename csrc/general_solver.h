@@ -439,7 +439,7 @@ class GeneralSolver {
     }
     const std::vector<double> b = right_side();
     std::vector<double> x(b.size());
-    const PolicyOperator<Matrix> op(*matrix_, problem_.discount, false, certificate_.continues,
+    const PolicyOperator<Matrix> op(*matrix_, problem_.discount, false, certificate_.continues, 1,
                                     team_, interrupt_);
     std::vector<double> deflated = b;
     if (certificate_.continues) op.remove_mean(deflated.data());
@@ -467,15 +467,15 @@ class GeneralSolver {
   // Truncated policy evaluation Σ_j (γP_π)^j δ, 20 to 60 terms, until the terms' span is a tenth.
   void modified_policy() {
     ensure_matrix();
-    const PolicyOperator<Matrix> op(*matrix_, problem_.discount, false, false, team_, interrupt_);
+    const PolicyOperator<Matrix> op(*matrix_, problem_.discount, false, false, 1, team_,
+                                    interrupt_);
     std::vector<double> term = right_side(), next(term.size()), x = term;
     const double start = spread(term);
     Index j = 0;
     while (j < 60) {
-      op.step(term.data(), next.data());
+      op.accumulate(term.data(), next.data(), x.data());
       term.swap(next);
       ++j;
-      for (std::size_t i = 0; i < x.size(); ++i) x[i] += term[i];
       if (j % 10 != 0) continue;
       const double now = spread(term);
       if (j >= 20 && (now <= 0.1 * start || now <= 0.1 * certificate_.target())) break;
