@@ -115,21 +115,83 @@ inline __attribute__((always_inline)) double row_product(const Real* value, Inde
   return total;
 }
 
+// A state whose actions are alike: `Width` entries each, or `width` where that is not known before.
+// `near` is x at the successors.
+template <int Width, class Real>
+inline __attribute__((always_inline)) void alike_products(const Real* p, Index actions, Index width,
+                                                          const std::int32_t* col,
+                                                          const std::uint32_t* slot,
+                                                          const double* x, double* y) {
+  const Index count = Width > 0 ? Width : width;
+  double near[Width > 0 ? Width : kRoom];
+#pragma GCC unroll 8
+  for (Index k = 0; k < count; ++k) near[k] = x[col[slot[k]]];
+  for (Index a = 0; a < actions; ++a, p += count)
+    y[a] = row_product(p, count, [&](Index k) { return near[k]; });
+}
+
+template <int Width, class Real>
+inline __attribute__((always_inline)) void alike_row(const Real* p, Index actions, Index width,
+                                                     const std::uint32_t* slot, Index merged,
+                                                     const double* weight, const Index* place,
+                                                     double* out) {
+  const Index count = Width > 0 ? Width : width;
+  double sum[Width > 0 ? Width : kRoom];
+#pragma GCC unroll 8
+  for (Index k = 0; k < count; ++k) sum[k] = 0.0;
+  for (Index a = 0; a < actions; ++a, p += count)
+#pragma GCC unroll 8
+    for (Index k = 0; k < count; ++k) sum[k] += weight[a] * static_cast<double>(p[k]);
+  if (merged == count) {  // every successor once
+    for (Index k = 0; k < count; ++k) out[place[slot[k]]] = sum[k];
+    return;
+  }
+  for (Index i = 0; i < merged; ++i) out[place[i]] = 0.0;
+  for (Index k = 0; k < count; ++k) out[place[slot[k]]] += sum[k];
+}
+
+// body(Constant<width>), or Constant<0> for rows of more than eight entries.
+template <int Value>
+struct Constant {
+  static constexpr int value = Value;
+};
+template <class Body>
+inline __attribute__((always_inline)) void with_width(Index width, Body&& body) {
+  switch (width) {
+    case 1:
+      return body(Constant<1>{});
+    case 2:
+      return body(Constant<2>{});
+    case 3:
+      return body(Constant<3>{});
+    case 4:
+      return body(Constant<4>{});
+    case 5:
+      return body(Constant<5>{});
+    case 6:
+      return body(Constant<6>{});
+    case 7:
+      return body(Constant<7>{});
+    case 8:
+      return body(Constant<8>{});
+    default:
+      return body(Constant<0>{});
+  }
+}
+
 template <class Real>
 void products(const PolicyRows& rows, const Real* value, Index s0, Index s1, const double* x,
               double* y) {
   const Index A = rows.actions;
-  double near[kRoom];
   for (Index s = s0; s < s1; ++s, y += A) {
     const Index* const crow = rows.crow + s * A;
     const std::int32_t* const col = rows.col + rows.merged_crow[s];
     const std::uint32_t* const slot = rows.slot + crow[0];
     const Index width = crow[1] - crow[0];
     if (rows.alike[s] && width <= kRoom) {
-      for (Index k = 0; k < width; ++k) near[k] = x[col[slot[k]]];
-      const Real* p = value + crow[0];
-      for (Index a = 0; a < A; ++a, p += width)
-        y[a] = row_product(p, width, [&](Index k) { return near[k]; });
+      with_width(width, [&](auto known) {
+        alike_products<decltype(known)::value>(value + crow[0], A, width, col, slot, x, y);
+      });
       continue;
     }
     for (Index a = 0; a < A; ++a) {
@@ -144,7 +206,6 @@ template <class Real>
 void form(const PolicyRows& rows, const Real* value, Index s0, Index s1, const double* weight,
           double* out) {
   const Index A = rows.actions;
-  double near[kRoom], sum[kRoom];
   for (Index s = s0; s < s1; ++s) {
     const Index* const crow = rows.crow + s * A;
     const Index* const place = rows.place + rows.merged_crow[s];
@@ -153,13 +214,9 @@ void form(const PolicyRows& rows, const Real* value, Index s0, Index s1, const d
     const Index width = crow[1] - crow[0];
     const double* const w = weight + s * A;
     if (rows.alike[s] && width <= kRoom) {
-      const Real* p = value + crow[0];
-      for (Index k = 0; k < width; ++k) sum[k] = 0.0;
-      for (Index a = 0; a < A; ++a, p += width)
-        for (Index k = 0; k < width; ++k) sum[k] += w[a] * static_cast<double>(p[k]);
-      for (Index i = 0; i < merged; ++i) near[i] = 0.0;
-      for (Index k = 0; k < width; ++k) near[slot[k]] += sum[k];
-      for (Index i = 0; i < merged; ++i) out[place[i]] = near[i];
+      with_width(width, [&](auto known) {
+        alike_row<decltype(known)::value>(value + crow[0], A, width, slot, merged, w, place, out);
+      });
       continue;
     }
     for (Index i = 0; i < merged; ++i) out[place[i]] = 0.0;

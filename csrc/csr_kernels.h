@@ -21,11 +21,11 @@ struct SlicedMatrix {
 // Where the rows of P and those of P_π find each other.
 struct PolicyRows {
   Index actions;
-  const Index* crow;          // of P, S·A + 1
-  const Index* merged_crow;   // of P_π, S + 1
-  const std::int32_t* col;    // of P_π
-  const std::uint32_t* slot;  // of an entry of P: its place in the row of P_π; of the first
-                              // action's entries only where the actions are alike
+  const Index* crow;           // of P, S·A + 1
+  const Index* merged_crow;    // of P_π, S + 1
+  const std::int32_t* col;     // of P_π
+  const std::uint32_t* slot;   // of an entry of P: its place in the row of P_π; of the first
+                               // action's entries only where the actions are alike
   const unsigned char* alike;  // of a state: its actions have the same successors in the same order
   const Index* place;          // of a merged entry: its place in the sliced matrix
 };

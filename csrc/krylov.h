@@ -20,20 +20,21 @@ struct KrylovResult {
 };
 
 // BiCGStab from x = 0 (van der Vorst 1992) on a block of columns that share the products. A column
-// stops at its target, or for good on breakdown or when its residual has grown a thousandfold; x is
-// then the best of the iterates kept on the way, one for each halving of the residual.
+// stops at its target, or for good when its residual has grown a thousandfold; x is then the best
+// of the iterates kept on the way, one for each halving of the residual.
 template <class Operator>
 void bicgstab(const Operator& op, const std::vector<double>& b, std::vector<double>& x,
               const Columns& target, Index limit, std::array<KrylovResult, kMostColumns>& results) {
   const BlockVectors& vectors = Operator::vectors();
   const Index columns = op.columns();
   const std::size_t n = b.size();
-  std::vector<double> r = b, p(n, 0.0), v(n, 0.0), s(n), t(n), best(n, 0.0);
+  std::vector<double> r = b, shadow = b, p(n, 0.0), v(n, 0.0), s(n), t(n), best(n, 0.0);
   std::fill(x.begin(), x.end(), 0.0);
-  Columns rho, alpha, omega, start, kept, shadow_r = op.dots(b.data(), b.data()), beta{}, slope, tt;
+  Columns rho, alpha, omega, start, origin, kept, shadow_r = op.dots(b.data(), b.data()), beta{},
+                                                  slope, tt;
   std::array<bool, kMostColumns> going{};
   for (Index w = 0; w < columns; ++w) {
-    start[w] = kept[w] = std::sqrt(shadow_r[w]);
+    start[w] = origin[w] = kept[w] = std::sqrt(shadow_r[w]);
     rho[w] = alpha[w] = omega[w] = 1.0;
     results[w] = {start[w], 0};
     going[w] = start[w] > target[w];
@@ -51,18 +52,23 @@ void bicgstab(const Operator& op, const std::vector<double>& b, std::vector<doub
   };
   for (Index products = 0; any() && products < limit; products += 2) {
     for (Index w = 0; w < columns; ++w) {
-      if (going[w] && !(std::abs(shadow_r[w]) > 1e-14 * start[w] * results[w].residual)) stop(w);
       if (!going[w]) continue;
-      beta[w] = (shadow_r[w] / rho[w]) * (alpha[w] / omega[w]);
+      const double now = results[w].residual;
+      const bool broken = !(std::abs(shadow_r[w]) > 1e-14 * origin[w] * now);
+      if (broken) {  // the shadow has become orthogonal: start afresh from here
+        keep(w, r, shadow);
+        origin[w] = now;
+        shadow_r[w] = now * now;
+      }
+      beta[w] = broken ? 0.0 : (shadow_r[w] / rho[w]) * (alpha[w] / omega[w]);
       rho[w] = shadow_r[w];
     }
-    if (!any()) break;
     const Lanes beta_lanes(beta, columns), omega_before(omega, columns);
     op.sweep([&](Index, Index at, Index m) {
       vectors.direction(m, r.data() + at, beta_lanes.lane, omega_before.lane, v.data() + at,
                         p.data() + at);
     });
-    op.apply(p.data(), v.data(), b.data(), slope, tt);
+    op.apply(p.data(), v.data(), shadow.data(), slope, tt);
     for (Index w = 0; w < columns; ++w) {
       if (!going[w]) continue;
       if (slope[w] == 0.0 || !std::isfinite(slope[w])) {
@@ -83,7 +89,7 @@ void bicgstab(const Operator& op, const std::vector<double>& b, std::vector<doub
     ChunkSums<2> sums(op.sweep_chunks());
     op.sweep([&](Index c, Index at, Index m) {
       vectors.advance(m, alpha_lanes.lane, p.data() + at, omega_lanes.lane, s.data() + at,
-                      t.data() + at, x.data() + at, r.data() + at, b.data() + at, sums.of(c));
+                      t.data() + at, x.data() + at, r.data() + at, shadow.data() + at, sums.of(c));
     });
     shadow_r = sums.total(columns, 0);
     const Columns square = sums.total(columns, 1);

@@ -73,13 +73,19 @@ class PolicySystem {
   // rounding level where that is higher.
   Index solve(Index right_sides, const double* b, double* out, double* residual_out) {
     deflate_ = std::all_of(closed_.begin(), closed_.end(), [](char closed) { return closed != 0; });
-    first_ = first_method(right_sides);
+    first_ = first_method();
     const Index S = model_.states;
     Index failed = 0;
     for (Index k = 0; k < right_sides; k += used_) {
       used_ = std::min(right_sides - k, kMostTogether);
       columns_ = used_ == 1 ? 1 : (used_ <= 4 ? 4 : kMostColumns);
+      products_ = 0;
       failed += solve_block(b + k * S, out + k * S, residual_out + k);
+      // Factors serve all that are left, and take about as long as S products with one of them.
+      const Index left = right_sides - k - used_;
+      if (options_.method == kAuto && first_ == kKrylov && S <= kDirectLimit &&
+          products_ * left > S)
+        first_ = kDirect;
     }
     return failed;
   }
@@ -97,13 +103,10 @@ class PolicySystem {
   static constexpr Index kMostTogether =
       kSparse || std::is_same<Stored, double>::value ? kMostColumns : 1;
 
-  Method first_method(Index right_sides) const {
+  Method first_method() const {
     if (options_.method != kAuto) return static_cast<Method>(options_.method);
-    const Index S = model_.states;
-    if (S <= kDirectAuto) return kDirect;
-    if (kSparse) return kRichardson;
-    // Factors take as long as some S/3 products; a right-hand side takes a dozen or more.
-    return S <= kDirectLimit && 30 * right_sides >= S ? kDirect : kKrylov;
+    if (model_.states <= kDirectAuto) return kDirect;
+    return kSparse ? kRichardson : kKrylov;
   }
 
   Operator make_operator(bool deflate, Index columns) const {
@@ -137,6 +140,10 @@ class PolicySystem {
         for (std::size_t i = 0; i < n; ++i)
           if (open[i % columns_]) x_[i] = 0.0;
         refine(kDirect, open, reached);
+      } else if (any(open) && kSparse) {
+        patient_ = true;
+        refine(kRichardson, open, reached);
+        patient_ = false;
       }
     }
     for (Index w = 0; w < used_; ++w) {
@@ -192,6 +199,7 @@ class PolicySystem {
   // those that end at the tolerance or at the rounding level; `reached` are the final residuals.
   void refine(Method method, Flags& open, Columns& reached) {
     constexpr int kRounds = 8;
+    gave_up_ = false;
     const Operator op = make_operator(false, columns_);
     Flags going = open;
     Columns previous = residual(), current = previous, least = previous, target{};
@@ -208,7 +216,7 @@ class PolicySystem {
         keep[w] = going[w] ? 1.0 : 0.0;
         drop[w] = going[w] ? 0.0 : -1.0;
       }
-      if (!any(going)) break;
+      if (!any(going) || gave_up_) break;
       if (std::count(drop.begin(), drop.begin() + columns_, -1.0) > 0) {
         const std::vector<double> all = residual_;
         op.add(Lanes(drop, columns_), all.data(), residual_.data());
@@ -286,6 +294,9 @@ class PolicySystem {
       target2[w] = options_.transpose ? target[w] / root : target[w];
     std::array<KrylovResult, kMostColumns> results{};
     bicgstab(op, residual_, correction_, target2, limit, results);
+    Index products = 0;
+    for (const KrylovResult& result : results) products = std::max(products, result.products);
+    products_ += products;
     const Operator single = make_operator(deflate_, 1);
     const std::size_t n = static_cast<std::size_t>(model_.states);
     std::vector<double> x(n), rest(n);
@@ -294,7 +305,7 @@ class PolicySystem {
       for (std::size_t i = 0; i < n; ++i) x[i] = correction_[i * columns_ + w];
       single(x, rest);
       for (std::size_t i = 0; i < n; ++i) rest[i] = residual_[i * columns_ + w] - rest[i];
-      gmres(single, rest, x, target2[w], limit - results[w].products);
+      products_ += gmres(single, rest, x, target2[w], limit - results[w].products).products;
       for (std::size_t i = 0; i < n; ++i) correction_[i * columns_ + w] = x[i];
     }
   }
@@ -328,11 +339,12 @@ class PolicySystem {
       if (j % kWindow == 0) window = size;
       if (j % crossing != 0) continue;
       for (Index w = 0; w < columns_; ++w) {
-        if (!going[w] || options_.method == kRichardson) continue;
+        if (!going[w] || patient_ || options_.method == kRichardson) continue;
         const double rate = std::pow(size[w] / long_window[w], 1.0 / crossing);
         const double left = std::log(target[w] * (1.0 - rate) / size[w]) / std::log(rate);
-        if (!(rate < 1.0 && left < kPatience)) return;
+        if (!(rate < 1.0 && left < kPatience)) gave_up_ = true;
       }
+      if (gave_up_) return;
       long_window = size;
     }
   }
@@ -358,8 +370,11 @@ class PolicySystem {
   Team& team_;
   Interrupt& interrupt_;
   bool deflate_ = false, factored_ = false;
+  bool gave_up_ = false;  // Richardson, for being slow
+  bool patient_ = false;  // which it may be, as the last resort
   Method first_ = kAuto;
   Index columns_ = 1, used_ = 0;  // of the block at work; those in use come first
+  Index products_ = 0;            // with the block, in Krylov methods
   Columns size_{};                // ‖b‖
   std::vector<double> weight_, defect_;
   std::vector<double> rhs_, x_, best_, correction_, residual_, shifted_, term_, next_;
