@@ -338,12 +338,14 @@ class GeneralSolver {
   // Whether modified policy iteration, at the pace of its last passes, would need more than
   // a Krylov method or an elimination is likely to.
   bool mixes_slowly(Index used, double half) {
-    const Index window = 8 + static_cast<Index>(crossing()) / kMostProducts;
+    // Where an elimination may be what comes next, thousands of products cost less than one.
+    const bool direct = model_->states <= kDirectLimit;
+    const Index window = direct ? 32 : 8 + static_cast<Index>(crossing()) / kMostProducts;
+    const double patience = direct ? 18000.0 : 6000.0;  // products
     if (used % window != 0) return false;
     const double before = window_half_;
     window_half_ = half;
     if (used < 2 * window || half <= certificate_.target()) return false;
-    constexpr double patience = 6000.0;  // products
     const double rate = std::log(half / before) / static_cast<double>(window * kMostProducts);
     return !(half < before) || !(std::log(certificate_.target() / half) / rate < patience);
   }
