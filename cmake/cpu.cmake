@@ -6,10 +6,11 @@
 function(add_cpu_kernels options)
   set(kernel_objects)
   function(add_kernels isa)
-    add_library(birl_kernels_${isa} OBJECT
-      ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/kernels.cpp
-      ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/lanes.cpp
-      ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/solve_vjp_kernels.cpp)
+    set(sources)
+    foreach(source kernels lanes solve_vjp_kernels block_kernels csr_kernels)
+      list(APPEND sources ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/${source}.cpp)
+    endforeach()
+    add_library(birl_kernels_${isa} OBJECT ${sources})
     target_link_libraries(birl_kernels_${isa} PRIVATE ${options})
     target_compile_definitions(birl_kernels_${isa} PRIVATE BIRL_ISA=${isa})
     target_compile_options(birl_kernels_${isa} PRIVATE ${ARGN})

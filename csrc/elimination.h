@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "block_kernels.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -67,8 +68,13 @@ class Elimination {
     }
   }
 
-  // x := A⁻¹x, or A⁻ᵀx.
-  void solve(double* x, bool transpose) const {
+  // x := A⁻¹x, or A⁻ᵀx, on a block of `columns` interleaved columns (block_kernels.h).
+  void solve(double* x, bool transpose, Index columns = 1) const {
+    if (columns > 1) {
+      const BlockDense& block = block_kernels().dense(columns);
+      return (transpose ? block.solve_transpose : block.solve)(magnitudes_.data(), n_, stride_,
+                                                               inverse_pivot_.data(), x);
+    }
     const EliminationKernels& kernel = kernels().elimination;
     (transpose ? kernel.solve_transpose : kernel.solve)(magnitudes_.data(), n_, stride_,
                                                         inverse_pivot_.data(), x);

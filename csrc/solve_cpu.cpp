@@ -70,13 +70,15 @@ void solve_general(const Batch& batch, const Solve& request, ModelOf&& model_of,
   using Solver = GeneralSolver<Model>;
   std::unique_ptr<PolicyPattern> pattern;
   if (batch.sparse())
-    pattern = std::make_unique<PolicyPattern>(batch.crow, batch.col, batch.states, batch.actions);
+    pattern = std::make_unique<PolicyPattern>(batch.crow, batch.col, batch.states, batch.actions,
+                                              false, team);
+  const auto prepared = [&](Index n) { return with_pattern(model_of(n), pattern.get()); };
   // Across problems where there are enough of them, else across the states of one.
   Team alone(1);
   const bool across = batch.total() >= team.size();
   Team &outer = across ? team : alone, &within = across ? alone : team;
   const double work = 20.0 * model_of(0).work() * static_cast<double>(batch.total());
-  solve_all<Solver, Model>(batch, request, model_of, outer, work, interrupt, [&] {
+  solve_all<Solver, Model>(batch, request, prepared, outer, work, interrupt, [&] {
     return std::make_unique<Solver>(request, pattern.get(), within, interrupt);
   });
 }
