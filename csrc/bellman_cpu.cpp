@@ -35,12 +35,17 @@ void sweep(const Batch& batch, const Sweep& request, Interrupt& interrupt) {
       const Model model = model_of(n);
       SweepScratch<Model>& mine = scratch[worker];
       const Index rows = (s1 - s0) * A;
-      model.row_sums(s0 * A, s1 * A, mine.sum.data(), mine.least.data());
-      for (Index row = 0; row < rows; ++row) mine.sum[row] = inverse_row_sum(mine.sum[row]);
       for (Index i = n * G; i < (n + 1) * G; ++i) {
         const Problem<typename Model::Real> problem = problem_at<typename Model::Real>(batch, i);
         double* mine_q = q[worker].data();
-        model.products(s0 * A, s1 * A, w.data() + i * S, mine.product.data());
+        const double* const wi = w.data() + i * S;
+        if (i == n * G) {
+          model.products_and_sums(s0 * A, s1 * A, wi, mine.product.data(), mine.sum.data(),
+                                  mine.least.data());
+          for (Index row = 0; row < rows; ++row) mine.sum[row] = inverse_row_sum(mine.sum[row]);
+        } else {
+          model.products(s0 * A, s1 * A, wi, mine.product.data());
+        }
         q_values(problem, mine.product.data(), mine.sum.data(), s0 * A, s1 * A, mine_q);
         // Everything is relative to γc, also the rows that do not continue from c.
         const double constant = problem.discount * centre[i];

@@ -154,7 +154,8 @@ def test_other_instruction_sets_agree(isa: str) -> None:
         pytest.skip(f"{isa} is not compiled in")
     selection = "solved_as_if_alone and auto and float64 and (hub or dense)"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection, __file__],
+        # -P: the installed package, not the checkout's.
+        [sys.executable, "-P", "-m", "pytest", "-q", "-k", selection, __file__],
         env={**os.environ, "BIRL_ISA": isa},
         capture_output=True,
         text=True,
