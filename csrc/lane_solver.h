@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "aligned.h"
 #include "certificate.h"
 #include "elimination.h"
 #include "lanes.h"
@@ -326,11 +327,11 @@ class LaneSolver {
   Team& alone_;
   Interrupt& interrupt_;
   Index states_, actions_, width_, entries_;
-  std::vector<Real> transition_, reward_;                        // packed
-  std::vector<double> inverse_sum_, scale_, log_reference_, q_;  // packed
-  std::vector<double> value_, image_, w_, scratch_;
+  Aligned<Real> transition_, reward_;                        // packed
+  Aligned<double> inverse_sum_, scale_, log_reference_, q_;  // packed
+  Aligned<double> value_, image_, w_, scratch_;
   const bool single_;  // sweeps in single precision come first
-  std::vector<float> single_scale_, single_reference_, single_work_;
+  Aligned<float> single_scale_, single_reference_, single_work_;
 
   const Model* model_ = nullptr;
   Problem<Real> problem_{};

@@ -4,6 +4,7 @@
 #include <limits>
 #include <memory>
 
+#include "aligned.h"
 #include "huge_pages.h"
 #include "policy_system_solver.h"
 #include "solve.h"
@@ -169,19 +170,14 @@ class Rule {
 
 // ---- small dense problems: eliminated side by side ----------------------------------------------
 
-// Memory of one worker for kLanes problems, whose vectors begin on cache lines.
+// Memory of one worker for kLanes problems.
 class LaneSpace {
  public:
   explicit LaneSpace(Index states)
-      : states_(states), numbers_(kLanes * (states * states + 3 * states + 1)) {
-    void* begin = numbers_.data();
-    std::size_t space = numbers_.size() * sizeof(double);
-    matrix_ = static_cast<double*>(
-        std::align(kLanes * sizeof(double), space - kLanes * sizeof(double), begin, space));
-  }
+      : states_(states), numbers_(kLanes * (states * states + 3 * states)) {}
 
-  double* matrix() { return matrix_; }
-  double* defect() { return matrix_ + kLanes * states_ * states_; }
+  double* matrix() { return numbers_.data(); }
+  double* defect() { return matrix() + kLanes * states_ * states_; }
   double* unknown() { return defect() + kLanes * states_; }
   double* inverse_pivot() { return unknown() + kLanes * states_; }
 
@@ -194,8 +190,7 @@ class LaneSpace {
 
  private:
   Index states_;
-  std::vector<double> numbers_;
-  double* matrix_;
+  Aligned<double> numbers_;
 };
 
 struct LaneWorker {

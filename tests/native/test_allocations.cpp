@@ -11,9 +11,10 @@ namespace {
 std::atomic<long> requests{0};
 std::atomic<long> fatal{0};  // the request that fails; 0 is none
 
-void* allocate(std::size_t size) {
+void* allocate(std::size_t size, std::align_val_t alignment = std::align_val_t{16}) {
   if (++requests == fatal) throw std::bad_alloc();
-  if (void* const place = std::malloc(size ? size : 1)) return place;
+  const auto unit = static_cast<std::size_t>(alignment);
+  if (void* const place = std::aligned_alloc(unit, (size + unit - 1) / unit * unit)) return place;
   throw std::bad_alloc();
 }
 
@@ -21,10 +22,13 @@ void* allocate(std::size_t size) {
 
 void* operator new(std::size_t size) { return allocate(size); }
 void* operator new[](std::size_t size) { return allocate(size); }
+void* operator new(std::size_t size, std::align_val_t unit) { return allocate(size, unit); }
 void operator delete(void* place) noexcept { std::free(place); }
 void operator delete[](void* place) noexcept { std::free(place); }
 void operator delete(void* place, std::size_t) noexcept { std::free(place); }
 void operator delete[](void* place, std::size_t) noexcept { std::free(place); }
+void operator delete(void* place, std::align_val_t) noexcept { std::free(place); }
+void operator delete(void* place, std::size_t, std::align_val_t) noexcept { std::free(place); }
 
 namespace test {
 namespace {
