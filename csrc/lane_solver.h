@@ -75,9 +75,13 @@ class LaneSolver {
     if (defect.status == Status::kConverged) defect = transition_defect_;
     if (defect.status != Status::kConverged) return defect;
     start(initial);
-    while (phase_ == kSingle) sweep_single();
-    for (Index count = 1; !sweep_double(); ++count)
+    for (Index count = 1;; ++count) {
+      if (phase_ == kSingle)
+        sweep_single();
+      else if (sweep_double())
+        break;
       if (count % 64 == 0) interrupt_.check();
+    }
     const double offset = certificate_.discount * certificate_.c + certificate_.shift();
     lane_kernels<Real>().result({states_, actions_, q_.data(), image_.data(), reference(),
                                  problem_.temperature, offset, out.value, out.q, out.advantage,
@@ -143,6 +147,7 @@ class LaneSolver {
     // Not near the ends of single precision's range, where 0/0 and overflow wait.
     const bool ordinary = problem_.temperature > 1e-30 && problem_.temperature < 1e30;
     phase_ = single_ && ordinary && !initial ? kSingle : kDouble;
+    warm_ = single_ && ordinary && initial;
   }
 
   // V = c + (value − centre): the middle of W is taken out where T commutes with constants.
@@ -192,10 +197,15 @@ class LaneSolver {
     previous_ = half;
     newton_ = newton_ || (request_.method == 0 && passes_ >= 2 && half > certificate_.target() &&
                           (progress_.at_rounding_level() || newton_pays(half, kInf)));
-    if (newton_ && !free)
+    if (newton_ && !free) {
       newton();
-    else
+    } else {
       accept_sweep();
+      // Single precision is no loss where the start was not that good; a last sweep is in double.
+      if (warm_ && half > 16.0 * single_noise() && (given == 0 || passes_ + 2 <= given))
+        to_single();
+      warm_ = false;
+    }
     return false;
   }
 
@@ -251,7 +261,6 @@ class LaneSolver {
   // give.
   void sweep_single() {
     if constexpr (sizeof(Real) == 4) {
-      constexpr double kEpsSingle = std::numeric_limits<float>::epsilon();
       constexpr Index kMost = 1000;
       const Index length = static_cast<Index>(value_.size());
       float* const value = single_work_.data() + (swapped_ ? length : 0);
@@ -269,13 +278,11 @@ class LaneSolver {
       certificate_.low = extent_.low;
       certificate_.high = extent_.high;
       const double half = certificate_.half_span();
-      const double noise = 2.0 * kEpsSingle * certificate_.scale();
+      const double noise = single_noise();
       if (previous_ < kInf) rate_ = half / previous_;
       certificate_.c = certificate_.discount * certificate_.c + certificate_.shift();
       take(extent_.least, extent_.most);
-      const double rounded = static_cast<double>(static_cast<float>(centre_));
-      certificate_.c += rounded - centre_;
-      centre_ = rounded;
+      round_centre();
       swapped_ = !swapped_;
       const bool exhausted = half > 0.9 * previous_ && half <= 16.0 * noise;
       previous_ = half;
@@ -288,6 +295,24 @@ class LaneSolver {
       previous_ = kInf;
       phase_ = kDouble;
     }
+  }
+
+  double single_noise() const {
+    return 2.0 * std::numeric_limits<float>::epsilon() * certificate_.scale();
+  }
+
+  void round_centre() {
+    const double rounded = static_cast<double>(static_cast<float>(centre_));
+    certificate_.c += rounded - centre_;
+    centre_ = rounded;
+  }
+
+  void to_single() {
+    std::transform(value_.begin(), value_.end(), single_work_.begin(),
+                   [](double x) { return static_cast<float>(x); });
+    round_centre();
+    swapped_ = false;
+    phase_ = kSingle;
   }
 
   // From the beginning, where single precision overflowed.
@@ -339,6 +364,7 @@ class LaneSolver {
   LaneProblem packed_{};
   enum { kSingle, kDouble } phase_ = kDouble;
   bool newton_ = false, swapped_ = false;
+  bool warm_ = false;  // a start was given, and may be too good for single precision
   Certificate certificate_;
   Progress progress_;
   Status status_ = Status::kConverged;

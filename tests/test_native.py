@@ -506,6 +506,24 @@ def test_warm_start_shortens_the_solve() -> None:
     assert warm.info[0, 0, 2] < cold.info[0, 0, 2]
 
 
+@pytest.mark.parametrize("far", [0.0, 1e-6, 1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("method", [0, 1])
+def test_a_start_in_single_precision_keeps_to_the_limit_and_to_the_bound(
+    method: int, far: float
+) -> None:
+    case = make_case(3, 20, 3, storage=np.float32, discount=0.95)
+    truth = fixed_point(case, 0, 0)[0]
+    noise = np.random.default_rng(3).standard_normal(truth.shape)
+    start = (truth + far * noise).astype(np.float64)[None, None]
+    for limit in (1, 2, 3, 5, 9):
+        found = run_solve(case, initial=start, method=method, max_iterations=limit)
+        assert found.info[0, 0, 2] <= limit
+        bound = found.info[0, 0, 1]
+        assert_close(found.value[0, 0], truth, bound, f"{far:g} away, after {limit}")
+    found = run_solve(case, initial=start, method=method)
+    assert_close(found.value[0, 0], truth, 1e-11 * np.abs(truth).max(), f"{far:g} away")
+
+
 def test_malformed_sparsity_never_reaches_a_kernel() -> None:
     case = make_case(1, 5, 2, sparse=True)
     transition, crow, col, *rest = case.tensors()

@@ -23,6 +23,7 @@ from birl_ext.benchmarks import machine, workloads
 from birl_ext.benchmarks.harness import Answer, Plan, facts
 from birl_ext.benchmarks.rivals import jax_dense, torch_dense
 from birl_ext.benchmarks.workloads import DenseProblem
+from birl_ext.functional import MethodName
 
 __all__ = ["run"]
 
@@ -97,7 +98,7 @@ def _row(way: _Way, truth: Found, plan: Plan) -> dict[str, Any]:
             machine.wait(plan.device)
             seconds.append(time.perf_counter() - start)
     except Exception as failure:  # a competitor that does not run is a result, not the end
-        if way.key == "ours":
+        if way.key.startswith("ours"):
             raise
         reason = f"{type(failure).__name__}: {failure}"[:200]
         return row | {"status": "failed", "reason": reason, "honest": reason}
@@ -141,6 +142,11 @@ def _ways(problem: DenseProblem, cotangent: Tensor, plan: Plan) -> list[_Way]:
     ways = [
         _Way("ours", "birl_ext.solve and backward", lambda: lambda: _ours(problem, single)),
         _Way(
+            "ours newton",
+            "the same by Newton's method",
+            lambda: lambda: _ours(problem, single, "newton"),
+        ),
+        _Way(
             "compiled",
             f"torch.compile, {block} sweeps a call, implicit by hand",
             lambda: loop(plain, block, horizon),
@@ -163,13 +169,14 @@ def _ways(problem: DenseProblem, cotangent: Tensor, plan: Plan) -> list[_Way]:
     return ways
 
 
-def _ours(problem: DenseProblem, cotangent: Tensor) -> Found:
+def _ours(problem: DenseProblem, cotangent: Tensor, method: MethodName = "auto") -> Found:
     reward = problem.reward.clone().requires_grad_()
     solution = birl_ext.solve(
         reward,
         problem.transition,
         discount=problem.discount,
         temperature=problem.temperature,
+        method=method,
     )
     (grad,) = torch.autograd.grad((solution.policy * cotangent).sum(), reward)
     passes = float(solution.iterations.max())
