@@ -144,10 +144,8 @@ class LaneSolver {
       const auto ends = std::minmax_element(value_.begin(), value_.end());
       take(*ends.first, *ends.second);
     }
-    // Not near the ends of single precision's range, where 0/0 and overflow wait.
-    const bool ordinary = problem_.temperature > 1e-30 && problem_.temperature < 1e30;
-    phase_ = single_ && ordinary && !initial ? kSingle : kDouble;
-    warm_ = single_ && ordinary && initial;
+    phase_ = single_ && !initial ? kSingle : kDouble;
+    warm_ = single_ && initial;
   }
 
   // V = c + (value − centre): the middle of W is taken out where T commutes with constants.

@@ -476,7 +476,7 @@ def check_corner(case: Case) -> None:
 
 
 @pytest.mark.parametrize("reward", [0.0, 1e-38, 1e-30, 1.0, 1e30, 1e38])
-@pytest.mark.parametrize("temperature", [1e-35, 1e-31, 1e-29, 1e-3, 1.0, 1e29, 1e31, 1e35])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-35, 1e-29, 1e-3, 1.0, 1e29, 1e35, 1e300])
 def test_rewards_and_temperatures_of_any_size(reward: float, temperature: float) -> None:
     for extras in ("plain", "masked", "terminal"):
         check_corner(corner(9, 3, reward, temperature, 0.9, extras))
