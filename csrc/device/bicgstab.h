@@ -1,0 +1,206 @@
+// BiCGStab (van der Vorst 1992) for y = (I − γP_π)x or its transpose, all right-hand sides at once,
+// by a team of several blocks. With `deflate` the operator is compressed to vectors of mean zero,
+// implicitly: v stands for v − mean v wherever it is used, which costs nothing.
+//
+// Every column has scalars of its own and stops for itself; a column that stopped changes no more,
+// so its bits do not depend on its neighbours. An iteration is two products and two updates, a
+// barrier of the team after each; the sums in between are computed by every block for itself from
+// all states where these are few (kReplicated), which is faster than a barrier, or from partial
+// sums over pieces with one barrier more. Either way one order of additions (Pieces).
+#pragma once
+
+#include "device/solve_control.h"
+#include "device/wide_layer.h"
+
+namespace birl::device {
+
+// Vectors (S, K) and scalars of the linear solves of one team.
+struct KrylovVectors {
+  double *x, *r, *shadow, *p, *v, *s, *t;
+  double* partial;  // (kMostSums, K, pieces)
+};
+
+constexpr int kMostSums = 5;
+constexpr Index kReplicated = 8192;  // states up to which every block sums for itself
+
+// One column's scalars, the same in every block.
+struct KrylovColumn {
+  double start, target, residual;
+  double rho, alpha, beta, omega, mean_v, mean_t;
+  Index products;
+  int active;
+};
+
+BIRL_HD constexpr bool sums_replicated(Index states) { return states <= kReplicated; }
+
+// total[j] = Σ_s term_j(s, k) for all columns: `terms(s, k, part)` adds state s's terms to part,
+// `use(k, total)` is called for each column in every block, by one lane.
+// `far` holds kCount·K·pieces numbers in common memory, `near` as many on chip.
+template <int kCount, class Team, class Terms, class Use>
+BIRL_STAGE void column_sums(Team& team, Index states, Index K, double* far,
+                             Terms&& terms, Use&& use) {
+  static_assert(kCount <= kMostSums, "enlarge kMostSums");
+  using Block = typename Team::Block;
+  const Pieces pieces(states);
+  const bool replicated = sums_replicated(states);
+  const auto partial_sums = [&](Block& block) {
+    double* const partial = replicated ? block.chip.partial : far;
+    block.template groups<32>([&](const auto& g) {
+      const Index first = replicated ? g.rank : g.place, stride = replicated ? g.count : g.places;
+      for (Index piece = first; piece < pieces.count; piece += stride)
+        for (Index k = 0; k < K; ++k) {
+          double sums[kCount];
+          g.sums(sums, [&](int lane, double(&part)[kCount]) {
+            for (Index s = pieces.begin(piece) + lane; s < pieces.end(piece); s += 32)
+              terms(s, k, part);
+          });
+          g.each([&](int lane) {
+            if (lane != 0) return;
+            BIRL_UNROLL
+            for (int j = 0; j < kCount; ++j) partial[(j * K + k) * pieces.count + piece] = sums[j];
+          });
+        }
+    });
+  };
+  team.local(partial_sums);
+  if (!replicated) team.step([](Block&) {});
+  team.local([&](Block& block) {
+    const double* const partial = replicated ? block.chip.partial : far;
+    block.template groups<32>([&](const auto& g) {
+      for (Index k = g.rank; k < K; k += g.count) {
+        double total[kCount];
+        g.sums(total, [&](int lane, double(&part)[kCount]) {
+          for (Index piece = lane; piece < pieces.count; piece += 32) {
+            BIRL_UNROLL
+            for (int j = 0; j < kCount; ++j) part[j] += partial[(j * K + k) * pieces.count + piece];
+          }
+        });
+        g.each([&](int lane) {
+          if (lane == 0) use(block, k, total);
+        });
+      }
+    });
+  });
+}
+
+// x ≈ A⁻¹ r from x = 0. On entry m.r holds the right-hand side (of mean zero if `deflate`) and is
+// of size start = ‖r‖₂, target and active are set in each block's columns, and nothing else is.
+// apply(block, in, out) computes out = A in for the block's own states.
+// A column whose residual ends above where it started gets x = 0.
+template <class Team, class Apply>
+BIRL_STAGE void bicgstab(Team& team, Index states, Index K, bool deflate, Index limit,
+                          const KrylovVectors& m, Apply&& apply) {
+  using Block = typename Team::Block;
+  const Index total = states * K;
+  const double n = static_cast<double>(states);
+  const auto any_active = [&] {
+    return team.decide([&](Block& block) {
+      int any = 0;
+      for (Index k = 0; k < K; ++k) any = any || block.chip.columns[k].active;
+      return any;
+    });
+  };
+
+  team.step([&](Block& block) {
+    block.spread([&](Index first, Index stride) {
+      for (Index i = first; i < total; i += stride) {
+        m.x[i] = 0.0;
+        m.shadow[i] = m.p[i] = m.r[i];
+      }
+    });
+    block.phase([&](Thread t) {
+      for (Index k = t.rank; k < K; k += t.count) {
+        KrylovColumn& column = block.chip.columns[k];
+        column.residual = column.start;
+        column.rho = column.start * column.start;
+        column.products = 0;
+        column.active = column.active && column.start > column.target;
+      }
+    });
+  });
+  while (any_active()) {
+    apply(m.p, m.v);
+    column_sums<2>(
+        team, states, K, m.partial,
+        [&](Index s, Index k, double(&part)[2]) {
+          const double v = m.v[s * K + k];
+          part[0] += v;
+          part[1] += m.shadow[s * K + k] * v;
+        },
+        [&](Block& block, Index k, const double(&sum)[2]) {
+          KrylovColumn& column = block.chip.columns[k];
+          if (!column.active) return;
+          column.mean_v = deflate ? sum[0] / n : 0.0;
+          column.alpha = column.rho / sum[1];
+          if (sum[1] == 0.0 || !is_finite(column.alpha)) column.active = 0;
+        });
+    team.step([&](Block& block) {
+      block.spread([&](Index first, Index stride) {
+        for (Index i = first; i < total; i += stride) {
+          const KrylovColumn& column = block.chip.columns[i % K];
+          if (column.active) m.s[i] = m.r[i] - column.alpha * (m.v[i] - column.mean_v);
+        }
+      });
+    });
+    apply(m.s, m.t);
+    column_sums<5>(
+        team, states, K, m.partial,
+        [&](Index s, Index k, double(&part)[5]) {
+          const Index i = s * K + k;
+          const double t = m.t[i];
+          part[0] += t;
+          part[1] += t * m.s[i];
+          part[2] += t * t;
+          part[3] += m.shadow[i] * t;
+          part[4] += m.shadow[i] * m.s[i];
+        },
+        [&](Block& block, Index k, const double(&sum)[5]) {
+          KrylovColumn& column = block.chip.columns[k];
+          if (!column.active) return;
+          column.products += 2;
+          column.mean_t = deflate ? sum[0] / n : 0.0;
+          const double tt = sum[2] - n * column.mean_t * column.mean_t;
+          column.omega = tt > 0.0 ? sum[1] / tt : 0.0;
+          const double rho = sum[4] - column.omega * sum[3];
+          column.beta = rho / column.rho * (column.alpha / column.omega);
+          column.rho = rho;
+        });
+    team.step([&](Block& block) {
+      block.spread([&](Index first, Index stride) {
+        for (Index i = first; i < total; i += stride) {
+          const KrylovColumn& column = block.chip.columns[i % K];
+          if (!column.active) continue;
+          const double p = m.p[i], s = m.s[i];
+          m.x[i] += column.alpha * p + column.omega * s;
+          const double r = s - column.omega * (m.t[i] - column.mean_t);
+          m.r[i] = r;
+          m.p[i] = r + column.beta * (p - column.omega * (m.v[i] - column.mean_v));
+        }
+      });
+    });
+    column_sums<1>(
+        team, states, K, m.partial,
+        [&](Index s, Index k, double(&part)[1]) { part[0] += m.r[s * K + k] * m.r[s * K + k]; },
+        [&](Block& block, Index k, const double(&sum)[1]) {
+          KrylovColumn& column = block.chip.columns[k];
+          if (!column.active) return;
+          column.residual = __builtin_sqrt(sum[0]);
+          const bool breakdown =
+              column.omega == 0.0 ||
+              !(magnitude(column.rho) > 1e-14 * column.start * column.residual) ||
+              !(column.residual < 1e3 * column.start);
+          column.active =
+              !breakdown && column.residual > column.target && column.products < limit;
+        });
+  }
+  team.step([&](Block& block) {
+    block.spread([&](Index first, Index stride) {
+      for (Index i = first; i < total; i += stride) {
+        const KrylovColumn& column = block.chip.columns[i % K];
+        if (!(column.residual < column.start)) m.x[i] = 0.0;
+      }
+    });
+  });
+}
+
+}  // namespace birl::device

@@ -1,0 +1,65 @@
+// The grid of a wide kernel and its launch. No call synchronises or allocates.
+#pragma once
+
+#include "device/cuda_device.h"
+#include "device/large_dispatch.h"
+#include "device/wide_team.cuh"
+
+namespace birl::device {
+
+inline cudaError_t wide_limits(const DeviceBatch& batch, WideLimits& limits) {
+  cudaError_t error = check(batch, limits.block);
+  int device = 0, cooperative = 0, clusters = 0;
+  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
+  limits.cooperative = cooperative != 0;
+  limits.clusters = clusters != 0;
+  return error;
+}
+
+// Blocks of a cooperative launch: as many as are resident at once, and no more than have states.
+template <class Kernel>
+cudaError_t resident_blocks(const Kernel& kernel, const WideLimits& limits, Index states,
+                            unsigned threads, unsigned& blocks) {
+  const std::size_t chip = wide_footprint(kernel, 1, false).chip;
+  cudaError_t error = allow_chip<GridBarrier, Kernel>(chip);
+  int each = 0;
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, run_wide<GridBarrier, Kernel>,
+                                                          static_cast<int>(threads), chip);
+  // More blocks than two on each multiprocessor only make the barrier slower.
+  const Index most = static_cast<Index>(each < 2 ? each : 2) * limits.block.processors;
+  if (error == cudaSuccess && most < 1) return cudaErrorCooperativeLaunchTooLarge;
+  blocks = static_cast<unsigned>(states < most ? states : most);
+  return error;
+}
+
+// Calls use(zero of the barrier's type, grid) for the plan.
+template <class Kernel, class Use>
+cudaError_t with_wide_grid(const Kernel& kernel, const DeviceBatch& batch, const WidePlan& plan,
+                           const WideLimits& limits, Use&& use) {
+  constexpr unsigned kThreads = BlockTeam::kMaxThreads;
+  WideGrid grid{1, 1, kThreads, {}};
+  if constexpr (Kernel::Home::kOnChip) {
+    grid.blocks = static_cast<unsigned>(plan.blocks);
+    grid.bytes = wide_footprint(kernel, plan.blocks, true);
+    grid.teams = block_count(batch.total(), grid.bytes, limits.block);
+    return use(ClusterBarrier{}, grid);
+  } else {
+    if (plan.kind == WideKind::kGrid) {
+      const cudaError_t error =
+          resident_blocks(kernel, limits, batch.states, kThreads, grid.blocks);
+      if (error != cudaSuccess) return error;
+      grid.bytes = wide_footprint(kernel, grid.blocks, false);
+      return use(GridBarrier{}, grid);
+    }
+    grid.bytes = wide_footprint(kernel, 1, false);
+    grid.teams = block_count(batch.total(), grid.bytes, limits.block);
+    return use(GridBarrier{}, grid);
+  }
+}
+
+}  // namespace birl::device

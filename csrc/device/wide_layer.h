@@ -1,0 +1,100 @@
+// Kernels whose team is several blocks: a cluster, or the whole device. layer.h with one more level.
+//
+// A wide kernel is a plain struct with
+//
+//   template <class Memory> Chip lay_out_chip(Memory& own) const;
+//       each block's arrays in its own shared memory;
+//   template <class Common, class Spill> Arrays lay_out(Common& common, Spill& spill) const;
+//       what all blocks of the team see: `common` is the fast part (a cluster's distributed shared
+//       memory), `spill` the workspace in global memory;
+//   template <class Team> void run(Team& team, const Arrays& arrays, Index item) const;
+//
+// `run` is executed by every thread of every block and is a sequence of
+//
+//   team.step(f)             f(block) in every block, then a barrier of the team;
+//   team.reduce<T>(f, join)  join of f(block) over all blocks, handed to every thread;
+//   team.local(f)            f(block) in every block, no barrier of the team;
+//   team.decide(f)           f(block) in one thread of each block, handed to the block's threads;
+//
+// and a block, inside those, executes
+//
+//   block.phase(f)           f(thread), then a barrier of the block;
+//   block.reduce<T>(f, join) as in layer.h;
+//   block.groups<L>(f)       f(g) in every group of L lanes (lanes.h), then a barrier of the block;
+//   block.spread(f)          f(first, stride) in every thread, numbered over the whole team, then a
+//                            barrier of the block;
+//   block.chip               its own arrays.
+//
+// Rules, beside those of layer.h:
+//   1. Between two barriers of the team a block reads of the common arrays what was written before
+//      the first, or by itself.
+//   2. `decide` and the scalars of `local` are computed by every block for itself, from the same
+//      numbers by the same operations, so that all blocks take the same way without another barrier.
+//   3. A sum over all states is made of partial sums over pieces that depend on the number of
+//      states alone (Pieces), added in one order by whoever needs the total.
+#pragma once
+
+#include "device/lanes.h"
+
+// A stage of a wide kernel: a function of its own, so that each has registers of its own. The call
+// costs nothing next to what it does.
+#if defined(__CUDACC__)
+#define BIRL_STAGE __device__ __noinline__
+#else
+#define BIRL_STAGE inline
+#endif
+
+namespace birl::device {
+
+constexpr std::size_t kLargestWide = 96;  // bytes of what a team reduces
+
+// States in pieces for partial sums: a function of their number, never of the team.
+struct Pieces {
+  Index states, length, count;
+
+  BIRL_HD explicit Pieces(Index n) : states(n) {
+    constexpr Index kMost = 2048;
+    length = ((n + kMost - 1) / kMost + 31) / 32 * 32;
+    count = (n + length - 1) / length;
+  }
+  BIRL_HD Index begin(Index piece) const { return piece * length; }
+  BIRL_HD Index end(Index piece) const {
+    return (piece + 1) * length < states ? (piece + 1) * length : states;
+  }
+  // Dependent additions of a total, for rounding bounds.
+  BIRL_HD double additions() const {
+    return static_cast<double>(length / 32 + count / 32) + 12.0;
+  }
+};
+
+// How a wide kernel is launched.
+struct WideGrid {
+  unsigned teams, blocks, threads;  // blocks of each team
+  Bytes bytes;                      // of each block on chip, of each team in the workspace
+
+  std::size_t workspace() const { return bytes.spill * teams; }
+};
+
+// What a kernel needs with teams of so many blocks, which share their chips' memory or do not.
+template <class Kernel>
+Bytes wide_footprint(const Kernel& kernel, Index blocks, bool shares_chip) {
+  Footprint common, spill, own;
+  common.take<char>(static_cast<Index>(2 * kLargestWide) * blocks);
+  if (shares_chip)
+    kernel.lay_out(common, spill);
+  else
+    kernel.lay_out(common, common);
+  kernel.lay_out_chip(own);
+  if (shares_chip) return {common.bytes() + own.bytes(), spill.bytes()};
+  return {own.bytes(), common.bytes()};
+}
+
+// The states that block `rank` of `count` owns.
+struct Share {
+  Index begin, end;
+};
+BIRL_HD constexpr Share share_of(Index states, Index rank, Index count) {
+  return {states * rank / count, states * (rank + 1) / count};
+}
+
+}  // namespace birl::device
