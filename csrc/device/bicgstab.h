@@ -9,8 +9,8 @@
 // sums over pieces with one barrier more. Either way one order of additions (Pieces).
 #pragma once
 
+#include "device/column_totals.h"
 #include "device/solve_control.h"
-#include "device/wide_layer.h"
 
 namespace birl::device {
 
@@ -20,9 +20,6 @@ struct KrylovVectors {
   double* partial;  // (kMostSums, K, pieces)
 };
 
-constexpr int kMostSums = 5;
-constexpr Index kReplicated = 8192;  // states up to which every block sums for itself
-
 // One column's scalars, the same in every block.
 struct KrylovColumn {
   double start, target, residual;
@@ -30,58 +27,6 @@ struct KrylovColumn {
   Index products;
   int active;
 };
-
-BIRL_HD constexpr bool sums_replicated(Index states) { return states <= kReplicated; }
-
-// total[j] = Σ_s term_j(s, k) for all columns: `terms(s, k, part)` adds state s's terms to part,
-// `use(k, total)` is called for each column in every block, by one lane.
-// `far` holds kCount·K·pieces numbers in common memory, `near` as many on chip.
-template <int kCount, class Team, class Terms, class Use>
-BIRL_STAGE void column_sums(Team& team, Index states, Index K, double* far,
-                             Terms&& terms, Use&& use) {
-  static_assert(kCount <= kMostSums, "enlarge kMostSums");
-  using Block = typename Team::Block;
-  const Pieces pieces(states);
-  const bool replicated = sums_replicated(states);
-  const auto partial_sums = [&](Block& block) {
-    double* const partial = replicated ? block.chip.partial : far;
-    block.template groups<32>([&](const auto& g) {
-      const Index first = replicated ? g.rank : g.place, stride = replicated ? g.count : g.places;
-      for (Index piece = first; piece < pieces.count; piece += stride)
-        for (Index k = 0; k < K; ++k) {
-          double sums[kCount];
-          g.sums(sums, [&](int lane, double(&part)[kCount]) {
-            for (Index s = pieces.begin(piece) + lane; s < pieces.end(piece); s += 32)
-              terms(s, k, part);
-          });
-          g.each([&](int lane) {
-            if (lane != 0) return;
-            BIRL_UNROLL
-            for (int j = 0; j < kCount; ++j) partial[(j * K + k) * pieces.count + piece] = sums[j];
-          });
-        }
-    });
-  };
-  team.local(partial_sums);
-  if (!replicated) team.step([](Block&) {});
-  team.local([&](Block& block) {
-    const double* const partial = replicated ? block.chip.partial : far;
-    block.template groups<32>([&](const auto& g) {
-      for (Index k = g.rank; k < K; k += g.count) {
-        double total[kCount];
-        g.sums(total, [&](int lane, double(&part)[kCount]) {
-          for (Index piece = lane; piece < pieces.count; piece += 32) {
-            BIRL_UNROLL
-            for (int j = 0; j < kCount; ++j) part[j] += partial[(j * K + k) * pieces.count + piece];
-          }
-        });
-        g.each([&](int lane) {
-          if (lane == 0) use(block, k, total);
-        });
-      }
-    });
-  });
-}
 
 // x ≈ A⁻¹ r from x = 0. On entry m.r holds the right-hand side (of mean zero if `deflate`) and is
 // of size start = ‖r‖₂, target and active are set in each block's columns, and nothing else is.
@@ -120,9 +65,9 @@ BIRL_STAGE void bicgstab(Team& team, Index states, Index K, bool deflate, Index 
   });
   while (any_active()) {
     apply(m.p, m.v);
-    column_sums<2>(
+    column_totals<Sum, 2>(
         team, states, K, m.partial,
-        [&](Index s, Index k, double(&part)[2]) {
+        [&](Block&, Index s, Index k, double(&part)[2]) {
           const double v = m.v[s * K + k];
           part[0] += v;
           part[1] += m.shadow[s * K + k] * v;
@@ -143,9 +88,9 @@ BIRL_STAGE void bicgstab(Team& team, Index states, Index K, bool deflate, Index 
       });
     });
     apply(m.s, m.t);
-    column_sums<5>(
+    column_totals<Sum, 5>(
         team, states, K, m.partial,
-        [&](Index s, Index k, double(&part)[5]) {
+        [&](Block&, Index s, Index k, double(&part)[5]) {
           const Index i = s * K + k;
           const double t = m.t[i];
           part[0] += t;
@@ -178,9 +123,9 @@ BIRL_STAGE void bicgstab(Team& team, Index states, Index K, bool deflate, Index 
         }
       });
     });
-    column_sums<1>(
+    column_totals<Sum, 1>(
         team, states, K, m.partial,
-        [&](Index s, Index k, double(&part)[1]) { part[0] += m.r[s * K + k] * m.r[s * K + k]; },
+        [&](Block&, Index s, Index k, double(&part)[1]) { part[0] += m.r[s * K + k] * m.r[s * K + k]; },
         [&](Block& block, Index k, const double(&sum)[1]) {
           KrylovColumn& column = block.chip.columns[k];
           if (!column.active) return;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "device/solve_control.h"
+#include "device/wide_layer.h"
 
 namespace birl::device {
 
@@ -32,7 +33,7 @@ struct LargeControl : SolveControl {
   BIRL_DEVICE bool forms_matrix() const { return way != Way::kSweeps; }
 
   // After a pass over P.
-  BIRL_DEVICE LargeStep next(const SweepRange& found) {
+  BIRL_STAGE LargeStep next(const SweepRange& found) {
     range = found;
     ++passes;
     const double half = half_span(), floor = rounding();

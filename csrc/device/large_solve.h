@@ -64,7 +64,7 @@ struct LargeSolve {
     chip.columns = own.template take<KrylovColumn>(1);
     chip.q = own.template take<double>(home.tile * home.actions);
     chip.weight = own.template take<double>(home.tile * home.actions);
-    if (sums_replicated(home.states))
+    if (sums_replicated(home.states, 1))
       chip.partial = own.template take<double>(kMostSums * Pieces(home.states).count);
     return chip;
   }
@@ -76,7 +76,8 @@ struct LargeSolve {
     double** const vectors[] = {&m.image[0], &m.image[1], &m.delta, &m.m.x, &m.m.r,
                                 &m.m.shadow, &m.m.p,      &m.m.v,   &m.m.s, &m.m.t};
     for (double** const vector : vectors) *vector = common.template take<double>(S);
-    if (!sums_replicated(S)) m.m.partial = common.template take<double>(kMostSums * Pieces(S).count);
+    if (!sums_replicated(S, 1))
+      m.m.partial = common.template take<double>(kMostSums * Pieces(S).count);
     m.q = spill.template take<double>(rows);
     m.inverse_sum = spill.template take<double>(rows);
     if (home.keeps_weights()) m.weight = spill.template take<double>(rows);
@@ -331,7 +332,7 @@ class LargeSolving {
     return sum == 0.0 ? 0.0 : 1.0 / sum;
   }
 
-  BIRL_DEVICE void maximise(Block& block, Index first, Index last, const double* from, double* to,
+  BIRL_STAGE void maximise(Block& block, Index first, Index last, const double* from, double* to,
                             double middle, double constant) {
     block.template groups<Home::kStateLanes>([&](const auto& g) {
       using Group = std::decay_t<decltype(g)>;
@@ -398,9 +399,9 @@ class LargeSolving {
   // finds it exactly.
   BIRL_STAGE void newton() {
     const double n = static_cast<double>(S_);
-    column_sums<1>(
+    column_totals<Sum, 1>(
         team_, S_, 1, m_.m.partial,
-        [&](Index s, Index, double(&part)[1]) { part[0] += m_.delta[s]; },
+        [&](Block&, Index s, Index, double(&part)[1]) { part[0] += m_.delta[s]; },
         [&](Block& block, Index, const double(&sum)[1]) {
           block.chip.columns[0].mean_v = control(block).continues ? sum[0] / n : 0.0;
         });
@@ -410,9 +411,9 @@ class LargeSolving {
           m_.m.r[s] = m_.delta[s] - block.chip.columns[0].mean_v;
       });
     });
-    column_sums<1>(
+    column_totals<Sum, 1>(
         team_, S_, 1, m_.m.partial,
-        [&](Index s, Index, double(&part)[1]) { part[0] += m_.m.r[s] * m_.m.r[s]; },
+        [&](Block&, Index s, Index, double(&part)[1]) { part[0] += m_.m.r[s] * m_.m.r[s]; },
         [&](Block& block, Index, const double(&sum)[1]) {
           KrylovColumn& column = block.chip.columns[0];
           column.start = __builtin_sqrt(sum[0]);

@@ -122,6 +122,20 @@ struct DenseMatrix {
   BIRL_DEVICE Stored* row(Index s) const { return values + (s - first) * pitch; }
 };
 
+// The states in slices for products with P_πᵀ, a function of their number alone.
+struct Slices {
+  Index states, length, count;
+  BIRL_HD explicit Slices(Index n) : states(n) {
+    constexpr Index kMost = 16, kLeast = 64;
+    length = (n + kMost - 1) / kMost < kLeast ? kLeast : (n + kMost - 1) / kMost;
+    count = (n + length - 1) / length;
+  }
+  BIRL_HD Index begin(Index slice) const { return slice * length; }
+  BIRL_HD Index end(Index slice) const {
+    return (slice + 1) * length < states ? (slice + 1) * length : states;
+  }
+};
+
 // One warp reads two rows at a time, coalesced, 16 bytes a lane. With kOnChip the rows of a block's
 // own states, and their rows of P_π, stay in its shared memory; else they are read from global
 // memory, kept on chip while their states are worked on if that fits (`staged`), so that forming
@@ -131,6 +145,7 @@ struct DenseWide {
   using Real = Real_;
   static constexpr bool kOnChip = kOnChip_;
   static constexpr int kStateLanes = 32;  // that work on one state's actions
+  static constexpr bool kSparse = false;
   static constexpr bool kShifts = false;   // whether any operand can be shifted as it is read
 
   const Real* values;  // (N, S, A, S)
@@ -169,6 +184,11 @@ struct DenseWide {
   template <class Stored, class Memory>
   BIRL_HD Stored* lay_out_matrix(Memory& spill) const {
     return kOnChip ? nullptr : spill.template take<Stored>(states * states);
+  }
+  // What a product with P_πᵀ needs besides.
+  template <class Memory>
+  BIRL_HD double* lay_out_transposed(Memory& spill, Index right) const {
+    return spill.template take<double>(Slices(states).count * states * right);
   }
 
   template <class Block>
@@ -292,6 +312,36 @@ struct DenseWide {
       multiply<1>(m, Column{operand_}, 0, 1, take);
     }
 
+    // part(i, t, k) = Σ_s P_π(s,t) x(s,k) over the i-th slice of the states s: a warp owns a slice
+    // and 32 neighbouring t, so that it reads whole lines, and nothing is added by two.
+    template <class Stored>
+    BIRL_DEVICE void transposed_slices(const DenseMatrix<Stored>& m, const double* x, Index K,
+                                       double* part) {
+      const Index S = home_.states, tiles = (S + 31) / 32;
+      const Slices slices(S);
+      block_.template groups<32>([&](const auto& g) {
+        for (Index task = g.place; task < tiles * slices.count; task += g.places) {
+          const Index slice = task / tiles, first = task % tiles * 32;
+          for (Index k = 0; k < K; k += 4)
+            g.each([&](int lane) {
+              const Index t = first + lane;
+              if (t >= S) return;
+              double sum[4] = {};
+              const int valid = static_cast<int>(K - k < 4 ? K - k : 4);
+#if defined(__CUDACC__)
+#pragma unroll 4
+#endif
+              for (Index s = slices.begin(slice); s < slices.end(slice); ++s) {
+                const double p = static_cast<double>(m.row(s)[t]);
+                BIRL_UNROLL
+                for (int c = 0; c < 4; ++c) sum[c] += c < valid ? p * x[s * K + k + c] : 0.0;
+              }
+              for (int c = 0; c < valid; ++c) part[(slice * S + t) * K + k + c] = sum[c];
+            });
+        }
+      });
+    }
+
    private:
     // Row `row` in shared memory, where the rows from state `first` on lie.
     BIRL_DEVICE Real* kept(Index row, Index first) const {
@@ -345,7 +395,7 @@ struct CsrWide {
   using Real = Real_;
   static constexpr bool kOnChip = false;
   static constexpr int kStateLanes = 1;
-  static constexpr bool kShifts = true;
+  static constexpr bool kShifts = true, kSparse = true;
 
   const Real* values;  // (N, nnz)
   Index states, actions;
@@ -378,6 +428,10 @@ struct CsrWide {
   template <class Stored, class Memory>
   BIRL_HD Stored* lay_out_matrix(Memory& spill) const {
     return merged() ? spill.template take<Stored>(pattern.nnz) : nullptr;
+  }
+  template <class Memory>
+  BIRL_HD double* lay_out_transposed(Memory& spill, Index) const {
+    return spill.template take<double>(pattern.nnz);
   }
 
   template <class Block>
@@ -449,6 +503,31 @@ struct CsrWide {
       });
     }
 
+    // Entries of P_π column by column, so that products with P_πᵀ read them one after another.
+    template <class Stored>
+    BIRL_DEVICE void transpose(const Matrix<Stored>& m, double* transposed) {
+      block_.spread([&](Index first, Index stride) {
+        for (Index e = first; e < home_.pattern.nnz; e += stride)
+          transposed[e] = static_cast<double>(m.values[home_.pattern.transpose_slot[e]]);
+      });
+    }
+
+    template <class Take>
+    BIRL_DEVICE void transposed_product(const double* transposed, const double* x, Index K,
+                                        Take&& take) {
+      const WidePattern& pattern = home_.pattern;
+      const Lines<double> lines{transposed, pattern.transpose_crow, pattern.transpose_col};
+      for (Index k = 0; k < K;) {
+        if (K - k >= 4) {
+          gather<4>(lines, x, k, K, take);
+          k += 4;
+        } else {
+          gather<1>(lines, x, k, K, take);
+          k += 1;
+        }
+      }
+    }
+
     // `weight` (S, A): π/σ, needed without a pattern.
     template <class Stored, class Take>
     BIRL_DEVICE void product(const Matrix<Stored>& m, const double* x, Index K,
@@ -469,22 +548,29 @@ struct CsrWide {
     BIRL_DEVICE void multiply(const Matrix<Stored>& m, const double* x, Index k, Index K,
                               const double* weight, Take&& take) {
       if (home_.merged())
-        multiply_merged<kRight>(m, x, k, K, take);
+        gather<kRight>(Lines<Stored>{m.values, home_.pattern.crow, home_.pattern.col}, x, k, K, take);
       else
         multiply_rows<kRight>(x, k, K, weight, take);
     }
 
+    // Rows of merged values, or columns of the transposed ones.
+    template <class Stored>
+    struct Lines {
+      const Stored* values;
+      const Index* begin;
+      const std::int32_t* place;
+    };
+
     template <int kRight, class Stored, class Take>
-    BIRL_DEVICE void multiply_merged(const Matrix<Stored>& m, const double* x, Index k, Index K,
-                                     Take&& take) {
-      const WidePattern& pattern = home_.pattern;
+    BIRL_DEVICE void gather(const Lines<Stored>& lines, const double* x, Index k, Index K,
+                            Take&& take) {
       block_.template groups<kLanes>([&](const auto& g) {
         for (Index s = own_.begin + g.rank; s < own_.end; s += g.count) {
           double sums[kRight];
           g.sums(sums, [&](int lane, double(&part)[kRight]) {
-            for (Index e = pattern.crow[s] + lane; e < pattern.crow[s + 1]; e += kLanes) {
-              const double p = static_cast<double>(m.values[e]);
-              const double* const at = x + pattern.col[e] * K + k;
+            for (Index e = lines.begin[s] + lane; e < lines.begin[s + 1]; e += kLanes) {
+              const double p = static_cast<double>(lines.values[e]);
+              const double* const at = x + lines.place[e] * K + k;
               BIRL_UNROLL
               for (int c = 0; c < kRight; ++c) part[c] += p * at[c];
             }
