@@ -51,11 +51,10 @@ cudaError_t large_solve_workspace(const DeviceBatch& batch, const WidePattern& p
 
 cudaError_t launch_large_solve(const DeviceBatch& batch, const DeviceSolve& request,
                                const WidePattern& pattern, void* workspace, cudaStream_t stream) {
-  return with_large_solve(batch, request, pattern,
-                          [&](const auto& kernel, auto barrier, const WideGrid& grid) {
-                            return launch_wide<decltype(barrier)>(kernel, batch.total(), grid,
-                                                                  workspace, stream);
-                          });
+  return with_large_solve(
+      batch, request, pattern, [&](const auto& kernel, auto barrier, const WideGrid& grid) {
+        return launch_wide<decltype(barrier)>(kernel, batch.total(), grid, workspace, stream);
+      });
 }
 
 }  // namespace birl

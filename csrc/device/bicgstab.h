@@ -28,13 +28,18 @@ struct KrylovColumn {
   int active;
 };
 
+// Ends above where it started, or nowhere.
+BIRL_DEVICE bool no_better(const KrylovColumn& column) {
+  return !(column.residual <= column.start);
+}
+
 // x ≈ A⁻¹ r from x = 0. On entry m.r holds the right-hand side (of mean zero if `deflate`) and is
 // of size start = ‖r‖₂, target and active are set in each block's columns, and nothing else is.
 // apply(block, in, out) computes out = A in for the block's own states.
 // A column whose residual ends above where it started gets x = 0.
 template <class Team, class Apply>
 BIRL_STAGE void bicgstab(Team& team, Index states, Index K, bool deflate, Index limit,
-                          const KrylovVectors& m, Apply&& apply) {
+                         const KrylovVectors& m, Apply&& apply) {
   using Block = typename Team::Block;
   const Index total = states * K;
   const double n = static_cast<double>(states);
@@ -67,12 +72,12 @@ BIRL_STAGE void bicgstab(Team& team, Index states, Index K, bool deflate, Index 
     apply(m.p, m.v);
     column_totals<Sum, 2>(
         team, states, K, m.partial,
-        [&](Block&, Index s, Index k, double(&part)[2]) {
+        [&](Block&, Index s, Index k, double (&part)[2]) {
           const double v = m.v[s * K + k];
           part[0] += v;
           part[1] += m.shadow[s * K + k] * v;
         },
-        [&](Block& block, Index k, const double(&sum)[2]) {
+        [&](Block& block, Index k, const double (&sum)[2]) {
           KrylovColumn& column = block.chip.columns[k];
           if (!column.active) return;
           column.mean_v = deflate ? sum[0] / n : 0.0;
@@ -90,7 +95,7 @@ BIRL_STAGE void bicgstab(Team& team, Index states, Index K, bool deflate, Index 
     apply(m.s, m.t);
     column_totals<Sum, 5>(
         team, states, K, m.partial,
-        [&](Block&, Index s, Index k, double(&part)[5]) {
+        [&](Block&, Index s, Index k, double (&part)[5]) {
           const Index i = s * K + k;
           const double t = m.t[i];
           part[0] += t;
@@ -99,7 +104,7 @@ BIRL_STAGE void bicgstab(Team& team, Index states, Index K, bool deflate, Index 
           part[3] += m.shadow[i] * t;
           part[4] += m.shadow[i] * m.s[i];
         },
-        [&](Block& block, Index k, const double(&sum)[5]) {
+        [&](Block& block, Index k, const double (&sum)[5]) {
           KrylovColumn& column = block.chip.columns[k];
           if (!column.active) return;
           column.products += 2;
@@ -125,8 +130,10 @@ BIRL_STAGE void bicgstab(Team& team, Index states, Index K, bool deflate, Index 
     });
     column_totals<Sum, 1>(
         team, states, K, m.partial,
-        [&](Block&, Index s, Index k, double(&part)[1]) { part[0] += m.r[s * K + k] * m.r[s * K + k]; },
-        [&](Block& block, Index k, const double(&sum)[1]) {
+        [&](Block&, Index s, Index k, double (&part)[1]) {
+          part[0] += m.r[s * K + k] * m.r[s * K + k];
+        },
+        [&](Block& block, Index k, const double (&sum)[1]) {
           KrylovColumn& column = block.chip.columns[k];
           if (!column.active) return;
           column.residual = __builtin_sqrt(sum[0]);
@@ -134,16 +141,19 @@ BIRL_STAGE void bicgstab(Team& team, Index states, Index K, bool deflate, Index 
               column.omega == 0.0 ||
               !(magnitude(column.rho) > 1e-14 * column.start * column.residual) ||
               !(column.residual < 1e3 * column.start);
-          column.active =
-              !breakdown && column.residual > column.target && column.products < limit;
+          column.active = !breakdown && column.residual > column.target && column.products < limit;
         });
   }
+  const int worse = team.decide([&](Block& block) {
+    int any = 0;
+    for (Index k = 0; k < K; ++k) any = any || no_better(block.chip.columns[k]);
+    return any;
+  });
+  if (!worse) return;
   team.step([&](Block& block) {
     block.spread([&](Index first, Index stride) {
-      for (Index i = first; i < total; i += stride) {
-        const KrylovColumn& column = block.chip.columns[i % K];
-        if (!(column.residual < column.start)) m.x[i] = 0.0;
-      }
+      for (Index i = first; i < total; i += stride)
+        if (no_better(block.chip.columns[i % K])) m.x[i] = 0.0;
     });
   });
 }

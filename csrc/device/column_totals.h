@@ -1,7 +1,9 @@
 // Sums and maxima over all states, one for each column of a vector (S, K), for a team of several
 // blocks: partial results over Pieces, joined in one order. Where there are few numbers every block
 // works on all of them for itself, which is faster than a barrier of the team; else the pieces are
-// dealt out to the team, with one barrier. The bits are the same.
+// dealt out to the team, with one barrier. The bits are the same. Nothing waits for the other
+// blocks afterwards: a vector that was read here may be written only behind the team's next
+// barrier.
 #pragma once
 
 #include "device/wide_layer.h"
@@ -61,7 +63,7 @@ BIRL_STAGE void column_totals(Team& team, Index states, Index K, double* far, Te
       for (Index piece = first; piece < pieces.count; piece += stride)
         for (Index k = 0; k < K; ++k) {
           double total[kCount];
-          Fold::over(g, total, [&](int lane, double(&part)[kCount]) {
+          Fold::over(g, total, [&](int lane, double (&part)[kCount]) {
             for (Index s = pieces.begin(piece) + lane; s < pieces.end(piece); s += 32)
               terms(block, s, k, part);
           });
@@ -79,7 +81,7 @@ BIRL_STAGE void column_totals(Team& team, Index states, Index K, double* far, Te
     block.template groups<32>([&](const auto& g) {
       for (Index k = g.rank; k < K; k += g.count) {
         double total[kCount];
-        Fold::over(g, total, [&](int lane, double(&part)[kCount]) {
+        Fold::over(g, total, [&](int lane, double (&part)[kCount]) {
           for (Index piece = lane; piece < pieces.count; piece += 32) {
             BIRL_UNROLL
             for (int j = 0; j < kCount; ++j)

@@ -45,7 +45,7 @@ struct LaneSoftMaximum {
     best = over([&](Index a) { return masked(a) ? -kHuge : q[a]; });
     if (reference) peak = over([&](Index a) { return scaled(a); });
     double sum[1];
-    g.sums(sum, [&](int lane, double(&part)[1]) {
+    g.sums(sum, [&](int lane, double (&part)[1]) {
       for (Index a = lane; a < actions; a += Group::kLanes) part[0] += exp_nonpositive(exponent(a));
     });
     total = sum[0];

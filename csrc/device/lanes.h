@@ -48,8 +48,7 @@ class Lanes {
     BIRL_UNROLL
     for (int distance = kLanes / 2; distance > 0; distance /= 2) {
       BIRL_UNROLL
-      for (int j = 0; j < kCount; ++j)
-        out[j] += __shfl_xor_sync(mask(), out[j], distance, kWarp);
+      for (int j = 0; j < kCount; ++j) out[j] += __shfl_xor_sync(mask(), out[j], distance, kWarp);
     }
   }
 

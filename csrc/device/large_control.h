@@ -129,9 +129,8 @@ struct LargeControl : SolveControl {
     window_half = half;
     if (used < 2 * kWindow || half <= target()) return false;
     constexpr double kPatience = 150.0;  // passes of up to 60 products
-    return !(half < before) ||
-           log_positive(half / target()) * static_cast<double>(kWindow) >=
-               kPatience * log_positive(before / half);
+    return !(half < before) || log_positive(half / target()) * static_cast<double>(kWindow) >=
+                                   kPatience * log_positive(before / half);
   }
 };
 

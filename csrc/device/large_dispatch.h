@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/dispatch.h"
+#include "device/large_policy_solve.h"
 #include "device/large_solve.h"
 
 namespace birl::device {
@@ -33,8 +34,7 @@ inline bool many(const DeviceBatch& batch, const WideLimits& limits) {
 
 inline WidePlan far_plan(const DeviceBatch& batch, const WideLimits& limits) {
   WidePlan plan;
-  plan.kind =
-      limits.cooperative && !many(batch, limits) ? WideKind::kGrid : WideKind::kAlone;
+  plan.kind = limits.cooperative && !many(batch, limits) ? WideKind::kGrid : WideKind::kAlone;
   const Index S = batch.states, A = batch.actions;
   if (batch.sparse()) {
     plan.tile = A < 512 ? 512 / A : 1;
@@ -70,13 +70,8 @@ WidePlan choose_wide_plan(const DeviceBatch& batch, const WideLimits& limits,
 
 template <class Real, bool kOnChip>
 DenseWide<Real, kOnChip> dense_wide(const DeviceBatch& batch, const WidePlan& plan) {
-  return {static_cast<const Real*>(batch.transition),
-          batch.states,
-          batch.actions,
-          plan.tile,
-          (batch.states + plan.blocks - 1) / plan.blocks,
-          plan.staged,
-          plan.near};
+  return {static_cast<const Real*>(batch.transition),     batch.states, batch.actions, plan.tile,
+          (batch.states + plan.blocks - 1) / plan.blocks, plan.staged,  plan.near};
 }
 
 template <class Real, int kLanes>
@@ -128,6 +123,14 @@ LargeSolve<Home> large_solve_kernel(const Home& home, const DeviceBatch& batch,
            false,
            false,
            false}};
+}
+
+template <class Home>
+LargePolicySolve<Home> large_policy_solve_kernel(const Home& home, const DeviceBatch& batch,
+                                                 const DevicePolicySolve& request) {
+  return {home,
+          {batch.problems, request.right_sides, request.policy, batch.discount, request.rhs,
+           request.out, request.residual, request.transpose, 0, request.tol}};
 }
 
 }  // namespace birl::device

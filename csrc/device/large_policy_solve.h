@@ -4,17 +4,16 @@
 // judged by a residual computed afresh (M13), until it meets the tolerance or falls no further.
 //
 // Who owns what: P_π is formed once, in double precision, block by block as in large_solve.h; a
-// product reads it once for four right-hand sides (dense: K/4 times in all, from L2 where S² numbers
-// fit there). Rows of P_π: a warp two rows (CSR: a few lanes one). Columns, dense: a warp 32 of them
-// and a slice of the states, whose parts are added in one order; CSR: gathered over the transposed
-// pattern from values laid out for that. So nothing is added atomically, and both directions give
-// the same bits every time.
-// Bytes: P once, P_π (8·S², or 12 per merged entry) per product and four right-hand sides, the
-// vectors about ten times per iteration. Floor on an H200, data sheets: S=1000 2 µs a product and
-// barrier 1.7 µs; 1e6 states on a grid 14 µs.
-// Tensor cores stay unused: DMMA would be as exact, but adds in an order of its own, so the host
-// double could not vouch for its bits, and up to K = 64 it gains at most twofold on sm_80 and sm_90
-// and nothing elsewhere.
+// product reads it once for four right-hand sides (dense: K/4 times in all, from L2 where S²
+// numbers fit there). Rows of P_π: a warp two rows (CSR: a few lanes one). Columns, dense: a warp
+// 32 of them and a slice of the states, whose parts are added in one order; CSR: gathered over the
+// transposed pattern from values laid out for that. So nothing is added atomically, and both
+// directions give the same bits every time. Bytes: P once, P_π (8·S², or 12 per merged entry) per
+// product and four right-hand sides, the vectors about ten times per iteration. Floor on an H200,
+// data sheets: S=1000 2 µs a product and barrier 1.7 µs; 1e6 states on a grid 14 µs. Tensor cores
+// stay unused: DMMA would be as exact, but adds in an order of its own, so the host double could
+// not vouch for its bits, and up to K = 64 it gains at most twofold on sm_80 and sm_90 and nothing
+// elsewhere.
 //
 // Invariants: bits depend neither on the team nor on the other right-hand sides; a right-hand side
 // that is not finite makes its own solution NaN and no other.
@@ -171,6 +170,11 @@ class LargePolicySolving {
     });
   }
 
+  // A total may still be at work in another block: what it reads can be written only after this.
+  BIRL_DEVICE void settle() {
+    team_.step([](Block&) {});
+  }
+
   // ---- the matrix -------------------------------------------------------------------------------
 
   // P_π, and whether constants are an eigenvector: every row continues and π sums to one up to
@@ -240,9 +244,9 @@ class LargePolicySolving {
       });
     } else if constexpr (Home::kSparse) {
       team_.step([&](Block& block) {
-        reading(block).transposed_product(
-            m_.transposed, in, K_,
-            [&](Index s, Index k, double y) { take(block, s * K_ + k, k, y); });
+        reading(block).transposed_product(m_.transposed, in, K_, [&](Index s, Index k, double y) {
+          take(block, s * K_ + k, k, y);
+        });
       });
     } else {
       team_.step([&](Block& block) {
@@ -263,20 +267,20 @@ class LargePolicySolving {
   // use(block, k, ‖value(block, s, k) over s‖): 1-norm if transposed, else max norm; NaN shows.
   template <class Value, class Use>
   BIRL_DEVICE void norms(Value&& value, Use&& use) {
-    const auto one = [&](Block& block, Index k, const double(&total)[1]) {
+    const auto one = [&](Block& block, Index k, const double (&total)[1]) {
       use(block, k, total[0]);
     };
     if (given_.transpose)
       column_totals<Sum, 1>(
           team_, S_, K_, m_.m.partial,
-          [&](Block& block, Index s, Index k, double(&part)[1]) {
+          [&](Block& block, Index s, Index k, double (&part)[1]) {
             Sum::add(part[0], magnitude(value(block, s, k)));
           },
           one);
     else
       column_totals<Largest, 1>(
           team_, S_, K_, m_.m.partial,
-          [&](Block& block, Index s, Index k, double(&part)[1]) {
+          [&](Block& block, Index s, Index k, double (&part)[1]) {
             Largest::add(part[0], magnitude(value(block, s, k)));
           },
           one);
@@ -287,8 +291,8 @@ class LargePolicySolving {
   BIRL_DEVICE void sums(const double* x, Use&& use) {
     column_totals<Sum, 1>(
         team_, S_, K_, m_.m.partial,
-        [&](Block&, Index s, Index k, double(&part)[1]) { part[0] += x[s * K_ + k]; },
-        [&](Block& block, Index k, const double(&total)[1]) { use(block, k, total[0]); });
+        [&](Block&, Index s, Index k, double (&part)[1]) { part[0] += x[s * K_ + k]; },
+        [&](Block& block, Index k, const double (&total)[1]) { use(block, k, total[0]); });
   }
 
   // ---- one group of columns ---------------------------------------------------------------------
@@ -308,11 +312,11 @@ class LargePolicySolving {
           });
     column_totals<Sum, 2>(
         team_, S_, K_, m_.m.partial,
-        [&](Block&, Index s, Index k, double(&part)[2]) {
+        [&](Block&, Index s, Index k, double (&part)[2]) {
           part[0] += m_.b[s * K_ + k];
           part[1] += magnitude(m_.b[s * K_ + k]);
         },
-        [&](Block& block, Index k, const double(&total)[2]) {
+        [&](Block& block, Index k, const double (&total)[2]) {
           const double mass = total[0] / (1.0 - discount_);
           const double spread = given_.transpose ? total[1] : static_cast<double>(S_);
           system(block, k).mean = deflate_ && spread > 0.0 ? mass / spread : 0.0;
@@ -346,16 +350,16 @@ class LargePolicySolving {
     constexpr int kRounds = 8;
     for (int round = 0;; ++round) {
       residuals();
-      const bool more =
-          team_.decide([&](Block& block) {
-            int working = 0;
-            for (Index k = 0; k < K_; ++k) {
-              judge(system(block, k), round, round == kRounds);
-              block.chip.columns[k].active = system(block, k).working;
-              working = working || system(block, k).working;
-            }
-            return working;
-          }) != 0;
+      const bool more = team_.decide([&](Block& block) {
+        int working = 0;
+        for (Index k = 0; k < K_; ++k) {
+          judge(system(block, k), round, round == kRounds);
+          block.chip.columns[k].active = system(block, k).working;
+          working = working || system(block, k).working;
+        }
+        return working;
+      }) != 0;
+      settle();
       each_number([&](Block& block, Index i, Index k) {
         if (system(block, k).keep) m_.best[i] = m_.x[i];
         if (system(block, k).revert) m_.x[i] = m_.best[i];
@@ -392,6 +396,7 @@ class LargePolicySolving {
     sums(m_.m.r, [&](Block& block, Index k, double sum) {
       system(block, k).mean = deflate_ ? sum / n : 0.0;
     });
+    settle();
     each_number([&](Block& block, Index i, Index k) { m_.m.r[i] -= system(block, k).mean; });
     if (method == Correction::kKrylov)
       krylov();
@@ -409,7 +414,8 @@ class LargePolicySolving {
     each_number([&](Block& block, Index i, Index k) {
       const SystemColumn& c = system(block, k);
       if (!c.working) return;
-      const double lost = given_.transpose ? lost_mass(c, n) * (magnitude(m_.b[i]) / c.size) : c.mean;
+      const double lost =
+          given_.transpose ? lost_mass(c, n) * (magnitude(m_.b[i]) / c.size) : c.mean;
       m_.x[i] += m_.m.x[i] + (deflate_ ? lost : 0.0);
     });
   }
@@ -425,10 +431,10 @@ class LargePolicySolving {
     const double root = given_.transpose ? __builtin_sqrt(static_cast<double>(S_)) : 1.0;
     column_totals<Sum, 1>(
         team_, S_, K_, m_.m.partial,
-        [&](Block&, Index s, Index k, double(&part)[1]) {
+        [&](Block&, Index s, Index k, double (&part)[1]) {
           part[0] += m_.m.r[s * K_ + k] * m_.m.r[s * K_ + k];
         },
-        [&](Block& block, Index k, const double(&total)[1]) {
+        [&](Block& block, Index k, const double (&total)[1]) {
           KrylovColumn& column = block.chip.columns[k];
           column.start = __builtin_sqrt(total[0]);
           column.target = system(block, k).target / root;
@@ -452,7 +458,8 @@ class LargePolicySolving {
       sums(term, [&](Block& block, Index k, double sum) {
         system(block, k).middle = shifts ? sum / n : 0.0;
       });
-      norms([&](Block& block, Index s, Index k) { return term[s * K_ + k] - system(block, k).middle; },
+      norms([&](Block& block, Index s,
+                Index k) { return term[s * K_ + k] - system(block, k).middle; },
             [&](Block& block, Index k, double norm) { system(block, k).term = norm; });
     };
     measure();
@@ -487,8 +494,10 @@ class LargePolicySolving {
             const double contracted = c.term / c.window;
             c.window = c.term;
             const double per_step = log_positive(1.0 / contracted) / static_cast<double>(kWindow);
-            const double rest = c.target * (per_step < 1.0 ? per_step : 1.0);  // ~ target·(1 − rate)
-            const bool slow = !(contracted < 1.0 && log_positive(c.term / rest) < kPatience * per_step);
+            const double rest =
+                c.target * (per_step < 1.0 ? per_step : 1.0);  // ~ target·(1 − rate)
+            const bool slow =
+                !(contracted < 1.0 && log_positive(c.term / rest) < kPatience * per_step);
             active = c.term > rest && (given || !slow);
           }
           any = any || active;

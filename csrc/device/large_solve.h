@@ -168,9 +168,7 @@ class LargeSolving {
   BIRL_DEVICE Reading reading(Block& block) const {
     return Reading(home_, block, block.chip.rows, item_ / given_.problems);
   }
-  BIRL_DEVICE Share own(const Block& block) const {
-    return share_of(S_, block.rank, block.count);
-  }
+  BIRL_DEVICE Share own(const Block& block) const { return share_of(S_, block.rank, block.count); }
   BIRL_DEVICE const double* reference(Index s) const {
     return reference_ ? reference_ + s * A_ : nullptr;
   }
@@ -295,8 +293,8 @@ class LargeSolving {
           tiles(block, [&](Index first, Index last) {
             rows.template rows<kInspect>(first, last, [&](Index row, const auto& sums) {
               if constexpr (kInspect) m_.inverse_sum[row] = inverse(sums[1], sums[2]);
-              const double q = static_cast<double>(reward_[row]) +
-                               discount_ * (sums[0] * m_.inverse_sum[row]);
+              const double q =
+                  static_cast<double>(reward_[row]) + discount_ * (sums[0] * m_.inverse_sum[row]);
               block.chip.q[row - first * A_] = q;
               m_.q[row] = q;
             });
@@ -324,8 +322,8 @@ class LargeSolving {
   BIRL_DEVICE double inverse(double sum, double negative) const {
     if (given_.options.validate != Rigour::kOff) {
       constexpr bool single = sizeof(Real) == 4;
-      const double tolerance = (single ? 1e-5 : 1e-8) + static_cast<double>(S_) *
-                                                            (single ? 1.1920928955078125e-7 : kEps);
+      const double tolerance = (single ? 1e-5 : 1e-8) +
+                               static_cast<double>(S_) * (single ? 1.1920928955078125e-7 : kEps);
       const bool ends = sum == 0.0 && given_.options.validate == Rigour::kOrEnding;
       if (negative != 0.0 || !(ends || magnitude(sum - 1.0) <= tolerance)) return kInf - kInf;
     }
@@ -333,7 +331,7 @@ class LargeSolving {
   }
 
   BIRL_STAGE void maximise(Block& block, Index first, Index last, const double* from, double* to,
-                            double middle, double constant) {
+                           double middle, double constant) {
     block.template groups<Home::kStateLanes>([&](const auto& g) {
       using Group = std::decay_t<decltype(g)>;
       for (Index s = first + g.rank; s < last; s += g.count) {
@@ -401,8 +399,8 @@ class LargeSolving {
     const double n = static_cast<double>(S_);
     column_totals<Sum, 1>(
         team_, S_, 1, m_.m.partial,
-        [&](Block&, Index s, Index, double(&part)[1]) { part[0] += m_.delta[s]; },
-        [&](Block& block, Index, const double(&sum)[1]) {
+        [&](Block&, Index s, Index, double (&part)[1]) { part[0] += m_.delta[s]; },
+        [&](Block& block, Index, const double (&sum)[1]) {
           block.chip.columns[0].mean_v = control(block).continues ? sum[0] / n : 0.0;
         });
     team_.step([&](Block& block) {
@@ -413,8 +411,8 @@ class LargeSolving {
     });
     column_totals<Sum, 1>(
         team_, S_, 1, m_.m.partial,
-        [&](Block&, Index s, Index, double(&part)[1]) { part[0] += m_.m.r[s] * m_.m.r[s]; },
-        [&](Block& block, Index, const double(&sum)[1]) {
+        [&](Block&, Index s, Index, double (&part)[1]) { part[0] += m_.m.r[s] * m_.m.r[s]; },
+        [&](Block& block, Index, const double (&sum)[1]) {
           KrylovColumn& column = block.chip.columns[0];
           column.start = __builtin_sqrt(sum[0]);
           column.target = column.start * control(block).reduction();
@@ -423,9 +421,8 @@ class LargeSolving {
     const bool deflate =
         team_.decide([&](Block& block) { return control(block).continues ? 1 : 0; }) != 0;
     constexpr Index kMostProducts = 400;
-    bicgstab(team_, S_, 1, deflate, kMostProducts, m_.m, [&](const double* in, double* out) {
-      multiply(in, out, nullptr);
-    });
+    bicgstab(team_, S_, 1, deflate, kMostProducts, m_.m,
+             [&](const double* in, double* out) { multiply(in, out, nullptr); });
     team_.decide([&](Block& block) {
       const KrylovColumn& column = block.chip.columns[0];
       const double relative = column.start == 0.0 ? 0.0 : column.residual / column.start;
@@ -597,9 +594,10 @@ class LargeSolving {
         if (first != 0) return;
         given_.status[item_] = static_cast<Index>(verdict);
         const Real* const stored = reading(block).stored(0);
-        write_info(nan, nan, 0,
-                   culprit(verdict, found, A_, discount_, temperature_, stored, reward_, reference_),
-                   0, nan);
+        write_info(
+            nan, nan, 0,
+            culprit(verdict, found, A_, discount_, temperature_, stored, reward_, reference_), 0,
+            nan);
       });
     });
   }

@@ -1,4 +1,5 @@
-// Kernels whose team is several blocks: a cluster, or the whole device. layer.h with one more level.
+// Kernels whose team is several blocks: a cluster, or the whole device. layer.h with one more
+// level.
 //
 // A wide kernel is a plain struct with
 //
@@ -29,7 +30,8 @@
 //   1. Between two barriers of the team a block reads of the common arrays what was written before
 //      the first, or by itself.
 //   2. `decide` and the scalars of `local` are computed by every block for itself, from the same
-//      numbers by the same operations, so that all blocks take the same way without another barrier.
+//      numbers by the same operations, so that all blocks take the same way without another
+//      barrier.
 //   3. A sum over all states is made of partial sums over pieces that depend on the number of
 //      states alone (Pieces), added in one order by whoever needs the total.
 #pragma once
@@ -62,9 +64,7 @@ struct Pieces {
     return (piece + 1) * length < states ? (piece + 1) * length : states;
   }
   // Dependent additions of a total, for rounding bounds.
-  BIRL_HD double additions() const {
-    return static_cast<double>(length / 32 + count / 32) + 12.0;
-  }
+  BIRL_HD double additions() const { return static_cast<double>(length / 32 + count / 32) + 12.0; }
 };
 
 // How a wide kernel is launched.

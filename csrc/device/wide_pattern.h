@@ -8,9 +8,9 @@
 namespace birl {
 
 struct WidePattern {
-  const Index* crow;         // (S + 1)
-  const std::int32_t* col;   // (nnz)
-  const Index* slot;         // entry k of P adds to entry slot[k]
+  const Index* crow;        // (S + 1)
+  const std::int32_t* col;  // (nnz)
+  const Index* slot;        // entry k of P adds to entry slot[k]
   const Index* transpose_crow;
   const std::int32_t* transpose_col;
   const Index* transpose_slot;  // entry of P_π that the transposed entry is

@@ -74,8 +74,8 @@ BIRL_DEVICE bool rows_aligned(const Real* first, Index n) {
 // A lane's share of Σ_t row(t) x(t, c) for kRows rows and kRight columns: lane l takes the states
 // 4l … 4l + 3 of every 128. visit(r, t, p) sees each entry once.
 template <int kRows, int kRight, class Real, class X, class Visit>
-BIRL_DEVICE void lane_products(const Real* const (&row)[kRows], bool aligned_rows, Index n, int lane,
-                               const X& x, double* part, Visit&& visit) {
+BIRL_DEVICE void lane_products(const Real* const (&row)[kRows], bool aligned_rows, Index n,
+                               int lane, const X& x, double* part, Visit&& visit) {
   const Index whole = n / 128 * 128;
 #if defined(__CUDACC__)
 #pragma unroll 2
@@ -103,8 +103,7 @@ BIRL_DEVICE void lane_products(const Real* const (&row)[kRows], bool aligned_row
     for (int r = 0; r < kRows; ++r) {
       const Real p = row[r][t];
       BIRL_UNROLL
-      for (int c = 0; c < kRight; ++c)
-        part[r * kRight + c] += static_cast<double>(p) * x.at(t, c);
+      for (int c = 0; c < kRight; ++c) part[r * kRight + c] += static_cast<double>(p) * x.at(t, c);
       visit(r, t, p);
     }
   }
@@ -146,14 +145,14 @@ struct DenseWide {
   static constexpr bool kOnChip = kOnChip_;
   static constexpr int kStateLanes = 32;  // that work on one state's actions
   static constexpr bool kSparse = false;
-  static constexpr bool kShifts = false;   // whether any operand can be shifted as it is read
+  static constexpr bool kShifts = false;  // whether any operand can be shifted as it is read
 
   const Real* values;  // (N, S, A, S)
   Index states, actions;
-  Index tile;        // states worked on together
-  Index most;        // states of the largest share
-  bool staged;       // !kOnChip: a tile's rows are kept on chip
-  bool near;         // the operand of a product is copied to the chip
+  Index tile;   // states worked on together
+  Index most;   // states of the largest share
+  bool staged;  // !kOnChip: a tile's rows are kept on chip
+  bool near;    // the operand of a product is copied to the chip
 
   struct Chip {
     Real* rows;
@@ -241,7 +240,7 @@ struct DenseWide {
 
     // Two rows at a time.
     template <bool kInspect, class Take>
-    BIRL_DEVICE void rows(Index first, Index last, Take&& take) {
+    BIRL_STAGE void rows(Index first, Index last, Take&& take) {
       constexpr int kRows = 2, kSums = kInspect ? 3 : 1;
       const Index S = home_.states, row0 = first * home_.actions, row1 = last * home_.actions;
       const bool stage = !kOnChip && home_.staged, aligned_rows = kOnChip || aligned_;
@@ -258,7 +257,7 @@ struct DenseWide {
             target[r] = stage ? kept(at, first) : nullptr;
           }
           double sums[kRows * kSums];
-          g.sums(sums, [&](int lane, double(&part)[kRows * kSums]) {
+          g.sums(sums, [&](int lane, double (&part)[kRows* kSums]) {
             lane_products<kRows, 1>(source, aligned_rows, S, lane, x, part,
                                     [&](int r, Index t, Real p) {
                                       if (stage) target[r][t] = p;
@@ -280,16 +279,16 @@ struct DenseWide {
     }
 
     template <class Stored>
-    BIRL_DEVICE void form(Index first, Index last, const double* weight,
-                          const DenseMatrix<Stored>& m) {
+    BIRL_STAGE void form(Index first, Index last, const double* weight,
+                         const DenseMatrix<Stored>& m) {
       const Index S = home_.states, A = home_.actions;
       block_.phase([&](Thread t) {
         for (Index s = first; s < last; ++s) {
           Stored* const target = m.row(s);
           const double* const w = weight + (s - first) * A;
           const bool on_chip = kOnChip || home_.staged;
-          const Real* const p = on_chip ? kept(s * A, kOnChip ? own_.begin : first)
-                                        : source_ + s * A * S;
+          const Real* const p =
+              on_chip ? kept(s * A, kOnChip ? own_.begin : first) : source_ + s * A * S;
           const Index pitch = on_chip ? home_.pitch() : S;
           for (Index next = t.rank; next < S; next += t.count) {
             double sum = 0.0;
@@ -315,8 +314,8 @@ struct DenseWide {
     // part(i, t, k) = Σ_s P_π(s,t) x(s,k) over the i-th slice of the states s: a warp owns a slice
     // and 32 neighbouring t, so that it reads whole lines, and nothing is added by two.
     template <class Stored>
-    BIRL_DEVICE void transposed_slices(const DenseMatrix<Stored>& m, const double* x, Index K,
-                                       double* part) {
+    BIRL_STAGE void transposed_slices(const DenseMatrix<Stored>& m, const double* x, Index K,
+                                      double* part) {
       const Index S = home_.states, tiles = (S + 31) / 32;
       const Slices slices(S);
       block_.template groups<32>([&](const auto& g) {
@@ -349,8 +348,8 @@ struct DenseWide {
     }
 
     template <int kRight, class Stored, class X, class Take>
-    BIRL_DEVICE void multiply(const DenseMatrix<Stored>& m, const X& x, Index k, Index K,
-                              Take&& take) {
+    BIRL_STAGE void multiply(const DenseMatrix<Stored>& m, const X& x, Index k, Index K,
+                             Take&& take) {
       constexpr int kRows = 2;
       const Index S = home_.states;
       const bool aligned_rows = kOnChip || rows_aligned(m.values, S);
@@ -359,7 +358,7 @@ struct DenseWide {
           const bool pair = s + 1 < own_.end;
           const Stored* const row[kRows] = {m.row(s), m.row(pair ? s + 1 : s)};
           double sums[kRows * kRight];
-          g.sums(sums, [&](int lane, double(&part)[kRows * kRight]) {
+          g.sums(sums, [&](int lane, double (&part)[kRows* kRight]) {
             lane_products<kRows, kRight>(row, aligned_rows, S, lane, x, part,
                                          [](int, Index, Stored) {});
           });
@@ -459,13 +458,13 @@ struct CsrWide {
     }
 
     template <bool kInspect, class Take>
-    BIRL_DEVICE void rows(Index first, Index last, Take&& take) {
+    BIRL_STAGE void rows(Index first, Index last, Take&& take) {
       constexpr int kSums = kInspect ? 3 : 1;
       const Index row1 = last * home_.actions;
       block_.template groups<kLanes>([&](const auto& g) {
         for (Index row = first * home_.actions + g.rank; row < row1; row += g.count) {
           double sums[kSums];
-          g.sums(sums, [&](int lane, double(&part)[kSums]) {
+          g.sums(sums, [&](int lane, double (&part)[kSums]) {
             for (Index k = home_.crow[row] + lane; k < home_.crow[row + 1]; k += kLanes) {
               const double p = static_cast<double>(source_[k]);
               part[0] += p * (x_[home_.col[k]] - shift_);
@@ -484,7 +483,7 @@ struct CsrWide {
 
     // A thread owns a state, and so everything that is written for it.
     template <class Stored>
-    BIRL_DEVICE void form(Index first, Index last, const double* weight, const Matrix<Stored>& m) {
+    BIRL_STAGE void form(Index first, Index last, const double* weight, const Matrix<Stored>& m) {
       if (!home_.merged()) return;
       const Index A = home_.actions;
       block_.phase([&](Thread t) {
@@ -548,7 +547,8 @@ struct CsrWide {
     BIRL_DEVICE void multiply(const Matrix<Stored>& m, const double* x, Index k, Index K,
                               const double* weight, Take&& take) {
       if (home_.merged())
-        gather<kRight>(Lines<Stored>{m.values, home_.pattern.crow, home_.pattern.col}, x, k, K, take);
+        gather<kRight>(Lines<Stored>{m.values, home_.pattern.crow, home_.pattern.col}, x, k, K,
+                       take);
       else
         multiply_rows<kRight>(x, k, K, weight, take);
     }
@@ -562,12 +562,12 @@ struct CsrWide {
     };
 
     template <int kRight, class Stored, class Take>
-    BIRL_DEVICE void gather(const Lines<Stored>& lines, const double* x, Index k, Index K,
-                            Take&& take) {
+    BIRL_STAGE void gather(const Lines<Stored>& lines, const double* x, Index k, Index K,
+                           Take&& take) {
       block_.template groups<kLanes>([&](const auto& g) {
         for (Index s = own_.begin + g.rank; s < own_.end; s += g.count) {
           double sums[kRight];
-          g.sums(sums, [&](int lane, double(&part)[kRight]) {
+          g.sums(sums, [&](int lane, double (&part)[kRight]) {
             for (Index e = lines.begin[s] + lane; e < lines.begin[s + 1]; e += kLanes) {
               const double p = static_cast<double>(lines.values[e]);
               const double* const at = x + lines.place[e] * K + k;
@@ -585,8 +585,8 @@ struct CsrWide {
     }
 
     template <int kRight, class Take>
-    BIRL_DEVICE void multiply_rows(const double* x, Index k, Index K, const double* weight,
-                                   Take&& take) {
+    BIRL_STAGE void multiply_rows(const double* x, Index k, Index K, const double* weight,
+                                  Take&& take) {
       const Index A = home_.actions;
       for (Index first = own_.begin; first < own_.end; first += home_.tile) {
         const Index last = first + home_.tile < own_.end ? first + home_.tile : own_.end;
@@ -594,7 +594,7 @@ struct CsrWide {
           block_.template groups<kLanes>([&](const auto& g) {
             for (Index row = first * A + g.rank; row < last * A; row += g.count) {
               double sum[1];
-              g.sums(sum, [&](int lane, double(&part)[1]) {
+              g.sums(sum, [&](int lane, double (&part)[1]) {
                 for (Index e = home_.crow[row] + lane; e < home_.crow[row + 1]; e += kLanes)
                   part[0] += static_cast<double>(source_[e]) * x[home_.col[e] * K + k + c];
               });

@@ -158,8 +158,7 @@ cudaError_t allow_chip(std::size_t bytes) {
   constexpr std::size_t kWithoutAsking = 48 * 1024;
   if (bytes <= kWithoutAsking) return cudaSuccess;
   return cudaFuncSetAttribute(run_wide<Barrier, Kernel>,
-                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
 template <class Barrier, class Kernel>

@@ -22,9 +22,8 @@ struct HostPattern {
         transpose_col(pattern.transpose_col.begin(), pattern.transpose_col.end()) {}
 
   WidePattern view() const {
-    return {pattern.crow.data(),           col.data(),
-            pattern.slot.data(),           pattern.transpose_crow.data(),
-            transpose_col.data(),          pattern.transpose_slot.data(),
+    return {pattern.crow.data(),           col.data(),           pattern.slot.data(),
+            pattern.transpose_crow.data(), transpose_col.data(), pattern.transpose_slot.data(),
             static_cast<Index>(col.size())};
   }
 };
@@ -39,8 +38,9 @@ DenseWide<Real, true> cluster_rows(const Case<Real>& c, int blocks) {
 }
 template <int kLanes, class Real>
 CsrWide<Real, kLanes> wide_csr(const Case<Real>& c, const WidePattern& pattern = {}) {
-  return {c.stored.data(), c.S, c.A, 5, c.crow.data(), c.col.data(),
-          static_cast<Index>(c.col.size()), pattern};
+  return {
+      c.stored.data(), c.S, c.A, 5, c.crow.data(), c.col.data(), static_cast<Index>(c.col.size()),
+      pattern};
 }
 
 template <class Home, class Real = typename Home::Real>

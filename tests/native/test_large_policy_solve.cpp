@@ -47,7 +47,8 @@ void compare(const Case<Real>& c, const Systems& systems, bool transpose, const 
       // ‖x − x*‖ <= ‖residual‖/(1 − γ) in either norm, (M5) and (M13); and π's own rounding
       const double allowed = rounding / (1.0 - c.discount[item]);
       for (int s = 0; s < c.S; ++s)
-        near(found.x[at + s], static_cast<double>(x[s]), allowed, where + " x " + std::to_string(s));
+        near(found.x[at + s], static_cast<double>(x[s]), allowed,
+             where + " x " + std::to_string(s));
     }
   }
 }
