@@ -43,6 +43,9 @@ cudaError_t with_wide_grid(const Kernel& kernel, const DeviceBatch& batch, const
                            const WideLimits& limits, Use&& use) {
   constexpr unsigned kThreads = BlockTeam::kMaxThreads;
   WideGrid grid{1, 1, kThreads, {}};
+  // Thousands of actions and no pattern of P_π.
+  if (wide_footprint(kernel, plan.blocks, Kernel::Home::kOnChip).chip > limits.block.chip)
+    return cudaErrorNotSupported;
   if constexpr (Kernel::Home::kOnChip) {
     grid.blocks = static_cast<unsigned>(plan.blocks);
     grid.bytes = wide_footprint(kernel, plan.blocks, true);

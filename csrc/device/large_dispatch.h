@@ -19,7 +19,7 @@ struct WidePlan {
   WideKind kind = WideKind::kAlone;
   int blocks = 1;  // of a cluster
   Index tile = 1;
-  bool staged = false, near = false;
+  bool staged = false, near = false, far_tables = false;
 };
 
 constexpr int kLargestCluster = 8;  // every device with clusters has that many
@@ -32,17 +32,22 @@ inline bool many(const DeviceBatch& batch, const WideLimits& limits) {
   return batch.total() >= 2 * static_cast<Index>(limits.block.processors);
 }
 
+constexpr Index kNearActions = 512;  // most whose tables are kept on chip
+
 inline WidePlan far_plan(const DeviceBatch& batch, const WideLimits& limits) {
   WidePlan plan;
   plan.kind = limits.cooperative && !many(batch, limits) ? WideKind::kGrid : WideKind::kAlone;
   const Index S = batch.states, A = batch.actions;
   if (batch.sparse()) {
     plan.tile = A < 512 ? 512 / A : 1;
+    plan.far_tables = A > kNearActions;
     return plan;
   }
   const std::size_t size = batch.is_double ? 8 : 4, pitch = static_cast<std::size_t>(S + 3) / 4 * 4;
   const std::size_t state = pitch * static_cast<std::size_t>(A) * size;
-  const std::size_t vectors = 16384 + 16 * static_cast<std::size_t>(A);
+  plan.far_tables = A > kNearActions;
+  const std::size_t vectors =
+      16384 + (plan.far_tables ? 0 : 16 * static_cast<std::size_t>(A < 16 ? 16 : A));
   std::size_t room = half_chip(limits) > vectors ? half_chip(limits) - vectors : 0;
   plan.near = pitch * 8 <= room / 2;
   if (plan.near) room -= pitch * 8;
@@ -70,8 +75,9 @@ WidePlan choose_wide_plan(const DeviceBatch& batch, const WideLimits& limits,
 
 template <class Real, bool kOnChip>
 DenseWide<Real, kOnChip> dense_wide(const DeviceBatch& batch, const WidePlan& plan) {
-  return {static_cast<const Real*>(batch.transition),     batch.states, batch.actions, plan.tile,
-          (batch.states + plan.blocks - 1) / plan.blocks, plan.staged,  plan.near};
+  return {
+      static_cast<const Real*>(batch.transition),     batch.states, batch.actions, plan.tile,
+      (batch.states + plan.blocks - 1) / plan.blocks, plan.staged,  plan.near,     plan.far_tables};
 }
 
 template <class Real, int kLanes>
@@ -84,7 +90,8 @@ CsrWide<Real, kLanes> csr_wide(const DeviceBatch& batch, const WidePattern& patt
           batch.crow,
           batch.col,
           batch.nnz,
-          pattern};
+          pattern,
+          plan.far_tables};
 }
 
 constexpr int kCsrLanes = 8;  // rows of 5 to 50 entries keep most of them busy

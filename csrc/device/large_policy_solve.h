@@ -69,6 +69,7 @@ struct LargePolicySolve {
     double *b, *x, *best;  // (S, K)
     KrylovVectors m;       // (S, K)
     double* inverse_sum;   // (S, A)
+    double* weight;        // (S, A) where it does not fit on chip
     double* matrix;
     double* transposed;
   };
@@ -83,7 +84,7 @@ struct LargePolicySolve {
     chip.rows = home.lay_out_chip(own);
     chip.columns = own.template take<KrylovColumn>(width());
     chip.systems = own.template take<SystemColumn>(width());
-    chip.weight = own.template take<double>(home.tile * home.actions);
+    if (!home.far_tables) chip.weight = own.template take<double>(home.tile * home.actions);
     // The last columns may be fewer than `width`, and then sums are replicated that were not.
     const Index pieces = Pieces(home.states).count, most = kReplicated / home.states;
     const Index right = most < width() ? most : width();
@@ -101,6 +102,7 @@ struct LargePolicySolve {
     if (!sums_replicated(S, K))
       m.m.partial = common.template take<double>(kMostSums * K * Pieces(S).count);
     m.inverse_sum = spill.template take<double>(S * home.actions);
+    if (home.far_tables) m.weight = spill.template take<double>(S * home.actions);
     m.matrix = home.template lay_out_matrix<double>(spill);
     if (arguments.transpose) m.transposed = home.lay_out_transposed(spill, K);
     return m;
@@ -192,12 +194,14 @@ class LargePolicySolving {
                      for (Index first = mine.begin; first < mine.end; first += home_.tile) {
                        const Index last =
                            first + home_.tile < mine.end ? first + home_.tile : mine.end;
+                       double* const weight =
+                           home_.far_tables ? m_.weight + first * A_ : block.chip.weight;
                        rows.template rows<true>(first, last, [&](Index row, const auto& sums) {
                          const double inverse = sums[1] == 0.0 ? 0.0 : 1.0 / sums[1];
                          m_.inverse_sum[row] = inverse;
-                         block.chip.weight[row - first * A_] = policy[row] * inverse;
+                         weight[row - first * A_] = policy[row] * inverse;
                        });
-                       rows.form(first, last, block.chip.weight, matrix);
+                       rows.form(first, last, weight, matrix);
                        all = all && deflates(block, policy, first, last);
                      }
                      return all;

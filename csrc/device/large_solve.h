@@ -62,8 +62,10 @@ struct LargeSolve {
     chip.rows = home.lay_out_chip(own);
     chip.control = own.template take<LargeControl>(1);
     chip.columns = own.template take<KrylovColumn>(1);
-    chip.q = own.template take<double>(home.tile * home.actions);
-    chip.weight = own.template take<double>(home.tile * home.actions);
+    if (!home.far_tables) {
+      chip.q = own.template take<double>(home.tile * home.actions);
+      chip.weight = own.template take<double>(home.tile * home.actions);
+    }
     if (sums_replicated(home.states, 1))
       chip.partial = own.template take<double>(kMostSums * Pieces(home.states).count);
     return chip;
@@ -173,6 +175,14 @@ class LargeSolving {
     return reference_ ? reference_ + s * A_ : nullptr;
   }
 
+  // q' and π/σ of the tile that starts at state `first`.
+  BIRL_DEVICE double* tile_q(const Block& block, Index first) const {
+    return block.chip.q ? block.chip.q : m_.q + first * A_;
+  }
+  BIRL_DEVICE double* tile_weight(const Block& block, Index first) const {
+    return block.chip.weight ? block.chip.weight : m_.weight + first * A_;
+  }
+
   // f(first, last) for one tile of the block's states after another
   template <class F>
   BIRL_DEVICE void tiles(const Block& block, F&& f) const {
@@ -210,7 +220,7 @@ class LargeSolving {
     block.template groups<Home::kStateLanes>([&](const auto& g) {
       using Group = std::decay_t<decltype(g)>;
       for (Index s = first + g.rank; s < last; s += g.count) {
-        double* const q = block.chip.q + (s - first) * A_;
+        double* const q = tile_q(block, first) + (s - first) * A_;
         g.each([&](int lane) {
           for (Index a = lane; a < A_; a += Group::kLanes)
             q[a] = static_cast<double>(reward_[s * A_ + a]);
@@ -295,11 +305,11 @@ class LargeSolving {
               if constexpr (kInspect) m_.inverse_sum[row] = inverse(sums[1], sums[2]);
               const double q =
                   static_cast<double>(reward_[row]) + discount_ * (sums[0] * m_.inverse_sum[row]);
-              block.chip.q[row - first * A_] = q;
+              tile_q(block, first)[row - first * A_] = q;
               m_.q[row] = q;
             });
             maximise(block, first, last, from, to, middle, constant);
-            if (form) rows.form(first, last, block.chip.weight, matrix);
+            if (form) rows.form(first, last, tile_weight(block, first), matrix);
           });
           return block.template reduce<PassRange>(
               [&](Thread t) { return found_by<kInspect>(block, t, to); }, PassRange::join);
@@ -335,7 +345,7 @@ class LargeSolving {
     block.template groups<Home::kStateLanes>([&](const auto& g) {
       using Group = std::decay_t<decltype(g)>;
       for (Index s = first + g.rank; s < last; s += g.count) {
-        LaneSoftMaximum soft{block.chip.q + (s - first) * A_, reference(s), A_,
+        LaneSoftMaximum soft{tile_q(block, first) + (s - first) * A_, reference(s), A_,
                              LaneSoftMaximum::inverse_of(temperature_)};
         soft.measure(g);
         g.each([&](int lane) {
@@ -343,7 +353,7 @@ class LargeSolving {
             const Index row = s * A_ + a;
             const double policy = exp_nonpositive(soft.exponent(a)) / soft.total;
             const double weight = policy * m_.inverse_sum[row];
-            block.chip.weight[row - first * A_] = weight;
+            tile_weight(block, first)[row - first * A_] = weight;
             if (home_.keeps_weights()) m_.weight[row] = weight;
           }
           if (lane != 0) return;

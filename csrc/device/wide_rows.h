@@ -149,10 +149,11 @@ struct DenseWide {
 
   const Real* values;  // (N, S, A, S)
   Index states, actions;
-  Index tile;   // states worked on together
-  Index most;   // states of the largest share
-  bool staged;  // !kOnChip: a tile's rows are kept on chip
-  bool near;    // the operand of a product is copied to the chip
+  Index tile;       // states worked on together
+  Index most;       // states of the largest share
+  bool staged;      // !kOnChip: a tile's rows are kept on chip
+  bool near;        // the operand of a product is copied to the chip
+  bool far_tables;  // so many actions that a tile's tables over them do not fit there
 
   struct Chip {
     Real* rows;
@@ -164,7 +165,7 @@ struct DenseWide {
 
   BIRL_HD Index pitch() const { return (states + 3) / 4 * 4; }
   BIRL_HD Index entries() const { return states * actions * states; }
-  BIRL_HD bool keeps_weights() const { return false; }
+  BIRL_HD bool keeps_weights() const { return far_tables; }
   BIRL_HD double additions() const { return lane_additions(static_cast<double>(states)); }
 
   template <class Memory>
@@ -403,6 +404,7 @@ struct CsrWide {
   const Index* col;   // (nnz)
   Index nnz;
   WidePattern pattern;
+  bool far_tables;
 
   struct Chip {
     double* product;  // of a tile's rows, for a product without a pattern
@@ -414,7 +416,7 @@ struct CsrWide {
 
   BIRL_HD Index entries() const { return nnz; }
   BIRL_HD bool merged() const { return pattern.crow != nullptr; }
-  BIRL_HD bool keeps_weights() const { return !merged(); }
+  BIRL_HD bool keeps_weights() const { return far_tables || !merged(); }
   // Of a row whose length is at most S; a duplicated column would only make it longer by itself.
   BIRL_HD double additions() const {
     return static_cast<double>(nnz / (states * actions)) / kLanes + 16.0;

@@ -29,18 +29,19 @@ struct HostPattern {
 };
 
 template <class Real>
-DenseWide<Real, false> far_rows(const Case<Real>& c, bool staged = true, bool near = true) {
-  return {c.transition.data(), c.S, c.A, 2, 0, staged, near};
+DenseWide<Real, false> far_rows(const Case<Real>& c, bool staged = true, bool near = true,
+                                bool far_tables = false) {
+  return {c.transition.data(), c.S, c.A, 2, 0, staged, near, far_tables};
 }
 template <class Real>
 DenseWide<Real, true> cluster_rows(const Case<Real>& c, int blocks) {
-  return {c.transition.data(), c.S, c.A, 3, (c.S + blocks - 1) / blocks, false, true};
+  return {c.transition.data(), c.S, c.A, 3, (c.S + blocks - 1) / blocks, false, true, false};
 }
 template <int kLanes, class Real>
 CsrWide<Real, kLanes> wide_csr(const Case<Real>& c, const WidePattern& pattern = {}) {
   return {
-      c.stored.data(), c.S, c.A, 5, c.crow.data(), c.col.data(), static_cast<Index>(c.col.size()),
-      pattern};
+      c.stored.data(), c.S,  c.A, 5, c.crow.data(), c.col.data(), static_cast<Index>(c.col.size()),
+      pattern,         false};
 }
 
 template <class Home, class Real = typename Home::Real>

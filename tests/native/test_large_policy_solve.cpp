@@ -77,8 +77,9 @@ void solves(const Case<Real>& c, const Systems& systems) {
   for (const bool transpose : {false, true})
     for (const Index method : {0, 3, 5}) {
       const Answer staged = orders(far_rows(c), c, systems, transpose, method, "staged");
-      expect(same_bits(staged, answer(far_rows(c, false, false), c, systems, transpose, method)),
-             c.name + ": what is kept on chip changes bits");
+      expect(
+          same_bits(staged, answer(far_rows(c, false, false, true), c, systems, transpose, method)),
+          c.name + ": what is kept on chip changes bits");
       orders(wide_csr<4>(c, pattern.view()), c, systems, transpose, method, "csr");
     }
 }

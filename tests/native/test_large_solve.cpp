@@ -1,5 +1,6 @@
 // The large solve kernel against the naive solver of cases.h, for every home and kind of team.
 #include "agreement.h"
+#include "device/large_dispatch.h"
 #include "run_large.h"
 
 namespace test {
@@ -25,7 +26,7 @@ Solution<Real> orders(const Home& home, const Case<Real>& c, const char* what, I
 template <class Real>
 void all_homes(const Case<Real>& c, Index method = 0) {
   const Solution<Real> staged = orders(far_rows(c), c, "staged", method);
-  const Solution<Real> plain = orders(far_rows(c, false, false), c, "far", method);
+  const Solution<Real> plain = orders(far_rows(c, false, false, true), c, "far", method);
   expect(same_bits(staged, plain), c.name + ": what is kept on chip changes bits");
   for (const WideRun& run : kRuns)
     expect(same_bits(staged, solve_large(cluster_rows(c, run.blocks), c, options(method), run)),
@@ -233,6 +234,62 @@ void many_states() {
   }
 }
 
+// Which team solves which shape, and that its blocks' memory fits.
+void plans() {
+  const WideLimits hopper{{227 * 1024 - 4096, 132}, true, true};
+  const WideLimits ada{{99 * 1024 - 4096, 128}, true, false};
+  const WideLimits modest{{64 * 1024 - 4096, 40}, false, false};
+  struct Shape {
+    Index N, S, A, nnz;
+    bool is_double;
+    WideKind on_hopper, on_ada;
+  };
+  const Shape shapes[] = {{1, 128, 4, 0, false, WideKind::kCluster, WideKind::kGrid},
+                          {64, 256, 4, 0, false, WideKind::kCluster, WideKind::kGrid},
+                          {1, 1000, 10, 0, false, WideKind::kGrid, WideKind::kGrid},
+                          {300, 1000, 10, 0, true, WideKind::kAlone, WideKind::kAlone},
+                          {1, 4096, 16, 0, true, WideKind::kGrid, WideKind::kGrid},
+                          {1, 30000, 2, 0, false, WideKind::kGrid, WideKind::kGrid},
+                          {1, 200, 3000, 0, false, WideKind::kGrid, WideKind::kGrid},
+                          {1, 1000000, 5, 25000000, true, WideKind::kGrid, WideKind::kGrid}};
+  for (const Shape& shape : shapes)
+    for (const WideLimits& limits : {hopper, ada, modest}) {
+      birl::DeviceBatch batch{};
+      batch.is_double = shape.is_double;
+      batch.transitions = shape.N;
+      batch.problems = 1;
+      batch.states = shape.S;
+      batch.actions = shape.A;
+      batch.nnz = shape.nnz;
+      const Index nowhere = 0;
+      if (shape.nnz > 0) batch.crow = &nowhere;
+      const std::string where = "plan of S=" + std::to_string(shape.S);
+      with_storage(batch, [&](auto zero) {
+        using Real = decltype(zero);
+        const WidePlan plan = choose_wide_plan(batch, limits, [&](const WidePlan& candidate) {
+          const auto home = dense_wide<Real, true>(batch, candidate);
+          return wide_footprint(large_solve_kernel(home, batch, {}, candidate), candidate.blocks,
+                                true)
+              .chip;
+        });
+        if (limits.clusters) expect(plan.kind == shape.on_hopper, where + " with clusters");
+        if (!limits.clusters && limits.cooperative)
+          expect(plan.kind == shape.on_ada, where + " without clusters");
+        if (!limits.cooperative) expect(plan.kind == WideKind::kAlone, where + " one block");
+        if (plan.kind == WideKind::kCluster) return 0;
+        return with_far_home<Real>(batch, {}, plan, [&](const auto& home) {
+          birl::DevicePolicySolve request{};
+          request.right_sides = 64;
+          const auto solving = large_solve_kernel(home, batch, {}, plan);
+          const auto system = large_policy_solve_kernel(home, batch, request);
+          expect(wide_footprint(solving, 264, false).chip <= limits.block.chip / 2, where);
+          expect(wide_footprint(system, 264, false).chip <= limits.block.chip, where + " systems");
+          return 0;
+        });
+      });
+    }
+}
+
 void overflow() {
   Case<double> c = make_case<double>(4, 2, {}, 5);
   c.discount[0] = 0.999;
@@ -257,5 +314,6 @@ int main() {
   invalid<float>();
   many_states();
   overflow();
+  plans();
   return summary("large solve");
 }
