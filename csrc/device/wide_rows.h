@@ -78,7 +78,7 @@ BIRL_DEVICE void lane_products(const Real* const (&row)[kRows], bool aligned_row
                                int lane, const X& x, double* part, Visit&& visit) {
   const Index whole = n / 128 * 128;
 #if defined(__CUDACC__)
-#pragma unroll 2
+#pragma unroll(kRight > 1 ? 1 : 2)
 #endif
   for (Index base = 0; base < whole; base += 128) {
     const Index t = base + 4 * lane;
