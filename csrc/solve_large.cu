@@ -33,9 +33,14 @@ cudaError_t with_large_solve(const DeviceBatch& batch, const DeviceSolve& reques
                             true)
           .chip;
     });
-    if (plan.kind == WideKind::kCluster) return on(dense_wide<Real, true>(batch, plan), plan);
-    return with_far_home<Real>(batch, pattern, plan,
-                               [&](const auto& home) { return on(home, plan); });
+    if (plan.kind == WideKind::kCluster) {
+      const auto home = dense_wide<Real, true>(batch, plan);
+      if (cluster_launches(large_solve_kernel(home, batch, request, plan), plan))
+        return on(home, plan);
+    }
+    const WidePlan far = plan.kind == WideKind::kCluster ? far_plan(batch, limits) : plan;
+    return with_far_home<Real>(batch, pattern, far,
+                               [&](const auto& home) { return on(home, far); });
   });
 }
 

@@ -37,6 +37,30 @@ cudaError_t resident_blocks(const Kernel& kernel, const WideLimits& limits, Inde
   return error;
 }
 
+// Whether a cluster of this size finds its blocks' memory on the current device: not on a small
+// part of one, for example.
+template <class Kernel>
+bool cluster_launches(const Kernel& kernel, const WidePlan& plan) {
+  const std::size_t chip = wide_footprint(kernel, plan.blocks, true).chip;
+  if (allow_chip<ClusterBarrier, Kernel>(chip) != cudaSuccess) return false;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(plan.blocks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
+  config.blockDim = dim3(BlockTeam::kMaxThreads);
+  config.dynamicSmemBytes = chip;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, run_wide<ClusterBarrier, Kernel>, &config) ==
+      cudaSuccess)
+    return clusters > 0;
+  cudaGetLastError();  // a question was refused, no launch: nobody else should trip over it
+  return false;
+}
+
 // Calls use(zero of the barrier's type, grid) for the plan.
 template <class Kernel, class Use>
 cudaError_t with_wide_grid(const Kernel& kernel, const DeviceBatch& batch, const WidePlan& plan,

@@ -149,6 +149,7 @@ __global__ void __launch_bounds__(BlockTeam::kMaxThreads, 2)
   Arena own(shared + taken);
   const auto chip = kernel.lay_out_chip(own);
   WideTeam<Barrier, typename Kernel::Chip> team(barrier, chip, slots);
+  if (Barrier::kSharesChip) barrier.wait();  // a block's memory is there once it has started
   for (Index item = number; item < items; item += teams) kernel.run(team, arrays, item);
   barrier.wait();  // a block's memory stays until the others are done with it
 }
