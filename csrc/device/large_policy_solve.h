@@ -112,6 +112,16 @@ struct LargePolicySolve {
   BIRL_DEVICE void run(Team& team, const Arrays& arrays, Index item) const;
 };
 
+// What the rows of P say of the system.
+struct Shape {
+  Index deflates;  // whether constants are an eigenvector
+  Index longest;   // entries of the longest row
+
+  BIRL_DEVICE static Shape join(const Shape& x, const Shape& y) {
+    return {x.deflates && y.deflates ? 1 : 0, x.longest > y.longest ? x.longest : y.longest};
+  }
+};
+
 enum class Correction : int { kNone, kKrylov, kRichardson };
 
 template <class Home, class Team>
@@ -183,30 +193,30 @@ class LargePolicySolving {
   // rounding, of which 1 − γ must not inherit an error.
   BIRL_STAGE void prepare() {
     const double* const policy = given_.policy + item_ * S_ * A_;
-    deflate_ = team_.template reduce<int>(
-                   [&](Block& block) {
-                     int all = 1;
-                     Reading rows = reading(block);
-                     const auto matrix = rows.matrix(m_.matrix);
-                     rows.load();
-                     rows.bring(m_.x, 0.0);  // only the rows' sums are wanted
-                     const Share mine = share_of(S_, block.rank, block.count);
-                     for (Index first = mine.begin; first < mine.end; first += home_.tile) {
-                       const Index last =
-                           first + home_.tile < mine.end ? first + home_.tile : mine.end;
-                       double* const weight =
-                           home_.far_tables ? m_.weight + first * A_ : block.chip.weight;
-                       rows.template rows<true>(first, last, [&](Index row, const auto& sums) {
-                         const double inverse = sums[1] == 0.0 ? 0.0 : 1.0 / sums[1];
-                         m_.inverse_sum[row] = inverse;
-                         weight[row - first * A_] = policy[row] * inverse;
-                       });
-                       rows.form(first, last, weight, matrix);
-                       all = all && deflates(block, policy, first, last);
-                     }
-                     return all;
-                   },
-                   [](int x, int y) { return x && y ? 1 : 0; }) != 0;
+    const Shape shape = team_.template reduce<Shape>(
+        [&](Block& block) {
+          Shape shape{1, 0};
+          Reading rows = reading(block);
+          const auto matrix = rows.matrix(m_.matrix);
+          rows.load();
+          rows.bring(m_.x, 0.0);  // only the rows' sums are wanted
+          const Share mine = share_of(S_, block.rank, block.count);
+          for (Index first = mine.begin; first < mine.end; first += home_.tile) {
+            const Index last = first + home_.tile < mine.end ? first + home_.tile : mine.end;
+            double* const weight = home_.far_tables ? m_.weight + first * A_ : block.chip.weight;
+            rows.template rows<true>(first, last, [&](Index row, const auto& sums) {
+              const double inverse = sums[1] == 0.0 ? 0.0 : 1.0 / sums[1];
+              m_.inverse_sum[row] = inverse;
+              weight[row - first * A_] = policy[row] * inverse;
+            });
+            rows.form(first, last, weight, matrix);
+            shape = Shape::join(shape, shape_of(block, rows, policy, first, last));
+          }
+          return shape;
+        },
+        Shape::join);
+    deflate_ = shape.deflates != 0;
+    longest_ = shape.longest;
     if constexpr (Home::kSparse)
       if (given_.transpose)
         team_.step([&](Block& block) {
@@ -215,22 +225,26 @@ class LargePolicySolving {
         });
   }
 
-  BIRL_DEVICE int deflates(Block& block, const double* policy, Index first, Index last) const {
-    return block.template reduce<int>(
+  BIRL_DEVICE Shape shape_of(Block& block, const Reading& rows, const double* policy, Index first,
+                             Index last) const {
+    return block.template reduce<Shape>(
         [&](Thread t) {
-          int all = 1;
+          Shape shape{1, 0};
           for (Index s = first + t.rank; s < last; s += t.count) {
             double mass = 0.0, stopping = 0.0;
             for (Index row = s * A_; row < (s + 1) * A_; ++row) {
+              const Share entries = rows.entries(row);
+              const Index length = entries.end - entries.begin;
+              shape.longest = length > shape.longest ? length : shape.longest;
               mass += policy[row];
               if (m_.inverse_sum[row] == 0.0) stopping += policy[row];
             }
-            const double loss = magnitude(mass - 1.0);
-            all = all && loss <= 4.0 * kEps * static_cast<double>(A_) && stopping == 0.0;
+            if (!(magnitude(mass - 1.0) <= 4.0 * kEps * static_cast<double>(A_)) || stopping != 0.0)
+              shape.deflates = 0;
           }
-          return all;
+          return shape;
         },
-        [](int x, int y) { return x && y ? 1 : 0; });
+        Shape::join);
   }
 
   // out = A in; or out = (I − A) in, and total += out in columns that are active.
@@ -386,7 +400,7 @@ class LargePolicySolving {
     if (c.revert) c.current = c.previous;
     // Rounding of one product and one subtraction; the last bits are not worth a round.
     const double floor = 2.0 * kEps * (c.size + 2.0 * c.length);
-    const double units = 16.0 + home_.additions() + 0.25 * static_cast<double>(A_);
+    const double units = 16.0 + home_.additions(longest_) + 0.25 * static_cast<double>(A_);
     const double wanted = larger(given_.tol * c.size, floor);
     c.working = c.current > wanted && is_finite(c.current) && (fell || tolerated) && !enough;
     c.solved = c.current <= larger(given_.tol * c.size, 0.5 * units * floor) && !c.working;
@@ -529,7 +543,7 @@ class LargePolicySolving {
   const LargePolicySolveArguments& given_;
   Team& team_;
   const Arrays& m_;
-  Index item_, S_, A_, first_ = 0, K_ = 0;
+  Index item_, S_, A_, first_ = 0, K_ = 0, longest_ = 0;
   double discount_;
   bool deflate_ = false;
 };

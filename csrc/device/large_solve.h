@@ -94,12 +94,12 @@ struct LargeSolve {
 // What one pass found.
 struct PassRange {
   SweepRange range;
-  Index bad_row;
+  Index bad_row, longest;  // the first wrong row, entries of the longest
   bool continues;
 
   BIRL_DEVICE static PassRange join(const PassRange& x, const PassRange& y) {
     return {SweepRange::join(x.range, y.range), Findings::first(x.bad_row, y.bad_row),
-            x.continues && y.continues};
+            x.longest > y.longest ? x.longest : y.longest, x.continues && y.continues};
   }
 };
 
@@ -146,6 +146,10 @@ class LargeSolving {
       const Findings wrong = diagnose();
       return refuse(transition_verdict(wrong), wrong);
     }
+    team_.decide([&](Block& block) {
+      control(block).additions = home_.additions(found.longest);
+      return 0;
+    });
     if (!found.continues) {
       restart_without_constant(first);
       found = pass<false>();
@@ -262,7 +266,7 @@ class LargeSolving {
       c.actions = static_cast<double>(A_);
       c.largest_reward = first.found.largest_reward;
       c.largest_reference = first.found.largest_reference;
-      c.additions = home_.additions();
+      c.additions = 0.0;  // the first pass tells
       c.continues = true;
       c.direct = false;
       c.start(Home::kStateLanes == 1 ? Way::kModified : Way::kKrylov);
@@ -312,7 +316,7 @@ class LargeSolving {
             if (form) rows.form(first, last, tile_weight(block, first), matrix);
           });
           return block.template reduce<PassRange>(
-              [&](Thread t) { return found_by<kInspect>(block, t, to); }, PassRange::join);
+              [&](Thread t) { return found_by<kInspect>(block, rows, t, to); }, PassRange::join);
         },
         PassRange::join);
   }
@@ -366,14 +370,18 @@ class LargeSolving {
   }
 
   template <bool kInspect>
-  BIRL_DEVICE PassRange found_by(Block& block, Thread t, const double* image) const {
-    PassRange found{SweepRange::nothing(), kNowhere, true};
+  BIRL_DEVICE PassRange found_by(Block& block, const Reading& rows, Thread t,
+                                 const double* image) const {
+    PassRange found{SweepRange::nothing(), kNowhere, 0, true};
     const Share mine = own(block);
     for (Index s = mine.begin + t.rank; s < mine.end; s += t.count)
       found.range.add(m_.delta[s], image[s]);
     if constexpr (kInspect)
       for (Index row = mine.begin * A_ + t.rank; row < mine.end * A_; row += t.count) {
         const double inverse = m_.inverse_sum[row];
+        const Share entries = rows.entries(row);
+        const Index length = entries.end - entries.begin;
+        found.longest = length > found.longest ? length : found.longest;
         if (inverse != inverse) found.bad_row = Findings::first(found.bad_row, row);
         if (inverse == 0.0 && !(reference_ && reference_[row] == -kInf)) found.continues = false;
       }

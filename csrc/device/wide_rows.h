@@ -166,7 +166,10 @@ struct DenseWide {
   BIRL_HD Index pitch() const { return (states + 3) / 4 * 4; }
   BIRL_HD Index entries() const { return states * actions * states; }
   BIRL_HD bool keeps_weights() const { return far_tables; }
-  BIRL_HD double additions() const { return lane_additions(static_cast<double>(states)); }
+  // Dependent additions in the sum of a row of so many entries.
+  BIRL_HD double additions(Index length) const {
+    return lane_additions(static_cast<double>(length));
+  }
 
   template <class Memory>
   BIRL_HD Chip lay_out_chip(Memory& own) const {
@@ -417,9 +420,8 @@ struct CsrWide {
   BIRL_HD Index entries() const { return nnz; }
   BIRL_HD bool merged() const { return pattern.crow != nullptr; }
   BIRL_HD bool keeps_weights() const { return far_tables || !merged(); }
-  // Of a row whose length is at most S; a duplicated column would only make it longer by itself.
-  BIRL_HD double additions() const {
-    return static_cast<double>(nnz / (states * actions)) / kLanes + 16.0;
+  BIRL_HD double additions(Index length) const {
+    return static_cast<double>(length / kLanes) + 8.0;
   }
 
   template <class Memory>

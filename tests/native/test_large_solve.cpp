@@ -234,6 +234,20 @@ void many_states() {
   }
 }
 
+// The certificate counts the additions of the longest row, not of a usual one.
+void one_long_row() {
+  Case<double> c = make_case<double>(600, 1, {}, 3);
+  for (int t = 0; t < c.S; ++t) c.transition[t] = 1.0 / c.S;
+  find_pattern(c);
+  const Solution<double> with = solve_large(wide_csr<4>(c), c);
+  // half-span and rounding make up the bound: what is left are units of eps, 8 + additions + 0.5
+  const double gamma = c.discount[0];
+  const double rounding = with.row(0)[1] * (1.0 - gamma) - gamma * with.row(0)[0];
+  double largest = 0.0;
+  for (const double r : c.reward) largest = std::fmax(largest, std::fabs(r));
+  expect(rounding >= (8.5 + 600 / 4) * kEps * largest, "a long row's rounding is in the bound");
+}
+
 // Which team solves which shape, and that its blocks' memory fits.
 void plans() {
   const WideLimits hopper{{227 * 1024 - 4096, 132}, true, true};
@@ -313,6 +327,7 @@ int main() {
   invalid<double>();
   invalid<float>();
   many_states();
+  one_long_row();
   overflow();
   plans();
   return summary("large solve");
