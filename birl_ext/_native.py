@@ -152,6 +152,10 @@ def report() -> dict[str, dict[str, Any]]:
     return entries
 
 
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""V, Q, Q − V, π, log π, info and status."""
+
+
 class Call:
     """The checks of one call: every tensor passes through `at` once and becomes a pointer."""
 
@@ -206,7 +210,7 @@ class Call:
             entries,
         )
 
-    def sweep(
+    def problem(
         self,
         transition: Tensor,
         crow: Tensor | None,
@@ -215,12 +219,10 @@ class Call:
         log_reference: Tensor | None,
         discount: Tensor,
         temperature: Tensor,
-        value: Tensor,
-    ) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
-        """The integers that every module's `sweep` begins with, and the outputs it writes."""
+    ) -> tuple[int, ...]:
+        """The integers that `sweep` and `solve` of every module begin with."""
         pairs = n, g, s, a = sizes("reward", reward)
-        outputs = self.new(n, g, s), self.new(*pairs), self.new(*pairs), self.new(*pairs)
-        arguments = (
+        return (
             self.dtype,
             *pairs,
             *self.model(transition, crow, col, (n,), s, a),
@@ -228,8 +230,55 @@ class Call:
             self.at("log_reference", log_reference, pairs),
             self.at("discount", discount, (n, g)),
             self.at("temperature", temperature, (n, g)),
+        )
+
+    def sweep(
+        self, problem: tuple[int, ...], value: Tensor
+    ) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+        """The integers that every module's `sweep` begins with, and the outputs it writes."""
+        n, g, s, a = problem[1:5]
+        table = (n, g, s, a)
+        outputs = self.new(n, g, s), self.new(*table), self.new(*table), self.new(*table)
+        arguments = (
+            *problem,
             self.at("value", value, (n, g, s)),
             *(output.data_ptr() for output in outputs),
+        )
+        return arguments, outputs
+
+    def solve(
+        self,
+        problem: tuple[int, ...],
+        initial: Tensor | None,
+        batch: Sequence[int] | None,
+        method: int,
+        tol: float,
+        max_iterations: int,
+        validate: int,
+    ) -> tuple[tuple[float, ...], Outputs]:
+        """The numbers that every module's `solve` begins with, and the outputs it writes."""
+        n, g, s, a = problem[1:5]
+        axes = (n, g) if batch is None else tuple(batch)
+        value = self.new(*axes, s)
+        q = torch.empty((*axes, s, a), dtype=self.storage, device=self.device)
+        advantage, policy, log_policy = (
+            torch.empty_like(q),
+            torch.empty_like(q),
+            torch.empty_like(q),
+        )
+        info = self.new(*axes, INFO)
+        status = torch.empty(axes, dtype=torch.int64, device=self.device)
+        if status.numel() != n * g:
+            raise ShapeError(f"batch is {axes}", allowed=f"axes of {n * g} problems")
+        outputs = (value, q, advantage, policy, log_policy, info, status)
+        arguments = (
+            *problem,
+            self.at("initial", initial, (n, g, s)),
+            *(output.data_ptr() for output in outputs),
+            method,
+            tol,
+            max_iterations,
+            int(validate),
         )
         return arguments, outputs
 
@@ -277,9 +326,8 @@ def sweep(
     Source: (M1), (M2).
     """
     call = Call(transition)
-    arguments, outputs = call.sweep(
-        transition, crow, col, reward, log_reference, discount, temperature, value
-    )
+    data = (transition, crow, col, reward, log_reference, discount, temperature)
+    arguments, outputs = call.sweep(call.problem(*data), value)
     _cpu(call).sweep(*arguments, torch.get_num_threads())
     return outputs
 
@@ -299,7 +347,7 @@ def solve(
     tol: float = 0.0,
     max_iterations: int = 0,
     validate: int = Rigour.OR_ENDING,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     """The fixed point V* of every problem, with its certificate.
 
     Args:
@@ -320,43 +368,13 @@ def solve(
 
     Source: (M3), (M6), (M9).
     """
-    pairs = n, g, s, a = sizes("reward", reward)
-    axes = (n, g) if batch is None else tuple(batch)
     call = Call(transition)
-    value = call.new(*axes, s)
-    q = torch.empty((*axes, s, a), dtype=call.storage, device=call.device)
-    advantage, policy, log_policy = (
-        torch.empty_like(q),
-        torch.empty_like(q),
-        torch.empty_like(q),
+    data = (transition, crow, col, reward, log_reference, discount, temperature)
+    arguments, outputs = call.solve(
+        call.problem(*data), initial, batch, method, tol, max_iterations, validate
     )
-    info = call.new(*axes, INFO)
-    status = torch.empty(axes, dtype=torch.int64, device=call.device)
-    if status.numel() != n * g:
-        raise ShapeError(f"batch is {axes}", allowed=f"axes of {n * g} problems")
-    _cpu(call).solve(
-        call.dtype,
-        *pairs,
-        *call.model(transition, crow, col, (n,), s, a),
-        call.at("reward", reward, pairs, call.storage),
-        call.at("log_reference", log_reference, pairs),
-        call.at("discount", discount, (n, g)),
-        call.at("temperature", temperature, (n, g)),
-        call.at("initial", initial, (n, g, s)),
-        value.data_ptr(),
-        q.data_ptr(),
-        advantage.data_ptr(),
-        policy.data_ptr(),
-        log_policy.data_ptr(),
-        info.data_ptr(),
-        status.data_ptr(),
-        method,
-        tol,
-        max_iterations,
-        int(validate),
-        torch.get_num_threads(),
-    )
-    return value, q, advantage, policy, log_policy, info, status
+    _cpu(call).solve(*arguments, torch.get_num_threads())
+    return outputs
 
 
 def solve_plain(

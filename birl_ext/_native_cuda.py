@@ -16,7 +16,7 @@ from torch import Tensor
 
 from birl_ext import _native
 from birl_ext.errors import SizeLimitError
-from birl_ext.solution import INFO, Rigour
+from birl_ext.solution import Rigour
 
 __all__ = [
     "LaunchError",
@@ -115,9 +115,8 @@ def sweep(
         LaunchError: the driver refused.
     """
     call = _native.Call(transition)
-    arguments, outputs = call.sweep(
-        transition, crow, col, reward, log_reference, discount, temperature, value
-    )
+    data = (transition, crow, col, reward, log_reference, discount, temperature)
+    arguments, outputs = call.sweep(call.problem(*data), value)
     with _launching(call.device) as (module, stream, index):
         module.sweep(*arguments, stream, index)
     return outputs
@@ -138,50 +137,24 @@ def solve(
     tol: float = 0.0,
     max_iterations: int = 0,
     validate: int = Rigour.OR_ENDING,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> _native.Outputs:
     """`_native.solve` on a GPU; methods 2, 3 and 4 are Newton with a direct solve there.
 
     Raises: as `_native.sweep`, and
         SizeLimitError: more than 2³¹ − 1 rows of P.
         LaunchError: the driver refused.
     """
-    call, (n, g, s, a) = _native.Call(transition), _native.sizes("reward", reward)
-    _check_rows(s, a)
-    axes = (n, g) if batch is None else tuple(batch)
-    value = call.new(*axes, s)
-    tables = [torch.empty((*axes, s, a), dtype=call.storage, device=call.device) for _ in range(4)]
-    info = call.new(*axes, INFO)
-    status = torch.empty(axes, dtype=torch.int64, device=call.device)
-    model = call.model(transition, crow, col, (n,), s, a)
+    call, (_, _, states, actions) = _native.Call(transition), _native.sizes("reward", reward)
+    _check_rows(states, actions)
+    data = (transition, crow, col, reward, log_reference, discount, temperature)
+    problem = call.problem(*data)
+    arguments, outputs = call.solve(problem, initial, batch, method, tol, max_iterations, validate)
+    _, crow_pointer, _, entries = problem[5:9]
     with _launching(call.device) as (module, stream, index):
-        size = module.solve_workspace(call.dtype, n, g, s, a, model[1], model[3], index)
+        size = module.solve_workspace(*problem[:5], crow_pointer, entries, index)
         workspace = _workspace(size, call.device)
-        module.solve(
-            call.dtype,
-            n,
-            g,
-            s,
-            a,
-            *model,
-            call.at("reward", reward, (n, g, s, a), call.storage),
-            call.at("log_reference", log_reference, (n, g, s, a)),
-            call.at("discount", discount, (n, g)),
-            call.at("temperature", temperature, (n, g)),
-            call.at("initial", initial, (n, g, s)),
-            value.data_ptr(),
-            *(table.data_ptr() for table in tables),
-            info.data_ptr(),
-            status.data_ptr(),
-            method,
-            tol,
-            max_iterations,
-            int(validate),
-            workspace.data_ptr(),
-            stream,
-            index,
-        )
-    q, advantage, policy, log_policy = tables
-    return value, q, advantage, policy, log_policy, info, status
+        module.solve(*arguments, workspace.data_ptr(), stream, index)
+    return outputs
 
 
 def solve_fits(n: int, g: int, s: int, a: int) -> bool:

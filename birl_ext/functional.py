@@ -314,6 +314,7 @@ def evaluate(
     flat = _flat(
         reward, transition, discount, 1.0, None, None, terminal, validate, batch, read=True
     )
+    validation.check_devices({"transition": flat.transition, "policy": policy})
     _check_policy(policy, flat, validate)
     pi = flat.layout.grouped(widened(policy), 2)
     gain = (pi * flat.reward.double()).sum(-1)
@@ -376,6 +377,13 @@ def occupancy(
         flat = _flat(
             nothing, transition, discount, 1.0, None, None, terminal, validate, batch, read=True
         )
+    validation.check_devices(
+        {
+            "transition": flat.transition,
+            "policy": policy,
+            "initial_distribution": initial_distribution,
+        }
+    )
     _check_policy(policy, flat, validate)
     _require_shape("initial_distribution", initial_distribution, (flat.reward.shape[-2],))
     if validate == "full" and validation.is_concrete(initial_distribution):

@@ -63,4 +63,15 @@ void with_models(const Batch& batch, Body&& body) {
     typed(float{});
 }
 
+// The model with the pattern of its policies' matrices, which makes sparse products faster.
+template <class Real>
+CsrTransition<Real> with_pattern(CsrTransition<Real> model, const PolicyPattern* pattern) {
+  model.rows = &pattern->rows();
+  return model;
+}
+template <class Real>
+DenseTransition<Real> with_pattern(DenseTransition<Real> model, const PolicyPattern*) {
+  return model;
+}
+
 }  // namespace birl

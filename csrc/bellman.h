@@ -36,15 +36,12 @@ struct SweepScratch {
   }
 };
 
-// q' for states [s0, s1); one reading of their rows of P.
-template <class Model>
-void q_values(const Model& model, const Problem<typename Model::Real>& problem,
-              const double* inverse_sum, const double* w, Index s0, Index s1, double* product,
-              double* q) {
-  const Index row0 = s0 * model.actions, row1 = s1 * model.actions;
-  model.products(row0, row1, w, product);
-  kernels().rows<typename Model::Real>().q_values(row1 - row0, problem.reward + row0, product,
-                                                  inverse_sum, problem.discount, q);
+// q' of rows [row0, row1) from their products Σ_t P W and 1/σ.
+template <class Real>
+void q_values(const Problem<Real>& problem, const double* product, const double* inverse_sum,
+              Index row0, Index row1, double* q) {
+  kernels().rows<Real>().q_values(row1 - row0, problem.reward + row0, product, inverse_sum,
+                                  problem.discount, q);
 }
 
 }  // namespace birl

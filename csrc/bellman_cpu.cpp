@@ -36,13 +36,12 @@ void sweep(const Batch& batch, const Sweep& request, Interrupt& interrupt) {
       SweepScratch<Model>& mine = scratch[worker];
       const Index rows = (s1 - s0) * A;
       model.row_sums(s0 * A, s1 * A, mine.sum.data(), mine.least.data());
-      for (Index row = 0; row < rows; ++row)
-        mine.sum[row] = mine.sum[row] == 0.0 ? 0.0 : 1.0 / mine.sum[row];
+      for (Index row = 0; row < rows; ++row) mine.sum[row] = inverse_row_sum(mine.sum[row]);
       for (Index i = n * G; i < (n + 1) * G; ++i) {
         const Problem<typename Model::Real> problem = problem_at<typename Model::Real>(batch, i);
         double* mine_q = q[worker].data();
-        q_values(model, problem, mine.sum.data(), w.data() + i * S, s0, s1, mine.product.data(),
-                 mine_q);
+        model.products(s0 * A, s1 * A, w.data() + i * S, mine.product.data());
+        q_values(problem, mine.product.data(), mine.sum.data(), s0 * A, s1 * A, mine_q);
         // Everything is relative to γc, also the rows that do not continue from c.
         const double constant = problem.discount * centre[i];
         for (Index row = 0; row < rows; ++row)

@@ -63,6 +63,15 @@ struct Certificate {
     return std::max(std::max(std::abs(c + least), std::abs(c + most)), largest_reward);
   }
 
+  // Passes of so many sweeps each within which the half-span falls by a tenth if it still falls:
+  // γ^n <= 0.9.
+  Index patience(double sweeps) const {
+    return 2 + static_cast<Index>(0.11 / (1.0 - discount) / sweeps);
+  }
+
+  // By which value iteration has contracted to the rounding level.
+  Index most_sweeps() const { return static_cast<Index>(std::min(1e9, 60.0 * horizon)) + 1000; }
+
   bool converged() const { return tol > 0.0 && error_bound() <= tol * largest_value(); }
 
   // Half-span at which iteration ends, as far as it can be told now.

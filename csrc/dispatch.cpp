@@ -2,6 +2,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "block_kernels.h"
+#include "csr_kernels.h"
 #include "kernels.h"
 #include "lanes.h"
 #include "solve_vjp_kernels.h"
@@ -13,6 +15,8 @@ extern const Kernels kTable;
 extern const LaneKernels<float> kLanesSingle;
 extern const LaneKernels<double> kLanesDouble;
 extern const VjpKernels kVjpTable;
+extern const BlockKernels kBlockTable;
+extern const CsrKernels kCsrTable;
 }  // namespace baseline
 #ifdef BIRL_X86_DISPATCH
 namespace avx2 {
@@ -20,12 +24,16 @@ extern const Kernels kTable;
 extern const LaneKernels<float> kLanesSingle;
 extern const LaneKernels<double> kLanesDouble;
 extern const VjpKernels kVjpTable;
+extern const BlockKernels kBlockTable;
+extern const CsrKernels kCsrTable;
 }  // namespace avx2
 namespace avx512 {
 extern const Kernels kTable;
 extern const LaneKernels<float> kLanesSingle;
 extern const LaneKernels<double> kLanesDouble;
 extern const VjpKernels kVjpTable;
+extern const BlockKernels kBlockTable;
+extern const CsrKernels kCsrTable;
 }  // namespace avx512
 #endif
 
@@ -44,6 +52,8 @@ struct Tables {
   const LaneKernels<float>* lanes_single;
   const LaneKernels<double>* lanes_double;
   const VjpKernels* vjp;
+  const BlockKernels* block;
+  const CsrKernels* csr;
 };
 
 const Tables& chosen() {
@@ -58,13 +68,14 @@ const Tables& chosen() {
     const bool lower_than_512 = wanted && std::strcmp(wanted, "avx512") != 0;
     const bool lower_than_2 = wanted && std::strcmp(wanted, "baseline") == 0;
     if (has_avx512 && !lower_than_512)
-      return Tables{&avx512::kTable, &avx512::kLanesSingle, &avx512::kLanesDouble,
-                    &avx512::kVjpTable};
+      return Tables{&avx512::kTable,    &avx512::kLanesSingle, &avx512::kLanesDouble,
+                    &avx512::kVjpTable, &avx512::kBlockTable,  &avx512::kCsrTable};
     if (has_avx2 && !lower_than_2)
-      return Tables{&avx2::kTable, &avx2::kLanesSingle, &avx2::kLanesDouble, &avx2::kVjpTable};
+      return Tables{&avx2::kTable,    &avx2::kLanesSingle, &avx2::kLanesDouble,
+                    &avx2::kVjpTable, &avx2::kBlockTable,  &avx2::kCsrTable};
 #endif
-    return Tables{&baseline::kTable, &baseline::kLanesSingle, &baseline::kLanesDouble,
-                  &baseline::kVjpTable};
+    return Tables{&baseline::kTable,    &baseline::kLanesSingle, &baseline::kLanesDouble,
+                  &baseline::kVjpTable, &baseline::kBlockTable,  &baseline::kCsrTable};
   }();
   return tables;
 }
@@ -73,6 +84,8 @@ const Tables& chosen() {
 
 const Kernels& kernels() { return *chosen().kernels; }
 const VjpKernels& vjp_kernels() { return *chosen().vjp; }
+const BlockKernels& block_kernels() { return *chosen().block; }
+const CsrKernels& csr_kernels() { return *chosen().csr; }
 
 template <>
 const LaneKernels<float>& lane_kernels<float>() {

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "block_kernels.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -32,6 +33,20 @@ class Elimination {
     return magnitudes_.data() + i * stride_;
   }  // to be filled with γ P_π(i, ·)
   double* defect() { return defect_.data(); }  // to be filled with d
+
+  // Row s of I − γP_π from π(·|s) and 1/σ(s,·); `scaled` is scratch of A numbers.
+  template <class Model>
+  void set_row(const Model& model, Index s, const double* policy, const double* inverse_sum,
+               double discount, double* scaled) {
+    double stopping = 0.0;
+    for (Index a = 0; a < model.actions; ++a) {
+      scaled[a] = discount * (policy[a] * inverse_sum[a]);
+      if (inverse_sum[a] == 0.0) stopping += policy[a];
+    }
+    std::fill(row(s), row(s) + n_, 0.0);
+    model.policy_row(s, scaled, row(s));
+    defect_[s] = (1.0 - discount) + discount * stopping;
+  }
 
   // Factors in place.
   void factor(Team& team, Interrupt& interrupt) {
@@ -53,8 +68,13 @@ class Elimination {
     }
   }
 
-  // x := A⁻¹x, or A⁻ᵀx.
-  void solve(double* x, bool transpose) const {
+  // x := A⁻¹x, or A⁻ᵀx, on a block of `columns` interleaved columns (block_kernels.h).
+  void solve(double* x, bool transpose, Index columns = 1) const {
+    if (columns > 1) {
+      const BlockDense& block = block_kernels().dense(columns);
+      return (transpose ? block.solve_transpose : block.solve)(magnitudes_.data(), n_, stride_,
+                                                               inverse_pivot_.data(), x);
+    }
     const EliminationKernels& kernel = kernels().elimination;
     (transpose ? kernel.solve_transpose : kernel.solve)(magnitudes_.data(), n_, stride_,
                                                         inverse_pivot_.data(), x);

@@ -150,7 +150,7 @@ class GeneralSolver {
       if (from_zero_)
         std::copy(problem_.reward + s0 * A, problem_.reward + s1 * A, q_.data() + s0 * A);
       else
-        q_values(s0, s1, sum, mine.product.data());
+        read_rows(s0, s1, sum, mine.product.data());
       kernels().soft_maximum({s1 - s0, A, q_.data() + s0 * A, reference(s0), problem_.temperature,
                               next_.data() + s0, form ? policy_.data() + s0 * A : nullptr, nullptr,
                               nullptr, mine.soft_maximum.data()});
@@ -179,19 +179,17 @@ class GeneralSolver {
   }
 
   // q' for states [s0, s1); one reading of their rows of P, their sums with it if `sum`.
-  void q_values(Index s0, Index s1, bool sum, double* product) {
+  void read_rows(Index s0, Index s1, bool sum, double* product) {
     const Index row0 = s0 * model_->actions, row1 = s1 * model_->actions;
     double* const inverse = inverse_sum_.data() + row0;
     if (sum) {
       model_->products_and_sums(row0, row1, w_.data(), product, sum_.data() + row0,
                                 least_.data() + row0);
-      std::transform(sum_.data() + row0, sum_.data() + row1, inverse,
-                     [](double sigma) { return sigma == 0.0 ? 0.0 : 1.0 / sigma; });
+      std::transform(sum_.data() + row0, sum_.data() + row1, inverse, inverse_row_sum);
     } else {
       model_->products(row0, row1, w_.data(), product);
     }
-    kernels().rows<Real>().q_values(row1 - row0, problem_.reward + row0, product, inverse,
-                                    problem_.discount, q_.data() + row0);
+    q_values(problem_, product, inverse, row0, row1, q_.data() + row0);
   }
 
   const double* reference(Index s) const {
@@ -246,8 +244,6 @@ class GeneralSolver {
   Outcome iterate() {
     const bool automatic = request_.method == 0;
     const Index given = request_.max_iterations;
-    const double slowest = 1.0 / (1.0 - problem_.discount);
-    const Index contraction = static_cast<Index>(std::min(1e9, 60.0 * slowest)) + 1000;
     mode_ = automatic ? first_mode() : static_cast<Mode>(request_.method);
     passes_ = products_ = escalated_at_ = stalled_ = passes_without_gain_ = 0;
     forcing_ = 0.3;
@@ -292,7 +288,7 @@ class GeneralSolver {
       }
       if (given > 0 ? passes_ >= given
                     : (mode_ == Mode::kValueIteration || mode_ == Mode::kModifiedPolicy) &&
-                          passes_ - escalated_at_ >= contraction)
+                          passes_ - escalated_at_ >= certificate_.most_sweeps())
         break;
       give_up_if_slow(half);
       advance();
@@ -304,11 +300,9 @@ class GeneralSolver {
     return mode_ == Mode::kNewtonKrylov || mode_ == Mode::kModifiedPolicy;
   }
 
-  // Sweeps within which the half-span falls by a tenth if it still falls: γ^n <= 0.9.
   Index patience() const {
-    const double slowest = 0.11 / (1.0 - problem_.discount);
-    if (mode_ == Mode::kValueIteration) return 2 + static_cast<Index>(slowest);
-    if (mode_ == Mode::kModifiedPolicy) return 2 + static_cast<Index>(slowest / 20.0);
+    if (mode_ == Mode::kValueIteration) return certificate_.patience(1.0);
+    if (mode_ == Mode::kModifiedPolicy) return certificate_.patience(20.0);
     return 2;
   }
 
@@ -338,17 +332,20 @@ class GeneralSolver {
   // Whether modified policy iteration, at the pace of its last passes, would need more than
   // a Krylov method or an elimination is likely to.
   bool mixes_slowly(Index used, double half) {
-    // News crosses a large grid at 20 to 60 states a pass, and nothing contracts before it has.
-    constexpr Index kWindow = 32;
-    if (used % kWindow != 0) return false;
+    // Where an elimination may be what comes next, thousands of products cost less than one.
+    const bool direct = model_->states <= kDirectLimit;
+    const Index window = direct ? 32 : 8 + static_cast<Index>(crossing()) / kMostProducts;
+    const double patience = direct ? 18000.0 : 6000.0;  // products
+    if (used % window != 0) return false;
     const double before = window_half_;
     window_half_ = half;
-    if (used < 2 * kWindow || half <= certificate_.target()) return false;
-    constexpr double patience = 150.0;  // passes of up to 60 products
-    return !(std::log(certificate_.target() / half) / std::log(half / before) * kWindow <
-             patience) ||
-           !(half < before);
+    if (used < 2 * window || half <= certificate_.target()) return false;
+    const double rate = std::log(half / before) / static_cast<double>(window * kMostProducts);
+    return !(half < before) || !(std::log(certificate_.target() / half) / rate < patience);
   }
+
+  // Products in which news crosses a square grid; before it has, nothing contracts.
+  double crossing() const { return 2.0 * std::sqrt(static_cast<double>(model_->states)); }
 
   bool some_row_ends() const {
     for (Index row = 0; row < model_->states * model_->actions; ++row)
@@ -404,14 +401,8 @@ class GeneralSolver {
     team_.run((S + chunk - 1) / chunk, 2.0 * model_->work(), [&](Index item, int) {
       std::vector<double> scaled(A);
       for (Index s = item * chunk; s < std::min(S, (item + 1) * chunk); ++s) {
-        double stopping = 0.0;
-        for (Index a = 0; a < A; ++a) {
-          scaled[a] = gamma * weight_[s * A + a];
-          if (inverse_sum_[s * A + a] == 0.0) stopping += policy_[s * A + a];
-        }
-        std::fill(elimination_->row(s), elimination_->row(s) + S, 0.0);
-        model_->policy_row(s, scaled.data(), elimination_->row(s));
-        elimination_->defect()[s] = (1.0 - gamma) + gamma * stopping;
+        elimination_->set_row(*model_, s, policy_.data() + s * A, inverse_sum_.data() + s * A,
+                              gamma, scaled.data());
       }
     });
     elimination_->factor(team_, interrupt_);
@@ -427,26 +418,28 @@ class GeneralSolver {
     ensure_matrix();
     const double half = certificate_.half_span();
     if (half < 0.7 * krylov_best_) {
-      const double ratio = half / krylov_best_;
+      const double ratio = std::isfinite(krylov_best_) ? half / krylov_best_ : 1.0;
       krylov_best_ = half;
       stalled_ = 0;
       passes_without_gain_ = 0;
       forcing_ = std::min(0.3, std::max(0.9 * ratio * ratio, 1e-10));
     } else if (++passes_without_gain_ >= 3) {
       passes_without_gain_ = 0;
-      ++stalled_;
+      // The first steps may raise the residual: what counts is whether it falls from there.
+      if (stalled_++ == 0) krylov_best_ = std::max(krylov_best_, half);
       forcing_ = std::max(0.1 * forcing_, 1e-12);
     }
     const std::vector<double> b = right_side();
     std::vector<double> x(b.size());
-    const PolicyOperator<Matrix> op(*matrix_, problem_.discount, false, certificate_.continues,
+    const PolicyOperator<Matrix> op(*matrix_, problem_.discount, false, certificate_.continues, 1,
                                     team_, interrupt_);
     std::vector<double> deflated = b;
     if (certificate_.continues) op.remove_mean(deflated.data());
     const double size = norm2(deflated);
     const double wanted =
         size * std::max(forcing_, std::min(0.1, 0.1 * certificate_.target() / half));
-    KrylovResult result = bicgstab(op, deflated, x, wanted, 200);
+    KrylovResult result =
+        bicgstab(op, deflated, x, wanted, 200 + 4 * static_cast<Index>(crossing()));
     products_ += result.products;
     if (!(result.residual <= wanted)) {
       std::vector<double> rest(b.size());
@@ -464,20 +457,28 @@ class GeneralSolver {
     accept_step(x);
   }
 
-  // Truncated policy evaluation Σ_j (γP_π)^j δ, 20 to 60 terms, until the terms' span is a tenth.
+  static constexpr Index kMostProducts = 120;  // of a pass of modified policy iteration
+
+  // Truncated policy evaluation Σ_j (γP_π)^j δ, 20 to 120 terms, until the terms' span is a tenth.
   void modified_policy() {
     ensure_matrix();
-    const PolicyOperator<Matrix> op(*matrix_, problem_.discount, false, false, team_, interrupt_);
+    const PolicyOperator<Matrix> op(*matrix_, problem_.discount, false, false, 1, team_,
+                                    interrupt_);
     std::vector<double> term = right_side(), next(term.size()), x = term;
-    const double start = spread(term);
+    const auto spread_of_term = [&] {
+      Columns low, high;
+      op.range(term.data(), low, high);
+      return certificate_.continues ? high[0] - low[0]
+                                    : std::max(std::abs(low[0]), std::abs(high[0]));
+    };
+    const double start = spread_of_term();
     Index j = 0;
-    while (j < 60) {
-      op.step(term.data(), next.data());
+    while (j < kMostProducts) {
+      op.accumulate(term.data(), next.data(), x.data());
       term.swap(next);
       ++j;
-      for (std::size_t i = 0; i < x.size(); ++i) x[i] += term[i];
       if (j % 10 != 0) continue;
-      const double now = spread(term);
+      const double now = spread_of_term();
       if (j >= 20 && (now <= 0.1 * start || now <= 0.1 * certificate_.target())) break;
     }
     products_ += j;

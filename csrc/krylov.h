@@ -1,10 +1,11 @@
-// Krylov methods for one linear operator, written against `apply(x, y)`.
+// Krylov methods for A = I − γP_π, written against PolicyOperator.
 #pragma once
 
 #include <cmath>
 #include <vector>
 
 #include "kernels.h"
+#include "policy_operator.h"
 
 namespace birl {
 
@@ -18,48 +19,105 @@ struct KrylovResult {
   Index products;
 };
 
-// BiCGStab from x = 0 (van der Vorst 1992). Stops at `target` or after `limit` products, on
-// breakdown, or when the residual has grown a thousandfold; x is then the best iterate it passed.
-template <class Apply>
-KrylovResult bicgstab(Apply&& apply, const std::vector<double>& b, std::vector<double>& x,
-                      double target, Index limit) {
+// BiCGStab from x = 0 (van der Vorst 1992) on a block of columns that share the products. A column
+// stops at its target, or for good when its residual has grown a thousandfold; x is then the best
+// of the iterates kept on the way, one for each halving of the residual.
+template <class Operator>
+void bicgstab(const Operator& op, const std::vector<double>& b, std::vector<double>& x,
+              const Columns& target, Index limit, std::array<KrylovResult, kMostColumns>& results) {
+  const BlockVectors& vectors = Operator::vectors();
+  const Index columns = op.columns();
   const std::size_t n = b.size();
   std::vector<double> r = b, shadow = b, p(n, 0.0), v(n, 0.0), s(n), t(n), best(n, 0.0);
   std::fill(x.begin(), x.end(), 0.0);
-  const double start = norm2(b);
-  double rho = 1.0, alpha = 1.0, omega = 1.0, least = start;
-  KrylovResult result{start, 0};
-  while (result.residual > target && result.products < limit) {
-    const double rho_next = dot(shadow, r);
-    if (!(std::abs(rho_next) > 1e-14 * start * result.residual)) break;
-    const double beta = (rho_next / rho) * (alpha / omega);
-    rho = rho_next;
-    for (std::size_t i = 0; i < n; ++i) p[i] = r[i] + beta * (p[i] - omega * v[i]);
-    apply(p, v);
-    const double slope = dot(shadow, v);
-    if (slope == 0.0 || !std::isfinite(slope)) break;
-    alpha = rho / slope;
-    for (std::size_t i = 0; i < n; ++i) s[i] = r[i] - alpha * v[i];
-    apply(s, t);
-    result.products += 2;
-    const double tt = dot(t, t);
-    omega = tt > 0.0 ? dot(t, s) / tt : 0.0;
-    for (std::size_t i = 0; i < n; ++i) {
-      x[i] += alpha * p[i] + omega * s[i];
-      r[i] = s[i] - omega * t[i];
-    }
-    result.residual = norm2(r);
-    if (result.residual < least) {
-      least = result.residual;
-      best = x;
-    }
-    if (omega == 0.0 || !(result.residual < 1e3 * start)) break;
+  Columns rho, alpha, omega, start, origin, kept, shadow_r = op.dots(b.data(), b.data()), beta{},
+                                                  slope, tt;
+  std::array<bool, kMostColumns> going{};
+  for (Index w = 0; w < columns; ++w) {
+    start[w] = origin[w] = kept[w] = std::sqrt(shadow_r[w]);
+    rho[w] = alpha[w] = omega[w] = 1.0;
+    results[w] = {start[w], 0};
+    going[w] = start[w] > target[w];
   }
-  if (result.residual != least) {
-    x.swap(best);
-    result.residual = least;
+  const auto keep = [&](Index w, const std::vector<double>& from, std::vector<double>& to) {
+    for (std::size_t i = static_cast<std::size_t>(w); i < n; i += columns) to[i] = from[i];
+  };
+  const auto any = [&] {
+    return std::any_of(going.begin(), going.end(), [](bool g) { return g; });
+  };
+  // A column that has stopped goes on with steps of length zero.
+  const auto stop = [&](Index w) {
+    going[w] = false;
+    alpha[w] = omega[w] = beta[w] = 0.0;
+  };
+  for (Index products = 0; any() && products < limit; products += 2) {
+    for (Index w = 0; w < columns; ++w) {
+      if (!going[w]) continue;
+      const double now = results[w].residual;
+      const bool broken = !(std::abs(shadow_r[w]) > 1e-14 * origin[w] * now);
+      if (broken) {  // the shadow has become orthogonal: start afresh from here
+        keep(w, r, shadow);
+        origin[w] = now;
+        shadow_r[w] = now * now;
+      }
+      beta[w] = broken ? 0.0 : (shadow_r[w] / rho[w]) * (alpha[w] / omega[w]);
+      rho[w] = shadow_r[w];
+    }
+    const Lanes beta_lanes(beta, columns), omega_before(omega, columns);
+    op.sweep([&](Index, Index at, Index m) {
+      vectors.direction(m, r.data() + at, beta_lanes.lane, omega_before.lane, v.data() + at,
+                        p.data() + at);
+    });
+    op.apply(p.data(), v.data(), shadow.data(), slope, tt);
+    for (Index w = 0; w < columns; ++w) {
+      if (!going[w]) continue;
+      if (slope[w] == 0.0 || !std::isfinite(slope[w])) {
+        if (slope[w] != 0.0) results[w].residual = slope[w] - slope[w];  // x is lost
+        stop(w);
+      } else {
+        alpha[w] = rho[w] / slope[w];
+      }
+    }
+    const Lanes alpha_lanes(alpha, columns);
+    op.sweep([&](Index, Index at, Index m) {
+      vectors.subtract(m, r.data() + at, alpha_lanes.lane, v.data() + at, s.data() + at);
+    });
+    op.apply(s.data(), t.data(), s.data(), slope, tt);
+    for (Index w = 0; w < columns; ++w)
+      if (going[w]) omega[w] = tt[w] > 0.0 ? slope[w] / tt[w] : 0.0;
+    const Lanes omega_lanes(omega, columns);
+    ChunkSums<2> sums(op.sweep_chunks());
+    op.sweep([&](Index c, Index at, Index m) {
+      vectors.advance(m, alpha_lanes.lane, p.data() + at, omega_lanes.lane, s.data() + at,
+                      t.data() + at, x.data() + at, r.data() + at, shadow.data() + at, sums.of(c));
+    });
+    shadow_r = sums.total(columns, 0);
+    const Columns square = sums.total(columns, 1);
+    for (Index w = 0; w < columns; ++w) {
+      if (!going[w]) continue;
+      const double now = std::sqrt(square[w]);
+      results[w] = {now, products + 2};
+      if (now <= 0.5 * kept[w]) {
+        kept[w] = now;
+        keep(w, x, best);
+      }
+      if (!(now > target[w]) || omega[w] == 0.0 || !(now < 1e3 * start[w])) stop(w);
+    }
   }
-  return result;
+  for (Index w = 0; w < columns; ++w)
+    if (!(results[w].residual <= kept[w])) {
+      keep(w, best, x);
+      results[w].residual = kept[w];
+    }
+}
+
+// The same for one column.
+template <class Operator>
+KrylovResult bicgstab(const Operator& op, const std::vector<double>& b, std::vector<double>& x,
+                      double target, Index limit) {
+  std::array<KrylovResult, kMostColumns> results{};
+  bicgstab(op, b, x, Columns{target}, limit, results);
+  return results[0];
 }
 
 // Restarted GMRES from x as given, whose residual is `r` (Saad & Schultz 1986, modified

@@ -32,7 +32,6 @@ class LaneSolver {
         actions_(actions),
         width_(lane_kernels<Real>().width),
         entries_(padded(states, width_) * actions),
-        log_actions_(std::log(static_cast<double>(actions))),
         transition_(entries_ * states),
         reward_(entries_),
         inverse_sum_(entries_, 1.0),  // stays one in vectors beyond the last state
@@ -181,14 +180,13 @@ class LaneSolver {
     if (!extent_.finite || !std::isfinite(certificate_.c)) return ends(Status::kNonFinite);
     if (certificate_.converged()) return ends(Status::kConverged);
     const double half = certificate_.half_span();
-    const double slowest = certificate_.horizon;
-    const Index patience = newton_ ? 2 : 2 + static_cast<Index>(0.11 * slowest);
-    const bool exhausted = progress_.exhausted(certificate_, patience);
+    const bool exhausted =
+        progress_.exhausted(certificate_, newton_ ? 2 : certificate_.patience(1.0));
     if (passes_ > 0 && exhausted)
       return ends(request_.tol > 0.0 ? Status::kStagnated : Status::kConverged);
     const Index given = request_.max_iterations;
-    const Index contraction = static_cast<Index>(std::min(1e9, 60.0 * slowest)) + 1000;
-    if (passes_ >= (given > 0 ? given : contraction)) return ends(Status::kMaxIterations);
+    if (passes_ >= (given > 0 ? given : certificate_.most_sweeps()))
+      return ends(Status::kMaxIterations);
     if (previous_ < kInf) rate_ = half / previous_;
     previous_ = half;
     newton_ = newton_ || (request_.method == 0 && passes_ >= 2 && half > certificate_.target() &&
@@ -229,17 +227,9 @@ class LaneSolver {
     lanes.unpack(inverse_sum_.data(), S, A, row_inverse_.data());
     kernels().soft_maximum({S, A, table_.data(), problem_.log_reference, problem_.temperature,
                             step_.data(), policy_.data(), nullptr, nullptr, soft_maximum_.data()});
-    for (Index s = 0; s < S; ++s) {
-      double stopping = 0.0;
-      double* const weight = table_.data() + s * A;
-      for (Index a = 0; a < A; ++a) {
-        weight[a] = gamma * (policy_[s * A + a] * row_inverse_[s * A + a]);
-        if (row_inverse_[s * A + a] == 0.0) stopping += policy_[s * A + a];
-      }
-      std::fill(elimination_->row(s), elimination_->row(s) + S, 0.0);
-      model_->policy_row(s, weight, elimination_->row(s));
-      elimination_->defect()[s] = (1.0 - gamma) + gamma * stopping;
-    }
+    for (Index s = 0; s < S; ++s)
+      elimination_->set_row(*model_, s, policy_.data() + s * A, row_inverse_.data() + s * A, gamma,
+                            table_.data());
     elimination_->factor(alone_, interrupt_);
     const double constant = (1.0 - gamma) * certificate_.c;
     const double middle =
@@ -336,7 +326,6 @@ class LaneSolver {
   Team& alone_;
   Interrupt& interrupt_;
   Index states_, actions_, width_, entries_;
-  double log_actions_;
   std::vector<Real> transition_, reward_;                        // packed
   std::vector<double> inverse_sum_, scale_, log_reference_, q_;  // packed
   std::vector<double> value_, image_, w_, scratch_;

@@ -602,7 +602,7 @@ void result(const LaneResult<Real>& m) {
   const Double nothing = broadcast<Double>(-kInf);
   double* const exponent = m.scratch;                           // (A, L)
   double* const share = exponent + A * L;                       // (A, L)
-  Real* const tables = reinterpret_cast<Real*>(share + A * L);  // four of (A, L)
+  Real* const tables = reinterpret_cast<Real*>(share + A * L);  // four of (A, W)
   for (Index s = 0; s < S; s += L) {
     const Index place = s / W * A * W + s % W;
     const double* q = m.q_relative + place;

@@ -2,6 +2,11 @@
 // integers from the caller, who owns the memory and has checked device, type, shape and contiguity.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <initializer_list>
+#include <limits>
+#include <stdexcept>
+
 #include "bellman.h"
 #include "policy_system.h"
 #include "solve.h"
@@ -19,12 +24,22 @@ T* at(Pointer p) {
   return reinterpret_cast<T*>(p);
 }
 
+// A product of sizes; OverflowError if that many numbers have no address.
+Index product(std::initializer_list<Index> sizes) {
+  constexpr Index kMost = std::numeric_limits<Index>::max() / static_cast<Index>(sizeof(double));
+  Index total = 1;
+  for (const Index size : sizes)
+    if (__builtin_mul_overflow(total, size, &total) || total > kMost)
+      throw std::overflow_error("sizes: a table of so many numbers has no 64-bit address");
+  return total;
+}
+
 // A number per problem: an array of the caller, or one number for all.
 class PerProblem {
  public:
-  PerProblem(const py::object& given, Index count) {
+  PerProblem(const py::object& given, Index N, Index G) {
     if (PyFloat_Check(given.ptr()))
-      own_.assign(std::max<Index>(count, 0), given.cast<double>());
+      own_.assign(std::max<Index>(product({N, G}), 0), given.cast<double>());
     else
       theirs_ = given.cast<Pointer>();
   }
@@ -43,6 +58,8 @@ birl::Batch make_batch(int dtype, Index N, Index G, Index S, Index A, Pointer tr
   if (dtype != 0 && dtype != 1) throw py::value_error("dtype: expected 0 (float32) or 1 (float64)");
   if (N < 0 || G < 0 || S < 1 || A < 1 || nnz < 0)
     throw py::value_error("sizes: expected N, G, nnz >= 0 and S, A >= 1");
+  product({S, A, std::max<Index>(N, 1), std::max<Index>(G, 1), birl::kInfo});
+  product({N, crow ? nnz : product({S, A, S})});
   const birl::Batch batch{dtype == 1,
                           N,
                           G,
@@ -114,7 +131,7 @@ Index solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, P
             Index max_iterations, Index validate, int threads) {
   if (method < 0 || method > 4) throw py::value_error("method: expected 0 to 4");
   if (validate < 0 || validate > 2) throw py::value_error("validate: expected 0 to 2");
-  const PerProblem discounts(discount, N * G), temperatures(temperature, N * G);
+  const PerProblem discounts(discount, N, G), temperatures(temperature, N, G);
   const birl::Batch batch = make_batch(dtype, N, G, S, A, transition, crow, col, nnz, reward,
                                        log_reference, discounts.pointer(), temperatures.pointer());
   const birl::Solve request{at<const double>(initial),
@@ -142,7 +159,7 @@ int solve_vjp(int dtype, Index N, Index G, Index S, Index A, Pointer transition,
               Pointer log_policy_bar, Pointer transition_bar, Pointer reward_bar,
               Pointer log_reference_bar, Pointer discount_bar, Pointer temperature_bar,
               int threads) {
-  const PerProblem discounts(discount, N * G), temperatures(temperature, N * G);
+  const PerProblem discounts(discount, N, G), temperatures(temperature, N, G);
   const birl::Batch batch = make_batch(dtype, N, G, S, A, transition, crow, col, nnz, 0, 0,
                                        discounts.pointer(), temperatures.pointer());
   const birl::SolveVjp request{at<const double>(value),       at<const void>(advantage),
@@ -164,6 +181,7 @@ Index policy_solve(int dtype, Index N, Index G, Index K, Index S, Index A, Point
   if (method != 0 && method != 2 && method != 3 && method != 5)
     throw py::value_error("method: expected 0, 2, 3 or 5");
   if (K < 0) throw py::value_error("sizes: expected K >= 0");
+  if (N > 0 && G > 0) product({N, G, K, S});
   const birl::Batch batch =
       make_batch(dtype, N, G, S, A, transition, crow, col, nnz, 0, 0, discount, 0);
   const birl::PolicySolve request{K,

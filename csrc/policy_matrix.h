@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "block_kernels.h"
 #include "parallel.h"
 #include "sparse.h"
 #include "transition.h"
@@ -58,23 +59,30 @@ class DensePolicyMatrix {
     kernels().rows<Stored>().combine(values_.get() + s * n_, n_, 1, n_, &scale, out);
   }
 
-  void apply(const double* x, double* y, Team& team) const {
-    constexpr Index kRows = 64;
-    team.run((n_ + kRows - 1) / kRows, 2.0 * work(), [&](Index c, int) {
-      const Index s0 = c * kRows, s1 = std::min(n_, s0 + kRows);
-      kernels().rows<Stored>().products(values_.get() + s0 * n_, s1 - s0, n_, x, y + s0);
-      add_excess(s0, s1, x, y);
-    });
-  }
+  // States per piece of a product.
+  Index chunk(bool transpose) const { return transpose ? 128 : 64; }
 
-  void apply_transpose(const double* x, double* y, Team& team) const {
-    constexpr Index kCols = 128;
-    team.run((n_ + kCols - 1) / kCols, 2.0 * work(), [&](Index c, int) {
-      const Index t0 = c * kCols, t1 = std::min(n_, t0 + kCols);
-      std::fill(y + t0, y + t1, 0.0);
-      kernels().rows<Stored>().combine(values_.get() + t0, n_, n_, t1 - t0, x, y + t0);
-      add_excess(t0, t1, x, y);
-    });
+  // y = Mx or Mᵀx for states [s0, s1), on blocks of `columns` interleaved columns; more than one
+  // only of a matrix in double.
+  void apply(Index s0, Index s1, Index columns, bool transpose, const double* x, double* y) const {
+    const Stored* const p = values_.get() + (transpose ? s0 : s0 * n_);
+    if constexpr (std::is_same<Stored, double>::value) {
+      if (columns > 1) {
+        const BlockDense& kernel = block_kernels().dense(columns);
+        if (transpose)
+          kernel.columns(p, n_, n_, s1 - s0, x, y + s0 * columns);
+        else
+          kernel.rows(p, s1 - s0, n_, x, y + s0 * columns);
+        return;
+      }
+    }
+    if (transpose) {
+      std::fill(y + s0, y + s1, 0.0);
+      kernels().rows<Stored>().combine(p, n_, n_, s1 - s0, x, y + s0);
+    } else {
+      kernels().rows<Stored>().products(p, s1 - s0, n_, x, y + s0);
+    }
+    add_excess(s0, s1, x, y);
   }
 
  private:
@@ -88,56 +96,40 @@ class DensePolicyMatrix {
   std::vector<double> excess_;        // what rounding took from each row, put on the diagonal
 };
 
+// In the orientation of its pattern: P_π, or its transpose.
 class CsrPolicyMatrix {
  public:
   explicit CsrPolicyMatrix(const PolicyPattern& pattern)
-      : pattern_(pattern), values_(pattern.col.size()) {}
+      : pattern_(pattern), values_(pattern.layout().entries()) {}
 
-  Index size() const { return pattern_.states; }
+  Index size() const { return pattern_.states(); }
   double work() const { return 2.0 * static_cast<double>(values_.size()); }
 
   template <class Real>
   void form_rows(const CsrTransition<Real>& model, const double* weight, Index s0, Index s1,
                  double*) {
-    std::fill(values_.begin() + pattern_.crow[s0], values_.begin() + pattern_.crow[s1], 0.0);
-    for (Index row = s0 * model.actions; row < s1 * model.actions; ++row)
-      for (Index k = model.crow[row]; k < model.crow[row + 1]; ++k)
-        values_[pattern_.slot[k]] += weight[row] * static_cast<double>(model.values[k]);
+    csr_kernels().rows<Real>().form(pattern_.rows(), model.values, s0, s1, weight, values_.data());
   }
 
+  // out += scale · row s of P_π
   void add_row(Index s, double scale, double* out) const {
-    for (Index k = pattern_.crow[s]; k < pattern_.crow[s + 1]; ++k)
-      out[pattern_.col[k]] += scale * values_[k];
+    const PolicyRows& rows = pattern_.rows();
+    for (Index k = rows.merged_crow[s]; k < rows.merged_crow[s + 1]; ++k)
+      out[rows.col[k]] += scale * values_[rows.place[k]];
   }
 
-  void apply(const double* x, double* y, Team& team) const {
-    run(team, [&](Index s) {
-      y[s] = sparse_dot(values_.data(), pattern_.col.data(), pattern_.crow[s], pattern_.crow[s + 1],
-                        x);
-    });
-  }
+  Index chunk(bool) const { return 2048; }
 
-  void apply_transpose(const double* x, double* y, Team& team) const {
-    run(team, [&](Index t) {
-      double total = 0.0;
-      for (Index k = pattern_.transpose_crow[t]; k < pattern_.transpose_crow[t + 1]; ++k)
-        total += values_[pattern_.transpose_slot[k]] * x[pattern_.transpose_col[k]];
-      y[t] = total;
-    });
+  // `transpose` is the pattern's.
+  void apply(Index s0, Index s1, Index columns, bool, const double* x, double* y) const {
+    constexpr Index kSlice = SlicedLayout::kSlice;
+    csr_kernels().multiply(columns)(pattern_.layout().with(values_.data()), s0 / kSlice,
+                                    (s1 + kSlice - 1) / kSlice, x, y);
   }
 
  private:
-  template <class Row>
-  void run(Team& team, Row&& row) const {
-    constexpr Index kRows = 2048;
-    const Index n = size();
-    team.run((n + kRows - 1) / kRows, 2.0 * work(), [&](Index c, int) {
-      for (Index s = c * kRows; s < std::min(n, (c + 1) * kRows); ++s) row(s);
-    });
-  }
-
   const PolicyPattern& pattern_;
-  std::vector<double> values_;
+  std::vector<double> values_;  // zero where an entry only fills up a group
 };
 
 // Which matrix a transition model's policies have, and the storage type of a dense one.

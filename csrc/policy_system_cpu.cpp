@@ -9,10 +9,11 @@ Index policy_solve(const Batch& batch, const PolicySolve& request, Interrupt& in
   with_models(batch, [&](auto model_of) {
     using Model = decltype(model_of(0));
     std::unique_ptr<PolicyPattern> pattern;
-    if (batch.sparse()) pattern = std::make_unique<PolicyPattern>(batch.crow, batch.col, S, A);
-
     const double work = 4.0 * model_of(0).work() + static_cast<double>(S * S * K);
     Team outer(request.threads), alone(1);
+    if (batch.sparse())
+      pattern =
+          std::make_unique<PolicyPattern>(batch.crow, batch.col, S, A, request.transpose, outer);
     const bool across = batch.total() >= outer.size();
     Team& within = across ? alone : outer;
     struct Workspace {
@@ -44,9 +45,9 @@ Index policy_solve(const Batch& batch, const PolicySolve& request, Interrupt& in
         system.form(c * chunk, std::min(S, (c + 1) * chunk), workspace.inverse_sum.data(),
                     request.policy + i * S * A, rows[across ? worker : helper].data());
       });
-      for (Index k = i * K; k < (i + 1) * K; ++k)
-        if (!system.solve(request.rhs + k * S, request.out + k * S, request.residual + k))
-          failed.fetch_add(1, std::memory_order_relaxed);
+      failed.fetch_add(system.solve(K, request.rhs + i * K * S, request.out + i * K * S,
+                                    request.residual + i * K),
+                       std::memory_order_relaxed);
     };
     if (across)
       outer.run(batch.total(), work * static_cast<double>(batch.total()), one);

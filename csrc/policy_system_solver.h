@@ -20,15 +20,6 @@ struct PolicySystemOptions {
   Index max_iterations;  // products with P_π per right-hand side; 0: a default
 };
 
-inline double norm(const std::vector<double>& x, bool one_norm) {
-  double sum = 0.0, largest = 0.0;
-  for (const double e : x) {
-    sum += std::abs(e);
-    largest = std::max(largest, std::abs(e));
-  }
-  return one_norm || std::isnan(sum) ? sum : largest;
-}
-
 // One (n, g): a policy matrix and the right-hand sides that belong to it. Every state is formed
 // before the first solve.
 template <class Model, class Stored = double>
@@ -78,178 +69,283 @@ class PolicySystem {
 
   Matrix& matrix() { return matrix_; }
 
-  // True if the residual met the tolerance, or the rounding level where that is higher.
-  bool solve(const double* b, double* out, double* residual_out) {
-    const std::size_t n = static_cast<std::size_t>(matrix_.size());
+  // Solves for K right-hand sides (K,S); returns how many residuals missed the tolerance, or the
+  // rounding level where that is higher.
+  Index solve(Index right_sides, const double* b, double* out, double* residual_out) {
     deflate_ = std::all_of(closed_.begin(), closed_.end(), [](char closed) { return closed != 0; });
-    rhs_.assign(b, b + n);
-    x_.assign(n, 0.0);
-    correction_.resize(n);
-    const double size = norm(rhs_, options_.transpose);
-    bool solved = size == 0.0;
-    double reached = solved ? 0.0 : std::numeric_limits<double>::quiet_NaN();
-    if (!solved && std::isfinite(size)) {
-      start();
-      const bool given = options_.method != kAuto;
-      const bool small = model_.states <= kDirectAuto;
-      constexpr bool sparse = std::is_same<Matrix, CsrPolicyMatrix>::value;
-      const Index first =
-          given ? options_.method : (small ? kDirect : (sparse ? kRichardson : kKrylov));
-      reached = refine(first, solved);
-      if (!solved && first == kRichardson) reached = refine(kKrylov, solved);
-      if (!solved && first != kDirect && model_.states <= kDirectLimit) {
-        std::fill(x_.begin(), x_.end(), 0.0);
-        reached = refine(kDirect, solved);
-      }
+    first_ = first_method();
+    const Index S = model_.states;
+    Index failed = 0;
+    for (Index k = 0; k < right_sides; k += used_) {
+      used_ = std::min(right_sides - k, kMostTogether);
+      columns_ = used_ == 1 ? 1 : (used_ <= 4 ? 4 : kMostColumns);
+      products_ = 0;
+      failed += solve_block(b + k * S, out + k * S, residual_out + k);
+      // Factors serve all that are left, and take about as long as S products with one of them.
+      const Index left = right_sides - k - used_;
+      if (options_.method == kAuto && first_ == kKrylov && S <= kDirectLimit &&
+          products_ * left > S)
+        first_ = kDirect;
     }
-    if (solved || std::isfinite(reached))
-      std::copy(x_.begin(), x_.end(), out);
-    else
-      std::fill(out, out + n, std::numeric_limits<double>::quiet_NaN());
-    *residual_out = reached;
-    return solved;
+    return failed;
   }
 
  private:
+  using Operator = PolicyOperator<Matrix>;
+  using Flags = std::array<bool, kMostColumns>;
+  enum Method : Index { kAuto = 0, kDirect = 2, kKrylov = 3, kRichardson = 5 };
+
   static constexpr double kEps = std::numeric_limits<double>::epsilon();
   static constexpr Index kDirectAuto = 256;    // factors cost less than a few dozen products
   static constexpr Index kDirectLimit = 2500;  // beyond it the square matrix is the larger evil
-  enum Method : Index { kAuto = 0, kDirect = 2, kKrylov = 3, kRichardson = 5 };
+  static constexpr bool kSparse = std::is_same<Matrix, CsrPolicyMatrix>::value;
+  // A dense matrix kept in float belongs to a single right-hand side.
+  static constexpr Index kMostTogether =
+      kSparse || std::is_same<Stored, double>::value ? kMostColumns : 1;
+
+  Method first_method() const {
+    if (options_.method != kAuto) return static_cast<Method>(options_.method);
+    if (model_.states <= kDirectAuto) return kDirect;
+    return kSparse ? kRichardson : kKrylov;
+  }
+
+  Operator make_operator(bool deflate, Index columns) const {
+    return {matrix_, discount_, options_.transpose, deflate, columns, team_, interrupt_};
+  }
+
+  // Right-hand sides `used_` of them, side by side.
+  Index solve_block(const double* b, double* out, double* residual_out) {
+    const Index S = model_.states;
+    const std::size_t n = static_cast<std::size_t>(S * columns_);
+    rhs_.assign(n, 0.0);
+    for (Index w = 0; w < used_; ++w)
+      for (Index s = 0; s < S; ++s) rhs_[s * columns_ + w] = b[w * S + s];
+    x_.assign(n, 0.0);
+    correction_.assign(n, 0.0);
+    residual_.resize(n);
+    size_ = make_operator(false, columns_).norms(rhs_.data(), options_.transpose);
+    Flags open{};
+    Columns reached{};
+    for (Index w = 0; w < used_; ++w) {
+      open[w] = size_[w] != 0.0 && std::isfinite(size_[w]);
+      if (open[w]) continue;
+      if (size_[w] != 0.0) reached[w] = std::numeric_limits<double>::quiet_NaN();
+      for (std::size_t i = static_cast<std::size_t>(w); i < n; i += columns_) rhs_[i] = 0.0;
+    }
+    if (any(open)) {
+      start();
+      refine(first_, open, reached);
+      if (any(open) && first_ == kRichardson) refine(kKrylov, open, reached);
+      if (any(open) && first_ != kDirect && S <= kDirectLimit) {
+        for (std::size_t i = 0; i < n; ++i)
+          if (open[i % columns_]) x_[i] = 0.0;
+        refine(kDirect, open, reached);
+      } else if (any(open) && kSparse) {
+        patient_ = true;
+        refine(kRichardson, open, reached);
+        patient_ = false;
+      }
+    }
+    for (Index w = 0; w < used_; ++w) {
+      residual_out[w] = reached[w];
+      if (std::isfinite(reached[w]))
+        for (Index s = 0; s < S; ++s) out[w * S + s] = x_[s * columns_ + w];
+      else
+        std::fill_n(out + w * S, S, std::numeric_limits<double>::quiet_NaN());
+      open[w] = open[w] || !std::isfinite(reached[w]);
+    }
+    return std::count(open.begin(), open.end(), true);
+  }
+
+  static bool any(const Flags& flags) { return std::count(flags.begin(), flags.end(), true) > 0; }
 
   // The part of the solution along the slow mode is known beforehand: the constant that carries the
   // mean of b, or for the transpose the total mass Σb/(1−γ), spread like |b|. A direct solve of the
   // transpose starts from zero instead, because it keeps a non-negative solution non-negative.
   void start() {
-    if (!deflate_ || (options_.transpose && direct_first())) return;
-    double sum = 0.0, size = 0.0;
-    for (const double e : rhs_) {
-      sum += e;
-      size += std::abs(e);
+    if (!deflate_ || (options_.transpose && first_ == kDirect)) return;
+    Columns sum{}, size{}, scale{};
+    for (std::size_t i = 0; i < x_.size(); ++i) {
+      sum[i % columns_] += rhs_[i];
+      size[i % columns_] += std::abs(rhs_[i]);
     }
-    const double mass = sum / (1.0 - discount_);
+    for (Index w = 0; w < columns_; ++w) {
+      const double parts = options_.transpose ? size[w] : static_cast<double>(model_.states);
+      scale[w] = size[w] > 0.0 ? sum[w] / (1.0 - discount_) / parts : 0.0;
+    }
     for (std::size_t i = 0; i < x_.size(); ++i)
-      x_[i] = options_.transpose ? mass * (std::abs(rhs_[i]) / size)
-                                 : mass / static_cast<double>(x_.size());
+      x_[i] = scale[i % columns_] * (options_.transpose ? std::abs(rhs_[i]) : 1.0);
   }
 
-  bool direct_first() const {
-    return options_.method == kDirect || (options_.method == kAuto && model_.states <= kDirectAuto);
-  }
-
-  // b − Ax from scratch. Where every row continues, A(α + z) = (1 − γ)α + Az is used as it stands,
-  // so a large constant in x does not drown the rest.
-  double residual() {
-    const std::size_t n = x_.size();
-    double middle = 0.0;
-    if (deflate_ && !options_.transpose) {
-      const auto ends = std::minmax_element(x_.begin(), x_.end());
-      middle = 0.5 * (*ends.first + *ends.second);
+  // b − Ax from scratch; returns its norms. Where every row continues, A(α + z) = (1 − γ)α + Az is
+  // used as it stands, so a large constant in x does not drown the rest.
+  Columns residual() {
+    const Operator op = make_operator(false, columns_);
+    Columns constant{};
+    if (!deflate_ || options_.transpose)
+      return op.residual(rhs_.data(), constant, x_.data(), residual_.data(), options_.transpose);
+    Columns low, high;
+    op.range(x_.data(), low, high);
+    for (Index w = 0; w < columns_; ++w) {
+      low[w] = 0.5 * (low[w] + high[w]);
+      constant[w] = (1.0 - discount_) * low[w];
     }
     shifted_ = x_;
-    for (double& e : shifted_) e -= middle;
-    residual_.resize(n);
-    PolicyOperator<Matrix>(matrix_, discount_, options_.transpose, false, team_, interrupt_)(
-        shifted_, residual_);
-    const double constant = (1.0 - discount_) * middle;
-    for (std::size_t i = 0; i < n; ++i) residual_[i] = (rhs_[i] - constant) - residual_[i];
-    return norm(residual_, options_.transpose);
+    op.shift(Lanes(low, columns_), shifted_.data());
+    return op.residual(rhs_.data(), constant, shifted_.data(), residual_.data(), false);
   }
 
-  // Corrects x until the residual is small enough or no longer falls. Returns the final residual.
-  double refine(Index method, bool& solved) {
+  // Corrects the open columns of x until their residuals are small enough or no longer fall. Closes
+  // those that end at the tolerance or at the rounding level; `reached` are the final residuals.
+  void refine(Method method, Flags& open, Columns& reached) {
     constexpr int kRounds = 8;
-    const double size = norm(rhs_, options_.transpose);
-    double previous = residual(), current = previous;
+    gave_up_ = false;
+    const Operator op = make_operator(false, columns_);
+    Flags going = open;
+    Columns previous = residual(), current = previous, least = previous, target{};
     best_ = x_;
+    bool restored = false;
     for (int round = 0; round < kRounds; ++round) {
-      // Rounding of one product and one subtraction; the last bits are not worth a round.
-      const double floor = 2.0 * kEps * (size + 2.0 * norm(x_, options_.transpose));
-      if (current <= std::max(options_.tol * size, floor)) break;
-      correct(method, std::max(0.5 * options_.tol * size, 0.25 * floor));
-      for (std::size_t i = 0; i < x_.size(); ++i) x_[i] += correction_[i];
-      current = residual();
-      if (current < previous || round == 0) best_ = x_;
-      if (!(current < 0.5 * previous) && (round > 0 || !(current < 1e3 * previous))) {
-        if (!(current < previous)) {
-          x_ = best_;
-          current = residual();
-        }
-        break;
+      const Columns length = op.norms(x_.data(), options_.transpose);
+      Columns keep{}, drop{};
+      for (Index w = 0; w < columns_; ++w) {
+        // Rounding of one product and one subtraction; the last bits are not worth a round.
+        const double floor = 2.0 * kEps * (size_[w] + 2.0 * length[w]);
+        going[w] = going[w] && !(current[w] <= std::max(options_.tol * size_[w], floor));
+        target[w] = std::max(0.5 * options_.tol * size_[w], 0.25 * floor);
+        keep[w] = going[w] ? 1.0 : 0.0;
+        drop[w] = going[w] ? 0.0 : -1.0;
       }
-      previous = current;
+      if (!any(going) || gave_up_) break;
+      if (std::count(drop.begin(), drop.begin() + columns_, -1.0) > 0) {
+        const std::vector<double> all = residual_;
+        op.add(Lanes(drop, columns_), all.data(), residual_.data());
+      }
+      correct(method, target, going);
+      op.add(Lanes(keep, columns_), correction_.data(), x_.data());
+      current = residual();
+      for (Index w = 0; w < columns_; ++w) {
+        if (!going[w]) continue;
+        const bool better = current[w] < least[w];
+        if (better) {
+          least[w] = current[w];
+          copy_column(w, x_, best_);
+        }
+        if (!(current[w] < 0.5 * previous[w]) && (round > 0 || !(current[w] < 1e3 * previous[w]))) {
+          going[w] = false;
+          if (!better) {
+            copy_column(w, best_, x_);
+            restored = true;
+          }
+        }
+        previous[w] = current[w];
+      }
     }
+    if (restored) current = residual();
     const double units = 16.0 + model_.additions() + 0.25 * static_cast<double>(model_.actions);
-    const double floor = units * kEps * (size + 2.0 * norm(x_, options_.transpose));
-    solved = current <= std::max(options_.tol * size, floor);
-    return current;
+    const Columns length = op.norms(x_.data(), options_.transpose);
+    for (Index w = 0; w < columns_; ++w) {
+      if (!open[w]) continue;
+      const double floor = units * kEps * (size_[w] + 2.0 * length[w]);
+      reached[w] = current[w];
+      open[w] = !(current[w] <= std::max(options_.tol * size_[w], floor));
+    }
   }
 
-  // correction ≈ A⁻¹ residual
-  void correct(Index method, double target) {
+  void copy_column(Index w, const std::vector<double>& from, std::vector<double>& to) const {
+    for (std::size_t i = static_cast<std::size_t>(w); i < from.size(); i += columns_)
+      to[i] = from[i];
+  }
+
+  // correction ≈ A⁻¹ residual, in the columns that are going
+  void correct(Method method, const Columns& target, const Flags& going) {
     if (method == kDirect) {
       factor();
       correction_ = residual_;
-      elimination_->solve(correction_.data(), options_.transpose);
+      elimination_->solve(correction_.data(), options_.transpose, columns_);
       return;
     }
-    const PolicyOperator<Matrix> op(matrix_, discount_, options_.transpose, deflate_, team_,
-                                    interrupt_);
-    const double mean = deflate_ ? op.remove_mean(residual_.data()) : 0.0;
+    const Operator op = make_operator(deflate_, columns_);
+    Columns mean{};
+    if (deflate_) mean = op.remove_mean(residual_.data());
     const Index given = options_.max_iterations;
     if (method == kRichardson) {
       const double all = std::min(1e7, 40.0 / (1.0 - discount_) + 100.0);
-      richardson(op, target, given > 0 ? given : static_cast<Index>(all));
+      richardson(op, target, going, given > 0 ? given : static_cast<Index>(all));
     } else {
-      const Index limit = given > 0 ? given : 2000;
-      // Max norm and 1-norm against the 2-norm of the recursions.
-      const double root = std::sqrt(static_cast<double>(x_.size()));
-      const double target2 = options_.transpose ? target / root : target;
-      KrylovResult result = bicgstab(op, residual_, correction_, target2, limit);
-      if (!(result.residual <= target2) && result.products < limit) {
-        std::vector<double> rest(x_.size());
-        op(correction_, rest);
-        for (std::size_t i = 0; i < rest.size(); ++i) rest[i] = residual_[i] - rest[i];
-        gmres(op, std::move(rest), correction_, target2, limit - result.products);
-      }
+      krylov(op, target, going, given > 0 ? given : 2000);
     }
     // For A itself the constant removed from the residual, and the one left by the compressed
     // solve, are both exact multiples of an eigenvector.
     if (deflate_ && !options_.transpose) {
-      std::vector<double> image(x_.size());
-      PolicyOperator<Matrix>(matrix_, discount_, false, false, team_, interrupt_)(correction_,
-                                                                                  image);
-      double sum = 0.0;
-      for (const double e : image) sum += e;
-      const double constant = (mean - sum / static_cast<double>(x_.size())) / (1.0 - discount_);
-      for (double& e : correction_) e += constant;
+      shifted_.resize(x_.size());
+      Columns sum = op.image(correction_.data(), shifted_.data());
+      for (Index w = 0; w < columns_; ++w)
+        sum[w] = (sum[w] / static_cast<double>(model_.states) - mean[w]) / (1.0 - discount_);
+      op.shift(Lanes(sum, columns_), correction_.data());
+    }
+  }
+
+  void krylov(const Operator& op, const Columns& target, const Flags& going, Index limit) {
+    // Max norm and 1-norm against the 2-norm of the recursions.
+    const double root = std::sqrt(static_cast<double>(model_.states));
+    Columns target2{};
+    for (Index w = 0; w < columns_; ++w)
+      target2[w] = options_.transpose ? target[w] / root : target[w];
+    std::array<KrylovResult, kMostColumns> results{};
+    bicgstab(op, residual_, correction_, target2, limit, results);
+    Index products = 0;
+    for (const KrylovResult& result : results) products = std::max(products, result.products);
+    products_ += products;
+    const Operator single = make_operator(deflate_, 1);
+    const std::size_t n = static_cast<std::size_t>(model_.states);
+    std::vector<double> x(n), rest(n);
+    for (Index w = 0; w < columns_; ++w) {
+      if (!going[w] || results[w].residual <= target2[w] || results[w].products >= limit) continue;
+      for (std::size_t i = 0; i < n; ++i) x[i] = correction_[i * columns_ + w];
+      single(x, rest);
+      for (std::size_t i = 0; i < n; ++i) rest[i] = residual_[i * columns_ + w] - rest[i];
+      products_ += gmres(single, rest, x, target2[w], limit - results[w].products).products;
+      for (std::size_t i = 0; i < n; ++i) correction_[i * columns_ + w] = x[i];
     }
   }
 
   // Σ_j (γP_π)^j r while it contracts well: gives up once the measured rate predicts more products
-  // than a Krylov method is likely to need.
-  void richardson(const PolicyOperator<Matrix>& op, double target, Index limit) {
+  // than a Krylov method is likely to need. Nothing contracts before news has crossed the states,
+  // which takes the diameter of a grid at most on most problems.
+  void richardson(const Operator& op, const Columns& target, const Flags& going, Index limit) {
     constexpr Index kWindow = 32;
     constexpr double kPatience = 4000.0;
+    const Index crossing =
+        kWindow *
+        (1 + static_cast<Index>(2.0 * std::sqrt(static_cast<double>(model_.states))) / kWindow);
     const bool one_norm = options_.transpose;
-    std::vector<double> term = residual_, next(term.size());
+    term_ = residual_;
+    next_.resize(term_.size());
     correction_ = residual_;
-    double window_start = norm(term, one_norm), size = window_start;
+    Columns window = op.norms(term_.data(), one_norm), long_window = window;
     for (Index j = 1; j <= limit; ++j) {
-      op.step(term.data(), next.data());
-      term.swap(next);
-      for (std::size_t i = 0; i < term.size(); ++i) correction_[i] += term[i];
+      op.accumulate(term_.data(), next_.data(), correction_.data());
+      term_.swap(next_);
       if (j % 8 != 0) continue;
-      size = norm(term, one_norm);
-      if (size == 0.0) return;
-      if (j % kWindow != 0) {
-        if (size <= 0.1 * target * (1.0 - discount_)) return;
-        continue;
+      const Columns size = op.norms(term_.data(), one_norm);
+      bool done = true;
+      for (Index w = 0; w < columns_; ++w) {
+        if (!going[w] || size[w] <= 0.1 * target[w] * (1.0 - discount_)) continue;
+        const double rate = std::pow(size[w] / window[w], 1.0 / kWindow);
+        done = done && j % kWindow == 0 && size[w] * rate <= target[w] * (1.0 - rate);
       }
-      const double rate = std::pow(size / window_start, 1.0 / kWindow);
-      window_start = size;
-      if (size * rate <= target * (1.0 - rate)) return;
-      const double predicted = std::log(target * (1.0 - rate) / size) / std::log(rate);
-      if (options_.method != kRichardson && !(rate < 1.0 && predicted < kPatience)) return;
+      if (done) return;
+      if (j % kWindow == 0) window = size;
+      if (j % crossing != 0) continue;
+      for (Index w = 0; w < columns_; ++w) {
+        if (!going[w] || patient_ || options_.method == kRichardson) continue;
+        const double rate = std::pow(size[w] / long_window[w], 1.0 / crossing);
+        const double left = std::log(target[w] * (1.0 - rate) / size[w]) / std::log(rate);
+        if (!(rate < 1.0 && left < kPatience)) gave_up_ = true;
+      }
+      if (gave_up_) return;
+      long_window = size;
     }
   }
 
@@ -274,7 +370,14 @@ class PolicySystem {
   Team& team_;
   Interrupt& interrupt_;
   bool deflate_ = false, factored_ = false;
-  std::vector<double> weight_, defect_, rhs_, x_, best_, correction_, residual_, shifted_;
+  bool gave_up_ = false;  // Richardson, for being slow
+  bool patient_ = false;  // which it may be, as the last resort
+  Method first_ = kAuto;
+  Index columns_ = 1, used_ = 0;  // of the block at work; those in use come first
+  Index products_ = 0;            // with the block, in Krylov methods
+  Columns size_{};                // ‖b‖
+  std::vector<double> weight_, defect_;
+  std::vector<double> rhs_, x_, best_, correction_, residual_, shifted_, term_, next_;
   std::vector<char> closed_;  // whether all that leaves a state arrives somewhere
 };
 

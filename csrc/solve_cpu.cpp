@@ -10,7 +10,7 @@ namespace {
 
 // One solver and the transition it has prepared.
 template <class Solver, class Model>
-struct Bench {
+struct Worker {
   std::unique_ptr<Solver> solver;
   std::unique_ptr<Model> model;
   Index transition = -1;
@@ -25,28 +25,22 @@ struct Bench {
   }
 };
 
-// body(begin, end, worker) over spans of neighbouring problems: a worker that stays on one
-// transition prepares it once.
-template <class Body>
-void spans(Index total, Team& team, double work, Body&& body) {
-  const Index length = std::max<Index>(1, total / (32 * team.size()));
-  team.run((total + length - 1) / length, work, [&](Index item, int worker) {
-    body(item * length, std::min(total, (item + 1) * length), worker);
-  });
-}
-
+// Neighbouring problems go to a worker together: as long as it stays on one transition it prepares
+// that once.
 template <class Solver, class Model, class ModelOf, class Make>
 void solve_all(const Batch& batch, const Solve& request, ModelOf&& model_of, Team& team,
                double work, Interrupt& interrupt, Make&& make) {
   using Real = typename Model::Real;
-  const Index S = batch.states, A = batch.actions;
-  std::vector<Bench<Solver, Model>> workers(team.size());
-  spans(batch.total(), team, work, [&](Index begin, Index end, int worker) {
-    for (Index i = begin; i < end; ++i) {
+  const Index S = batch.states, A = batch.actions, total = batch.total();
+  std::vector<Worker<Solver, Model>> workers(team.size());
+  const Index length = std::max<Index>(1, total / (32 * team.size()));
+  team.run((total + length - 1) / length, work, [&](Index item, int index) {
+    Worker<Solver, Model>& worker = workers[index];
+    for (Index i = item * length; i < std::min(total, (item + 1) * length); ++i) {
       interrupt.check();
-      workers[worker].take(i / batch.problems, model_of, make);
+      worker.take(i / batch.problems, model_of, make);
       Outcome outcome{};
-      const Defect defect = workers[worker].solver->solve(
+      const Defect defect = worker.solver->solve(
           problem_at<Real>(batch, i), request.initial ? request.initial + i * S : nullptr,
           tables_at<Real>(request, i, S, A), outcome);
       if (defect.status != Status::kConverged)
@@ -76,13 +70,15 @@ void solve_general(const Batch& batch, const Solve& request, ModelOf&& model_of,
   using Solver = GeneralSolver<Model>;
   std::unique_ptr<PolicyPattern> pattern;
   if (batch.sparse())
-    pattern = std::make_unique<PolicyPattern>(batch.crow, batch.col, batch.states, batch.actions);
+    pattern = std::make_unique<PolicyPattern>(batch.crow, batch.col, batch.states, batch.actions,
+                                              false, team);
+  const auto prepared = [&](Index n) { return with_pattern(model_of(n), pattern.get()); };
   // Across problems where there are enough of them, else across the states of one.
   Team alone(1);
   const bool across = batch.total() >= team.size();
   Team &outer = across ? team : alone, &within = across ? alone : team;
   const double work = 20.0 * model_of(0).work() * static_cast<double>(batch.total());
-  solve_all<Solver, Model>(batch, request, model_of, outer, work, interrupt, [&] {
+  solve_all<Solver, Model>(batch, request, prepared, outer, work, interrupt, [&] {
     return std::make_unique<Solver>(request, pattern.get(), within, interrupt);
   });
 }

@@ -287,7 +287,7 @@ class SystemWorker {
       System system(model, *matrix_, elimination_, gamma, {true, 0, tol, 0}, team_, interrupt_);
       read(model, rule, i, system);
       double residual;
-      system.solve(slot_.source.data(), slot_.flow.data(), &residual);
+      system.solve(1, slot_.source.data(), slot_.flow.data(), &residual);
       rule.close(i, slot_);
     }
     if (!rule.writes() || rule.deferred()) return;
@@ -315,9 +315,8 @@ class SystemWorker {
           model.row_sums(row0, row1, slot_.inverse_sum.data() + row0, least_.data() + row0);
           model.products(row0, row1, slot_.relative, slot_.expected + row0);
           for (Index j = row0; j < row1; ++j) {
-            double& sum = slot_.inverse_sum[j];
-            sum = sum == 0.0 ? 0.0 : 1.0 / sum;
-            slot_.expected[j] *= sum;
+            slot_.inverse_sum[j] = inverse_row_sum(slot_.inverse_sum[j]);
+            slot_.expected[j] *= slot_.inverse_sum[j];
           }
           system.form(s0, s1, slot_.inverse_sum.data(), slot_.probability.data(), row);
           if (!pulled) continue;
@@ -385,7 +384,8 @@ void solve_vjp(const Batch& batch, const SolveVjp& request, Interrupt& interrupt
       });
     } else {
       std::unique_ptr<PolicyPattern> pattern;
-      if (batch.sparse()) pattern = std::make_unique<PolicyPattern>(batch.crow, batch.col, S, A);
+      if (batch.sparse())
+        pattern = std::make_unique<PolicyPattern>(batch.crow, batch.col, S, A, true, outer);
       const bool across = total >= outer.size();
       Team& within = across ? alone : outer;
       std::vector<std::unique_ptr<SystemWorker<Model>>> workers(across ? outer.size() : 1);
@@ -394,7 +394,7 @@ void solve_vjp(const Batch& batch, const SolveVjp& request, Interrupt& interrupt
         if (!workers[worker])
           workers[worker] =
               std::make_unique<SystemWorker<Model>>(batch, pattern.get(), within, interrupt);
-        workers[worker]->solve(model_of(i / batch.problems), rule, i);
+        workers[worker]->solve(with_pattern(model_of(i / batch.problems), pattern.get()), rule, i);
       };
       if (across)
         outer.run(total, work * static_cast<double>(total), one);

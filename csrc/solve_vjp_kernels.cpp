@@ -177,7 +177,7 @@ void moments(const Real* p, Index rows, Index cols, const double* w, double* inv
       }
     }
     for (Index i = 0; i < count; ++i) {
-      inverse[i0 + i] = found[i] == 0.0 ? 0.0 : 1.0 / found[i];
+      inverse[i0 + i] = inverse_row_sum(found[i]);
       expected[i0 + i] = found[kRows + i] * inverse[i0 + i];
     }
   }

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "csr_kernels.h"
 #include "kernels.h"
 
 namespace birl {
@@ -66,16 +67,20 @@ struct CsrTransition {
   const Index* col;
   Index states, actions;
   Index longest;
+  const PolicyRows* rows = nullptr;  // of the pattern of its policies' matrices, where there is one
 
   Index count() const { return crow[states * actions]; }
   double work() const { return 2.0 * static_cast<double>(count()); }  // a gather costs two
   double additions() const { return static_cast<double>(longest / 4 + 6); }
   Index chunk() const { return std::max<Index>(1, 4096 / actions); }
 
+  // With `rows`, of whole states.
   void products(Index row0, Index row1, const double* w, double* y) const {
-    for (Index row = row0; row < row1; ++row) {
+    if (rows)
+      return csr_kernels().rows<Real>().products(*rows, values, row0 / actions, row1 / actions, w,
+                                                 y);
+    for (Index row = row0; row < row1; ++row)
       y[row - row0] = sparse_dot(values, col, crow[row], crow[row + 1], w);
-    }
   }
   void row_sums(Index row0, Index row1, double* sum, double* least) const {
     for (Index row = row0; row < row1; ++row) {

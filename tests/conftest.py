@@ -22,6 +22,15 @@ def pytest_report_header() -> list[str]:
     return [f"devices: {', '.join(DEVICES + missing)}", f"torch: {torch.__version__}"]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes many gigabytes runs when it is asked for by its marker."""
+    if "large" not in config.option.markexpr:
+        skip = pytest.mark.skip(reason="takes 10 GB of memory: pytest -m large")
+        for item in items:
+            if item.get_closest_marker("large"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test starts from the same generators, whatever ran before it."""

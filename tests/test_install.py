@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "csrc", "birl_ext")
+SOURCES = ("pyproject.toml", "CMakeLists.txt", "cmake", "README.md", "LICENSE", "csrc", "birl_ext")
 
 
 @pytest.fixture

@@ -65,8 +65,22 @@ class Workload(Protocol):
         """The part of an answer in which right answers agree."""
 
 
+class _Placed:
+    """Data type and device of a problem are those of its reward."""
+
+    reward: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.reward.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.reward.device
+
+
 @dataclass(frozen=True, eq=False)
-class DenseProblem:
+class DenseProblem(_Placed):
     """A batch of MDPs with a dense P.
 
     Attributes:
@@ -83,14 +97,6 @@ class DenseProblem:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.reward.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.reward.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.reward.device
 
     @property
     def data(self) -> tuple[Tensor, Tensor, float, float]:
@@ -201,7 +207,7 @@ SLIP = 0.2
 
 
 @dataclass(frozen=True, eq=False)
-class GridProblem:
+class GridProblem(_Placed):
     """A square grid: five actions, five successors, the same ones for every action.
 
     Attributes:
@@ -220,14 +226,6 @@ class GridProblem:
     @property
     def shape(self) -> tuple[int, ...]:
         return (1, *self.reward.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.reward.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.reward.device
 
     @property
     def data(self) -> tuple[Tensor, Tensor, Tensor, float, float]:

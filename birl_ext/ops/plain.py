@@ -15,7 +15,7 @@ from torch import Tensor
 from birl_ext import _native
 from birl_ext.ops import _backends
 from birl_ext.ops._registry import PLAIN, are_plain, is_first_order, nobody_listens
-from birl_ext.ops.solve import Saved, pull_back
+from birl_ext.ops.solve import Saved, pull_back, resolved
 
 __all__ = ["solve"]
 
@@ -48,6 +48,7 @@ class PlainSolve(torch.autograd.Function):
         bars = bars[:5]
         if all(bar is None for bar in bars):
             return (None,) * 5
+        bars = resolved(bars)
         saved, (discount, temperature) = ctx.saved_tensors, ctx.scalars
         wanted, needed = ctx.needs_input_grad[:2]
         needs = (needed, wanted, False, False, False)

@@ -104,6 +104,11 @@ class Saved(NamedTuple):
         return point, trust
 
 
+def resolved(tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """Lazily negated tensors as ordinary ones: the compiled code and its bits are for those."""
+    return tuple(None if tensor is None else tensor.resolve_neg() for tensor in tensors)
+
+
 def pull_back(
     saved: Saved, bars: Sequence[Tensor | None], needs: Sequence[bool], backend: int
 ) -> tuple[Tensor | None, ...]:
@@ -115,6 +120,7 @@ def pull_back(
 
     One compiled call where nothing is to be derived from it again, else differentiable operations.
     """
+    bars, saved = resolved(bars), Saved(*resolved(saved))
     plain = is_first_order() and are_plain([*saved, *(bar for bar in bars if bar is not None)])
     if plain:
         wanted = _backends.solve_vjp(saved, bars, needs, backend)

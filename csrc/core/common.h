@@ -31,6 +31,9 @@ enum class Status : Index {
   kReference = 17,
 };
 
+// 1/σ of a row of P, zero for a row without continuation.
+BIRL_HD double inverse_row_sum(double sigma) { return sigma == 0.0 ? 0.0 : 1.0 / sigma; }
+
 // What solved a problem, in the last column of `info`.
 enum class Kernel : Index {
   kTorch = 0,

@@ -8,6 +8,17 @@
 
 namespace birl::device {
 
+// What a thread keeps for itself between phases.
+template <class Team, class T>
+class OwnRegister {
+ public:
+  __device__ explicit OwnRegister(const Team&) {}
+  __device__ T& operator()(Thread) { return value_; }
+
+ private:
+  T value_;
+};
+
 // One warp is one team, and one block holds one warp: the hardware's block scheduler is the queue
 // of problems, and a problem that is done frees its place at once.
 class WarpTeam {
@@ -15,14 +26,7 @@ class WarpTeam {
   static constexpr int kMaxThreads = kWarp;
 
   template <class T>
-  class Private {
-   public:
-    __device__ explicit Private(const WarpTeam&) {}
-    __device__ T& operator()(Thread) { return value_; }
-
-   private:
-    T value_;
-  };
+  using Private = OwnRegister<WarpTeam, T>;
 
   template <class Phase>
   BIRL_DEVICE void phase(Phase&& f) {
@@ -56,14 +60,7 @@ class BlockTeam {
   static constexpr std::size_t kLargestReduced = 96;
 
   template <class T>
-  class Private {
-   public:
-    __device__ explicit Private(const BlockTeam&) {}
-    __device__ T& operator()(Thread) { return value_; }
-
-   private:
-    T value_;
-  };
+  using Private = OwnRegister<BlockTeam, T>;
 
   template <class Phase>
   BIRL_DEVICE void phase(Phase&& f) {

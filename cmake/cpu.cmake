@@ -1,0 +1,34 @@
+# What the CPU module and its native tests are built of.
+
+# The inner loops are compiled once per instruction set and chosen at run time (csrc/kernels.h).
+# add_cpu_kernels(OPTIONS) sets kernel_objects; OPTIONS is an interface library, and learns whether
+# there is a choice.
+function(add_cpu_kernels options)
+  set(kernel_objects)
+  function(add_kernels isa)
+    set(sources)
+    foreach(source kernels lanes solve_vjp_kernels block_kernels csr_kernels)
+      list(APPEND sources ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/${source}.cpp)
+    endforeach()
+    add_library(birl_kernels_${isa} OBJECT ${sources})
+    target_link_libraries(birl_kernels_${isa} PRIVATE ${options})
+    target_compile_definitions(birl_kernels_${isa} PRIVATE BIRL_ISA=${isa})
+    target_compile_options(birl_kernels_${isa} PRIVATE ${ARGN})
+    set(kernel_objects ${kernel_objects} $<TARGET_OBJECTS:birl_kernels_${isa}> PARENT_SCOPE)
+  endfunction()
+
+  add_kernels(baseline)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+    add_kernels(avx2 -mavx2 -mfma)
+    # GCC 12 sees uninitialised values inside its own AVX-512 header (its bug 105593).
+    add_kernels(avx512 -mavx512f -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512
+      -Wno-uninitialized -Wno-maybe-uninitialized)
+    target_compile_definitions(${options} INTERFACE BIRL_X86_DISPATCH)
+  endif()
+  set(kernel_objects ${kernel_objects} PARENT_SCOPE)
+endfunction()
+
+set(cpu_sources)
+foreach(source bellman_cpu dispatch parallel policy_system_cpu solve_cpu solve_vjp_cpu sparse_cpu)
+  list(APPEND cpu_sources ${CMAKE_CURRENT_LIST_DIR}/../csrc/${source}.cpp)
+endforeach()
