@@ -1,7 +1,6 @@
-// Launchers of the kernels whose team is several blocks: large dense problems and sparse ones.
+// Launchers of the kernels whose team is the whole device: large dense problems and sparse ones.
 // Device pointers; the caller owns all memory and the stream. No launcher synchronises or
-// allocates; cooperative and cluster launches are attributes of cudaLaunchKernelEx, which CUDA
-// captures as kernel nodes ("valid for graph nodes" in driver_types.h since 11.x).
+// allocates.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,21 +10,21 @@
 
 namespace birl {
 
-// Bytes of global memory that a call of this shape works in; only sizes are read, and whether there
-// is a pattern.
+// Bytes of global memory that a call of this shape works in; only sizes are read.
 cudaError_t large_solve_workspace(const DeviceBatch& batch, const WidePattern& pattern,
                                   std::size_t& bytes);
 cudaError_t large_policy_solve_workspace(const DeviceBatch& batch, const WidePattern& pattern,
-                                         Index right_sides, bool transpose, std::size_t& bytes);
+                                         Index right_sides, std::size_t& bytes);
 
-// The fixed point V* = TV* of every problem; any number of states, any device: a cluster of blocks
-// per problem, the whole device on one problem after another, or one block per problem.
-// cudaErrorInvalidValue if a transition has more than 2^31 - 1 rows, here and below.
+// The fixed point V* = TV* of every problem, any number of states: all blocks work on one problem
+// after another, or where there are many each on its own. A sparse batch needs the pattern of P_π.
+// cudaErrorInvalidValue if a transition has more than 2^31 - 1 rows, cudaErrorNotSupported on a
+// device without cooperative launches, here and below.
 cudaError_t launch_large_solve(const DeviceBatch& batch, const DeviceSolve& request,
                                const WidePattern& pattern, void* workspace, cudaStream_t stream);
 
-// (I − γP_π)x = b or its transpose for every right-hand side, by Krylov or Richardson iteration;
-// sparse: `pattern` is needed.
+// (I − γP_π)x = b or its transpose for every right-hand side, by products alone; the pattern is
+// that of P_π, or of its transpose. A system that mixes too slowly gets NaN.
 cudaError_t launch_large_policy_solve(const DeviceBatch& batch, const DevicePolicySolve& request,
                                       const WidePattern& pattern, void* workspace,
                                       cudaStream_t stream);

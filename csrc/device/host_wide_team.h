@@ -21,9 +21,9 @@ template <class Chip_>
 class SerialBlock : public SerialTeam {
  public:
   const Index rank, count;
-  const Chip_& chip;
+  Chip_& chip;
 
-  SerialBlock(Index rank, Index count, const Chip_& chip, int threads, Order order, unsigned seed)
+  SerialBlock(Index rank, Index count, Chip_& chip, int threads, Order order, unsigned seed)
       : SerialTeam(threads, order, seed),
         rank(rank),
         count(count),
@@ -53,11 +53,10 @@ class SerialWide {
  public:
   using Block = SerialBlock<typename Kernel::Chip>;
 
-  SerialWide(const Kernel& kernel, int blocks, int threads, Order order, unsigned seed)
-      : order_(order), random_(seed), memory_(blocks) {
-    for (HostMemory& memory : memory_) chips_.push_back(kernel.lay_out_chip(memory));
+  SerialWide(int blocks, int threads, Order order, unsigned seed) : order_(order), random_(seed) {
+    for (int b = 0; b < blocks; ++b) chips_.push_back(std::make_unique<typename Kernel::Chip>());
     for (int b = 0; b < blocks; ++b)
-      blocks_.push_back(std::make_unique<Block>(b, blocks, chips_[b], threads, order, seed + b));
+      blocks_.push_back(std::make_unique<Block>(b, blocks, *chips_[b], threads, order, seed + b));
     turns_.resize(blocks);
     std::iota(turns_.begin(), turns_.end(), 0);
     if (order == Order::kBackward) std::reverse(turns_.begin(), turns_.end());
@@ -95,8 +94,7 @@ class SerialWide {
  private:
   Order order_;
   std::mt19937 random_;
-  std::vector<HostMemory> memory_;
-  std::vector<typename Kernel::Chip> chips_;
+  std::vector<std::unique_ptr<typename Kernel::Chip>> chips_;
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<int> turns_;
 };
@@ -105,9 +103,9 @@ template <class Chip_>
 class ThreadBlock : public ThreadTeam {
  public:
   const Index rank, count;
-  const Chip_& chip;
+  Chip_& chip;
 
-  ThreadBlock(Index rank, Index count, const Chip_& chip, ThreadTeam::Shared& shared, Thread thread)
+  ThreadBlock(Index rank, Index count, Chip_& chip, ThreadTeam::Shared& shared, Thread thread)
       : ThreadTeam(shared, thread), rank(rank), count(count), chip(chip) {}
 
   template <int kLanes, class F>
@@ -134,7 +132,7 @@ class ThreadWide {
     std::vector<unsigned char> reduced[2];
   };
 
-  ThreadWide(Shared& shared, Index block, Index blocks, const typename Kernel::Chip& chip,
+  ThreadWide(Shared& shared, Index block, Index blocks, typename Kernel::Chip& chip,
              ThreadTeam::Shared& inner, Thread thread)
       : shared_(shared), block_(block, blocks, chip, inner, thread), first_(thread.rank == 0) {}
 
@@ -190,8 +188,8 @@ struct WideRun {
 template <class Kernel>
 void run_wide_serial(const Kernel& kernel, Index items, const WideRun& how) {
   HostMemory common;
-  const auto arrays = kernel.lay_out(common, common);
-  SerialWide<Kernel> team(kernel, how.blocks, how.threads, how.order, how.seed);
+  const auto arrays = kernel.lay_out(common);
+  SerialWide<Kernel> team(how.blocks, how.threads, how.order, how.seed);
   for (Index item = 0; item < items; ++item) kernel.run(team, arrays, item);
 }
 
@@ -205,18 +203,17 @@ template <class Kernel>
 Passed run_wide_threads(const Kernel& kernel, Index items, int blocks, int threads,
                         int skipped = -1, bool inner = false) {
   HostMemory common;
-  const auto arrays = kernel.lay_out(common, common);
+  const auto arrays = kernel.lay_out(common);
   typename ThreadWide<Kernel>::Shared shared(blocks, threads, inner ? -1 : skipped);
-  std::vector<HostMemory> memory(blocks);
-  std::vector<typename Kernel::Chip> chips;
+  std::vector<std::unique_ptr<typename Kernel::Chip>> chips;
   std::vector<std::unique_ptr<ThreadTeam::Shared>> within;
   for (int b = 0; b < blocks; ++b) {
-    chips.push_back(kernel.lay_out_chip(memory[b]));
+    chips.push_back(std::make_unique<typename Kernel::Chip>());
     within.push_back(std::make_unique<ThreadTeam::Shared>(threads, inner ? skipped : -1));
   }
   Passed passed{};
   const auto work = [&](int b, int rank) {
-    ThreadWide<Kernel> team(shared, b, blocks, chips[b], *within[b], {rank, threads});
+    ThreadWide<Kernel> team(shared, b, blocks, *chips[b], *within[b], {rank, threads});
     for (Index item = 0; item < items; ++item) kernel.run(team, arrays, item);
     if (b == 0 && rank == 0) passed = {team.barriers(), team.block_barriers()};
   };

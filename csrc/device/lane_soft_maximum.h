@@ -54,9 +54,6 @@ struct LaneSoftMaximum {
  private:
   static constexpr double kHuge = __builtin_huge_val();
 
-  // NaN wins.
-  BIRL_DEVICE static double higher(double x, double y) { return y > x || y != y ? y : x; }
-
   BIRL_DEVICE double scaled(Index a) const {
     if (masked(a)) return -kHuge;
     const double x = (q[a] - best) * inverse;

@@ -2,9 +2,10 @@
 //
 //   g.each(f)          f(lane) in every lane, then what they wrote is visible to all of them;
 //   g.sums(out, f)     out[j] = Σ over lanes of part[j] as left by f(lane, part);
+//   g.largest(out, f)  the largest part[j] >= 0 instead, or NaN;
 //   g.join<T>(f, join) join of f(lane) over the lanes.
-// The last two hand their result to every lane. A sum is always the same butterfly over the lanes,
-// so its bits depend on kLanes and on nothing else; the host double adds in that order too.
+// The last three hand their result to every lane. A sum is always the same butterfly over the
+// lanes, so its bits depend on kLanes and on nothing else; the host double adds in that order too.
 //
 // rank and count number the groups of a block, place and places those of a whole team: a loop
 // `for (i = g.place; i < n; i += g.places)` deals n things to them.
@@ -19,6 +20,9 @@
 #endif
 
 namespace birl::device {
+
+// NaN wins.
+BIRL_DEVICE double higher(double x, double y) { return y > x || y != y ? y : x; }
 
 #if defined(__CUDACC__)
 
@@ -49,6 +53,19 @@ class Lanes {
     for (int distance = kLanes / 2; distance > 0; distance /= 2) {
       BIRL_UNROLL
       for (int j = 0; j < kCount; ++j) out[j] += __shfl_xor_sync(mask(), out[j], distance, kWarp);
+    }
+  }
+
+  template <int kCount, class F>
+  BIRL_DEVICE void largest(double (&out)[kCount], F&& f) const {
+    BIRL_UNROLL
+    for (int j = 0; j < kCount; ++j) out[j] = 0.0;
+    f(lane(), out);
+    BIRL_UNROLL
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+      BIRL_UNROLL
+      for (int j = 0; j < kCount; ++j)
+        out[j] = higher(out[j], __shfl_xor_sync(mask(), out[j], distance, kWarp));
     }
   }
 
@@ -100,6 +117,16 @@ class Lanes {
       for (int lane = 0; lane < distance; ++lane)
         for (int j = 0; j < kCount; ++j) part[lane][j] += part[lane + distance][j];
     for (int j = 0; j < kCount; ++j) out[j] = part[0][j];
+  }
+
+  template <int kCount, class F>
+  void largest(double (&out)[kCount], F&& f) const {
+    double part[kLanes][kCount] = {};
+    for (const int lane : order_) f(lane, part[lane]);
+    for (int j = 0; j < kCount; ++j) {
+      out[j] = part[0][j];
+      for (int lane = 1; lane < kLanes; ++lane) out[j] = higher(out[j], part[lane][j]);
+    }
   }
 
   template <class T, class F, class Join>

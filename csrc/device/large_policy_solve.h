@@ -1,110 +1,78 @@
-// (I − γP_π) x = b or its transpose for one large problem (n, g), up to kMostColumns right-hand
-// sides at once, by a team of several blocks; the method of policy_system_cpu.cpp: corrections by
-// Richardson iteration from the exact mass, or by BiCGStab with the constant mode taken out, each
-// judged by a residual computed afresh (M13), until it meets the tolerance or falls no further.
+// (I − γP_π) x = b or its transpose for one large problem (n, g), kRight right-hand sides at once,
+// by a team of several blocks: x += Σ_j M^j r with M = γP_π or its transpose and r = b − (I − M)x,
+// until r, computed afresh each time (M13), meets the tolerance or falls no further.
 //
-// Who owns what: P_π is formed once, in double precision, block by block as in large_solve.h; a
-// product reads it once for four right-hand sides (dense: K/4 times in all, from L2 where S²
-// numbers fit there). Rows of P_π: a warp two rows (CSR: a few lanes one). Columns, dense: a warp
-// 32 of them and a slice of the states, whose parts are added in one order; CSR: gathered over the
-// transposed pattern from values laid out for that. So nothing is added atomically, and both
-// directions give the same bits every time. Bytes: P once, P_π (8·S², or 12 per merged entry) per
-// product and four right-hand sides, the vectors about ten times per iteration. Floor on an H200,
-// data sheets: S=1000 2 µs a product and barrier 1.7 µs; 1e6 states on a grid 14 µs. Tensor cores
-// stay unused: DMMA would be as exact, but adds in an order of its own, so the host double could
-// not vouch for its bits, and up to K = 64 it gains at most twofold on sm_80 and sm_90 and nothing
-// elsewhere.
+// Powers of M turn everything into the slow mode, constants or the stationary distribution, which
+// shrinks by γ each time. So the series is closed by t γ/(1−γ) after its last term t = M t', and
+// what that leaves of r is M(t − γt')/(1−γ): where the process mixes, a few products make it small
+// however close γ is to one. Both norms contract, so the size of the residual is known beforehand.
+// Where it mixes slowly the number of products grows up to that of the plain series, and beyond
+// kMostProducts the answer is NaN: the caller has other means.
+//
+// Who owns what: P_π, or its transpose, is formed once, in double precision, block by block, so
+// that every product is by rows, and nothing is added by two. Bytes: P twice (once from memory),
+// the matrix (8·S², or 12 per merged entry) per product of kRight columns, the vectors about six
+// times. Floor on an H200, data sheets: S=4096 25 µs a product, a grid of 1e6 states 14 µs, and 1.7
+// µs for the barrier after each.
 //
 // Invariants: bits depend neither on the team nor on the other right-hand sides; a right-hand side
 // that is not finite makes its own solution NaN and no other.
 #pragma once
 
-#include "device/bicgstab.h"
+#include "device/column_norms.h"
+#include "device/requests.h"
 #include "device/solve_control.h"
 #include "device/wide_rows.h"
 
 namespace birl::device {
 
-constexpr Index kMostColumns = 64;
-
-struct LargePolicySolveArguments {
-  Index problems;          // G: item = n·G + g
-  Index right_sides;       // K
-  const double* policy;    // (N,G,S,A)
-  const double* discount;  // (N,G)
-  const double* rhs;       // (N,G,K,S)
-  double* out;             // (N,G,K,S)
-  double* residual;        // (N,G,K): ‖b − Ax‖∞, or ‖b − Aᵀx‖₁ if transposed
-  bool transpose;
-  Index method;  // 0 auto, 3 Krylov, 5 Richardson with exact mass
-  double tol;    // relative to ‖b‖; 0: as far as rounding allows
-};
-
-// One right-hand side, the same in every block.
+// One right-hand side, the same in every block. Norms are 1-norms if transposed, else max norms.
 struct SystemColumn {
-  double size, length;  // ‖b‖ and ‖x‖
-  double current, previous;
-  double middle;  // constant taken off x in the residual
-  double mean;    // taken off the residual
-  double target;  // of a correction
-  double term, window;
-  int working, keep, revert, solved;
+  double size, length;       // ‖b‖ and ‖x‖
+  double current, previous;  // ‖r‖
+  double middle;             // constant taken off x in the residual
+  double target;             // ‖r‖ at which the series may end
+  double closing;            // what its last term is multiplied with
+  int working, solved, keep, revert;
+  int active, ends;  // the series goes on; it has just ended
 };
 
-template <class Home_>
+template <class Home_, int kRight_>
 struct LargePolicySolve {
   using Home = Home_;
+  static constexpr int kRight = kRight_;
 
   Home home;
-  LargePolicySolveArguments arguments;
+  Index problems;          // G: item = n·G + g
+  const double* discount;  // (N,G)
+  DevicePolicySolve request;
 
   struct Chip {
-    typename Home::Chip rows;
-    KrylovColumn* columns;
-    SystemColumn* systems;
-    double* weight;   // (tile, A) π/σ
-    double* partial;  // (kMostSums, K, pieces) where sums are replicated
+    double discount, additions;
+    int shifts;
+    SystemColumn columns[kRight];
+    double norms[3 * kRight];
   };
   struct Arrays {
-    double *b, *x, *best;  // (S, K)
-    KrylovVectors m;       // (S, K)
-    double* inverse_sum;   // (S, A)
-    double* weight;        // (S, A) where it does not fit on chip
+    double *b, *x, *best, *sum;  // (S, kRight)
+    double* term[2];             // (S, kRight), padded
+    double* partial;
+    double* inverse_sum;  // (S, A)
+    double* weight;       // (S, A) π/σ
     double* matrix;
-    double* transposed;
   };
 
-  BIRL_HD Index width() const {
-    return arguments.right_sides < kMostColumns ? arguments.right_sides : kMostColumns;
-  }
-
   template <class Memory>
-  BIRL_HD Chip lay_out_chip(Memory& own) const {
-    Chip chip{};
-    chip.rows = home.lay_out_chip(own);
-    chip.columns = own.template take<KrylovColumn>(width());
-    chip.systems = own.template take<SystemColumn>(width());
-    if (!home.far_tables) chip.weight = own.template take<double>(home.tile * home.actions);
-    // The last columns may be fewer than `width`, and then sums are replicated that were not.
-    const Index pieces = Pieces(home.states).count, most = kReplicated / home.states;
-    const Index right = most < width() ? most : width();
-    if (right > 0) chip.partial = own.template take<double>(kMostSums * right * pieces);
-    return chip;
-  }
-
-  template <class Common, class Spill>
-  BIRL_HD Arrays lay_out(Common& common, Spill& spill) const {
-    const Index S = home.states, K = width();
+  BIRL_HD Arrays lay_out(Memory& memory) const {
+    const Index S = home.states;
     Arrays m{};
-    double** const vectors[] = {&m.b,        &m.x,   &m.best, &m.m.x, &m.m.r,
-                                &m.m.shadow, &m.m.p, &m.m.v,  &m.m.s, &m.m.t};
-    for (double** const vector : vectors) *vector = common.template take<double>(S * K);
-    if (!sums_replicated(S, K))
-      m.m.partial = common.template take<double>(kMostSums * K * Pieces(S).count);
-    m.inverse_sum = spill.template take<double>(S * home.actions);
-    if (home.far_tables) m.weight = spill.template take<double>(S * home.actions);
-    m.matrix = home.template lay_out_matrix<double>(spill);
-    if (arguments.transpose) m.transposed = home.lay_out_transposed(spill, K);
+    double** const vectors[] = {&m.b, &m.x, &m.best, &m.sum};
+    for (double** const vector : vectors) *vector = memory.template take<double>(S * kRight);
+    for (double*& term : m.term) term = memory.template take<double>(home.padded_states() * kRight);
+    m.partial = memory.template take<double>(3 * kRight * Pieces(S).count);
+    m.inverse_sum = memory.template take<double>(S * home.actions);
+    m.weight = memory.template take<double>(S * home.actions);
+    m.matrix = memory.template take<double>(home.matrix_entries());
     return m;
   }
 
@@ -115,443 +83,332 @@ struct LargePolicySolve {
 // What the rows of P say of the system.
 struct Shape {
   Index deflates;  // whether constants are an eigenvector
-  Index longest;   // entries of the longest row
+  Index longest;   // entries of the matrix's longest row
 
   BIRL_DEVICE static Shape join(const Shape& x, const Shape& y) {
     return {x.deflates && y.deflates ? 1 : 0, x.longest > y.longest ? x.longest : y.longest};
   }
 };
 
-enum class Correction : int { kNone, kKrylov, kRichardson };
+template <int kRight>
+struct ColumnRanges {
+  double low[kRight], high[kRight];
 
-template <class Home, class Team>
+  BIRL_DEVICE static ColumnRanges nothing() {
+    ColumnRanges range;
+    BIRL_UNROLL
+    for (int c = 0; c < kRight; ++c) range.low[c] = kInf, range.high[c] = -kInf;
+    return range;
+  }
+  BIRL_DEVICE static ColumnRanges join(const ColumnRanges& x, const ColumnRanges& y) {
+    ColumnRanges range;
+    BIRL_UNROLL
+    for (int c = 0; c < kRight; ++c) {
+      range.low[c] = smaller(x.low[c], y.low[c]);
+      range.high[c] = larger(x.high[c], y.high[c]);
+    }
+    return range;
+  }
+};
+
+template <class Home, int kRight, class Team>
 class LargePolicySolving {
-  using Problem = LargePolicySolve<Home>;
+  using Problem = LargePolicySolve<Home, kRight>;
   using Block = typename Team::Block;
   using Reading = typename Home::template Reading<Block>;
   using Arrays = typename Problem::Arrays;
+  using Chip = typename Problem::Chip;
+  using Ranges = ColumnRanges<kRight>;
 
  public:
   BIRL_DEVICE LargePolicySolving(const Problem& kernel, Team& team, const Arrays& arrays,
                                  Index item)
-      : home_(kernel.home),
-        given_(kernel.arguments),
+      : kernel_(kernel),
+        home_(kernel.home),
+        request_(kernel.request),
         team_(team),
         m_(arrays),
         item_(item),
+        transition_(item / kernel.problems),
         S_(kernel.home.states),
-        A_(kernel.home.actions),
-        discount_(given_.discount[item]) {}
+        A_(kernel.home.actions) {}
 
   BIRL_DEVICE void run() {
     prepare();
-    for (first_ = 0; first_ < given_.right_sides; first_ += kMostColumns) {
-      const Index left = given_.right_sides - first_;
-      K_ = left < kMostColumns ? left : kMostColumns;
-      begin();
-      const Correction attempts[] = {first_choice(), second_choice()};
-      for (int i = 0; i < 2; ++i)
-        if (attempts[i] != Correction::kNone) refine(attempts[i], i == 1);
+    for (first_ = 0; first_ < request_.right_sides; first_ += kRight) {
+      start();
+      for (int round = 0; residual(round); ++round) correct();
       finish();
     }
   }
 
  private:
-  BIRL_DEVICE Reading reading(Block& block) const {
-    return Reading(home_, block, block.chip.rows, item_ / given_.problems);
-  }
-  BIRL_DEVICE static SystemColumn& system(Block& block, Index k) { return block.chip.systems[k]; }
+  static constexpr int kRounds = 8;
+  static constexpr double kMostProducts = 2e5;
 
-  BIRL_DEVICE Correction first_choice() const {
-    if (given_.method == 3) return Correction::kKrylov;
-    if (given_.method == 5) return Correction::kRichardson;
-    return Home::kSparse ? Correction::kRichardson : Correction::kKrylov;
-  }
-  BIRL_DEVICE Correction second_choice() const {
-    if (given_.method == 3 || given_.method == 5) return Correction::kNone;
-    return Home::kSparse ? Correction::kKrylov : Correction::kRichardson;
-  }
+  BIRL_DEVICE Reading reading(Block& block) const { return Reading(home_, block, transition_); }
 
-  // f(i, k) for every number i of an (S, K) vector, k its column.
+  // f(block, i, c) for every number i of an (S, kRight) vector, c its column.
   template <class F>
   BIRL_DEVICE void each_number(F&& f) {
     team_.step([&](Block& block) {
       block.spread([&](Index first, Index stride) {
-        for (Index i = first; i < S_ * K_; i += stride) f(block, i, i % K_);
+        for (Index i = first; i < S_ * kRight; i += stride)
+          f(block, i, static_cast<int>(i % kRight));
       });
     });
   }
 
-  // A total may still be at work in another block: what it reads can be written only after this.
-  BIRL_DEVICE void settle() {
-    team_.step([](Block&) {});
+  // f(chip, c) for each column of this group, in one thread of every block; whether any said so.
+  template <class F>
+  BIRL_DEVICE bool each_column(F&& f) {
+    return team_.decide([&](Block& block) {
+      int any = 0;
+      for (int c = 0; c < kRight; ++c)
+        if (f(block.chip, c)) any = 1;
+      return any;
+    }) != 0;
   }
 
-  // ---- the matrix -------------------------------------------------------------------------------
-
-  // P_π, and whether constants are an eigenvector: every row continues and π sums to one up to
-  // rounding, of which 1 − γ must not inherit an error.
-  BIRL_STAGE void prepare() {
-    const double* const policy = given_.policy + item_ * S_ * A_;
+  // The matrix, and whether constants are an eigenvector of P_π: every row continues and π sums to
+  // one up to rounding, of which 1 − γ must not inherit an error.
+  BIRL_DEVICE void prepare() {
+    const double* const policy = request_.policy + item_ * S_ * A_;
     const Shape shape = team_.template reduce<Shape>(
         [&](Block& block) {
-          Shape shape{1, 0};
-          Reading rows = reading(block);
-          const auto matrix = rows.matrix(m_.matrix);
-          rows.load();
-          rows.bring(m_.x, 0.0);  // only the rows' sums are wanted
           const Share mine = share_of(S_, block.rank, block.count);
-          for (Index first = mine.begin; first < mine.end; first += home_.tile) {
-            const Index last = first + home_.tile < mine.end ? first + home_.tile : mine.end;
-            double* const weight = home_.far_tables ? m_.weight + first * A_ : block.chip.weight;
-            rows.template rows<true>(first, last, [&](Index row, const auto& sums) {
-              const double inverse = sums[1] == 0.0 ? 0.0 : 1.0 / sums[1];
-              m_.inverse_sum[row] = inverse;
-              weight[row - first * A_] = policy[row] * inverse;
-            });
-            rows.form(first, last, weight, matrix);
-            shape = Shape::join(shape, shape_of(block, rows, policy, first, last));
-          }
-          return shape;
-        },
-        Shape::join);
-    deflate_ = shape.deflates != 0;
-    longest_ = shape.longest;
-    if constexpr (Home::kSparse)
-      if (given_.transpose)
-        team_.step([&](Block& block) {
           Reading rows = reading(block);
-          rows.transpose(rows.matrix(m_.matrix), m_.transposed);
-        });
-  }
-
-  BIRL_DEVICE Shape shape_of(Block& block, const Reading& rows, const double* policy, Index first,
-                             Index last) const {
-    return block.template reduce<Shape>(
-        [&](Thread t) {
-          Shape shape{1, 0};
-          for (Index s = first + t.rank; s < last; s += t.count) {
-            double mass = 0.0, stopping = 0.0;
-            for (Index row = s * A_; row < (s + 1) * A_; ++row) {
-              const Share entries = rows.entries(row);
-              const Index length = entries.end - entries.begin;
-              shape.longest = length > shape.longest ? length : shape.longest;
-              mass += policy[row];
-              if (m_.inverse_sum[row] == 0.0) stopping += policy[row];
-            }
-            if (!(magnitude(mass - 1.0) <= 4.0 * kEps * static_cast<double>(A_)) || stopping != 0.0)
-              shape.deflates = 0;
+          for (Index first = mine.begin; first < mine.end; first += home_.tile()) {
+            const Index last = first + home_.tile() < mine.end ? first + home_.tile() : mine.end;
+            rows.template rows<false, true>(first, last, {},
+                                            [&](Index row, const double (&sums)[2]) {
+                                              m_.inverse_sum[row] = inverse_row_sum(sums[0]);
+                                              m_.weight[row] = policy[row] * m_.inverse_sum[row];
+                                            });
+            rows.form(first, last, m_.weight, m_.matrix);
           }
-          return shape;
+          return block.template reduce<Shape>(
+              [&](Thread t) {
+                Shape found{1, 0};
+                for (Index s = mine.begin + t.rank; s < mine.end; s += t.count) {
+                  const Index length = home_.matrix_row(s);
+                  found.longest = length > found.longest ? length : found.longest;
+                  double mass = 0.0, stopping = 0.0;
+                  for (Index row = s * A_; row < (s + 1) * A_; ++row) {
+                    mass += policy[row];
+                    if (m_.inverse_sum[row] == 0.0) stopping += policy[row];
+                  }
+                  if (!(magnitude(mass - 1.0) <= 4.0 * kEps * static_cast<double>(A_)) ||
+                      stopping != 0.0)
+                    found.deflates = 0;
+                }
+                return found;
+              },
+              Shape::join);
         },
         Shape::join);
+    team_.decide([&](Block& block) {
+      block.chip.discount = kernel_.discount[item_];
+      block.chip.additions = home_.additions(shape.longest);
+      return block.chip.shifts = shape.deflates != 0 && !request_.transpose;
+    });
   }
 
-  // out = A in; or out = (I − A) in, and total += out in columns that are active.
-  BIRL_STAGE void apply(const double* in, double* out, double* total) {
-    const auto take = [&](Block& block, Index i, Index k, double product) {
-      const double image = discount_ * product;
-      out[i] = total ? image : in[i] - image;
-      if (total && block.chip.columns[k].active) total[i] += image;
-    };
-    if (!given_.transpose) {
-      team_.step([&](Block& block) {
-        Reading rows = reading(block);
-        rows.product(rows.matrix(m_.matrix), in, K_, nullptr,
-                     [&](Index s, Index k, double y) { take(block, s * K_ + k, k, y); });
+  BIRL_DEVICE Index valid() const {  // columns of this group that are somebody's
+    const Index left = request_.right_sides - first_;
+    return left < kRight ? left : kRight;
+  }
+
+  // b, and x = 0. Columns beyond the last are zero, and so is the padding of operands.
+  BIRL_DEVICE void start() {
+    each_number([&](Block&, Index i, int c) {
+      m_.b[i] = c < valid() ? request_.rhs[at(i / kRight, c)] : 0.0;
+      m_.x[i] = 0.0;
+    });
+    team_.local([&](Block& block) {
+      block.spread([&](Index first, Index stride) {
+        for (Index i = S_ * kRight + first; i < home_.padded_states() * kRight; i += stride)
+          m_.term[0][i] = m_.term[1][i] = 0.0;
       });
-    } else if constexpr (Home::kSparse) {
-      team_.step([&](Block& block) {
-        reading(block).transposed_product(m_.transposed, in, K_, [&](Index s, Index k, double y) {
-          take(block, s * K_ + k, k, y);
-        });
-      });
-    } else {
-      team_.step([&](Block& block) {
-        Reading rows = reading(block);
-        rows.transposed_slices(rows.matrix(m_.matrix), in, K_, m_.transposed);
-      });
-      const Index slices = Slices(S_).count;
-      each_number([&](Block& block, Index i, Index k) {
-        double sum = 0.0;
-        for (Index slice = 0; slice < slices; ++slice) sum += m_.transposed[slice * S_ * K_ + i];
-        take(block, i, k, sum);
-      });
-    }
+    });
+    each_column([&](Chip& chip, int c) {
+      chip.columns[c] = {};
+      return false;
+    });
   }
 
-  // ---- norms ------------------------------------------------------------------------------------
-
-  // use(block, k, ‖value(block, s, k) over s‖): 1-norm if transposed, else max norm; NaN shows.
-  template <class Value, class Use>
-  BIRL_DEVICE void norms(Value&& value, Use&& use) {
-    const auto one = [&](Block& block, Index k, const double (&total)[1]) {
-      use(block, k, total[0]);
-    };
-    if (given_.transpose)
-      column_totals<Sum, 1>(
-          team_, S_, K_, m_.m.partial,
-          [&](Block& block, Index s, Index k, double (&part)[1]) {
-            Sum::add(part[0], magnitude(value(block, s, k)));
-          },
-          one);
-    else
-      column_totals<Largest, 1>(
-          team_, S_, K_, m_.m.partial,
-          [&](Block& block, Index s, Index k, double (&part)[1]) {
-            Largest::add(part[0], magnitude(value(block, s, k)));
-          },
-          one);
+  BIRL_DEVICE Index at(Index s, int c) const {  // in an array (N, G, K, S)
+    return (item_ * request_.right_sides + first_ + c) * S_ + s;
   }
 
-  // use(block, k, Σ_s x(s, k))
-  template <class Use>
-  BIRL_DEVICE void sums(const double* x, Use&& use) {
-    column_totals<Sum, 1>(
-        team_, S_, K_, m_.m.partial,
-        [&](Block&, Index s, Index k, double (&part)[1]) { part[0] += x[s * K_ + k]; },
-        [&](Block& block, Index k, const double (&total)[1]) { use(block, k, total[0]); });
-  }
-
-  // ---- one group of columns ---------------------------------------------------------------------
-
-  BIRL_DEVICE Index at(Index i, Index k) const {  // of number i of column k, where (K, S) is meant
-    return (item_ * given_.right_sides + first_ + k) * S_ + i / K_;
-  }
-
-  // b, its norm, and the part of x along the slow mode, which is known beforehand: the constant
-  // that carries the mean of b, or for the transpose the total mass Σb/(1−γ), spread like |b|.
-  BIRL_STAGE void begin() {
-    each_number([&](Block&, Index i, Index k) { m_.b[i] = given_.rhs[at(i, k)]; });
-    norms([&](Block&, Index s, Index k) { return m_.b[s * K_ + k]; },
-          [&](Block& block, Index k, double norm) {
-            system(block, k) = {};
-            system(block, k).size = norm;
-          });
-    column_totals<Sum, 2>(
-        team_, S_, K_, m_.m.partial,
-        [&](Block&, Index s, Index k, double (&part)[2]) {
-          part[0] += m_.b[s * K_ + k];
-          part[1] += magnitude(m_.b[s * K_ + k]);
+  // The smallest and largest number of each column of x.
+  BIRL_DEVICE Ranges ranges() {
+    return team_.template reduce<Ranges>(
+        [&](Block& block) {
+          return block.template reduce<Ranges>(
+              [&](Thread t) {
+                const Share mine = share_of(S_, block.rank, block.count);
+                Ranges range = Ranges::nothing();
+                for (Index s = mine.begin + t.rank; s < mine.end; s += t.count) {
+                  BIRL_UNROLL
+                  for (int c = 0; c < kRight; ++c) {
+                    range.low[c] = smaller(range.low[c], m_.x[s * kRight + c]);
+                    range.high[c] = larger(range.high[c], m_.x[s * kRight + c]);
+                  }
+                }
+                return range;
+              },
+              Ranges::join);
         },
-        [&](Block& block, Index k, const double (&total)[2]) {
-          const double mass = total[0] / (1.0 - discount_);
-          const double spread = given_.transpose ? total[1] : static_cast<double>(S_);
-          system(block, k).mean = deflate_ && spread > 0.0 ? mass / spread : 0.0;
-        });
-    each_number([&](Block& block, Index i, Index k) {
-      m_.x[i] = system(block, k).mean * (given_.transpose ? magnitude(m_.b[i]) : 1.0);
-    });
+        Ranges::join);
   }
 
-  // r := b − Ax and its norm. Where every row continues A(α + z) = (1 − γ)α + Az is used as it
-  // stands, so that a large constant α in x does not drown the rest.
-  BIRL_STAGE void residuals() {
-    const bool shifts = deflate_ && !given_.transpose;
-    sums(m_.x, [&](Block& block, Index k, double sum) {
-      system(block, k).middle = shifts ? sum / static_cast<double>(S_) : 0.0;
-    });
-    each_number(
-        [&](Block& block, Index i, Index k) { m_.m.p[i] = m_.x[i] - system(block, k).middle; });
-    apply(m_.m.p, m_.m.v, nullptr);
-    each_number([&](Block& block, Index i, Index k) {
-      m_.m.r[i] = (m_.b[i] - (1.0 - discount_) * system(block, k).middle) - m_.m.v[i];
-    });
-    norms([&](Block&, Index s, Index k) { return m_.x[s * K_ + k]; },
-          [&](Block& block, Index k, double norm) { system(block, k).length = norm; });
-    norms([&](Block&, Index s, Index k) { return m_.m.r[s * K_ + k]; },
-          [&](Block& block, Index k, double norm) { system(block, k).current = norm; });
-  }
-
-  // Corrects x until the residual is small enough or no longer falls.
-  BIRL_STAGE void refine(Correction method, bool last) {
-    constexpr int kRounds = 8;
-    for (int round = 0;; ++round) {
-      residuals();
-      const bool more = team_.decide([&](Block& block) {
-        int working = 0;
-        for (Index k = 0; k < K_; ++k) {
-          judge(system(block, k), round, round == kRounds);
-          block.chip.columns[k].active = system(block, k).working;
-          working = working || system(block, k).working;
+  // r := b − (I − M)x, into term[0] and the sum of the series; whether it wants correcting. Where
+  // constants are an eigenvector (I − M)(α + z) = (1 − γ)α + (I − M)z is used as it stands, so that
+  // a large constant α in x does not drown the rest.
+  BIRL_DEVICE bool residual(int round) {
+    if (team_.decide([](Block& block) { return block.chip.shifts; })) {
+      const Ranges range = ranges();
+      team_.decide([&](Block& block) {
+        BIRL_UNROLL
+        for (int c = 0; c < kRight; ++c) {
+          const double middle = 0.5 * (range.low[c] + range.high[c]);
+          block.chip.columns[c].middle = is_finite(middle) ? middle : 0.0;
         }
-        return working;
-      }) != 0;
-      settle();
-      each_number([&](Block& block, Index i, Index k) {
-        if (system(block, k).keep) m_.best[i] = m_.x[i];
-        if (system(block, k).revert) m_.x[i] = m_.best[i];
+        return 0;
       });
-      if (!more) return;
-      correct(method, last);
     }
+    each_number([&](Block& block, Index i, int c) {
+      m_.term[1][i] = m_.x[i] - block.chip.columns[c].middle;
+    });
+    multiply(m_.term[1], [&](Block& block, Index i, int c, double y) {
+      const double constant = (1.0 - block.chip.discount) * block.chip.columns[c].middle;
+      m_.term[0][i] = (m_.b[i] - constant) - (m_.term[1][i] - y);
+    });
+    column_norms<3, kRight>(
+        team_, S_, request_.transpose, m_.partial,
+        [&](Index s, Index c, double (&norm)[3]) {
+          const Index i = s * kRight + c;
+          norm[0] = magnitude(m_.b[i]), norm[1] = magnitude(m_.x[i]);
+          norm[2] = magnitude(m_.term[0][i]);
+        },
+        [](Block& block) { return block.chip.norms; });
+    const bool more = each_column([&](Chip& chip, int c) {
+      SystemColumn& column = chip.columns[c];
+      column.size = chip.norms[3 * c];
+      column.length = chip.norms[3 * c + 1];
+      column.current = chip.norms[3 * c + 2];
+      judge(column, chip.additions, round);
+      return column.working;
+    });
+    each_number([&](Block& block, Index i, int c) {
+      const SystemColumn& column = block.chip.columns[c];
+      if (column.keep) m_.best[i] = m_.x[i];
+      if (column.revert) m_.x[i] = m_.best[i];
+      m_.sum[i] = m_.term[0][i];
+    });
+    return more;
+  }
+
+  // take(block, i, c, M in) for every number of the block's own states.
+  template <class Take>
+  BIRL_DEVICE void multiply(const double* in, Take&& take) {
+    team_.step([&](Block& block) {
+      reading(block).template product<kRight>(
+          m_.matrix, in, [&](Index s, const double (&y)[kRight]) {
+            BIRL_UNROLL
+            for (int c = 0; c < kRight; ++c)
+              take(block, s * kRight + c, c, block.chip.discount * y[c]);
+          });
+    });
   }
 
   // What becomes of a column now that its residual is known.
-  BIRL_DEVICE void judge(SystemColumn& c, int round, bool enough) const {
-    c.keep = c.revert = 0;
-    if (c.solved || (round > 0 && !c.working)) return;
-    const bool improved = round == 0 || c.current < c.previous;
-    const bool fell = round == 0 || c.current < 0.5 * c.previous;
-    // A first correction may make things worse and still lead on.
-    const bool tolerated = round == 1 && c.current < 1e3 * c.previous;
-    c.keep = improved || tolerated;
-    c.revert = !c.keep;
-    if (c.revert) c.current = c.previous;
+  BIRL_DEVICE void judge(SystemColumn& column, double additions, int round) const {
+    column.keep = column.revert = 0;
+    if (round > 0 && !column.working) return;
+    const bool improved = round == 0 || column.current < column.previous;
+    const bool fell = round == 0 || column.current < 0.5 * column.previous;
+    column.keep = improved;
+    column.revert = !improved;
+    if (column.revert) column.current = column.previous;
     // Rounding of one product and one subtraction; the last bits are not worth a round.
-    const double floor = 2.0 * kEps * (c.size + 2.0 * c.length);
-    const double units = 16.0 + home_.additions(longest_) + 0.25 * static_cast<double>(A_);
-    const double wanted = larger(given_.tol * c.size, floor);
-    c.working = c.current > wanted && is_finite(c.current) && (fell || tolerated) && !enough;
-    c.solved = c.current <= larger(given_.tol * c.size, 0.5 * units * floor) && !c.working;
-    c.target = larger(0.5 * given_.tol * c.size, 0.25 * floor);
-    c.previous = c.current;
+    const double floor = 2.0 * kEps * (column.size + 2.0 * column.length);
+    const double units = 16.0 + additions + 0.25 * static_cast<double>(A_);
+    const double wanted = larger(request_.tol * column.size, floor);
+    column.working =
+        column.current > wanted && is_finite(column.current) && fell && round < kRounds;
+    column.solved = column.current <= larger(request_.tol * column.size, 0.5 * units * floor);
+    column.target = larger(0.5 * request_.tol * column.size, 0.25 * floor);
+    column.previous = column.current;
+    column.active = column.working;
+    column.ends = 0;
   }
 
-  // x += A⁻¹ r, roughly, in the columns that work.
-  BIRL_STAGE void correct(Correction method, bool last) {
-    const double n = static_cast<double>(S_);
-    sums(m_.m.r, [&](Block& block, Index k, double sum) {
-      system(block, k).mean = deflate_ ? sum / n : 0.0;
-    });
-    settle();
-    each_number([&](Block& block, Index i, Index k) { m_.m.r[i] -= system(block, k).mean; });
-    if (method == Correction::kKrylov)
-      krylov();
-    else
-      richardson(last);
-    // For A itself the constant removed from the residual, and the one that the compressed solve
-    // leaves, are both exact multiples of an eigenvector.
-    if (deflate_ && !given_.transpose) {
-      apply(m_.m.x, m_.m.v, nullptr);
-      sums(m_.m.v, [&](Block& block, Index k, double sum) {
-        system(block, k).mean = (system(block, k).mean - sum / n) / (1.0 - discount_);
+  // x += Σ_j M^j r in the columns that work; r is in term[0] and in the sum.
+  BIRL_DEVICE void correct() {
+    for (Index j = 1;; ++j) {
+      // Not by subscript: that would put the pointers in local memory.
+      const double* const term = j % 2 == 1 ? m_.term[0] : m_.term[1];
+      double* const next = j % 2 == 1 ? m_.term[1] : m_.term[0];
+      multiply(term, [&](Block&, Index i, int, double y) {
+        next[i] = y;
+        m_.sum[i] += y;
       });
-    }
-    // For the transpose it is mass that the recursions have lost, spread as in `begin`.
-    each_number([&](Block& block, Index i, Index k) {
-      const SystemColumn& c = system(block, k);
-      if (!c.working) return;
-      const double lost =
-          given_.transpose ? lost_mass(c, n) * (magnitude(m_.b[i]) / c.size) : c.mean;
-      m_.x[i] += m_.m.x[i] + (deflate_ ? lost : 0.0);
-    });
-  }
-
-  // What Σr says is missing from Σx, unless it is no more than the rounding of r.
-  BIRL_DEVICE double lost_mass(const SystemColumn& c, double n) const {
-    const double sum = c.mean * n;
-    return magnitude(sum) > 4.0 * kEps * (c.size + 2.0 * c.length) ? sum / (1.0 - discount_) : 0.0;
-  }
-
-  BIRL_STAGE void krylov() {
-    // Max norm and 1-norm against the 2-norm of the recursion.
-    const double root = given_.transpose ? __builtin_sqrt(static_cast<double>(S_)) : 1.0;
-    column_totals<Sum, 1>(
-        team_, S_, K_, m_.m.partial,
-        [&](Block&, Index s, Index k, double (&part)[1]) {
-          part[0] += m_.m.r[s * K_ + k] * m_.m.r[s * K_ + k];
-        },
-        [&](Block& block, Index k, const double (&total)[1]) {
-          KrylovColumn& column = block.chip.columns[k];
-          column.start = __builtin_sqrt(total[0]);
-          column.target = system(block, k).target / root;
-          column.active = system(block, k).working;
-        });
-    constexpr Index kMostProducts = 2000;
-    bicgstab(team_, S_, K_, deflate_, kMostProducts, m_.m,
-             [&](const double* in, double* out) { apply(in, out, nullptr); });
-  }
-
-  // Σ_j (γP_π)^j r while it contracts well. Constants ride along: for A they only add a constant to
-  // the correction, which `correct` sets right; for the transpose their share stays zero.
-  BIRL_STAGE void richardson(bool last) {
-    constexpr Index kWindow = 32;
-    constexpr double kPatience = 4000.0;
-    each_number([&](Block&, Index i, Index) { m_.m.x[i] = m_.m.p[i] = m_.m.r[i]; });
-    const bool shifts = deflate_ && !given_.transpose;
-    const double n = static_cast<double>(S_);
-    double *term = m_.m.p, *next = m_.m.v;
-    const auto measure = [&] {
-      sums(term, [&](Block& block, Index k, double sum) {
-        system(block, k).middle = shifts ? sum / n : 0.0;
+      if (j % (j < 32 ? 4 : 16) != 0) continue;
+      column_norms<2, kRight>(
+          team_, S_, request_.transpose, m_.partial,
+          [&](Index s, Index c, double (&norm)[2]) {
+            const Index i = s * kRight + c;
+            norm[0] = magnitude(next[i] - kernel_.discount[item_] * term[i]),
+            norm[1] = magnitude(next[i]);
+          },
+          [](Block& block) { return block.chip.norms; });
+      const bool more = each_column([&](Chip& chip, int c) {
+        SystemColumn& column = chip.columns[c];
+        const double odd = chip.norms[2 * c], size = chip.norms[2 * c + 1];
+        const double tail = chip.discount / (1.0 - chip.discount);
+        const double closed = tail * odd, open = chip.discount * size;
+        const bool last = static_cast<double>(j) >= smaller(kMostProducts, 40.0 * tail + 100.0);
+        const double left = smaller(closed, open);
+        // Below its rounding t − γt' tells nothing, and another round tells more.
+        const bool rounding = odd <= (8.0 + chip.additions) * kEps * size;
+        column.ends = column.active && (last || rounding || !(left > column.target));
+        column.closing = closed < open ? tail : 0.0;
+        column.active = column.active && !column.ends;
+        return column.active;
       });
-      norms([&](Block& block, Index s,
-                Index k) { return term[s * K_ + k] - system(block, k).middle; },
-            [&](Block& block, Index k, double norm) { system(block, k).term = norm; });
-    };
-    measure();
-    team_.decide([&](Block& block) {
-      for (Index k = 0; k < K_; ++k) {
-        system(block, k).window = system(block, k).term;
-        block.chip.columns[k].active = system(block, k).working;
-      }
-      return 0;
-    });
-    const Index all = static_cast<Index>(smaller(1e7, 40.0 / (1.0 - discount_) + 100.0));
-    const bool given = given_.method == 5 || last;
-    for (Index j = 1; j <= all; ++j) {
-      apply(term, next, m_.m.x);
-      double* const before = term;
-      term = next;
-      next = before;
-      if (j % 8 != 0) continue;
-      measure();
-      const int more = team_.decide([&](Block& block) {
-        int any = 0;
-        for (Index k = 0; k < K_; ++k) {
-          int& active = block.chip.columns[k].active;
-          SystemColumn& c = system(block, k);
-          if (!active) continue;
-          if (!(c.term > 0.0 && is_finite(c.term))) {
-            active = 0;
-          } else if (j % kWindow != 0) {
-            active = c.term > 0.1 * c.target * (1.0 - discount_);
-          } else {
-            // rate^kWindow is what a window contracts by
-            const double contracted = c.term / c.window;
-            c.window = c.term;
-            const double per_step = log_positive(1.0 / contracted) / static_cast<double>(kWindow);
-            const double rest =
-                c.target * (per_step < 1.0 ? per_step : 1.0);  // ~ target·(1 − rate)
-            const bool slow =
-                !(contracted < 1.0 && log_positive(c.term / rest) < kPatience * per_step);
-            active = c.term > rest && (given || !slow);
-          }
-          any = any || active;
-        }
-        return any;
+      each_number([&](Block& block, Index i, int c) {
+        const SystemColumn& column = block.chip.columns[c];
+        if (column.ends) m_.x[i] += m_.sum[i] + column.closing * next[i];
       });
-      if (!more) break;
+      if (!more) return;
     }
   }
 
-  BIRL_STAGE void finish() {
-    each_number([&](Block& block, Index i, Index k) {
-      const SystemColumn& c = system(block, k);
-      given_.out[at(i, k)] = is_finite(c.current) ? m_.x[i] : kInf - kInf;
-    });
-    team_.step([&](Block& block) {
-      block.spread([&](Index first, Index stride) {
-        for (Index k = first; k < K_; k += stride)
-          given_.residual[item_ * given_.right_sides + first_ + k] = system(block, k).current;
-      });
+  BIRL_DEVICE void finish() {
+    each_number([&](Block& block, Index i, int c) {
+      if (c >= valid()) return;
+      const SystemColumn& column = block.chip.columns[c];
+      request_.out[at(i / kRight, c)] = column.solved ? m_.x[i] : kInf - kInf;
+      if (i / kRight == 0)
+        request_.residual[item_ * request_.right_sides + first_ + c] = column.current;
     });
   }
 
+  const Problem& kernel_;
   const Home& home_;
-  const LargePolicySolveArguments& given_;
+  const DevicePolicySolve& request_;
   Team& team_;
   const Arrays& m_;
-  Index item_, S_, A_, first_ = 0, K_ = 0, longest_ = 0;
-  double discount_;
-  bool deflate_ = false;
+  Index item_, transition_, S_, A_, first_ = 0;
 };
 
-template <class Home>
+template <class Home, int kRight>
 template <class Team>
-BIRL_DEVICE void LargePolicySolve<Home>::run(Team& team, const Arrays& arrays, Index item) const {
-  LargePolicySolving<Home, Team>(*this, team, arrays, item).run();
+BIRL_DEVICE void LargePolicySolve<Home, kRight>::run(Team& team, const Arrays& arrays,
+                                                     Index item) const {
+  LargePolicySolving<Home, kRight, Team>(*this, team, arrays, item).run();
 }
 
 }  // namespace birl::device

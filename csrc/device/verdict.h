@@ -28,10 +28,10 @@ struct Culprit {
   double value;
 };
 
-// `stored` are the transition's entries, reward and reference the problem's.
-template <class Real>
+// stored(k) is the transition's entry k, reward(row) and reference the problem's.
+template <class Stored, class Reward>
 BIRL_DEVICE Culprit culprit(Status verdict, const Findings& found, Index actions, double discount,
-                            double temperature, const Real* stored, const Real* reward,
+                            double temperature, Stored&& stored, Reward&& reward,
                             const double* reference) {
   const Index state = found.reference / (actions + 1);
   switch (verdict) {
@@ -44,11 +44,11 @@ BIRL_DEVICE Culprit culprit(Status verdict, const Findings& found, Index actions
     case Status::kReference:
       return {found.reference - state, reference[found.reference - state]};
     case Status::kNonFiniteReward:
-      return {found.reward, static_cast<double>(reward[found.reward])};
+      return {found.reward, reward(found.reward)};
     case Status::kNonFiniteProbability:
-      return {found.non_finite, static_cast<double>(stored[found.non_finite])};
+      return {found.non_finite, stored(found.non_finite)};
     case Status::kNegativeProbability:
-      return {found.negative, static_cast<double>(stored[found.negative])};
+      return {found.negative, stored(found.negative)};
     default:
       return {found.row, found.row_sum};
   }

@@ -1,13 +1,10 @@
-// Kernels whose team is several blocks: a cluster, or the whole device. layer.h with one more
-// level.
+// Kernels whose team is several blocks. layer.h with one more level.
 //
 // A wide kernel is a plain struct with
 //
-//   template <class Memory> Chip lay_out_chip(Memory& own) const;
-//       each block's arrays in its own shared memory;
-//   template <class Common, class Spill> Arrays lay_out(Common& common, Spill& spill) const;
-//       what all blocks of the team see: `common` is the fast part (a cluster's distributed shared
-//       memory), `spill` the workspace in global memory;
+//   Chip                            what every block keeps in its shared memory;
+//   template <class Memory> Arrays lay_out(Memory& memory) const;
+//       what all blocks of the team see, in the workspace in global memory;
 //   template <class Team> void run(Team& team, const Arrays& arrays, Index item) const;
 //
 // `run` is executed by every thread of every block and is a sequence of
@@ -24,7 +21,7 @@
 //   block.groups<L>(f)       f(g) in every group of L lanes (lanes.h), then a barrier of the block;
 //   block.spread(f)          f(first, stride) in every thread, numbered over the whole team, then a
 //                            barrier of the block;
-//   block.chip               its own arrays.
+//   block.chip               its own Chip.
 //
 // Rules, beside those of layer.h:
 //   1. Between two barriers of the team a block reads of the common arrays what was written before
@@ -34,17 +31,11 @@
 //      barrier.
 //   3. A sum over all states is made of partial sums over pieces that depend on the number of
 //      states alone (Pieces), added in one order by whoever needs the total.
+//   4. A kernel calls each of its stages in one place: everything is inlined into one function, so
+//      that nothing lives in local memory, and code grows with the calls.
 #pragma once
 
 #include "device/lanes.h"
-
-// A stage of a wide kernel: a function of its own, so that each has registers of its own. The call
-// costs nothing next to what it does.
-#if defined(__CUDACC__)
-#define BIRL_STAGE __device__ __noinline__
-#else
-#define BIRL_STAGE inline
-#endif
 
 namespace birl::device {
 
@@ -63,30 +54,23 @@ struct Pieces {
   BIRL_HD Index end(Index piece) const {
     return (piece + 1) * length < states ? (piece + 1) * length : states;
   }
-  // Dependent additions of a total, for rounding bounds.
-  BIRL_HD double additions() const { return static_cast<double>(length / 32 + count / 32) + 12.0; }
 };
 
 // How a wide kernel is launched.
 struct WideGrid {
   unsigned teams, blocks, threads;  // blocks of each team
-  Bytes bytes;                      // of each block on chip, of each team in the workspace
+  std::size_t bytes;                // of each team in the workspace
 
-  std::size_t workspace() const { return bytes.spill * teams; }
+  std::size_t workspace() const { return bytes * teams; }
 };
 
-// What a kernel needs with teams of so many blocks, which share their chips' memory or do not.
+// What a team of so many blocks needs in the workspace.
 template <class Kernel>
-Bytes wide_footprint(const Kernel& kernel, Index blocks, bool shares_chip) {
-  Footprint common, spill, own;
+std::size_t wide_footprint(const Kernel& kernel, Index blocks) {
+  Footprint common;
   common.take<char>(static_cast<Index>(2 * kLargestWide) * blocks);
-  if (shares_chip)
-    kernel.lay_out(common, spill);
-  else
-    kernel.lay_out(common, common);
-  kernel.lay_out_chip(own);
-  if (shares_chip) return {common.bytes() + own.bytes(), spill.bytes()};
-  return {own.bytes(), common.bytes()};
+  kernel.lay_out(common);
+  return common.bytes();
 }
 
 // The states that block `rank` of `count` owns.

@@ -1,11 +1,8 @@
-// The teams of several blocks on a GPU, and the __global__ function that runs every wide kernel.
-// The layer they implement is described in wide_layer.h. Nothing here has run on a GPU yet.
+// The team of several blocks on a GPU, and the __global__ function that runs every wide kernel. The
+// layer it implements is described in wide_layer.h. Nothing here has run on a GPU yet.
 //
-//   WideTeam<GridBarrier>     all blocks of a cooperative launch work on one item after another, or
-//                             every block on items of its own, where that is not to be had;
-//   WideTeam<ClusterBarrier>  one cluster per item (sm_90 and later): what the blocks share lies in
-//                             the shared memory of the cluster's first block, where the others
-//                             reach it as distributed shared memory.
+// All blocks of a cooperative launch work on one item after another, or every block on items of its
+// own: which of the two is known at run time, so that both are one instance of every kernel.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -15,49 +12,14 @@
 
 namespace birl::device {
 
-// Of a cooperative launch, or of teams of one block: which of the two is known at run time, so that
-// both are one instance of every kernel.
-struct GridBarrier {
-  static constexpr bool kSharesChip = false;
-  unsigned blocks_of_a_team;
-
-  BIRL_DEVICE Index block() const { return blockIdx.x % blocks_of_a_team; }
-  BIRL_DEVICE Index blocks() const { return blocks_of_a_team; }
-  BIRL_DEVICE void wait() const {
-    if (blocks_of_a_team == 1)
-      __syncthreads();
-    else
-      cooperative_groups::this_grid().sync();
-  }
-  BIRL_DEVICE char* first_block(char* own) const { return own; }
-};
-
-struct ClusterBarrier {
-  static constexpr bool kSharesChip = true;
-  unsigned blocks_of_a_team;
-
-  BIRL_DEVICE Index blocks() const { return blocks_of_a_team; }
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  BIRL_DEVICE Index block() const { return cooperative_groups::this_cluster().block_rank(); }
-  BIRL_DEVICE void wait() const { cooperative_groups::this_cluster().sync(); }
-  BIRL_DEVICE char* first_block(char* own) const {
-    return cooperative_groups::this_cluster().map_shared_rank(own, 0);
-  }
-#else  // never launched there
-  BIRL_DEVICE Index block() const { return 0; }
-  BIRL_DEVICE void wait() const {}
-  BIRL_DEVICE char* first_block(char* own) const { return own; }
-#endif
-};
-
 template <class Chip>
 class WideBlock : public BlockTeam {
  public:
-  const Index rank, count;
-  const Chip& chip;
+  const unsigned count;
+  const unsigned rank = blockIdx.x % count;
+  Chip& chip;
 
-  BIRL_DEVICE WideBlock(Index rank, Index count, const Chip& chip)
-      : rank(rank), count(count), chip(chip) {}
+  BIRL_DEVICE WideBlock(unsigned count, Chip& chip) : count(count), chip(chip) {}
 
   template <int kLanes, class F>
   BIRL_DEVICE void groups(F&& f) {
@@ -72,18 +34,18 @@ class WideBlock : public BlockTeam {
   }
 };
 
-template <class Barrier, class Chip>
+template <class Chip>
 class WideTeam {
  public:
   using Block = WideBlock<Chip>;
 
-  BIRL_DEVICE WideTeam(const Barrier& barrier, const Chip& chip, char* slots)
-      : barrier_(barrier), block_(barrier.block(), barrier.blocks(), chip), slots_(slots) {}
+  BIRL_DEVICE WideTeam(unsigned blocks, Chip& chip, char* slots)
+      : block_(blocks, chip), slots_(slots) {}
 
   template <class F>
   BIRL_DEVICE void step(F&& f) {
     f(block_);
-    barrier_.wait();
+    wait();
   }
 
   template <class F>
@@ -97,7 +59,7 @@ class WideTeam {
     char* const slots = slots_ + (reductions_++ & 1) * block_.count * kLargestWide;
     const T mine = f(block_);
     if (threadIdx.x == 0) __builtin_memcpy(slots + block_.rank * kLargestWide, &mine, sizeof(T));
-    barrier_.wait();
+    wait();
     return block_.template reduce<T>(
         [&](Thread t) {
           // Every thread starts from a part there is: joining one twice changes nothing.
@@ -119,73 +81,52 @@ class WideTeam {
   }
 
  private:
-  Barrier barrier_;
+  BIRL_DEVICE void wait() const {
+    if (block_.count == 1)
+      __syncthreads();
+    else
+      cooperative_groups::this_grid().sync();
+  }
+
   Block block_;
   char* slots_;
   unsigned reductions_ = 0;
 };
 
-// Workspace: `spill` bytes for each team; on chip: for a cluster what its blocks share, then the
-// block's own arrays.
-template <class Barrier, class Kernel>
+// Workspace: `bytes` for each team.
+template <class Kernel>
 __global__ void __launch_bounds__(BlockTeam::kMaxThreads, 2)
-    run_wide(const __grid_constant__ Kernel kernel, const __grid_constant__ Barrier barrier,
-             Index items, char* workspace, std::size_t spill) {
-  extern __shared__ __align__(16) char shared[];
-  const Index blocks = barrier.blocks();
-  const Index number = blockIdx.x / blocks, teams = gridDim.x / blocks;
-  Arena global(workspace + spill * static_cast<std::size_t>(number));
-  Arena near(Barrier::kSharesChip ? barrier.first_block(shared) : nullptr);
-  Arena& common = Barrier::kSharesChip ? near : global;
+    run_wide(const __grid_constant__ Kernel kernel, unsigned blocks, Index items, char* workspace,
+             std::size_t bytes) {
+  using Chip = typename Kernel::Chip;
+  using Arrays = typename Kernel::Arrays;
+  __shared__ alignas(kAlignment) char memory[sizeof(Chip)];
+  __shared__ alignas(kAlignment) char pointers[sizeof(Arrays)];  // there they take no registers
+  const Index team_number = blockIdx.x / blocks, teams = gridDim.x / blocks;
+  Arena common(workspace + bytes * static_cast<std::size_t>(team_number));
   char* const slots = common.template take<char>(static_cast<Index>(2 * kLargestWide) * blocks);
-  const auto arrays = kernel.lay_out(common, global);
-  std::size_t taken = 0;
-  if (Barrier::kSharesChip) {
-    Footprint needed, ignored;
-    needed.template take<char>(static_cast<Index>(2 * kLargestWide) * blocks);
-    kernel.lay_out(needed, ignored);
-    taken = needed.bytes();
-  }
-  Arena own(shared + taken);
-  const auto chip = kernel.lay_out_chip(own);
-  WideTeam<Barrier, typename Kernel::Chip> team(barrier, chip, slots);
-  if (Barrier::kSharesChip) barrier.wait();  // a block's memory is there once it has started
-  for (Index item = number; item < items; item += teams) kernel.run(team, arrays, item);
-  barrier.wait();  // a block's memory stays until the others are done with it
+  Arrays& arrays = *reinterpret_cast<Arrays*>(pointers);
+  if (threadIdx.x == 0) arrays = kernel.lay_out(common);
+  __syncthreads();
+  WideTeam<Chip> team(blocks, *reinterpret_cast<Chip*>(memory), slots);
+  for (Index item = team_number; item < items; item += teams) kernel.run(team, arrays, item);
 }
 
-template <class Barrier, class Kernel>
-cudaError_t allow_chip(std::size_t bytes) {
-  constexpr std::size_t kWithoutAsking = 48 * 1024;
-  if (bytes <= kWithoutAsking) return cudaSuccess;
-  return cudaFuncSetAttribute(run_wide<Barrier, Kernel>,
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
-
-template <class Barrier, class Kernel>
+template <class Kernel>
 cudaError_t launch_wide(const Kernel& kernel, Index items, const WideGrid& grid, void* workspace,
                         cudaStream_t stream) {
   if (items == 0) return cudaSuccess;
-  const cudaError_t error = allow_chip<Barrier, Kernel>(grid.bytes.chip);
-  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid.teams * grid.blocks);
   config.blockDim = dim3(grid.threads);
-  config.dynamicSmemBytes = grid.bytes.chip;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = grid.blocks > 1 ? 1 : 0;
-  if (Barrier::kSharesChip) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = grid.blocks;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  } else {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  }
-  return cudaLaunchKernelEx(&config, run_wide<Barrier, Kernel>, kernel, Barrier{grid.blocks}, items,
-                            static_cast<char*>(workspace), grid.bytes.spill);
+  return cudaLaunchKernelEx(&config, run_wide<Kernel>, kernel, grid.blocks, items,
+                            static_cast<char*>(workspace), grid.bytes);
 }
 
 }  // namespace birl::device

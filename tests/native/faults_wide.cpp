@@ -7,7 +7,6 @@
 #include <unistd.h>
 
 #include "check.h"
-#include "device/large_policy_solve.h"
 #include "run_large.h"
 #include "systems.h"
 
@@ -56,26 +55,28 @@ int main_of(const std::string& kernel) {
   traits.discount = 0.9;
   traits.successors = 3;
   const Case<double> c = make_case<double>(6, 2, traits, 4);
-  const HostPattern pattern(c);
-  const auto solve = [&](const auto& home, Index method) {
-    return [&c, home, method](int skipped, bool inner) {
+  const HostPattern pattern(c), transposed(c, true);
+  const auto solve = [&](const HostPattern* of) {
+    return [&c, of](int skipped, bool inner) {
       Solution<double> out(c);
-      return run_wide_threads(large_solve(home, c, out, options(method, 0.0, 3)), 1, kBlocks,
-                              kThreads, skipped, inner);
+      return with_kernel(c, of, out, options(0, 0.0, 3), nullptr, [&](const auto& task) {
+        return run_wide_threads(task, 1, kBlocks, kThreads, skipped, inner);
+      });
     };
   };
-  if (kernel == "solve") all_barriers(solve(far_rows(c), 3), "solve", 0);
-  if (kernel == "sparse") all_barriers(solve(wide_csr<4>(c, pattern.view()), 4), "sparse", 2);
+  if (kernel == "solve") all_barriers(solve(nullptr), "solve", 0);
+  if (kernel == "sparse") all_barriers(solve(&pattern), "sparse", 2);
   if (kernel == "policy") {
     const Systems systems = make_systems(c, 2, false, 5);
     std::vector<double> x(systems.rhs.size()), residual(2);
-    const LargePolicySolve<DenseWide<double, false>> task{
-        far_rows(c),
-        {1, 2, systems.policy.data(), c.discount.data(), systems.rhs.data(), x.data(),
-         residual.data(), true, 3, 1e-2}};
+    const birl::DevicePolicySolve request{
+        2, systems.policy.data(), systems.rhs.data(), x.data(), residual.data(), true, 1e-2};
     all_barriers(
         [&](int skipped, bool inner) {
-          return run_wide_threads(task, 1, kBlocks, kThreads, skipped, inner);
+          return with_large_policy_solve(
+              device_batch(c, false), request, transposed.view(), [&](const auto& task) {
+                return run_wide_threads(task, 1, kBlocks, kThreads, skipped, inner);
+              });
         },
         "policy", 8);
   }

@@ -1,6 +1,5 @@
 // The large policy systems against Gaussian elimination in long double.
 #include "check.h"
-#include "device/large_policy_solve.h"
 #include "run_large.h"
 #include "systems.h"
 
@@ -11,16 +10,20 @@ struct Answer {
   std::vector<double> x, residual;
 };
 
-template <class Home, class Real = typename Home::Real>
-Answer answer(const Home& home, const Case<Real>& c, const Systems& systems, bool transpose,
-              Index method = 0, const WideRun& how = {}) {
+template <class Real>
+Answer answer(const Case<Real>& c, const Systems& systems, bool transpose, bool sparse,
+              const WideRun& how = {}) {
   Answer out{std::vector<double>(systems.rhs.size(), -7.0),
              std::vector<double>(c.items() * systems.K, -7.0)};
-  const LargePolicySolve<Home> kernel{
-      home,
-      {c.G, systems.K, systems.policy.data(), c.discount.data(), systems.rhs.data(), out.x.data(),
-       out.residual.data(), transpose, method, 0.0}};
-  run_wide_serial(kernel, c.items(), how);
+  const HostPattern pattern(c, transpose);
+  const birl::DevicePolicySolve request{systems.K,    systems.policy.data(), systems.rhs.data(),
+                                        out.x.data(), out.residual.data(),   transpose,
+                                        0.0};
+  with_large_policy_solve(device_batch(c, sparse), request, pattern.view(),
+                          [&](const auto& kernel) {
+                            run_wide_serial(kernel, c.items(), how);
+                            return 0;
+                          });
   return out;
 }
 
@@ -57,30 +60,19 @@ bool same_bits(const Answer& x, const Answer& y) {
   return test::same_bits(x.x, y.x) && test::same_bits(x.residual, y.residual);
 }
 
-template <class Home, class Real>
-Answer orders(const Home& home, const Case<Real>& c, const Systems& systems, bool transpose,
-              Index method, const std::string& name) {
-  const std::string what =
-      name + (transpose ? " transposed method " : " method ") + std::to_string(method);
-  const Answer found = answer(home, c, systems, transpose, method, {1, 4, Order::kForward, 0});
-  compare(c, systems, transpose, found, what);
-  for (const WideRun& run : {WideRun{3, 4, Order::kBackward, 0}, WideRun{2, 5, Order::kShuffled, 1},
-                             WideRun{7, 3, Order::kShuffled, 2}})
-    expect(same_bits(found, answer(home, c, systems, transpose, method, run)),
-           what + " " + c.name + ": bits depend on the team");
-  return found;
-}
-
 template <class Real>
 void solves(const Case<Real>& c, const Systems& systems) {
-  const HostPattern pattern(c);
   for (const bool transpose : {false, true})
-    for (const Index method : {0, 3, 5}) {
-      const Answer staged = orders(far_rows(c), c, systems, transpose, method, "staged");
-      expect(
-          same_bits(staged, answer(far_rows(c, false, false, true), c, systems, transpose, method)),
-          c.name + ": what is kept on chip changes bits");
-      orders(wide_csr<4>(c, pattern.view()), c, systems, transpose, method, "csr");
+    for (const bool sparse : {false, true}) {
+      const std::string what =
+          std::string(sparse ? "csr" : "dense") + (transpose ? " transposed" : "");
+      const Answer found = answer(c, systems, transpose, sparse, {1, 4, Order::kForward, 0});
+      compare(c, systems, transpose, found, what);
+      for (const WideRun& run :
+           {WideRun{3, 4, Order::kBackward, 0}, WideRun{2, 5, Order::kShuffled, 1},
+            WideRun{7, 3, Order::kShuffled, 2}})
+        expect(same_bits(found, answer(c, systems, transpose, sparse, run)),
+               what + " " + c.name + ": bits depend on the team");
     }
 }
 
@@ -103,28 +95,27 @@ void sizes() {
 void many_columns() {
   const Case<double> c = make_case<double>(9, 2, {}, 3);
   Systems systems = make_systems(c, 70, false, 6);
-  const HostPattern pattern(c);
   for (const bool transpose : {false, true}) {
-    const Answer whole = answer(far_rows(c), c, systems, transpose);
+    const Answer whole = answer(c, systems, transpose, false);
     compare(c, systems, transpose, whole, "seventy");
     Systems one = systems;
     one.K = 1;
     one.rhs.assign(systems.rhs.begin() + 68 * c.S, systems.rhs.begin() + 69 * c.S);
-    const Answer alone = answer(far_rows(c), c, one, transpose);
+    const Answer alone = answer(c, one, transpose, false);
     expect(std::equal(alone.x.begin(), alone.x.end(), whole.x.begin() + 68 * c.S),
            "a column depends on its neighbours");
     Systems spoilt = systems;
     spoilt.rhs[c.S + 2] = INFINITY;
     for (int s = 0; s < c.S; ++s) spoilt.rhs[2 * c.S + s] = 0.0;
-    for (const auto& found : {answer(far_rows(c), c, spoilt, transpose),
-                              answer(wide_csr<4>(c, pattern.view()), c, spoilt, transpose)}) {
+    for (const auto& found :
+         {answer(c, spoilt, transpose, false), answer(c, spoilt, transpose, true)}) {
       for (int s = 0; s < c.S; ++s) {
         expect(std::isnan(found.x[c.S + s]), "a column that is not finite");
         expect(found.x[2 * c.S + s] == 0.0, "a column of zeros");
       }
       expect(!(found.residual[1] <= 1e300), "its residual tells");
     }
-    const Answer beside = answer(far_rows(c), c, spoilt, transpose);
+    const Answer beside = answer(c, spoilt, transpose, false);
     expect(std::equal(beside.x.begin() + 3 * c.S, beside.x.end(), whole.x.begin() + 3 * c.S),
            "it spoils its neighbours");
   }
