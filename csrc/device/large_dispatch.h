@@ -8,8 +8,6 @@
 
 namespace birl::device {
 
-constexpr unsigned kWideThreads = 256;
-
 // One block for each problem keeps the device busy once there are twice as many as processors.
 inline bool one_block_each(const DeviceBatch& batch, const DeviceLimits& limits) {
   return batch.total() >= 2 * static_cast<Index>(limits.processors);

@@ -141,6 +141,7 @@ class LargeSolving {
     if (verdict == Status::kConverged) {
       begin(first);
       const Blame blame = iterate();
+      found = Findings::nothing();  // so that nothing of it was kept meanwhile
       found.row = blame.row;
       found.row_sum = blame.row_sum;
       found.non_finite = blame.non_finite;
@@ -287,34 +288,31 @@ class LargeSolving {
     }
   }
 
+  // Scalars and pointers are fetched again behind each barrier rather than kept in registers.
   BIRL_DEVICE PassRange pass(bool inspect) {
-    const double* const from = image(now_);
-    double* const to = image(1 - now_);
     return team_.template reduce<PassRange>(
         [&](Block& block) {
           const Share mine = own(block);
-          const double middle = block.chip.control.middle;
-          const double constant = (1.0 - discount()) * block.chip.control.c;
-          const bool forms = block.chip.control.forms_matrix();
-          Reading rows = reading(block);
           for (Index first = mine.begin; first < mine.end; first += home_.tile()) {
             const Index last = first + home_.tile() < mine.end ? first + home_.tile() : mine.end;
+            const Shifted w{image(now_), block.chip.control.middle};
             if (inspect)
-              rows.template rows<true, true>(
-                  first, last, {from, middle}, [&](Index row, const double (&sums)[3]) {
+              reading(block).template rows<true, true>(
+                  first, last, w, [&](Index row, const double (&sums)[3]) {
                     m_.inverse_sum[row] = inverse(sums[1], sums[2]);
                     m_.q[row] = reward(row) + discount() * (sums[0] * m_.inverse_sum[row]);
                   });
             else
-              rows.template rows<true, false>(
-                  first, last, {from, middle}, [&](Index row, const double (&sums)[1]) {
+              reading(block).template rows<true, false>(
+                  first, last, w, [&](Index row, const double (&sums)[1]) {
                     m_.q[row] = reward(row) + discount() * (sums[0] * m_.inverse_sum[row]);
                   });
-            maximise(block, first, last, from, to, middle, constant);
-            if (forms) rows.form(first, last, m_.weight, m_.matrix);
+            maximise(block, first, last);
+            if (block.chip.control.forms_matrix())
+              reading(block).form(first, last, m_.weight, m_.matrix);
           }
           return block.template reduce<PassRange>(
-              [&](Thread t) { return found_by(mine, rows, t, to, inspect); }, PassRange::join);
+              [&](Thread t) { return found_by(block, t, inspect); }, PassRange::join);
         },
         PassRange::join);
   }
@@ -331,8 +329,7 @@ class LargeSolving {
     return inverse_row_sum(sum);
   }
 
-  BIRL_DEVICE void maximise(Block& block, Index first, Index last, const double* from, double* to,
-                            double middle, double constant) {
+  BIRL_DEVICE void maximise(Block& block, Index first, Index last) {
     block.template groups<Home::kStateLanes>([&](const auto& g) {
       using Group = std::decay_t<decltype(g)>;
       for (Index s = first + g.rank; s < last; s += g.count) {
@@ -344,19 +341,23 @@ class LargeSolving {
             m_.weight[s * A_ + a] = policy * m_.inverse_sum[s * A_ + a];
           }
           if (lane != 0) return;
-          const double image = maximum.value(temperature());
-          to[s] = image;
-          m_.delta[s] = (image - (from[s] - middle)) - constant;
+          const LargeControl& control = block.chip.control;
+          const double value = maximum.value(temperature());
+          image(1 - now_)[s] = value;
+          m_.delta[s] =
+              (value - (image(now_)[s] - control.middle)) - (1.0 - discount()) * control.c;
         });
       }
     });
   }
 
-  BIRL_DEVICE PassRange found_by(const Share& mine, const Reading& rows, Thread t,
-                                 const double* image, bool inspect) const {
+  BIRL_DEVICE PassRange found_by(Block& block, Thread t, bool inspect) const {
+    const Share mine = own(block);
+    const Reading rows = reading(block);
+    const double* const values = image(1 - now_);
     PassRange found = PassRange::nothing();
     for (Index s = mine.begin + t.rank; s < mine.end; s += t.count)
-      found.range.add(m_.delta[s], image[s]);
+      found.range.add(m_.delta[s], values[s]);
     if (!inspect) return found;
     for (Index row = mine.begin * A_ + t.rank; row < mine.end * A_; row += t.count) {
       const double inverse = m_.inverse_sum[row];
@@ -389,7 +390,7 @@ class LargeSolving {
           m_.step[s] = m_.term[0][s] = m_.delta[s] - middle;
       });
     });
-    Index products = 0;
+    int products = 0;
     for (int more = 1; more;) {
       const double* const last = term(products % 2);
       double* const next = term(1 - products % 2);

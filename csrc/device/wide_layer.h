@@ -40,6 +40,8 @@
 namespace birl::device {
 
 constexpr std::size_t kLargestWide = 96;  // bytes of what a team reduces
+// Of a block; two of them on a multiprocessor leave each thread 168 registers.
+constexpr unsigned kWideThreads = 192;
 
 // States in pieces for partial sums: a function of their number, never of the team.
 struct Pieces {

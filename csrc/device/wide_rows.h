@@ -149,7 +149,7 @@ struct DenseWide {
 
   BIRL_HD Index entries() const { return states * actions * states; }
   // States that are worked on together: two rows for each warp.
-  BIRL_HD Index tile() const { return actions < 16 ? 16 / actions : 1; }
+  BIRL_HD Index tile() const { return actions < 12 ? 12 / actions : 1; }
   BIRL_HD Index matrix_entries() const { return states * padded(states); }
   BIRL_HD Index matrix_row(Index) const { return states; }  // entries
   BIRL_HD Index padded_states() const { return padded(states); }

@@ -95,7 +95,7 @@ class WideTeam {
 
 // Workspace: `bytes` for each team.
 template <class Kernel>
-__global__ void __launch_bounds__(BlockTeam::kMaxThreads, 2)
+__global__ void __launch_bounds__(kWideThreads, 2)
     run_wide(const __grid_constant__ Kernel kernel, unsigned blocks, Index items, char* workspace,
              std::size_t bytes) {
   using Chip = typename Kernel::Chip;
