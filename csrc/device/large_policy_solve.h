@@ -33,6 +33,7 @@ struct SystemColumn {
   double middle;             // constant taken off x in the residual
   double target;             // ‖r‖ at which the series may end
   double closing;            // what its last term is multiplied with
+  Index products;            // of the series that have ended
   int working, solved, keep, revert;
   int active, ends;  // the series goes on; it has just ended
 };
@@ -144,7 +145,7 @@ class LargePolicySolving {
 
  private:
   static constexpr int kRounds = 8;
-  static constexpr double kMostProducts = 2e5;
+  static constexpr Index kMostProducts = 100000;  // for one right-hand side
 
   BIRL_DEVICE Reading reading(Block& block) const { return Reading(home_, block, transition_); }
 
@@ -369,12 +370,13 @@ class LargePolicySolving {
         const double odd = chip.norms[2 * c], size = chip.norms[2 * c + 1];
         const double tail = chip.discount / (1.0 - chip.discount);
         const double closed = tail * odd, open = chip.discount * size;
-        const bool last = static_cast<double>(j) >= smaller(kMostProducts, 40.0 * tail + 100.0);
+        const bool last = column.products + j >= kMostProducts;
         const double left = smaller(closed, open);
         // Below its rounding t − γt' tells nothing, and another round tells more.
         const bool rounding = odd <= (8.0 + chip.additions) * kEps * size;
         column.ends = column.active && (last || rounding || !(left > column.target));
         column.closing = closed < open ? tail : 0.0;
+        if (column.ends) column.products += j;
         column.active = column.active && !column.ends;
         return column.active;
       });
