@@ -59,7 +59,7 @@ int main_of(const std::string& kernel) {
   const auto solve = [&](const HostPattern* of) {
     return [&c, of](int skipped, bool inner) {
       Solution<double> out(c);
-      return with_kernel(c, of, out, options(0, 0.0, 3), nullptr, [&](const auto& task) {
+      return with_kernel(c, of, out, options(0, 0.0, 2), nullptr, [&](const auto& task) {
         return run_wide_threads(task, 1, kBlocks, kThreads, skipped, inner);
       });
     };
