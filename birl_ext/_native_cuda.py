@@ -138,32 +138,40 @@ def solve(
     max_iterations: int = 0,
     validate: int = Rigour.OR_ENDING,
 ) -> _native.Outputs:
-    """`_native.solve` on a GPU; methods 2, 3 and 4 are Newton with a direct solve there.
+    """`_native.solve` on a GPU; methods 2, 3 and 4 are Newton there, with a direct solve where one
+    block solves a problem and with products of P_π where the whole device does.
 
     Raises: as `_native.sweep`, and
         SizeLimitError: more than 2³¹ − 1 rows of P.
         LaunchError: the driver refused.
     """
-    call, (_, _, states, actions) = _native.Call(transition), _native.sizes("reward", reward)
+    call, pairs = _native.Call(transition), _native.sizes("reward", reward)
+    states, actions = pairs[2:]
     _check_rows(states, actions)
+    large = not solve_fits(*pairs)
     data = (transition, crow, col, reward, log_reference, discount, temperature)
     problem = call.problem(*data)
     arguments, outputs = call.solve(problem, initial, batch, method, tol, max_iterations, validate)
     _, crow_pointer, _, entries = problem[5:9]
+    pattern = _policy_pattern(crow, col, states, actions, transpose=False) if large else ()
     with _launching(call.device) as (module, stream, index):
-        size = module.solve_workspace(*problem[:5], crow_pointer, entries, index)
+        size = module.solve_workspace(*problem[:5], crow_pointer, entries, large, index)
         workspace = _workspace(size, call.device)
-        module.solve(*arguments, workspace.data_ptr(), stream, index)
+        module.solve(*arguments, large, *_at(pattern), workspace.data_ptr(), stream, index)
     return outputs
 
 
 def solve_fits(n: int, g: int, s: int, a: int) -> bool:
-    """Whether one block per problem is a good way to solve N·G problems of this shape."""
+    """Whether one block per problem is a good way to solve N·G problems of this shape; else the
+    whole device works on each.
+    """
     return bool(_native.require("cuda").solve_fits(n, g, s, a))
 
 
 def policy_solve_fits(states: int) -> bool:
-    """Whether `policy_solve` keeps the S² numbers of its elimination for so many states."""
+    """Whether `policy_solve` keeps the S² numbers of an elimination for so many states; else it
+    makes products with P_π only, which may not suffice.
+    """
     return states <= int(_native.require("cuda").DIRECT_LIMIT)
 
 
@@ -178,7 +186,9 @@ def policy_solve(
     transpose: bool = False,
     tol: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`_native.policy_solve` on a GPU, always by elimination; x and its residual.
+    """`_native.policy_solve` on a GPU; x and its residual.
+
+    Returns: beyond `policy_solve_fits`, NaN for a system that mixes too slowly.
 
     Raises: as `solve`.
     """
@@ -187,16 +197,14 @@ def policy_solve(
     _check_rows(s, a)
     out, residual = call.new(n, g, k, s), call.new(n, g, k)
     model = call.model(transition, crow, col, (n,), s, a)
+    large = not policy_solve_fits(s)
+    pattern = _policy_pattern(crow, col, s, a, transpose=transpose) if large else ()
     with _launching(call.device) as (module, stream, index):
-        size = module.policy_solve_workspace(call.dtype, n, g, k, s, a, model[1], model[3], index)
+        shape = (call.dtype, n, g, k, s, a)
+        size = module.policy_solve_workspace(*shape, model[1], model[3], large, index)
         workspace = _workspace(size, call.device)
         module.policy_solve(
-            call.dtype,
-            n,
-            g,
-            k,
-            s,
-            a,
+            *shape,
             *model,
             call.at("policy", policy, (n, g, s, a)),
             call.at("discount", discount, (n, g)),
@@ -205,6 +213,8 @@ def policy_solve(
             residual.data_ptr(),
             transpose,
             tol,
+            large,
+            *_at(pattern),
             workspace.data_ptr(),
             stream,
             index,
@@ -252,6 +262,36 @@ def outer(
             index,
         )
     return out
+
+
+def _policy_pattern(
+    crow: Tensor | None, col: Tensor | None, states: int, actions: int, *, transpose: bool
+) -> tuple[Tensor, ...]:
+    """The pattern of P_π or of its transpose: `crow`, `col`, and for each entry of P the entry that
+    it adds to; nothing if P is dense.
+
+    All sizes are known beforehand, so that nothing waits for the device: `col` is as long as that
+    of P, and its end is not used.
+    """
+    if crow is None or col is None:
+        return ()
+    entry = torch.arange(col.numel(), device=col.device)
+    state = (torch.searchsorted(crow, entry, right=True) - 1) // actions
+    row, column = (col, state) if transpose else (state, col)
+    ordered, order = (row * states + column).sort()
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    seen = torch.nn.functional.pad(first.cumsum(0), (1, 0))  # different ones before each
+    place = seen[1:] - 1
+    slot = torch.empty_like(place).scatter_(0, order, place)
+    merged = torch.empty_like(place, dtype=torch.int32)
+    merged.scatter_(0, place, (ordered % states).to(torch.int32))
+    starts = torch.arange(states + 1, device=col.device) * states
+    return seen[torch.searchsorted(ordered, starts)], merged, slot
+
+
+def _at(pattern: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in pattern) or (0, 0, 0)
 
 
 def _check_rows(states: int, actions: int) -> None:

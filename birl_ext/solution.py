@@ -47,9 +47,9 @@ class Kernel(IntEnum):
     CPU_CSR = 3  # sparse
     CUDA_WARP = 10  # one warp per problem
     CUDA_BLOCK = 11  # one block, P in shared memory
-    CUDA_CLUSTER = 12  # a cluster of blocks
     CUDA_GRID = 13  # the whole device on one dense problem
-    CUDA_CSR = 14  # sparse
+    CUDA_CSR = 14  # one block, sparse
+    CUDA_GRID_CSR = 15  # the whole device on one sparse problem
 
 
 class Rigour(IntEnum):

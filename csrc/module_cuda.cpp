@@ -8,6 +8,7 @@
 
 #include "bellman_cuda.h"
 #include "cuda_kernels.h"
+#include "cuda_large.h"
 #include "device/selection.h"
 
 namespace py = pybind11;
@@ -98,12 +99,19 @@ bool solve_fits(Index N, Index G, Index S, Index A) {
   return birl::device::worthwhile(batch_of(0, N, G, S, A, 0, 0, 0, 0, 0, 0, 0, 0));
 }
 
+// Of P_π or its transpose; zeros where P is dense, or one block solves the problem.
+birl::WidePattern pattern_of(Pointer crow, Pointer col, Pointer slot, Index count) {
+  return {at<const Index>(crow), at<const std::int32_t>(col), at<const Index>(slot), count};
+}
+
 std::size_t solve_workspace(int dtype, Index N, Index G, Index S, Index A, Pointer crow, Index nnz,
-                            int device) {
+                            bool large, int device) {
   const DeviceBatch batch = batch_of(dtype, N, G, S, A, 0, crow, 0, nnz, 0, 0, 0, 0);
   const DeviceGuard guard(device);
   std::size_t bytes = 0;
-  check(birl::solve_workspace(batch, bytes), "solve_workspace");
+  check(large ? birl::large_solve_workspace(batch, pattern_of(0, 0, 0, nnz), bytes)
+              : birl::solve_workspace(batch, bytes),
+        "solve_workspace");
   return bytes;
 }
 
@@ -112,6 +120,7 @@ int solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Poi
           Pointer temperature, Pointer initial, Pointer value_out, Pointer q_out,
           Pointer advantage_out, Pointer policy_out, Pointer log_policy_out, Pointer info_out,
           Pointer status_out, Index method, double tol, Index max_iterations, Index validate,
+          bool large, Pointer pattern_crow, Pointer pattern_col, Pointer pattern_slot,
           Pointer workspace, Pointer stream, int device) {
   const DeviceBatch batch = batch_of(dtype, N, G, S, A, transition, crow, col, nnz, reward,
                                      log_reference, discount, temperature);
@@ -127,24 +136,31 @@ int solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Poi
                                   tol,
                                   max_iterations,
                                   static_cast<birl::Rigour>(validate)};
+  const birl::WidePattern pattern = pattern_of(pattern_crow, pattern_col, pattern_slot, nnz);
   py::gil_scoped_release release;
   const DeviceGuard guard(device);
-  check(birl::launch_solve(batch, request, at<void>(workspace), at<CUstream_st>(stream)), "solve");
+  check(large ? birl::launch_large_solve(batch, request, pattern, at<void>(workspace),
+                                         at<CUstream_st>(stream))
+              : birl::launch_solve(batch, request, at<void>(workspace), at<CUstream_st>(stream)),
+        "solve");
   return 0;
 }
 
 std::size_t policy_solve_workspace(int dtype, Index N, Index G, Index K, Index S, Index A,
-                                   Pointer crow, Index nnz, int device) {
+                                   Pointer crow, Index nnz, bool large, int device) {
   const DeviceBatch batch = batch_of(dtype, N, G, S, A, 0, crow, 0, nnz, 0, 0, 0, 0);
   const DeviceGuard guard(device);
   std::size_t bytes = 0;
-  check(birl::policy_solve_workspace(batch, K, bytes), "policy_solve_workspace");
+  check(large ? birl::large_policy_solve_workspace(batch, pattern_of(0, 0, 0, nnz), K, bytes)
+              : birl::policy_solve_workspace(batch, K, bytes),
+        "policy_solve_workspace");
   return bytes;
 }
 
 int policy_solve(int dtype, Index N, Index G, Index K, Index S, Index A, Pointer transition,
                  Pointer crow, Pointer col, Index nnz, Pointer policy, Pointer discount,
                  Pointer rhs, Pointer out, Pointer residual_out, bool transpose, double tol,
+                 bool large, Pointer pattern_crow, Pointer pattern_col, Pointer pattern_slot,
                  Pointer workspace, Pointer stream, int device) {
   const DeviceBatch batch =
       batch_of(dtype, N, G, S, A, transition, crow, col, nnz, 0, 0, discount, 0);
@@ -155,9 +171,13 @@ int policy_solve(int dtype, Index N, Index G, Index K, Index S, Index A, Pointer
                                         at<double>(residual_out),
                                         transpose,
                                         tol};
+  const birl::WidePattern pattern = pattern_of(pattern_crow, pattern_col, pattern_slot, nnz);
   py::gil_scoped_release release;
   const DeviceGuard guard(device);
-  check(birl::launch_policy_solve(batch, request, at<void>(workspace), at<CUstream_st>(stream)),
+  check(large ? birl::launch_large_policy_solve(batch, request, pattern, at<void>(workspace),
+                                                at<CUstream_st>(stream))
+              : birl::launch_policy_solve(batch, request, at<void>(workspace),
+                                          at<CUstream_st>(stream)),
         "policy_solve");
   return 0;
 }

@@ -27,7 +27,8 @@ SHAPES = [  # batch, states, actions, kernel
     (37, 33, 8, Kernel.CUDA_BLOCK),
     (3, 65, 17, None),
     (2, 200, 4, None),
-    (1, 600, 3, Kernel.TORCH),
+    (1, 600, 3, Kernel.CUDA_GRID),
+    (3, 1001, 2, Kernel.CUDA_GRID),
 ]
 
 
@@ -65,7 +66,7 @@ def test_values(
     torch.testing.assert_close(found.log_policy.cpu(), truth.log_policy)
 
 
-@pytest.mark.parametrize(("states", "actions"), [(16, 4), (32, 8), (200, 4)])
+@pytest.mark.parametrize(("states", "actions"), [(16, 4), (32, 8), (200, 4), (700, 2)])
 def test_gradients(states: int, actions: int) -> None:
     reward, transition = problem(3, states, actions, torch.float64)
 
@@ -80,9 +81,11 @@ def test_gradients(states: int, actions: int) -> None:
         torch.testing.assert_close(found, truth, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize(("states", "actions"), [(16, 4), (32, 8), (100, 8)])
-def test_a_graph_replays_the_solve(states: int, actions: int) -> None:
-    reward, transition = on_gpu(*problem(50, states, actions, torch.float32))
+@pytest.mark.parametrize(
+    ("batch", "states", "actions"), [(50, 16, 4), (50, 32, 8), (50, 100, 8), (2, 600, 3)]
+)
+def test_a_graph_replays_the_solve(batch: int, states: int, actions: int) -> None:
+    reward, transition = on_gpu(*problem(batch, states, actions, torch.float32))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # a first call loads the kernels
         birl_ext.solve(reward, transition, **OPTIONS, on_fail="status")
@@ -91,7 +94,7 @@ def test_a_graph_replays_the_solve(states: int, actions: int) -> None:
     with torch.cuda.graph(graph):
         captured = birl_ext.solve(reward, transition, **OPTIONS, on_fail="status")
     for seed in (1, 2):
-        fresh = problem(50, states, actions, torch.float32, seed)
+        fresh = problem(batch, states, actions, torch.float32, seed)
         reward.copy_(fresh[0])
         transition.copy_(fresh[1])
         graph.replay()
@@ -125,7 +128,7 @@ def test_the_current_stream_is_used() -> None:
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize(("states", "actions"), [(16, 4), (32, 8), (100, 8)])
+@pytest.mark.parametrize(("states", "actions"), [(16, 4), (32, 8), (100, 8), (600, 3)])
 def test_the_same_bits_a_thousand_times(states: int, actions: int) -> None:
     reward, transition = on_gpu(*problem(20, states, actions, torch.float32))
     first = bits(birl_ext.solve(reward, transition, **OPTIONS, on_fail="status"))
@@ -166,6 +169,57 @@ def test_policy_systems(states: int, transpose: bool) -> None:
     size = torch.linalg.vector_norm(x.cpu(), order, -1)
     assert bool((gap <= 1e-13 * size).all())
     assert bool((residual.cpu() <= 1e-13 * size).all())
+
+
+def ring(states: int, dtype: torch.dtype) -> birl_ext.SparseMDP:
+    """Two actions: stay or step, and now and then a leap."""
+    state = torch.arange(states).view(-1, 1, 1)
+    action = torch.arange(2).view(1, -1, 1)
+    leaps = torch.cat([state + 0 * action, state + 1 + 0 * action, state + 17 + 400 * action], -1)
+    col = (leaps % states).flatten()
+    probabilities = torch.tensor([0.5, 0.25, 0.25], dtype=dtype).repeat(2 * states)
+    crow = torch.arange(0, 6 * states + 1, 3)
+    reward = torch.sin(0.01 * torch.arange(2 * states)).view(states, 2).to(dtype)
+    data = on_gpu(reward, probabilities, crow, col)
+    return birl_ext.SparseMDP(*data, discount=0.97)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_sparse_problem(dtype: torch.dtype) -> None:
+    mdp = ring(5000, dtype)
+    found = birl_ext.solve(mdp, temperature=0.1, backend="cuda")
+    assert int(found.info[Info.KERNEL]) == Kernel.CUDA_GRID_CSR
+    truth = birl_ext.solve(mdp, temperature=0.1, backend="torch")
+    gap = (found.value.double() - truth.value.double()).abs().max()
+    assert bool(gap <= found.error_bound + truth.error_bound)
+
+
+def test_a_graph_replays_a_large_sparse_solve() -> None:
+    mdp = ring(5000, torch.float32)
+    wanted = bits(birl_ext.solve(mdp, temperature=0.1, on_fail="status"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = birl_ext.solve(mdp, temperature=0.1, on_fail="status")
+    graph.replay()
+    for x, y in zip(bits(captured), wanted, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("right_sides", [1, 8])
+def test_large_policy_systems(transpose: bool, right_sides: int) -> None:
+    random = torch.Generator().manual_seed(1)
+    _, transition = problem(1, 2501, 1, torch.float64)
+    rhs = torch.randn(1, 1, right_sides, 2501, generator=random, dtype=torch.float64)
+    policy = torch.ones(1, 1, 2501, 1, dtype=torch.float64)
+    discount = torch.full((1, 1), 0.999, dtype=torch.float64)
+    t, p, g, b = on_gpu(transition, policy, discount, rhs)
+    x, residual = _native_cuda.policy_solve(t, None, None, p, g, b, transpose=transpose)
+    matrix = torch.eye(2501, device="cuda").double() - 0.999 * t[0, :, 0]
+    truth = torch.linalg.solve(matrix.T if transpose else matrix, b[0, 0].T).T
+    size = truth.abs().sum() if transpose else truth.abs().max()
+    assert float((x[0, 0] - truth).abs().max()) <= 1e-10 * float(size)
+    assert bool((residual <= 1e-12 * size).all())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")

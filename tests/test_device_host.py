@@ -214,6 +214,180 @@ def test_outer(gpu: ModuleType, sparse: bool, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, rows.outer(*arguments))
 
 
+# ---- large problems: the whole device works on one ---------------------------------------------
+
+
+@pytest.fixture
+def large(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """As `gpu`, and every problem counts as large."""
+    monkeypatch.setattr(_native_cuda, "solve_fits", lambda *_: False)
+    monkeypatch.setattr(_native_cuda, "policy_solve_fits", lambda _: False)
+    return gpu
+
+
+def sparse_problem(
+    states: int, actions: int, dtype: torch.dtype, *, ends: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reward, and P in CSR form: each action leads to up to three states, perhaps one to none."""
+    random = torch.Generator().manual_seed(2)
+    reward = torch.randn(states, actions, generator=random, dtype=torch.float64)
+    rows = torch.arange(states * actions) // actions
+    reach = torch.randint(1, 40, (states * actions, 3), generator=random)
+    col = (rows[:, None] + reach.cumsum(1)) % states
+    col = col.sort(dim=1).values
+    keep = torch.ones_like(col, dtype=torch.bool)
+    keep[:, 1:] = col[:, 1:] != col[:, :-1]
+    if ends:
+        keep[5] = False
+    values = torch.rand(col.shape, generator=random, dtype=torch.float64) * keep
+    values /= values.sum(1, keepdim=True).clamp(min=1e-300)
+    crow = torch.cat([torch.zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)])
+    return reward.to(dtype), values[keep].to(dtype), crow, col[keep]
+
+
+def densely(
+    values: torch.Tensor, crow: torch.Tensor, col: torch.Tensor, states: int
+) -> torch.Tensor:
+    row = torch.repeat_interleave(torch.arange(crow.numel() - 1), crow.diff())
+    dense = torch.zeros(crow.numel() - 1, states, dtype=torch.float64)
+    return dense.index_put((row, col.long()), values).view(states, -1, states)
+
+
+@pytest.mark.parametrize("states", [1, 40, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_dense_problems(large: ModuleType, states: int, dtype: torch.dtype) -> None:
+    reward, transition = problem(states, 3, dtype, (3,))  # odd rows are not aligned
+    options = {"discount": 0.99, "temperature": 0.1}
+    found = birl_ext.solve(reward, transition, **options)
+    truth = birl_ext.solve(reward, transition, **options, backend="torch")
+    assert found.info[..., Info.KERNEL].unique().tolist() == [Kernel.CUDA_GRID]
+    gap = (found.value.double() - truth.value.double()).abs()
+    assert bool((gap.amax(-1) <= found.error_bound + truth.error_bound).all())
+    torch.testing.assert_close(found.policy, truth.policy)
+    torch.testing.assert_close(found.log_policy, truth.log_policy)
+    torch.testing.assert_close(found.q, truth.q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_lone_large_problem(gpu: ModuleType, dtype: torch.dtype) -> None:
+    reward, transition = problem(601, 2, dtype, ())
+    found = birl_ext.solve(reward, transition, discount=0.999, temperature=0.1)
+    truth = birl_ext.solve(reward, transition, discount=0.999, temperature=0.1, backend="torch")
+    assert int(found.info[Info.KERNEL]) == Kernel.CUDA_GRID
+    gap = (found.value.double() - truth.value.double()).abs().max()
+    assert bool(gap <= found.error_bound + truth.error_bound)
+    torch.testing.assert_close(found.policy, truth.policy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_sparse_problem(gpu: ModuleType, dtype: torch.dtype) -> None:
+    reward, *stored = sparse_problem(2600, 3, dtype)
+    mdp = birl_ext.SparseMDP(reward, *stored, discount=0.97)
+    found = birl_ext.solve(mdp, temperature=0.1)
+    assert int(found.info[Info.KERNEL]) == Kernel.CUDA_GRID_CSR
+    truth = birl_ext.solve(mdp, temperature=0.1, backend="torch")
+    gap = (found.value.double() - truth.value.double()).abs().max()
+    assert bool(gap <= found.error_bound + truth.error_bound)
+    torch.testing.assert_close(found.policy, truth.policy)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_of_large_problems(large: ModuleType, sparse: bool) -> None:
+    if sparse:
+        reward, values, crow, col = sparse_problem(45, 3, torch.float64)
+    else:
+        reward, values = problem(45, 3, torch.float64, ())
+
+    def gradients(backend: str) -> list[torch.Tensor]:
+        leaves = [reward.clone().requires_grad_(), values.clone().requires_grad_()]
+        if sparse:
+            mdp = birl_ext.SparseMDP(*leaves, crow, col, discount=0.95)
+            found = birl_ext.solve(mdp, temperature=0.2, backend=backend)
+        else:
+            found = birl_ext.solve(*leaves, discount=0.95, temperature=0.2, backend=backend)
+        (found.value.square().sum() + found.log_policy.sin().sum()).backward()
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    for found, truth in zip(gradients("auto"), gradients("torch"), strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("states", [37, 400])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("right_sides", [1, 8])
+def test_large_policy_systems(
+    large: ModuleType, states: int, sparse: bool, transpose: bool, right_sides: int
+) -> None:
+    random = torch.Generator().manual_seed(4)
+    if sparse:
+        _, values, crow, col = sparse_problem(states, 2, torch.float64, ends=True)
+        transition, model = densely(values, crow, col, states), (values[None], crow, col)
+    else:
+        _, transition = problem(states, 2, torch.float64, ())
+        model = (transition[None], None, None)
+    policy = torch.rand(1, 1, states, 2, generator=random, dtype=torch.float64)
+    policy /= policy.sum(-1, keepdim=True)
+    discount = torch.full((1, 1), 0.999, dtype=torch.float64)
+    rhs = torch.randn(1, 1, right_sides, states, generator=random, dtype=torch.float64)
+    x, residual = _native_cuda.policy_solve(*model, policy, discount, rhs, transpose=transpose)
+    matrix = torch.eye(states).double() - 0.999 * torch.einsum(
+        "sat,sa->st", transition, policy[0, 0]
+    )
+    truth = torch.linalg.solve(matrix.T if transpose else matrix, rhs[0, 0].T).T
+    size = truth.abs().sum() if transpose else truth.abs().max()
+    assert float((x[0, 0] - truth).abs().max()) <= 1e-11 * float(size)
+    assert bool((residual <= 1e-13 * size).all())
+
+
+def test_the_iteration_limit_of_large_problems(large: ModuleType) -> None:
+    reward, transition = problem(20, 3, torch.float64, ())
+    options = {"discount": 0.99, "temperature": 0.1, "on_fail": "status"}
+    for method, limit in (("auto", 1), ("auto", 2), ("value-iteration", 5)):
+        found = birl_ext.solve(
+            reward, transition, **options, method=method, max_iterations=limit, tol=1e-13
+        )
+        assert int(found.status) == Status.MAX_ITERATIONS
+        assert int(found.iterations) == limit
+
+
+def slow_system() -> tuple[torch.Tensor, ...]:
+    """Two states that are hardly ever left, γ as close to one: millions of products."""
+    leave = 1e-6
+    transition = torch.tensor([[1 - leave, leave], [leave, 1 - leave]], dtype=torch.float64)
+    policy = torch.ones(1, 1, 2, 1, dtype=torch.float64)
+    discount = torch.full((1, 1), 1.0 - 1e-6, dtype=torch.float64)
+    rhs = torch.tensor([0.0, 1.0], dtype=torch.float64).view(1, 1, 1, 2)
+    return transition.view(1, 2, 1, 2), policy, discount, rhs
+
+
+def test_a_slow_system_is_no_answer(large: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    transition, policy, discount, rhs = slow_system()
+    x, residual = _native_cuda.policy_solve(transition, None, None, policy, discount, rhs)
+    assert bool(x.isnan().all())
+    assert bool((residual > 1e-6).all())
+    assert not _backends._solved(x)
+    monkeypatch.setattr(_backends, "_capturing", lambda _: True)
+    assert _backends._solved(x)  # nothing may wait for the device then
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_the_pattern_of_a_policy(transpose: bool) -> None:
+    states, actions = 11, 3
+    _, values, crow, col = sparse_problem(states, actions, torch.float64, ends=True)
+    pattern = _native_cuda._policy_pattern(crow, col, states, actions, transpose=transpose)
+    starts, merged, slot = pattern
+    summed = torch.zeros(col.numel(), dtype=torch.float64).index_add_(0, slot, values)
+    count = int(starts[-1])
+    found = densely(summed[:count], starts, merged[:count], states)[:, 0]
+    wanted = densely(values, crow, col, states).sum(1)
+    assert torch.allclose(found, wanted.T if transpose else wanted)
+    assert count == int((wanted != 0).sum())
+    nothing = crow.new_empty(0)
+    empty = _native_cuda._policy_pattern(torch.zeros(7).long(), nothing, 3, 2, transpose=transpose)
+    assert [len(part) for part in empty] == [4, 0, 0]
+
+
 # ---- what a device or a driver refuses ----------------------------------------------------------
 
 
@@ -288,7 +462,7 @@ def test_capture_cannot_raise(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) 
     birl_ext.solve(reward, transition, discount=0.9, temperature=0.1, on_fail="status")
 
 
-def test_a_lone_large_problem_is_left_to_pytorch(gpu: ModuleType) -> None:
+def test_which_problems_the_whole_device_works_on(gpu: ModuleType) -> None:
     assert _native_cuda.solve_fits(1, 1, 512, 8)
     assert not _native_cuda.solve_fits(1, 1, 513, 8)
     assert _native_cuda.solve_fits(32, 1, 513, 8)

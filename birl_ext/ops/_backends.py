@@ -52,7 +52,7 @@ def solve(*arguments: Any) -> tuple[Tensor, ...]:
             fix='use on_fail="status" and look at the status after the replay',
         )
     outputs: tuple[Tensor, ...] | None = None
-    if _compiled(data.transition.device, backend) and _fits(data):
+    if _compiled(data.transition.device, backend):
         native = _native.solve if data.transition.is_cpu else _native_cuda.solve
         guess = None if initial.dim() == 1 else initial.contiguous()
         batch, method, tol, max_iterations, validate = options
@@ -125,11 +125,13 @@ def policy_solve(
         if transition.is_cpu:
             options: dict[str, Any] = {"transpose": transpose, "method": method, "tol": tol}
             return _native.policy_solve(*data, **options)[:2]
-        if _native_cuda.policy_solve_fits(rhs.shape[-1]):
-            try:
-                return _native_cuda.policy_solve(*data, transpose=transpose, tol=tol)
-            except _native_cuda.LaunchError as error:
-                _stand_in(error, backend)
+        try:
+            x, residual = _native_cuda.policy_solve(*data, transpose=transpose, tol=tol)
+        except _native_cuda.LaunchError as error:
+            _stand_in(error, backend)
+        else:
+            if _solved(x):
+                return x, residual
     return _torch.policy_solve(transition, crow, col, policy, discount, rhs, transpose, tol, method)
 
 
@@ -165,11 +167,13 @@ def _compiled(device: torch.device, backend: int) -> bool:
     return not refusal
 
 
-def _fits(data: Data) -> bool:
-    """Whether a compiled solve of this size is worth having."""
-    if data.transition.is_cpu:
+def _solved(x: Tensor) -> bool:
+    """Whether the GPU's kernels solved a policy system. Products alone may not suffice for a large
+    one, and then PyTorch goes on; while a graph is being captured its NaN have to tell.
+    """
+    if _native_cuda.policy_solve_fits(x.shape[-1]) or _capturing(x):
         return True
-    return _native_cuda.solve_fits(*data.reward.shape)
+    return not bool(x.isnan().any())
 
 
 def _stand_in(error: RuntimeError, backend: int) -> None:

@@ -42,9 +42,9 @@ enum class Kernel : Index {
   kCpuCsr = 3,        // sparse
   kCudaWarp = 10,     // one warp per problem
   kCudaBlock = 11,    // one block, P in shared memory
-  kCudaCluster = 12,  // a cluster of blocks
   kCudaGrid = 13,     // the whole device on one dense problem
-  kCudaCsr = 14,      // sparse
+  kCudaCsr = 14,      // one block, sparse
+  kCudaGridCsr = 15,  // the whole device on one sparse problem
 };
 
 // What is checked of the rows of P: nothing; stochastic, or exactly zero where the process ends;

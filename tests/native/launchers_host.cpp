@@ -3,8 +3,11 @@
 // the same dispatch, selection and glue as on a GPU.
 #include "bellman_cuda.h"
 #include "cuda_kernels.h"
+#include "cuda_large.h"
 #include "device/dispatch.h"
 #include "device/host_team.h"
+#include "device/host_wide_team.h"
+#include "device/large_dispatch.h"
 
 namespace birl {
 
@@ -14,6 +17,7 @@ namespace {
 
 // Small, so that small tests meet every residence of P.
 constexpr DeviceLimits kLimits{24 * 1024, 2};
+constexpr Index kResident = 3;  // blocks at once
 
 cudaError_t check(const DeviceBatch& batch) {
   return indexable(batch) ? cudaSuccess : cudaErrorInvalidValue;
@@ -33,7 +37,60 @@ cudaError_t run(const Kernel& kernel, Index items, const Grid& grid, void* works
   return cudaSuccess;
 }
 
+// As run_wide does: the items in turn with the teams of a grid, each team in its part of the
+// workspace.
+template <class Kernel>
+cudaError_t run_large(const Kernel& kernel, const DeviceBatch& batch, void* workspace) {
+  if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
+  const WideGrid grid = wide_grid(kernel, batch, kLimits, kResident);
+  for (Index item = 0; item < batch.total(); ++item) {
+    Arena common(static_cast<char*>(workspace) + grid.bytes * (item % grid.teams));
+    common.take<char>(static_cast<Index>(2 * kLargestWide) * grid.blocks);
+    const auto arrays = kernel.lay_out(common);
+    SerialWide<Kernel> team(static_cast<int>(grid.blocks), 8, Order::kForward,
+                            static_cast<unsigned>(item));
+    kernel.run(team, arrays, item);
+  }
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t large_workspace(const Kernel& kernel, const DeviceBatch& batch, std::size_t& bytes) {
+  if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
+  bytes = wide_grid(kernel, batch, kLimits, kResident).workspace();
+  return cudaSuccess;
+}
+
 }  // namespace
+
+cudaError_t large_solve_workspace(const DeviceBatch& batch, const WidePattern& pattern,
+                                  std::size_t& bytes) {
+  return with_large_solve(batch, {}, pattern, [&](const auto& kernel) {
+    return large_workspace(kernel, batch, bytes);
+  });
+}
+
+cudaError_t launch_large_solve(const DeviceBatch& batch, const DeviceSolve& request,
+                               const WidePattern& pattern, void* workspace, cudaStream_t) {
+  return with_large_solve(batch, request, pattern,
+                          [&](const auto& kernel) { return run_large(kernel, batch, workspace); });
+}
+
+cudaError_t large_policy_solve_workspace(const DeviceBatch& batch, const WidePattern& pattern,
+                                         Index right_sides, std::size_t& bytes) {
+  DevicePolicySolve request{};
+  request.right_sides = right_sides;
+  return with_large_policy_solve(batch, request, pattern, [&](const auto& kernel) {
+    return large_workspace(kernel, batch, bytes);
+  });
+}
+
+cudaError_t launch_large_policy_solve(const DeviceBatch& batch, const DevicePolicySolve& request,
+                                      const WidePattern& pattern, void* workspace, cudaStream_t) {
+  return with_large_policy_solve(batch, request, pattern, [&](const auto& kernel) {
+    return run_large(kernel, batch, workspace);
+  });
+}
 
 cudaError_t launch_sweep(const DeviceSweep&, cudaStream_t) { return cudaErrorNotSupported; }
 

@@ -1,0 +1,93 @@
+// Calling the wide kernels on the host.
+#pragma once
+
+#include <map>
+
+#include "device/host_wide_team.h"
+#include "device/large_dispatch.h"
+#include "run_solve.h"
+
+namespace test {
+
+using birl::DeviceBatch;
+using birl::WidePattern;
+
+// The pattern of P_π, or of its transpose, as _native_cuda.py sorts it on the device.
+struct HostPattern {
+  std::vector<Index> crow, slot;
+  std::vector<std::int32_t> col;
+
+  template <class Real>
+  explicit HostPattern(const Case<Real>& c, bool transpose = false) {
+    std::map<std::pair<Index, Index>, Index> entries;
+    std::vector<std::pair<Index, Index>> places;
+    for (Index row = 0; row < c.table(); ++row)
+      for (Index k = c.crow[row]; k < c.crow[row + 1]; ++k) {
+        places.emplace_back(row / c.A, c.col[k]);
+        if (transpose) std::swap(places.back().first, places.back().second);
+        entries[places.back()];
+      }
+    crow.assign(c.S + 1, 0);
+    for (auto& [place, number] : entries) {
+      number = static_cast<Index>(col.size());
+      col.push_back(static_cast<std::int32_t>(place.second));
+      for (Index s = place.first + 1; s <= c.S; ++s) ++crow[s];
+    }
+    for (const auto& place : places) slot.push_back(entries[place]);
+  }
+
+  WidePattern view() const {
+    return {crow.data(), col.data(), slot.data(), static_cast<Index>(col.size())};
+  }
+};
+
+template <class Real>
+DeviceBatch device_batch(const Case<Real>& c, bool sparse) {
+  return {sizeof(Real) == 8,
+          c.N,
+          c.G,
+          c.S,
+          c.A,
+          sparse ? c.stored.data() : c.transition.data(),
+          sparse ? c.crow.data() : nullptr,
+          sparse ? c.col.data() : nullptr,
+          sparse ? static_cast<Index>(c.col.size()) : 0,
+          c.reward.data(),
+          c.log_reference.empty() ? nullptr : c.log_reference.data(),
+          c.discount.data(),
+          c.temperature.data()};
+}
+
+// body(kernel) with the kernel for a dense case, or given a pattern for a sparse one.
+template <class Real, class Body>
+auto with_kernel(const Case<Real>& c, const HostPattern* pattern, Solution<Real>& out,
+                 const SolveOptions& how, const double* initial, Body&& body) {
+  const birl::DeviceSolve request{initial,
+                                  out.value.data(),
+                                  out.q.data(),
+                                  out.advantage.data(),
+                                  out.policy.data(),
+                                  out.log_policy.data(),
+                                  out.info.data(),
+                                  out.status.data(),
+                                  how.method,
+                                  how.tol,
+                                  how.max_iterations,
+                                  how.validate};
+  return with_large_solve(device_batch(c, pattern), request,
+                          pattern ? pattern->view() : WidePattern{}, body);
+}
+
+template <class Real>
+Solution<Real> solve_large(const Case<Real>& c, const HostPattern* pattern = nullptr,
+                           const SolveOptions& how = options(), const WideRun& run = {},
+                           const double* initial = nullptr) {
+  Solution<Real> out(c);
+  with_kernel(c, pattern, out, how, initial, [&](const auto& kernel) {
+    run_wide_serial(kernel, c.items(), run);
+    return 0;
+  });
+  return out;
+}
+
+}  // namespace test
