@@ -32,8 +32,11 @@ SHAPES = (
     (2, 130, 3),
     (1, 300, 10),
     (1, 1030, 2),
+    (1, 2600, 1),
 )
-"""Batch, states, actions: around the warp, one block, one cluster, the whole grid."""
+"""Batch, states, actions: around the warp, one block, the whole device, and too many states for an
+elimination.
+"""
 BRIEF = SHAPES[1:3] + SHAPES[4:5] + SHAPES[6:8]
 DISCOUNT, TEMPERATURE = 0.9, 0.2
 ALLOWED = {torch.float32: 2e-5, torch.float64: 1e-9}
