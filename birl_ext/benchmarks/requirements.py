@@ -124,8 +124,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
             ("bounds below the error they bound", "dishonest", 0, "MDPs"),
             ("passes over P", "passes", 10, "passes"),
         )
-        if row != "ours"
-        or number != "passes"  # there passes are cheap
+        if row != "ours" or number != "passes"  # there passes are cheap
     ),
     # overhead
     _overhead(25, "cpu"),
