@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +58,9 @@ class FiniteSimulator:
     Args:
         mdp: no batch axes; its `initial_distribution` is where paths start; its reward is not read.
         generator: source of all randomness, on the CPU.
+
+    Attributes:
+        samples: transitions drawn so far.
     """
 
     def __init__(self, mdp: DenseMDP, generator: torch.Generator) -> None:
@@ -66,6 +70,7 @@ class FiniteSimulator:
             )
         self.states, self.actions = mdp.states, mdp.actions
         self.generator = generator
+        self.samples = 0
         transition = mdp.transition.double()
         mass = transition.sum(-1, keepdim=True)
         self._ends = mass.squeeze(-1) == 0
@@ -93,9 +98,27 @@ class FiniteSimulator:
             actions.append(chosen)
             present.append(alive)
             alive = alive & ~self._ends[here, chosen]
+            if step + 1 == steps:
+                break
+            self.samples += int(alive.sum())
             here = torch.where(alive, _draw(self._cumulative[here, chosen], self.generator), here)
         stack = [torch.stack(parts, -1) for parts in (observations, actions, present)]
         return Paths(*stack)
+
+    def successors(self) -> tuple[Tensor, Tensor]:
+        """One s' ~ P(·|s, a) for every (s, a), (S, A) int64, and whether the process goes on there,
+        (S, A) bool.
+        """
+        self.samples += self.states * self.actions
+        return _draw(self._cumulative, self.generator), ~self._ends
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next draw depends on."""
+        return {"generator": self.generator.get_state(), "samples": self.samples}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+        self.samples = int(state["samples"])
 
 
 def _draw(cumulative: Tensor, generator: torch.Generator) -> Tensor:
