@@ -15,7 +15,8 @@ from birl_ext.bilevel.score import Follower, Score
 from birl_ext.bilevel.trajectory import Baseline, trajectory_surrogate
 from birl_ext.errors import OptionError
 from birl_ext.preferences.fragments import Fragments, Pairs
-from birl_ext.preferences.loss import bradley_terry, margins
+from birl_ext.preferences.loss import accuracy, bradley_terry, margins
+from birl_ext.preferences.reward_model import RewardModel
 
 __all__ = ["DRLHF", "Outcome", "SoBiRL", "importance"]
 
@@ -81,8 +82,8 @@ class SoBiRL:
         d₁, d₂ ~ π*(x);   x ← x − β ∇φ̂, ∇φ̂ from (M16)
 
     Args:
-        reward: parameters x; (observation (m, *O), action (m, *A)) → r (m,). It is used in
-            evaluation mode throughout, so that the same state and action have one reward.
+        reward: its parameters are x. It stays in evaluation mode, so that the same state and action
+            have one reward wherever they occur.
         optimiser: from parameters to any torch optimiser.
         score: estimator of the policy's derivative (`birl_ext.bilevel.score`).
         noise: share of answers taken to be random, [0, 1).
@@ -95,7 +96,7 @@ class SoBiRL:
 
     def __init__(
         self,
-        reward: nn.Module,
+        reward: RewardModel,
         *,
         optimiser: Callable[[Iterable[nn.Parameter]], Optimizer],
         score: Score | None,
@@ -127,10 +128,9 @@ class SoBiRL:
                 "keep".
             temperature: its τ.
         """
-        self.reward.eval()
         margin = margins(self.reward, pairs)
-        loss = bradley_terry(margin, pairs.label.to(margin.dtype), noise=self.noise)
-        weight = self._weight(pairs, follower)
+        loss = bradley_terry(margin, pairs.label, self.noise)
+        weight = self._weight(pairs, follower).to(loss)
         direct = (weight * loss).sum() / len(loss)
         indirect = torch.zeros_like(direct)
         if self.score is not None:
@@ -152,7 +152,7 @@ class SoBiRL:
         self.steps += 1
         return Outcome(
             loss=float(loss.detach().mean()),
-            accuracy=_accuracy(margin, pairs.label),
+            accuracy=float(accuracy(margin, pairs.label)),
             gradient_norm=sizes[0],
             indirect_share=sizes[1] / sizes[0] if sizes[0] else 0.0,
             used=int((weight > 0).sum()),
@@ -214,17 +214,10 @@ class DRLHF(SoBiRL):
 
     def __init__(
         self,
-        reward: nn.Module,
+        reward: RewardModel,
         *,
         optimiser: Callable[[Iterable[nn.Parameter]], Optimizer],
         noise: float = 0.0,
     ) -> None:
         super().__init__(reward, optimiser=optimiser, score=None, noise=noise, stale="keep")
 
-
-def _accuracy(margin: Tensor, label: Tensor) -> float:
-    """Share of clear answers that the margins agree with; NaN where all were ties."""
-    clear = label != 0.5
-    if not bool(clear.any()):
-        return math.nan
-    return float(((margin > 0) == (label > 0.5))[clear].double().mean())
