@@ -132,9 +132,10 @@ def _pass(
             losses.append(bradley_terry(margin, batch.label, noise).mean())
             seen.append((margin.detach().double(), batch.label))
         loss = torch.stack(losses).sum()
-        if not math.isfinite(float(loss)):
+        value = float(loss.detach())
+        if not math.isfinite(value):
             raise NonFiniteResultError(
-                f"the loss is {float(loss)}",
+                f"the loss is {value}",
                 where=f"epoch {epoch}, pair {start} of {len(pairs)}",
                 fix="lower the learning rate, or look for NaN in the observations",
             )

@@ -94,7 +94,7 @@ def fragment_returns(reward: RewardFunction, *fragments: Fragments) -> tuple[Ten
     table = steps.new_zeros(*lead, len(present)).masked_scatter(present.expand(*lead, -1), steps)
     sizes = [part.present.numel() for part in fragments]
     return tuple(
-        part.unflatten(-1, whole.present.shape).sum(-1)
+        part.reshape(*lead, *whole.present.shape).sum(-1)
         for part, whole in zip(torch.split(table, sizes, -1), fragments, strict=True)
     )
 

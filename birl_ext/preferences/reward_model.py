@@ -129,7 +129,7 @@ class RewardNetwork(RewardModel):
         """Four convolutions with batch norm, dropout and leaky ReLU, then two linear layers.
 
         Args:
-            shape: channels, height, width of an observation, pixels; at least 53 × 53.
+            shape: channels, height, width of an observation, pixels; at least 43 × 43.
             generator: of the initial weights, on the CPU.
             actions: A, discrete.
             channels: of each convolution.
@@ -148,7 +148,7 @@ class RewardNetwork(RewardModel):
                 ]
                 into, sides = channels, [(side - kernel) // stride + 1 for side in sides]
             if min(sides) < 1:
-                raise ShapeError(f"observations have shape {shape}", allowed="53 × 53 or larger")
+                raise ShapeError(f"observations have shape {shape}", allowed="(C, H, W), 43 × 43 or larger")
             layers += [
                 nn.Flatten(),
                 nn.Linear(into * math.prod(sides), width),
