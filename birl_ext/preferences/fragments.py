@@ -34,6 +34,8 @@ class Episode(NamedTuple):
 class Fragments(NamedTuple):
     """n fragments of H steps; one that ended early is padded.
 
+    Its length is n, not the number of its fields, so `_replace` cannot be used.
+
     Args:
         observation: (n, H, *O).
         action: (n, H, *A), int64 (n, H) if discrete.
@@ -63,7 +65,7 @@ class Fragments(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """n pairs of fragments with a teacher's answers.
+    """n pairs of fragments with a teacher's answers; its length is n.
 
     Args:
         label: (n,) float, the probability that `first` is preferred: 1, 0, or 0.5 for a tie.

@@ -102,6 +102,5 @@ def fragment_returns(reward: RewardFunction, *fragments: Fragments) -> tuple[Ten
 def accuracy(margin: Tensor, label: Tensor) -> Tensor:
     """Share of the strict answers that the larger return explains, (*E); NaN if there are none."""
     strict = label != 0.5
-    right = (margin > 0) == (label > 0.5)
-    right = right & (margin != 0)
-    return (right & strict).sum(-1) / strict.sum()
+    right = (margin != 0) & ((margin > 0) == (label > 0.5))
+    return (right & strict).sum(-1).double() / strict.sum()

@@ -148,7 +148,9 @@ class RewardNetwork(RewardModel):
                 ]
                 into, sides = channels, [(side - kernel) // stride + 1 for side in sides]
             if min(sides) < 1:
-                raise ShapeError(f"observations have shape {shape}", allowed="(C, H, W), 43 × 43 or larger")
+                raise ShapeError(
+                    f"observations have shape {shape}", allowed="(C, H, W), 43 × 43 or larger"
+                )
             layers += [
                 nn.Flatten(),
                 nn.Linear(into * math.prod(sides), width),
