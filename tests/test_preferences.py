@@ -183,8 +183,14 @@ def test_margins_come_from_one_call_and_leave_padding_out(padded):
 
     pairs = Pairs(first, second, torch.ones(6))
     found = margins(reward, pairs)
-    assert calls == [int(first.present.sum()) + 24]
+    steps = int(first.present.sum()) + 24
+    assert calls == [steps]
     assert np.abs(found.numpy() - numpy_margins(table.numpy(), pairs)).max() < 1e-13
+    parts = margins(reward, pairs, at_once=7)
+    assert calls[1:] == [7] * (steps // 7) + [steps % 7]
+    assert torch.allclose(parts, found, rtol=1e-14)
+    with pytest.raises(OptionError, match="at_once is 0"):
+        margins(reward, pairs, at_once=0)
 
 
 def test_returns_of_members_keep_their_axis():

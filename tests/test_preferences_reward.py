@@ -425,8 +425,8 @@ def test_evaluation_does_not_depend_on_its_batches():
     label = pairs.label.double().numpy()
     p = 1 / (1 + np.exp(-margin))
     loss = -(label * np.log(p) + (1 - label) * np.log(1 - p)).mean()
-    for size in (1, 7, 30, 100):
-        found = evaluate(model, pairs, batch_size=size)
+    for size, at_once in ((1, None), (7, 3), (30, 200), (100, None)):
+        found = evaluate(model, pairs, batch_size=size, at_once=at_once)
         assert abs(found.loss - loss) < 1e-6
         assert found.accuracy == ((margin > 0) == (label == 1)).mean()
 

@@ -54,6 +54,7 @@ def fit(
     *,
     epochs: int = 1,
     batch_size: int = 64,
+    at_once: int | None = None,
     noise: float = 0.0,
     validation: Pairs | None = None,
     patience: int = 5,
@@ -70,6 +71,7 @@ def fit(
         generator: of the orders and of dropout, on the CPU.
         epochs: passes over the pairs, at most.
         batch_size: pairs per step; the last batch of a pass may be smaller.
+        at_once: see `margins`.
         noise: ε of `bradley_terry`.
         validation: pairs kept apart. With them fitting stops after `patience` passes without a
             smaller loss on them, and the parameters of the best pass are kept.
@@ -90,9 +92,11 @@ def fit(
     best = _Best(patience)
     for epoch in range(1, epochs + 1):
         with reward.fitting(), global_draws_from(generator, pairs.label.device):
-            training = _pass(reward, pairs, optimiser, generator, batch_size, noise, epoch)
+            training = _pass(reward, pairs, optimiser, generator, batch_size, at_once, noise, epoch)
         if validation is not None:
-            found = evaluate(reward, validation, batch_size=batch_size, noise=noise)
+            found = evaluate(
+                reward, validation, batch_size=batch_size, at_once=at_once, noise=noise
+            )
             if best.is_over(found, reward):
                 break
     best.restore(reward)
@@ -101,11 +105,16 @@ def fit(
 
 @torch.no_grad()
 def evaluate(
-    reward: RewardModel, pairs: Pairs, *, batch_size: int = 64, noise: float = 0.0
+    reward: RewardModel,
+    pairs: Pairs,
+    *,
+    batch_size: int = 64,
+    at_once: int | None = None,
+    noise: float = 0.0,
 ) -> Evaluation:
     """Loss and accuracy on answered pairs, in evaluation mode."""
     parts = torch.split(torch.arange(len(pairs), device=pairs.label.device), batch_size)
-    found = [margins(reward, pairs.select(part)) for part in parts]
+    found = [margins(reward, pairs.select(part), at_once=at_once) for part in parts]
     margin = torch.cat(found).double()
     loss = bradley_terry(margin, pairs.label, noise).mean()
     return Evaluation(float(loss), float(accuracy(margin, pairs.label)))
@@ -117,6 +126,7 @@ def _pass(
     optimiser: Optimizer,
     generator: torch.Generator,
     batch_size: int,
+    at_once: int | None,
     noise: float,
     epoch: int,
 ) -> Evaluation:
@@ -128,7 +138,7 @@ def _pass(
         losses = []
         for member, order in zip(members, orders, strict=True):
             batch = pairs.select(order[start : start + batch_size].to(pairs.label.device))
-            margin = margins(member, batch)
+            margin = margins(member, batch, at_once=at_once)
             losses.append(bradley_terry(margin, batch.label, noise).mean())
             seen.append((margin.detach().double(), batch.label))
         loss = torch.stack(losses).sum()

@@ -55,24 +55,30 @@ def bradley_terry(margin: Tensor, label: Tensor, noise: float = 0.0) -> Tensor:
     return -(label * first + (1 - label) * second)
 
 
-def margins(reward: RewardFunction, pairs: Pairs) -> Tensor:
+def margins(reward: RewardFunction, pairs: Pairs, *, at_once: int | None = None) -> Tensor:
     """R₁ − R₂ of every pair, from one call of the reward for all steps of all pairs.
 
     Args:
         reward: (observation (m, *O), action (m, *A)) → (*E, m), as a `RewardNetwork`, or the
             `RewardEnsemble.each` of several.
+        at_once: most steps per call; None puts all into one, as a GPU likes it. On a CPU a few
+            hundred frames of pixels are faster: arrays of hundreds of megabytes are fetched from
+            the system anew in every step. In `fitting`, batch statistics are those of a call.
 
     Returns:
         (*E, n), units of reward.
 
     Gradients: any order, through the reward.
     """
-    ours, theirs = fragment_returns(reward, pairs.first, pairs.second)
+    ours, theirs = fragment_returns(reward, pairs.first, pairs.second, at_once=at_once)
     return ours - theirs
 
 
-def fragment_returns(reward: RewardFunction, *fragments: Fragments) -> tuple[Tensor, ...]:
-    """R = Σ_h r(s_h, a_h) over the present steps, from one call of the reward.
+def fragment_returns(
+    reward: RewardFunction, *fragments: Fragments, at_once: int | None = None
+) -> tuple[Tensor, ...]:
+    """R = Σ_h r(s_h, a_h) over the present steps, from one call of the reward; or several, see
+    `margins`.
 
     Padding is left out before the call, so that it cannot move the statistics of a batch.
 
@@ -84,7 +90,7 @@ def fragment_returns(reward: RewardFunction, *fragments: Fragments) -> tuple[Ten
     action = torch.cat([part.action.flatten(0, 1) for part in fragments])
     if not bool(present.all()):
         observation, action = observation[present], action[present]
-    steps = reward(observation, action)
+    steps = _in_parts(reward, observation, action, at_once)
     lead = steps.shape[:-1]
     if steps.shape[-1:] != observation.shape[:1]:
         raise ShapeError(
@@ -97,6 +103,17 @@ def fragment_returns(reward: RewardFunction, *fragments: Fragments) -> tuple[Ten
         part.reshape(*lead, *whole.present.shape).sum(-1)
         for part, whole in zip(torch.split(table, sizes, -1), fragments, strict=True)
     )
+
+
+def _in_parts(
+    reward: RewardFunction, observation: Tensor, action: Tensor, at_once: int | None
+) -> Tensor:
+    if at_once is None or len(action) <= at_once:
+        return reward(observation, action)
+    if at_once < 1:
+        raise OptionError(f"at_once is {at_once!r}", allowed="1 or more, or None")
+    parts = zip(torch.split(observation, at_once), torch.split(action, at_once), strict=True)
+    return torch.cat([reward(where, chosen) for where, chosen in parts], -1)
 
 
 def accuracy(margin: Tensor, label: Tensor) -> Tensor:
