@@ -500,6 +500,16 @@ def test_fitting_resumes_to_the_same_bits(tmp_path):
     assert chance.get_state().equal(generator.get_state())
 
 
+def test_fitting_is_in_training_mode_and_validation_is_not():
+    pairs, model = pixel_pairs(6, 2), small_cnn()
+    seen = []
+    model.body[0].register_forward_hook(lambda layer, *_: seen.append(layer.training))
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
+    fit(model, pairs, optimiser, seeded(), batch_size=3, epochs=2, validation=pairs)
+    assert seen == [True, True, False, False] * 2
+    assert int(model.body[1].num_batches_tracked) == 4
+
+
 def test_a_reward_is_in_evaluation_mode_after_a_fit_that_failed():
     pairs = pixel_pairs(6, 2)
     model = small_cnn()
