@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from fractions import Fraction
@@ -55,7 +56,7 @@ def test_a_cut_covers_every_step_once_and_crosses_no_end(length):
 
 
 def test_a_draw_crosses_no_end_and_takes_each_place_equally_often():
-    length, count = 4, 20_000
+    length, count = 4, 5_000
     episodes = [episode(i, n) for i, n in enumerate(LENGTHS)]
     found = draw(episodes, length, count, torch.Generator().manual_seed(3))
     places = Counter(assert_whole(found, row, length) for row in range(count))
@@ -102,15 +103,18 @@ def test_pairs_are_selected_with_all_their_parts():
 # Bradley–Terry
 
 
-def exact_loss(margin: float, label: float, noise: float) -> mpmath.mpf:
-    """In 6000 digits, from the definition: σ(1e4) differs from one in the 4343rd."""
-    with mpmath.workdps(6000):
+@functools.cache
+def exact(margin: float, label: float, noise: float) -> tuple[float, float]:
+    """ℓ and dℓ/dz = −(y/p − (1−y)/(1−p))·(1−ε)σ(1−σ), from the definition, in 4400 digits: σ(1e4)
+    differs from one in the 4343rd.
+    """
+    with mpmath.workdps(4400):
         share = 1 / (1 + mpmath.exp(-mpmath.mpf(margin)))
         p = (1 - mpmath.mpf(noise)) * share + mpmath.mpf(noise) / 2
-        label = mpmath.mpf(label)
-        terms = [label * mpmath.log(p) if label else 0]
-        terms += [(1 - label) * mpmath.log(1 - p) if label != 1 else 0]
-        return -sum(terms)
+        inner = (1 - mpmath.mpf(noise)) * share * (1 - share)
+        loss = -(mpmath.log(p) * label if label else 0)
+        loss -= mpmath.log(1 - p) * (1 - label) if label != 1 else 0
+        return float(loss), float(-(label / p - (1 - label) / (1 - p)) * inner)
 
 
 MARGINS = [0.0, 1e-9, -0.3, 2.0, -17.0, 40.0, 800.0, -1e4, 1e4]
@@ -125,14 +129,8 @@ def test_the_loss_is_the_formula_at_any_margin(noise, dtype):
         (slope,) = torch.autograd.grad(found.sum(), margin)
         found, eps = found.detach(), torch.finfo(dtype).eps
         for i, z in enumerate(margin.tolist()):
-            want = float(exact_loss(z, label, noise))
+            want, steep = exact(z, label, noise)
             assert abs(float(found[i]) - want) <= 4 * eps * max(1, abs(want)), (z, label)
-            # d/dz from the definition: −(y/p − (1−y)/(1−p))·(1−ε)σ(1−σ)
-            with mpmath.workdps(6000):
-                share = 1 / (1 + mpmath.exp(-mpmath.mpf(z)))
-                p = (1 - mpmath.mpf(noise)) * share + mpmath.mpf(noise) / 2
-                inner = (1 - mpmath.mpf(noise)) * share * (1 - share)
-                steep = float(-(label / p - (1 - label) / (1 - p)) * inner)
             assert abs(float(slope[i]) - steep) <= 8 * eps * max(1, abs(steep)), (z, label)
 
 
@@ -221,7 +219,7 @@ def test_accuracy_counts_strict_answers_only():
 KINDS = st.sampled_from(["constant", "hyperbolic", "inverse-linear"])
 
 
-@given(KINDS, st.integers(1, 300), st.integers(0, 5000), st.floats(0, 1))
+@given(KINDS, st.integers(1, 60), st.integers(0, 5000), st.floats(0, 1))
 def test_a_schedule_spends_its_total_exactly_and_keeps_to_its_shares(kind, rounds, total, part):
     initial = int(part * total)
     counts = QuerySchedule(kind, rounds, total, initial).counts

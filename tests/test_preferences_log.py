@@ -286,6 +286,20 @@ def test_a_failed_log_takes_no_more_answers(tmp_path, monkeypatch):
     assert read(path) == [{"label": 1}]
 
 
+def test_an_interrupted_log_takes_no_more_answers(tmp_path, monkeypatch):
+    """Ctrl-C after the record, before its head: going on would break the chain."""
+    path = tmp_path / "answers"
+    log = AnswerLog(path)
+    log.append({"label": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda f: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            log.append({"label": 0})
+    with pytest.raises(AnswerLogWriteError, match="the log is closed"):
+        log.append({"label": 0.5})
+    assert read(path) == [{"label": 1}, {"label": 0}]
+
+
 def test_every_answer_is_on_the_disk_before_it_is_acknowledged(tmp_path, monkeypatch):
     """The file itself is fsynced after its last byte and before its head is replaced."""
     path = tmp_path / "answers"
