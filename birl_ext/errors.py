@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 __all__ = [
+    "AnswerLogCorruptError",
+    "AnswerLogRecoveryWarning",
+    "AnswerLogWriteError",
     "BackendFallbackWarning",
     "BackendUnavailableError",
     "BirlError",
@@ -238,6 +241,22 @@ class CheckpointWriteError(CheckpointError):
 
 class CheckpointFallbackWarning(UserWarning):
     """A damaged checkpoint was passed over; the run goes on from the one before it."""
+
+
+class AnswerLogCorruptError(BirlError, RuntimeError):
+    code = "BIRL-E705"
+    meaning = "a log of answers was altered or cut short"
+    remedy = "restore both of its files from a copy; nothing was changed"
+
+
+class AnswerLogWriteError(BirlError, RuntimeError):
+    code = "BIRL-E706"
+    meaning = "an answer could not be written; those before it are intact"
+    remedy = "make room on the disk, open the log again and give the answer again"
+
+
+class AnswerLogRecoveryWarning(UserWarning):
+    """A record that was being written when a process died has been removed from a log."""
 
 
 class ConfigError(BirlError, ValueError):
