@@ -84,8 +84,8 @@ def checked_reward(batch: Transitions, reward: Tensor) -> Tensor:
         ShapeError: it is not (n,); (n, 1) would broadcast against (n,) silently.
         NonFiniteInputError: it is NaN or infinite.
     """
-    if reward.shape != (len(batch),):
-        raise ShapeError(f"reward has shape {tuple(reward.shape)}", allowed=f"({len(batch)},)")
+    if reward.shape != (batch.size,):
+        raise ShapeError(f"reward has shape {tuple(reward.shape)}", allowed=f"({batch.size},)")
     plain = reward.detach().float()
     if not bool(plain.isfinite().all()):
         first = int((~plain.isfinite()).nonzero()[0])

@@ -102,12 +102,14 @@ class Collector:
                 if step.ended[i]:
                     episodes.append(Episode(i, self._sums[i], self._lengths[i]))
                     self._sums[i], self._lengths[i] = 0.0, 0
-        batches, *columns = zip(*parts, strict=True)
+        batches, where_each, ended, log_probs = zip(*parts, strict=True)
         return Collection(
             Transitions(*(torch.cat(column) for column in zip(*batches, strict=True))),
-            *(torch.cat(column) for column in columns),
-            version=self.agent.version,
-            episodes=episodes,
+            torch.cat(where_each),
+            torch.cat(ended),
+            torch.cat(log_probs),
+            self.agent.version,
+            episodes,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,8 +128,12 @@ class Collector:
         self.environments.load_state_dict(state["environments"])
         self._uniform.set_state(state["uniform"])
         self._generator.set_state(state["generator"])
-        self._sums = [float(value) for value in state["sums"]]
-        self._lengths = [int(value) for value in state["lengths"]]
+        if self.environments.repeatable:
+            self._sums = [float(value) for value in state["sums"]]
+            self._lengths = [int(value) for value in state["lengths"]]
+        else:  # new episodes have begun
+            self._sums = [0.0] * self.environments.count
+            self._lengths = [0] * self.environments.count
         self.transitions = int(state["transitions"])
 
     def _act(self) -> tuple[Tensor, Tensor]:

@@ -154,12 +154,18 @@ class Environments:
         self.count = vector.num_envs
         self._vector = vector
         self._workers = vector if isinstance(vector, AsyncVectorEnv) else None
-        self._ours = isinstance(vector, (AsyncVectorEnv, SyncVectorEnv)) and all(
+        self.repeatable = isinstance(vector, (AsyncVectorEnv, SyncVectorEnv)) and all(
             isinstance(build, functools.partial) and build.func is _build
             for build in vector.env_fns
         )
+        """Whether a resumed run goes on in the middle of an episode."""
         self._mode = AutoresetMode(vector.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         self._closed = False
+        self._observation: Tensor | None = None
+        self._starting = np.zeros(self.count, dtype=bool)  # NEXT_STEP: where the next step resets
+        self.episodes = [0] * self.count
+        self._actions: list[list[Any]] = []
+        self._lengths: list[int] = []
         try:
             self.spaces: Spaces = read_spaces(
                 vector.single_observation_space, vector.single_action_space, name
@@ -167,7 +173,6 @@ class Environments:
         except OptionError:
             self.close()
             raise
-        self._observation: Tensor | None = None
 
     @property
     def observation(self) -> Tensor:
@@ -239,7 +244,7 @@ class Environments:
         actions = [torch.tensor(np.array(steps)) for steps in self._actions]
         return {
             "episodes": list(self.episodes),
-            "actions": actions if self._ours else None,
+            "actions": actions if self.repeatable else None,
             "observation": observation.clone(),
         }
 
@@ -253,7 +258,7 @@ class Environments:
         episodes = [int(episode) for episode in state["episodes"]]
         if len(episodes) != self.count:
             raise OptionError(f"{len(episodes)} environments are stored", allowed=str(self.count))
-        if not self._ours or state["actions"] is None:
+        if not self.repeatable or state["actions"] is None:
             self._begin([episode + 1 for episode in episodes], [[] for _ in episodes])
             return
         self._begin(episodes, [list(steps.numpy()) for steps in state["actions"]])
@@ -283,7 +288,7 @@ class Environments:
         self._actions = actions
         self._lengths = [len(steps) for steps in actions]
         self._starting = np.zeros(self.count, dtype=bool)
-        if self._ours:
+        if self.repeatable:
             start = list(zip(episodes, actions, strict=True))
             observation, info = self._call("reset", None, options={_START: start})
         else:
@@ -300,7 +305,7 @@ class Environments:
                 self._lengths[i] = 0
             elif kept[i]:
                 self._lengths[i] += 1
-                if self._ours:
+                if self.repeatable:
                     self._actions[i].append(given[i])
 
     def _tensor(self, observation: Any) -> Tensor:
@@ -380,7 +385,7 @@ class Environments:
             action = "" if given is None else f", actions {given.tolist()}"
             where = f"one of {self.count} of {self.name!r}, seed {self.seed}{action}"
             return EnvironmentFailureError(what, where=where)
-        seed = self.seed_of(index) if self._ours else self.seed
+        seed = self.seed_of(index) if self.repeatable else self.seed
         where = f"environment {index} of {self.name!r}, seed {seed}, "
         where += (
             "start of the episode"
@@ -441,7 +446,9 @@ class _Episodes(gymnasium.Wrapper[Any, Any, Any, Any]):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
             observation, reward, terminated, truncated, _ = self.env.step(action)
-            return observation, float(reward), bool(terminated), bool(truncated), {}
+            # Copied: an environment may write its next episode into the same array.
+            seen = np.array(observation)
+            return seen, float(reward), bool(terminated), bool(truncated), {}
         except Exception as error:
             what = f"it raised {type(error).__name__}: {error}"
             return self._blank(), 0.0, False, False, {_FAILURE: what}

@@ -181,14 +181,14 @@ def head_network(
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Module:
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
     return _initialised(layer, inputs, generator)
 
 
 def _convolution(
     inputs: int, outputs: int, kernel: int, stride: int, generator: torch.Generator
 ) -> nn.Module:
-    layer = nn.utils.skip_init(nn.Conv2d, inputs, outputs, kernel, stride)
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, device="meta").to_empty(device="cpu")
     return _initialised(layer, inputs * kernel**2, generator)
 
 

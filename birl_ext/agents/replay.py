@@ -49,7 +49,7 @@ class ReplayBuffer:
         ring = self._ring if self._ring is not None else self._reserve(batch)
         self._check(ring, batch)
         self._ring = ring
-        count = len(batch)
+        count = batch.size
         kept = min(count, self.capacity)
         # Where the first of the rows kept goes, had all of them been written.
         first = self._next + count - kept
@@ -94,8 +94,8 @@ class ReplayBuffer:
             batch = Transitions(**held)
             ring = self._reserve(batch)
             for column, rows in zip(ring, batch, strict=True):
-                column[: len(batch)] = rows.to(self.device)
-            self._ring, self._size = ring, len(batch)
+                column[: batch.size] = rows.to(self.device)
+            self._ring, self._size = ring, batch.size
         self._next = int(state["next"])
 
     def _reserve(self, batch: Transitions) -> Transitions:
@@ -109,7 +109,7 @@ class ReplayBuffer:
     @staticmethod
     def _check(ring: Transitions, batch: Transitions) -> None:
         for name, column, rows in zip(Transitions._fields, ring, batch, strict=True):
-            allowed: tuple[int, ...] = (len(batch), *column.shape[1:])
+            allowed: tuple[int, ...] = (batch.size, *column.shape[1:])
             if rows.shape != allowed:
                 raise ShapeError(f"{name} has shape {tuple(rows.shape)}", allowed=str(allowed))
             if rows.dtype != column.dtype:

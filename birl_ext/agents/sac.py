@@ -137,7 +137,7 @@ class SAC:
         lowest = self.critics(batch.observation, drawn).amin(0)
         actor_loss = (tau * log_drawn - lowest).mean()
         self.actor_optimiser.zero_grad()
-        actor_loss.backward(inputs=self._learned)  # type: ignore[no-untyped-call]
+        actor_loss.backward(inputs=self._learned)
         self.actor_optimiser.step()
 
         entropy = -log_drawn.mean().detach()

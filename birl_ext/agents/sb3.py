@@ -80,7 +80,8 @@ class GaussianFollower:
     def sample(self, observation: Tensor, generator: torch.Generator) -> Tensor:
         normal = self._policy.get_distribution(observation).distribution
         mean: Tensor = normal.mean
-        return mean + normal.stddev * torch.randn(
+        spread: Tensor = normal.stddev
+        return mean + spread * torch.randn(
             mean.shape, generator=generator, dtype=mean.dtype, device=mean.device
         )
 

@@ -55,8 +55,8 @@ class Target:
                 ours.copy_(theirs)  # exactly, which x̄ + 1·(x − x̄) is not
             else:
                 ours.lerp_(theirs, self.rate)
-        for ours, theirs in zip(self._copy.buffers(), self._source.buffers(), strict=True):
-            ours.copy_(theirs)
+        for kept, live in zip(self._copy.buffers(), self._source.buffers(), strict=True):
+            kept.copy_(live)
 
     def state_dict(self) -> dict[str, Any]:
         return {"network": snapshot(self._copy), "updates": self._updates}

@@ -30,7 +30,9 @@ class Transitions(NamedTuple):
     terminated: Tensor
     reward: Tensor
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """n. (`len` is the number of fields, which `_replace` relies on.)"""
         return self.observation.shape[0]
 
     def select(self, index: Tensor) -> Transitions:
