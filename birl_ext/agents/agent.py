@@ -11,23 +11,15 @@ from torch import Tensor
 from birl_ext.agents.transitions import Transitions
 from birl_ext.errors import DiscountError, NonFiniteInputError, ShapeError
 
-__all__ = ["Agent", "DiscreteAgent", "check_discount", "checked_reward"]
+__all__ = ["Actor", "Agent", "DiscreteAgent", "check_discount", "checked_reward"]
 
 
-class Agent(Protocol):
-    """Learns the soft-optimal policy of a reward that is handed over with every batch.
-
-    A generator lies on the agent's device. No method but `update` changes the agent.
-    """
+class Actor(Protocol):
+    """A policy that can be collected from and evaluated; a generator lies on its device."""
 
     @property
     def device(self) -> torch.device:
         """Where observations go and actions come from."""
-        ...
-
-    @property
-    def temperature(self) -> float:
-        """τ of the moment, units of reward."""
         ...
 
     @property
@@ -45,6 +37,18 @@ class Agent(Protocol):
 
     def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
         """log π(a|s), (n,); of continuous actions a density in the environment's units."""
+        ...
+
+
+class Agent(Actor, Protocol):
+    """Learns the soft-optimal policy of a reward that is handed over with every batch.
+
+    No method but `update` and `load_state_dict` changes it.
+    """
+
+    @property
+    def temperature(self) -> float:
+        """τ of the moment, units of reward."""
         ...
 
     def update(self, batch: Transitions, reward: Tensor) -> dict[str, float]:

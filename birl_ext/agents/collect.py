@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.agents.agent import Agent
+from birl_ext.agents.agent import Actor
 from birl_ext.agents.environment import Environments
 from birl_ext.agents.transitions import Transitions
 from birl_ext.errors import OptionError
@@ -38,7 +38,7 @@ class Collection(NamedTuple):
         environment: (n,) int64, where each happened.
         ended: (n,) bool, True at the last step of an episode, terminated or cut off.
         log_prob: (n,) log π(a|s) of the policy that acted.
-        version: of that policy, see `Agent.version`.
+        version: of that policy, see `Actor.version`.
         episodes: those that finished.
     """
 
@@ -61,7 +61,7 @@ class Collector:
     """
 
     def __init__(
-        self, environments: Environments, agent: Agent, *, seed: int = 0, random_steps: int = 0
+        self, environments: Environments, agent: Actor, *, seed: int = 0, random_steps: int = 0
     ) -> None:
         if random_steps < 0:
             raise OptionError(f"random_steps is {random_steps!r}", allowed="0 or more")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.agents.agent import Agent
+from birl_ext.agents.agent import Actor
 from birl_ext.agents.environment import Environments
 from birl_ext.errors import OptionError
 
@@ -38,7 +38,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_agent(
-    agent: Agent,
+    agent: Actor,
     environments: Environments,
     *,
     episodes: int,

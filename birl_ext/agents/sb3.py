@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def from_sb3(
         if temperature is None or not temperature > 0:
             raise TemperatureError(f"temperature is {temperature!r}", allowed="(0, inf), for DQN")
         _freeze(policy)
-        return SoftmaxFollower(lambda observation: policy.q_net(observation) / temperature)
+        return SoftmaxFollower(policy, lambda seen: policy.q_net(seen) / temperature)
     if temperature is not None:
         raise OptionError("temperature is given", allowed="None, unless the model has a q_net")
     actor = getattr(policy, "actor", None)
@@ -44,7 +45,9 @@ def from_sb3(
     if hasattr(policy, "get_distribution"):
         _freeze(policy)
         if hasattr(policy.action_space, "n"):
-            return SoftmaxFollower(lambda o: policy.get_distribution(o).distribution.logits)
+            return SoftmaxFollower(
+                policy, lambda seen: policy.get_distribution(seen).distribution.logits
+            )
         return GaussianFollower(policy)
     raise OptionError(
         f"the model is a {type(model).__name__}",
@@ -56,16 +59,19 @@ class SoftmaxFollower(CategoricalPolicy):
     """π = softmax of logits.
 
     Args:
+        policy: where the parameters are.
         logits: observation (n, *O) → (n, A).
     """
 
-    def __init__(self, logits: Any) -> None:
+    version = 0
+
+    def __init__(self, policy: Any, logits: Callable[[Tensor], Tensor]) -> None:
+        self.device = _device(policy)
         self._logits = logits
 
     @torch.no_grad()
     def log_probs(self, observation: Tensor) -> Tensor:
-        logits: Tensor = self._logits(observation)
-        return logits.log_softmax(-1)
+        return self._logits(observation).log_softmax(-1)
 
 
 class GaussianFollower:
@@ -73,7 +79,10 @@ class GaussianFollower:
     on their way to the environment.
     """
 
+    version = 0
+
     def __init__(self, policy: Any) -> None:
+        self.device = _device(policy)
         self._policy = policy
 
     @torch.no_grad()
@@ -102,11 +111,13 @@ class GaussianFollower:
 class SquashedFollower:
     """A tanh-squashed Gaussian over the box of actions."""
 
+    version = 0
+
     def __init__(self, policy: Any) -> None:
+        self.device = _device(policy)
         self._actor = policy.actor
-        device = next(policy.parameters()).device
         space = policy.action_space
-        low, high = (torch.as_tensor(edge, device=device) for edge in (space.low, space.high))
+        low, high = (torch.as_tensor(edge, device=self.device) for edge in (space.low, space.high))
         self._centre, self._half = (low + high) / 2, (high - low) / 2
 
     def _policy(self, observation: Tensor) -> SquashedGaussian:
@@ -128,6 +139,11 @@ class SquashedFollower:
         """log π(a|s), (n,), a density per unit of action."""
         unit = (action - self._centre) / self._half
         return self._policy(observation).log_prob(unit) - self._half.log().sum()
+
+
+def _device(policy: Any) -> torch.device:
+    device: torch.device = next(policy.parameters()).device
+    return device
 
 
 def _freeze(policy: Any) -> None:
