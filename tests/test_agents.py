@@ -432,15 +432,29 @@ def test_greedy_takes_the_likeliest_and_draws_nothing() -> None:
     assert_close(shares, agent.probabilities(states).double(), bound=0.02, label="shares")
 
 
+@pytest.mark.parametrize("kind", ["soft Q", "discrete SAC", "SAC"])
+def test_an_agent_learns_where_its_networks_are(kind: str, device: str) -> None:
+    run = Run(kind, seed=1, device=device)
+    run.advance(12)
+    assert run.agent.device.type == device
+    assert run.replay.sample(3, run.generator).observation.device.type == device
+    again = Run(kind, seed=2, device=device)
+    again.load_state_dict(run.state_dict())
+    again.advance(2)
+    assert again.agent.version == 14
+    for one in (run, again):
+        one.environments.close()
+
+
 # Resuming
 
 
 class Run:
     """An agent, its replay and its collector, as a job would hold them."""
 
-    def __init__(self, kind: str, seed: int, parallel: bool = False) -> None:
+    def __init__(self, kind: str, seed: int, device: str = "cpu") -> None:
         source = generator(seed)
-        automatic = Temperature(0.5, entropy_target=0.3, learning_rate=1e-2)
+        automatic = Temperature(0.5, entropy_target=0.3, learning_rate=1e-2, device=device)
         options: dict[str, Any] = {
             "discount": 0.9,
             "temperature": automatic,
@@ -449,7 +463,7 @@ class Run:
             "target_period": 3,
         }
         name = "Pendulum-v1" if kind == "SAC" else "CartPole-v1"
-        self.environments = make_environments(name, count=3, seed=4, parallel=parallel)
+        self.environments = make_environments(name, count=3, seed=4)
         spaces = self.environments.spaces
         inputs = spaces.observation_shape[0]
         if kind == "SAC":
@@ -457,8 +471,8 @@ class Run:
             assert spaces.high is not None
             critics = [StateActionMLP(inputs, 1, hidden=(8,), generator=source) for _ in range(2)]
             self.agent: Any = SAC(
-                MLP(inputs, 2, hidden=(8,), generator=source),
-                Twin(*critics),
+                MLP(inputs, 2, hidden=(8,), generator=source).to(device),
+                Twin(*critics).to(device),
                 low=spaces.low,
                 high=spaces.high,
                 seed=seed,
@@ -470,10 +484,12 @@ class Run:
                 MLP(inputs, spaces.actions, hidden=(8,), generator=source) for _ in range(3)
             ]
             if kind == "soft Q":
-                self.agent = SoftQ(networks[0], **options)
+                self.agent = SoftQ(networks[0].to(device), **options)
             else:
-                self.agent = DiscreteSAC(networks[0], Twin(*networks[1:]), **options)
-        self.replay = ReplayBuffer(80)
+                self.agent = DiscreteSAC(
+                    networks[0].to(device), Twin(*networks[1:]).to(device), **options
+                )
+        self.replay = ReplayBuffer(80, device=device)
         self.generator = generator(seed)
         self.collector = Collector(self.environments, self.agent, seed=seed, random_steps=20)
         self.episodes: list[Any] = []

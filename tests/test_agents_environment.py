@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import re
 import signal
+import sys
 import time
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from birl_ext.agents.collect import Collector, Episode
 from birl_ext.agents.environment import Environments, episode_seed, make_environments
 from birl_ext.agents.evaluate import evaluate_agent
-from birl_ext.errors import EnvironmentFailureError, OptionError, ShapeError
+from birl_ext.errors import EnvironmentFailureError, MissingDependencyError, OptionError, ShapeError
 
 # gymnasium forks its workers beside torch's idle threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -424,6 +426,14 @@ def test_spaces_are_read() -> None:
     with make_environments(Pixels) as environments:
         assert environments.observation.dtype is torch.uint8
         assert environments.observation.flatten().tolist() == [200] * 16
+
+
+def test_without_gymnasium_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    for module in ("environment", "spaces"):
+        monkeypatch.delitem(sys.modules, f"birl_ext.agents.{module}")
+        with pytest.raises(MissingDependencyError, match=r"birl_ext\[rl\]"):
+            importlib.import_module(f"birl_ext.agents.{module}")
 
 
 # Evaluation

@@ -77,7 +77,7 @@ def make_environments(
         count: n.
         seed: of everything random in them, 0 or more.
         parallel: one process each; otherwise all in this one, where nothing can end a hang.
-        timeout: seconds a worker may take for a step or a reset.
+        timeout: seconds a worker may take for a step or a reset; building it is not covered.
         options: keyword arguments of the environment, beside an id.
         allow_entry_points: accept an id that names a module to import ("module:Name-v0") or an
             EnvSpec. Either can run any code.

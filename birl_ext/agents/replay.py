@@ -51,11 +51,12 @@ class ReplayBuffer:
         self._ring = ring
         count = batch.size
         kept = min(count, self.capacity)
+        batch = batch.to(self.device)
         # Where the first of the rows kept goes, had all of them been written.
         first = self._next + count - kept
         index = (first + torch.arange(kept, device=self.device)) % self.capacity
         for column, rows in zip(ring, batch, strict=True):
-            column[index] = rows[count - kept :].to(self.device)
+            column[index] = rows[count - kept :]
         self._next = (self._next + count) % self.capacity
         self._size = min(self._size + count, self.capacity)
 
@@ -91,10 +92,10 @@ class ReplayBuffer:
         self._ring, self._size = None, 0
         held = state["held"]
         if held is not None:
-            batch = Transitions(**held)
+            batch = Transitions(**held).to(self.device)
             ring = self._reserve(batch)
             for column, rows in zip(ring, batch, strict=True):
-                column[: batch.size] = rows.to(self.device)
+                column[: batch.size] = rows
             self._ring, self._size = ring, batch.size
         self._next = int(state["next"])
 

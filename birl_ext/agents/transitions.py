@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["LearnedReward", "Transitions"]
@@ -38,6 +39,10 @@ class Transitions(NamedTuple):
     def select(self, index: Tensor) -> Transitions:
         """Those at `index`, (m,) int64 or (n,) bool."""
         return Transitions(*(part[index] for part in self))
+
+    def to(self, device: torch.device | str) -> Transitions:
+        """The same on another device."""
+        return Transitions(*(part.to(device) for part in self))
 
 
 LearnedReward = Callable[[Transitions], Tensor]
