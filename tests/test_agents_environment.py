@@ -252,7 +252,10 @@ def test_an_environment_that_does_not_repeat_itself_is_noticed() -> None:
     build = lambda: Clock("unrepeatable", length=9)  # noqa: E731
     with make_environments(build, count=2) as ours, make_environments(build, count=2) as theirs:
         collector(ours).collect(4)
-        with pytest.raises(EnvironmentFailureError, match="differently when repeated at environm"):
+        with pytest.raises(
+            EnvironmentFailureError,
+            match=r"differently when repeated at environment 0 of .* after 4 steps.*the time",
+        ):
             theirs.load_state_dict(ours.state_dict())
 
 
@@ -329,6 +332,23 @@ def test_a_worker_that_dies_or_hangs_ends_in_a_named_error(fault: str, words: st
     message = provoke(fault, parallel=True, timeout=1.0)
     assert f"{words} at environment 0 of" in message
     assert f"seed {episode_seed(4, 0, 0)}, step 2, action " in message
+
+
+def test_closing_after_an_interrupt_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    environments = make_environments(lambda: Clock("hang", length=9), count=2, parallel=True)
+    action = torch.zeros(2, dtype=torch.int64)
+    for _ in range(2):
+        environments.step(action)
+    workers = environments._vector
+
+    def interrupted(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workers, "step_wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        environments.step(action)
+    environments.close()
+    assert not any(process.is_alive() for process in workers.processes)
 
 
 def test_only_the_guilty_one_is_named() -> None:

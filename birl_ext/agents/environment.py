@@ -24,6 +24,7 @@ from birl_ext.errors import EnvironmentFailureError, MissingDependencyError, Opt
 
 try:
     import gymnasium
+    from gymnasium.envs.registration import EnvSpec
     from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 except ImportError:
     raise MissingDependencyError(
@@ -58,7 +59,7 @@ def episode_seed(seed: int, environment: int, episode: int) -> int:
 
 
 def make_environments(
-    source: str | Callable[[], gymnasium.Env[Any, Any]],
+    source: str | EnvSpec | Callable[[], gymnasium.Env[Any, Any]],
     *,
     count: int = 1,
     seed: int = 0,
@@ -78,7 +79,7 @@ def make_environments(
         seed: of everything random in them, 0 or more.
         parallel: one process each; otherwise all in this one, where nothing can end a hang.
         timeout: seconds a worker may take for a step or a reset; building it is not covered.
-        options: keyword arguments of the environment, beside an id.
+        options: keyword arguments of the environment.
         allow_entry_points: accept an id that names a module to import ("module:Name-v0") or an
             EnvSpec. Either can run any code.
         context: how processes are started: "fork", "spawn", "forkserver", None for the default.
@@ -87,9 +88,13 @@ def make_environments(
         OptionError: no such id, one that would import code, or spaces that are not supported.
         EnvironmentFailureError: it cannot be built.
     """
-    name = source if isinstance(source, str) else getattr(source, "__name__", repr(source))
-    runs_code = isinstance(source, gymnasium.envs.registration.EnvSpec) or ":" in name
-    if runs_code and not callable(source) and not allow_entry_points:
+    if callable(source):
+        name, runs_code = getattr(source, "__name__", repr(source)), False
+    elif isinstance(source, str):
+        name, runs_code = source, ":" in source
+    else:
+        name, runs_code = str(getattr(source, "id", source)), True
+    if runs_code and not allow_entry_points:
         raise OptionError(
             f"the id {name!r} names code to import",
             allowed="ids that are registered already",
@@ -161,6 +166,7 @@ class Environments:
         """Whether a resumed run goes on in the middle of an episode."""
         self._mode = AutoresetMode(vector.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         self._closed = False
+        self._waiting = False  # for workers to answer
         self._observation: Tensor | None = None
         self._starting = np.zeros(self.count, dtype=bool)  # NEXT_STEP: where the next step resets
         self.episodes = [0] * self.count
@@ -223,7 +229,7 @@ class Environments:
             fresh, _ = self._call("reset", None, options={"reset_mask": ended})
             found = np.where(ended.reshape(-1, *[1] * (after.ndim - 1)), fresh, found)
         self._starting = ended & (self._mode is AutoresetMode.NEXT_STEP)
-        self._check_finite("observation", np.array(found), None)
+        self._check_finite("observation", np.asarray(found), None)
         self._observation = self._tensor(found)
         transitions = Transitions(
             before,
@@ -266,12 +272,19 @@ class Environments:
             zip(self.observation, state["observation"], strict=True)
         ):
             if not torch.equal(ours, stored):
-                failure = self._failure("the episode came out differently when repeated", i, None)
                 self._abort()
-                raise failure
+                raise EnvironmentFailureError(
+                    "the episode came out differently when repeated",
+                    where=f"environment {i} of {self.name!r}, seed {self.seed_of(i)}, "
+                    f"after {self._lengths[i]} steps",
+                    fix="take out what the seed does not determine, such as the time, or a wrapper "
+                    "that remembers earlier episodes",
+                )
 
     def close(self) -> None:
         """Close the environments and end their processes."""
+        if self._waiting:  # interrupted: asking them to close would wait for the answer first
+            self._abort()
         if not self._closed:
             self._closed = True
             self._vector.close()
@@ -294,7 +307,7 @@ class Environments:
         else:
             observation, info = self._call("reset", None, seed=self.seed_of(0))
         self._raise_reported(info, None, ended=np.zeros(self.count, dtype=bool))
-        self._check_finite("observation", np.array(observation), None)
+        self._check_finite("observation", np.asarray(observation), None)
         self._observation = self._tensor(observation)
 
     def _count(self, given: Any, kept: Any, ended: Any) -> None:
@@ -326,11 +339,17 @@ class Environments:
             with warnings.catch_warnings():
                 # gymnasium repeats an error of a worker as a warning, before it raises it
                 warnings.simplefilter("ignore")
+                self._waiting = True
                 if method == "step":
                     workers.step_async(given)
-                    return workers.step_wait(timeout=self.timeout)
-                workers.reset_async(**keywords)
-                return workers.reset_wait(timeout=self.timeout)
+                    answer: Any = workers.step_wait(timeout=self.timeout)
+                else:
+                    workers.reset_async(**keywords)
+                    # Steps that are played again take their time: a second each, at most.
+                    played = max(self._lengths, default=0)
+                    answer = workers.reset_wait(self.timeout + played * min(self.timeout, 1.0))
+                self._waiting = False
+                return answer
         except Exception as error:
             failure = self._diagnose(error, given)
             self._abort()
@@ -398,7 +417,7 @@ class Environments:
         """End everything at once; a worker that hangs is not asked."""
         if self._closed:
             return
-        self._closed = True
+        self._closed, self._waiting = True, False
         workers = self._workers
         if workers is None:
             with contextlib.suppress(Exception):
@@ -459,7 +478,7 @@ class _Episodes(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 def _build(
-    source: str | Callable[[], gymnasium.Env[Any, Any]],
+    source: str | EnvSpec | Callable[[], gymnasium.Env[Any, Any]],
     options: dict[str, Any],
     seed: int,
     index: int,
