@@ -22,6 +22,7 @@ __all__ = [
     "DiscountError",
     "DtypeError",
     "EmptyActionSetError",
+    "EnvironmentFailureError",
     "FileFormatError",
     "GradientError",
     "InitialDistributionError",
@@ -267,6 +268,12 @@ class ConfigError(BirlError, ValueError):
 class MissingDependencyError(BirlError, ImportError):
     code = "BIRL-E802"
     meaning = "an optional package is not installed"
+
+
+class EnvironmentFailureError(BirlError, RuntimeError):
+    code = "BIRL-E901"
+    meaning = "an environment raised, died, hung, or returned numbers that are not finite"
+    remedy = "mend the environment; the seed and the action reproduce the failure"
 
 
 def catalogue() -> Iterator[tuple[str, type[BirlError]]]:
