@@ -151,7 +151,7 @@ def test_thread_count_does_not_change_a_bit_of_many_right_hand_sides(sparse: boo
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_constants_cost_no_products_in_either_direction(count: int, sparse: bool) -> None:
-    """At γ = 1 − 10⁻⁶ a constant alone would take ten million: minutes, where it should be at once."""
+    """At γ = 1 − 10⁻⁶ a constant alone would take ten million: minutes instead of nothing."""
     case = make_case(0, 60, 2, successors=30, sparse=sparse, discount=1 - 1e-6)
     policy = some_policy(case)
     rhs = 1 + np.random.default_rng(1).standard_normal((1, 1, count, 60))
