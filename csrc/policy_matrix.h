@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "block_kernels.h"
+#include "huge_pages.h"
 #include "parallel.h"
 #include "sparse.h"
 #include "transition.h"
@@ -17,7 +18,7 @@ class DensePolicyMatrix {
  public:
   // With `keep_mass`, products see rows that sum to what they did before they were rounded.
   explicit DensePolicyMatrix(Index states, bool keep_mass = false)
-      : n_(states), values_(new Stored[states * states]), excess_(keep_mass ? states : 0) {}
+      : n_(states), values_(states * states), excess_(keep_mass ? states : 0) {}
 
   Index size() const { return n_; }
   double work() const { return static_cast<double>(n_ * n_); }
@@ -92,8 +93,8 @@ class DensePolicyMatrix {
   }
 
   Index n_;
-  std::unique_ptr<Stored[]> values_;  // each row is written before it is read
-  std::vector<double> excess_;        // what rounding took from each row, put on the diagonal
+  ScratchArray<Stored> values_;  // each row is written before it is read
+  std::vector<double> excess_;   // what rounding took from each row, put on the diagonal
 };
 
 // In the orientation of its pattern: P_π, or its transpose.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -145,6 +146,27 @@ def test_thread_count_does_not_change_a_bit_of_many_right_hand_sides(sparse: boo
     finally:
         torch.set_num_threads(threads)
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_constants_cost_no_products_in_either_direction(count: int, sparse: bool) -> None:
+    """At γ = 1 − 10⁻⁶ a constant alone would take ten million: minutes instead of nothing."""
+    case = make_case(0, 60, 2, successors=30, sparse=sparse, discount=1 - 1e-6)
+    policy = some_policy(case)
+    rhs = 1 + np.random.default_rng(1).standard_normal((1, 1, count, 60))
+
+    def hang(*_: object) -> None:
+        raise TimeoutError("the constant was iterated away")
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(20)
+    try:
+        for transpose in (False, True):
+            assert run_policy_solve(case, policy, rhs, transpose=transpose, method=5)[2] == 0
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
