@@ -52,7 +52,9 @@ def run(epsilon: float, seed: int) -> dict[str, float]:
         if len(squares) >= WINDOW and fmean(squares[-WINDOW:]) <= epsilon:
             return {"outer steps": len(squares), "samples": simulator.samples}
         algorithm.step()
-    raise RuntimeError(f"epsilon {epsilon}, seed {seed}: ‖∇φ‖² is {squares[-1]:.3g} after {MOST} steps")
+    raise RuntimeError(
+        f"epsilon {epsilon}, seed {seed}: ‖∇φ‖² is {squares[-1]:.3g} after {MOST} steps"
+    )
 
 
 def slope(points: list[tuple[float, float]]) -> float:
@@ -73,13 +75,18 @@ def main() -> int:
         found = [run(epsilon, seed) for seed in range(options.seeds)]
         row = {name: fmean(one[name] for one in found) for name in THEORY}
         rows.append({"epsilon": epsilon, **row, "runs": found})
-        print(f"ε = {epsilon:<5g} {row['outer steps']:8.1f} outer steps {row['samples']:12.0f} samples")
+        print(f"ε = {epsilon:<5g} {row['outer steps']:8.1f} steps {row['samples']:12.0f} samples")
     slopes = {name: slope([(row["epsilon"], row[name]) for row in rows]) for name in THEORY}
     for name, found in slopes.items():
         print(f"{name}: ε^{found:.2f}, claimed no worse than ε^{THEORY[name]}")
     if options.out:
         report = {
-            **machine.header(f"python benchmarks/stoc_sobirl_slopes.py --seeds {options.seeds}", torch.device("cpu"), 1, False),
+            **machine.header(
+                f"python benchmarks/stoc_sobirl_slopes.py --seeds {options.seeds}",
+                torch.device("cpu"),
+                1,
+                False,
+            ),
             "seconds": time.perf_counter() - began,
             "seeds": options.seeds,
             "rate": RATE,

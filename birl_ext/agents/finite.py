@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ class Paths(NamedTuple):
     observation: Tensor
     action: Tensor
     present: Tensor
+
+
+class Policy(Protocol):
+    """What acts."""
+
+    def sample(self, observation: Tensor, generator: torch.Generator) -> Tensor:
+        """a ~ π(·|s), (*n) int64."""
+        ...
 
 
 class FiniteFollower:
@@ -79,13 +87,13 @@ class FiniteSimulator:
         uniform = torch.full((mdp.states,), 1 / mdp.states, dtype=torch.float64)
         self._start = (uniform if start is None else start.double()).cumsum(-1)
 
-    def rollout(self, follower: FiniteFollower, count: int, steps: int) -> Paths:
+    def rollout(self, follower: Policy, count: int, steps: int) -> Paths:
         """`count` paths of `steps` steps from the initial distribution."""
         first = _draw(self._start.expand(count, -1), self.generator)
         return self.continuations(follower, first, None, steps)
 
     def continuations(
-        self, follower: FiniteFollower, observation: Tensor, action: Tensor | None, steps: int
+        self, follower: Policy, observation: Tensor, action: Tensor | None, steps: int
     ) -> Paths:
         """One path from each state, (n,), with the first action given or drawn from the policy."""
         observations, actions, present = [], [], []

@@ -93,6 +93,8 @@ def exact_pair_objective(
     for step in range(steps - 1):
         moved = mdp.transition[where[:, step], chosen[:, step], where[:, step + 1]]
         probability = probability * moved
-    one, other = (index.flatten() for index in torch.meshgrid(*[torch.arange(count)] * 2, indexing="ij"))
+    one, other = (
+        index.flatten() for index in torch.meshgrid(*[torch.arange(count)] * 2, indexing="ij")
+    )
     joint = probability[one] * probability[other]
     return (joint * loss(where[one], chosen[one], where[other], chosen[other])).sum()

@@ -187,9 +187,7 @@ class Critic:
     Source: (M16), estimator (iii).
     """
 
-    def __init__(
-        self, features: Callable[[Tensor], Tensor], weights: Callable[[], Tensor]
-    ) -> None:
+    def __init__(self, features: Callable[[Tensor], Tensor], weights: Callable[[], Tensor]) -> None:
         self.features = features
         self.weights = weights
 

@@ -44,9 +44,7 @@ class Outcome(NamedTuple):
     effective: float
 
 
-def importance(
-    fragments: Fragments, log_prob: Tensor, *, stale: Stale, limit: float
-) -> Tensor:
+def importance(fragments: Fragments, log_prob: Tensor, *, stale: Stale, limit: float) -> Tensor:
     """w of fragments drawn from an earlier policy, (n,).
 
         log w = Σ_h log π_now(a_h|s_h) − log π_then(a_h|s_h)
@@ -144,7 +142,7 @@ class SoBiRL:
         sizes = []
         for parameter, one, other in zip(self.parameters, *parts, strict=True):
             found = [part for part in (one, other) if part is not None]
-            parameter.grad = sum(found[1:], found[0]) if found else None  # type: ignore[assignment]
+            parameter.grad = sum(found[1:], found[0]) if found else None
         for part in ([p.grad for p in self.parameters], parts[1]):
             squares = [x.double().square().sum() for x in part if x is not None]
             sizes.append(float(torch.stack(squares).sum().sqrt()) if squares else 0.0)
@@ -220,4 +218,3 @@ class DRLHF(SoBiRL):
         noise: float = 0.0,
     ) -> None:
         super().__init__(reward, optimiser=optimiser, score=None, noise=noise, stale="keep")
-

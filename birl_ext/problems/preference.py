@@ -7,9 +7,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -33,69 +32,12 @@ from birl_ext.preferences.fragments import Episode, draw
 from birl_ext.preferences.reward_model import RewardNetwork
 from birl_ext.preferences.schedule import QuerySchedule
 from birl_ext.preferences.teachers import TEACHERS, ScriptedTeacher
+from birl_ext.problems.preference_config import PreferenceConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PreferenceConfig", "PreferenceJob"]
-
-
-@dataclass(frozen=True)
-class PreferenceConfig:
-    """Learn a reward from a teacher's preferences, and the policy that maximises it."""
-
-    env: str = "CartPole-v1"
-    """Gymnasium id; discrete actions."""
-    algorithm: Literal["sobirl", "drlhf"] = "sobirl"
-    """drlhf leaves the hyper-gradient out."""
-    teacher: Literal["oracle", "mistake", "noisy", "skip", "myopic", "equal"] = "noisy"
-    rounds: int = 30
-    """Outer steps."""
-    environment_steps: int = 1000
-    """Of an outer step, all environments together."""
-    environments: int = 4
-    update_every: int = 2
-    """Environment steps per update of the agent."""
-    batch_size: int = 64
-    replay: int = 50_000
-    """Transitions kept."""
-    discount: float = 0.99
-    temperature: float | None = None
-    """τ in units of the learned reward; by default it follows an entropy target."""
-    learning_rate: float = 1e-3
-    """Of the agent."""
-    hidden: tuple[int, ...] = (64, 64)
-    """Widths of the agent's hidden layers."""
-    target_rate: float = 0.01
-    """Share of the critics that their copies take over at each update."""
-    labels: int = 300
-    """Answers asked for in all."""
-    initial_labels: int = 60
-    fragment: int = 25
-    """Steps of a fragment."""
-    pairs: int = 1000
-    """Pairs kept."""
-    initial_epochs: int = 100
-    """Passes over the first answers, before the agent learns."""
-    reward_steps: int = 20
-    """Updates of the reward per outer step."""
-    pair_batch: int = 64
-    reward_rate: float = 3e-4
-    """Learning rate of the reward."""
-    evaluation_episodes: int = 10
-    evaluate_every: int = 5
-    """Outer steps between evaluations."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "environment_steps", "environments", "update_every", "fragment"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", allowed="1 or more")
-        if self.environment_steps % self.environments:
-            raise ConfigError(
-                f"environment_steps is {self.environment_steps}",
-                allowed=f"a multiple of environments, {self.environments}",
-            )
+__all__ = ["PreferenceJob", "Recorder"]
 
 
 class PreferenceJob:
@@ -117,12 +59,7 @@ class PreferenceJob:
         )
         self._replay = ReplayBuffer(config.replay)
         self.reward = make_reward(spaces, draws.next())
-        score_draws = draws.next()
-        score = (
-            OneStep(spaces.actions)
-            if spaces.actions is not None
-            else OneStep(samples=4, generator=score_draws)
-        )
+        score = OneStep(spaces.actions)
 
         def optimiser(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
             return torch.optim.AdamW(parameters, lr=config.reward_rate)
@@ -304,12 +241,9 @@ class PreferenceJob:
         def learning() -> Figure:
             from birl_ext.runs import plots
 
-            steps = [row["environment_steps"] for row in history]
-            lines = {
-                "training episodes": [row["training_return"] for row in history],
-                "evaluation": [row["true_return"] for row in history],
-            }
-            return plots.lines(steps, lines, x="environment steps", y="true return")
+            curves = {"training_return": "training episodes", "true_return": "evaluation"}
+            title = f"{self.config.env}, {self.config.algorithm}, {self.config.teacher} teacher"
+            return plots.learning_curve(history, curves, title=title, ylabel="true return")
 
         return {"true_return": learning}
 
@@ -429,11 +363,10 @@ def make_agent(config: PreferenceConfig, spaces: Spaces, draws: _Generators) -> 
 
 def make_reward(spaces: Spaces, generator: torch.Generator) -> RewardNetwork:
     """The usual reward network for the environment's observations."""
-    if spaces.observation_dtype is torch.uint8 and len(spaces.observation_shape) == 3:
-        return RewardNetwork.cnn(spaces.observation_shape, generator, actions=spaces.actions)
-    return RewardNetwork.mlp(
-        math.prod(spaces.observation_shape), generator, actions=spaces.actions
-    )
+    shape, actions = spaces.observation_shape, cast(int, spaces.actions)
+    if spaces.observation_dtype is torch.uint8 and len(shape) == 3:
+        return RewardNetwork.cnn((shape[0], shape[1], shape[2]), generator, actions=actions)
+    return RewardNetwork.mlp(math.prod(shape), generator, actions=actions)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor
 from birl_ext.agents.finite import FiniteSimulator, Paths
 from birl_ext.bilevel import BilevelProblem
 from birl_ext.bilevel.stoc_sobirl import SampledProblem
+from birl_ext.mdp import DenseMDP
 from birl_ext.problems.random_mdp import RandomMDPConfig, random_mdp_problem
 
 __all__ = ["sampled_random_mdp"]
@@ -30,6 +31,7 @@ def sampled_random_mdp(
     """
     exact, start = random_mdp_problem(config)
     mdp = exact.lower(start)
+    assert isinstance(mdp, DenseMDP)
     states = config.states
 
     def reward(x: Tensor) -> Tensor:
