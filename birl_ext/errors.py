@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 __all__ = [
+    "AnswerLogCorruptError",
+    "AnswerLogRecoveryWarning",
+    "AnswerLogWriteError",
     "BackendFallbackWarning",
     "BackendUnavailableError",
     "BirlError",
@@ -19,6 +22,7 @@ __all__ = [
     "DiscountError",
     "DtypeError",
     "EmptyActionSetError",
+    "EnvironmentFailureError",
     "FileFormatError",
     "GradientError",
     "InitialDistributionError",
@@ -240,6 +244,22 @@ class CheckpointFallbackWarning(UserWarning):
     """A damaged checkpoint was passed over; the run goes on from the one before it."""
 
 
+class AnswerLogCorruptError(BirlError, RuntimeError):
+    code = "BIRL-E705"
+    meaning = "a log of answers was altered or cut short"
+    remedy = "restore both of its files from a copy; nothing was changed"
+
+
+class AnswerLogWriteError(BirlError, RuntimeError):
+    code = "BIRL-E706"
+    meaning = "an answer could not be written; those before it are intact"
+    remedy = "make room on the disk, open the log again and give the answer again"
+
+
+class AnswerLogRecoveryWarning(UserWarning):
+    """A record that was being written when a process died has been removed from a log."""
+
+
 class ConfigError(BirlError, ValueError):
     code = "BIRL-E801"
     meaning = "a configuration is invalid"
@@ -248,6 +268,12 @@ class ConfigError(BirlError, ValueError):
 class MissingDependencyError(BirlError, ImportError):
     code = "BIRL-E802"
     meaning = "an optional package is not installed"
+
+
+class EnvironmentFailureError(BirlError, RuntimeError):
+    code = "BIRL-E901"
+    meaning = "an environment raised, died, hung, or returned numbers that are not finite"
+    remedy = "mend the environment; the seed and the action reproduce the failure"
 
 
 def catalogue() -> Iterator[tuple[str, type[BirlError]]]:

@@ -29,9 +29,9 @@ LAYERS = (
     "nn",
     "__init__",  # the front door, open to everything above it
     "distributed",
-    "bilevel",
     "agents",
     "preferences",
+    "bilevel",
     "runs",
     "problems",
     "doctor",

@@ -2,10 +2,19 @@
 
 from birl_ext.problems.bus import BusConfig, BusJob
 from birl_ext.problems.four_rooms import FourRoomsConfig, FourRoomsJob
+from birl_ext.problems.preference_config import PreferenceConfig
 from birl_ext.problems.random_mdp import RandomMDPConfig, RandomMDPJob
-from birl_ext.runs.job import Problem
+from birl_ext.runs.job import Job, Problem
 
 __all__ = ["PROBLEMS"]
+
+
+def _preference(config: PreferenceConfig) -> Job:
+    """Gymnasium is imported only by those who run it."""
+    from birl_ext.problems.preference import PreferenceJob
+
+    return PreferenceJob(config)
+
 
 PROBLEMS = {
     "random-mdp": Problem(
@@ -13,6 +22,11 @@ PROBLEMS = {
     ),
     "four-rooms": Problem(
         FourRoomsConfig, FourRoomsJob, "incentives that lead a walker through four rooms"
+    ),
+    "preference": Problem(
+        PreferenceConfig,
+        _preference,
+        "a reward learned from preferences in a Gymnasium environment",
     ),
     "bus": Problem(BusConfig, BusJob, "bus engine replacement, estimated from real decisions"),
 }

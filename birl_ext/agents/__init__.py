@@ -1,0 +1,1 @@
+"""Lower-level solvers that learn from samples of an environment."""

@@ -1,0 +1,37 @@
+"""What agents with a finite number of actions share: acting on log π(·|s)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+__all__ = ["CategoricalPolicy"]
+
+
+class CategoricalPolicy(ABC):
+    """A policy given by `log_probs`."""
+
+    @abstractmethod
+    def log_probs(self, observation: Tensor) -> Tensor:
+        """log π(·|s), (n, A), without a gradient."""
+
+    def probabilities(self, observation: Tensor) -> Tensor:
+        """π(·|s), (n, A)."""
+        return self.log_probs(observation).exp()
+
+    def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
+        """log π(a|s), (n,)."""
+        return self.log_probs(observation).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+
+    def sample(self, observation: Tensor, generator: torch.Generator) -> Tensor:
+        """a ~ π(·|s), (n,) int64."""
+        shares = self.probabilities(observation)
+        return torch.multinomial(shares, 1, generator=generator).squeeze(-1)
+
+    def act(self, observation: Tensor, generator: torch.Generator, greedy: bool = False) -> Tensor:
+        """`sample`, or the likeliest action if `greedy`, (n,) int64."""
+        if greedy:
+            return self.log_probs(observation).argmax(-1)
+        return self.sample(observation, generator)

@@ -1,0 +1,147 @@
+"""Experience of an agent in vector environments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from birl_ext.agents.agent import Actor
+from birl_ext.agents.environment import Environments
+from birl_ext.agents.transitions import Transitions
+from birl_ext.errors import OptionError
+
+__all__ = ["Collection", "Collector", "Episode"]
+
+
+class Episode(NamedTuple):
+    """A finished episode.
+
+    Args:
+        environment: which of the environments.
+        reward: sum of the environment's own, undiscounted.
+        length: steps.
+    """
+
+    environment: int
+    reward: float
+    length: int
+
+
+class Collection(NamedTuple):
+    """n transitions in the order of time, those of one moment by environment.
+
+    Args:
+        transitions: on the CPU.
+        environment: (n,) int64, where each happened.
+        ended: (n,) bool, True at the last step of an episode, terminated or cut off.
+        log_prob: (n,) log π(a|s) of the policy that acted.
+        version: of that policy, see `Actor.version`.
+        episodes: those that finished.
+    """
+
+    transitions: Transitions
+    environment: Tensor
+    ended: Tensor
+    log_prob: Tensor
+    version: int
+    episodes: list[Episode]
+
+
+class Collector:
+    """Lets an agent act, and keeps what happens.
+
+    Args:
+        environments: stepped by nobody else.
+        agent: acts; it may be updated between calls.
+        seed: of the agent's actions.
+        random_steps: this many transitions at the start have uniform actions.
+    """
+
+    def __init__(
+        self, environments: Environments, agent: Actor, *, seed: int = 0, random_steps: int = 0
+    ) -> None:
+        if random_steps < 0:
+            raise OptionError(f"random_steps is {random_steps!r}", allowed="0 or more")
+        self.environments = environments
+        self.agent = agent
+        self.random_steps = random_steps
+        self.transitions = 0
+        """Transitions seen so far."""
+        # Uniform actions come from the CPU, so that they are the same on every device.
+        self._uniform = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator(agent.device).manual_seed(seed)
+        self._sums = [0.0] * environments.count
+        self._lengths = [0] * environments.count
+
+    def collect(self, steps: int) -> Collection:
+        """Step all environments `steps` times.
+
+        Returns:
+            At most steps · n transitions: steps that only start an episode are dropped.
+
+        Raises:
+            EnvironmentFailureError: see `Environments.step`.
+        """
+        if steps < 1:
+            raise OptionError(f"steps is {steps!r}", allowed="1 or more")
+        parts: list[tuple[Transitions, Tensor, Tensor, Tensor]] = []
+        episodes: list[Episode] = []
+        for _ in range(steps):
+            action, log_prob = self._act()
+            step = self.environments.step(action)
+            where = step.kept.nonzero().squeeze(-1)
+            kept = step.transitions.select(where)
+            parts.append((kept, where, step.ended[where], log_prob[where]))
+            self.transitions += len(where)
+            for i, reward in zip(where.tolist(), kept.reward.tolist(), strict=True):
+                self._sums[i] += reward
+                self._lengths[i] += 1
+                if step.ended[i]:
+                    episodes.append(Episode(i, self._sums[i], self._lengths[i]))
+                    self._sums[i], self._lengths[i] = 0.0, 0
+        batches, where_each, ended, log_probs = zip(*parts, strict=True)
+        return Collection(
+            Transitions(*(torch.cat(column) for column in zip(*batches, strict=True))),
+            torch.cat(where_each),
+            torch.cat(ended),
+            torch.cat(log_probs),
+            self.agent.version,
+            episodes,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on, besides the agent."""
+        return {
+            "environments": self.environments.state_dict(),
+            "uniform": self._uniform.get_state(),
+            "generator": self._generator.get_state(),
+            "sums": list(self._sums),
+            "lengths": list(self._lengths),
+            "transitions": self.transitions,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; see `Environments.load_state_dict` for episodes under way."""
+        self.environments.load_state_dict(state["environments"])
+        self._uniform.set_state(state["uniform"])
+        self._generator.set_state(state["generator"])
+        if self.environments.repeatable:
+            self._sums = [float(value) for value in state["sums"]]
+            self._lengths = [int(value) for value in state["lengths"]]
+        else:  # new episodes have begun
+            self._sums = [0.0] * self.environments.count
+            self._lengths = [0] * self.environments.count
+        self.transitions = int(state["transitions"])
+
+    def _act(self) -> tuple[Tensor, Tensor]:
+        """Actions of all environments, and their log-probabilities, on the CPU."""
+        spaces, count = self.environments.spaces, self.environments.count
+        if self.transitions < self.random_steps:
+            action = spaces.random_action(count, self._uniform)
+            return action, torch.full((count,), spaces.random_log_prob)
+        observation = self.environments.observation.to(self.agent.device)
+        action = self.agent.sample(observation, self._generator)
+        return action.cpu(), self.agent.log_prob(observation, action).cpu()

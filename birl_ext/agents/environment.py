@@ -1,0 +1,495 @@
+"""Vector environments at the border: made from an id, spaces checked, failures named.
+
+Every episode is seeded by (seed, environment, episode). So the state of an environment is the
+actions of its episode so far, and a run resumes in the middle of one by playing them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import signal
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from birl_ext.agents.spaces import Spaces, read_spaces
+from birl_ext.agents.transitions import Transitions
+from birl_ext.errors import EnvironmentFailureError, MissingDependencyError, OptionError, ShapeError
+
+try:
+    import gymnasium
+    from gymnasium.envs.registration import EnvSpec
+    from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+except ImportError:
+    raise MissingDependencyError(
+        "environments need gymnasium", fix='pip install "birl_ext[rl]"'
+    ) from None
+
+__all__ = ["Environments", "Step", "episode_seed", "make_environments"]
+
+_START, _FAILURE = "birl_start", "birl_failure"  # in `options` and in `info`
+_GRACE = 5.0  # seconds a killed worker is waited for
+
+
+class Step(NamedTuple):
+    """One step of n environments.
+
+    Args:
+        transitions: n rows.
+        kept: (n,) bool, False where an environment only started its next episode: such a row is no
+            transition.
+        ended: (n,) bool, True where the episode terminated or was cut off.
+    """
+
+    transitions: Transitions
+    kept: Tensor
+    ended: Tensor
+
+
+def episode_seed(seed: int, environment: int, episode: int) -> int:
+    """The seed that an episode's reset is given, 32 bits."""
+    sequence = np.random.SeedSequence((seed, environment, episode))
+    return int(sequence.generate_state(1)[0])
+
+
+def make_environments(
+    source: str | EnvSpec | Callable[[], gymnasium.Env[Any, Any]],
+    *,
+    count: int = 1,
+    seed: int = 0,
+    parallel: bool = False,
+    timeout: float = 60.0,
+    options: Mapping[str, Any] | None = None,
+    allow_entry_points: bool = False,
+    context: str | None = None,
+) -> Environments:
+    """`count` copies of an environment, stepped together.
+
+    Args:
+        source: a registered id, or a function that builds an environment, wrappers included. A
+            wrapper that carries numbers from one episode to the next, such as a running mean,
+            cannot be resumed.
+        count: n.
+        seed: of everything random in them, 0 or more.
+        parallel: one process each; otherwise all in this one, where nothing can end a hang.
+        timeout: seconds a worker may take for a step or a reset; building it is not covered.
+        options: keyword arguments of the environment.
+        allow_entry_points: accept an id that names a module to import ("module:Name-v0") or an
+            EnvSpec. Either can run any code.
+        context: how processes are started: "fork", "spawn", "forkserver", None for the default.
+
+    Raises:
+        OptionError: no such id, one that would import code, or spaces that are not supported.
+        EnvironmentFailureError: it cannot be built.
+    """
+    if callable(source):
+        name, runs_code = getattr(source, "__name__", repr(source)), False
+    elif isinstance(source, str):
+        name, runs_code = source, ":" in source
+    else:
+        name, runs_code = str(getattr(source, "id", source)), True
+    if runs_code and not allow_entry_points:
+        raise OptionError(
+            f"the id {name!r} names code to import",
+            allowed="ids that are registered already",
+            fix="import the module first, or pass allow_entry_points=True if you trust it",
+        )
+    for label, value, least in (("count", count, 1), ("seed", seed, 0)):
+        if value < least:
+            raise OptionError(f"{label} is {value!r}", allowed=f"{least} or more")
+    if not timeout > 0:
+        raise OptionError(f"timeout is {timeout!r}", allowed="more than 0, in seconds")
+    builders = [
+        functools.partial(_build, source, dict(options or {}), seed, i) for i in range(count)
+    ]
+    mode = AutoresetMode.SAME_STEP
+    vector: VectorEnv[Any, Any, Any]
+    try:
+        if parallel:
+            vector = AsyncVectorEnv(builders, autoreset_mode=mode, context=context)
+        else:
+            vector = SyncVectorEnv(builders, autoreset_mode=mode)
+    except gymnasium.error.UnregisteredEnv as error:
+        raise OptionError(
+            f"no environment {name!r}: {error}", fix="check the id, or import what registers it"
+        ) from error
+    except MissingDependencyError:
+        raise
+    except Exception as error:
+        raise EnvironmentFailureError(
+            f"building raised {type(error).__name__}: {error}", where=f"environment {name!r}"
+        ) from error
+    return Environments(vector, name=name, seed=seed, timeout=timeout)
+
+
+class Environments:
+    """n environments in one shape, whatever their way of starting the next episode.
+
+    `make_environments` builds one. A vector environment of one's own works in all three autoreset
+    modes, with two limits: a resumed run starts new episodes in it, and the seed in the message of
+    a failure is that of the first one. A worker that hangs is noticed in an AsyncVectorEnv only.
+
+    Args:
+        vector: a gymnasium vector environment.
+        name: opens the messages of failures.
+        seed: of everything random in it.
+        timeout: seconds a worker may take for a step or a reset.
+
+    Raises:
+        OptionError: spaces that are not supported.
+    """
+
+    def __init__(
+        self,
+        vector: VectorEnv[Any, Any, Any],
+        *,
+        name: str = "environment",
+        seed: int = 0,
+        timeout: float = 60.0,
+    ) -> None:
+        self.name = name
+        self.seed = seed
+        self.timeout = timeout
+        self.count = vector.num_envs
+        self._vector = vector
+        self._workers = vector if isinstance(vector, AsyncVectorEnv) else None
+        self.repeatable = isinstance(vector, (AsyncVectorEnv, SyncVectorEnv)) and all(
+            isinstance(build, functools.partial) and build.func is _build
+            for build in vector.env_fns
+        )
+        """Whether a resumed run goes on in the middle of an episode."""
+        self._mode = AutoresetMode(vector.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
+        self._closed = False
+        self._waiting = False  # for workers to answer
+        self._observation: Tensor | None = None
+        self._starting = np.zeros(self.count, dtype=bool)  # NEXT_STEP: where the next step resets
+        self.episodes = [0] * self.count
+        self._actions: list[list[Any]] = []
+        self._lengths: list[int] = []
+        try:
+            self.spaces: Spaces = read_spaces(
+                vector.single_observation_space, vector.single_action_space, name
+            )
+        except OptionError:
+            self.close()
+            raise
+
+    @property
+    def observation(self) -> Tensor:
+        """What the next action answers, (n, *O)."""
+        if self._observation is None:
+            self.reset()
+        assert self._observation is not None
+        return self._observation
+
+    def reset(self) -> None:
+        """Start again from the first episode of every environment.
+
+        Raises:
+            EnvironmentFailureError: one of them failed.
+        """
+        self._begin([0] * self.count, [[] for _ in range(self.count)])
+
+    def step(self, action: Tensor) -> Step:
+        """One step of each.
+
+        Args:
+            action: (n, *A).
+
+        Raises:
+            ShapeError: it is not.
+            EnvironmentFailureError: one of them raised, died, did not answer in time, or returned
+                NaN or an infinity. All are closed then.
+        """
+        before = self.observation
+        if action.shape != (self.count, *self.spaces.action_shape):
+            raise ShapeError(
+                f"action has shape {tuple(action.shape)}",
+                allowed=str((self.count, *self.spaces.action_shape)),
+            )
+        given = action.detach().cpu().numpy().astype(self._vector.single_action_space.dtype)
+        found, reward, terminated, truncated, info = self._call("step", given)
+        self._raise_reported(info, given, ended=terminated | truncated)
+        kept = ~self._starting
+        ended = (terminated | truncated) & kept
+        after = np.array(found)
+        if self._mode is AutoresetMode.SAME_STEP:
+            for i in ended.nonzero()[0]:
+                after[i] = info["final_obs"][i]
+        self._check_finite("observation", after, given)
+        self._check_finite("reward", reward, given)
+        self._count(given, kept, ended)
+        if self._mode is AutoresetMode.DISABLED and ended.any():
+            fresh, _ = self._call("reset", None, options={"reset_mask": ended})
+            found = np.where(ended.reshape(-1, *[1] * (after.ndim - 1)), fresh, found)
+        self._starting = ended & (self._mode is AutoresetMode.NEXT_STEP)
+        self._check_finite("observation", np.asarray(found), None)
+        self._observation = self._tensor(found)
+        transitions = Transitions(
+            before,
+            torch.as_tensor(given).to(self.spaces.action_dtype),
+            self._tensor(after),
+            torch.tensor(terminated, dtype=torch.bool),
+            torch.tensor(reward, dtype=torch.float32),
+        )
+        return Step(transitions, torch.tensor(kept), torch.tensor(ended))
+
+    def seed_of(self, environment: int) -> int:
+        """The seed of an environment's present episode."""
+        return episode_seed(self.seed, environment, self.episodes[environment])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The episodes going on, with their actions so far."""
+        observation = self.observation  # starts them, if nothing has
+        actions = [torch.tensor(np.array(steps)) for steps in self._actions]
+        return {
+            "episodes": list(self.episodes),
+            "actions": actions if self.repeatable else None,
+            "observation": observation.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Play the episodes again up to where they were.
+
+        Raises:
+            OptionError: the stored number of environments differs.
+            EnvironmentFailureError: an environment does not repeat itself.
+        """
+        episodes = [int(episode) for episode in state["episodes"]]
+        if len(episodes) != self.count:
+            raise OptionError(f"{len(episodes)} environments are stored", allowed=str(self.count))
+        if not self.repeatable or state["actions"] is None:
+            self._begin([episode + 1 for episode in episodes], [[] for _ in episodes])
+            return
+        self._begin(episodes, [list(steps.numpy()) for steps in state["actions"]])
+        for i, (ours, stored) in enumerate(
+            zip(self.observation, state["observation"], strict=True)
+        ):
+            if not torch.equal(ours, stored):
+                self._abort()
+                raise EnvironmentFailureError(
+                    "the episode came out differently when repeated",
+                    where=f"environment {i} of {self.name!r}, seed {self.seed_of(i)}, "
+                    f"after {self._lengths[i]} steps",
+                    fix="take out what the seed does not determine, such as the time, or a wrapper "
+                    "that remembers earlier episodes",
+                )
+
+    def close(self) -> None:
+        """Close the environments and end their processes."""
+        if self._waiting:  # interrupted: asking them to close would wait for the answer first
+            self._abort()
+        if not self._closed:
+            self._closed = True
+            self._vector.close()
+
+    def __enter__(self) -> Environments:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _begin(self, episodes: list[int], actions: list[list[Any]]) -> None:
+        """Start the given episodes, and play the given actions."""
+        self.episodes = episodes
+        self._actions = actions
+        self._lengths = [len(steps) for steps in actions]
+        self._starting = np.zeros(self.count, dtype=bool)
+        if self.repeatable:
+            start = list(zip(episodes, actions, strict=True))
+            observation, info = self._call("reset", None, options={_START: start})
+        else:
+            observation, info = self._call("reset", None, seed=self.seed_of(0))
+        self._raise_reported(info, None, ended=np.zeros(self.count, dtype=bool))
+        self._check_finite("observation", np.asarray(observation), None)
+        self._observation = self._tensor(observation)
+
+    def _count(self, given: Any, kept: Any, ended: Any) -> None:
+        for i in range(self.count):
+            if ended[i]:
+                self.episodes[i] += 1
+                self._actions[i] = []
+                self._lengths[i] = 0
+            elif kept[i]:
+                self._lengths[i] += 1
+                if self.repeatable:
+                    self._actions[i].append(given[i])
+
+    def _tensor(self, observation: Any) -> Tensor:
+        return torch.tensor(np.asarray(observation), dtype=self.spaces.observation_dtype)
+
+    def _call(self, method: str, given: Any, **keywords: Any) -> Any:
+        """`step` or `reset` of the vector environment; whatever goes wrong has a name."""
+        if self._closed:
+            raise EnvironmentFailureError(
+                "the environments are closed", where=f"{self.name!r}", fix="make new ones"
+            )
+        workers = self._workers
+        try:
+            if workers is None:
+                return (
+                    self._vector.step(given) if method == "step" else self._vector.reset(**keywords)
+                )
+            with warnings.catch_warnings():
+                # gymnasium repeats an error of a worker as a warning, before it raises it
+                warnings.simplefilter("ignore")
+                self._waiting = True
+                if method == "step":
+                    workers.step_async(given)
+                    answer: Any = workers.step_wait(timeout=self.timeout)
+                else:
+                    workers.reset_async(**keywords)
+                    # Steps that are played again take their time: a second each, at most.
+                    played = max(self._lengths, default=0)
+                    answer = workers.reset_wait(self.timeout + played * min(self.timeout, 1.0))
+                self._waiting = False
+                return answer
+        except Exception as error:
+            failure = self._diagnose(error, given)
+            self._abort()
+            raise failure from error
+
+    def _diagnose(self, error: Exception, given: Any) -> EnvironmentFailureError:
+        if self._workers is not None:
+            silent = []
+            for i, process in enumerate(self._workers.processes):
+                pipe = self._workers.parent_pipes[i]
+                with contextlib.suppress(OSError):
+                    if pipe is not None and not pipe.poll(0):
+                        silent.append(i)
+                if isinstance(error, (EOFError, OSError)):
+                    process.join(0.2)  # its pipe closes a little before it is gone
+                code = process.exitcode
+                if code:
+                    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+                    return self._failure(f"the worker ended with {how}", i, given)
+            if isinstance(error, multiprocessing.TimeoutError) and silent:
+                what = f"no answer within {self.timeout:g} s"
+                return self._failure(what, silent[0], given)
+        return self._failure(f"it raised {type(error).__name__}: {error}", None, given)
+
+    def _raise_reported(self, info: Mapping[str, Any], given: Any, *, ended: Any) -> None:
+        """Raise what a wrapped environment reported in place of an answer."""
+        if _FAILURE not in info:
+            return
+        index = int(np.flatnonzero(info[f"_{_FAILURE}"])[0])
+        what = str(info[_FAILURE][index])
+        if ended[index]:  # it was the start of the next episode that failed
+            self.episodes[index] += 1
+            given = None
+        failure = self._failure(what, index, given)
+        self._abort()
+        raise failure
+
+    def _check_finite(self, what: str, found: Any, given: Any) -> None:
+        if found.dtype.kind != "f":
+            return
+        finite = np.isfinite(found).reshape(self.count, -1).all(-1)
+        if not finite.all():
+            index = int(np.flatnonzero(~finite)[0])
+            entries = np.asarray(found[index]).reshape(-1)
+            value = entries[~np.isfinite(entries)][0]
+            failure = self._failure(f"its {what} is {value}", index, given)
+            self._abort()
+            raise failure
+
+    def _failure(self, what: str, index: int | None, given: Any) -> EnvironmentFailureError:
+        if index is None:
+            action = "" if given is None else f", actions {given.tolist()}"
+            where = f"one of {self.count} of {self.name!r}, seed {self.seed}{action}"
+            return EnvironmentFailureError(what, where=where)
+        seed = self.seed_of(index) if self.repeatable else self.seed
+        where = f"environment {index} of {self.name!r}, seed {seed}, "
+        where += (
+            "start of the episode"
+            if given is None
+            else f"step {self._lengths[index]}, action {given[index].tolist()}"
+        )
+        return EnvironmentFailureError(what, where=where)
+
+    def _abort(self) -> None:
+        """End everything at once; a worker that hangs is not asked."""
+        if self._closed:
+            return
+        self._closed, self._waiting = True, False
+        workers = self._workers
+        if workers is None:
+            with contextlib.suppress(Exception):
+                self._vector.close()
+            return
+        for process in workers.processes:
+            process.kill()  # SIGKILL: a stopped process would keep SIGTERM waiting
+            process.join(_GRACE)
+        for pipe in workers.parent_pipes:
+            if pipe is not None:
+                pipe.close()
+        workers.error_queue.close()
+        workers.closed = True
+
+
+class _Episodes(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Seeds every episode, plays one again, and reports an exception as data.
+
+    Exceptions are data because of the road from a worker: gymnasium pickles them, keeps the last
+    one only, and forgets which environment it was.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], seed: int, index: int) -> None:
+        super().__init__(env)
+        self._seed = seed
+        self._index = index
+        self._episode = -1
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        actions: list[Any] = []
+        self._episode += 1
+        if options and _START in options:
+            self._episode, actions = options[_START][self._index]
+        try:
+            drawn = episode_seed(self._seed, self._index, self._episode)
+            observation, _ = self.env.reset(seed=drawn)
+            for action in actions:
+                observation = self.env.step(action)[0]
+        except Exception as error:
+            return self._blank(), {_FAILURE: f"it raised {type(error).__name__}: {error}"}
+        return observation, {}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        try:
+            observation, reward, terminated, truncated, _ = self.env.step(action)
+            # Copied: an environment may write its next episode into the same array.
+            seen = np.array(observation)
+            return seen, float(reward), bool(terminated), bool(truncated), {}
+        except Exception as error:
+            what = f"it raised {type(error).__name__}: {error}"
+            return self._blank(), 0.0, False, False, {_FAILURE: what}
+
+    def _blank(self) -> Any:
+        space = self.observation_space
+        return np.zeros(space.shape or (), space.dtype)
+
+
+def _build(
+    source: str | EnvSpec | Callable[[], gymnasium.Env[Any, Any]],
+    options: dict[str, Any],
+    seed: int,
+    index: int,
+) -> gymnasium.Env[Any, Any]:
+    if isinstance(source, str) and source.startswith("ALE/"):
+        try:
+            import ale_py  # noqa: F401 (registers its ids)
+        except ImportError:
+            raise MissingDependencyError(
+                f"{source} needs ale-py", fix='pip install "birl_ext[rl]"'
+            ) from None
+    if callable(source):
+        return _Episodes(source(**options), seed, index)
+    return _Episodes(gymnasium.make(source, **options), seed, index)

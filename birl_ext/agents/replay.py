@@ -1,0 +1,117 @@
+"""Experience replay: a ring of tensors that holds no learned reward.
+
+Learned rewards change with the upper level, so they are computed where a batch is sampled, with the
+reward of that moment; stored ones would be stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from birl_ext.agents.transitions import Transitions
+from birl_ext.errors import DtypeError, OptionError, ShapeError
+
+__all__ = ["ReplayBuffer"]
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions; shapes and dtypes are those of the first ones appended.
+
+    On the CPU the memory is reserved at once and taken up as rows are written.
+
+    Args:
+        capacity: most transitions held.
+        device: where they are held and sampled.
+    """
+
+    def __init__(self, capacity: int, *, device: torch.device | str = "cpu") -> None:
+        if capacity < 1:
+            raise OptionError(f"capacity is {capacity!r}", allowed="1 or more")
+        self.capacity = capacity
+        self.device = torch.device(device)
+        self._ring: Transitions | None = None
+        self._next = 0
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def append(self, batch: Transitions) -> None:
+        """Write n transitions over the oldest ones.
+
+        Raises:
+            ShapeError: they are shaped unlike those before, or not one row each.
+            DtypeError: a dtype differs; nothing is converted silently.
+        """
+        ring = self._ring if self._ring is not None else self._reserve(batch)
+        self._check(ring, batch)
+        self._ring = ring
+        count = batch.size
+        kept = min(count, self.capacity)
+        batch = batch.to(self.device)
+        # Where the first of the rows kept goes, had all of them been written.
+        first = self._next + count - kept
+        index = (first + torch.arange(kept, device=self.device)) % self.capacity
+        for column, rows in zip(ring, batch, strict=True):
+            column[index] = rows[count - kept :]
+        self._next = (self._next + count) % self.capacity
+        self._size = min(self._size + count, self.capacity)
+
+    def sample(self, size: int, generator: torch.Generator) -> Transitions:
+        """`size` transitions, uniform over those held, with replacement.
+
+        Args:
+            generator: on any device.
+
+        Raises:
+            OptionError: the buffer is empty.
+        """
+        if self._ring is None or not self._size:
+            raise OptionError("the buffer is empty", fix="append transitions first")
+        index = torch.randint(self._size, (size,), generator=generator, device=generator.device)
+        return self._ring.select(index.to(self.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is held, as a snapshot, and where the next row goes."""
+        held = None
+        if self._ring is not None:
+            held = {
+                name: column[: self._size].clone()
+                for name, column in zip(Transitions._fields, self._ring, strict=True)
+            }
+        return {"capacity": self.capacity, "next": self._next, "held": held}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if int(state["capacity"]) != self.capacity:
+            raise OptionError(
+                f"the stored capacity is {state['capacity']}", allowed=str(self.capacity)
+            )
+        self._ring, self._size = None, 0
+        held = state["held"]
+        if held is not None:
+            batch = Transitions(**held).to(self.device)
+            ring = self._reserve(batch)
+            for column, rows in zip(ring, batch, strict=True):
+                column[: batch.size] = rows
+            self._ring, self._size = ring, batch.size
+        self._next = int(state["next"])
+
+    def _reserve(self, batch: Transitions) -> Transitions:
+        return Transitions(
+            *(
+                torch.empty(self.capacity, *part.shape[1:], dtype=part.dtype, device=self.device)
+                for part in batch
+            )
+        )
+
+    @staticmethod
+    def _check(ring: Transitions, batch: Transitions) -> None:
+        for name, column, rows in zip(Transitions._fields, ring, batch, strict=True):
+            allowed: tuple[int, ...] = (batch.size, *column.shape[1:])
+            if rows.shape != allowed:
+                raise ShapeError(f"{name} has shape {tuple(rows.shape)}", allowed=str(allowed))
+            if rows.dtype != column.dtype:
+                raise DtypeError(f"{name} is {rows.dtype}", allowed=str(column.dtype))

@@ -1,0 +1,71 @@
+"""Target copies of critics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from birl_ext.errors import OptionError
+
+__all__ = ["Target", "snapshot"]
+
+
+class Target:
+    """A network that follows another one.
+
+        every `period` updates:  θ̄ ← θ̄ + rate · (θ − θ̄)
+
+    rate=1 is a hard copy every `period` updates; a small rate with period=1 a soft one.
+
+    Args:
+        source: the network followed; its buffers are copied as they are.
+        rate: in (0, 1].
+        period: updates from one move to the next.
+    """
+
+    def __init__(self, source: nn.Module, *, rate: float, period: int) -> None:
+        if not 0 < rate <= 1:
+            raise OptionError(f"target_rate is {rate!r}", allowed="(0, 1]")
+        if period < 1:
+            raise OptionError(f"target_period is {period!r}", allowed="1 or more")
+        self.rate = rate
+        self.period = period
+        self._source = source
+        self._copy = copy.deepcopy(source).requires_grad_(False).eval()
+        self._updates = 0
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """What the copy says, without a gradient."""
+        with torch.no_grad():
+            output: Tensor = self._copy(*inputs)
+            return output
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Count one update of the source, and move if it is time."""
+        self._updates += 1
+        if self._updates % self.period:
+            return
+        for ours, theirs in zip(self._copy.parameters(), self._source.parameters(), strict=True):
+            if self.rate == 1:
+                ours.copy_(theirs)  # exactly, which x̄ + 1·(x − x̄) is not
+            else:
+                ours.lerp_(theirs, self.rate)
+        for kept, live in zip(self._copy.buffers(), self._source.buffers(), strict=True):
+            kept.copy_(live)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"network": snapshot(self._copy), "updates": self._updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._copy.load_state_dict(state["network"])
+        self._updates = int(state["updates"])
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state, copied: torch's own refers to the live parameters."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}

@@ -1,0 +1,104 @@
+"""The temperature of an agent: fixed, or adjusted until the policy has an entropy asked for."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from birl_ext.errors import OptionError, TemperatureError
+
+__all__ = ["Temperature", "continuous_entropy_target", "discrete_entropy_target"]
+
+
+def discrete_entropy_target(actions: int, share: float = 0.89) -> float:
+    """share · ln A, nats. Shares near one ask for a nearly uniform policy and drive τ up for ever.
+
+    Args:
+        actions: A, 2 or more.
+    """
+    if actions < 2:
+        raise OptionError(f"actions is {actions!r}", allowed="2 or more")
+    if not 0 < share < 1:
+        raise OptionError(f"share is {share!r}", allowed="(0, 1)")
+    return share * math.log(actions)
+
+
+def continuous_entropy_target(dimensions: int) -> float:
+    """−d nats, of a density over [−1, 1]^d."""
+    return -float(dimensions)
+
+
+class Temperature:
+    """τ, units of reward.
+
+    With an entropy target, τ follows the gradient of
+
+        L(log τ) = log τ · (H(π) − target)
+
+    so that it falls while the policy is more random than asked, and rises while it is less.
+
+    Args:
+        initial: τ at the start, positive.
+        entropy_target: nats; None keeps τ fixed.
+        learning_rate: of log τ (Adam).
+        device: of the agent.
+
+    Source: Haarnoja et al. (2018), with the logarithm in place of τ.
+    """
+
+    def __init__(
+        self,
+        initial: float,
+        *,
+        entropy_target: float | None = None,
+        learning_rate: float = 3e-4,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not 0 < initial < math.inf:
+            raise TemperatureError(f"temperature is {initial!r}", allowed="(0, inf)")
+        self.entropy_target = entropy_target
+        self._log = torch.tensor(math.log(initial), device=device, dtype=torch.float64)
+        self._fixed = None if entropy_target is not None else float(initial)
+        self._optimiser = None
+        if entropy_target is not None:
+            self._log.requires_grad_()
+            self._optimiser = torch.optim.Adam([self._log], lr=learning_rate)
+
+    @property
+    def value(self) -> float:
+        return self._fixed if self._fixed is not None else math.exp(float(self._log.detach()))
+
+    def update(self, entropy: Tensor) -> None:
+        """One step towards the entropy target; nothing if τ is fixed.
+
+        Args:
+            entropy: (), the policy's mean entropy over a batch, nats.
+        """
+        if self._optimiser is None or self.entropy_target is None:
+            return
+        self._log.grad = (entropy.detach() - self.entropy_target).to(self._log)
+        self._optimiser.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        optimiser = None if self._optimiser is None else self._optimiser.state_dict()
+        return {
+            "log": self._log.detach().clone(),
+            "fixed": self._fixed,
+            "optimiser": copy.deepcopy(optimiser),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if (state["fixed"] is None) != (self._fixed is None):
+            raise OptionError(
+                "the stored temperature was fixed and this one is not, or the reverse"
+            )
+        with torch.no_grad():
+            self._log.copy_(state["log"])
+        self._fixed = None if state["fixed"] is None else float(state["fixed"])
+        if self._optimiser is not None:
+            self._optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))

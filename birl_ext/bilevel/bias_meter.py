@@ -1,0 +1,100 @@
+"""How far an estimator of the hyper-gradient is from the exact one, where that is known."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from birl_ext.errors import SizeLimitError
+from birl_ext.functional import solve
+from birl_ext.mdp import DenseMDP
+
+__all__ = ["EstimatorReport", "exact_pair_objective", "measure_estimator"]
+
+_MOST_PATHS = 4096
+
+
+class EstimatorReport(NamedTuple):
+    """An estimator against the truth, from independent repetitions."""
+
+    mean: Tensor
+    """Of the repetitions, (d,)."""
+    relative_error: float
+    """‖mean − ∇φ‖ / ‖∇φ‖: bias, and what is left of the noise."""
+    noise: float
+    """Standard error of the mean, relative: what of `relative_error` may be chance."""
+    cosine: float
+    """Between the mean and ∇φ."""
+    variance: float
+    """E‖∇φ̂ − mean‖² of one repetition, in units of ‖∇φ‖²."""
+    repetitions: int
+
+
+def measure_estimator(
+    estimate: Callable[[], Tensor], exact: Tensor, *, repetitions: int
+) -> EstimatorReport:
+    """Compare independent estimates of a gradient with the exact one.
+
+    Args:
+        estimate: makes one estimate, (d,).
+        exact: ∇φ, (d,), not zero.
+        repetitions: how many are averaged, at least 2.
+    """
+    found = torch.stack([estimate().detach().double() for _ in range(repetitions)])
+    truth = exact.detach().double()
+    size = truth.norm()
+    mean = found.mean(0)
+    variance = (found - mean).square().sum(-1).sum() / (repetitions - 1)
+    return EstimatorReport(
+        mean=mean,
+        relative_error=float((mean - truth).norm() / size),
+        noise=float((variance / repetitions).sqrt() / size),
+        cosine=float(torch.nn.functional.cosine_similarity(mean, truth, dim=0)),
+        variance=float(variance / size.square()),
+        repetitions=repetitions,
+    )
+
+
+def exact_pair_objective(
+    mdp: DenseMDP,
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    *,
+    temperature: float,
+    steps: int,
+) -> Tensor:
+    """φ = E[ l(d₁, d₂) ] over two independent paths of π*, by summing over all paths.
+
+    Args:
+        mdp: a single MDP whose reward carries the upper-level variable; every row continues.
+        loss: (states (n, H), actions (n, H), and the second path's) → l, (n,).
+        temperature: τ, units of reward.
+        steps: H; (S·A)ᴴ paths at most 4096.
+
+    Gradients: exact, through π* and through `loss`.
+
+    Source: (M16), the left-hand side.
+    """
+    states, actions = mdp.states, mdp.actions
+    count = (states * actions) ** steps
+    if count > _MOST_PATHS:
+        raise SizeLimitError(f"{count} paths", allowed=f"at most {_MOST_PATHS}")
+    policy = solve(mdp, temperature=temperature).policy
+    every = torch.tensor(
+        list(itertools.product(range(states), range(actions), repeat=steps)), dtype=torch.int64
+    ).view(count, steps, 2)
+    where, chosen = every[..., 0], every[..., 1]
+    start = mdp.initial_distribution
+    first = policy.new_full((states,), 1 / states) if start is None else start
+    probability = first[where[:, 0]] * policy[where, chosen].prod(-1)
+    for step in range(steps - 1):
+        moved = mdp.transition[where[:, step], chosen[:, step], where[:, step + 1]]
+        probability = probability * moved
+    one, other = (
+        index.flatten() for index in torch.meshgrid(*[torch.arange(count)] * 2, indexing="ij")
+    )
+    joint = probability[one] * probability[other]
+    return (joint * loss(where[one], chosen[one], where[other], chosen[other])).sum()

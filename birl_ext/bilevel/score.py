@@ -1,0 +1,213 @@
+"""Estimators of the policy's score in (M16): Σ_h (∇Q − ∇V)(s_h, a_h) from samples.
+
+Each is a surrogate: one number per fragment, whose gradient with respect to the reward's parameters
+is the estimate, so that no gradient vector is ever stored per step. Its value means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from birl_ext.errors import DiscountError, OptionError
+
+__all__ = ["Critic", "Follower", "FullHorizon", "OneStep", "RewardFunction", "Score", "Simulator"]
+
+RewardFunction = Callable[[Tensor, Tensor], Tensor]
+"""(observation (m, *O), action (m, *A)) → r (m,), differentiable in the upper-level variable."""
+
+
+class Follower(Protocol):
+    """The lower level's policy, held fixed."""
+
+    def probabilities(self, observation: Tensor) -> Tensor:
+        """π(·|s), (m, A); only of discrete actions."""
+        ...
+
+    def sample(self, observation: Tensor, generator: torch.Generator) -> Tensor:
+        """a ~ π(·|s), (m, *A)."""
+        ...
+
+
+class Path(Protocol):
+    """What a simulator returns: (m, K, …) each, and whether the path still went on, (m, K)."""
+
+    @property
+    def observation(self) -> Tensor: ...
+    @property
+    def action(self) -> Tensor: ...
+    @property
+    def present(self) -> Tensor: ...
+
+
+class Simulator(Protocol):
+    """An environment that can be started from any state."""
+
+    def continuations(
+        self, follower: Follower, observation: Tensor, action: Tensor | None, steps: int, /
+    ) -> Path:
+        """One path from each state, its first action given or drawn."""
+        ...
+
+
+class Score(Protocol):
+    """An estimator of Σ_h (∇Q − ∇V)(s_h, a_h)."""
+
+    def __call__(
+        self,
+        reward: RewardFunction,
+        follower: Follower,
+        observation: Tensor,
+        action: Tensor,
+        present: Tensor,
+    ) -> Tensor:
+        """A surrogate (n,) from fragments (n, H, …), of which `present` steps count."""
+        ...
+
+
+class OneStep:
+    """The first term of the score only: what happens after the step is left out.
+
+        h = Σ_h [ r(s_h, a_h) − Σ_a π(a|s_h) r(s_h, a) ]
+
+    Bias at most 2γ sup‖∇r‖/(1 − γ) per step (times 1/τ in the hyper-gradient). Exactly zero where
+    the reward depends on the state alone: use another estimator there.
+
+    Args:
+        actions: A, where actions are discrete and the expectation is summed; None draws `samples`
+            actions instead.
+        samples: draws per step.
+        generator: of the draws; needed without `actions`.
+
+    Source: (M16), estimator (i).
+    """
+
+    def __init__(
+        self,
+        actions: int | None = None,
+        *,
+        samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if actions is None and generator is None:
+            raise OptionError("neither actions nor generator is given", fix="give one of them")
+        self.actions = actions
+        self.samples = samples
+        self.generator = generator
+
+    def __call__(
+        self,
+        reward: RewardFunction,
+        follower: Follower,
+        observation: Tensor,
+        action: Tensor,
+        present: Tensor,
+    ) -> Tensor:
+        where, chosen = observation[present], action[present]
+        return _per_fragment(reward(where, chosen) - self._mean(reward, follower, where), present)
+
+    def _mean(self, reward: RewardFunction, follower: Follower, where: Tensor) -> Tensor:
+        """E_π r(s, ·), (m,)."""
+        count = self.actions or self.samples
+        spread = where.repeat_interleave(count, 0)
+        if self.actions is not None:
+            every = torch.arange(count, device=where.device).repeat(len(where))
+            share = follower.probabilities(where)
+            return (share * reward(spread, every).view(-1, count)).sum(-1)
+        assert self.generator is not None
+        drawn = follower.sample(spread, self.generator)
+        return reward(spread, drawn).view(-1, count).mean(-1)
+
+
+class FullHorizon:
+    """Both ∇Q and ∇V from independent continuations of K steps.
+
+        h = Σ_h Σ_{k<K} γᵏ [ r(s⁺_k, a⁺_k) − r(s⁰_k, a⁰_k) ],
+        (s⁺_0, a⁺_0) = (s_h, a_h);  s⁰_0 = s_h, a⁰_0 ~ π
+
+    Bias at most 2γᴷ sup‖∇r‖/(1 − γ) per step (times 1/τ in the hyper-gradient). The fragment's own
+    continuation would not do for the first: it is not independent of the loss of the fragment.
+
+    Args:
+        simulator: starts from any state.
+        discount: γ of the lower level.
+        steps: K.
+
+    Source: (M16), estimator (ii).
+    """
+
+    def __init__(self, simulator: Simulator, *, discount: float, steps: int) -> None:
+        if not 0 <= discount < 1:
+            raise DiscountError(f"discount is {discount!r}", allowed="[0, 1)")
+        if steps < 1:
+            raise OptionError(f"steps is {steps!r}", allowed="1 or more")
+        self.simulator = simulator
+        self.discount = discount
+        self.steps = steps
+
+    def __call__(
+        self,
+        reward: RewardFunction,
+        follower: Follower,
+        observation: Tensor,
+        action: Tensor,
+        present: Tensor,
+    ) -> Tensor:
+        where, chosen = observation[present], action[present]
+        along = self._discounted(reward, follower, where, chosen)
+        return _per_fragment(along - self._discounted(reward, follower, where, None), present)
+
+    def _discounted(
+        self, reward: RewardFunction, follower: Follower, where: Tensor, first: Tensor | None
+    ) -> Tensor:
+        """Σ_k γᵏ r along one path from each state, (m,)."""
+        path = self.simulator.continuations(follower, where, first, self.steps)
+        seen = path.present
+        found = reward(path.observation[seen], path.action[seen])
+        powers = self.discount ** torch.arange(self.steps, dtype=found.dtype, device=found.device)
+        table = found.new_zeros(seen.shape).masked_scatter(seen, found)
+        return table @ powers
+
+
+class Critic:
+    """∇Q from a learned critic of the features in which the reward is linear.
+
+        r_x(s, a) = x·ψ(s, a),   h = x·Σ_h [ M(s_h, a_h) − Σ_a π(a|s_h) M(s_h, a) ],
+        M = E[ Σ_k γᵏ ψ(s_k, a_k) ]
+
+    Biased by the critic's error alone; no simulator is needed.
+
+    Args:
+        features: observation (m, *O) → M(s, ·), (m, A, F): successor features.
+        weights: () → x, (F,), differentiable in the upper-level variable.
+
+    Source: (M16), estimator (iii).
+    """
+
+    def __init__(self, features: Callable[[Tensor], Tensor], weights: Callable[[], Tensor]) -> None:
+        self.features = features
+        self.weights = weights
+
+    def __call__(
+        self,
+        reward: RewardFunction,
+        follower: Follower,
+        observation: Tensor,
+        action: Tensor,
+        present: Tensor,
+    ) -> Tensor:
+        where, chosen = observation[present], action[present]
+        with torch.no_grad():
+            table = self.features(where)
+            mean = (follower.probabilities(where).unsqueeze(-1) * table).sum(1)
+            gap = table[torch.arange(len(where)), chosen] - mean
+        return _per_fragment(gap @ self.weights(), present)
+
+
+def _per_fragment(steps: Tensor, present: Tensor) -> Tensor:
+    """Sums over the steps of each fragment: the present ones in order, (m,) → (n,)."""
+    table = steps.new_zeros(present.shape)
+    return table.masked_scatter(present, steps).sum(-1)

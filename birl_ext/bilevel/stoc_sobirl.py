@@ -1,0 +1,191 @@
+"""Stoc-SoBiRL on finite MDPs that can only be sampled (Yang, Gao and Yuan, AISTATS 2025).
+
+The published algorithm has no public pseudo-code; what is not fixed by (M16) is a choice made here,
+stated in docs/stochastic.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from birl_ext.agents.finite import FiniteFollower, FiniteSimulator, Paths
+from birl_ext.bilevel.score import FullHorizon
+from birl_ext.bilevel.trajectory import Baseline, trajectory_surrogate
+from birl_ext.errors import OptionError, TemperatureError
+
+__all__ = ["Effort", "Outcome", "SampledProblem", "StocSoBiRL"]
+
+
+@dataclass(frozen=True)
+class SampledProblem:
+    """min over x of φ(x) = E[ l(d₁, …, d_I; x) ] over independent paths of π*(x).
+
+    Args:
+        reward: x → r, (S, A), units of τ.
+        loss: (x, the paths) → l, (n,), units of φ; paths[i] holds the n samples' i-th path.
+        paths: I.
+        steps: H, steps of a path.
+    """
+
+    reward: Callable[[Tensor], Tensor]
+    loss: Callable[[Tensor, Sequence[Paths]], Tensor]
+    paths: int = 2
+    steps: int = 1
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Samples per outer step.
+
+    Args:
+        batch: tuples of paths that the hyper-gradient averages.
+        horizon: K, steps of each continuation.
+        sweeps: samples of every (s, a) for the soft Q-learning of the lower level.
+    """
+
+    batch: int
+    horizon: int
+    sweeps: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise OptionError(f"{name} is {value!r}", allowed="1 or more")
+
+    @classmethod
+    def for_accuracy(
+        cls, epsilon: float, discount: float, *, batch: float = 4.0, sweeps: float = 4.0
+    ) -> Effort:
+        """What ‖∇φ‖² ≤ ε asks for: noise and the lower level's error fall as 1/samples, the
+        truncation as γᴷ.
+
+            B = ⌈batch/ε⌉,  K = ⌈log(1/ε)/(1 − γ)⌉,  N = ⌈sweeps/ε⌉
+        """
+        if not 0 < epsilon < 1:
+            raise OptionError(f"epsilon is {epsilon!r}", allowed="(0, 1)")
+        horizon = math.ceil(math.log(1 / epsilon) / (1 - discount))
+        return cls(math.ceil(batch / epsilon), max(1, horizon), math.ceil(sweeps / epsilon))
+
+
+class Outcome(NamedTuple):
+    """One outer step, taken at the x before it."""
+
+    objective: float
+    """Mean loss of the batch: an estimate of φ."""
+    gradient_norm: float
+    """‖∇φ̂‖₂ of the estimate, noise included."""
+    samples: int
+    """Transitions drawn in this step."""
+
+
+class StocSoBiRL:
+    """Single-loop stochastic bilevel descent from samples of the process alone.
+
+        Q ← Q + α_j (r_x + γ τ log Σ_a exp(Q(s', ·)/τ) − Q),  s' ~ P(·|s, a),  N times, warm-started
+        d_i ~ π_Q,   ∇φ̂ from (M16) with continuations of K steps,   x ← x − β ∇φ̂
+
+    Args:
+        problem: loss and reward.
+        simulator: draws the paths; the transition is never read.
+        x: start, (d,); copied.
+        discount: γ of the lower level.
+        temperature: τ, units of reward.
+        optimiser: from a list of parameters to any torch optimiser.
+        effort: samples per outer step; may be replaced between steps.
+        baseline: of the losses, see `trajectory_surrogate`.
+
+    Source: (M16); Yang, Gao and Yuan (2025), Stoc-SoBiRL; the step sizes α_j = 1/(1 + (1 − γ)j) of
+    the lower level: Wainwright (2019).
+    """
+
+    def __init__(
+        self,
+        problem: SampledProblem,
+        simulator: FiniteSimulator,
+        x: Tensor,
+        *,
+        discount: float,
+        temperature: float,
+        optimiser: Callable[[Iterable[Tensor]], Optimizer],
+        effort: Effort,
+        baseline: Baseline = "others",
+    ) -> None:
+        if not temperature > 0:
+            raise TemperatureError(f"temperature is {temperature!r}", allowed="(0, inf)")
+        self.problem = problem
+        self.simulator = simulator
+        self.x = x.detach().clone().requires_grad_()
+        self.discount = discount
+        self.temperature = temperature
+        self.optimiser = optimiser([self.x])
+        self.effort = effort
+        self.baseline: Baseline = baseline
+        self.q = torch.zeros(simulator.states, simulator.actions, dtype=torch.float64)
+        self.steps = 0
+
+    def step(self) -> Outcome:
+        """One outer step."""
+        before = self.simulator.samples
+        objective, gradient = self.hypergradient()
+        self.x.grad = gradient
+        self.optimiser.step()
+        self.steps += 1
+        return Outcome(objective, float(gradient.norm()), self.simulator.samples - before)
+
+    def hypergradient(self) -> tuple[float, Tensor]:
+        """φ and ∇φ, estimated at the present x, after the lower level's update."""
+        table = self.problem.reward(self.x)
+        self._learn(table.detach())
+        follower = FiniteFollower((self.q / self.temperature).softmax(-1))
+        effort, problem = self.effort, self.problem
+        paths = [
+            self.simulator.rollout(follower, effort.batch, problem.steps)
+            for _ in range(problem.paths)
+        ]
+        score = FullHorizon(self.simulator, discount=self.discount, steps=effort.horizon)
+        scores = torch.stack(
+            [score(lambda s, a: table[s, a], follower, *path) for path in paths]
+        ).sum(0)
+        surrogate = trajectory_surrogate(
+            problem.loss(self.x, paths),
+            scores,
+            temperature=self.temperature,
+            baseline=self.baseline,
+        )
+        (gradient,) = torch.autograd.grad(surrogate, self.x)
+        return float(surrogate.detach()), gradient
+
+    def _learn(self, reward: Tensor) -> None:
+        """Synchronous soft Q-learning from the warm start."""
+        tau, gamma = self.temperature, self.discount
+        for j in range(1, self.effort.sweeps + 1):
+            ahead, goes_on = self.simulator.successors()
+            value = tau * torch.logsumexp(self.q / tau, -1)
+            target = reward + gamma * value[ahead] * goes_on
+            self.q += (target - self.q) / (1 + (1 - gamma) * j)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on, as a snapshot."""
+        return {
+            "x": self.x.detach().clone(),
+            "q": self.q.clone(),
+            "optimiser": copy.deepcopy(self.optimiser.state_dict()),
+            "simulator": self.simulator.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            self.x.copy_(state["x"])
+        self.q.copy_(state["q"])
+        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
+        self.simulator.load_state_dict(state["simulator"])
+        self.steps = int(state["steps"])

@@ -1,0 +1,58 @@
+"""The hyper-gradient of a loss of sampled trajectories (M16)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from birl_ext.errors import OptionError, ShapeError, TemperatureError
+
+__all__ = ["Baseline", "trajectory_surrogate"]
+
+Baseline = Literal["others", "none"]
+
+
+def trajectory_surrogate(
+    loss: Tensor,
+    score: Tensor,
+    *,
+    temperature: float,
+    baseline: Baseline = "others",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """A scalar whose value is the mean loss, and whose gradient is an estimate of ∇φ.
+
+        ∇φ̂ = (1/n) Σ_i w_i [ ∇l_i + (1/τ)(l_i − b_i) ∇h_i ]
+
+    Args:
+        loss: l, (n,), of independent samples, units of φ.
+        score: h, (n,), the sum of a sample's surrogates (`birl_ext.bilevel.score`): of both
+            fragments of a pair. Only its gradient counts.
+        temperature: τ of the lower level, units of reward.
+        baseline: "others": b_i is the mean loss of the other samples, which lowers the variance and
+            leaves the mean alone because E[∇h] = 0; "none": zero.
+        weight: w, (n,), importance of samples drawn from another policy; one if absent.
+
+    Gradients: first order, through `loss` and `score`.
+
+    Source: (M16); Yang, Gao and Yuan (2025), SoBiRL.
+    """
+    if not temperature > 0:
+        raise TemperatureError(f"temperature is {temperature!r}", allowed="(0, inf)")
+    if loss.dim() != 1 or score.shape != loss.shape:
+        raise ShapeError(
+            f"loss has shape {tuple(loss.shape)}, score {tuple(score.shape)}",
+            allowed="(n,) both",
+        )
+    if baseline not in ("others", "none"):
+        raise OptionError(f"baseline is {baseline!r}", allowed="'others' or 'none'")
+    share = torch.ones_like(loss) if weight is None else weight.detach()
+    fixed = loss.detach()
+    if baseline == "others" and len(loss) > 1:
+        mass = share.sum() - share
+        others = ((share * fixed).sum() - share * fixed) / mass.clamp(min=1e-12)
+        fixed = fixed - others
+    indirect = share * fixed * (score - score.detach()) / temperature
+    return (share * loss + indirect).mean()

@@ -1,0 +1,1 @@
+"""Comparisons of behaviour: fragments, teachers, and rewards that explain their answers."""

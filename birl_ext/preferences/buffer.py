@@ -1,0 +1,129 @@
+"""The newest answered pairs, first in first out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from birl_ext.errors import DtypeError, OptionError, ShapeError
+from birl_ext.preferences.fragments import Fragments, Pairs
+
+__all__ = ["PreferenceBuffer"]
+
+
+class PreferenceBuffer:
+    """A ring of pairs; uint8 observations stay uint8.
+
+    Args:
+        capacity: pairs kept; the oldest make room.
+        device: where they lie.
+    """
+
+    def __init__(self, capacity: int, device: torch.device | str = "cpu") -> None:
+        if capacity < 1:
+            raise OptionError(f"capacity is {capacity!r}", allowed="1 or more")
+        self.capacity = capacity
+        self.device = torch.device(device)
+        self.added = 0
+        """Pairs ever kept, those that have made room included."""
+        self._ring: Pairs | None = None
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, first: Fragments, second: Fragments, label: Tensor) -> int:
+        """Keep the pairs that were answered; those labelled NaN were not.
+
+        Returns:
+            How many were kept.
+
+        Raises:
+            OptionError: a label lies outside [0, 1].
+            ShapeError, DtypeError: the fragments differ from each other or from those stored.
+        """
+        answered = ~label.isnan()
+        kept = Pairs(first, second, label).select(answered)
+        outside = (kept.label < 0) | (kept.label > 1)
+        if bool(outside.any()):
+            raise OptionError(f"label is {float(kept.label[outside][0])!r}", allowed="[0, 1], NaN")
+        if self._ring is None:
+            self._ring = self._blank(kept)
+        for stored, given in zip(_tensors(self._ring), _tensors(kept), strict=True):
+            _check(stored, given, len(kept))
+        count = len(kept)
+        newest = torch.arange(max(count - self.capacity, 0), count)
+        places = ((self.added + newest) % self.capacity).to(self.device)
+        for stored, given in zip(_tensors(self._ring), _tensors(kept), strict=True):
+            stored[places] = given[newest.to(given.device)].to(self.device)
+        self.added += count
+        self._count = min(self._count + count, self.capacity)
+        return count
+
+    def select(self, index: Tensor) -> Pairs:
+        """Those at `index`, (m,) int64, counted from the oldest."""
+        if self._ring is None:
+            raise OptionError("the buffer is empty", fix="append answered pairs first")
+        oldest = self.added - self._count
+        return self._ring.select((oldest + index.to(self.device)) % self.capacity)
+
+    def everything(self) -> Pairs:
+        """All pairs, oldest first."""
+        return self.select(torch.arange(len(self)))
+
+    def sample(self, size: int, generator: torch.Generator) -> Pairs:
+        """Distinct pairs, each equally likely.
+
+        Args:
+            generator: on the CPU.
+        """
+        if not 0 <= size <= len(self):
+            raise OptionError(f"size is {size!r}", allowed=f"0 to {len(self)}, the pairs stored")
+        return self.select(torch.randperm(len(self), generator=generator)[:size])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pairs, oldest first, as a snapshot."""
+        pairs = None
+        if self._ring is not None:
+            first, second, label = self.everything()
+            pairs = {"first": tuple(first), "second": tuple(second), "label": label}
+        return {"added": self.added, "pairs": pairs}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; more pairs than the capacity are cut at the old end."""
+        self._ring, self._count = None, 0
+        self.added = int(state["added"])
+        stored = state["pairs"]
+        if stored is not None:
+            first, second = Fragments(*stored["first"]), Fragments(*stored["second"])
+            self.added -= len(first)
+            self.append(first, second, stored["label"])
+
+    def _blank(self, model: Pairs) -> Pairs:
+        parts = [
+            torch.empty((self.capacity, *part.shape[1:]), dtype=part.dtype, device=self.device)
+            for part in _tensors(model)
+        ]
+        width = len(Fragments._fields)
+        return Pairs(Fragments(*parts[:width]), Fragments(*parts[width:-1]), parts[-1])
+
+
+def _tensors(pairs: Pairs) -> tuple[Tensor, ...]:
+    return (*pairs.first, *pairs.second, pairs.label)
+
+
+def _check(stored: Tensor, given: Tensor, count: int) -> None:
+    if given.shape != (count, *stored.shape[1:]):
+        raise ShapeError(
+            f"a part of the fragments has shape {tuple(given.shape)}",
+            allowed=f"{(count, *stored.shape[1:])}, like the pairs stored",
+        )
+    if given.dtype != stored.dtype:
+        raise DtypeError(
+            f"a part of the fragments has dtype {given.dtype}",
+            allowed=f"{stored.dtype}, like the pairs stored",
+            fix="convert it first",
+        )

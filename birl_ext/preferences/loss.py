@@ -1,0 +1,123 @@
+"""The Bradley–Terry model: how likely a reward makes a teacher's answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from birl_ext.errors import OptionError, ShapeError
+from birl_ext.preferences.fragments import Fragments, Pairs
+
+__all__ = ["accuracy", "bradley_terry", "fragment_returns", "margins"]
+
+RewardFunction = Callable[[Tensor, Tensor], Tensor]
+"""(observation (m, *O), action (m, *A)) → r (*E, m)."""
+
+
+def bradley_terry(margin: Tensor, label: Tensor, noise: float = 0.0) -> Tensor:
+    """Cross entropy of each answer, batched.
+
+        p = (1 − ε) σ(R₁ − R₂) + ε/2,   ℓ = −y log p − (1 − y) log(1 − p)
+
+    Args:
+        margin: R₁ − R₂, (*E, n).
+        label: y, (n,), the probability that the first is preferred.
+        noise: ε, the share of answers given by a toss of a coin, in [0, 1).
+
+    Returns:
+        ℓ, (*E, n), nats; finite at any finite margin.
+
+    Raises:
+        OptionError: the noise is outside [0, 1).
+        ShapeError: labels and margins do not match.
+
+    Gradients: any order, through `margin`.
+
+    Source: Bradley and Terry (1952); Christiano et al. (2017), section 2.2.3, for the noise.
+    """
+    if not 0 <= noise < 1:
+        raise OptionError(f"noise is {noise!r}", allowed="[0, 1)")
+    if label.dim() != 1 or margin.shape[-1:] != label.shape:
+        raise ShapeError(
+            f"margin has shape {tuple(margin.shape)}, label {tuple(label.shape)}",
+            allowed="(*E, n) and (n,)",
+        )
+    label = label.to(margin.dtype)
+    first, second = functional.logsigmoid(margin), functional.logsigmoid(-margin)
+    if noise:
+        # log p must not be taken of a p that has been rounded to zero or one
+        rest, coin = math.log1p(-noise), margin.new_tensor(math.log(noise / 2))
+        first, second = torch.logaddexp(first + rest, coin), torch.logaddexp(second + rest, coin)
+    return -(label * first + (1 - label) * second)
+
+
+def margins(reward: RewardFunction, pairs: Pairs, *, at_once: int | None = None) -> Tensor:
+    """R₁ − R₂ of every pair, from one call of the reward for all steps of all pairs.
+
+    Args:
+        reward: (observation (m, *O), action (m, *A)) → (*E, m), as a `RewardNetwork`, or the
+            `RewardEnsemble.each` of several.
+        at_once: most steps per call; None puts all into one, as a GPU likes it. On a CPU a few
+            hundred frames of pixels are faster: arrays of hundreds of megabytes are fetched from
+            the system anew in every step. In `fitting`, batch statistics are those of a call.
+
+    Returns:
+        (*E, n), units of reward.
+
+    Gradients: any order, through the reward.
+    """
+    ours, theirs = fragment_returns(reward, pairs.first, pairs.second, at_once=at_once)
+    return ours - theirs
+
+
+def fragment_returns(
+    reward: RewardFunction, *fragments: Fragments, at_once: int | None = None
+) -> tuple[Tensor, ...]:
+    """R = Σ_h r(s_h, a_h) over the present steps, from one call of the reward; or several, see
+    `margins`.
+
+    Padding is left out before the call, so that it cannot move the statistics of a batch.
+
+    Returns:
+        (*E, n) for each of the arguments.
+    """
+    present = torch.cat([part.present.flatten() for part in fragments])
+    observation = torch.cat([part.observation.flatten(0, 1) for part in fragments])
+    action = torch.cat([part.action.flatten(0, 1) for part in fragments])
+    if not bool(present.all()):
+        observation, action = observation[present], action[present]
+    steps = _in_parts(reward, observation, action, at_once)
+    lead = steps.shape[:-1]
+    if steps.shape[-1:] != observation.shape[:1]:
+        raise ShapeError(
+            f"the reward returned shape {tuple(steps.shape)}",
+            allowed=f"(*E, {observation.shape[0]}): one number per step",
+        )
+    table = steps.new_zeros(*lead, len(present)).masked_scatter(present.expand(*lead, -1), steps)
+    sizes = [part.present.numel() for part in fragments]
+    return tuple(
+        part.reshape(*lead, *whole.present.shape).sum(-1)
+        for part, whole in zip(torch.split(table, sizes, -1), fragments, strict=True)
+    )
+
+
+def _in_parts(
+    reward: RewardFunction, observation: Tensor, action: Tensor, at_once: int | None
+) -> Tensor:
+    if at_once is None or len(action) <= at_once:
+        return reward(observation, action)
+    if at_once < 1:
+        raise OptionError(f"at_once is {at_once!r}", allowed="1 or more, or None")
+    parts = zip(torch.split(observation, at_once), torch.split(action, at_once), strict=True)
+    return torch.cat([reward(where, chosen) for where, chosen in parts], -1)
+
+
+def accuracy(margin: Tensor, label: Tensor) -> Tensor:
+    """Share of the strict answers that the larger return explains, (*E); NaN if there are none."""
+    strict = label != 0.5
+    right = (margin != 0) & ((margin > 0) == (label > 0.5))
+    return (right & strict).sum(-1).double() / strict.sum()

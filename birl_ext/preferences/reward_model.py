@@ -1,0 +1,295 @@
+"""Learned rewards: networks, ensembles of them, and their normalisation.
+
+A reward is evaluated in critic targets, scores, baselines and queries, and all of these must see
+one and the same function. So every model here is in evaluation mode at all times, and only
+`RewardModel.fitting` switches dropout and batch statistics on, for as long as it lasts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from birl_ext.errors import OptionError, ShapeError
+from birl_ext.preferences.randomness import global_draws_from
+
+__all__ = ["NormalisedReward", "RewardEnsemble", "RewardModel", "RewardNetwork"]
+
+_SCALE = 1 / 255
+_CONVOLUTIONS = ((7, 3), (5, 2), (3, 1), (3, 1))
+"""Kernel and stride."""
+
+
+class RewardModel(nn.Module):
+    """A function (observation (m, *O), action (m, *A)) → r (m,), and when it may be noisy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fitting = False
+
+    def all_actions(self, observation: Tensor) -> Tensor:
+        """r(s, ·) of discrete actions, (m, A), in one pass."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Self:
+        """Evaluation mode, whatever is asked for, but inside `fitting`."""
+        return super().train(mode and self._fitting)
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Training mode while it lasts: for steps on the data that the model is fitted to only."""
+        models = [module for module in self.modules() if isinstance(module, RewardModel)]
+        before = [model._fitting for model in models]
+        for model in models:
+            model._fitting = True
+        self.train()
+        try:
+            yield
+        finally:
+            for model, kept in zip(models, before, strict=True):
+                model._fitting = kept
+            self.train(self._fitting)
+
+
+class RewardNetwork(RewardModel):
+    """A reward computed by a network.
+
+    Integers other than uint8 reach the body as they are, as indices; uint8 pixels are divided by
+    255, here and nowhere else; all else is converted to the body's dtype.
+
+    Args:
+        body: observations (m, *O) → (m, A) for discrete actions; otherwise observation and action
+            side by side, (m, |O| + |A|), → (m, 1). Its mode is this model's from now on.
+        actions: A; None if actions are continuous.
+
+    Gradients: any order, through the parameters, observation and action.
+    """
+
+    def __init__(self, body: nn.Module, *, actions: int | None) -> None:
+        super().__init__()
+        self.body = body
+        self.actions = actions
+        self.eval()
+
+    @classmethod
+    def table(cls, states: int, actions: int) -> RewardNetwork:
+        """One parameter per state and action, zero at first; observations are (m,) int64."""
+        body = nn.Embedding(states, actions)
+        nn.init.zeros_(body.weight)
+        return cls(body, actions=actions)
+
+    @classmethod
+    def mlp(
+        cls,
+        observation_size: int,
+        generator: torch.Generator,
+        *,
+        actions: int | None = None,
+        action_size: int = 0,
+        hidden: Sequence[int] = (64, 64),
+    ) -> RewardNetwork:
+        """Fully connected layers with tanh between them.
+
+        Args:
+            observation_size: |O|.
+            generator: of the initial weights, on the CPU.
+            actions: A, of discrete actions.
+            action_size: |A|, of continuous ones.
+            hidden: width of each hidden layer.
+        """
+        if (actions is None) == (action_size == 0):
+            raise OptionError(
+                f"actions is {actions!r} and action_size {action_size!r}",
+                fix="give actions for discrete ones, action_size for continuous ones",
+            )
+        sizes = [observation_size + action_size, *hidden]
+        with global_draws_from(generator):
+            layers: list[nn.Module] = [nn.Flatten()]
+            for before, after in zip(sizes, hidden, strict=False):
+                layers += [nn.Linear(before, after), nn.Tanh()]
+            layers.append(nn.Linear(sizes[-1], actions or 1))
+        return cls(nn.Sequential(*layers), actions=actions)
+
+    @classmethod
+    def cnn(
+        cls,
+        shape: tuple[int, int, int],
+        generator: torch.Generator,
+        *,
+        actions: int,
+        channels: int = 16,
+        width: int = 64,
+        dropout: float = 0.5,
+    ) -> RewardNetwork:
+        """Four convolutions with batch norm, dropout and leaky ReLU, then two linear layers.
+
+        Args:
+            shape: channels, height, width of an observation, pixels; at least 43 × 43.
+            generator: of the initial weights, on the CPU.
+            actions: A, discrete.
+            channels: of each convolution.
+            width: of the hidden linear layer.
+            dropout: probability, in fitting only.
+        """
+        into, *sides = shape
+        layers: list[nn.Module] = []
+        with global_draws_from(generator):
+            for kernel, stride in _CONVOLUTIONS:
+                layers += [
+                    nn.Conv2d(into, channels, kernel, stride),
+                    nn.BatchNorm2d(channels),
+                    nn.LeakyReLU(0.01),
+                    nn.Dropout(dropout),
+                ]
+                into, sides = channels, [(side - kernel) // stride + 1 for side in sides]
+            if min(sides) < 1:
+                raise ShapeError(
+                    f"observations have shape {shape}", allowed="(C, H, W), 43 × 43 or larger"
+                )
+            layers += [
+                nn.Flatten(),
+                nn.Linear(into * math.prod(sides), width),
+                nn.LeakyReLU(0.01),
+                nn.Linear(width, actions),
+            ]
+        return cls(nn.Sequential(*layers), actions=actions)
+
+    def all_actions(self, observation: Tensor) -> Tensor:
+        """r(s, ·), (m, A).
+
+        Raises:
+            OptionError: the actions are continuous.
+            ShapeError: the body returned something else.
+        """
+        if self.actions is None:
+            raise OptionError("actions are continuous", fix="call the reward with an action")
+        every: Tensor = self.body(self._prepared(observation))
+        if every.shape != (len(observation), self.actions):
+            raise ShapeError(
+                f"the body returned shape {tuple(every.shape)}",
+                allowed=f"(m, A) = ({len(observation)}, {self.actions})",
+            )
+        return every
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """r(s, a), (m,)."""
+        if self.actions is not None:
+            if action.is_floating_point() or action.shape != observation.shape[:1]:
+                raise ShapeError(
+                    f"action has shape {tuple(action.shape)}, {action.dtype}",
+                    allowed=f"integers ({len(observation)},)",
+                )
+            return self.all_actions(observation).gather(1, action.unsqueeze(1)).squeeze(1)
+        parts = [self._prepared(observation).flatten(1), self._prepared(action).flatten(1)]
+        reward: Tensor = self.body(torch.cat(parts, 1))
+        if reward.shape != (len(observation), 1):
+            raise ShapeError(
+                f"the body returned shape {tuple(reward.shape)}",
+                allowed=f"(m, 1) = ({len(observation)}, 1)",
+            )
+        return reward.squeeze(1)
+
+    def _prepared(self, given: Tensor) -> Tensor:
+        parameter = next(self.parameters(), None)
+        dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+        if given.dtype == torch.uint8:
+            return given.to(dtype) * _SCALE
+        if given.is_floating_point() or given.dtype == torch.bool:
+            return given.to(dtype)
+        return given
+
+
+class RewardEnsemble(RewardModel):
+    """Several rewards; the mean is the reward, the spread says where they disagree.
+
+    Args:
+        members: E ≥ 1 models.
+    """
+
+    def __init__(self, members: Iterable[RewardModel]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        if not self.members:
+            raise OptionError("an ensemble has no members", allowed="1 or more")
+        self.eval()
+
+    @classmethod
+    def of(cls, count: int, build: Callable[[], RewardModel]) -> RewardEnsemble:
+        """`count` models, each built anew."""
+        return cls(build() for _ in range(count))
+
+    def each(self, observation: Tensor, action: Tensor) -> Tensor:
+        """The members' rewards, (E, m)."""
+        return torch.stack([member(observation, action) for member in self.members])
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Mean over members, (m,)."""
+        return self.each(observation, action).mean(0)
+
+    def all_actions(self, observation: Tensor) -> Tensor:
+        """Mean over members of r(s, ·), (m, A)."""
+        every = [_as_model(member).all_actions(observation) for member in self.members]
+        return torch.stack(every).mean(0)
+
+    def std(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Standard deviation over members, divisor E, (m,)."""
+        return self.each(observation, action).std(0, correction=0)
+
+
+class NormalisedReward(RewardModel):
+    """A reward brought to a known scale, as an agent's temperature needs it.
+
+        r' = (r − shift) / scale
+
+    Both numbers are constants until `measure` is called again: no gradient passes through them.
+    Fit the inner reward, and hand this one to the agent. Shifting a reward changes what is best
+    where episodes end at different times; leave `centre` off there.
+
+    Args:
+        reward: the inner model.
+        centre: whether to subtract the mean.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, reward: RewardModel, *, centre: bool = False) -> None:
+        super().__init__()
+        self.reward = reward
+        self.centre = centre
+        parameter = next(reward.parameters(), torch.empty(0))
+        self.register_buffer("shift", parameter.new_zeros(()))
+        self.register_buffer("scale", parameter.new_ones(()))
+        self.eval()
+
+    @torch.no_grad()
+    def measure(self, observation: Tensor, action: Tensor) -> None:
+        """Set the scale to the standard deviation on a sample, and the shift to its mean; a scale
+        of zero leaves the reward as it is.
+        """
+        found = self.reward(observation, action)
+        spread = found.std(correction=0)
+        self.scale.copy_(torch.where(spread > 0, spread, 1.0))
+        if self.centre:
+            self.shift.copy_(found.mean())
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """r', (m,)."""
+        return self._normalised(self.reward(observation, action))
+
+    def all_actions(self, observation: Tensor) -> Tensor:
+        """r'(s, ·), (m, A)."""
+        return self._normalised(self.reward.all_actions(observation))
+
+    def _normalised(self, reward: Tensor) -> Tensor:
+        return (reward - self.shift) / self.scale
+
+
+def _as_model(module: nn.Module) -> RewardModel:
+    assert isinstance(module, RewardModel)
+    return module

@@ -1,0 +1,219 @@
+"""Those who answer which of two fragments is better; here, by rule from the true reward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from birl_ext.errors import OptionError
+from birl_ext.preferences.fragments import Fragments
+
+__all__ = ["TEACHERS", "ScriptedTeacher", "Teacher", "TeacherRule"]
+
+
+class Teacher(Protocol):
+    """Whoever answers: a rule, or a person."""
+
+    def __call__(self, first: Fragments, second: Fragments) -> Tensor:
+        """Labels (n,): 1 if `first` is better, 0 if `second`, 0.5 for a tie, NaN for no answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class TeacherRule:
+    """How a scripted teacher answers.
+
+    From the returns R = Σ_h r_h of both fragments, of which the longer one has H steps, and the
+    mean reward r̄ per step of the recent policy:
+
+    1. no answer where max(R₁, R₂) ≤ skip_share·H·r̄;
+    2. a tie where |R₁ − R₂| < tie_share·H·|r̄|;
+    3. otherwise `first` with probability σ(rationality·(R′₁ − R′₂)), R′ = Σ_h γ^(H−1−h) r_h, and a
+       tie where a fully rational teacher finds R′₁ = R′₂;
+    4. a strict answer is turned round with probability mistake_rate.
+
+    Args:
+        rationality: β, per unit of reward; infinite means always the larger return.
+        mistake_rate: ε, probability.
+        skip_share: share of the mean return; zero answers everything.
+        discount: γ ≤ 1 per step back from the end: a myopic teacher remembers the end best.
+        tie_share: share of the mean return; zero has no ties but exact ones.
+        sign_only: look at the sign of each reward only, as Atari's clipped rewards do.
+
+    Source: Lee et al. (2021), B-Pref, section 3.
+    """
+
+    rationality: float = math.inf
+    mistake_rate: float = 0.0
+    skip_share: float = 0.0
+    discount: float = 1.0
+    tie_share: float = 0.0
+    sign_only: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("rationality", 0.0, math.inf),
+            ("mistake_rate", 0.0, 1.0),
+            ("skip_share", 0.0, math.inf),
+            ("discount", 0.0, 1.0),
+            ("tie_share", 0.0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise OptionError(f"{name} is {value!r}", allowed=f"[{low:g}, {high:g}]")
+
+    @classmethod
+    def oracle(cls) -> TeacherRule:
+        """Always right."""
+        return cls()
+
+    @classmethod
+    def mistake(cls) -> TeacherRule:
+        """Wrong one time in ten."""
+        return cls(mistake_rate=0.1)
+
+    @classmethod
+    def noisy(cls) -> TeacherRule:
+        """Boltzmann with β = 1."""
+        return cls(rationality=1.0)
+
+    @classmethod
+    def skip(cls) -> TeacherRule:
+        """Silent where both are poor."""
+        return cls(skip_share=0.1)
+
+    @classmethod
+    def myopic(cls) -> TeacherRule:
+        """Remembers the end best."""
+        return cls(discount=0.9)
+
+    @classmethod
+    def equal(cls) -> TeacherRule:
+        """A tie where the difference is small."""
+        return cls(tie_share=0.1)
+
+    @classmethod
+    def boltzmann(cls, temperature: float = 1.0, *, sign_only: bool = False) -> TeacherRule:
+        """First with probability σ((R₁ − R₂)/temperature); temperature in units of reward."""
+        if not temperature > 0:
+            raise OptionError(f"temperature is {temperature!r}", allowed="(0, inf]")
+        return cls(rationality=1 / temperature, sign_only=sign_only)
+
+
+TEACHERS: Mapping[str, TeacherRule] = MappingProxyType(
+    {
+        rule.__name__: rule()
+        for rule in (
+            TeacherRule.oracle,
+            TeacherRule.mistake,
+            TeacherRule.noisy,
+            TeacherRule.skip,
+            TeacherRule.myopic,
+            TeacherRule.equal,
+        )
+    }
+)
+"""The six of B-Pref."""
+
+
+class ScriptedTeacher:
+    """Answers by a rule, from the fragments' true rewards.
+
+    Args:
+        rule: see `TeacherRule`.
+        generator: of all its randomness, on the CPU; it belongs to the teacher from now on.
+        mean_reward: r̄, true reward per step of the recent policy; needed where the rule skips or
+            ties, and kept up to date with `observe`.
+    """
+
+    def __init__(
+        self,
+        rule: TeacherRule,
+        generator: torch.Generator,
+        *,
+        mean_reward: float | None = None,
+    ) -> None:
+        self.rule = rule
+        self.generator = generator
+        self.mean_reward: float | None = None
+        if mean_reward is not None:
+            self.observe(mean_reward)
+
+    def observe(self, mean_reward: float) -> None:
+        """Take over the mean true reward per step of the recent policy.
+
+        Raises:
+            OptionError: it is not finite; or the rule skips and it is negative, where no share of
+                it separates poor fragments from good ones.
+        """
+        if not math.isfinite(mean_reward) or (self.rule.skip_share and mean_reward < 0):
+            raise OptionError(
+                f"mean_reward is {mean_reward!r}",
+                allowed="finite, and not negative where skip_share is above zero",
+                fix="use a rule with skip_share=0 for negative rewards",
+            )
+        self.mean_reward = float(mean_reward)
+
+    def __call__(self, first: Fragments, second: Fragments) -> Tensor:
+        """Labels (n,) float32, NaN where there is no answer.
+
+        Raises:
+            OptionError: the rule needs `mean_reward`.
+        """
+        rule = self.rule
+        ours, theirs = self._return(first, 1.0), self._return(second, 1.0)
+        late = self._return(first, rule.discount) - self._return(second, rule.discount)
+        # All numbers are drawn, needed or not: answers to the same questions then differ between
+        # rules by the rule alone.
+        choice, slip = torch.rand(2, len(late), generator=self.generator, dtype=torch.float64)
+        if math.isinf(rule.rationality):
+            label = (1 + late.sign()) / 2
+        else:
+            label = (choice < torch.sigmoid(rule.rationality * late)).double()
+        label = torch.where(slip < rule.mistake_rate, 1 - label, label)
+        if rule.tie_share:
+            near = rule.tie_share * abs(self._typical()) * self._steps(first, second)
+            label = torch.where((ours - theirs).abs() < near, 0.5, label)
+        if rule.skip_share:
+            poor = rule.skip_share * self._typical() * self._steps(first, second)
+            label = torch.where(torch.maximum(ours, theirs) <= poor, math.nan, label)
+        return label.to(torch.float32).to(first.reward.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next answer depends on besides the rule."""
+        return {"generator": self.generator.get_state(), "mean_reward": self.mean_reward}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+        self.mean_reward = state["mean_reward"]
+
+    def _typical(self) -> float:
+        if self.mean_reward is None:
+            raise OptionError(
+                "mean_reward is not known, and the rule skips or ties by its share",
+                fix="give mean_reward, or call observe() with the mean true reward per step",
+            )
+        return self.mean_reward
+
+    def _return(self, fragments: Fragments, discount: float) -> Tensor:
+        """Σ_h γ^(steps after h) r_h over the present steps, (n,) float64 on the CPU."""
+        present = fragments.present.cpu()
+        reward = fragments.reward.cpu().double()
+        if self.rule.sign_only:
+            reward = reward.sign()
+        reward = torch.where(present, reward, 0.0)
+        if discount == 1:
+            return reward.sum(-1)
+        after = present.sum(-1, keepdim=True) - present.cumsum(-1)
+        return (reward * discount ** after.double()).sum(-1)
+
+    @staticmethod
+    def _steps(first: Fragments, second: Fragments) -> Tensor:
+        """H, (n,): steps of the longer of the two."""
+        return torch.maximum(first.present.sum(-1), second.present.sum(-1)).cpu()

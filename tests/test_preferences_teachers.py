@@ -1,0 +1,190 @@
+"""Each teacher's answers against its formula: exactly where it has no chance, and within five
+standard deviations of the binomial where it has.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from preference_cases import fragments_with
+
+from birl_ext.errors import OptionError
+from birl_ext.preferences.buffer import PreferenceBuffer
+from birl_ext.preferences.teachers import TEACHERS, ScriptedTeacher, TeacherRule
+
+COUNT = 20_000
+H = 4
+
+
+def ask(rule, first, second, *, seed=0, mean_reward=None):
+    """Labels for rewards given as lists of steps, repeated COUNT times."""
+    teacher = ScriptedTeacher(rule, torch.Generator().manual_seed(seed), mean_reward=mean_reward)
+    sides = [fragments_with(torch.tensor(r).float().repeat(COUNT, 1)) for r in (first, second)]
+    return teacher(*sides)
+
+
+def assert_share(labels, value, share):
+    found = int((labels == value).sum())
+    if share in (0.0, 1.0):
+        assert found == share * len(labels)
+    spread = math.sqrt(len(labels) * share * (1 - share))
+    assert abs(found - share * len(labels)) <= 5 * spread, (found / len(labels), share)
+
+
+def test_the_six_have_the_published_parameters():
+    assert list(TEACHERS) == ["oracle", "mistake", "noisy", "skip", "myopic", "equal"]
+    ideal = TeacherRule()
+    changed = {
+        "oracle": {},
+        "mistake": {"mistake_rate": 0.1},
+        "noisy": {"rationality": 1.0},
+        "skip": {"skip_share": 0.1},
+        "myopic": {"discount": 0.9},
+        "equal": {"tie_share": 0.1},
+    }
+    for name, rule in TEACHERS.items():
+        for field in TeacherRule.__dataclass_fields__:
+            want = changed[name].get(field, getattr(ideal, field))
+            assert getattr(rule, field) == want, (name, field)
+
+
+def test_the_oracle_is_always_right_and_ties_are_half():
+    oracle = TEACHERS["oracle"]
+    assert (ask(oracle, [0, 0, 0, 1.0], [0, 0, 0, 0.999]) == 1).all()
+    assert (ask(oracle, [0, 0, 0, 1.0], [0, 0, 2.0, 0]) == 0).all()
+    assert (ask(oracle, [1.0, 2, 3, 4], [4.0, 3, 2, 1]) == 0.5).all()
+
+
+def test_one_answer_in_ten_is_a_mistake():
+    labels = ask(TEACHERS["mistake"], [1.0, 0, 0, 0], [0.0, 0, 0, 0])
+    assert_share(labels, 0, 0.1)
+    assert_share(labels, 1, 0.9)
+    assert (ask(TEACHERS["mistake"], [1.0] * H, [1.0] * H) == 0.5).all()
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.4, -1.3, 4.0, 400.0])
+def test_the_noisy_one_is_boltzmann_with_unit_temperature(gap):
+    labels = ask(TEACHERS["noisy"], [gap, 1.0, 0, 0], [0.0, 1.0, 0, 0])
+    share = 1 / (1 + math.exp(-gap))
+    assert_share(labels, 1, share)
+    assert_share(labels, 0, 1 - share)
+
+
+def test_boltzmann_divides_by_its_temperature():
+    labels = ask(TeacherRule.boltzmann(2.5), [3.0, 0, 0, 0], [1.0, 0, 0, 0])
+    assert_share(labels, 1, 1 / (1 + math.exp(-2 / 2.5)))
+
+
+def test_boltzmann_on_signs_counts_points_not_their_size():
+    rule = TeacherRule.boltzmann(sign_only=True)
+    labels = ask(rule, [700.0, 0, 0, 0], [5.0, 5.0, 0, -0.1])
+    assert_share(labels, 1, 0.5)
+    labels = ask(rule, [700.0, 1.0, 0, 0], [5.0, 0, 0, 0])
+    assert_share(labels, 1, 1 / (1 + math.exp(-1)))
+
+
+def test_the_skipping_one_is_silent_where_both_are_poor():
+    """Threshold .1 · H · r̄ = .1 · 4 · 5 = 2."""
+    skip = TEACHERS["skip"]
+    assert ask(skip, [1.9, 0, 0, 0], [0.5, 0, 0, 0], mean_reward=5.0).isnan().all()
+    assert (ask(skip, [2.1, 0, 0, 0], [0.5, 0, 0, 0], mean_reward=5.0) == 1).all()
+    assert (ask(skip, [0.0, 0, 0, 0], [0.5, 1.7, 0, 0], mean_reward=5.0) == 0).all()
+
+
+def test_the_myopic_one_remembers_the_end():
+    """Σ γ^(H−1−h) r: 10·.9³ = 7.29 against 7.2 or 7.4 at the last step."""
+    myopic = TEACHERS["myopic"]
+    assert (ask(myopic, [10.0, 0, 0, 0], [0.0, 0, 0, 7.2]) == 1).all()
+    assert (ask(myopic, [10.0, 0, 0, 0], [0.0, 0, 0, 7.4]) == 0).all()
+
+
+def test_myopia_counts_back_from_the_last_present_step():
+    present = torch.tensor([[True, True, False, False]])
+    first = fragments_with(torch.tensor([[1.0, 0, math.nan, 50]]), present)
+    second = fragments_with(torch.tensor([[0.0, 0, 0, 0.91]]))
+    teacher = ScriptedTeacher(TEACHERS["myopic"], torch.Generator())
+    assert teacher(first, second).tolist() == [0]
+    second.reward[0, 3] = 0.89
+    assert teacher(first, second).tolist() == [1]
+
+
+def test_the_equal_one_ties_what_is_near():
+    """Threshold .1 · H · |r̄| = 2; the size of the difference counts, not that of the returns."""
+    equal = TEACHERS["equal"]
+    for mean in (5.0, -5.0):
+        assert (ask(equal, [90.0, 0, 0, 1.9], [90.0, 0, 0, 0], mean_reward=mean) == 0.5).all()
+        assert (ask(equal, [90.0, 0, 0, 2.1], [90.0, 0, 0, 0], mean_reward=mean) == 1).all()
+        assert (ask(equal, [90.0, 0, 0, 0], [90.0, 0, 0, 2.1], mean_reward=mean) == 0).all()
+
+
+def test_all_rules_together():
+    """Boltzmann first, then mistakes: p = (1−ε)σ(β·gap) + ε(1−σ(β·gap))."""
+    rule = TeacherRule(rationality=0.5, mistake_rate=0.2, discount=0.5)
+    labels = ask(rule, [0.0, 0, 8.0, 0], [0.0, 0, 0, 1.0])
+    share = 1 / (1 + math.exp(-0.5 * 3))
+    assert_share(labels, 1, 0.8 * share + 0.2 * (1 - share))
+
+
+def test_padding_is_not_looked_at():
+    reward = torch.tensor([[1.0, math.nan], [5.0, 9.0]])
+    first = fragments_with(reward, torch.tensor([[True, False], [True, False]]))
+    second = fragments_with(torch.tensor([[2.0, 0], [3.0, 1.0]]))
+    for rule in (TEACHERS["oracle"], TEACHERS["myopic"]):
+        teacher = ScriptedTeacher(rule, torch.Generator())
+        assert teacher(first, second).tolist() == [0, 1], rule
+    # H of the threshold is that of the longer side: .1·2·10 = 2
+    teacher = ScriptedTeacher(TEACHERS["skip"], torch.Generator(), mean_reward=10.0)
+    labels = teacher(first, second)
+    assert labels[0].isnan()
+    assert labels[1] == 1
+
+
+def test_skipped_answers_never_reach_the_buffer():
+    teacher = ScriptedTeacher(TEACHERS["skip"], torch.Generator(), mean_reward=5.0)
+    first = fragments_with(torch.tensor([[1.0, 0], [9.0, 0], [0.5, 0], [0.0, 0]]))
+    second = fragments_with(torch.tensor([[0.5, 0], [0.0, 0], [0.5, 0], [0.0, 7.0]]))
+    buffer = PreferenceBuffer(10)
+    labels = teacher(first, second)
+    assert labels.isnan().tolist() == [True, False, True, False]
+    assert buffer.append(first, second, labels) == 2
+    stored = buffer.everything()
+    assert stored.label.tolist() == [1, 0]
+    assert stored.first.reward.equal(first.reward[[1, 3]])
+    assert buffer.append(first, second, torch.full((4,), math.nan)) == 0
+    assert len(buffer) == 2
+
+
+def test_an_unknown_mean_reward_is_asked_for():
+    for name in ("skip", "equal"):
+        with pytest.raises(OptionError, match="mean_reward is not known"):
+            ask(TEACHERS[name], [1.0] * H, [0.0] * H)
+    with pytest.raises(OptionError, match=r"mean_reward is -1\.0"):
+        ask(TEACHERS["skip"], [1.0] * H, [0.0] * H, mean_reward=-1.0)
+    with pytest.raises(OptionError, match="mean_reward is nan"):
+        ask(TEACHERS["equal"], [1.0] * H, [0.0] * H, mean_reward=math.nan)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"mistake_rate": 1.1}, {"rationality": -1}, {"discount": 1.01}, {"tie_share": math.nan}],
+    ids=str,
+)
+def test_a_rule_refuses_numbers_out_of_range(bad):
+    with pytest.raises(OptionError, match=next(iter(bad))):
+        TeacherRule(**bad)
+
+
+def test_a_teacher_resumes_to_the_same_bits():
+    first, second = (fragments_with(torch.randn(50, H)) for _ in range(2))
+    rule = TeacherRule(rationality=1.0, mistake_rate=0.1, tie_share=0.05)
+    one = ScriptedTeacher(rule, torch.Generator().manual_seed(1), mean_reward=2.0)
+    one(first, second)
+    other = ScriptedTeacher(rule, torch.Generator().manual_seed(9), mean_reward=7.0)
+    other.load_state_dict(one.state_dict())
+    torch.manual_seed(5)  # the global generator has no say
+    want = one(first, second)
+    torch.manual_seed(6)
+    assert other(first, second).equal(want)
+    assert not one(first, second).equal(want), "chance goes on"

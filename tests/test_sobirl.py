@@ -1,0 +1,221 @@
+"""SoBiRL and DRLHF as upper levels of preferences, and the run that uses them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from test_score import ACTIONS, DISCOUNT, STATES, TEMPERATURE, Problem, make_problem, simulator_of
+from torch import Tensor
+
+from birl_ext.agents.finite import Paths
+from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
+from birl_ext.bilevel.score import FullHorizon
+from birl_ext.bilevel.sobirl import DRLHF, SoBiRL, importance
+from birl_ext.errors import ConfigError, OptionError
+from birl_ext.preferences.fragments import Fragments, Pairs
+from birl_ext.preferences.loss import bradley_terry, margins
+from birl_ext.preferences.reward_model import RewardNetwork
+
+
+def still(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+def fragments(problem: Problem, path: Paths) -> Fragments:
+    observation, action, present = path
+    return Fragments(
+        observation,
+        action,
+        problem.truth[observation, action],
+        present,
+        problem.follower.log_prob(observation, action),
+        torch.zeros(len(observation), dtype=torch.int64),
+    )
+
+
+def answered(problem: Problem, simulator: Any, count: int, steps: int = 2) -> Pairs:
+    first, second = (
+        fragments(problem, simulator.rollout(problem.follower, count, steps)) for _ in range(2)
+    )
+    share = torch.sigmoid((first.reward - second.reward).sum(-1))
+    return Pairs(first, second, torch.bernoulli(share, generator=simulator.generator))
+
+
+def table_problem() -> tuple[Problem, RewardNetwork, Tensor]:
+    """A reward with a parameter per state and action, and the exact hyper-gradient in them."""
+    problem = make_problem(3)
+    reward = RewardNetwork.table(STATES, ACTIONS).double()
+    table = (problem.features @ problem.x).detach().requires_grad_()
+    with torch.no_grad():
+        reward.body.weight.copy_(table)  # type: ignore[operator, union-attr]
+
+    def loss(s1: Tensor, a1: Tensor, s2: Tensor, a2: Tensor) -> Tensor:
+        gap = (table[s1, a1] - table[s2, a2]).sum(-1)
+        share = torch.sigmoid((problem.truth[s1, a1] - problem.truth[s2, a2]).sum(-1))
+        return torch.nn.functional.binary_cross_entropy_with_logits(gap, share, reduction="none")
+
+    mdp = problem.mdp.replace(reward=table, validate="off")
+    objective = exact_pair_objective(mdp, loss, temperature=TEMPERATURE, steps=2)
+    (exact,) = torch.autograd.grad(objective, table)
+    return problem, reward, exact.flatten()
+
+
+def test_the_hypergradient_of_preferences_is_the_exact_one() -> None:
+    problem, reward, exact = table_problem()
+    simulator = simulator_of(problem)
+    score = FullHorizon(simulator, discount=DISCOUNT, steps=30)
+    algorithm = SoBiRL(reward, optimiser=still, score=score)
+
+    def estimate() -> Tensor:
+        pairs = answered(problem, simulator, 10_000)
+        algorithm.step(pairs, problem.follower, temperature=TEMPERATURE)
+        (parameter,) = algorithm.parameters
+        assert parameter.grad is not None
+        return parameter.grad.flatten().clone()
+
+    report = measure_estimator(estimate, exact, repetitions=20)
+    assert report.noise < 0.06, report
+    assert report.relative_error < 4 * report.noise, report
+    without = DRLHF(reward, optimiser=still)
+    without.step(answered(problem, simulator, 10_000), problem.follower, temperature=1.0)
+    (parameter,) = without.parameters
+    assert parameter.grad is not None
+    gap = (parameter.grad.flatten() - exact).norm() / exact.norm()
+    assert gap > 8 * report.noise, (gap, report)
+
+
+def test_drlhf_is_the_gradient_of_the_cross_entropy() -> None:
+    problem, reward, _ = table_problem()
+    pairs = answered(problem, simulator_of(problem), 50)
+    algorithm = DRLHF(reward, optimiser=still, noise=0.1)
+    outcome = algorithm.step(pairs, None, temperature=1.0)
+    loss = bradley_terry(margins(reward, pairs), pairs.label, 0.1).mean()
+    (expected,) = torch.autograd.grad(loss, algorithm.parameters)
+    assert algorithm.parameters[0].grad is not None
+    torch.testing.assert_close(algorithm.parameters[0].grad, expected)
+    assert outcome.loss == pytest.approx(float(loss.detach()))
+    assert outcome.indirect_share == 0
+    assert outcome.used == 50
+
+
+def test_weights_undo_an_earlier_policy() -> None:
+    """Paths of another policy, weighed, have the same means."""
+    problem, _, _ = table_problem()
+    simulator = simulator_of(problem)
+    then = problem.follower.__class__((problem.follower.policy + 0.3).div(1 + 0.3 * ACTIONS))
+    path = simulator.rollout(then, 100_000, 2)
+    old = fragments(problem, path)
+    old = Fragments(*old[:4], then.log_prob(path.observation, path.action), old.version)
+    now = problem.follower.log_prob(path.observation, path.action)
+    weight = importance(old, now, stale="weigh", limit=1e6)
+    fresh = fragments(problem, simulator.rollout(problem.follower, 100_000, 2))
+    ours, theirs = ((part.action == 0).double().sum(-1) for part in (old, fresh))
+    error = float((weight * ours).std() + theirs.std()) / 100_000**0.5
+    assert abs(float((weight * ours).mean() - theirs.mean())) < 4 * error
+    assert abs(float(ours.mean() - theirs.mean())) > 8 * error
+    cut = importance(old, now, stale="weigh", limit=1.5)
+    assert float(cut.min()) >= 1 / 1.5 - 1e-12
+    assert float(cut.max()) <= 1.5 + 1e-12
+    rejected = importance(old, now, stale="reject", limit=1.5)
+    assert set(rejected.unique().tolist()) == {0.0, 1.0}
+    assert bool((rejected == (weight.log().abs() <= math.log(1.5))).all())
+    assert bool((importance(old, now, stale="keep", limit=2.0) == 1).all())
+
+
+def test_padding_has_no_weight() -> None:
+    problem, _, _ = table_problem()
+    one = fragments(problem, simulator_of(problem).rollout(problem.follower, 4, 2))
+    present = one.present.clone()
+    present[:, 1] = False
+    short = Fragments(*one[:3], present, *one[4:])
+    now = one.log_prob.clone()
+    now[:, 1] = -50.0
+    assert bool((importance(short, now, stale="weigh", limit=9.0) == 1).all())
+
+
+def test_options_are_named() -> None:
+    reward = RewardNetwork.table(2, 2)
+    with pytest.raises(OptionError, match="stale is 'old'"):
+        SoBiRL(reward, optimiser=still, score=None, stale="old")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="noise is 1"):
+        DRLHF(reward, optimiser=still, noise=1)
+    problem, _, _ = table_problem()
+    one = fragments(problem, simulator_of(problem).rollout(problem.follower, 4, 2))
+    with pytest.raises(OptionError, match="limit is 1"):
+        importance(one, one.log_prob, stale="weigh", limit=1.0)
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "rounds": 4,
+    "environment_steps": 120,
+    "environments": 2,
+    "update_every": 8,
+    "batch_size": 16,
+    "hidden": (16,),
+    "labels": 40,
+    "initial_labels": 20,
+    "fragment": 8,
+    "initial_epochs": 3,
+    "reward_steps": 3,
+    "evaluation_episodes": 2,
+    "evaluate_every": 2,
+}
+
+
+def make_job(**changes: Any) -> Any:
+    pytest.importorskip("gymnasium")
+    from birl_ext.problems.preference import PreferenceJob
+    from birl_ext.problems.preference_config import PreferenceConfig
+
+    return PreferenceJob(PreferenceConfig(**{**SMALL, **changes}))
+
+
+@pytest.mark.parametrize("teacher", ["oracle", "mistake", "noisy", "skip", "myopic", "equal"])
+def test_a_run_of_each_teacher(teacher: str) -> None:
+    job = make_job(teacher=teacher, rounds=2)
+    rows = [job.step() for _ in range(2)]
+    assert job.done
+    assert rows[-1]["environment_steps"] == 240
+    assert job.agent.version == 120 // 8  # the first round has no reward to learn from
+    assert sum(row["asked"] for row in rows) == 40
+    assert rows[-1]["labels"] <= 40
+    if teacher != "skip":
+        assert rows[-1]["labels"] == 40
+    assert math.isfinite(rows[-1]["true_return"])
+    shares = [rows[-1][f"share_{name}"] for name in ("environment", "update", "reward")]
+    assert sum(shares) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("algorithm", ["sobirl", "drlhf"])
+def test_a_run_goes_on_to_the_same_bits(algorithm: str, tmp_path: Any) -> None:
+    from birl_ext.runs.checkpoint import CheckpointStore
+
+    whole, first = make_job(algorithm=algorithm), make_job(algorithm=algorithm)
+    for _ in range(2):
+        whole.step()
+        first.step()
+    store = CheckpointStore(tmp_path)
+    store.save(first.state_dict(), step=2, config={}, versions={})
+    again = make_job(algorithm=algorithm)
+    again.load_state_dict(store.load().state)
+    untimed = ("share_environment", "share_update", "share_reward", "environment_steps_per_second")
+    for _ in range(2):
+        one, other = whole.step(), again.step()
+        kept = [{k: v for k, v in row.items() if k not in untimed} for row in (one, other)]
+        assert str(kept[0]) == str(kept[1])
+    for name, part in whole.reward.state_dict().items():
+        assert torch.equal(part, again.reward.state_dict()[name])
+
+
+def test_what_cannot_be_run_is_named() -> None:
+    with pytest.raises(ConfigError, match="discrete actions"):
+        make_job(env="Pendulum-v1")
+    with pytest.raises(ConfigError, match="multiple of environments"):
+        make_job(environments=7)
+    with pytest.raises(OptionError, match="NoSuchThing-v0"):
+        make_job(env="NoSuchThing-v0")

@@ -1,0 +1,171 @@
+"""Stoc-SoBiRL: its estimate, its bookkeeping, its descent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import birl_ext
+from birl_ext.agents.finite import FiniteFollower, FiniteSimulator, Paths
+from birl_ext.bilevel.bias_meter import measure_estimator
+from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
+from birl_ext.errors import OptionError, ShapeError, TemperatureError
+from birl_ext.problems.random_mdp import RandomMDPConfig
+from birl_ext.problems.sampled_random_mdp import sampled_random_mdp
+
+SMALL = RandomMDPConfig(states=4, actions=3, dimension=5, discount=0.6)
+
+
+def make(effort: Effort, config: RandomMDPConfig = SMALL, rate: float = 0.05) -> StocSoBiRL:
+    problem, simulator, _, start = sampled_random_mdp(config, seed=1)
+    return StocSoBiRL(
+        problem,
+        simulator,
+        start / 4,
+        discount=config.discount,
+        temperature=config.temperature,
+        optimiser=lambda parameters: torch.optim.SGD(parameters, lr=rate),
+        effort=effort,
+    )
+
+
+def exact_gradient(config: RandomMDPConfig, x: Tensor) -> Tensor:
+    _, _, exact, _ = sampled_random_mdp(config)
+    x = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(exact.objective(x, config.temperature), x)[0]
+
+
+def test_the_sampled_objective_is_the_exact_one() -> None:
+    problem, simulator, exact, start = sampled_random_mdp(SMALL, seed=3)
+    x = start / 4
+    objective, solution = exact.evaluate(x, SMALL.temperature)
+    follower = FiniteFollower(solution.policy)
+    paths = [simulator.rollout(follower, 200_000, 1) for _ in range(2)]
+    loss = problem.loss(x, paths)
+    error = float(loss.std() / len(loss) ** 0.5)
+    assert abs(float(loss.mean() - objective)) < 4 * error
+    assert error < 0.02 * float(objective)
+
+
+def test_the_estimate_agrees_with_the_exact_hypergradient() -> None:
+    algorithm = make(Effort(batch=20_000, horizon=20, sweeps=400))
+    exact = exact_gradient(SMALL, algorithm.x)
+    report = measure_estimator(lambda: algorithm.hypergradient()[1], exact, repetitions=20)
+    assert report.noise < 0.03, report
+    assert report.relative_error < 4 * report.noise + 0.01, report
+
+
+def test_the_lower_level_learns_the_soft_q() -> None:
+    algorithm = make(Effort(batch=1, horizon=1, sweeps=20_000))
+    algorithm.hypergradient()
+    _, _, exact, _ = sampled_random_mdp(SMALL)
+    solution = birl_ext.solve(exact.lower(algorithm.x.detach()), temperature=SMALL.temperature)
+    scale = solution.q.abs().max()
+    assert float((algorithm.q - solution.q).abs().max() / scale) < 0.02
+
+
+def test_every_transition_is_counted() -> None:
+    effort = Effort(batch=7, horizon=5, sweeps=3)
+    algorithm = make(effort)
+    outcome = algorithm.step()
+    # two paths of one step draw no successor; two continuations of K steps from each draw K − 1
+    drawn = 3 * 4 * 3 + 2 * 7 * 2 * (5 - 1)
+    assert outcome.samples == algorithm.simulator.samples == drawn
+
+
+def test_descent_comes_within_the_accuracy_of_its_effort() -> None:
+    for epsilon in (0.1, 0.01):
+        algorithm = make(Effort.for_accuracy(epsilon, SMALL.discount))
+        for _ in range(150):
+            algorithm.step()
+        assert float(exact_gradient(SMALL, algorithm.x).square().sum()) < epsilon
+
+
+def test_a_run_goes_on_to_the_same_bits() -> None:
+    effort = Effort(batch=20, horizon=4, sweeps=5)
+    one, other = make(effort), make(effort)
+    for _ in range(3):
+        one.step()
+        other.step()
+    kept = one.state_dict()
+    for _ in range(3):
+        one.step()
+    again = make(effort)
+    again.load_state_dict(kept)
+    for _ in range(3):
+        again.step()
+        other.step()
+    assert torch.equal(one.x, again.x)
+    assert torch.equal(one.x, other.x)
+    assert torch.equal(one.q, again.q)
+    assert kept["steps"] == 3
+
+
+def test_paths_end_where_the_process_ends() -> None:
+    transition = torch.zeros(3, 1, 3, dtype=torch.float64)
+    transition[0, 0, 1] = transition[1, 0, 2] = 1.0
+    mdp = birl_ext.DenseMDP(
+        torch.zeros(3, 1, dtype=torch.float64),
+        transition,
+        0.9,
+        terminal=torch.tensor([False, False, True]),
+        initial_distribution=torch.tensor([1.0, 0, 0], dtype=torch.float64),
+    )
+    simulator = FiniteSimulator(mdp, torch.Generator().manual_seed(0))
+    path = simulator.rollout(FiniteFollower(torch.ones(3, 1)), 2, 5)
+    assert path.observation[0, :3].tolist() == [0, 1, 2]
+    assert path.present.tolist() == 2 * [[True, True, True, False, False]]
+    ahead, goes_on = simulator.successors()
+    assert goes_on.flatten().tolist() == [True, True, False]
+    assert ahead[:2].flatten().tolist() == [1, 2]
+
+
+def test_impossible_actions_and_states_are_never_drawn() -> None:
+    policy = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]], dtype=torch.float64)
+    follower, generator = FiniteFollower(policy), torch.Generator().manual_seed(0)
+    where = torch.arange(2).repeat(5000)
+    drawn = follower.sample(where, generator)
+    assert (policy[where, drawn] > 0).all()
+    share = (drawn[where == 1] == 2).double().mean()
+    assert abs(float(share) - 0.5) < 4 * 0.5 / 5000**0.5
+
+
+def test_errors_are_named() -> None:
+    with pytest.raises(OptionError, match="batch is 0"):
+        Effort(batch=0, horizon=1, sweeps=1)
+    with pytest.raises(OptionError, match="epsilon is 2"):
+        Effort.for_accuracy(2, 0.5)
+    batched = birl_ext.DenseMDP(torch.zeros(2, 1, 1), torch.ones(2, 1, 1, 1), 0.5)
+    with pytest.raises(ShapeError, match="batch axes"):
+        FiniteSimulator(batched, torch.Generator())
+    problem, simulator, _, start = sampled_random_mdp(SMALL)
+    with pytest.raises(TemperatureError):
+        StocSoBiRL(
+            problem,
+            simulator,
+            start,
+            discount=0.5,
+            temperature=0.0,
+            optimiser=torch.optim.SGD,
+            effort=Effort(1, 1, 1),
+        )
+
+
+def test_a_loss_may_use_any_number_of_paths() -> None:
+    def loss(x: Tensor, paths: Sequence[Paths]) -> Tensor:
+        return sum((path.observation[:, -1] == 0).double() for path in paths) * x.sum()
+
+    _, simulator, exact, _ = sampled_random_mdp(SMALL)
+    algorithm = StocSoBiRL(
+        SampledProblem(lambda x: exact.lower(x).reward, loss, paths=3, steps=4),
+        simulator,
+        torch.ones(5, dtype=torch.float64),
+        discount=0.6,
+        temperature=1.0,
+        optimiser=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        effort=Effort(10, 3, 3),
+    )
+    assert algorithm.step().gradient_norm > 0
