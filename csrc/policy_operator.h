@@ -65,14 +65,11 @@ class PolicyOperator {
   Index columns() const { return columns_; }
   Index numbers() const { return matrix_.size() * columns_; }
 
-  // y = γP_π x, its mean removed if deflated, and sum += y
+  // y = γP_π x and sum += y
   void accumulate(const double* x, double* y, double* sum) const {
     product(x, y, [&](Index, Index at, Index n) {
       vectors().accumulate(n, discount_, y + at, sum + at);
     });
-    if (!deflate_ || transpose_) return;  // the transpose keeps a mean of zero by itself
-    const Columns mean = remove_mean(y);
-    shift(Lanes(mean, columns_), sum);
   }
 
   // y = Ax, and Σ yu, Σ yy

@@ -323,12 +323,20 @@ class PolicySystem {
     term_ = residual_;
     next_.resize(term_.size());
     correction_ = residual_;
-    Columns window = op.norms(term_.data(), one_norm), long_window = window;
+    // A keeps constants, and `correct` finds theirs exactly: only the rest has to have died out.
+    const auto sizes = [&] {
+      if (!deflate_ || options_.transpose) return op.norms(term_.data(), one_norm);
+      Columns low, high;
+      op.range(term_.data(), low, high);
+      for (Index w = 0; w < columns_; ++w) high[w] = 0.5 * (high[w] - low[w]);
+      return high;
+    };
+    Columns window = sizes(), long_window = window;
     for (Index j = 1; j <= limit; ++j) {
       op.accumulate(term_.data(), next_.data(), correction_.data());
       term_.swap(next_);
       if (j % 8 != 0) continue;
-      const Columns size = op.norms(term_.data(), one_norm);
+      const Columns size = sizes();
       bool done = true;
       for (Index w = 0; w < columns_; ++w) {
         if (!going[w] || size[w] <= 0.1 * target[w] * (1.0 - discount_)) continue;
