@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from birl_ext.errors import DiscountError, OptionError
+from birl_ext.preferences.loss import RewardFunction
 
-__all__ = ["Critic", "Follower", "FullHorizon", "OneStep", "RewardFunction", "Score", "Simulator"]
-
-RewardFunction = Callable[[Tensor, Tensor], Tensor]
-"""(observation (m, *O), action (m, *A)) → r (m,), differentiable in the upper-level variable."""
+__all__ = ["Critic", "Follower", "FullHorizon", "OneStep", "Score", "Simulator"]
 
 
 class Follower(Protocol):
@@ -68,7 +66,28 @@ class Score(Protocol):
         ...
 
 
-class OneStep:
+class _StepByStep:
+    """A sum over the steps of each fragment, of one number per step."""
+
+    def __call__(
+        self,
+        reward: RewardFunction,
+        follower: Follower,
+        observation: Tensor,
+        action: Tensor,
+        present: Tensor,
+    ) -> Tensor:
+        steps = self.steps_of(reward, follower, observation[present], action[present])
+        return steps.new_zeros(present.shape).masked_scatter(present, steps).sum(-1)
+
+    def steps_of(
+        self, reward: RewardFunction, follower: Follower, where: Tensor, chosen: Tensor
+    ) -> Tensor:
+        """The surrogate of single steps, (m, *O) and (m, *A) → (m,)."""
+        raise NotImplementedError
+
+
+class OneStep(_StepByStep):
     """The first term of the score only: what happens after the step is left out.
 
         h = Σ_h [ r(s_h, a_h) − Σ_a π(a|s_h) r(s_h, a) ]
@@ -98,16 +117,10 @@ class OneStep:
         self.samples = samples
         self.generator = generator
 
-    def __call__(
-        self,
-        reward: RewardFunction,
-        follower: Follower,
-        observation: Tensor,
-        action: Tensor,
-        present: Tensor,
+    def steps_of(
+        self, reward: RewardFunction, follower: Follower, where: Tensor, chosen: Tensor
     ) -> Tensor:
-        where, chosen = observation[present], action[present]
-        return _per_fragment(reward(where, chosen) - self._mean(reward, follower, where), present)
+        return reward(where, chosen) - self._mean(reward, follower, where)
 
     def _mean(self, reward: RewardFunction, follower: Follower, where: Tensor) -> Tensor:
         """E_π r(s, ·), (m,)."""
@@ -122,7 +135,7 @@ class OneStep:
         return reward(spread, drawn).view(-1, count).mean(-1)
 
 
-class FullHorizon:
+class FullHorizon(_StepByStep):
     """Both ∇Q and ∇V from independent continuations of K steps.
 
         h = Σ_h Σ_{k<K} γᵏ [ r(s⁺_k, a⁺_k) − r(s⁰_k, a⁰_k) ],
@@ -148,17 +161,11 @@ class FullHorizon:
         self.discount = discount
         self.steps = steps
 
-    def __call__(
-        self,
-        reward: RewardFunction,
-        follower: Follower,
-        observation: Tensor,
-        action: Tensor,
-        present: Tensor,
+    def steps_of(
+        self, reward: RewardFunction, follower: Follower, where: Tensor, chosen: Tensor
     ) -> Tensor:
-        where, chosen = observation[present], action[present]
         along = self._discounted(reward, follower, where, chosen)
-        return _per_fragment(along - self._discounted(reward, follower, where, None), present)
+        return along - self._discounted(reward, follower, where, None)
 
     def _discounted(
         self, reward: RewardFunction, follower: Follower, where: Tensor, first: Tensor | None
@@ -172,7 +179,7 @@ class FullHorizon:
         return table @ powers
 
 
-class Critic:
+class Critic(_StepByStep):
     """∇Q from a learned critic of the features in which the reward is linear.
 
         r_x(s, a) = x·ψ(s, a),   h = x·Σ_h [ M(s_h, a_h) − Σ_a π(a|s_h) M(s_h, a) ],
@@ -191,23 +198,11 @@ class Critic:
         self.features = features
         self.weights = weights
 
-    def __call__(
-        self,
-        reward: RewardFunction,
-        follower: Follower,
-        observation: Tensor,
-        action: Tensor,
-        present: Tensor,
+    def steps_of(
+        self, reward: RewardFunction, follower: Follower, where: Tensor, chosen: Tensor
     ) -> Tensor:
-        where, chosen = observation[present], action[present]
         with torch.no_grad():
             table = self.features(where)
             mean = (follower.probabilities(where).unsqueeze(-1) * table).sum(1)
             gap = table[torch.arange(len(where)), chosen] - mean
-        return _per_fragment(gap @ self.weights(), present)
-
-
-def _per_fragment(steps: Tensor, present: Tensor) -> Tensor:
-    """Sums over the steps of each fragment: the present ones in order, (m,) → (n,)."""
-    table = steps.new_zeros(present.shape)
-    return table.masked_scatter(present, steps).sum(-1)
+        return gap @ self.weights()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from birl_ext.agents.target import snapshot
 from birl_ext.bilevel.score import Follower, Score
 from birl_ext.bilevel.trajectory import Baseline, trajectory_surrogate
 from birl_ext.errors import OptionError
@@ -60,10 +61,7 @@ def importance(fragments: Fragments, log_prob: Tensor, *, stale: Stale, limit: f
 
     Source: Precup, Sutton and Singh (2000); the cut: Ionides (2008).
     """
-    if stale not in _STALE:
-        raise OptionError(f"stale is {stale!r}", allowed=", ".join(map(repr, _STALE)))
-    if not limit > 1:
-        raise OptionError(f"limit is {limit!r}", allowed="more than 1")
+    _check_stale(stale, limit)
     gap = torch.where(fragments.present, log_prob - fragments.log_prob, 0.0).sum(-1)
     most = math.log(limit)
     if stale == "weigh":
@@ -71,6 +69,13 @@ def importance(fragments: Fragments, log_prob: Tensor, *, stale: Stale, limit: f
     if stale == "reject":
         return (gap.abs() <= most).to(gap.dtype)
     return torch.ones_like(gap)
+
+
+def _check_stale(stale: str, limit: float) -> None:
+    if stale not in _STALE:
+        raise OptionError(f"stale is {stale!r}", allowed=", ".join(map(repr, _STALE)))
+    if not limit > 1:
+        raise OptionError(f"limit is {limit!r}", allowed="more than 1")
 
 
 class SoBiRL:
@@ -105,8 +110,7 @@ class SoBiRL:
     ) -> None:
         if not 0 <= noise < 1:
             raise OptionError(f"noise is {noise!r}", allowed="[0, 1)")
-        if stale not in _STALE:
-            raise OptionError(f"stale is {stale!r}", allowed=", ".join(map(repr, _STALE)))
+        _check_stale(stale, limit)
         self.reward = reward
         self.parameters = [p for p in reward.parameters() if p.requires_grad]
         self.optimiser = optimiser(self.parameters)
@@ -191,7 +195,7 @@ class SoBiRL:
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on."""
         return {
-            "reward": {k: v.detach().clone() for k, v in self.reward.state_dict().items()},
+            "reward": snapshot(self.reward),
             "optimiser": copy.deepcopy(self.optimiser.state_dict()),
             "steps": self.steps,
         }
