@@ -345,9 +345,9 @@ def test_a_stored_state_must_be_a_beginning_of_the_log(tmp_path):
     with AnswerLog(path) as log:
         state = log.state_dict()
         log.append({"label": 1})
+        later = log.state_dict()
         log.load_state_dict(state)  # answers given since stay
         assert len(log) == 4
-        later = log.state_dict()
     other = tmp_path / "other"
     written(other, 3)
     with AnswerLog(other) as log:
@@ -375,3 +375,33 @@ def test_pairs_are_recorded_by_what_was_seen(tmp_path):
     first.action[1, 0] = 1 - first.action[1, 0]
     changed = [a != b for a, b in zip(fingerprints(first), marks, strict=True)]
     assert changed == [True, True, False]
+
+
+def test_a_run_that_goes_back_repeats_its_answers_and_adds_none(tmp_path):
+    """Back to a checkpoint, or to the start: the same questions come again."""
+    path = tmp_path / "answers"
+    first, second = (fragments_with(torch.zeros(5, 4)) for _ in range(2))
+    asked = Pairs(first, second, torch.tensor([1.0, 0.0, 0.5, math.nan, 1.0]))
+    with AnswerLog(path) as log:
+        log.record(asked.select(torch.arange(2)))
+        state = log.state_dict()
+        log.record(asked.select(torch.arange(2, 4)))
+    whole = read(path)
+    for back in (state, None):
+        with AnswerLog(path) as log:
+            if back is None:
+                log.rewind()
+            else:
+                log.load_state_dict(back)
+            log.record(asked.select(torch.arange(2 if back else 0, 4)))
+            assert log.answers == whole
+            assert log.state_dict()["answers"] == 4
+    with AnswerLog(path) as log:
+        log.load_state_dict(state)
+        other = Pairs(first, second, 1 - asked.label)
+        log.record(asked.select(torch.tensor([2, 3, 4])))  # two known ones, and one more
+        assert len(log) == 5
+        log.load_state_dict(state)
+        with pytest.raises(AnswerLogCorruptError, match="answer 5 of the log is not") as caught:
+            log.record(other.select(torch.tensor([2, 3, 4])))
+        assert "the same run" in str(caught.value)

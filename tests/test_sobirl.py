@@ -1,4 +1,4 @@
-"""SoBiRL and DRLHF as upper levels of preferences, and the run that uses them."""
+"""SoBiRL and DRLHF as upper levels of preferences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from birl_ext.agents.finite import Paths
 from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
 from birl_ext.bilevel.score import FullHorizon
 from birl_ext.bilevel.sobirl import DRLHF, SoBiRL, importance
-from birl_ext.errors import ConfigError, OptionError
+from birl_ext.errors import OptionError
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import bradley_terry, margins
 from birl_ext.preferences.reward_model import RewardNetwork
@@ -146,76 +146,3 @@ def test_options_are_named() -> None:
     one = fragments(problem, simulator_of(problem).rollout(problem.follower, 4, 2))
     with pytest.raises(OptionError, match="limit is 1"):
         importance(one, one.log_prob, stale="weigh", limit=1.0)
-
-
-# ---- the run ------------------------------------------------------------------------------------
-
-SMALL: dict[str, Any] = {
-    "rounds": 4,
-    "environment_steps": 120,
-    "environments": 2,
-    "update_every": 8,
-    "batch_size": 16,
-    "hidden": (16,),
-    "labels": 40,
-    "initial_labels": 20,
-    "fragment": 8,
-    "initial_epochs": 3,
-    "reward_steps": 3,
-    "evaluation_episodes": 2,
-    "evaluate_every": 2,
-}
-
-
-def make_job(**changes: Any) -> Any:
-    pytest.importorskip("gymnasium")
-    from birl_ext.problems.preference import PreferenceJob
-    from birl_ext.problems.preference_config import PreferenceConfig
-
-    return PreferenceJob(PreferenceConfig(**{**SMALL, **changes}))
-
-
-@pytest.mark.parametrize("teacher", ["oracle", "mistake", "noisy", "skip", "myopic", "equal"])
-def test_a_run_of_each_teacher(teacher: str) -> None:
-    job = make_job(teacher=teacher, rounds=2)
-    rows = [job.step() for _ in range(2)]
-    assert job.done
-    assert rows[-1]["environment_steps"] == 240
-    assert job.agent.version == 120 // 8  # the first round has no reward to learn from
-    assert sum(row["asked"] for row in rows) == 40
-    assert rows[-1]["labels"] <= 40
-    if teacher != "skip":
-        assert rows[-1]["labels"] == 40
-    assert math.isfinite(rows[-1]["true_return"])
-    shares = [rows[-1][f"share_{name}"] for name in ("environment", "update", "reward")]
-    assert sum(shares) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("algorithm", ["sobirl", "drlhf"])
-def test_a_run_goes_on_to_the_same_bits(algorithm: str, tmp_path: Any) -> None:
-    from birl_ext.runs.checkpoint import CheckpointStore
-
-    whole, first = make_job(algorithm=algorithm), make_job(algorithm=algorithm)
-    for _ in range(2):
-        whole.step()
-        first.step()
-    store = CheckpointStore(tmp_path)
-    store.save(first.state_dict(), step=2, config={}, versions={})
-    again = make_job(algorithm=algorithm)
-    again.load_state_dict(store.load().state)
-    untimed = ("share_environment", "share_update", "share_reward", "environment_steps_per_second")
-    for _ in range(2):
-        one, other = whole.step(), again.step()
-        kept = [{k: v for k, v in row.items() if k not in untimed} for row in (one, other)]
-        assert str(kept[0]) == str(kept[1])
-    for name, part in whole.reward.state_dict().items():
-        assert torch.equal(part, again.reward.state_dict()[name])
-
-
-def test_what_cannot_be_run_is_named() -> None:
-    with pytest.raises(ConfigError, match="discrete actions"):
-        make_job(env="Pendulum-v1")
-    with pytest.raises(ConfigError, match="multiple of environments"):
-        make_job(environments=7)
-    with pytest.raises(OptionError, match="NoSuchThing-v0"):
-        make_job(env="NoSuchThing-v0")

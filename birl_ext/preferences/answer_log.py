@@ -63,11 +63,13 @@ class AnswerLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.answers: list[dict[str, Any]] = []
+        self._at = 0  # where `record` goes on
         self._hashes = [hashlib.sha256(_TOP).hexdigest()]
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
             self._lock()
             self._open()
+            self._at = len(self)
         except BaseException:
             self.close()
             raise
@@ -102,23 +104,47 @@ class AnswerLog:
             raise
         self._size += len(line)
         self._hashes.append(digest)
+        at_end = self._at == len(self)
         self.answers.append(json.loads(body))
+        self._at += at_end
 
     def record(self, pairs: Pairs) -> None:
         """One answer per pair: fingerprints of its fragments and the label, null if there was no
         answer.
+
+        What the log has already, after `load_state_dict` or `rewind`, is not written twice.
+
+        Raises:
+            AnswerLogCorruptError: what it has already is another answer.
         """
         labels = [None if math.isnan(label) else label for label in pairs.label.tolist()]
         marks = fingerprints(pairs.first), fingerprints(pairs.second)
         for first, second, label in zip(*marks, labels, strict=True):
-            self.append({"first": first, "second": second, "label": label})
+            answer = {"first": first, "second": second, "label": label}
+            if self._at == len(self):
+                self.append(answer)
+                continue
+            if self.answers[self._at] != answer:
+                raise AnswerLogCorruptError(
+                    f"answer {self._at + 1} of the log is not the one given now",
+                    where=str(self.path),
+                    fix="use the log that was written by the same run",
+                )
+            self._at += 1
+
+    def rewind(self) -> None:
+        """Let `record` go through the answers from the first one on, as a run does that starts
+        again.
+        """
+        self._at = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the log reaches, and a hash of all of it."""
-        return {"answers": len(self), "hash": self._hashes[-1]}
+        """How far `record` has come, and a hash of all up to there."""
+        return {"answers": self._at, "hash": self._hashes[self._at]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Check that the log continues the one of the state; answers given since stay.
+        """Check that the log continues the one of the state; answers given since stay, and are
+        what `record` expects next.
 
         Raises:
             AnswerLogCorruptError: it does not.
@@ -130,6 +156,7 @@ class AnswerLog:
                 where=str(self.path),
                 fix="use the log that was written by the same run",
             )
+        self._at = count
 
     def close(self) -> None:
         """Let another process open the log; a closed log takes no answers."""

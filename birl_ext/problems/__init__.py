@@ -2,7 +2,7 @@
 
 from birl_ext.problems.bus import BusConfig, BusJob
 from birl_ext.problems.four_rooms import FourRoomsConfig, FourRoomsJob
-from birl_ext.problems.preference_config import PreferenceConfig
+from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.random_mdp import RandomMDPConfig, RandomMDPJob
 from birl_ext.runs.job import Job, Problem
 
@@ -11,7 +11,7 @@ __all__ = ["PROBLEMS"]
 
 def _preference(config: PreferenceConfig) -> Job:
     """Gymnasium is imported only by those who run it."""
-    from birl_ext.problems.preference import PreferenceJob
+    from birl_ext.problems.preference.job import PreferenceJob
 
     return PreferenceJob(config)
 

@@ -1,0 +1,218 @@
+"""How many labels does each algorithm need before its policy passes the threshold?
+
+SoBiRL, Stoc-SoBiRL and DRLHF on CartPole and the gridworld, under six teachers, paired by seed: the
+same environment seeds, first networks and teacher. Labels are counted until the first evaluation
+(greedy episodes on the true reward, after every round) that passes; a run that never does counts
+with its whole budget, which is a lower bound, for both algorithms of a pair.
+
+    python benchmarks/preference_table.py [--tasks …] [--teachers …] [--algorithms …] [--seeds N]
+        [--workers N] [--out FILE] [--figure FILE]
+
+Every finished run is written at once, and a run that the file already holds is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from birl_ext.benchmarks.machine import header, today
+from birl_ext.preferences.teachers import TEACHERS
+from birl_ext.problems.preference.config import PreferenceConfig
+from birl_ext.runs.config import from_plain, read_toml
+
+ALGORITHMS = ("sobirl", "stoc-sobirl", "drlhf")
+TASKS = ("gridworld", "cartpole")
+EXAMPLES = Path(__file__).parents[1] / "examples" / "preference"
+NAMES = {"sobirl": "SoBiRL", "stoc-sobirl": "Stoc-SoBiRL", "drlhf": "DRLHF"}
+KEY = ("task", "teacher", "algorithm", "seed")
+STUDENT = {4: 2.776, 29: 2.045}  # 97.5 % points, by degrees of freedom: 5 seeds, 6 × 5 pairs
+
+
+def settings(task: str) -> dict[str, Any]:
+    """What the example of that name holds."""
+    found: dict[str, Any] = read_toml(EXAMPLES / f"{task}.toml")["config"]
+    return found
+
+
+def measure(task: str, teacher: str, algorithm: str, seed: int) -> dict[str, Any]:
+    """One run to its end."""
+    from birl_ext.problems.preference.job import PreferenceJob
+
+    torch.set_num_threads(1)
+    plain = {**settings(task), "teacher": teacher, "algorithm": algorithm, "seed": seed}
+    start = time.process_time()
+    job = PreferenceJob(from_plain(PreferenceConfig, plain))
+    rows = []
+    while not job.done:
+        rows.append(job.step())
+    summary = job.summary()
+    return {
+        **dict(zip(KEY, (task, teacher, algorithm, seed), strict=True)),
+        "labels_to_threshold": summary["labels_to_threshold"],
+        "labels": [int(row["labels"]) for row in rows],
+        "true_return": [round(row["true_return"], 2) for row in rows],
+        "indirect_share": round(statistics.fmean(r.get("indirect_share", 0.0) for r in rows), 3),
+        "processor_seconds": round(time.process_time() - start, 1),
+    }
+
+
+def needed(run: dict[str, Any]) -> int:
+    """Labels until the threshold, or all there were."""
+    reached = run["labels_to_threshold"]
+    return int(run["labels"][-1] if reached is None else reached)
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and the half-width of its 95 % interval (Student's t)."""
+    mean = statistics.fmean(values)
+    point = STUDENT.get(len(values) - 1)
+    if point is None:
+        return f"{mean:.0f}"
+    return f"{mean:+.0f} ± {point * statistics.stdev(values) / math.sqrt(len(values)):.0f}"
+
+
+def pairs(
+    runs: Iterable[dict[str, Any]], algorithm: str, value: Callable[[dict[str, Any]], float]
+) -> list[float]:
+    """value(algorithm) − value(DRLHF) of each teacher and seed that both have."""
+    found = {(run["teacher"], run["seed"], run["algorithm"]): value(run) for run in runs}
+    return [
+        found[teacher, seed, algorithm] - found[teacher, seed, "drlhf"]
+        for teacher, seed, name in found
+        if name == algorithm and (teacher, seed, "drlhf") in found
+    ]
+
+
+def table(report: dict[str, Any], task: str) -> str:
+    """Markdown of one task: labels until the threshold, and the paired differences to DRLHF."""
+    runs = [run for run in report["runs"] if run["task"] == task]
+    held = [name for name in ALGORITHMS if any(run["algorithm"] == name for run in runs)]
+    rivals = [name for name in held if name != "drlhf"]
+    head = [
+        "teacher",
+        *(f"{NAMES[name]}: labels (passed)" for name in held),
+        *(f"{NAMES[name]} − DRLHF" for name in rivals),
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for teacher in [*TEACHERS, None]:
+        rows = [run for run in runs if teacher in (None, run["teacher"])]
+        if not rows:
+            continue
+        cells = [teacher or "**all**"]
+        for name in held:
+            own = [run for run in rows if run["algorithm"] == name]
+            passed = sum(run["labels_to_threshold"] is not None for run in own)
+            cells.append(f"{statistics.fmean(map(needed, own)):.0f} ({passed} of {len(own)})")
+        cells += [interval(pairs(rows, name, needed)) for name in rivals]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figure(report: dict[str, Any], path: Path) -> None:
+    """True return against labels: mean over teachers and seeds, and a standard error either way."""
+    from birl_ext.runs import plots
+
+    tasks = [task for task in TASKS if any(run["task"] == task for run in report["runs"])]
+    with plots.style():
+        drawn, axes = plots.new_figure(1, len(tasks), squeeze=False)
+        for panel, task in zip(axes[0], tasks, strict=True):
+            for name, colour in zip(ALGORITHMS, plots.COLOURS, strict=False):
+                own = [
+                    run
+                    for run in report["runs"]
+                    if (run["task"], run["algorithm"]) == (task, name)
+                ]
+                if not own:
+                    continue
+                curves = torch.tensor([run["true_return"] for run in own])
+                mean, error = curves.mean(0), curves.std(0) / math.sqrt(len(own))
+                panel.plot(own[0]["labels"], mean, color=colour, label=NAMES[name])
+                panel.fill_between(
+                    own[0]["labels"], mean - error, mean + error, color=colour, alpha=0.2, lw=0
+                )
+            plots.draw_references(panel, {"threshold": report["thresholds"][task]})
+            panel.set_title(f"{task}, six teachers, {len(own)} runs each")
+            panel.set_xlabel("labels asked for")
+            panel.set_ylabel("true return")
+            panel.legend()
+        drawn.savefig(path, metadata={"Software": None})
+
+
+def thresholds() -> dict[str, float]:
+    from birl_ext.problems.preference.gridworld import THRESHOLD
+
+    return {task: settings(task).get("threshold", THRESHOLD) for task in TASKS}
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(report, indent=1) + "\n")
+    draft.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--teachers", nargs="+", choices=list(TEACHERS), default=list(TEACHERS))
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, … of each")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--figure", type=Path, help="PNG to draw of all runs in the file")
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--out", type=Path, default=results / f"preference_{today()}.json")
+    options = parser.parse_args()
+
+    report: dict[str, Any] = {
+        "question": (__doc__ or "").splitlines()[0],
+        **header("python benchmarks/preference_table.py", torch.device("cpu"), 1, False),
+        "commands": [],
+        "thresholds": thresholds(),
+        "settings": {task: settings(task) for task in TASKS},
+        "runs": [],
+    }
+    if options.out.exists():
+        report = json.loads(options.out.read_text())
+    words = [word for word in sys.argv[1:] if word not in ("--out", str(options.out))]
+    report["commands"].append(shlex.join(["python", "benchmarks/preference_table.py", *words]))
+    held = {tuple(run[name] for name in KEY) for run in report["runs"]}
+    asked = itertools.product(
+        options.tasks, range(options.seeds), options.teachers, options.algorithms
+    )
+    open_runs = [
+        key for task, seed, teacher, name in asked if (key := (task, teacher, name, seed)) not in held
+    ]
+    with ProcessPoolExecutor(options.workers) as pool:
+        for done in as_completed([pool.submit(measure, *key) for key in open_runs]):
+            run = done.result()
+            report["runs"].append(run)
+            write(report, options.out)
+            print(
+                f"{run['task']:10} {run['teacher']:8} {run['algorithm']:12} seed {run['seed']}  "
+                f"labels {needed(run):4}{'' if run['labels_to_threshold'] else '+'}  "
+                f"last return {run['true_return'][-1]:6.1f}  {run['processor_seconds']:5.1f} s",
+                flush=True,
+            )
+    for task in options.tasks:
+        print(f"\n{task}, threshold {report['thresholds'][task]:g}\n\n{table(report, task)}")
+    if options.figure:
+        figure(report, options.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Settings of a preference run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from birl_ext.errors import ConfigError
+
+__all__ = ["PreferenceConfig"]
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """Learn a reward from a teacher's preferences, and the policy that maximises it."""
+
+    env: str = "CartPole-v1"
+    """Gymnasium id: discrete or continuous actions; ALE/… is seen as 84 × 84 grey frames."""
+    algorithm: Literal["sobirl", "stoc-sobirl", "drlhf"] = "sobirl"
+    """stoc-sobirl learns from each round's own pairs only; drlhf leaves the hyper-gradient out."""
+    score: Literal["one-step", "full-horizon", "critic"] = "one-step"
+    """Estimator of the policy's derivative; full-horizon needs an environment that can be started
+    from any observation."""
+    horizon: int = 20
+    """Steps of a continuation, of full-horizon."""
+    hypergradient_after: int = 0
+    """Environment steps before the hyper-gradient counts."""
+
+    teacher: Literal["oracle", "mistake", "noisy", "skip", "myopic", "equal"] = "noisy"
+    sign_only: bool = False
+    """The teacher looks at the sign of each true reward only, as is usual on Atari."""
+    labels: int = 300
+    """Answers asked for in all."""
+    initial_labels: int = 60
+    """Of them, before the agent learns."""
+    schedule: Literal["constant", "hyperbolic", "inverse-linear"] = "hyperbolic"
+    """How the other labels are spread over the rounds."""
+    fragment: int = 25
+    """Steps of a fragment."""
+    recent: int = 4000
+    """Newest environment steps that fragments are cut from."""
+    query: Literal["uniform", "disagreement", "entropy"] = "uniform"
+    """Which of the candidates are asked; disagreement needs members."""
+    candidates: int = 10
+    """Candidate pairs per question, unless the query is uniform."""
+    pairs: int = 1000
+    """Pairs kept, first in first out."""
+    noise: float = 0.0
+    """Share of answers taken to be random."""
+
+    rounds: int = 30
+    """Outer steps."""
+    environment_steps: int = 1000
+    """Of an outer step, all environments together."""
+    environments: int = 4
+    parallel: bool = False
+    """Each environment in a process of its own."""
+    timeout: float = 60.0
+    """Seconds that a parallel environment may take for a step."""
+
+    discount: float = 0.99
+    temperature: float | None = None
+    """τ in units of the learned reward; by default it follows an entropy target."""
+    entropy_share: float = 0.5
+    """The target, of discrete actions: this share of ln A."""
+    update_every: int = 2
+    """Environment steps per update of the agent."""
+    learning_starts: int | None = None
+    """Environment steps of random actions, after which the agent learns; by default those of the
+    first round."""
+    batch_size: int = 64
+    replay: int = 50_000
+    """Transitions kept."""
+    learning_rate: float = 1e-3
+    """Of the agent."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the agent's hidden layers."""
+    target_rate: float = 0.01
+    """Share of the critics that their copies take over when they move."""
+    target_period: int = 1
+    """Updates from one move of the copies to the next."""
+
+    members: int = 1
+    """Rewards in the ensemble."""
+    initial_epochs: int = 100
+    """Passes over the first answers, before the agent learns."""
+    reward_steps: int = 20
+    """Updates of the reward per outer step."""
+    pair_batch: int = 64
+    reward_rate: float = 3e-4
+    """Learning rate of the reward."""
+    stale: Literal["weigh", "reject", "keep"] = "weigh"
+    """Pairs of earlier policies: weighed by importance, rejected, or kept as they are."""
+    limit: float = 5.0
+    """Of the importance weights."""
+
+    evaluation_episodes: int = 10
+    evaluate_every: int = 5
+    """Outer steps between evaluations."""
+    threshold: float | None = None
+    """True return that counts as learned; by default the one registered with the environment."""
+    video_every: int = 0
+    """Outer steps between videos of an evaluation episode; 0 records none."""
+    device: str = "cpu"
+    """Where networks learn: cpu, cuda, cuda:1, …"""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}", allowed="1 or more")
+        for name in ("hypergradient_after", "initial_epochs", "reward_steps", "video_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}", allowed="0 or more")
+        for name in ("environment_steps", "learning_starts"):
+            value = getattr(self, name)
+            if value is not None and value % self.environments:
+                raise ConfigError(
+                    f"{name} is {value}",
+                    allowed=f"a multiple of environments, {self.environments}",
+                )
+        if not 0 < self.entropy_share < 1:
+            raise ConfigError(f"entropy_share is {self.entropy_share}", allowed="(0, 1)")
+        for name in ("learning_rate", "reward_rate", "timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}", allowed="(0, inf)")
+        if self.query == "disagreement" and self.members < 2:
+            raise ConfigError(
+                f"members is {self.members}",
+                allowed="2 or more, with query=disagreement",
+                fix="set members to 3",
+            )
+
+    @property
+    def random_steps(self) -> int:
+        """Environment steps of random actions at the start."""
+        return self.environment_steps if self.learning_starts is None else self.learning_starts
+
+
+_AT_LEAST_ONE = (
+    "horizon",
+    "fragment",
+    "recent",
+    "candidates",
+    "pairs",
+    "rounds",
+    "environment_steps",
+    "environments",
+    "update_every",
+    "batch_size",
+    "replay",
+    "target_period",
+    "members",
+    "pair_batch",
+    "evaluation_episodes",
+    "evaluate_every",
+)

@@ -1,0 +1,370 @@
+"""One run of learning a reward from preferences."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+import torch
+
+from birl_ext.agents.collect import Collector
+from birl_ext.agents.environment import Environments, make_environments
+from birl_ext.agents.evaluate import Evaluation, evaluate_agent
+from birl_ext.agents.frame_replay import FrameReplay
+from birl_ext.agents.replay import ReplayBuffer
+from birl_ext.agents.video import record_video
+from birl_ext.bilevel.sobirl import Outcome
+from birl_ext.errors import RenderError
+from birl_ext.preferences.answer_log import AnswerLog
+from birl_ext.preferences.buffer import PreferenceBuffer
+from birl_ext.preferences.fit import evaluate, fit
+from birl_ext.preferences.fragments import Pairs, draw
+from birl_ext.preferences.schedule import QuerySchedule
+from birl_ext.preferences.teachers import TEACHERS, ScriptedTeacher
+from birl_ext.problems.preference.config import PreferenceConfig
+from birl_ext.problems.preference.gridworld import GRIDWORLD, draw_worlds
+from birl_ext.problems.preference.parts import (
+    Generators,
+    environment_source,
+    is_pixels,
+    make_agent,
+    make_learner,
+    make_query,
+    make_reward,
+    make_score,
+)
+from birl_ext.problems.preference.recorder import Recorder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["PreferenceJob"]
+
+_EVALUATION_SEED = 1_000_003  # added to the run's: episodes that are not those of training
+
+
+class PreferenceJob:
+    """One run of SoBiRL, or of reward learning alone, in one environment.
+
+    With a directory (`attach`) every answer is on the disk before it is used, and episodes are
+    recorded as videos.
+    """
+
+    def __init__(self, config: PreferenceConfig) -> None:
+        self.config = config
+        draws = Generators(config.seed)
+        self._environments = self._make_environments(config.environments, config.seed)
+        spaces = self._environments.spaces
+        self.agent = make_agent(config, spaces, draws)
+        self._collector = Collector(
+            self._environments, self.agent, seed=config.seed, random_steps=config.random_steps
+        )
+        self._replay: ReplayBuffer | FrameReplay = (
+            FrameReplay(config.replay, environments=config.environments, device=config.device)
+            if is_pixels(spaces)
+            else ReplayBuffer(config.replay, device=config.device)
+        )
+        self.reward = make_reward(config, spaces, draws)
+        self._score = None if config.algorithm == "drlhf" else make_score(config, spaces, draws)
+        self.learner = make_learner(config, self.reward, self._score)
+        self.teacher = ScriptedTeacher(
+            dataclasses.replace(TEACHERS[config.teacher], sign_only=config.sign_only), draws.next()
+        )
+        self.answers = PreferenceBuffer(config.pairs, config.device)
+        self.schedule = QuerySchedule(
+            config.schedule, config.rounds, config.labels, config.initial_labels
+        )
+        self._query = make_query(config, self.reward)
+        self._recorder = Recorder(config.environments, keep=config.recent)
+        self._sampling = draws.next()  # of minibatches and questions
+        self._draws = draws
+        self._round = 0
+        self._asked = 0
+        self._answered = 0  # of this round's questions
+        self._return = math.nan
+        self._threshold = config.threshold
+        if self._threshold is None:
+            self._threshold = gymnasium.spec(config.env).reward_threshold
+        self._labels_to_threshold: int | None = None
+        self._seconds = dict.fromkeys(("environment", "update", "reward"), 0.0)
+        self._log: AnswerLog | None = None
+        self._videos: Path | None = None
+
+    def attach(self, directory: Path) -> None:
+        """Keep answers and videos there; a log of the same run is checked and continued."""
+        self._log = AnswerLog(directory / "answers.log")
+        self._log.rewind()
+        self._videos = directory / "videos"
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.rounds
+
+    @property
+    def done(self) -> bool:
+        return self._round >= self.config.rounds
+
+    def step(self) -> dict[str, float]:
+        """One round: act, let the agent learn, ask, let the reward learn, and at times evaluate."""
+        spent = dict.fromkeys(self._seconds, 0.0)
+        episodes, learned = self._live(spent)
+        with _clock(spent, "reward"):
+            count = self.schedule.counts[self._round]
+            if self._round == 0:
+                count += self.config.initial_labels
+            judged = self._ask(count)
+            if self._round == 0:
+                self._first_fit()
+            outcomes = self._learn_reward()
+        self._round += 1
+        if self.done or self._round % self.config.evaluate_every == 0:
+            self._return = self.evaluate().mean
+            if self._labels_to_threshold is None and self._passed(self._return):
+                self._labels_to_threshold = self._asked
+        if self.config.video_every and self._round % self.config.video_every == 0:
+            self._record_video()
+        total = sum(spent.values())
+        for name, seconds in spent.items():
+            self._seconds[name] += seconds
+        metrics = {
+            "true_return": self._return,
+            "episodes": float(len(episodes)),
+            "training_return": fmean([e.reward for e in episodes]) if episodes else math.nan,
+            "labels": float(self._asked),
+            "environment_steps": float(self._collector.transitions),
+            "environment_steps_per_second": self.config.environment_steps / total,
+            "updates_per_second": learned.pop("updates") / total,
+            **{f"share_{name}": seconds / total for name, seconds in spent.items()},
+            **learned,
+            **judged,
+        }
+        if outcomes:
+            last = Outcome(*(fmean(column) for column in zip(*outcomes, strict=True)))  # type: ignore[arg-type]
+            metrics |= {
+                "objective": last.loss,
+                "reward_accuracy": last.accuracy,
+                "gradient_norm": last.gradient_norm,
+                "indirect_share": last.indirect_share,
+                "effective_pairs": last.effective,
+            }
+        return metrics
+
+    def evaluate(self) -> Evaluation:
+        """Episodes of the present policy on the true reward, in environments of their own."""
+        config = self.config
+        count = min(config.environments, config.evaluation_episodes)
+        with self._make_environments(count, config.seed + _EVALUATION_SEED) as own:
+            return evaluate_agent(self.agent, own, episodes=config.evaluation_episodes)
+
+    def _make_environments(self, count: int, seed: int) -> Environments:
+        return make_environments(
+            environment_source(self.config.env),
+            count=count,
+            seed=seed,
+            parallel=self.config.parallel,
+            timeout=self.config.timeout,
+        )
+
+    def _passed(self, found: float) -> bool:
+        return self._threshold is not None and found >= self._threshold
+
+    def _record_video(self) -> None:
+        if self._videos is None:
+            return
+        self._videos.mkdir(exist_ok=True)
+        path = self._videos / f"round-{self._round:05d}.mp4"
+        seed = self.config.seed + _EVALUATION_SEED
+        try:
+            record_video(self.agent, environment_source(self.config.env), path, seed=seed)
+        except RenderError as error:  # the run itself is well
+            warnings.warn(str(error), stacklevel=2)
+
+    def _live(self, spent: dict[str, float]) -> tuple[list[Any], dict[str, float]]:
+        """The environment steps of a round, with an update of the agent now and then."""
+        config = self.config
+        starts = max(config.random_steps, config.environment_steps)
+        episodes: list[Any] = []
+        sums: Counter[str] = Counter()
+        updates = 0
+        for _ in range(config.environment_steps // config.environments):
+            with _clock(spent, "environment"):
+                found = self._collector.collect(1)
+                self._replay.record(found)
+                self._recorder.record(found)
+            episodes += found.episodes
+            if self._round == 0:  # there is no reward to learn from yet
+                continue
+            with _clock(spent, "update"):
+                due = (self._collector.transitions - starts) // config.update_every
+                while self.agent.version < due:
+                    sums.update(self._update())
+                    updates += 1
+        means = {name: value / updates for name, value in sums.items()}
+        return episodes, means | {"updates": float(updates)}
+
+    def _update(self) -> dict[str, float]:
+        batch = self._replay.sample(self.config.batch_size, self._sampling)
+        with torch.no_grad():
+            reward = self.reward(batch.observation, batch.action)
+        return self.agent.update(batch, reward)
+
+    def _ask(self, count: int) -> dict[str, float]:
+        """Put questions to the teacher and keep the answers.
+
+        Returns:
+            How well the reward foretold them, and how many there were.
+        """
+        config, device = self.config, self.config.device
+        episodes = self._recorder.episodes()
+        many = count if config.query == "uniform" else count * config.candidates
+        first, second = (
+            draw(episodes, config.fragment, many, self._sampling).to(device) for _ in range(2)
+        )
+        chosen = self._query(first, second, count, self._sampling)
+        first, second = first.select(chosen), second.select(chosen)
+        self.teacher.observe(self._recorder.mean_reward)
+        asked = Pairs(first, second, self.teacher(first, second))
+        if self._log is not None:
+            self._log.record(asked)
+        self._asked += count
+        self._answered = self.answers.append(*asked)
+        known = asked.select(~asked.label.isnan())
+        foretold = evaluate(self.reward, known).accuracy if len(known) else math.nan
+        return {"answers": float(self.answers.added), "foretold": foretold}
+
+    def _first_fit(self) -> None:
+        if len(self.answers) and self.config.initial_epochs:
+            fit(
+                self.reward,
+                self.answers.everything(),
+                self.learner.optimiser,
+                self._sampling,
+                epochs=self.config.initial_epochs,
+                batch_size=self.config.pair_batch,
+                noise=self.config.noise,
+            )
+
+    def _learn_reward(self) -> list[Outcome]:
+        config = self.config
+        late = self._collector.transitions >= config.hypergradient_after
+        self.learner.score = self._score if late else None
+        pool = len(self.answers)
+        if config.algorithm == "stoc-sobirl":  # those of the present policy
+            pool = min(pool, self._answered)
+        size = min(config.pair_batch, pool)
+        if size < 2:
+            return []
+        oldest = len(self.answers) - pool
+        return [
+            self.learner.step(
+                self.answers.select(
+                    oldest + torch.randperm(pool, generator=self._sampling)[:size]
+                ),
+                self.agent,
+                temperature=self.agent.temperature,
+            )
+            for _ in range(config.reward_steps)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "agent": self.agent.state_dict(),
+            "collector": self._collector.state_dict(),
+            "replay": self._replay.state_dict(),
+            "learner": self.learner.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "answers": self.answers.state_dict(),
+            "log": None if self._log is None else self._log.state_dict(),
+            "recorder": self._recorder.state_dict(),
+            "draws": self._draws.state_dict(),
+            "round": self._round,
+            "asked": self._asked,
+            "return": self._return,
+            "labels_to_threshold": self._labels_to_threshold,
+            "seconds": dict(self._seconds),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.agent.load_state_dict(state["agent"])
+        self._collector.load_state_dict(state["collector"])
+        self._replay.load_state_dict(state["replay"])
+        self.learner.load_state_dict(state["learner"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.answers.load_state_dict(state["answers"])
+        if self._log is not None and state["log"] is not None:
+            self._log.load_state_dict(state["log"])
+        self._recorder.load_state_dict(state["recorder"])
+        self._draws.load_state_dict(state["draws"])
+        self._round = int(state["round"])
+        self._asked = int(state["asked"])
+        self._return = float(state["return"])
+        reached = state["labels_to_threshold"]
+        self._labels_to_threshold = None if reached is None else int(reached)
+        self._seconds = {name: float(value) for name, value in state["seconds"].items()}
+
+    def summary(self) -> dict[str, Any]:
+        total = sum(self._seconds.values()) or math.nan
+        return {
+            "objective": self._return,
+            "labels": self._asked,
+            "labels_to_threshold": self._labels_to_threshold,
+            "environment_steps": self._collector.transitions,
+            **{f"share of time, {name}": s / total for name, s in self._seconds.items()},
+        }
+
+    def figures(
+        self, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]
+    ) -> dict[str, Callable[[], Figure]]:
+        title = f"{self.config.env}, {self.config.algorithm}, {self.config.teacher} teacher"
+
+        def learning() -> Figure:
+            from birl_ext.runs import plots
+
+            curves = {"training_return": "training episodes", "true_return": "evaluation"}
+            known = {} if self._threshold is None else {"threshold": self._threshold}
+            return plots.learning_curve(
+                history, curves, title=title, ylabel="true return", references=known
+            )
+
+        def reward() -> Figure:
+            from birl_ext.runs import plots
+
+            curves = {
+                "reward_accuracy": "of answers it learns from",
+                "foretold": "of answers it has not seen yet",
+            }
+            return plots.learning_curve(
+                history,
+                curves,
+                title=title,
+                ylabel="accuracy of the reward",
+                references={"chance": 0.5},
+            )
+
+        def worlds() -> Figure:
+            count = self._environments.spaces.observations
+            assert count is not None
+            every = torch.arange(count)
+            with torch.no_grad():
+                return draw_worlds(
+                    self.reward.all_actions(every), self.agent.probabilities(every), title=title
+                )
+
+        drawn = {"true_return": learning, "reward_accuracy": reward}
+        return drawn | ({"learned_reward": worlds} if self.config.env == GRIDWORLD else {})
+
+
+@contextmanager
+def _clock(spent: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    spent[name] += time.perf_counter() - start

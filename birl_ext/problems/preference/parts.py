@@ -1,0 +1,204 @@
+"""What a preference run is put together from, as its settings ask."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from birl_ext.agents.agent import Agent
+from birl_ext.agents.finite import FiniteSimulator
+from birl_ext.agents.networks import StateActionMLP, Twin, head_network
+from birl_ext.agents.pixels import atari_environment
+from birl_ext.agents.sac import SAC
+from birl_ext.agents.sac_discrete import DiscreteSAC
+from birl_ext.agents.soft_q import SoftQ
+from birl_ext.agents.spaces import Spaces
+from birl_ext.agents.temperature import (
+    Temperature,
+    continuous_entropy_target,
+    discrete_entropy_target,
+)
+from birl_ext.bilevel.score import FullHorizon, OneStep, Score, Simulator
+from birl_ext.bilevel.sobirl import DRLHF, SoBiRL
+from birl_ext.errors import ConfigError
+from birl_ext.preferences.queries import Disagreement, Entropy, Query, Uniform
+from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, RewardNetwork
+from birl_ext.problems.preference.config import PreferenceConfig
+from birl_ext.problems.preference.gridworld import GRIDWORLD, gridworld_mdp
+
+__all__ = [
+    "Generators",
+    "environment_source",
+    "is_pixels",
+    "make_agent",
+    "make_learner",
+    "make_query",
+    "make_reward",
+    "make_score",
+]
+
+
+class Generators:
+    """Independent generators of one seed, kept together for the checkpoint."""
+
+    def __init__(self, seed: int) -> None:
+        self._seeds = np.random.SeedSequence(seed)
+        self._made: list[torch.Generator] = []
+
+    def next(self, device: str = "cpu") -> torch.Generator:
+        (child,) = self._seeds.spawn(1)
+        seed = int(child.generate_state(1, np.uint64)[0] >> 1)
+        made = torch.Generator(device).manual_seed(seed)
+        self._made.append(made)
+        return made
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"states": [generator.get_state() for generator in self._made]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for generator, kept in zip(self._made, state["states"], strict=True):
+            generator.set_state(kept)
+
+
+def environment_source(name: str) -> str | Callable[..., Any]:
+    """What `make_environments` builds: Atari comes with its preprocessing."""
+    if name.startswith("ALE/"):
+        return functools.partial(atari_environment, name)
+    return name
+
+
+def is_pixels(spaces: Spaces) -> bool:
+    """Whether observations are stacked frames."""
+    return spaces.observation_dtype is torch.uint8 and len(spaces.observation_shape) == 3
+
+
+def make_agent(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> Agent:
+    """Soft Q-learning of a table where observations are indices, otherwise soft actor-critic."""
+    learned = {
+        "discount": config.discount,
+        "temperature": _temperature(config, spaces),
+        "optimiser": functools.partial(torch.optim.Adam, lr=config.learning_rate),
+        "target_rate": config.target_rate,
+        "target_period": config.target_period,
+    }
+    shape, dtype = spaces.observation_shape, spaces.observation_dtype
+
+    def heads(outputs: int) -> nn.Module:
+        made = head_network(shape, dtype, outputs, generator=draws.next(), hidden=config.hidden)
+        return made.to(config.device)
+
+    if spaces.actions is not None:
+        if spaces.observations is not None:
+            table = nn.Embedding(spaces.observations, spaces.actions, device=config.device)
+            nn.init.zeros_(table.weight)
+            return SoftQ(table, **learned)
+        return DiscreteSAC(
+            heads(spaces.actions), Twin(heads(spaces.actions), heads(spaces.actions)), **learned
+        )
+    if is_pixels(spaces) or spaces.observations is not None:
+        raise ConfigError(
+            f"env is {config.env}, with continuous actions and observations {shape}, {dtype}",
+            allowed="continuous actions with observations of floating point",
+        )
+    (dimensions,) = spaces.action_shape
+
+    def critic() -> nn.Module:
+        size = math.prod(shape)
+        made = StateActionMLP(size, dimensions, hidden=config.hidden, generator=draws.next())
+        return made.to(config.device)
+
+    assert spaces.low is not None
+    assert spaces.high is not None
+    return SAC(
+        heads(2 * dimensions),
+        Twin(critic(), critic()),
+        low=spaces.low,
+        high=spaces.high,
+        seed=config.seed,
+        **learned,
+    )
+
+
+def _temperature(config: PreferenceConfig, spaces: Spaces) -> Temperature:
+    target = None
+    if config.temperature is None:
+        target = (
+            continuous_entropy_target(spaces.action_shape[0])
+            if spaces.actions is None
+            else discrete_entropy_target(spaces.actions, config.entropy_share)
+        )
+    return Temperature(
+        config.temperature or 1.0,
+        entropy_target=target,
+        learning_rate=config.learning_rate,
+        device=config.device,
+    )
+
+
+def make_reward(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> RewardModel:
+    """The usual reward for the environment's observations, or an ensemble of them."""
+
+    def one() -> RewardModel:
+        return _reward_network(spaces, draws.next()).to(config.device)
+
+    return RewardEnsemble.of(config.members, one) if config.members > 1 else one()
+
+
+def _reward_network(spaces: Spaces, generator: torch.Generator) -> RewardNetwork:
+    shape, actions = spaces.observation_shape, spaces.actions
+    if actions is None:
+        (dimensions,) = spaces.action_shape
+        return RewardNetwork.mlp(math.prod(shape), generator, action_size=dimensions)
+    if is_pixels(spaces):
+        return RewardNetwork.cnn((shape[0], shape[1], shape[2]), generator, actions=actions)
+    if spaces.observations is not None:
+        return RewardNetwork.table(spaces.observations, actions)
+    return RewardNetwork.mlp(math.prod(shape), generator, actions=actions)
+
+
+def make_score(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> Score:
+    """The estimator of the policy's derivative."""
+    if config.score == "one-step":
+        if spaces.actions is None:
+            return OneStep(samples=4, generator=draws.next(config.device))
+        return OneStep(spaces.actions)
+    return FullHorizon(_simulator(config, draws.next()), discount=config.discount, steps=config.horizon)
+
+
+def _simulator(config: PreferenceConfig, generator: torch.Generator) -> Simulator:
+    if config.env == GRIDWORLD:
+        return FiniteSimulator(gridworld_mdp(config.discount), generator)
+    return simulator_for(config.env, generator)
+
+
+def make_learner(config: PreferenceConfig, reward: RewardModel, score: Score | None) -> SoBiRL:
+    """The upper level."""
+
+    def optimiser(parameters: Iterable[Tensor]) -> Optimizer:
+        return torch.optim.AdamW(parameters, lr=config.reward_rate)
+
+    if config.algorithm == "drlhf":
+        return DRLHF(reward, optimiser=optimiser, noise=config.noise)
+    return SoBiRL(
+        reward,
+        optimiser=optimiser,
+        score=score,
+        noise=config.noise,
+        stale=config.stale,
+        limit=config.limit,
+    )
+
+
+def make_query(config: PreferenceConfig, reward: RewardModel) -> Query:
+    """Which of the candidate pairs are asked."""
+    each = reward.each if isinstance(reward, RewardEnsemble) else reward
+    if config.query == "disagreement":
+        return Disagreement(each)
+    return Entropy(each) if config.query == "entropy" else Uniform()

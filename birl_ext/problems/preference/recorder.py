@@ -1,0 +1,77 @@
+"""What was seen of late, as episodes that fragments can be cut from."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from birl_ext.agents.collect import Collection
+from birl_ext.preferences.fragments import Episode
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """The newest steps of each environment, as episodes that fragments can be cut from.
+
+    Args:
+        environments: how many.
+        keep: steps kept, all together.
+    """
+
+    def __init__(self, environments: int, keep: int) -> None:
+        self.keep = keep
+        self._open: list[list[Episode]] = [[] for _ in range(environments)]
+        self._closed: deque[Episode] = deque()
+        self._steps = 0
+
+    def record(self, found: Collection) -> None:
+        """Add what a collector saw."""
+        parts = found.transitions
+        version = torch.full((1,), found.version)
+        for row, where in enumerate(found.environment.tolist()):
+            step = Episode(
+                parts.observation[row : row + 1],
+                parts.action[row : row + 1],
+                parts.reward[row : row + 1],
+                found.log_prob[row : row + 1],
+                version,
+            )
+            self._open[where].append(step)
+            if found.ended[row]:
+                self._close(where)
+
+    def _close(self, where: int) -> None:
+        whole = _joined(self._open[where])
+        self._open[where] = []
+        self._closed.append(whole)
+        self._steps += len(whole.reward)
+        while len(self._closed) > 1 and self._steps - len(self._closed[0].reward) >= self.keep:
+            self._steps -= len(self._closed.popleft().reward)
+
+    def episodes(self) -> list[Episode]:
+        """Finished ones, then those under way."""
+        return [*self._closed, *(_joined(steps) for steps in self._open if steps)]
+
+    @property
+    def mean_reward(self) -> float:
+        """True reward per step of what is kept."""
+        return float(torch.cat([episode.reward for episode in self.episodes()]).mean())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "closed": [tuple(episode) for episode in self._closed],
+            "open": [tuple(_joined(steps)) if steps else None for steps in self._open],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._closed = deque(Episode(*parts) for parts in state["closed"])
+        self._open = [[] if parts is None else [Episode(*parts)] for parts in state["open"]]
+        self._steps = sum(len(episode.reward) for episode in self._closed)
+
+
+def _joined(steps: Sequence[Episode]) -> Episode:
+    return Episode(*(torch.cat(column) for column in zip(*steps, strict=True)))
