@@ -68,6 +68,39 @@ def test_a_draw_crosses_no_end_and_takes_each_place_equally_often():
         assert abs(times - count * share) < bound, (place, times)
 
 
+def test_a_lead_is_what_happened_before_and_moves_nothing():
+    episodes = [episode(1, 9), episode(2, 3), episode(3, 12)]
+    plain, led = (
+        draw(episodes, 4, 300, torch.Generator().manual_seed(0), lead=lead) for lead in (0, 3)
+    )
+    assert led.present.shape == (300, 7)
+    after = led.after(3)
+    for name, ours, theirs in zip(Fragments._fields, after, plain, strict=True):
+        if name != "version":
+            assert torch.equal(ours, theirs), name
+    began = plain.observation[:, 0, 1].long()
+    for row in range(300):
+        number, start = int(plain.observation[row, 0, 0]), int(began[row])
+        before = min(start, 3)
+        assert led.present[row, :3].tolist() == [False] * (3 - before) + [True] * before
+        steps = led.observation[row, 3 - before : 3]
+        assert steps[:, 0].tolist() == [number] * before
+        assert steps[:, 1].tolist() == list(range(start - before, start))
+        assert led.reward[row, 3 - before : 3].tolist() == [
+            100 * number + step for step in range(start - before, start)
+        ]
+        assert int(led.version[row]) == 10 * number + (start - before) // 4
+    assert began.min() == 0
+    assert began.max() > 3
+    pairs = Pairs(led, led, torch.ones(300))
+    assert torch.equal(pairs.after(3).second.action, plain.action)
+    for wrong in (-1, 7):
+        with pytest.raises(OptionError, match=f"lead is {wrong} \\(allowed: 0 to 6, of 7 steps"):
+            led.after(wrong)
+    with pytest.raises(OptionError, match="lead is -1"):
+        draw(episodes, 4, 3, torch.Generator(), lead=-1)
+
+
 def test_a_draw_follows_its_generator_and_no_other():
     episodes = [episode(i, n) for i, n in enumerate(LENGTHS)]
     torch.manual_seed(1)

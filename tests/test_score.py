@@ -14,6 +14,7 @@ from birl_ext.agents.finite import FiniteFollower, FiniteSimulator
 from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
 from birl_ext.bilevel.score import Critic, FullHorizon, OneStep, Score
 from birl_ext.bilevel.trajectory import trajectory_surrogate
+from birl_ext.errors import OptionError
 
 STATES, ACTIONS, STEPS, DISCOUNT, TEMPERATURE = 3, 2, 2, 0.8, 0.5
 
@@ -179,6 +180,35 @@ def test_the_truth_is_the_sum_over_paths_and_its_finite_difference() -> None:
     mdp = problem.mdp.replace(reward=problem.features @ problem.x, validate="off")
     policy = birl_ext.solve(mdp, temperature=TEMPERATURE).policy
     torch.testing.assert_close(enumerated_gradient(problem, policy), problem.exact)
+
+
+def test_what_happens_before_a_fragment_is_part_of_the_truth() -> None:
+    """An offset is a longer path whose first steps do not count."""
+    problem = make_problem(1)
+    mdp = problem.mdp.replace(reward=problem.features @ problem.x, validate="off")
+
+    def loss(s1: Tensor, a1: Tensor, s2: Tensor, a2: Tensor) -> Tensor:
+        table = problem.features @ problem.x
+        return pair_loss(table, problem.truth, (s1, a1), (s2, a2))
+
+    def late(s1: Tensor, a1: Tensor, s2: Tensor, a2: Tensor) -> Tensor:
+        return loss(s1[:, 2:], a1[:, 2:], s2[:, 2:], a2[:, 2:])
+
+    found, expected = (
+        exact_pair_objective(mdp, of, temperature=TEMPERATURE, **steps)
+        for of, steps in ((loss, {"offset": 2, "steps": 1}), (late, {"steps": 3}))
+    )
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (
+        torch.autograd.grad(phi, problem.x, retain_graph=True)[0] for phi in (found, expected)
+    )
+    torch.testing.assert_close(ours, theirs)
+    policy = birl_ext.solve(mdp, temperature=TEMPERATURE).policy
+    given = exact_pair_objective(mdp, loss, temperature=TEMPERATURE, steps=2, policy=policy)
+    (ours,) = torch.autograd.grad(given, problem.x)
+    torch.testing.assert_close(ours, problem.exact)
+    with pytest.raises(OptionError, match="offset is -1"):
+        exact_pair_objective(mdp, loss, temperature=TEMPERATURE, steps=1, offset=-1)
 
 
 def test_one_step_says_nothing_of_a_reward_of_states_alone() -> None:

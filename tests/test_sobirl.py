@@ -7,12 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from test_score import ACTIONS, DISCOUNT, STATES, TEMPERATURE, Problem, make_problem, simulator_of
+from test_score import (
+    ACTIONS,
+    DISCOUNT,
+    STATES,
+    TEMPERATURE,
+    Problem,
+    make_problem,
+    simulator_of,
+    successor_features,
+)
 from torch import Tensor
 
 from birl_ext.agents.finite import Paths
 from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
-from birl_ext.bilevel.score import FullHorizon
+from birl_ext.bilevel.score import Critic, FullHorizon
 from birl_ext.bilevel.sobirl import DRLHF, SoBiRL, importance
 from birl_ext.errors import OptionError
 from birl_ext.preferences.fragments import Fragments, Pairs
@@ -85,6 +94,59 @@ def test_the_hypergradient_of_preferences_is_the_exact_one() -> None:
     assert parameter.grad is not None
     gap = (parameter.grad.flatten() - exact).norm() / exact.norm()
     assert gap > 8 * report.noise, (gap, report)
+
+
+def test_a_lead_scores_the_steps_before_a_fragment() -> None:
+    """With it the estimate is the exact gradient of late fragments, without it what is left out is
+    missing, and nothing else.
+    """
+    problem, reward, _ = table_problem()
+    table = (problem.features @ problem.x).detach().requires_grad_()
+    mdp = problem.mdp.replace(reward=table, validate="off")
+    every = problem._replace(
+        features=torch.eye(STATES * ACTIONS).double().view(STATES, ACTIONS, -1)
+    )
+    ahead = successor_features(every)
+    score = Critic(lambda where: ahead[where], lambda: reward.body.weight.flatten())  # type: ignore[operator, union-attr]
+
+    def loss(s1: Tensor, a1: Tensor, s2: Tensor, a2: Tensor) -> Tensor:
+        gap = (table[s1, a1] - table[s2, a2]).sum(-1)
+        share = torch.sigmoid((problem.truth[s1, a1] - problem.truth[s2, a2]).sum(-1))
+        return torch.nn.functional.binary_cross_entropy_with_logits(gap, share, reduction="none")
+
+    def exact(start: Tensor, offset: int) -> Tensor:
+        late = mdp.replace(initial_distribution=start, validate="off")
+        objective = exact_pair_objective(
+            late, loss, temperature=TEMPERATURE, steps=1, offset=offset
+        )
+        return torch.autograd.grad(objective, table)[0].flatten()
+
+    start = problem.mdp.initial_distribution
+    assert start is not None
+    moves = torch.einsum("sa,sat->st", problem.follower.policy, problem.mdp.transition)
+    whole, cut_off = exact(start, 2), exact(start @ moves @ moves, 0)
+    simulator = simulator_of(problem)
+
+    def estimate(lead: int) -> Tensor:
+        first, second = (
+            fragments(problem, simulator.rollout(problem.follower, 20_000, 3)) for _ in range(2)
+        )
+        share = torch.sigmoid((first.reward - second.reward)[:, -1])
+        label = torch.bernoulli(share, generator=simulator.generator)
+        pairs = Pairs(first, second, label).after(2 - lead)
+        algorithm = SoBiRL(reward, optimiser=still, score=score, lead=lead)
+        algorithm.step(pairs, problem.follower, temperature=TEMPERATURE)
+        (parameter,) = algorithm.parameters
+        assert parameter.grad is not None
+        return parameter.grad.flatten().clone()
+
+    for lead, truth, other in ((2, whole, cut_off), (0, cut_off, whole)):
+        report = measure_estimator(lambda lead=lead: estimate(lead), truth, repetitions=10)
+        assert report.noise < 0.05, report
+        assert report.relative_error < 4 * report.noise, report
+        assert (report.mean - other).norm() / truth.norm() > 8 * report.noise, report
+    with pytest.raises(OptionError, match="lead is -1"):
+        SoBiRL(reward, optimiser=still, score=score, lead=-1)
 
 
 def test_drlhf_is_the_gradient_of_the_cross_entropy() -> None:

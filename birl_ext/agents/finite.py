@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from birl_ext.agents.paths import Paths, Policy, follow
 from birl_ext.errors import ShapeError
 from birl_ext.mdp import DenseMDP
 
 __all__ = ["FiniteFollower", "FiniteSimulator", "Paths"]
-
-
-class Paths(NamedTuple):
-    """n paths of H steps.
-
-    Args:
-        observation: (n, H) int64, states.
-        action: (n, H) int64.
-        present: (n, H) bool, False from the first state without a continuation on.
-    """
-
-    observation: Tensor
-    action: Tensor
-    present: Tensor
-
-
-class Policy(Protocol):
-    """What acts."""
-
-    def sample(self, observation: Tensor, generator: torch.Generator) -> Tensor:
-        """a ~ π(·|s), (*n) int64."""
-        ...
 
 
 class FiniteFollower:
@@ -96,22 +75,13 @@ class FiniteSimulator:
         self, follower: Policy, observation: Tensor, action: Tensor | None, steps: int
     ) -> Paths:
         """One path from each state, (n,), with the first action given or drawn from the policy."""
-        observations, actions, present = [], [], []
-        here, alive = observation, torch.ones_like(observation, dtype=torch.bool)
-        for step in range(steps):
-            given = step == 0 and action is not None
-            chosen = action if given else follower.sample(here, self.generator)
-            assert chosen is not None
-            observations.append(here)
-            actions.append(chosen)
-            present.append(alive)
-            alive = alive & ~self._ends[here, chosen]
-            if step + 1 == steps:
-                break
-            self.samples += int(alive.sum())
-            here = torch.where(alive, _draw(self._cumulative[here, chosen], self.generator), here)
-        stack = [torch.stack(parts, -1) for parts in (observations, actions, present)]
-        return Paths(*stack)
+
+        def advance(here: Tensor, chosen: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+            ended = self._ends[here, chosen]
+            self.samples += int((alive & ~ended).sum())
+            return _draw(self._cumulative[here, chosen], self.generator), ended
+
+        return follow(follower, observation, action, steps, self.generator, advance)
 
     def successors(self) -> tuple[Tensor, Tensor]:
         """One s' ~ P(·|s, a) for every (s, a), (S, A) int64, and whether the process goes on there,

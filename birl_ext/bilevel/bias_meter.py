@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.errors import SizeLimitError
+from birl_ext.errors import OptionError, SizeLimitError
 from birl_ext.functional import solve
 from birl_ext.mdp import DenseMDP
 
@@ -65,16 +65,22 @@ def exact_pair_objective(
     *,
     temperature: float,
     steps: int,
+    offset: int = 0,
+    policy: Tensor | None = None,
 ) -> Tensor:
     """φ = E[ l(d₁, d₂) ] over two independent paths of π*, by summing over all paths.
+
+    With an offset the paths are fragments: what π* does before them is part of φ and its gradient.
 
     Args:
         mdp: a single MDP whose reward carries the upper-level variable; every row continues.
         loss: (states (n, H), actions (n, H), and the second path's) → l, (n,).
         temperature: τ, units of reward.
         steps: H; (S·A)ᴴ paths at most 4096.
+        offset: steps from the initial distribution to the first of the H.
+        policy: (S, A), acts in place of π*.
 
-    Gradients: exact, through π* and through `loss`.
+    Gradients: exact, through the policy, `loss` and the initial distribution.
 
     Source: (M16), the left-hand side.
     """
@@ -82,13 +88,18 @@ def exact_pair_objective(
     count = (states * actions) ** steps
     if count > _MOST_PATHS:
         raise SizeLimitError(f"{count} paths", allowed=f"at most {_MOST_PATHS}")
-    policy = solve(mdp, temperature=temperature).policy
+    if offset < 0:
+        raise OptionError(f"offset is {offset!r}", allowed="0 or more")
+    if policy is None:
+        policy = solve(mdp, temperature=temperature).policy
     every = torch.tensor(
         list(itertools.product(range(states), range(actions), repeat=steps)), dtype=torch.int64
     ).view(count, steps, 2)
     where, chosen = every[..., 0], every[..., 1]
     start = mdp.initial_distribution
     first = policy.new_full((states,), 1 / states) if start is None else start
+    for _ in range(offset):
+        first = torch.einsum("s,sa,sat->t", first, policy, mdp.transition)
     probability = first[where[:, 0]] * policy[where, chosen].prod(-1)
     for step in range(steps - 1):
         moved = mdp.transition[where[:, step], chosen[:, step], where[:, step + 1]]

@@ -185,24 +185,41 @@ class Critic(_StepByStep):
         r_x(s, a) = x·ψ(s, a),   h = x·Σ_h [ M(s_h, a_h) − Σ_a π(a|s_h) M(s_h, a) ],
         M = E[ Σ_k γᵏ ψ(s_k, a_k) ]
 
-    Biased by the critic's error alone; no simulator is needed.
+    Biased by the critic's error alone; no simulator is needed. Where ψ has parameters of its own,
+    M says nothing of their derivative: `trunk` adds its first term, with the bias of `OneStep` in
+    these parameters, and the others stay as they are.
 
     Args:
         features: observation (m, *O) → M(s, ·), (m, A, F): successor features.
         weights: () → x, (F,), differentiable in the upper-level variable.
+        trunk: observation (m, *O) → x̄·ψ(s, ·), (m, A), differentiable in the parameters of ψ and
+            not in x; absent where ψ is fixed.
 
-    Source: (M16), estimator (iii).
+    Source: (M16), estimator (iii); successor features: Barreto et al. (2017).
     """
 
-    def __init__(self, features: Callable[[Tensor], Tensor], weights: Callable[[], Tensor]) -> None:
+    def __init__(
+        self,
+        features: Callable[[Tensor], Tensor],
+        weights: Callable[[], Tensor],
+        *,
+        trunk: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.features = features
         self.weights = weights
+        self.trunk = trunk
 
     def steps_of(
         self, reward: RewardFunction, follower: Follower, where: Tensor, chosen: Tensor
     ) -> Tensor:
+        row = torch.arange(len(where), device=where.device)
         with torch.no_grad():
+            share = follower.probabilities(where)
             table = self.features(where)
-            mean = (follower.probabilities(where).unsqueeze(-1) * table).sum(1)
-            gap = table[torch.arange(len(where)), chosen] - mean
-        return gap @ self.weights()
+            gap = table[row, chosen] - (share.unsqueeze(-1) * table).sum(1)
+        weights = self.weights()
+        surrogate = gap.to(weights) @ weights
+        if self.trunk is not None:
+            every = self.trunk(where)
+            surrogate = surrogate + every[row, chosen] - (share.to(every) * every).sum(-1)
+        return surrogate

@@ -93,6 +93,8 @@ class SoBiRL:
         baseline: of the losses, see `trajectory_surrogate`.
         stale: what to do with pairs from earlier policies, see `importance`.
         limit: of the importance weights.
+        lead: the first steps of every fragment that are scored and weighed but not compared, see
+            `birl_ext.preferences.fragments.draw`; what the policy did before them is left out.
 
     Source: Yang, Gao and Yuan (2025), Algorithm SoBiRL; (M16).
     """
@@ -107,9 +109,12 @@ class SoBiRL:
         baseline: Baseline = "others",
         stale: Stale = "weigh",
         limit: float = 5.0,
+        lead: int = 0,
     ) -> None:
         if not 0 <= noise < 1:
             raise OptionError(f"noise is {noise!r}", allowed="[0, 1)")
+        if lead < 0:
+            raise OptionError(f"lead is {lead!r}", allowed="0 or more")
         _check_stale(stale, limit)
         self.reward = reward
         self.parameters = [p for p in reward.parameters() if p.requires_grad]
@@ -119,18 +124,19 @@ class SoBiRL:
         self.baseline: Baseline = baseline
         self.stale: Stale = stale
         self.limit = limit
+        self.lead = lead
         self.steps = 0
 
     def step(self, pairs: Pairs, follower: Any, *, temperature: float) -> Outcome:
         """One update from a batch of answered pairs.
 
         Args:
-            pairs: n of them; skipped answers are not among them.
+            pairs: n of them, answered without their lead; skipped answers are not among them.
             follower: the present policy, held fixed; `log_prob` is asked of it where `stale` is not
                 "keep".
             temperature: its τ.
         """
-        margin = margins(self.reward, pairs)
+        margin = margins(self.reward, pairs.after(self.lead))
         loss = bradley_terry(margin, pairs.label, self.noise)
         weight = self._weight(pairs, follower).to(loss)
         direct = (weight * loss).sum() / len(loss)

@@ -59,6 +59,14 @@ class Fragments(NamedTuple):
         """Those at `index`, (m,) int64 or (n,) bool."""
         return Fragments(*(part[index] for part in self))
 
+    def after(self, lead: int) -> Fragments:
+        """Without the first `lead` steps, see `draw`: what a teacher compares, (n, H − lead, …)."""
+        length = self.present.shape[1]
+        if not 0 <= lead < length:
+            raise OptionError(f"lead is {lead!r}", allowed=f"0 to {length - 1}, of {length} steps")
+        steps = [part[:, lead:] for part in self[:-1]]
+        return Fragments(*steps, version=self.version)
+
     def to(self, device: torch.device | str) -> Fragments:
         """The same on another device."""
         return Fragments(*(part.to(device) for part in self))
@@ -81,6 +89,10 @@ class Pairs(NamedTuple):
     def select(self, index: Tensor) -> Pairs:
         """Those at `index`, (m,) int64 or (n,) bool."""
         return Pairs(self.first.select(index), self.second.select(index), self.label[index])
+
+    def after(self, lead: int) -> Pairs:
+        """Without the first `lead` steps of each fragment."""
+        return Pairs(self.first.after(lead), self.second.after(lead), self.label)
 
     def to(self, device: torch.device | str) -> Pairs:
         """The same on another device."""
@@ -110,33 +122,45 @@ def cut(episodes: Sequence[Episode], length: int) -> Fragments:
 
 
 def draw(
-    episodes: Sequence[Episode], length: int, count: int, generator: torch.Generator
+    episodes: Sequence[Episode],
+    length: int,
+    count: int,
+    generator: torch.Generator,
+    *,
+    lead: int = 0,
 ) -> Fragments:
     """Fragments that start anywhere, each place equally likely, with replacement.
 
     An episode of T ≥ H steps has T − H + 1 places; a shorter one has one, and is padded.
+
+    The policy chose the steps before a fragment, too. With a lead they come along, for the score
+    (`birl_ext.bilevel.sobirl.SoBiRL`, option `lead`); `Fragments.after` takes them off.
 
     Args:
         episodes: at least one; steps of different ones never share a fragment.
         length: H, steps.
         count: n.
         generator: of the places, on the CPU.
+        lead: steps before each fragment that come along; those before an episode's start are
+            padding. The places are the same whatever the lead.
 
     Returns:
-        (n, H, …). `version` is that of the oldest step.
+        (n, lead + H, …). `version` is that of the oldest step.
 
     Raises:
-        OptionError: the length is below one, or there is no step at all.
+        OptionError: the length is below one, the lead below zero, or there is no step at all.
         ShapeError: the parts of an episode differ in length.
     """
     _check(episodes, length)
+    if lead < 0:
+        raise OptionError(f"lead is {lead!r}", allowed="0 or more")
     steps = torch.tensor([len(one.reward) for one in episodes])
     places = torch.where(steps > 0, (steps - length + 1).clamp(min=1), 0)
     ends = places.cumsum(0)
     drawn = torch.randint(int(ends[-1]), (count,), generator=generator)
     which = torch.searchsorted(ends, drawn, right=True)
     start = drawn - (ends - places)[which]
-    return _gather(episodes, list(zip(which.tolist(), start.tolist(), strict=True)), length)
+    return _gather(episodes, list(zip(which.tolist(), start.tolist(), strict=True)), length, lead)
 
 
 def _check(episodes: Sequence[Episode], length: int) -> None:
@@ -152,20 +176,24 @@ def _check(episodes: Sequence[Episode], length: int) -> None:
 
 
 def _gather(
-    episodes: Sequence[Episode], places: Sequence[tuple[int, int]], length: int
+    episodes: Sequence[Episode],
+    places: Sequence[tuple[int, int]],
+    length: int,
+    lead: int = 0,
 ) -> Fragments:
-    """The fragments that start at (episode, step)."""
+    """The fragments that start at (episode, step), each with the steps that lead up to it."""
     model = episodes[places[0][0]] if places else episodes[0]
     count = len(places)
-    blank = [part.new_zeros((count, length, *part.shape[1:])) for part in model]
+    blank = [part.new_zeros((count, lead + length, *part.shape[1:])) for part in model]
     observation, action, reward, log_prob, _ = blank
-    present = torch.zeros(count, length, dtype=torch.bool, device=reward.device)
+    present = torch.zeros(count, lead + length, dtype=torch.bool, device=reward.device)
     version = model.version.new_zeros(count)
     for row, (which, start) in enumerate(places):
-        piece = [part[start : start + length] for part in episodes[which]]
-        size = len(piece[0])
+        before = min(start, lead)
+        piece = [part[start - before : start + length] for part in episodes[which]]
+        filled = slice(lead - before, lead - before + len(piece[0]))
         for target, source in zip((observation, action, reward, log_prob), piece, strict=False):
-            target[row, :size] = source
-        present[row, :size] = True
+            target[row, filled] = source
+        present[row, filled] = True
         version[row] = piece[-1].min()
     return Fragments(observation, action, reward, present, log_prob, version)

@@ -176,6 +176,12 @@ class RewardNetwork(RewardModel):
             )
         return every
 
+    def below_last(self, observation: Tensor) -> Tensor:
+        """What the last layer of a Sequential body is applied to, (m, h); of discrete actions."""
+        assert isinstance(self.body, nn.Sequential)
+        below: Tensor = self.body[:-1](self._prepared(observation))
+        return below
+
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """r(s, a), (m,)."""
         if self.actions is not None:

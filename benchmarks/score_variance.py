@@ -1,0 +1,125 @@
+"""How noisy and how slow is each estimator of the score on CartPole?
+
+    python benchmarks/score_variance.py [--rounds 10] [--repetitions 60] [--out FILE]
+
+A preference run of a few rounds gives a policy and a reward; 1,000 fresh pairs of fragments of 25
+steps are drawn from that policy and answered. The indirect part of the hyper-gradient is estimated
+from the same minibatches of 64 pairs by every estimator. Variance is E‖g − E g‖² in units of the
+longest horizon's ‖E g‖², so it tells the estimators' noise apart from their size; `noise` is the
+standard error of E g, in the same units. Seconds are medians, of a score of both fragments of a
+minibatch and its gradient, on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from birl_ext.agents.collect import Collector
+from birl_ext.agents.environment import make_environments
+from birl_ext.agents.simulators import CartPole, DynamicsSimulator
+from birl_ext.benchmarks import machine
+from birl_ext.bilevel.score import FullHorizon, OneStep, Score
+from birl_ext.bilevel.trajectory import trajectory_surrogate
+from birl_ext.preferences.fragments import Pairs, draw
+from birl_ext.preferences.loss import bradley_terry, margins
+from birl_ext.problems.preference import PreferenceJob, Recorder
+from birl_ext.problems.preference_config import PreferenceConfig
+
+HORIZONS = (5, 10, 20, 50)
+PAIRS, BATCH, ENVIRONMENTS, STEPS = 1000, 64, 4, 1000
+
+
+def fresh_pairs(job: PreferenceJob, generator: torch.Generator) -> Pairs:
+    """Answered pairs of fragments of the policy as it is now."""
+    with make_environments(job.config.env, count=ENVIRONMENTS, seed=77) as environments:
+        recorder = Recorder(ENVIRONMENTS, keep=ENVIRONMENTS * STEPS)
+        recorder.record(Collector(environments, job.agent, seed=1).collect(STEPS))
+    episodes = recorder.episodes()
+    first, second = (draw(episodes, job.config.fragment, PAIRS, generator) for _ in range(2))
+    job.teacher.observe(recorder.mean_reward)
+    return Pairs(first, second, job.teacher(first, second))
+
+
+def indirect(job: PreferenceJob, score: Score, pairs: Pairs) -> Tensor:
+    """The part of ∇φ̂ that goes through the policy, (d,)."""
+    with torch.no_grad():
+        loss = bradley_terry(margins(job.reward, pairs), pairs.label)
+    parts = [
+        score(job.reward, job.agent, part.observation, part.action, part.present)
+        for part in (pairs.first, pairs.second)
+    ]
+    surrogate = trajectory_surrogate(loss, parts[0] + parts[1], temperature=job.agent.temperature)
+    found = torch.autograd.grad(surrogate, list(job.reward.parameters()))
+    return torch.cat([part.flatten() for part in found])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--repetitions", type=int, default=60)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    job = PreferenceJob(PreferenceConfig(rounds=options.rounds))
+    while not job.done:
+        metrics = job.step()
+    print(f"after {options.rounds} rounds: true return {metrics['true_return']:.0f}")
+    generator = torch.Generator().manual_seed(0)
+    pairs = fresh_pairs(job, generator)
+    discount = job.config.discount
+    scores: dict[str, Score] = {"OneStep": OneStep(2)}
+    for steps in HORIZONS:
+        simulator = DynamicsSimulator(CartPole(), torch.Generator().manual_seed(steps))
+        scores[f"FullHorizon, K = {steps}"] = FullHorizon(simulator, discount=discount, steps=steps)
+    found: dict[str, list[Tensor]] = {name: [] for name in scores}
+    seconds: dict[str, list[float]] = {name: [] for name in scores}
+    for _ in range(options.repetitions):
+        batch = pairs.select(torch.randperm(PAIRS, generator=generator)[:BATCH])
+        for name, score in scores.items():
+            began = time.perf_counter()
+            found[name].append(indirect(job, score, batch))
+            seconds[name].append(time.perf_counter() - began)
+    longest = torch.stack(found[list(scores)[-1]]).mean(0)
+    size = longest.norm()
+    rows: list[dict[str, Any]] = []
+    print(f"{'':24}{'‖E g‖':>8}{'variance':>10}{'noise':>8}{'cosine':>8}{'seconds':>9}")
+    for name in scores:
+        each = torch.stack(found[name])
+        mean = each.mean(0)
+        variance = (each - mean).square().sum(-1).sum() / (len(each) - 1)
+        row = {
+            "estimator": name,
+            "norm": float(mean.norm() / size),
+            "variance": float(variance / size.square()),
+            "noise": float((variance / len(each)).sqrt() / size),
+            "cosine": float(torch.nn.functional.cosine_similarity(mean, longest, dim=0)),
+            "seconds": median(seconds[name]),
+        }
+        rows.append(row)
+        numbers = f"{row['norm']:8.2f}{row['variance']:10.2f}{row['noise']:8.2f}"
+        print(f"{name:24}{numbers}{row['cosine']:8.2f}{row['seconds']:9.3f}")
+    if options.out:
+        command = (
+            f"python benchmarks/score_variance.py --rounds {options.rounds} "
+            f"--repetitions {options.repetitions}"
+        )
+        report = {
+            **machine.header(command, torch.device("cpu"), 1, False),
+            "true_return": metrics["true_return"],
+            "rows": rows,
+        }
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

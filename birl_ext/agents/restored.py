@@ -1,0 +1,239 @@
+"""Paths of any environment that can be put back into the state an observation stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from birl_ext.agents.paths import Paths, Policy, follow
+from birl_ext.agents.simulators import CartPole, DynamicsSimulator, Pendulum
+from birl_ext.agents.spaces import Spaces
+from birl_ext.errors import (
+    EnvironmentFailureError,
+    MissingDependencyError,
+    OptionError,
+    ShapeError,
+)
+
+try:
+    import gymnasium
+except ImportError:
+    raise MissingDependencyError(
+        "environments need gymnasium", fix='pip install "birl_ext[rl]"'
+    ) from None
+
+__all__ = ["MUJOCO", "RestoredSimulator", "restore_mujoco", "simulator_for"]
+
+Environment = gymnasium.Env[Any, Any]
+Restore = Callable[[Environment, Any], None]
+
+MUJOCO = (
+    "Ant-v5",
+    "HalfCheetah-v5",
+    "Hopper-v5",
+    "InvertedPendulum-v5",
+    "Swimmer-v5",
+    "Walker2d-v5",
+)
+"""Tasks that `restore_mujoco` knows."""
+
+
+def restore_mujoco(environment: Environment, observation: Any) -> None:
+    """Put a MuJoCo task of `MUJOCO` into the state that an observation shows.
+
+    Where the robot is on the plane is not shown and becomes zero, which nothing depends on. Hopper
+    and Walker2d show velocities beyond ±10 as ±10: what exceeds them is lost. Observations are
+    float32 in this package, and the solver of contacts starts afresh, so a path leaves the
+    environment's own slowly at first.
+
+    Args:
+        observation: (d,), its first entries positions, then velocities.
+    """
+    bare: Any = environment.unwrapped
+    count, speeds = bare.model.nq, bare.model.nv
+    # What follows the velocities, such as Ant's forces of contact, is a function of the state.
+    structure = getattr(bare, "observation_structure", {})
+    hidden = int(structure.get("skipped_qpos", 0))
+    shown = np.asarray(observation, dtype=np.float64)
+    position = np.concatenate([np.zeros(hidden), shown[: count - hidden]])
+    bare.set_state(position, shown[count - hidden :][:speeds])
+
+
+class RestoredSimulator:
+    """Draws paths of an environment by restoring copies of it, one per path at a time.
+
+    Every path begins with a seeded reset, so that a run resumes to the same bits. Rewards and
+    truncation are not read. In one process: slow next to `DynamicsSimulator`.
+
+    Args:
+        build: makes a copy.
+        restore: (environment, observation (*O) as numpy) → None, puts it into the state of the
+            observation; the environment has just been reset.
+        generator: source of all randomness, on the policy's device.
+        copies: paths drawn side by side.
+
+    Attributes:
+        samples: transitions drawn so far.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Environment],
+        restore: Restore,
+        generator: torch.Generator,
+        *,
+        copies: int = 64,
+    ) -> None:
+        if copies < 1:
+            raise OptionError(f"copies is {copies!r}", allowed="1 or more")
+        self.restore = restore
+        self.generator = generator
+        self.samples = 0
+        self._copies = [build() for _ in range(copies)]
+        self.observation_shape = tuple(self._copies[0].observation_space.shape or ())
+
+    def continuations(
+        self, follower: Policy, observation: Tensor, action: Tensor | None, steps: int
+    ) -> Paths:
+        """One path from each observation, with the first action given or drawn from the policy.
+
+        Args:
+            observation: (n, *O).
+            action: (n, *A).
+            steps: of each path.
+
+        Raises:
+            EnvironmentFailureError: an environment raised, or returned NaN or an infinity.
+        """
+        size = len(self._copies)
+        parts = []
+        for at in range(0, max(len(observation), 1), size):
+            some = slice(at, at + size)
+            first = None if action is None else action[some]
+            parts.append(self._together(follower, observation[some], first, steps))
+        return Paths(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def close(self) -> None:
+        """Close the copies."""
+        for environment in self._copies:
+            environment.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next draw depends on."""
+        return {"generator": self.generator.get_state(), "samples": self.samples}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+        self.samples = int(state["samples"])
+
+    def _together(
+        self, follower: Policy, observation: Tensor, action: Tensor | None, steps: int
+    ) -> Paths:
+        """At most as many paths as there are copies."""
+        device = self.generator.device
+        seeds = torch.randint(
+            2**31, (len(observation),), generator=self.generator, device=device
+        ).tolist()
+        used = self._copies[: len(observation)]
+        for environment, seed, shown in zip(used, seeds, observation.cpu().numpy(), strict=True):
+            with _named("restoring", environment):
+                environment.reset(seed=seed)
+                self.restore(environment, shown)
+
+        def advance(here: Tensor, chosen: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+            after = here.cpu().numpy().copy()
+            ended = np.ones(len(after), dtype=bool)
+            actions = chosen.cpu().numpy()
+            for i in alive.nonzero().squeeze(-1).tolist():
+                environment = used[i]
+                given = actions[i].astype(environment.action_space.dtype)
+                with _named("a step", environment):
+                    after[i], _, ended[i], _, _ = environment.step(given)
+                if not np.isfinite(after[i]).all():
+                    raise EnvironmentFailureError(
+                        f"observation is {after[i].tolist()}",
+                        where=f"{_name(environment)}, action {given.tolist()}, restored from "
+                        f"{observation[i].tolist()}",
+                    )
+            self.samples += int(alive.sum())
+            return torch.from_numpy(after).to(here), torch.from_numpy(ended).to(here.device)
+
+        return follow(follower, observation, action, steps, self.generator, advance)
+
+
+@contextmanager
+def _named(what: str, environment: Environment) -> Iterator[None]:
+    """Whatever an environment raises inside gets a name."""
+    try:
+        yield
+    except Exception as error:
+        raise EnvironmentFailureError(
+            f"{what} raised {type(error).__name__}: {error}", where=_name(environment)
+        ) from error
+
+
+def _name(environment: Environment) -> str:
+    return repr(environment.spec.id if environment.spec else type(environment).__name__)
+
+
+def simulator_for(
+    env: str,
+    spaces: Spaces,
+    generator: torch.Generator,
+    *,
+    options: Mapping[str, Any] | None = None,
+    copies: int = 64,
+) -> DynamicsSimulator | RestoredSimulator:
+    """The simulator of a Gymnasium environment that can be restarted from any observation.
+
+    Args:
+        env: Gymnasium id.
+        spaces: of the environment as the lower level sees it.
+        generator: source of all randomness, on the policy's device.
+        options: keyword arguments of the environment.
+        copies: of a MuJoCo task, see `RestoredSimulator`.
+
+    Raises:
+        OptionError: the environment cannot be restarted.
+        ShapeError: the lower level sees something else than the environment shows: it is wrapped.
+    """
+    given = dict(options or {})
+    simulator: DynamicsSimulator | RestoredSimulator
+    shape: tuple[int, ...]
+    if env == "CartPole-v1":
+        simulator, shape = DynamicsSimulator(CartPole(), generator), (CartPole.observation_size,)
+    elif env == "Pendulum-v1":
+        pendulum = Pendulum(given.get("g", 10.0))
+        simulator, shape = DynamicsSimulator(pendulum, generator), (pendulum.observation_size,)
+    elif env in MUJOCO:
+
+        def build() -> Environment:
+            try:
+                return gymnasium.make(env, max_episode_steps=-1, disable_env_checker=True, **given)
+            except gymnasium.error.DependencyNotInstalled as error:
+                raise MissingDependencyError(
+                    f"{env} needs mujoco", fix='pip install "birl_ext[rl]"'
+                ) from error
+
+        simulator = RestoredSimulator(build, restore_mujoco, generator, copies=copies)
+        shape = simulator.observation_shape
+    else:
+        raise OptionError(
+            f"{env} cannot be restarted from an observation",
+            allowed=", ".join(["CartPole-v1", "Pendulum-v1", *MUJOCO]),
+            fix='use score="one-step" or "critic", or a RestoredSimulator with a `restore` of '
+            "your own",
+        )
+    if spaces.observation_shape != shape:
+        raise ShapeError(
+            f"observations have shape {spaces.observation_shape}",
+            where=env,
+            allowed=str(shape),
+            fix="leave out wrappers that change what is seen",
+        )
+    return simulator
