@@ -505,8 +505,7 @@ class Simulation:
 
 @pytest.mark.parametrize("full_disk", [False, True])
 @pytest.mark.parametrize("cost", [0.0, 1.0, 2.0, 60.0, 600.0])
-def test_saving_takes_a_twentieth_of_the_time_at_most(monkeypatch, cost, full_disk):
-    monkeypatch.setattr("birl_ext.runs.saver.versions", dict)
+def test_saving_takes_a_twentieth_of_the_time_at_most(cost, full_disk):
     run = Simulation(Pace(), cost, full_disk=full_disk)
     assert len(run.starts) >= 4
     assert min(run.gaps) >= 30
