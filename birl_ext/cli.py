@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from birl_ext.errors import BirlError, ConfigError, MissingDependencyError
+from birl_ext.runs.pace import Pace
 
 if TYPE_CHECKING:
     from birl_ext.runs.directory import RunDirectory
     from birl_ext.runs.job import Job, Problem
+    from birl_ext.runs.logger import OpenLogger
     from birl_ext.runs.loop import Outcome
 
 __all__ = ["RunOptions", "SolveOptions", "main"]
@@ -59,18 +61,20 @@ class RunOptions:
     """Run directory to go on with."""
 
     checkpoint_every: int | None = None
-    """Outer steps between checkpoints. Default: one every 30 seconds."""
+    """Outer steps between checkpoints."""
+
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints, instead. Default: 0.5, or more if saving takes over 5 % of the
+    time."""
+
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too."""
 
     figures: bool = True
     """Draw the figures at the end."""
 
     def __post_init__(self) -> None:
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise ConfigError(
-                f"--checkpoint-every is {self.checkpoint_every}",
-                allowed="1 or more",
-                fix="leave it out for one checkpoint every 30 seconds",
-            )
+        Pace(self.checkpoint_every, self.checkpoint_minutes)  # refuses what it cannot follow
         if self.resume is not None and (self.out or self.config):
             raise ConfigError(
                 "--resume excludes --out and --config",
@@ -165,13 +169,15 @@ def _run(words: list[str]) -> int:
     problem = _problem(name)
     where = str(files.config or files.resume or "the defaults")
     config, options = _parse(name, problem, from_plain(problem.config, stored, where=where), flags)
-    job = problem.job(config)  # before the directory: a setting refused here leaves nothing behind
+    # Before the directory: what is refused here leaves nothing behind.
+    loggers = _loggers(options)
+    job = problem.job(config)
     if options.resume is not None:
         directory = RunDirectory(options.resume)
     else:
         path = options.out or default_path(name)
         directory = RunDirectory.create(path, name, to_plain(config))
-    return _carry_out(job, directory, options)
+    return _carry_out(job, directory, options, loggers)
 
 
 def _list_problems(*, asked: bool) -> int:
@@ -233,11 +239,27 @@ def _parse(
     return parsed.settings, parsed.options
 
 
-def _carry_out(job: Job, directory: RunDirectory, options: RunOptions) -> int:
+def _loggers(options: RunOptions) -> list[OpenLogger]:
+    if not options.tensorboard:
+        return []
+    from birl_ext.runs.tensorboard import TensorBoardWriter
+
+    return [TensorBoardWriter]
+
+
+def _carry_out(
+    job: Job, directory: RunDirectory, options: RunOptions, loggers: Sequence[OpenLogger]
+) -> int:
     from birl_ext.runs.loop import draw_figures, run
 
     try:
-        outcome = run(job, directory, checkpoint_every=options.checkpoint_every)
+        outcome = run(
+            job,
+            directory,
+            checkpoint_every=options.checkpoint_every,
+            checkpoint_minutes=options.checkpoint_minutes,
+            loggers=loggers,
+        )
     except KeyboardInterrupt:
         _say(f"interrupted; go on from the last checkpoint with\n  {_resume_command(directory)}")
         return 130

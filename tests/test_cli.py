@@ -79,7 +79,10 @@ def test_help(birl):
     assert birl("run")[0] == 2
     status, out, _ = birl("run", "fake", "--help")
     assert status == 0
-    for flag in ("--rate", "--seed", "--out", "--resume", "--checkpoint-every", "--no-figures"):
+    for flag in (
+        *("--rate", "--seed", "--out", "--resume", "--no-figures", "--tensorboard"),
+        *("--checkpoint-every", "--checkpoint-minutes"),
+    ):
         assert flag in out
 
 
@@ -89,6 +92,11 @@ def test_help(birl):
         (["rnu"], r"unknown command 'rnu' .*did you mean 'run'\?"),
         (["run", "fkae"], r"unknown problem 'fkae' .*did you mean 'fake'\?"),
         (["run", "fake", "--checkpoint-every", "0"], "--checkpoint-every is 0"),
+        (["run", "fake", "--checkpoint-minutes", "-1"], r"--checkpoint-minutes is -1\.0"),
+        (
+            ["run", "fake", "--checkpoint-minutes", "5", "--checkpoint-every", "2"],
+            "--checkpoint-every excludes --checkpoint-minutes",
+        ),
         (["run", "fake", "--resume", "nowhere"], "not a run directory.*nowhere"),
         (["run", "--config", "absent.toml"], "No such file.*absent.toml"),
         (["run", "--config", "typo.toml"], r"unknown key 'rat' at typo\.toml.*'rate'"),
@@ -156,6 +164,17 @@ def test_a_run_ends_with_its_result_and_its_directory(birl):
         "summary.json",
     ]
     assert len(list(Path("a/figures").iterdir())) == 4
+
+
+def test_tensorboard_is_written_when_asked_for(birl):
+    pytest.importorskip("tensorboard")
+    words = ["run", "fake", "--steps", "3", "--no-figures", "--checkpoint-minutes", "0.1"]
+    assert birl(*words, "--tensorboard", "--out", "a")[0] == 0
+    assert birl(*words, "--out", "b")[0] == 0
+    (file,) = Path("a/tensorboard").iterdir()
+    assert b"objective" in file.read_bytes()
+    assert not Path("b/tensorboard").exists()
+    assert Path("a/metrics.jsonl").read_bytes() == Path("b/metrics.jsonl").read_bytes()
 
 
 def test_the_default_directory(birl):
@@ -255,6 +274,17 @@ def test_without_tyro(monkeypatch, birl):
     status, _, err = birl("run", "fake")
     assert status == 2
     assert 'BIRL-E802 the command line needs tyro and rich. Fix: pip install "birl_ext[cli]"' in err
+
+
+def test_without_tensorboard_a_run_is_refused_before_it_writes(birl, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.delitem(sys.modules, "birl_ext.runs.tensorboard", raising=False)
+    status, _, err = birl("run", "fake", "--tensorboard", "--out", "a")
+    assert status == 2
+    assert 'BIRL-E802 --tensorboard needs tensorboard. Fix: pip install "birl_ext[log]"' in err
+    assert not Path("a").exists()
+    assert birl("run", "fake", "--steps", "1", "--no-figures", "--out", "a")[0] == 0
 
 
 def test_without_matplotlib_a_run_ends_well_and_plot_makes_up_for_it(birl):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import hashlib
@@ -11,9 +12,11 @@ import os
 import signal
 import threading
 import tomllib
+import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from fake_problem import FakeConfig, FakeJob
@@ -32,7 +35,10 @@ from birl_ext.runs import loop, plots, toml
 from birl_ext.runs.checkpoint import CheckpointStore
 from birl_ext.runs.config import differences, from_plain, read_toml, to_plain
 from birl_ext.runs.directory import MetricsWriter, RunDirectory, default_path
+from birl_ext.runs.job import WritesFiles
+from birl_ext.runs.pace import Pace
 from birl_ext.runs.progress import progress
+from birl_ext.runs.saver import Saver
 
 # TOML
 
@@ -192,6 +198,18 @@ def test_a_directory_with_files_is_refused(tmp_path):
         RunDirectory(tmp_path)
 
 
+def test_half_a_configuration_left_by_a_kill_is_no_run(tmp_path, monkeypatch):
+    def killed(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path / "run")
+    assert os.listdir(tmp_path / "run") == [".config.toml.partial"]
+    loop.run(*start(tmp_path / "run", steps=1))
+
+
 def test_default_paths_never_collide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = set()
@@ -205,7 +223,7 @@ def test_default_paths_never_collide(tmp_path, monkeypatch):
 def test_metrics_are_strict_json_and_a_torn_line_is_left_out(tmp_path):
     _, directory = start(tmp_path / "run")
     rows = [{"step": 1, "x": 0.1}, {"step": 2, "x": math.nan}, {"step": 3, "x": math.inf}]
-    with MetricsWriter(directory, after=0) as metrics:
+    with contextlib.closing(MetricsWriter(directory, after=0)) as metrics:
         for row in rows:
             metrics.append(row)
     lines = directory.metrics_path.read_text().splitlines()
@@ -216,8 +234,7 @@ def test_metrics_are_strict_json_and_a_torn_line_is_left_out(tmp_path):
     assert history[0] == rows[0]
     assert math.isnan(history[1]["x"])
     assert [row["step"] for row in history] == [1, 2, 3]
-    with MetricsWriter(directory, after=2):
-        pass
+    MetricsWriter(directory, after=2).close()
     assert directory.metrics_path.read_text().splitlines() == lines[:2]
     directory.metrics_path.write_text("{}\nnot json\n{}\n")
     with pytest.raises(FileFormatError, match="line 2"):
@@ -247,6 +264,57 @@ def test_the_files_of_a_run(tmp_path):
     assert summary["error_bound"] is None
     assert summary["versions"]["torch"] == torch.__version__
     assert read_toml(directory.config_path) == {"problem": "fake", "config": to_plain(job.config)}
+
+
+class FilingJob(FakeJob):
+    """Keeps each x in a file of its own, and all of them in one that grows."""
+
+    path: Path | None = None
+    seen: list[int] | None = None
+
+    def attach(self, directory: RunDirectory) -> None:
+        assert self.path is None
+        with pytest.raises(ConfigError, match="another process"), directory.lock():
+            pass
+        self.path, self.seen = directory.path / "x", []
+        self.path.mkdir(exist_ok=True)
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        if self.path is not None:
+            self.seen = [int(line) for line in (self.path / "seen").read_text().split()]
+            self.seen = self.seen[: self.taken]
+
+    def step(self) -> dict[str, float]:
+        metrics = super().step()
+        self.seen.append(self.taken)
+        (self.path / f"{self.taken}").write_text(str(self.x.tolist()))
+        (self.path / "seen").write_text(" ".join(map(str, self.seen)))
+        return metrics
+
+
+def test_a_job_may_write_files_of_its_own(tmp_path):
+    """They lie beside those of the run, and a resumed run ends with the same."""
+
+    def filing(arguments: tuple[FakeJob, RunDirectory]) -> tuple[FakeJob, RunDirectory]:
+        return FilingJob(arguments[0].config), arguments[1]
+
+    loop.run(*filing(start(tmp_path / "whole", steps=6)))
+    job, directory = filing(start(tmp_path / "cut", steps=6))
+    assert isinstance(job, WritesFiles)
+    assert not isinstance(FakeJob(job.config), WritesFiles)
+
+    def work() -> None:
+        loop.run(signal_at(job, 5, signal.SIGKILL), directory, checkpoint_every=3)
+
+    os.waitpid(fork(work), 0)
+    assert (directory.path / "x/seen").read_text() == "1 2 3 4"
+    # A plot reads the state without a directory to write to.
+    assert loop.restore(FilingJob(job.config), CheckpointStore(directory.checkpoints))[0] == 3
+    loop.run(*filing(again(directory.path)))
+    for name in ("seen", *"123456"):
+        whole, cut = ((tmp_path / run / "x" / name).read_text() for run in ("whole", "cut"))
+        assert whole == cut
 
 
 def test_progress_is_silent_without_a_terminal(capfd):
@@ -388,6 +456,147 @@ def test_other_versions_warn(tmp_path, monkeypatch):
     original = CheckpointStore(path / "checkpoints").load().versions
     with pytest.warns(UserWarning, match=r"torch .* -> 9\.9.*not to the same bits"):
         loop.run(*again(path))
+
+
+# When checkpoints are written
+
+
+class Simulation:
+    """A run of one-second steps, whose checkpoints take some seconds each."""
+
+    def __init__(
+        self, pace: Pace, cost: float, *, steps: int = 50_000, full_disk: bool = False
+    ) -> None:
+        self.seconds, self.spent, self.full_disk = 0.0, 0.0, full_disk
+        self.cost = cost
+        self.starts: list[float] = []
+        self.config = FakeConfig()
+        everything: Any = self  # job, store, logger and clock
+        saver = Saver(everything, everything, everything, everything, pace, saved=None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if not full_disk else "ignore")
+            for step in range(1, steps + 1):
+                self.seconds += 1
+                saver.save_if_due(step)
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def sync(self) -> None:
+        """Half of the time goes here, half into the store."""
+        self.starts.append(self.seconds)
+        self._pass()
+
+    def save(self, state: dict, **rest: Any) -> None:
+        self._pass()
+        if self.full_disk:
+            raise CheckpointWriteError("no room")
+
+    def _pass(self) -> None:
+        self.seconds += self.cost / 2
+        self.spent += self.cost / 2
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds from the end of each checkpoint to the start of the next."""
+        ends = [0.0, *(start + self.cost for start in self.starts)]
+        return [start - end for start, end in zip(self.starts, ends[:-1], strict=True)]
+
+
+@pytest.mark.parametrize("full_disk", [False, True])
+@pytest.mark.parametrize("cost", [0.0, 1.0, 2.0, 60.0, 600.0])
+def test_saving_takes_a_twentieth_of_the_time_at_most(cost, full_disk):
+    run = Simulation(Pace(), cost, full_disk=full_disk)
+    assert len(run.starts) >= 4
+    assert min(run.gaps) >= 30
+    assert run.gaps[0] == 30  # what it costs is not known yet
+    after_first = run.seconds - run.starts[0] - cost
+    assert run.spent - cost <= 0.05 * after_first
+    if cost <= 1:
+        assert set(run.gaps) == {30}
+    else:
+        assert run.spent >= 0.04 * run.seconds, "rarer than it has to be"
+
+
+@pytest.mark.parametrize("cost", [0.0, 600.0])
+def test_a_pace_that_was_asked_for_is_kept(cost):
+    assert set(Simulation(Pace(minutes=2.5), cost, steps=1000).gaps) == {150}
+    assert set(Simulation(Pace(every=7), cost, steps=1000).gaps) == {7}
+
+
+@pytest.mark.parametrize(
+    ("pace", "message"),
+    [
+        ({"checkpoint_every": 0}, "--checkpoint-every is 0 .*1 or more"),
+        ({"checkpoint_minutes": 0.0}, r"--checkpoint-minutes is 0\.0 .*more than 0"),
+        ({"checkpoint_minutes": math.nan}, "--checkpoint-minutes is nan"),
+        ({"checkpoint_minutes": math.inf}, "--checkpoint-minutes is inf .*finite"),
+        ({"checkpoint_every": 5, "checkpoint_minutes": 1.0}, "excludes --checkpoint-minutes"),
+    ],
+)
+def test_an_impossible_pace_is_refused(tmp_path, pace, message):
+    job, directory = start(tmp_path / "run")
+    with pytest.raises(ConfigError, match=message):
+        loop.run(job, directory, **pace)
+    assert not directory.metrics_path.exists()
+
+
+# TensorBoard
+
+
+def scalars(directory: RunDirectory) -> list[dict[str, float]]:
+    """The rows that TensorBoard shows, in the order of the files."""
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulators.EventAccumulator(str(directory.tensorboard), {"scalars": 0})
+    events.Reload()
+    rows: dict[int, dict[str, float]] = {}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            row = rows.setdefault(event.step, {"step": event.step})
+            assert name not in row, f"{name} of step {event.step} is there twice"
+            row[name] = event.value
+    return list(rows.values())
+
+
+def in_single_precision(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: float(np.float32(value)) for name, value in row.items()} for row in rows]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("stops", [[2], [8], [4, 4, 5, 11]], ids=str)
+def test_tensorboard_shows_each_row_once(tmp_path, uninterrupted, stops, number):
+    board = pytest.importorskip("birl_ext.runs.tensorboard")
+    path = tmp_path / "run"
+    start(path, steps=12)
+
+    def session(stop: int) -> None:
+        job, directory = again(path)
+        options = {"checkpoint_every": 3, "loggers": [board.TensorBoardWriter]}
+        loop.run(signal_at(job, stop, number), directory, **options)
+
+    for stop in stops:
+        if number == signal.SIGKILL:
+            os.waitpid(fork(lambda stop=stop: session(stop)), 0)
+        else:
+            session(stop)
+    session(0)
+    assert fingerprint(path) == uninterrupted
+    directory = RunDirectory(path)
+    assert scalars(directory) == in_single_precision(directory.history())
+
+
+def test_a_torn_event_file_loses_what_follows_the_tear_only(tmp_path):
+    board = pytest.importorskip("birl_ext.runs.tensorboard")
+    _, directory = start(tmp_path / "run")
+    rows = [{"step": step, "x": float(step)} for step in range(1, 9)]
+    for after in (0, 4):
+        writer = board.TensorBoardWriter(directory, after=after)
+        for row in rows[after : after + 6]:
+            writer.append(row)
+        writer.close()
+        (newest,) = directory.tensorboard.glob("events.*")
+        newest.write_bytes(newest.read_bytes()[: -5 if after == 0 else None])
+    assert scalars(directory) == rows
 
 
 # Failures and signals

@@ -19,6 +19,8 @@ from birl_ext.runs.job import Metrics
 
 __all__ = ["MetricsWriter", "RunDirectory", "default_path", "plain"]
 
+CONFIG = "config.toml"
+
 
 def default_path(problem: str) -> Path:
     """``runs/<problem>-<date>-<time>``, under the current directory; unused so far."""
@@ -38,6 +40,7 @@ class RunDirectory:
         summary.json    the result; written when the run ends
         checkpoints/    see `birl_ext.runs.checkpoint`
         figures/        PNG and SVG
+        tensorboard/    event files, if asked for
 
     Args:
         path: an existing run directory; `create` makes a new one.
@@ -69,7 +72,9 @@ class RunDirectory:
         Raises:
             ConfigError: the path exists and is not an empty directory.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        # A kill may have left half of a configuration, and with it nothing that could be resumed.
+        half = _partial(path / CONFIG)
+        if path.exists() and (not path.is_dir() or any(file != half for file in path.iterdir())):
             raise ConfigError(
                 "the run directory is not empty",
                 where=str(path),
@@ -77,12 +82,12 @@ class RunDirectory:
             )
         path.mkdir(parents=True, exist_ok=True)
         text = toml.dumps({"problem": problem, "config": dict(config)})
-        _replace(path / "config.toml", text)
+        _replace(path / CONFIG, text)
         return cls(path)
 
     @property
     def config_path(self) -> Path:
-        return self.path / "config.toml"
+        return self.path / CONFIG
 
     @property
     def metrics_path(self) -> Path:
@@ -99,6 +104,10 @@ class RunDirectory:
     @property
     def figures(self) -> Path:
         return self.path / "figures"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -183,10 +192,7 @@ class MetricsWriter:
         """Force the rows to the disk: a checkpoint must not be newer than its metrics."""
         os.fsync(self._file.fileno())
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         self._file.close()
 
 
@@ -207,9 +213,13 @@ def _line(row: Mapping[str, float]) -> str:
     return json.dumps(plain(row), allow_nan=False) + "\n"
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
 def _replace(path: Path, text: str) -> None:
     """Write a small file so that a reader, or a crash, sees the old or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = _partial(path)
     with temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()

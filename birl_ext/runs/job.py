@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-__all__ = ["Job", "Metrics", "Problem", "State"]
+    from birl_ext.runs.directory import RunDirectory
+
+__all__ = ["Job", "Metrics", "Problem", "State", "WritesFiles"]
 
 Metrics: TypeAlias = "dict[str, float]"
 """One row of metrics.jsonl: ``step`` and whatever the job's `Job.step` returned."""
@@ -70,6 +72,22 @@ class Job(Protocol):
         Args:
             history: the rows of metrics.jsonl, oldest first.
             summary: what summary.json holds, i.e. `summary` as plain values (tensors as lists).
+        """
+
+
+@runtime_checkable
+class WritesFiles(Protocol):
+    """A job that also writes files of its own, such as videos or a log of answers.
+
+    After a kill the steps since the last checkpoint are taken again, so a file of one step is
+    written over under the same name, and one that grows is cut back by `Job.load_state_dict`.
+    """
+
+    def attach(self, directory: RunDirectory) -> None:
+        """Take the directory whose `RunDirectory.path` the files go under.
+
+        A run calls it once, with the directory locked, before `Job.load_state_dict` and the first
+        step. ``birl plot`` loads the state of a job that is attached to nothing.
         """
 
 

@@ -6,28 +6,24 @@ import contextlib
 import signal
 import sys
 import threading
-import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from birl_ext.errors import (
-    CheckpointIncompatibleError,
-    CheckpointWriteError,
-    MissingDependencyError,
-)
+from birl_ext.errors import CheckpointIncompatibleError, MissingDependencyError
 from birl_ext.runs.checkpoint import CheckpointStore
 from birl_ext.runs.config import differences, to_plain
 from birl_ext.runs.directory import MetricsWriter, RunDirectory, plain
-from birl_ext.runs.job import Job
+from birl_ext.runs.job import Job, WritesFiles
+from birl_ext.runs.logger import OpenLogger, open_loggers
+from birl_ext.runs.pace import Pace
 from birl_ext.runs.progress import progress
+from birl_ext.runs.saver import Clock, Saver
 from birl_ext.runs.versions import versions
 
 __all__ = ["Outcome", "draw_figures", "restore", "run", "summarise"]
-
-SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
 
 class Outcome(NamedTuple):
@@ -44,7 +40,14 @@ class Outcome(NamedTuple):
     stopped_by: signal.Signals | None
 
 
-def run(job: Job, directory: RunDirectory, *, checkpoint_every: int | None = None) -> Outcome:
+def run(
+    job: Job,
+    directory: RunDirectory,
+    *,
+    checkpoint_every: int | None = None,
+    checkpoint_minutes: float | None = None,
+    loggers: Sequence[OpenLogger] = (),
+) -> Outcome:
     """Run a job to its end, or until a signal, from its newest checkpoint if it has one.
 
     A signal ends the run after the step at work, with a checkpoint; a second Ctrl-C ends it at
@@ -53,36 +56,45 @@ def run(job: Job, directory: RunDirectory, *, checkpoint_every: int | None = Non
     Args:
         job: built from ``directory.config``.
         directory: where the files go.
-        checkpoint_every: steps between checkpoints; None writes one every 30 seconds.
+        checkpoint_every: steps between checkpoints.
+        checkpoint_minutes: minutes between them, instead. With neither, half a minute, and more
+            where saving would take over a twentieth of the time.
+        loggers: where the metrics go besides metrics.jsonl.
 
     Returns:
         The outcome; a finished run has its summary.json and its last checkpoint.
 
     Raises:
+        ConfigError: steps and minutes between checkpoints, or an impossible number of either.
         CheckpointIncompatibleError: the checkpoint belongs to another configuration.
         CheckpointCorruptError: there are checkpoints and none verifies.
         CheckpointWriteError: the last checkpoint could not be written; earlier ones are intact.
     """
+    pace = Pace(checkpoint_every, checkpoint_minutes)
     if changed := differences(directory.config, to_plain(job.config)):
         raise CheckpointIncompatibleError(
             f"the configuration differs: {'; '.join(changed)}", where=str(directory.config_path)
         )
     store = CheckpointStore(directory.checkpoints)
     with directory.lock():
+        if isinstance(job, WritesFiles):
+            job.attach(directory)
         step, seconds = restore(job, store) if store.paths() else (0, 0.0)
-        clock = _Clock(seconds)
+        clock = Clock(seconds)
+        openers: list[OpenLogger] = [MetricsWriter, *loggers]
         with (
-            MetricsWriter(directory, after=step) as metrics,
+            open_loggers(openers, directory, after=step) as logger,
             stop_requests() as stop,
             progress(directory.problem, total=job.total_steps, completed=step) as report,
         ):
-            saver = _Saver(job, store, metrics, clock, saved=step if store.paths() else None)
+            saved = step if store.paths() else None
+            saver = Saver(job, store, logger, clock, pace, saved=saved)
             while not job.done and not stop:
                 values = {name: float(value) for name, value in job.step().items()}
                 step += 1
-                metrics.append({"step": step, **values})
+                logger.append({"step": step, **values})
                 report(step, values)
-                saver.save_if_due(step, checkpoint_every)
+                saver.save_if_due(step)
             saver.save(step)
         if not job.done:
             return Outcome(step, None, stop[0])
@@ -90,63 +102,6 @@ def run(job: Job, directory: RunDirectory, *, checkpoint_every: int | None = Non
         summary = summarise(job, directory, step=step, seconds=clock.seconds)
         directory.write_summary(summary)
         return Outcome(step, summary, None)
-
-
-class _Clock:
-    """Seconds of a run over all its sessions."""
-
-    def __init__(self, before: float) -> None:
-        self._zero = time.perf_counter() - before
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._zero
-
-
-class _Saver:
-    """Writes the checkpoints of a run; `saved` is the step of the one that is there already."""
-
-    def __init__(
-        self,
-        job: Job,
-        store: CheckpointStore,
-        metrics: MetricsWriter,
-        clock: _Clock,
-        *,
-        saved: int | None,
-    ) -> None:
-        self._job, self._store, self._metrics, self._clock = job, store, metrics, clock
-        self._saved = saved
-        self._tried, self._tried_at = saved or 0, clock.seconds
-
-    def save(self, step: int) -> None:
-        """Write one, unless this step has one."""
-        if step == self._saved:
-            return
-        self._tried, self._tried_at = step, self._clock.seconds
-        self._metrics.sync()
-        self._store.save(
-            self._job.state_dict(),
-            step=step,
-            config=to_plain(self._job.config),
-            versions=versions(),
-            seconds=self._clock.seconds,
-        )
-        self._saved = step
-
-    def save_if_due(self, step: int, every: int | None) -> None:
-        """Write one if `every` steps, or 30 seconds, have passed; a failure only warns."""
-        if every is not None:
-            due = step - self._tried >= every
-        else:
-            due = self._clock.seconds - self._tried_at >= SECONDS_BETWEEN_CHECKPOINTS
-        if not due:
-            return
-        try:
-            self.save(step)
-        except CheckpointWriteError as error:
-            # The disk may have room again later; only the last save must succeed.
-            warnings.warn(str(error), stacklevel=2)
 
 
 def restore(job: Job, store: CheckpointStore) -> tuple[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from importlib import metadata
 
@@ -10,6 +11,7 @@ import birl_ext
 __all__ = ["installed", "versions"]
 
 
+@functools.cache
 def installed(package: str) -> str | None:
     """The version of an installed distribution, read without importing it; None if absent."""
     try:
