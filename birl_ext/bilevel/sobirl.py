@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.target import snapshot
-from birl_ext.bilevel.score import Follower, Score
+from birl_ext.bilevel.score import OneStep, Score
 from birl_ext.bilevel.trajectory import Baseline, trajectory_surrogate
 from birl_ext.errors import OptionError
 from birl_ext.preferences.fragments import Fragments, Pairs
-from birl_ext.preferences.loss import accuracy, bradley_terry, margins
+from birl_ext.preferences.loss import Steps, accuracy, bradley_terry, in_parts, returns
 from birl_ext.preferences.reward_model import RewardModel
 
 __all__ = ["DRLHF", "Outcome", "SoBiRL", "importance"]
+
+_NUMBERS = 2**22
+"""Most entries of observations per call on a CPU: arrays above 32 MiB come from the system anew,
+page by page, which takes longer than computing them."""
 
 Stale = Literal["weigh", "reject", "keep"]
 _STALE = ("weigh", "reject", "keep")
@@ -32,7 +37,8 @@ class Outcome(NamedTuple):
         loss: mean cross entropy of the pairs.
         accuracy: share of pairs, ties apart, whose order the reward explains; before the update.
         gradient_norm: ‖∇φ̂‖₂.
-        indirect_share: ‖the score's part‖₂ / ‖∇φ̂‖₂: zero without a hyper-gradient.
+        indirect_share: ‖the score's part‖₂ / ‖∇φ̂‖₂: zero without a hyper-gradient, NaN if it
+            was not asked for.
         used: pairs that counted, after stale ones were rejected.
         effective: (Σw)²/Σw² of the importance weights.
     """
@@ -43,6 +49,20 @@ class Outcome(NamedTuple):
     indirect_share: float
     used: int
     effective: float
+
+
+class _Evaluated(NamedTuple):
+    """What the present reward and policy say about pairs.
+
+    Args:
+        margin: R₁ − R₂, (n,).
+        score: surrogate of the score of both fragments, (n,).
+        log_prob: log π(a|s) of the steps of each side, (n, H) both.
+    """
+
+    margin: Tensor
+    score: Tensor | None
+    log_prob: Sequence[Tensor] | None
 
 
 def importance(fragments: Fragments, log_prob: Tensor, *, stale: Stale, limit: float) -> Tensor:
@@ -69,6 +89,19 @@ def importance(fragments: Fragments, log_prob: Tensor, *, stale: Stale, limit: f
     if stale == "reject":
         return (gap.abs() <= most).to(gap.dtype)
     return torch.ones_like(gap)
+
+
+def _at_once(observation: Tensor) -> int | None:
+    """Most steps per call of a network in evaluation mode, where it changes nothing but time."""
+    if observation.device.type != "cpu":
+        return None
+    return max(1, _NUMBERS // max(1, math.prod(observation.shape[1:])))
+
+
+def _norm(gradient: Iterable[Tensor | None]) -> float:
+    """‖·‖₂ of all parts together."""
+    squares = [part.double().square().sum() for part in gradient if part is not None]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
 def _check_stale(stale: str, limit: float) -> None:
@@ -121,75 +154,111 @@ class SoBiRL:
         self.limit = limit
         self.steps = 0
 
-    def step(self, pairs: Pairs, follower: Any, *, temperature: float) -> Outcome:
+    def step(
+        self, pairs: Pairs, follower: Any, *, temperature: float, indirect_share: bool = True
+    ) -> Outcome:
         """One update from a batch of answered pairs.
+
+        With `OneStep` of discrete actions and a `CategoricalPolicy`, reward and policy are each run
+        once over all steps, for loss, score and weights together.
 
         Args:
             pairs: n of them; skipped answers are not among them.
             follower: the present policy, held fixed; `log_prob` is asked of it where `stale` is not
                 "keep".
             temperature: its τ.
+            indirect_share: whether to measure it, which takes a second backward pass.
         """
-        margin = margins(self.reward, pairs)
-        loss = bradley_terry(margin, pairs.label, self.noise)
-        weight = self._weight(pairs, follower).to(loss)
-        direct = (weight * loss).sum() / len(loss)
-        indirect = torch.zeros_like(direct)
-        if self.score is not None:
-            indirect = self._indirect(pairs, follower, loss, weight, temperature)
-        parts = [
-            torch.autograd.grad(part, self.parameters, retain_graph=True, allow_unused=True)
-            if part.requires_grad
-            else [None] * len(self.parameters)
-            for part in (direct, indirect)
-        ]
-        sizes = []
-        for parameter, one, other in zip(self.parameters, *parts, strict=True):
-            found = [part for part in (one, other) if part is not None]
-            parameter.grad = sum(found[1:], found[0]) if found else None
-        for part in ([p.grad for p in self.parameters], parts[1]):
-            squares = [x.double().square().sum() for x in part if x is not None]
-            sizes.append(float(torch.stack(squares).sum().sqrt()) if squares else 0.0)
+        found = self._evaluated(pairs, follower)
+        loss = bradley_terry(found.margin, pairs.label, self.noise)
+        weight = self._weight(pairs, found.log_prob).to(loss)
+        objective = (weight * loss).sum() / len(loss)
+        share = 0.0
+        if found.score is not None:
+            # (1/n) Σ w (l − b) h/τ, whose gradient is the score's part
+            indirect = trajectory_surrogate(
+                loss.detach(),
+                found.score,
+                temperature=temperature,
+                baseline=self.baseline,
+                weight=weight,
+            )
+            objective = objective + indirect
+            share = math.nan
+            if indirect_share:
+                share = _norm(self._gradient(indirect, retain_graph=True))
+        gradient = self._gradient(objective)
+        for parameter, part in zip(self.parameters, gradient, strict=True):
+            parameter.grad = part
+        size = _norm(gradient)
         self.optimiser.step()
         self.steps += 1
         return Outcome(
             loss=float(loss.detach().mean()),
-            accuracy=float(accuracy(margin, pairs.label)),
-            gradient_norm=sizes[0],
-            indirect_share=sizes[1] / sizes[0] if sizes[0] else 0.0,
+            accuracy=float(accuracy(found.margin, pairs.label)),
+            gradient_norm=size,
+            indirect_share=share / size if size else 0.0,
             used=int((weight > 0).sum()),
             effective=float(weight.sum().square() / weight.square().sum().clamp(min=1e-12)),
         )
 
-    def _indirect(
-        self, pairs: Pairs, follower: Follower, loss: Tensor, weight: Tensor, temperature: float
-    ) -> Tensor:
-        """(1/n) Σ w (l − b) h/τ, whose gradient is the score's part."""
-        assert self.score is not None
-        scores = torch.zeros_like(loss)
-        for part in (pairs.first, pairs.second):
-            scores = scores + self.score(
-                self.reward, follower, part.observation, part.action, part.present
-            )
-        return trajectory_surrogate(
-            loss.detach(),
-            scores,
-            temperature=temperature,
-            baseline=self.baseline,
-            weight=weight,
+    def _gradient(self, value: Tensor, *, retain_graph: bool = False) -> Sequence[Tensor | None]:
+        if not value.requires_grad:
+            return [None] * len(self.parameters)
+        return torch.autograd.grad(
+            value, self.parameters, retain_graph=retain_graph, allow_unused=True
         )
 
-    def _weight(self, pairs: Pairs, follower: Any) -> Tensor:
+    def _evaluated(self, pairs: Pairs, follower: Any) -> _Evaluated:
+        """Reward and policy at the steps of all pairs."""
+        steps = Steps.of(pairs.first, pairs.second)
+        at_once = _at_once(steps.observation)
+        score = self.score
+        if (
+            isinstance(score, OneStep)
+            and score.actions is not None
+            and isinstance(follower, CategoricalPolicy)
+            and not steps.action.is_floating_point()
+        ):
+            return self._tabulated(steps, follower, at_once)
+        now = None
+        if self.stale != "keep":
+            with torch.no_grad():
+                where, chosen = steps.observation, steps.action
+                now = steps.tables(in_parts(follower.log_prob, where, chosen, at_once=at_once))
+        ours, theirs = returns(self.reward, steps, at_once=at_once)
+        margin = ours - theirs
+        if score is None:
+            return _Evaluated(margin, None, now)
+        first, second = (
+            score(self.reward, follower, part.observation, part.action, part.present)
+            for part in (pairs.first, pairs.second)
+        )
+        return _Evaluated(margin, first + second, now)
+
+    def _tabulated(
+        self, steps: Steps, follower: CategoricalPolicy, at_once: int | None
+    ) -> _Evaluated:
+        """`_evaluated` of `OneStep`: loss, score and weights all follow from r(s, ·) and π(·|s), so
+        that each network is run once.
+        """
+        where, chosen = steps.observation, steps.action.unsqueeze(-1)
+        log_policy = in_parts(follower.log_probs, where, at_once=at_once, dim=0)
+        table = in_parts(self.reward.all_actions, where, at_once=at_once, dim=0)
+        ours, theirs = steps.sums(table.gather(-1, chosen).squeeze(-1))
+        scores = steps.sums(OneStep.of_table(table, log_policy.exp(), steps.action))
+        now = steps.tables(log_policy.gather(-1, chosen).squeeze(-1))
+        return _Evaluated(ours - theirs, scores[0] + scores[1], now)
+
+    def _weight(self, pairs: Pairs, now: Sequence[Tensor] | None) -> Tensor:
         """w of each pair, (n,): the product of its fragments'."""
         weight = torch.ones_like(pairs.label)
         if self.stale == "keep":
             return weight
-        for part in (pairs.first, pairs.second):
-            with torch.no_grad():
-                now = torch.zeros_like(part.log_prob)
-                seen = part.present
-                now[seen] = follower.log_prob(part.observation[seen], part.action[seen]).to(now)
-            weight = weight * importance(part, now, stale=self.stale, limit=self.limit).to(weight)
+        assert now is not None
+        for part, log_prob in zip((pairs.first, pairs.second), now, strict=True):
+            log_prob = log_prob.to(part.log_prob)
+            weight = weight * importance(part, log_prob, stale=self.stale, limit=self.limit)
         return weight
 
     def state_dict(self) -> dict[str, Any]:
