@@ -131,9 +131,7 @@ def figure(report: dict[str, Any], path: Path) -> None:
         for panel, task in zip(axes[0], tasks, strict=True):
             for name, colour in zip(ALGORITHMS, plots.COLOURS, strict=False):
                 own = [
-                    run
-                    for run in report["runs"]
-                    if (run["task"], run["algorithm"]) == (task, name)
+                    run for run in report["runs"] if (run["task"], run["algorithm"]) == (task, name)
                 ]
                 if not own:
                     continue
@@ -195,7 +193,9 @@ def main() -> None:
         options.tasks, range(options.seeds), options.teachers, options.algorithms
     )
     open_runs = [
-        key for task, seed, teacher, name in asked if (key := (task, teacher, name, seed)) not in held
+        key
+        for task, seed, teacher, name in asked
+        if (key := (task, teacher, name, seed)) not in held
     ]
     with ProcessPoolExecutor(options.workers) as pool:
         for done in as_completed([pool.submit(measure, *key) for key in open_runs]):

@@ -9,7 +9,13 @@ import torch
 import birl_ext
 from birl_ext.agents.environment import make_environments
 from birl_ext.errors import OptionError
-from birl_ext.problems.preference.gridworld import GRIDWORLD, STEPS, Gridworld, gridworld_mdp, true_return
+from birl_ext.problems.preference.gridworld import (
+    GRIDWORLD,
+    STEPS,
+    Gridworld,
+    gridworld_mdp,
+    true_return,
+)
 
 
 def test_the_environment_draws_from_the_transition_of_the_mdp() -> None:
@@ -79,7 +85,9 @@ def test_a_picture_shows_the_walker() -> None:
     one = world.render()
     assert one.dtype == np.uint8
     assert one.shape == (224, 224, 3)
-    moved = next(a for a in range(4) if world.step(a)[0] is not None and (world.render() != one).any())
+    moved = next(
+        a for a in range(4) if world.step(a)[0] is not None and (world.render() != one).any()
+    )
     assert moved in range(4)
     with pytest.raises(OptionError, match="render_mode is 'human'"):
         Gridworld(render_mode="human")

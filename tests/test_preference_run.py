@@ -94,7 +94,9 @@ def test_the_algorithms_differ_by_the_hypergradient_alone() -> None:
     for name, part in late.reward.state_dict().items():
         assert torch.equal(part, jobs["drlhf"].reward.state_dict()[name])
     moved = jobs["sobirl"].reward.state_dict()
-    assert any(not torch.equal(part, moved[name]) for name, part in late.reward.state_dict().items())
+    assert any(
+        not torch.equal(part, moved[name]) for name, part in late.reward.state_dict().items()
+    )
 
 
 def test_the_stochastic_variant_learns_from_the_newest_answers_alone(
@@ -104,13 +106,17 @@ def test_the_stochastic_variant_learns_from_the_newest_answers_alone(
     seen: list[Any] = []
     plain = job.learner.step
     monkeypatch.setattr(
-        job.learner, "step", lambda pairs, *rest, **more: (seen.append(pairs), plain(pairs, *rest, **more))[1]
+        job.learner,
+        "step",
+        lambda pairs, *rest, **more: (seen.append(pairs), plain(pairs, *rest, **more))[1],
     )
     while not job.done:
         asked = job.answers.added
         seen.clear()
         job.step()
-        own = job.answers.select(torch.arange(len(job.answers) - (job.answers.added - asked), len(job.answers)))
+        own = job.answers.select(
+            torch.arange(len(job.answers) - (job.answers.added - asked), len(job.answers))
+        )
         marks = {tuple(x.flatten().tolist()) for x in own.first.observation}
         assert seen
         for pairs in seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,10 @@ from test_score import (
 )
 from torch import Tensor
 
+from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.finite import Paths
 from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
-from birl_ext.bilevel.score import Critic, FullHorizon
+from birl_ext.bilevel.score import Critic, FullHorizon, OneStep
 from birl_ext.bilevel.sobirl import DRLHF, SoBiRL, importance
 from birl_ext.errors import OptionError
 from birl_ext.preferences.fragments import Fragments, Pairs
@@ -198,12 +200,148 @@ def test_padding_has_no_weight() -> None:
     assert bool((importance(short, now, stale="weigh", limit=9.0) == 1).all())
 
 
+class LinearPolicy(CategoricalPolicy):
+    """π = softmax(s W); counts how many observations it was asked about."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.asked: list[int] = []
+
+    def log_probs(self, observation: Tensor) -> Tensor:
+        self.asked.append(len(observation))
+        return (observation @ self.weight).log_softmax(-1)
+
+
+def linear_problem(count: int = 5) -> tuple[RewardNetwork, LinearPolicy, Pairs]:
+    """A network's reward, a policy near the one that acted, and pairs of unequal, padded sides."""
+    draws = torch.Generator().manual_seed(4)
+    reward = RewardNetwork.mlp(3, draws, actions=4, hidden=(5,)).double()
+    policy = LinearPolicy(torch.randn(3, 4, generator=draws, dtype=torch.float64))
+
+    def side(steps: int) -> Fragments:
+        where = torch.randn(count, steps, 3, generator=draws, dtype=torch.float64)
+        chosen = torch.randint(4, (count, steps), generator=draws)
+        length = torch.randint(1, steps + 1, (count, 1), generator=draws)
+        present = torch.arange(steps) < length
+        then = (where @ (policy.weight + 0.2)).log_softmax(-1)
+        then = then.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        then = then + 0.3 * torch.randn(count, steps, generator=draws, dtype=torch.float64)
+        where[~present], then[~present] = math.nan, math.nan
+        version = torch.zeros(count, dtype=torch.int64)
+        return Fragments(where, chosen, torch.zeros(count, steps), present, then, version)
+
+    label = torch.rand(count, generator=draws, dtype=torch.float64)
+    return reward, policy, Pairs(side(6), side(4), label)
+
+
+def pair_by_pair(
+    reward: RewardNetwork, policy: LinearPolicy, pairs: Pairs, temperature: float, limit: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The two parts of the gradient by (M16) with the first estimator, a step at a time."""
+    losses, scores, weights = [], [], []
+    for i in range(len(pairs)):
+        margin, score, log_weight = torch.zeros(()), torch.zeros(()), [0.0, 0.0]
+        for k, (sign, part) in enumerate(((1, pairs.first), (-1, pairs.second))):
+            for h in range(part.present.shape[1]):
+                if not part.present[i, h]:
+                    continue
+                where, chosen = part.observation[i, h], int(part.action[i, h])
+                values = reward.body(where.unsqueeze(0)).squeeze(0)
+                shares = (where @ policy.weight).softmax(-1)
+                margin = margin + sign * values[chosen]
+                score = score + values[chosen] - (shares * values).sum()
+                log_weight[k] += float(shares[chosen].log() - part.log_prob[i, h])
+        y = pairs.label[i]
+        losses.append(-y * margin.sigmoid().log() - (1 - y) * (-margin).sigmoid().log())
+        scores.append(score)
+        cut = [min(max(math.exp(x), 1 / limit), limit) for x in log_weight]
+        weights.append(cut[0] * cut[1])
+    count = len(pairs)
+    direct, indirect = torch.zeros(()), torch.zeros(())
+    for i in range(count):
+        others = [j for j in range(count) if j != i]
+        mass = sum(weights[j] for j in others)
+        baseline = sum(weights[j] * float(losses[j].detach()) for j in others) / mass
+        direct = direct + weights[i] * losses[i] / count
+        advantage = float(losses[i].detach()) - baseline
+        indirect = indirect + weights[i] * advantage * scores[i] / temperature / count
+    parameters = list(reward.parameters())
+    return tuple(  # type: ignore[return-value]
+        list(torch.autograd.grad(part, parameters, retain_graph=True))
+        for part in (direct, indirect)
+    )
+
+
+@pytest.mark.parametrize("most", [None, 6])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_step_is_the_sum_over_pairs_and_steps(
+    most: int | None, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many steps are evaluated at once, and whether or not the tables are shared."""
+    reward, policy, pairs = linear_problem()
+    direct, indirect = pair_by_pair(reward, policy, pairs, 0.5, 1.5)
+    if most:
+        monkeypatch.setattr("birl_ext.bilevel.sobirl._NUMBERS", most)
+    follower: Any = policy
+    if not shared:  # the same policy, of a kind that names no table of logarithms
+        follower = SimpleNamespace(probabilities=policy.probabilities, log_prob=policy.log_prob)
+    algorithm = SoBiRL(reward, optimiser=still, score=OneStep(4), limit=1.5)
+    outcome = algorithm.step(pairs, follower, temperature=0.5)
+    for parameter, one, other in zip(algorithm.parameters, direct, indirect, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, one + other, rtol=1e-10, atol=1e-12)
+    norm = torch.cat([(a + b).flatten() for a, b in zip(direct, indirect, strict=True)]).norm()
+    share = torch.cat([part.flatten() for part in indirect]).norm() / norm
+    assert outcome.gradient_norm == pytest.approx(float(norm), rel=1e-10)
+    assert outcome.indirect_share == pytest.approx(float(share), rel=1e-10)
+    assert float(share) > 0.1  # so that a part left out would show
+
+
+def test_each_network_is_run_once_over_the_steps() -> None:
+    reward, policy, pairs = linear_problem()
+    seen: list[int] = []
+    reward.body.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    SoBiRL(reward, optimiser=still, score=OneStep(4)).step(pairs, policy, temperature=1.0)
+    steps = int(pairs.first.present.sum() + pairs.second.present.sum())
+    assert seen == policy.asked == [steps]
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.02, 1.0, math.inf])
+def test_the_scores_part_is_shortened_to_its_limit(limit: float) -> None:
+    """Its direction stays, and so does the loss's part."""
+    reward, policy, pairs = linear_problem()
+    direct, indirect = pair_by_pair(reward, policy, pairs, 0.5, 5.0)
+    one, other = (torch.cat([x.flatten() for x in part]) for part in (direct, indirect))
+    factor = min(1.0, limit * float(one.norm() / other.norm()))
+    assert (factor < 1) == (limit < 0.5)  # both cases are tried
+    algorithm = SoBiRL(reward, optimiser=still, score=OneStep(4), indirect_limit=limit)
+    outcome = algorithm.step(pairs, policy, temperature=0.5)
+    found = torch.cat([p.grad.flatten() for p in algorithm.parameters if p.grad is not None])
+    torch.testing.assert_close(found, one + factor * other, rtol=1e-10, atol=1e-12)
+    share = factor * float(other.norm() / found.norm())
+    assert outcome.indirect_share == pytest.approx(share, rel=1e-10)
+
+
+def test_the_loss_may_count_all_answers_alike() -> None:
+    """Only the score's part is weighed then."""
+    reward, policy, pairs = linear_problem()
+    _, indirect = pair_by_pair(reward, policy, pairs, 0.5, 5.0)
+    loss = bradley_terry(margins(reward, pairs), pairs.label).mean()
+    plain = torch.autograd.grad(loss, list(reward.parameters()))
+    algorithm = SoBiRL(reward, optimiser=still, score=OneStep(4), weigh_loss=False)
+    algorithm.step(pairs, policy, temperature=0.5)
+    for parameter, one, other in zip(algorithm.parameters, plain, indirect, strict=True):
+        torch.testing.assert_close(parameter.grad, one + other, rtol=1e-10, atol=1e-12)
+
+
 def test_options_are_named() -> None:
     reward = RewardNetwork.table(2, 2)
     with pytest.raises(OptionError, match="stale is 'old'"):
         SoBiRL(reward, optimiser=still, score=None, stale="old")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="noise is 1"):
         DRLHF(reward, optimiser=still, noise=1)
+    with pytest.raises(OptionError, match="indirect_limit is nan"):
+        SoBiRL(reward, optimiser=still, score=None, indirect_limit=math.nan)
     problem, _, _ = table_problem()
     one = fragments(problem, simulator_of(problem).rollout(problem.follower, 4, 2))
     with pytest.raises(OptionError, match="limit is 1"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from birl_ext.errors import DiscountError, OptionError
 from birl_ext.preferences.loss import RewardFunction
+from birl_ext.preferences.reward_model import RewardModel
 
 __all__ = ["Critic", "Follower", "FullHorizon", "OneStep", "Score", "Simulator"]
 
@@ -120,7 +121,14 @@ class OneStep(_StepByStep):
     def steps_of(
         self, reward: RewardFunction, follower: Follower, where: Tensor, chosen: Tensor
     ) -> Tensor:
+        if self.actions is not None and isinstance(reward, RewardModel):
+            return self.of_table(reward.all_actions(where), follower.probabilities(where), chosen)
         return reward(where, chosen) - self._mean(reward, follower, where)
+
+    @staticmethod
+    def of_table(table: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
+        """`steps_of` from r(s, ·) and π(·|s), (m, A) both: what is known already costs nothing."""
+        return table.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - (share * table).sum(-1)
 
     def _mean(self, reward: RewardFunction, follower: Follower, where: Tensor) -> Tensor:
         """E_π r(s, ·), (m,)."""

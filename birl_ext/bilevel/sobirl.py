@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.target import snapshot
-from birl_ext.bilevel.score import Follower, Score
+from birl_ext.bilevel.score import OneStep, Score
 from birl_ext.bilevel.trajectory import Baseline, trajectory_surrogate
 from birl_ext.errors import OptionError
 from birl_ext.preferences.fragments import Fragments, Pairs
-from birl_ext.preferences.loss import accuracy, bradley_terry, margins
+from birl_ext.preferences.loss import Steps, accuracy, bradley_terry, in_parts
 from birl_ext.preferences.reward_model import RewardModel
 
 __all__ = ["DRLHF", "Outcome", "SoBiRL", "importance"]
+
+_NUMBERS = 2**22
+"""Most entries of observations per call on a CPU: arrays above 32 MiB come from the system anew,
+page by page, which takes longer than computing them."""
 
 Stale = Literal["weigh", "reject", "keep"]
 _STALE = ("weigh", "reject", "keep")
@@ -43,6 +48,20 @@ class Outcome(NamedTuple):
     indirect_share: float
     used: int
     effective: float
+
+
+class _Evaluated(NamedTuple):
+    """What the present reward and policy say about pairs.
+
+    Args:
+        margin: R₁ − R₂ without the leads, (n,).
+        score: surrogate of the score of both fragments, (n,).
+        log_prob: log π(a|s) of the steps of each side, (n, lead + H) both.
+    """
+
+    margin: Tensor
+    score: Tensor | None
+    log_prob: Sequence[Tensor] | None
 
 
 def importance(fragments: Fragments, log_prob: Tensor, *, stale: Stale, limit: float) -> Tensor:
@@ -71,6 +90,26 @@ def importance(fragments: Fragments, log_prob: Tensor, *, stale: Stale, limit: f
     return torch.ones_like(gap)
 
 
+def _at_once(observation: Tensor) -> int | None:
+    """Most steps per call of a network in evaluation mode, where it changes nothing but time."""
+    if observation.device.type != "cpu":
+        return None
+    return max(1, _NUMBERS // max(1, math.prod(observation.shape[1:])))
+
+
+def _norm(gradient: Iterable[Tensor | None]) -> float:
+    """‖·‖₂ of all parts together."""
+    squares = [part.double().square().sum() for part in gradient if part is not None]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+
+def _sum(one: Tensor | None, other: Tensor | None, factor: float) -> Tensor | None:
+    """one + factor · other, of those that are there."""
+    if one is None or other is None:
+        return one if other is None else factor * other
+    return one + factor * other
+
+
 def _check_stale(stale: str, limit: float) -> None:
     if stale not in _STALE:
         raise OptionError(f"stale is {stale!r}", allowed=", ".join(map(repr, _STALE)))
@@ -93,6 +132,12 @@ class SoBiRL:
         baseline: of the losses, see `trajectory_surrogate`.
         stale: what to do with pairs from earlier policies, see `importance`.
         limit: of the importance weights.
+        weigh_loss: whether the weights hold for the loss itself too, as ∇φ asks. Without, the
+            reward is fitted to all answers alike, and only the score's part is corrected: less
+            noise, for a fit to behaviour that is not the present one's.
+        indirect_limit: the most that the norm of the score's part may be, in units of that of the
+            loss's; what is longer is shortened. The estimate of a few pairs is mostly noise once
+            the loss is fitted. Infinite leaves ∇φ̂ as it is.
         lead: the first steps of every fragment that are scored and weighed but not compared, see
             `birl_ext.preferences.fragments.draw`; what the policy did before them is left out.
 
@@ -109,10 +154,14 @@ class SoBiRL:
         baseline: Baseline = "others",
         stale: Stale = "weigh",
         limit: float = 5.0,
+        weigh_loss: bool = True,
+        indirect_limit: float = math.inf,
         lead: int = 0,
     ) -> None:
         if not 0 <= noise < 1:
             raise OptionError(f"noise is {noise!r}", allowed="[0, 1)")
+        if not indirect_limit >= 0:
+            raise OptionError(f"indirect_limit is {indirect_limit!r}", allowed="0 or more")
         if lead < 0:
             raise OptionError(f"lead is {lead!r}", allowed="0 or more")
         _check_stale(stale, limit)
@@ -124,11 +173,16 @@ class SoBiRL:
         self.baseline: Baseline = baseline
         self.stale: Stale = stale
         self.limit = limit
+        self.weigh_loss = weigh_loss
+        self.indirect_limit = indirect_limit
         self.lead = lead
         self.steps = 0
 
     def step(self, pairs: Pairs, follower: Any, *, temperature: float) -> Outcome:
         """One update from a batch of answered pairs.
+
+        With `OneStep` of discrete actions and a `CategoricalPolicy`, reward and policy are each run
+        once over all steps, for loss, score and weights together.
 
         Args:
             pairs: n of them, answered without their lead; skipped answers are not among them.
@@ -136,66 +190,103 @@ class SoBiRL:
                 "keep".
             temperature: its τ.
         """
-        margin = margins(self.reward, pairs.after(self.lead))
-        loss = bradley_terry(margin, pairs.label, self.noise)
-        weight = self._weight(pairs, follower).to(loss)
-        direct = (weight * loss).sum() / len(loss)
-        indirect = torch.zeros_like(direct)
-        if self.score is not None:
-            indirect = self._indirect(pairs, follower, loss, weight, temperature)
-        parts = [
-            torch.autograd.grad(part, self.parameters, retain_graph=True, allow_unused=True)
-            if part.requires_grad
-            else [None] * len(self.parameters)
-            for part in (direct, indirect)
-        ]
-        sizes = []
-        for parameter, one, other in zip(self.parameters, *parts, strict=True):
-            found = [part for part in (one, other) if part is not None]
-            parameter.grad = sum(found[1:], found[0]) if found else None
-        for part in ([p.grad for p in self.parameters], parts[1]):
-            squares = [x.double().square().sum() for x in part if x is not None]
-            sizes.append(float(torch.stack(squares).sum().sqrt()) if squares else 0.0)
+        found = self._evaluated(pairs, follower)
+        loss = bradley_terry(found.margin, pairs.label, self.noise)
+        weight = self._weight(pairs, found.log_prob).to(loss)
+        direct = ((weight if self.weigh_loss else 1.0) * loss).sum() / len(loss)
+        gradient = self._gradient(direct, retain_graph=found.score is not None)
+        share = 0.0
+        if found.score is not None:
+            # (1/n) Σ w (l − b) h/τ, whose gradient is the score's part
+            indirect = trajectory_surrogate(
+                loss.detach(),
+                found.score,
+                temperature=temperature,
+                baseline=self.baseline,
+                weight=weight,
+            )
+            part = self._gradient(indirect)
+            share = _norm(part)
+            cut = min(1.0, self.indirect_limit * _norm(gradient) / share) if share else 1.0
+            share *= cut
+            gradient = [_sum(one, other, cut) for one, other in zip(gradient, part, strict=True)]
+        for parameter, one in zip(self.parameters, gradient, strict=True):
+            parameter.grad = one
+        size = _norm(gradient)
         self.optimiser.step()
         self.steps += 1
         return Outcome(
             loss=float(loss.detach().mean()),
-            accuracy=float(accuracy(margin, pairs.label)),
-            gradient_norm=sizes[0],
-            indirect_share=sizes[1] / sizes[0] if sizes[0] else 0.0,
+            accuracy=float(accuracy(found.margin, pairs.label)),
+            gradient_norm=size,
+            indirect_share=share / size if size else 0.0,
             used=int((weight > 0).sum()),
             effective=float(weight.sum().square() / weight.square().sum().clamp(min=1e-12)),
         )
 
-    def _indirect(
-        self, pairs: Pairs, follower: Follower, loss: Tensor, weight: Tensor, temperature: float
-    ) -> Tensor:
-        """(1/n) Σ w (l − b) h/τ, whose gradient is the score's part."""
-        assert self.score is not None
-        scores = torch.zeros_like(loss)
-        for part in (pairs.first, pairs.second):
-            scores = scores + self.score(
-                self.reward, follower, part.observation, part.action, part.present
-            )
-        return trajectory_surrogate(
-            loss.detach(),
-            scores,
-            temperature=temperature,
-            baseline=self.baseline,
-            weight=weight,
+    def _gradient(self, value: Tensor, *, retain_graph: bool = False) -> Sequence[Tensor | None]:
+        if not value.requires_grad:
+            return [None] * len(self.parameters)
+        return torch.autograd.grad(
+            value, self.parameters, retain_graph=retain_graph, allow_unused=True
         )
 
-    def _weight(self, pairs: Pairs, follower: Any) -> Tensor:
+    def _evaluated(self, pairs: Pairs, follower: Any) -> _Evaluated:
+        """Reward and policy at the steps of all pairs."""
+        steps = Steps.of(pairs.first, pairs.second)
+        at_once = _at_once(steps.observation)
+        score = self.score
+        if (
+            isinstance(score, OneStep)
+            and score.actions is not None
+            and isinstance(follower, CategoricalPolicy)
+            and not steps.action.is_floating_point()
+        ):
+            return self._tabulated(steps, follower, at_once)
+        now = None
+        if self.stale != "keep":
+            with torch.no_grad():
+                where, chosen = steps.observation, steps.action
+                now = steps.tables(in_parts(follower.log_prob, where, chosen, at_once=at_once))
+        margin = self._margin(
+            steps, in_parts(self.reward, steps.observation, steps.action, at_once=at_once)
+        )
+        if score is None:
+            return _Evaluated(margin, None, now)
+        first, second = (
+            score(self.reward, follower, part.observation, part.action, part.present)
+            for part in (pairs.first, pairs.second)
+        )
+        return _Evaluated(margin, first + second, now)
+
+    def _tabulated(
+        self, steps: Steps, follower: CategoricalPolicy, at_once: int | None
+    ) -> _Evaluated:
+        """`_evaluated` of `OneStep`: loss, score and weights all follow from r(s, ·) and π(·|s), so
+        that each network is run once.
+        """
+        where, chosen = steps.observation, steps.action.unsqueeze(-1)
+        log_policy = in_parts(follower.log_probs, where, at_once=at_once, dim=0)
+        table = in_parts(self.reward.all_actions, where, at_once=at_once, dim=0)
+        margin = self._margin(steps, table.gather(-1, chosen).squeeze(-1))
+        scores = steps.sums(OneStep.of_table(table, log_policy.exp(), steps.action))
+        now = steps.tables(log_policy.gather(-1, chosen).squeeze(-1))
+        return _Evaluated(margin, scores[0] + scores[1], now)
+
+    def _margin(self, steps: Steps, reward: Tensor) -> Tensor:
+        """R₁ − R₂ from the reward of every step, without the leads."""
+        ours, theirs = (table[:, self.lead :].sum(-1) for table in steps.tables(reward))
+        return ours - theirs
+
+    def _weight(self, pairs: Pairs, now: Sequence[Tensor] | None) -> Tensor:
         """w of each pair, (n,): the product of its fragments'."""
         weight = torch.ones_like(pairs.label)
         if self.stale == "keep":
             return weight
-        for part in (pairs.first, pairs.second):
-            with torch.no_grad():
-                now = torch.zeros_like(part.log_prob)
-                seen = part.present
-                now[seen] = follower.log_prob(part.observation[seen], part.action[seen]).to(now)
-            weight = weight * importance(part, now, stale=self.stale, limit=self.limit).to(weight)
+        assert now is not None
+        for part, log_prob in zip((pairs.first, pairs.second), now, strict=True):
+            log_prob = log_prob.to(part.log_prob)
+            weight = weight * importance(part, log_prob, stale=self.stale, limit=self.limit)
         return weight
 
     def state_dict(self) -> dict[str, Any]:

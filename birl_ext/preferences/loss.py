@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,14 @@ from torch.nn import functional
 from birl_ext.errors import OptionError, ShapeError
 from birl_ext.preferences.fragments import Fragments, Pairs
 
-__all__ = ["accuracy", "bradley_terry", "fragment_returns", "margins"]
+__all__ = [
+    "Steps",
+    "accuracy",
+    "bradley_terry",
+    "fragment_returns",
+    "in_parts",
+    "margins",
+]
 
 RewardFunction = Callable[[Tensor, Tensor], Tensor]
 """(observation (m, *O), action (m, *A)) → r (*E, m)."""
@@ -85,35 +93,74 @@ def fragment_returns(
     Returns:
         (*E, n) for each of the arguments.
     """
-    present = torch.cat([part.present.flatten() for part in fragments])
-    observation = torch.cat([part.observation.flatten(0, 1) for part in fragments])
-    action = torch.cat([part.action.flatten(0, 1) for part in fragments])
-    if not bool(present.all()):
-        observation, action = observation[present], action[present]
-    steps = _in_parts(reward, observation, action, at_once)
-    lead = steps.shape[:-1]
-    if steps.shape[-1:] != observation.shape[:1]:
+    steps = Steps.of(*fragments)
+    found = in_parts(reward, steps.observation, steps.action, at_once=at_once)
+    if found.shape[-1:] != steps.observation.shape[:1]:
         raise ShapeError(
-            f"the reward returned shape {tuple(steps.shape)}",
-            allowed=f"(*E, {observation.shape[0]}): one number per step",
+            f"the reward returned shape {tuple(found.shape)}",
+            allowed=f"(*E, {steps.observation.shape[0]}): one number per step",
         )
-    table = steps.new_zeros(*lead, len(present)).masked_scatter(present.expand(*lead, -1), steps)
-    sizes = [part.present.numel() for part in fragments]
-    return tuple(
-        part.reshape(*lead, *whole.present.shape).sum(-1)
-        for part, whole in zip(torch.split(table, sizes, -1), fragments, strict=True)
-    )
+    return steps.sums(found)
 
 
-def _in_parts(
-    reward: RewardFunction, observation: Tensor, action: Tensor, at_once: int | None
+class Steps(NamedTuple):
+    """The m present steps of one or several `Fragments`, in one row.
+
+    Args:
+        observation: (m, *O).
+        action: (m, *A).
+        present: (Σ n·H,) bool, where they stood.
+        shapes: (n, H) of each of the arguments.
+    """
+
+    observation: Tensor
+    action: Tensor
+    present: Tensor
+    shapes: tuple[torch.Size, ...]
+
+    @classmethod
+    def of(cls, *fragments: Fragments) -> Steps:
+        """The steps of all of them."""
+        present = torch.cat([part.present.flatten() for part in fragments])
+        observation = torch.cat([part.observation.flatten(0, 1) for part in fragments])
+        action = torch.cat([part.action.flatten(0, 1) for part in fragments])
+        if not bool(present.all()):
+            observation, action = observation[present], action[present]
+        return cls(observation, action, present, tuple(part.present.shape for part in fragments))
+
+    def tables(self, number: Tensor) -> tuple[Tensor, ...]:
+        """A number per step, (*E, m), as (*E, n, H) of each of the arguments; zero in padding."""
+        lead = number.shape[:-1]
+        if number.shape[-1] < len(self.present):
+            table = number.new_zeros(*lead, len(self.present))
+            number = table.masked_scatter(self.present.expand(*lead, -1), number)
+        parts = torch.split(number, [math.prod(shape) for shape in self.shapes], -1)
+        return tuple(
+            part.reshape(*lead, *shape) for part, shape in zip(parts, self.shapes, strict=True)
+        )
+
+    def sums(self, number: Tensor) -> tuple[Tensor, ...]:
+        """The sum over each fragment of a number per step, (*E, m) → (*E, n) of each."""
+        return tuple(table.sum(-1) for table in self.tables(number))
+
+
+def in_parts(
+    function: Callable[..., Tensor], *inputs: Tensor, at_once: int | None, dim: int = -1
 ) -> Tensor:
-    if at_once is None or len(action) <= at_once:
-        return reward(observation, action)
+    """function(*inputs), from calls with at most `at_once` rows of the inputs each.
+
+    Args:
+        dim: axis of the result along which rows lie.
+
+    Raises:
+        OptionError: `at_once` is below one.
+    """
+    if at_once is None or len(inputs[0]) <= at_once:
+        return function(*inputs)
     if at_once < 1:
         raise OptionError(f"at_once is {at_once!r}", allowed="1 or more, or None")
-    parts = zip(torch.split(observation, at_once), torch.split(action, at_once), strict=True)
-    return torch.cat([reward(where, chosen) for where, chosen in parts], -1)
+    parts = zip(*(torch.split(given, at_once) for given in inputs), strict=True)
+    return torch.cat([function(*part) for part in parts], dim)
 
 
 def accuracy(margin: Tensor, label: Tensor) -> Tensor:

@@ -54,7 +54,10 @@ _MAP = (
 _REWARDS = {"G": 1.0, "g": 0.3}
 _MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left
 _CELLS = [
-    (row, column) for row, line in enumerate(_MAP) for column, sign in enumerate(line) if sign != "#"
+    (row, column)
+    for row, line in enumerate(_MAP)
+    for column, sign in enumerate(line)
+    if sign != "#"
 ]
 _SIDE = 32  # pixels of a cell in a picture
 _PAINT = {".": (238, 240, 242), "g": (250, 222, 160), "G": (150, 210, 160)}

@@ -266,9 +266,7 @@ class PreferenceJob:
         oldest = len(self.answers) - pool
         return [
             self.learner.step(
-                self.answers.select(
-                    oldest + torch.randperm(pool, generator=self._sampling)[:size]
-                ),
+                self.answers.select(oldest + torch.randperm(pool, generator=self._sampling)[:size]),
                 self.agent,
                 temperature=self.agent.temperature,
             )

@@ -169,7 +169,9 @@ def make_score(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> S
         if spaces.actions is None:
             return OneStep(samples=4, generator=draws.next(config.device))
         return OneStep(spaces.actions)
-    return FullHorizon(_simulator(config, draws.next()), discount=config.discount, steps=config.horizon)
+    return FullHorizon(
+        _simulator(config, draws.next()), discount=config.discount, steps=config.horizon
+    )
 
 
 def _simulator(config: PreferenceConfig, generator: torch.Generator) -> Simulator:
