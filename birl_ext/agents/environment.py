@@ -277,8 +277,9 @@ class Environments:
         found = [np.asarray(picture) for picture in pictures]
         for picture in found:
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+                what = f"{picture.dtype} {picture.shape}" if picture.ndim else str(picture)
                 raise RenderError(
-                    f"its picture is {picture.dtype} {picture.shape}",
+                    f"its picture is {what}",
                     where=f"environment {self.name!r}",
                     allowed="uint8 (height, width, 3)",
                 )

@@ -124,7 +124,10 @@ class FrameReplay:
             self._release(replaced.observation, replaced.next_observation[:, -1:])
         before = [self._latest[e] for e in set(environment) if e in self._latest]
         continues = self._continues(batch, environment)
-        repeats = _same(batch.observation[:, 1:], batch.observation[:, :-1], 2).tolist()
+        opening = [row for row, shared in enumerate(continues) if not shared]
+        stacks = batch.observation[opening]
+        alike = _same(stacks[:, 1:], stacks[:, :-1], 2).tolist()
+        repeats = dict(zip(opening, alike, strict=True))
         table: list[list[int]] = []
         fresh: list[tuple[int, int, int]] = []  # place, row, position in the row's C + 1 frames
         for row, e in enumerate(environment):
