@@ -37,6 +37,7 @@ __all__ = [
     "ParameterError",
     "PolicyError",
     "ReferencePolicyError",
+    "RenderError",
     "ShapeError",
     "SizeLimitError",
     "SolveError",
@@ -274,6 +275,12 @@ class EnvironmentFailureError(BirlError, RuntimeError):
     code = "BIRL-E901"
     meaning = "an environment raised, died, hung, or returned numbers that are not finite"
     remedy = "mend the environment; the seed and the action reproduce the failure"
+
+
+class RenderError(BirlError, RuntimeError):
+    code = "BIRL-E902"
+    meaning = "an environment cannot be drawn on this machine"
+    remedy = 'build it with render_mode="rgb_array"'
 
 
 def catalogue() -> Iterator[tuple[str, type[BirlError]]]:

@@ -16,11 +16,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from birl_ext.agents.pixels import is_atari, register_atari
 from birl_ext.agents.spaces import Spaces, read_spaces
 from birl_ext.agents.transitions import Transitions
-from birl_ext.errors import EnvironmentFailureError, MissingDependencyError, OptionError, ShapeError
+from birl_ext.errors import (
+    BirlError,
+    EnvironmentFailureError,
+    MissingDependencyError,
+    OptionError,
+    RenderError,
+    ShapeError,
+)
 
 try:
     import gymnasium
@@ -86,14 +95,11 @@ def make_environments(
 
     Raises:
         OptionError: no such id, one that would import code, or spaces that are not supported.
+        MissingDependencyError: a package of the environment is not installed.
         EnvironmentFailureError: it cannot be built.
     """
-    if callable(source):
-        name, runs_code = getattr(source, "__name__", repr(source)), False
-    elif isinstance(source, str):
-        name, runs_code = source, ":" in source
-    else:
-        name, runs_code = str(getattr(source, "id", source)), True
+    name = _name(source)
+    runs_code = not callable(source) and (not isinstance(source, str) or ":" in source)
     if runs_code and not allow_entry_points:
         raise OptionError(
             f"the id {name!r} names code to import",
@@ -119,8 +125,13 @@ def make_environments(
         raise OptionError(
             f"no environment {name!r}: {error}", fix="check the id, or import what registers it"
         ) from error
-    except MissingDependencyError:
+    except BirlError:
         raise
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise MissingDependencyError(
+            f"building {name!r} needs a package: {error}",
+            fix='pip install "birl_ext[rl]" brings those of Atari, MuJoCo and classic control',
+        ) from error
     except Exception as error:
         raise EnvironmentFailureError(
             f"building raised {type(error).__name__}: {error}", where=f"environment {name!r}"
@@ -239,6 +250,45 @@ class Environments:
             torch.tensor(reward, dtype=torch.float32),
         )
         return Step(transitions, torch.tensor(kept), torch.tensor(ended))
+
+    def render(self) -> list[NDArray[np.uint8]]:
+        """A picture of each as it is now, (H, W, 3) red, green, blue.
+
+        An environment whose episode has just ended shows the start of the next one.
+
+        Raises:
+            MissingDependencyError: a package that draws is not installed.
+            RenderError: one of them cannot be drawn.
+        """
+        if self._observation is None:
+            self.reset()
+        try:
+            pictures = list(self._vector.render() or [None])
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise MissingDependencyError(
+                f"drawing {self.name!r} needs a package: {error}", fix='pip install "birl_ext[rl]"'
+            ) from error
+        except Exception as error:
+            raise RenderError(
+                f"drawing raised {type(error).__name__}: {error}",
+                where=f"environment {self.name!r}",
+                fix="mend its render(); MuJoCo without a screen needs libegl1 and MUJOCO_GL=egl",
+            ) from error
+        found = [np.asarray(picture) for picture in pictures]
+        for picture in found:
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+                what = f"{picture.dtype} {picture.shape}" if picture.ndim else str(picture)
+                raise RenderError(
+                    f"its picture is {what}",
+                    where=f"environment {self.name!r}",
+                    allowed="uint8 (height, width, 3)",
+                )
+        return found
+
+    @property
+    def pictures_per_second(self) -> float:
+        """How fast its maker wants it to be shown."""
+        return float(self._vector.metadata.get("render_fps") or 30)
 
     def seed_of(self, environment: int) -> int:
         """The seed of an environment's present episode."""
@@ -433,6 +483,19 @@ class Environments:
         workers.closed = True
 
 
+def _name(source: str | EnvSpec | Callable[[], gymnasium.Env[Any, Any]]) -> str:
+    """What a source is called in messages."""
+    if isinstance(source, str):
+        return source
+    if isinstance(source, functools.partial):
+        given = [repr(value) for value in source.args]
+        given += [f"{key}={value!r}" for key, value in source.keywords.items()]
+        return f"{_name(source.func)}({', '.join(given)})"
+    if callable(source):
+        return getattr(source, "__name__", repr(source))
+    return str(getattr(source, "id", source))
+
+
 class _Episodes(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Seeds every episode, plays one again, and reports an exception as data.
 
@@ -483,13 +546,8 @@ def _build(
     seed: int,
     index: int,
 ) -> gymnasium.Env[Any, Any]:
-    if isinstance(source, str) and source.startswith("ALE/"):
-        try:
-            import ale_py  # noqa: F401 (registers its ids)
-        except ImportError:
-            raise MissingDependencyError(
-                f"{source} needs ale-py", fix='pip install "birl_ext[rl]"'
-            ) from None
+    if isinstance(source, str) and is_atari(source):
+        register_atari(source)
     if callable(source):
         return _Episodes(source(**options), seed, index)
     return _Episodes(gymnasium.make(source, **options), seed, index)

@@ -7,12 +7,16 @@ reward of that moment; stored ones would be stale.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from birl_ext.agents.transitions import Transitions
 from birl_ext.errors import DtypeError, OptionError, ShapeError
+
+if TYPE_CHECKING:  # replay works without gymnasium, collecting does not
+    from birl_ext.agents.collect import Collection
 
 __all__ = ["ReplayBuffer"]
 
@@ -39,6 +43,10 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return self._size
 
+    def record(self, found: Collection) -> None:
+        """Write what was collected over the oldest transitions; see `append`."""
+        self.append(found.transitions)
+
     def append(self, batch: Transitions) -> None:
         """Write n transitions over the oldest ones.
 
@@ -46,19 +54,36 @@ class ReplayBuffer:
             ShapeError: they are shaped unlike those before, or not one row each.
             DtypeError: a dtype differs; nothing is converted silently.
         """
-        ring = self._ring if self._ring is not None else self._reserve(batch)
-        self._check(ring, batch)
-        self._ring = ring
+        self.check(batch)
+        ring = self._ring = self._ring if self._ring is not None else self._reserve(batch)
         count = batch.size
         kept = min(count, self.capacity)
         batch = batch.to(self.device)
         # Where the first of the rows kept goes, had all of them been written.
-        first = self._next + count - kept
-        index = (first + torch.arange(kept, device=self.device)) % self.capacity
+        index = self._places(self._next + count - kept, kept)
         for column, rows in zip(ring, batch, strict=True):
             column[index] = rows[count - kept :]
         self._next = (self._next + count) % self.capacity
         self._size = min(self._size + count, self.capacity)
+
+    def check(self, batch: Transitions) -> None:
+        """Raise what `append` would, and write nothing."""
+        like = self._ring if self._ring is not None else batch
+        for name, column, rows in zip(Transitions._fields, like, batch, strict=True):
+            allowed: tuple[int, ...] = (batch.size, *column.shape[1:])
+            if rows.shape != allowed:
+                raise ShapeError(f"{name} has shape {tuple(rows.shape)}", allowed=str(allowed))
+            if rows.dtype != column.dtype:
+                raise DtypeError(f"{name} is {rows.dtype}", allowed=str(column.dtype))
+
+    def replaced(self, count: int) -> Transitions | None:
+        """Those that the next `count` transitions are written over, None if there are none.
+
+        Args:
+            count: at most the capacity.
+        """
+        index = self._places(self._next, count)
+        return self._ring.select(index[index < self._size]) if self._ring is not None else None
 
     def sample(self, size: int, generator: torch.Generator) -> Transitions:
         """`size` transitions, uniform over those held, with replacement.
@@ -99,6 +124,9 @@ class ReplayBuffer:
             self._ring, self._size = ring, batch.size
         self._next = int(state["next"])
 
+    def _places(self, first: int, count: int) -> Tensor:
+        return (first + torch.arange(count, device=self.device)) % self.capacity
+
     def _reserve(self, batch: Transitions) -> Transitions:
         return Transitions(
             *(
@@ -106,12 +134,3 @@ class ReplayBuffer:
                 for part in batch
             )
         )
-
-    @staticmethod
-    def _check(ring: Transitions, batch: Transitions) -> None:
-        for name, column, rows in zip(Transitions._fields, ring, batch, strict=True):
-            allowed: tuple[int, ...] = (batch.size, *column.shape[1:])
-            if rows.shape != allowed:
-                raise ShapeError(f"{name} has shape {tuple(rows.shape)}", allowed=str(allowed))
-            if rows.dtype != column.dtype:
-                raise DtypeError(f"{name} is {rows.dtype}", allowed=str(column.dtype))
