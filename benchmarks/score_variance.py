@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from birl_ext.problems.preference_config import PreferenceConfig
 from torch import Tensor
 
 from birl_ext.agents.collect import Collector
@@ -32,7 +33,6 @@ from birl_ext.bilevel.trajectory import trajectory_surrogate
 from birl_ext.preferences.fragments import Pairs, draw
 from birl_ext.preferences.loss import bradley_terry, margins
 from birl_ext.problems.preference import PreferenceJob, Recorder
-from birl_ext.problems.preference_config import PreferenceConfig
 
 HORIZONS = (5, 10, 20, 50)
 PAIRS, BATCH, ENVIRONMENTS, STEPS = 1000, 64, 4, 1000

@@ -227,8 +227,9 @@ def check(run: Path, reference: Reference, acknowledged: int) -> int:
 
 def trials(folder: Path) -> Counter[str]:
     """Kill runs until there were `KILLS`; each ends as the reference did."""
-    from birl_ext.problems.preference import PreferenceJob
     from birl_ext.problems.preference_config import PreferenceConfig
+
+    from birl_ext.problems.preference import PreferenceJob
 
     (folder / "config.toml").write_text(toml.dumps({"problem": "preference", "config": CONFIG}))
     # What the children would import one by one.

@@ -4,7 +4,6 @@ same bits."""
 from __future__ import annotations
 
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 

@@ -9,7 +9,7 @@ from birl_ext.errors import MissingDependencyError, OptionError
 
 try:
     import gymnasium
-    from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
+    from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, TimeLimit
 except ImportError:
     raise MissingDependencyError(
         "environments need gymnasium", fix='pip install "birl_ext[rl]"'
@@ -21,7 +21,14 @@ _LEGACY = re.compile(r"(?:ALE/)?(\w+?)(?:NoFrameskip|Deterministic)?(?:-ram)?(?:
 
 
 def atari_environment(
-    id: str, *, frame_skip: int = 4, stack: int = 4, size: int = 84, noops: int = 30, **options: Any
+    id: str,
+    *,
+    frame_skip: int = 4,
+    stack: int = 4,
+    size: int = 84,
+    noops: int = 30,
+    max_episode_steps: int | None = None,
+    **options: Any,
 ) -> gymnasium.Env[Any, Any]:
     """A game with observations (stack, size, size) uint8, the last frame last.
 
@@ -38,6 +45,8 @@ def atari_environment(
         stack: frames per observation.
         size: height and width of a frame, pixels.
         noops: most idle console frames at the start; 0 for none.
+        max_episode_steps: after so many steps an episode is cut off; None leaves the console's own
+            limit, 108,000 frames.
         options: keyword arguments of ale-py's environment, such as `repeat_action_probability`.
 
     Raises:
@@ -51,6 +60,7 @@ def atari_environment(
         ("stack", stack, 1),
         ("size", size, 1),
         ("noops", noops, 0),
+        ("max_episode_steps", 1 if max_episode_steps is None else max_episode_steps, 1),
     ):
         if value < least:
             raise OptionError(f"{label} is {value!r}", allowed=f"{least} or more")
@@ -72,7 +82,8 @@ def atari_environment(
     # least.
     game = gymnasium.make(id, frameskip=1, obs_type="grayscale", **options)
     frames = AtariPreprocessing(game, noop_max=noops, frame_skip=frame_skip, screen_size=size)
-    return FrameStackObservation(frames, stack)
+    limited = frames if max_episode_steps is None else TimeLimit(frames, max_episode_steps)
+    return FrameStackObservation(limited, stack)
 
 
 def is_atari(id: str) -> bool:

@@ -90,6 +90,9 @@ class WritesFiles(Protocol):
         step. ``birl plot`` loads the state of a job that is attached to nothing.
         """
 
+    def detach(self) -> None:
+        """Close what is open there; the run has ended, however it did."""
+
 
 class Problem(NamedTuple):
     """An entry of ``birl_ext.problems.PROBLEMS``; importing it must not import torch."""

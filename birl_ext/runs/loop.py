@@ -76,9 +76,7 @@ def run(
             f"the configuration differs: {'; '.join(changed)}", where=str(directory.config_path)
         )
     store = CheckpointStore(directory.checkpoints)
-    with directory.lock():
-        if isinstance(job, WritesFiles):
-            job.attach(directory)
+    with directory.lock(), _attached(job, directory):
         step, seconds = restore(job, store) if store.paths() else (0, 0.0)
         clock = Clock(seconds)
         openers: list[OpenLogger] = [MetricsWriter, *loggers]
@@ -102,6 +100,19 @@ def run(
         summary = summarise(job, directory, step=step, seconds=clock.seconds)
         directory.write_summary(summary)
         return Outcome(step, summary, None)
+
+
+@contextlib.contextmanager
+def _attached(job: Job, directory: RunDirectory) -> Iterator[None]:
+    """Let a job that writes files have its directory."""
+    if not isinstance(job, WritesFiles):
+        yield
+        return
+    job.attach(directory)
+    try:
+        yield
+    finally:
+        job.detach()
 
 
 def restore(job: Job, store: CheckpointStore) -> tuple[int, float]:

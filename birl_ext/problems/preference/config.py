@@ -24,6 +24,12 @@ class PreferenceConfig:
     from any observation."""
     horizon: int = 20
     """Steps of a continuation, of full-horizon."""
+    lead: int = 0
+    """Steps before each fragment that are scored with it, since the policy chose them too."""
+    indirect_limit: float = 0.1
+    """Most of the score's part of the gradient, in units of the loss's part; inf for all of it."""
+    weigh_loss: bool = False
+    """Weigh the loss too, not its score alone."""
     hypergradient_after: int = 0
     """Environment steps before the hyper-gradient counts."""
 
@@ -54,6 +60,8 @@ class PreferenceConfig:
     environment_steps: int = 1000
     """Of an outer step, all environments together."""
     environments: int = 4
+    episode_steps: int | None = None
+    """Steps after which an episode is cut off; by default as the environment has it."""
     parallel: bool = False
     """Each environment in a process of its own."""
     timeout: float = 60.0
@@ -110,7 +118,13 @@ class PreferenceConfig:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}", allowed="1 or more")
-        for name in ("hypergradient_after", "initial_epochs", "reward_steps", "video_every"):
+        for name in (
+            "hypergradient_after",
+            "lead",
+            "initial_epochs",
+            "reward_steps",
+            "video_every",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}", allowed="0 or more")
         for name in ("environment_steps", "learning_starts"):
@@ -122,6 +136,8 @@ class PreferenceConfig:
                 )
         if not 0 < self.entropy_share < 1:
             raise ConfigError(f"entropy_share is {self.entropy_share}", allowed="(0, 1)")
+        if self.episode_steps is not None and self.episode_steps < 1:
+            raise ConfigError(f"episode_steps is {self.episode_steps}", allowed="1 or more")
         for name in ("learning_rate", "reward_rate", "timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}", allowed="(0, inf)")

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import gymnasium
 import torch
 
+from birl_ext.agents.agent import DiscreteAgent
 from birl_ext.agents.collect import Collector
 from birl_ext.agents.environment import Environments, make_environments
 from birl_ext.agents.evaluate import Evaluation, evaluate_agent
@@ -34,6 +35,7 @@ from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.gridworld import GRIDWORLD, draw_worlds
 from birl_ext.problems.preference.parts import (
     Generators,
+    environment_options,
     environment_source,
     is_pixels,
     make_agent,
@@ -46,6 +48,8 @@ from birl_ext.problems.preference.recorder import Recorder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from birl_ext.runs.directory import RunDirectory
 
 __all__ = ["PreferenceJob"]
 
@@ -69,23 +73,27 @@ class PreferenceJob:
             self._environments, self.agent, seed=config.seed, random_steps=config.random_steps
         )
         self._replay: ReplayBuffer | FrameReplay = (
-            FrameReplay(config.replay, environments=config.environments, device=config.device)
+            FrameReplay(config.replay, device=config.device)
             if is_pixels(spaces)
             else ReplayBuffer(config.replay, device=config.device)
         )
         self.reward = make_reward(config, spaces, draws)
-        self._score = None if config.algorithm == "drlhf" else make_score(config, spaces, draws)
-        self.learner = make_learner(config, self.reward, self._score)
         self.teacher = ScriptedTeacher(
             dataclasses.replace(TEACHERS[config.teacher], sign_only=config.sign_only), draws.next()
         )
+        self._sampling = draws.next()  # of minibatches and questions
+        # The score last: what is drawn for it must not change what every algorithm has.
+        score, features = None, None
+        if config.algorithm != "drlhf":
+            score, features = make_score(config, spaces, self.reward, draws)
+        self._score, self._features = score, features
+        self.learner = make_learner(config, self.reward, score)
         self.answers = PreferenceBuffer(config.pairs, config.device)
         self.schedule = QuerySchedule(
             config.schedule, config.rounds, config.labels, config.initial_labels
         )
         self._query = make_query(config, self.reward)
         self._recorder = Recorder(config.environments, keep=config.recent)
-        self._sampling = draws.next()  # of minibatches and questions
         self._draws = draws
         self._round = 0
         self._asked = 0
@@ -99,11 +107,17 @@ class PreferenceJob:
         self._log: AnswerLog | None = None
         self._videos: Path | None = None
 
-    def attach(self, directory: Path) -> None:
+    def attach(self, directory: RunDirectory) -> None:
         """Keep answers and videos there; a log of the same run is checked and continued."""
-        self._log = AnswerLog(directory / "answers.log")
+        self._log = AnswerLog(directory.path / "answers.log")
         self._log.rewind()
-        self._videos = directory / "videos"
+        self._videos = directory.path / "videos"
+
+    def detach(self) -> None:
+        """Close the log."""
+        if self._log is not None:
+            self._log.close()
+        self._log, self._videos = None, None
 
     @property
     def total_steps(self) -> int:
@@ -170,6 +184,7 @@ class PreferenceJob:
             environment_source(self.config.env),
             count=count,
             seed=seed,
+            options=environment_options(self.config),
             parallel=self.config.parallel,
             timeout=self.config.timeout,
         )
@@ -184,7 +199,13 @@ class PreferenceJob:
         path = self._videos / f"round-{self._round:05d}.mp4"
         seed = self.config.seed + _EVALUATION_SEED
         try:
-            record_video(self.agent, environment_source(self.config.env), path, seed=seed)
+            record_video(
+                self.agent,
+                environment_source(self.config.env),
+                path,
+                seed=seed,
+                options=environment_options(self.config),
+            )
         except RenderError as error:  # the run itself is well
             warnings.warn(str(error), stacklevel=2)
 
@@ -215,6 +236,8 @@ class PreferenceJob:
         batch = self._replay.sample(self.config.batch_size, self._sampling)
         with torch.no_grad():
             reward = self.reward(batch.observation, batch.action)
+        if self._features is not None:
+            self._features.update(batch, cast(DiscreteAgent, self.agent))
         return self.agent.update(batch, reward)
 
     def _ask(self, count: int) -> dict[str, float]:
@@ -227,17 +250,21 @@ class PreferenceJob:
         episodes = self._recorder.episodes()
         many = count if config.query == "uniform" else count * config.candidates
         first, second = (
-            draw(episodes, config.fragment, many, self._sampling).to(device) for _ in range(2)
+            draw(episodes, config.fragment, many, self._sampling, lead=config.lead).to(device)
+            for _ in range(2)
         )
-        chosen = self._query(first, second, count, self._sampling)
+        chosen = self._query(
+            first.after(config.lead), second.after(config.lead), count, self._sampling
+        )
         first, second = first.select(chosen), second.select(chosen)
         self.teacher.observe(self._recorder.mean_reward)
-        asked = Pairs(first, second, self.teacher(first, second))
+        label = self.teacher(first.after(config.lead), second.after(config.lead))
+        asked = Pairs(first, second, label).after(config.lead)  # what the teacher sees
         if self._log is not None:
             self._log.record(asked)
         self._asked += count
-        self._answered = self.answers.append(*asked)
-        known = asked.select(~asked.label.isnan())
+        self._answered = self.answers.append(first, second, label)
+        known = asked.select(~label.isnan())
         foretold = evaluate(self.reward, known).accuracy if len(known) else math.nan
         return {"answers": float(self.answers.added), "foretold": foretold}
 
@@ -245,7 +272,7 @@ class PreferenceJob:
         if len(self.answers) and self.config.initial_epochs:
             fit(
                 self.reward,
-                self.answers.everything(),
+                self.answers.everything().after(self.config.lead),
                 self.learner.optimiser,
                 self._sampling,
                 epochs=self.config.initial_epochs,
@@ -283,6 +310,7 @@ class PreferenceJob:
             "answers": self.answers.state_dict(),
             "log": None if self._log is None else self._log.state_dict(),
             "recorder": self._recorder.state_dict(),
+            "features": None if self._features is None else self._features.state_dict(),
             "draws": self._draws.state_dict(),
             "round": self._round,
             "asked": self._asked,
@@ -301,6 +329,8 @@ class PreferenceJob:
         if self._log is not None and state["log"] is not None:
             self._log.load_state_dict(state["log"])
         self._recorder.load_state_dict(state["recorder"])
+        if self._features is not None:
+            self._features.load_state_dict(state["features"])
         self._draws.load_state_dict(state["draws"])
         self._round = int(state["round"])
         self._asked = int(state["asked"])
@@ -353,9 +383,8 @@ class PreferenceJob:
             assert count is not None
             every = torch.arange(count)
             with torch.no_grad():
-                return draw_worlds(
-                    self.reward.all_actions(every), self.agent.probabilities(every), title=title
-                )
+                policy = cast(DiscreteAgent, self.agent).probabilities(every)
+                return draw_worlds(self.reward.all_actions(every), policy, title=title)
 
         drawn = {"true_return": learning, "reward_accuracy": reward}
         return drawn | ({"learned_reward": worlds} if self.config.env == GRIDWORLD else {})

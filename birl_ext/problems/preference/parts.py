@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
+import gymnasium
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -15,19 +16,22 @@ from torch.optim import Optimizer
 from birl_ext.agents.agent import Agent
 from birl_ext.agents.finite import FiniteSimulator
 from birl_ext.agents.networks import StateActionMLP, Twin, head_network
-from birl_ext.agents.pixels import atari_environment
+from birl_ext.agents.pixels import atari_environment, is_atari
+from birl_ext.agents.restored import simulator_for
 from birl_ext.agents.sac import SAC
 from birl_ext.agents.sac_discrete import DiscreteSAC
 from birl_ext.agents.soft_q import SoftQ
 from birl_ext.agents.spaces import Spaces
+from birl_ext.agents.successor_features import SuccessorFeatures
 from birl_ext.agents.temperature import (
     Temperature,
     continuous_entropy_target,
     discrete_entropy_target,
 )
-from birl_ext.bilevel.score import FullHorizon, OneStep, Score, Simulator
+from birl_ext.bilevel.score import Critic, FullHorizon, OneStep, Score, Simulator
 from birl_ext.bilevel.sobirl import DRLHF, SoBiRL
 from birl_ext.errors import ConfigError
+from birl_ext.preferences.last_layer import LastLayer
 from birl_ext.preferences.queries import Disagreement, Entropy, Query, Uniform
 from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, RewardNetwork
 from birl_ext.problems.preference.config import PreferenceConfig
@@ -35,6 +39,7 @@ from birl_ext.problems.preference.gridworld import GRIDWORLD, gridworld_mdp
 
 __all__ = [
     "Generators",
+    "environment_options",
     "environment_source",
     "is_pixels",
     "make_agent",
@@ -67,11 +72,15 @@ class Generators:
             generator.set_state(kept)
 
 
-def environment_source(name: str) -> str | Callable[..., Any]:
+def environment_source(name: str) -> str | Callable[..., gymnasium.Env[Any, Any]]:
     """What `make_environments` builds: Atari comes with its preprocessing."""
-    if name.startswith("ALE/"):
-        return functools.partial(atari_environment, name)
-    return name
+    return functools.partial(atari_environment, name) if is_atari(name) else name
+
+
+def environment_options(config: PreferenceConfig) -> dict[str, Any]:
+    """Its keyword arguments."""
+    steps = config.episode_steps
+    return {} if steps is None else {"max_episode_steps": steps}
 
 
 def is_pixels(spaces: Spaces) -> bool:
@@ -79,9 +88,19 @@ def is_pixels(spaces: Spaces) -> bool:
     return spaces.observation_dtype is torch.uint8 and len(spaces.observation_shape) == 3
 
 
+class _Learned(TypedDict):
+    """What all agents are told alike."""
+
+    discount: float
+    temperature: Temperature
+    optimiser: Callable[[Iterable[Tensor]], Optimizer]
+    target_rate: float
+    target_period: int
+
+
 def make_agent(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> Agent:
     """Soft Q-learning of a table where observations are indices, otherwise soft actor-critic."""
-    learned = {
+    learned: _Learned = {
         "discount": config.discount,
         "temperature": _temperature(config, spaces),
         "optimiser": functools.partial(torch.optim.Adam, lr=config.learning_rate),
@@ -163,21 +182,53 @@ def _reward_network(spaces: Spaces, generator: torch.Generator) -> RewardNetwork
     return RewardNetwork.mlp(math.prod(shape), generator, actions=actions)
 
 
-def make_score(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> Score:
-    """The estimator of the policy's derivative."""
-    if config.score == "one-step":
-        if spaces.actions is None:
-            return OneStep(samples=4, generator=draws.next(config.device))
-        return OneStep(spaces.actions)
-    return FullHorizon(
-        _simulator(config, draws.next()), discount=config.discount, steps=config.horizon
-    )
+def make_score(
+    config: PreferenceConfig, spaces: Spaces, reward: RewardModel, draws: Generators
+) -> tuple[Score, SuccessorFeatures | None]:
+    """The estimator of the policy's derivative, and what has to learn beside the agent for it."""
+    if config.score == "critic":
+        return _critic(config, spaces, reward, draws)
+    if config.score == "full-horizon":
+        simulator = _simulator(config, spaces, draws.next(config.device))
+        return FullHorizon(simulator, discount=config.discount, steps=config.horizon), None
+    if spaces.actions is None:
+        return OneStep(samples=4, generator=draws.next(config.device)), None
+    return OneStep(spaces.actions), None
 
 
-def _simulator(config: PreferenceConfig, generator: torch.Generator) -> Simulator:
+def _simulator(config: PreferenceConfig, spaces: Spaces, generator: torch.Generator) -> Simulator:
     if config.env == GRIDWORLD:
         return FiniteSimulator(gridworld_mdp(config.discount), generator)
-    return simulator_for(config.env, generator)
+    return simulator_for(config.env, spaces, generator)
+
+
+def _critic(
+    config: PreferenceConfig, spaces: Spaces, reward: RewardModel, draws: Generators
+) -> tuple[Score, SuccessorFeatures]:
+    if spaces.actions is None or spaces.observations is not None or config.members > 1:
+        raise ConfigError(
+            f"score is 'critic', with env {config.env} and {config.members} members",
+            allowed="discrete actions, observations that are no indices, one member",
+            fix="use score=one-step",
+        )
+    assert isinstance(reward, RewardNetwork)
+    layer = LastLayer(reward)
+    network = head_network(
+        spaces.observation_shape,
+        spaces.observation_dtype,
+        spaces.actions * layer.size,
+        generator=draws.next(),
+        hidden=config.hidden,
+    )
+    features = SuccessorFeatures(
+        network.to(config.device),
+        layer.features,
+        discount=config.discount,
+        optimiser=functools.partial(torch.optim.Adam, lr=config.learning_rate),
+        target_rate=config.target_rate,
+        target_period=config.target_period,
+    )
+    return Critic(features, layer.weights, trunk=layer.trunk), features
 
 
 def make_learner(config: PreferenceConfig, reward: RewardModel, score: Score | None) -> SoBiRL:
@@ -195,6 +246,9 @@ def make_learner(config: PreferenceConfig, reward: RewardModel, score: Score | N
         noise=config.noise,
         stale=config.stale,
         limit=config.limit,
+        weigh_loss=config.weigh_loss,
+        indirect_limit=config.indirect_limit,
+        lead=config.lead,
     )
 
 
