@@ -75,6 +75,17 @@ def test_frames_are_those_of_the_console() -> None:
     environment.close()
 
 
+def test_a_lost_life_is_not_the_end() -> None:
+    environment = atari_environment("BreakoutNoFrameskip-v4", noops=0)
+    environment.reset(seed=0)
+    lives, step = 5, 0
+    while lives == 5:
+        _, _, terminated, truncated, info = environment.step(1 if step == 0 else 0)  # serve, wait
+        lives, step = info["lives"], step + 1
+    assert (lives, terminated, truncated) == (4, False, False)
+    environment.close()
+
+
 def test_observations_are_stacks_of_bytes_for_the_network() -> None:
     with make_environments(BEAM_RIDER, count=2) as environments:
         spaces = environments.spaces

@@ -272,7 +272,8 @@ class Environments:
             raise RenderError(
                 f"drawing raised {type(error).__name__}: {error}",
                 where=f"environment {self.name!r}",
-                fix="mend its render(); MuJoCo without a screen needs libegl1 and MUJOCO_GL=egl",
+                fix="mend its render(); MuJoCo without a screen needs MUJOCO_GL=egl and a library "
+                "of it, such as libegl1 with libegl-mesa0",
             ) from error
         found = [np.asarray(picture) for picture in pictures]
         for picture in found:

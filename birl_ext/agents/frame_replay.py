@@ -116,20 +116,30 @@ class FrameReplay:
 
     def _write(self, batch: Transitions, environment: Sequence[int]) -> None:
         """Rows in the order of time, at most as many as the capacity."""
-        depth = batch.observation.shape[1]
         if self._frames is None:
             self._reserve(batch.observation[:, 0])
         replaced = self._rows.replaced(batch.size)
         if replaced is not None:
             self._release(replaced.observation, replaced.next_observation[:, -1:])
         before = [self._latest[e] for e in set(environment) if e in self._latest]
+        places = self._store(batch, environment)
+        self._rows.append(
+            batch._replace(observation=places[:, :-1], next_observation=places[:, 1:])
+        )
+        self._hold(places, torch.tensor([self._latest[e] for e in set(environment)]))
+        if before:
+            self._release(torch.tensor(before))
+
+    def _store(self, batch: Transitions, environment: Sequence[int]) -> Tensor:
+        """Keep the frames that are new; the places of what each row shows, (n, C + 1)."""
+        depth = batch.observation.shape[1]
         continues = self._continues(batch, environment)
         opening = [row for row, shared in enumerate(continues) if not shared]
         stacks = batch.observation[opening]
         alike = _same(stacks[:, 1:], stacks[:, :-1], 2).tolist()
         repeats = dict(zip(opening, alike, strict=True))
         table: list[list[int]] = []
-        fresh: list[tuple[int, int, int]] = []  # place, row, position in the row's C + 1 frames
+        fresh: list[tuple[int, int, int]] = []  # place, row, position among the row's frames
         for row, e in enumerate(environment):
             shown = list(self._latest[e]) if continues[row] else []
             for position in range(len(shown), depth + 1):
@@ -145,13 +155,7 @@ class FrameReplay:
         first = position_of < depth
         self._frames[place[first]] = batch.observation[row_of[first], position_of[first]]
         self._frames[place[~first]] = batch.next_observation[row_of[~first], -1]
-        places = torch.tensor(table, device=self._rows.device)
-        self._rows.append(
-            batch._replace(observation=places[:, :-1], next_observation=places[:, 1:])
-        )
-        self._hold(places, torch.tensor([self._latest[e] for e in set(environment)]))
-        if before:
-            self._release(torch.tensor(before))
+        return torch.tensor(table, device=self._rows.device)
 
     def _continues(self, batch: Transitions, environment: Sequence[int]) -> list[bool]:
         """Whether each row starts from what its environment showed last."""
