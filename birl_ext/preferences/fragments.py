@@ -65,7 +65,7 @@ class Fragments(NamedTuple):
         if not 0 <= lead < length:
             raise OptionError(f"lead is {lead!r}", allowed=f"0 to {length - 1}, of {length} steps")
         steps = [part[:, lead:] for part in self[:-1]]
-        return Fragments(*steps, version=self.version)
+        return Fragments(*steps, self.version)
 
     def to(self, device: torch.device | str) -> Fragments:
         """The same on another device."""

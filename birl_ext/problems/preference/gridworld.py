@@ -181,5 +181,8 @@ def draw_worlds(reward: Tensor, policy: Tensor, *, title: str) -> Figure:
 
 
 gymnasium.register(
-    GRIDWORLD, entry_point=Gridworld, max_episode_steps=STEPS, reward_threshold=THRESHOLD
+    GRIDWORLD,
+    entry_point=f"{__name__}:Gridworld",
+    max_episode_steps=STEPS,
+    reward_threshold=THRESHOLD,
 )
