@@ -1,10 +1,8 @@
 """A tiny problem for the tests of runs: noisy least squares; also a ``birl`` that knows it.
 
 ``python tests/fake_problem.py run fake …`` is the command line with this problem alone registered.
-Packages named in the environment variable HIDE (comma-separated) cannot be imported there.
 """
 
-import os
 import sys
 import time
 import types
@@ -123,8 +121,6 @@ PROBLEM = Problem(FakeConfig, FakeJob, "noisy least squares")
 
 
 def main() -> int:
-    hidden = os.environ.get("HIDE", "")
-    sys.modules.update(dict.fromkeys(filter(None, hidden.split(","))))
     problems = types.ModuleType("birl_ext.problems")
     problems.PROBLEMS = {"fake": PROBLEM}
     sys.modules["birl_ext.problems"] = problems

@@ -52,7 +52,9 @@ def wheel_of(tree: Path) -> Path:
 
 @pytest.mark.slow
 def test_with_a_compiler_the_wheel_holds_the_cpu_module(tree: Path) -> None:
-    done = build_wheel(tree, BIRL_REQUIRE_EXT="1", CMAKE_ARGS="-DBIRL_CUDA=OFF")
+    # what the wheel holds does not depend on how well it is optimised
+    options = "-DBIRL_CUDA=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O0"
+    done = build_wheel(tree, BIRL_REQUIRE_EXT="1", CMAKE_ARGS=options)
     assert done.returncode == 0, done.stdout + done.stderr
     names = zipfile.ZipFile(wheel_of(tree)).namelist()
     assert [n for n in names if n.startswith("birl_ext/_cpu.") and n.endswith(".so")]
