@@ -217,8 +217,12 @@ def test_what_happens_before_a_fragment_is_part_of_the_truth() -> None:
     torch.testing.assert_close(ours, theirs)
     policy = birl_ext.solve(mdp, temperature=TEMPERATURE).policy
     given = exact_pair_objective(mdp, loss, temperature=TEMPERATURE, steps=2, policy=policy)
-    (ours,) = torch.autograd.grad(given, problem.x)
+    (ours,) = torch.autograd.grad(given, problem.x, retain_graph=True)
     torch.testing.assert_close(ours, problem.exact)
+    fixed = policy.detach()
+    given = exact_pair_objective(mdp, loss, temperature=TEMPERATURE, steps=2, policy=fixed)
+    (ours,) = torch.autograd.grad(given, problem.x)
+    torch.testing.assert_close(ours, enumerated_gradient(problem, fixed))
     with pytest.raises(OptionError, match="offset is -1"):
         exact_pair_objective(mdp, loss, temperature=TEMPERATURE, steps=1, offset=-1)
 

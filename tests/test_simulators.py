@@ -21,6 +21,7 @@ from birl_ext.agents.restored import (  # noqa: E402
 )
 from birl_ext.agents.simulators import CartPole, DynamicsSimulator, Pendulum  # noqa: E402
 from birl_ext.agents.spaces import Spaces, read_spaces  # noqa: E402
+from birl_ext.bilevel.score import FullHorizon  # noqa: E402
 from birl_ext.errors import EnvironmentFailureError, OptionError, ShapeError  # noqa: E402
 
 
@@ -162,12 +163,6 @@ def test_the_first_action_is_drawn_where_none_is_given() -> None:
 
 def test_a_path_outlives_the_time_limit() -> None:
     """A time limit is no end of the process."""
-
-    class Balance:
-        def sample(self, observation: Tensor, generator: torch.Generator) -> Tensor:
-            lean = observation @ torch.tensor([0.1, 0.3, 3.0, 1.0])
-            return (lean > 0).long()
-
     path = cart_poles().continuations(Balance(), torch.full((2, 4), 0.01), None, 700)
     assert path.present.all()
 
@@ -187,6 +182,53 @@ def test_nothing_follows_an_end() -> None:
         [True] * 3 + [False],
     ]
     assert path.observation.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1], [2, 3, 4, 4]]
+
+
+class Balance:
+    """Leans against the fall; the same action every time."""
+
+    def sample(self, observation: Tensor, generator: torch.Generator) -> Tensor:
+        return (observation @ torch.tensor([0.1, 0.3, 3.0, 1.0]) > 0).long()
+
+    def probabilities(self, observation: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(self.sample(observation, generator()), 2).double()
+
+
+def test_a_score_sees_what_an_action_leads_to() -> None:
+    """A reward of one per step: the score of a fatal action is minus what is lost by it."""
+    where = torch.tensor([[0.0, 0.0, 0.2094, 0.5], [0.0, 0.0, 0.12, 0.9]]).unsqueeze(0)
+    kept = Balance().sample(where[0], generator())
+    x = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def reward(observation: Tensor, action: Tensor) -> Tensor:
+        return x.expand(len(action))
+
+    score = FullHorizon(cart_poles(), discount=0.9, steps=30)
+    present = torch.ones(1, 2, dtype=torch.bool)
+    for chosen in (kept, 1 - kept):
+        found = score(reward, Balance(), where, chosen.unsqueeze(0), present).sum()
+        expected = 0.0
+        for start, first in zip(where[0], chosen, strict=True):
+            expected += discounted_life(start, int(first)) - discounted_life(start, None)
+        (gradient,) = torch.autograd.grad(found, x)
+        assert float(gradient) == pytest.approx(expected, abs=1e-12)
+        assert (expected == 0) == torch.equal(chosen, kept)
+
+
+def discounted_life(start: Tensor, first: int | None) -> float:
+    """Σ_k 0.9ᵏ over the steps of one path in gymnasium, at most 30."""
+    env: Any = gymnasium.make("CartPole-v1").unwrapped
+    env.reset(seed=0)
+    env.state = start.double().numpy()
+    total, seen = 0.0, start
+    for step in range(30):
+        total += 0.9**step
+        own = int(Balance().sample(seen, generator()))
+        found, _, terminated, _, _ = env.step(own if step or first is None else first)
+        if terminated:
+            break
+        seen = torch.tensor(found)
+    return total
 
 
 @pytest.mark.parametrize("kind", ["equations", "restored"])

@@ -64,8 +64,14 @@ class Fragments(NamedTuple):
         length = self.present.shape[1]
         if not 0 <= lead < length:
             raise OptionError(f"lead is {lead!r}", allowed=f"0 to {length - 1}, of {length} steps")
-        steps = [part[:, lead:] for part in self[:-1]]
-        return Fragments(*steps, self.version)
+        return Fragments(
+            self.observation[:, lead:],
+            self.action[:, lead:],
+            self.reward[:, lead:],
+            self.present[:, lead:],
+            self.log_prob[:, lead:],
+            self.version,
+        )
 
     def to(self, device: torch.device | str) -> Fragments:
         """The same on another device."""
