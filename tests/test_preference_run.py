@@ -4,20 +4,27 @@ same bits."""
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from preference_run import SMALL, TIMED, make_job
+from preference_run import TIMED, make_job
 
-from birl_ext.errors import AnswerLogCorruptError, ConfigError, OptionError
+from birl_ext.agents.environment import make_environments
+from birl_ext.agents.pixels import is_atari
+from birl_ext.errors import AnswerLogCorruptError, ConfigError, OptionError, RenderError
 from birl_ext.preferences.answer_log import AnswerLog
+from birl_ext.problems.preference.config import PreferenceConfig
+from birl_ext.problems.preference.job import PreferenceJob
+from birl_ext.problems.preference.parts import environment_source
 from birl_ext.runs.checkpoint import CheckpointStore
-from birl_ext.runs.config import to_plain
+from birl_ext.runs.config import from_plain, read_toml, to_plain
 from birl_ext.runs.directory import RunDirectory
 from birl_ext.runs.loop import run
 
+CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "preference").glob("*.toml"))
 GRID = "birl_ext/Gridworld-v0"
 FULL = {"score": "full-horizon"}
 
@@ -203,36 +210,134 @@ def test_what_cannot_be_run_is_named() -> None:
             make_job(**changes)
 
 
-# From pixels and bodies: minutes of CI that show the whole machinery
+# From pixels and bodies: the whole machinery, end to end
 
 ATARI: dict[str, Any] = {
-    **SMALL,
-    "env": "ALE/Pong-v5",
+    "env": "ALE/Boxing-v5",
+    "teacher": "oracle",
     "rounds": 3,
-    "environment_steps": 160,
-    "update_every": 40,
+    "environment_steps": 1000,
+    "environments": 2,
+    "episode_steps": 500,
+    "update_every": 100,
+    "batch_size": 16,
+    "replay": 1500,
+    "recent": 1000,
+    "fragment": 10,
+    "labels": 240,
+    "initial_labels": 120,
+    "schedule": "constant",
+    "initial_epochs": 10,
+    "pair_batch": 16,
+    "reward_steps": 3,
     "evaluate_every": 3,
     "evaluation_episodes": 1,
-    "episode_steps": 100,
-    "initial_epochs": 2,
-    "recent": 400,
-    "pair_batch": 8,
-    "labels": 24,
-    "initial_labels": 16,
     "video_every": 3,
 }
 MUJOCO: dict[str, Any] = {
-    **SMALL,
     "env": "HalfCheetah-v5",
     "teacher": "oracle",
     "rounds": 4,
     "environment_steps": 400,
+    "environments": 2,
     "episode_steps": 200,
+    "update_every": 8,
+    "batch_size": 32,
     "hidden": (32, 32),
+    "fragment": 10,
     "labels": 300,
     "initial_labels": 200,
     "initial_epochs": 30,
-    "fragment": 10,
     "reward_steps": 10,
     "reward_rate": 1e-3,
+    "evaluate_every": 2,
+    "evaluation_episodes": 2,
 }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [ATARI, MUJOCO], ids=["Atari", "MuJoCo"])
+def test_a_reward_is_learned_from_pixels_and_from_bodies(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the second round and resumed: the answers that it had not seen are foretold,
+    far above chance, the bits are those of a run that was not stopped, and there is a film.
+    """
+    for package in ("ale_py", "cv2", "imageio_ffmpeg", "mujoco"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings where it stands
+
+    class Killed(Exception):
+        pass
+
+    def job(stop: bool) -> Any:
+        made = PreferenceJob(PreferenceConfig(**settings))
+        plain = made.step
+
+        def step() -> Any:
+            if stop and made._round == 2:
+                raise Killed
+            return plain()
+
+        made.step = step  # type: ignore[method-assign]
+        return made
+
+    first = job(stop=True)
+    directory = directory_of(tmp_path / "run", first)
+    with pytest.raises(Killed):
+        run(first, directory, checkpoint_every=1)
+    again = job(stop=False)
+    run(again, directory, checkpoint_every=1)
+    rows = directory.history()
+    assert len(rows) == settings["rounds"]
+
+    whole = job(stop=False)
+    for row in rows:
+        expected = {name: value for name, value in untimed(row).items() if name != "step"}
+        assert str(untimed(whole.step())) == str(expected)
+
+    asked = [b["labels"] - a["labels"] for a, b in pairwise(rows)]
+    right = sum(n * row["foretold"] for n, row in zip(asked, rows[1:], strict=True))
+    assert right > sum(asked) / 2 + 2.5 * math.sqrt(sum(asked)) / 2, [r["foretold"] for r in rows]
+    assert again.agent.version > 0
+    assert rows[-1]["share_update"] > 0
+    assert math.isfinite(rows[-1]["true_return"])
+    films = sorted((directory.path / "videos").glob("*.mp4"))
+    if settings.get("video_every"):
+        assert [film.name for film in films] == ["round-00003.mp4"]
+        assert films[0].stat().st_size > 1000
+
+
+def test_a_run_whose_environment_cannot_be_filmed_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from birl_ext.problems.preference import job as module
+
+    def refuse(*given: Any, **more: Any) -> None:
+        raise RenderError("no pictures here")
+
+    monkeypatch.setattr(module, "record_video", refuse)
+    made = make_job(video_every=2)
+    with pytest.warns(UserWarning, match="no pictures here"):
+        run(made, directory_of(tmp_path / "run", made))
+    assert made.done
+
+
+def test_a_run_on_each_device(device: str) -> None:
+    job = make_job(device=device, members=2)
+    rows = [job.step() for _ in range(2)]
+    assert next(job.reward.parameters()).device.type == torch.device(device).type
+    assert math.isfinite(rows[-1]["objective"])
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
+def test_an_example_configuration_is_accepted(file: Path) -> None:
+    """And names an environment whose spaces a run supports."""
+    document = read_toml(file)
+    assert document["problem"] == "preference"
+    config = from_plain(PreferenceConfig, document["config"])
+    assert f"examples/preference/{file.name}" in file.read_text()
+    if is_atari(config.env):
+        pytest.importorskip("ale_py")
+    with make_environments(environment_source(config.env)) as environments:
+        assert environments.spaces.observation_shape is not None
