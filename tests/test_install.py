@@ -53,8 +53,10 @@ def wheel_of(tree: Path) -> Path:
 @pytest.mark.slow
 def test_with_a_compiler_the_wheel_holds_the_cpu_module(tree: Path) -> None:
     # what the wheel holds does not depend on how well it is optimised
-    options = "-DBIRL_CUDA=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O0"
-    done = build_wheel(tree, BIRL_REQUIRE_EXT="1", CMAKE_ARGS=options)
+    options = "-DBIRL_CUDA=OFF -DCMAKE_CXX_FLAGS_DEBUG=-O0"
+    done = build_wheel(
+        tree, BIRL_REQUIRE_EXT="1", CMAKE_ARGS=options, SKBUILD_CMAKE_BUILD_TYPE="Debug"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     names = zipfile.ZipFile(wheel_of(tree)).namelist()
     assert [n for n in names if n.startswith("birl_ext/_cpu.") and n.endswith(".so")]

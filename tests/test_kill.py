@@ -56,6 +56,7 @@ START = b"s"  # never told: what comes before the first event
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # half a minute of one processor, if it has it to itself
 def test_a_run_killed_200_times_ends_with_the_same_bits() -> None:
     pytest.importorskip("gymnasium")
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
