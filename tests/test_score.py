@@ -264,6 +264,19 @@ def test_truncation_biases_by_no_more_than_stated(steps: int) -> None:
         assert (found - exact).norm() > 4 * noise
 
 
+def test_a_step_that_the_policy_would_repeat_is_not_noise() -> None:
+    """A policy that always takes one action has no score, however random the process."""
+    problem = make_problem()
+    sure = FiniteFollower(torch.tensor([[1.0, 0.0]] * STATES))
+    score = FullHorizon(simulator_of(problem), discount=DISCOUNT, steps=20)
+    where = torch.arange(STATES).repeat(10).unsqueeze(0)
+    present = torch.ones_like(where, dtype=torch.bool)
+    for action, quiet in ((0, True), (1, False)):
+        found = score(problem.reward, sure, where, torch.full_like(where, action), present)
+        (gradient,) = torch.autograd.grad(found.sum(), problem.x)
+        assert bool((gradient == 0).all()) == quiet
+
+
 def test_error_falls_with_the_root_of_the_samples() -> None:
     problem = make_problem()
     simulator = simulator_of(problem)

@@ -151,6 +151,8 @@ class FullHorizon(_StepByStep):
 
     Bias at most 2γᴷ sup‖∇r‖/(1 − γ) per step (times 1/τ in the hyper-gradient). The fragment's own
     continuation would not do for the first: it is not independent of the loss of the fragment.
+    Where a⁰_0 = a_h, both paths have one law, and their difference is replaced by its mean, zero:
+    a step then costs the more variance the less likely its action was.
 
     Args:
         simulator: starts from any state.
@@ -172,15 +174,18 @@ class FullHorizon(_StepByStep):
     def steps_of(
         self, reward: RewardFunction, follower: Follower, where: Tensor, chosen: Tensor
     ) -> Tensor:
-        along = self._discounted(reward, follower, where, chosen)
-        return along - self._discounted(reward, follower, where, None)
+        given, drawn = (
+            self.simulator.continuations(follower, where, first, self.steps)
+            for first in (chosen, None)
+        )
+        apart = given.action[:, 0] != drawn.action[:, 0]
+        if apart.dim() > 1:
+            apart = apart.flatten(1).any(-1)
+        return self._discounted(reward, given, apart) - self._discounted(reward, drawn, apart)
 
-    def _discounted(
-        self, reward: RewardFunction, follower: Follower, where: Tensor, first: Tensor | None
-    ) -> Tensor:
-        """Σ_k γᵏ r along one path from each state, (m,)."""
-        path = self.simulator.continuations(follower, where, first, self.steps)
-        seen = path.present
+    def _discounted(self, reward: RewardFunction, path: Path, apart: Tensor) -> Tensor:
+        """Σ_k γᵏ r along the paths that count, and zero for the others, (m,)."""
+        seen = path.present & apart.unsqueeze(-1)
         found = reward(path.observation[seen], path.action[seen])
         powers = self.discount ** torch.arange(self.steps, dtype=found.dtype, device=found.device)
         table = found.new_zeros(seen.shape).masked_scatter(seen, found)
