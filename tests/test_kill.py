@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from processes import fork
-from test_sobirl import SMALL
+from preference_run import SMALL
 
 from birl_ext import cli
 from birl_ext.runs import toml
@@ -115,7 +115,7 @@ def rows_of(run: Path, *, torn: bool) -> list[dict[str, Any]]:
 
 def birl_run(run: Path, tell: Callable[[bytes, int], object], *, look: Any = None) -> None:
     """In a child: `birl run preference`, from where it was; tells when a step or a save begins."""
-    from birl_ext.problems.preference import PreferenceJob
+    from birl_ext.problems.preference.job import PreferenceJob
 
     step, save = PreferenceJob.step, CheckpointStore.save
 
@@ -228,9 +228,9 @@ def check(run: Path, reference: Reference, acknowledged: int) -> int:
 
 def trials(folder: Path) -> Counter[str]:
     """Kill runs until there were `KILLS`; each ends as the reference did."""
-    from birl_ext.problems.preference_config import PreferenceConfig
+    from birl_ext.problems.preference.config import PreferenceConfig
 
-    from birl_ext.problems.preference import PreferenceJob
+    from birl_ext.problems.preference.job import PreferenceJob
 
     (folder / "config.toml").write_text(toml.dumps({"problem": "preference", "config": CONFIG}))
     # What the children would import one by one.
