@@ -27,8 +27,13 @@ class CategoricalPolicy(ABC):
 
     def sample(self, observation: Tensor, generator: torch.Generator) -> Tensor:
         """a ~ π(·|s), (n,) int64."""
-        shares = self.probabilities(observation)
-        return torch.multinomial(shares, 1, generator=generator).squeeze(-1)
+        return self.draw(observation, generator)[0]
+
+    def draw(self, observation: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """a ~ π(·|s), (n,) int64, and log π(a|s), (n,), from one pass."""
+        log_policy = self.log_probs(observation)
+        action = torch.multinomial(log_policy.exp(), 1, generator=generator)
+        return action.squeeze(-1), log_policy.gather(-1, action).squeeze(-1)
 
     def act(self, observation: Tensor, generator: torch.Generator, greedy: bool = False) -> Tensor:
         """`sample`, or the likeliest action if `greedy`, (n,) int64."""

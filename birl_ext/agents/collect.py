@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.agents.agent import Actor
+from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.environment import Environments
 from birl_ext.agents.transitions import Transitions
 from birl_ext.errors import OptionError
@@ -73,6 +74,7 @@ class Collector:
         # Uniform actions come from the CPU, so that they are the same on every device.
         self._uniform = torch.Generator().manual_seed(seed)
         self._generator = torch.Generator(agent.device).manual_seed(seed)
+        self._everywhere = torch.arange(environments.count)
         self._sums = [0.0] * environments.count
         self._lengths = [0] * environments.count
 
@@ -92,21 +94,24 @@ class Collector:
         for _ in range(steps):
             action, log_prob = self._act()
             step = self.environments.step(action)
-            where = step.kept.nonzero().squeeze(-1)
-            kept = step.transitions.select(where)
-            parts.append((kept, where, step.ended[where], log_prob[where]))
+            where, kept, ended = self._everywhere, step.transitions, step.ended
+            if not bool(step.kept.all()):
+                where = step.kept.nonzero().squeeze(-1)
+                kept, ended, log_prob = kept.select(where), ended[where], log_prob[where]
+            parts.append((kept, where, ended, log_prob))
             self.transitions += len(where)
-            for i, reward in zip(where.tolist(), kept.reward.tolist(), strict=True):
+            seen = zip(where.tolist(), kept.reward.tolist(), ended.tolist(), strict=True)
+            for i, reward, over in seen:
                 self._sums[i] += reward
                 self._lengths[i] += 1
-                if step.ended[i]:
+                if over:
                     episodes.append(Episode(i, self._sums[i], self._lengths[i]))
                     self._sums[i], self._lengths[i] = 0.0, 0
-        batches, where_each, ended, log_probs = zip(*parts, strict=True)
+        batches, where_each, ends, log_probs = zip(*parts, strict=True)
         return Collection(
             Transitions(*(torch.cat(column) for column in zip(*batches, strict=True))),
             torch.cat(where_each),
-            torch.cat(ended),
+            torch.cat(ends),
             torch.cat(log_probs),
             self.agent.version,
             episodes,
@@ -143,5 +148,9 @@ class Collector:
             action = spaces.random_action(count, self._uniform)
             return action, torch.full((count,), spaces.random_log_prob)
         observation = self.environments.observation.to(self.agent.device)
-        action = self.agent.sample(observation, self._generator)
-        return action.cpu(), self.agent.log_prob(observation, action).cpu()
+        if isinstance(self.agent, CategoricalPolicy):
+            action, log_prob = self.agent.draw(observation, self._generator)
+        else:
+            action = self.agent.sample(observation, self._generator)
+            log_prob = self.agent.log_prob(observation, action)
+        return action.cpu(), log_prob.cpu()

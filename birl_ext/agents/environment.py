@@ -229,16 +229,18 @@ class Environments:
             fresh, _ = self._call("reset", None, options={"reset_mask": ended})
             found = np.where(ended.reshape(-1, *[1] * (after.ndim - 1)), fresh, found)
         self._starting = ended & (self._mode is AutoresetMode.NEXT_STEP)
-        self._check_finite("observation", np.asarray(found), None)
-        self._observation = self._tensor(found)
+        following = self._observation = self._tensor(after)
+        if ended.any() and self._mode is not AutoresetMode.NEXT_STEP:
+            self._check_finite("observation", np.asarray(found), None)
+            self._observation = self._tensor(found)
         transitions = Transitions(
             before,
-            torch.as_tensor(given).to(self.spaces.action_dtype),
-            self._tensor(after),
-            torch.tensor(terminated, dtype=torch.bool),
-            torch.tensor(reward, dtype=torch.float32),
+            torch.from_numpy(given).to(self.spaces.action_dtype),
+            following,
+            torch.from_numpy(np.array(terminated, dtype=np.bool_)),
+            torch.from_numpy(np.array(reward, dtype=np.float32)),
         )
-        return Step(transitions, torch.tensor(kept), torch.tensor(ended))
+        return Step(transitions, torch.from_numpy(kept), torch.from_numpy(ended))
 
     def seed_of(self, environment: int) -> int:
         """The seed of an environment's present episode."""
@@ -322,7 +324,8 @@ class Environments:
                     self._actions[i].append(given[i])
 
     def _tensor(self, observation: Any) -> Tensor:
-        return torch.tensor(np.asarray(observation), dtype=self.spaces.observation_dtype)
+        # copied: a vector environment may write its next observations into the same array
+        return torch.from_numpy(np.array(observation)).to(self.spaces.observation_dtype)
 
     def _call(self, method: str, given: Any, **keywords: Any) -> Any:
         """`step` or `reset` of the vector environment; whatever goes wrong has a name."""
@@ -390,9 +393,9 @@ class Environments:
     def _check_finite(self, what: str, found: Any, given: Any) -> None:
         if found.dtype.kind != "f":
             return
-        finite = np.isfinite(found).reshape(self.count, -1).all(-1)
+        finite = np.isfinite(found)
         if not finite.all():
-            index = int(np.flatnonzero(~finite)[0])
+            index = int(np.flatnonzero(~finite.reshape(self.count, -1).all(-1))[0])
             entries = np.asarray(found[index]).reshape(-1)
             value = entries[~np.isfinite(entries)][0]
             failure = self._failure(f"its {what} is {value}", index, given)

@@ -53,10 +53,13 @@ class ReplayBuffer:
         kept = min(count, self.capacity)
         batch = batch.to(self.device)
         # Where the first of the rows kept goes, had all of them been written.
-        first = self._next + count - kept
-        index = (first + torch.arange(kept, device=self.device)) % self.capacity
+        first = (self._next + count - kept) % self.capacity
+        before = min(kept, self.capacity - first)  # rows up to the end of the ring
         for column, rows in zip(ring, batch, strict=True):
-            column[index] = rows[count - kept :]
+            rows = rows[count - kept :]
+            column[first : first + before] = rows[:before]
+            if before < kept:
+                column[: kept - before] = rows[before:]
         self._next = (self._next + count) % self.capacity
         self._size = min(self._size + count, self.capacity)
 

@@ -62,7 +62,7 @@ class PreferenceJob:
         score = OneStep(spaces.actions)
 
         def optimiser(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(parameters, lr=config.reward_rate)
+            return torch.optim.AdamW(parameters, lr=config.reward_rate, fused=True)
 
         self.learner = (
             SoBiRL(self.reward, optimiser=optimiser, score=score)
@@ -336,7 +336,7 @@ def make_agent(config: PreferenceConfig, spaces: Spaces, draws: _Generators) -> 
     """Soft actor-critic for the environment's actions."""
 
     def optimiser(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=config.learning_rate)
+        return torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
 
     shape, dtype = spaces.observation_shape, spaces.observation_dtype
     if spaces.actions is None:
