@@ -107,15 +107,12 @@ class Collector:
                 if over:
                     episodes.append(Episode(i, self._sums[i], self._lengths[i]))
                     self._sums[i], self._lengths[i] = 0.0, 0
-        batches, where_each, ends, log_probs = zip(*parts, strict=True)
-        return Collection(
-            Transitions(*(torch.cat(column) for column in zip(*batches, strict=True))),
-            torch.cat(where_each),
-            torch.cat(ends),
-            torch.cat(log_probs),
-            self.agent.version,
-            episodes,
-        )
+        transitions, where, ended, log_prob = parts[0]
+        if len(parts) > 1:
+            batches, where_each, ends, log_probs = zip(*parts, strict=True)
+            transitions = Transitions(*(torch.cat(rows) for rows in zip(*batches, strict=True)))
+            where, ended, log_prob = (torch.cat(rows) for rows in (where_each, ends, log_probs))
+        return Collection(transitions, where, ended, log_prob, self.agent.version, episodes)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, besides the agent."""
@@ -147,7 +144,7 @@ class Collector:
         if self.transitions < self.random_steps:
             action = spaces.random_action(count, self._uniform)
             return action, torch.full((count,), spaces.random_log_prob)
-        observation = self.environments.observation.to(self.agent.device)
+        observation = self.environments.observation.to(self._generator.device)
         if isinstance(self.agent, CategoricalPolicy):
             action, log_prob = self.agent.draw(observation, self._generator)
         else:

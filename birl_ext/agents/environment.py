@@ -218,7 +218,7 @@ class Environments:
         self._raise_reported(info, given, ended=terminated | truncated)
         kept = ~self._starting
         ended = (terminated | truncated) & kept
-        after = np.array(found)
+        after = np.array(found)  # it may write the next ones into the same array
         if self._mode is AutoresetMode.SAME_STEP:
             for i in ended.nonzero()[0]:
                 after[i] = info["final_obs"][i]
@@ -232,7 +232,7 @@ class Environments:
         following = self._observation = self._tensor(after)
         if ended.any() and self._mode is not AutoresetMode.NEXT_STEP:
             self._check_finite("observation", np.asarray(found), None)
-            self._observation = self._tensor(found)
+            self._observation = self._tensor(np.array(found))
         transitions = Transitions(
             before,
             torch.from_numpy(given).to(self.spaces.action_dtype),
@@ -310,7 +310,7 @@ class Environments:
             observation, info = self._call("reset", None, seed=self.seed_of(0))
         self._raise_reported(info, None, ended=np.zeros(self.count, dtype=bool))
         self._check_finite("observation", np.asarray(observation), None)
-        self._observation = self._tensor(observation)
+        self._observation = self._tensor(np.array(observation))
 
     def _count(self, given: Any, kept: Any, ended: Any) -> None:
         for i in range(self.count):
@@ -324,8 +324,7 @@ class Environments:
                     self._actions[i].append(given[i])
 
     def _tensor(self, observation: Any) -> Tensor:
-        # copied: a vector environment may write its next observations into the same array
-        return torch.from_numpy(np.array(observation)).to(self.spaces.observation_dtype)
+        return torch.from_numpy(observation).to(self.spaces.observation_dtype)
 
     def _call(self, method: str, given: Any, **keywords: Any) -> Any:
         """`step` or `reset` of the vector environment; whatever goes wrong has a name."""

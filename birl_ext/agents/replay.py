@@ -56,10 +56,12 @@ class ReplayBuffer:
         first = (self._next + count - kept) % self.capacity
         before = min(kept, self.capacity - first)  # rows up to the end of the ring
         for column, rows in zip(ring, batch, strict=True):
+            if before == count:  # the usual case, in as few calls as possible
+                column[first : first + before] = rows
+                continue
             rows = rows[count - kept :]
             column[first : first + before] = rows[:before]
-            if before < kept:
-                column[: kept - before] = rows[before:]
+            column[: kept - before] = rows[before:]
         self._next = (self._next + count) % self.capacity
         self._size = min(self._size + count, self.capacity)
 
