@@ -95,7 +95,7 @@ class Collector:
             action, log_prob = self._act()
             step = self.environments.step(action)
             where, kept, ended = self._everywhere, step.transitions, step.ended
-            if not bool(step.kept.all()):
+            if not all(step.kept.tolist()):
                 where = step.kept.nonzero().squeeze(-1)
                 kept, ended, log_prob = kept.select(where), ended[where], log_prob[where]
             parts.append((kept, where, ended, log_prob))

@@ -111,10 +111,11 @@ def make_environments(
     mode = AutoresetMode.SAME_STEP
     vector: VectorEnv[Any, Any, Any]
     try:
+        # copy: `Environments` makes its own
         if parallel:
-            vector = AsyncVectorEnv(builders, autoreset_mode=mode, context=context)
+            vector = AsyncVectorEnv(builders, autoreset_mode=mode, context=context, copy=False)
         else:
-            vector = SyncVectorEnv(builders, autoreset_mode=mode)
+            vector = SyncVectorEnv(builders, autoreset_mode=mode, copy=False)
     except gymnasium.error.UnregisteredEnv as error:
         raise OptionError(
             f"no environment {name!r}: {error}", fix="check the id, or import what registers it"

@@ -51,7 +51,8 @@ class ReplayBuffer:
         self._ring = ring
         count = batch.size
         kept = min(count, self.capacity)
-        batch = batch.to(self.device)
+        if batch.reward.device != self.device:
+            batch = batch.to(self.device)
         # Where the first of the rows kept goes, had all of them been written.
         first = (self._next + count - kept) % self.capacity
         before = min(kept, self.capacity - first)  # rows up to the end of the ring
