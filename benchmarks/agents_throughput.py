@@ -6,9 +6,10 @@ NumPy arrays, torch's default Adam. "SB3 DQN" is Stable-Baselines3's DQN: an upd
 network where soft actor-critic trains three, so only its environment steps compare like with like.
 
 An environment step is one action of the policy, one step of one environment, and one row into the
-replay. An update samples a batch and trains on it. Networks, batch and environments are the same
-for all. Before a time is taken, one update of ours and of the single file from equal weights on
-equal batches must end in equal weights.
+replay; several environments in one process take theirs together. An update samples a batch and
+trains on it. Networks, batch and environments are the same for all. Before a time is taken, one
+update of ours and of the single file from equal weights on an equal batch must end in equal
+weights. A step of training is an environment step with half an update, from these two.
 
 Counted is processor time of one thread, candidates in turn; seconds of the wall are stored beside
 it.
@@ -49,16 +50,18 @@ DISCOUNT = 0.99
 RATE = 1e-3
 TARGET_RATE = 0.01
 HIDDEN = (64, 64)
+STEPS_PER_UPDATE = 2
 REPEATS = 9
 CHUNK = 100
 """Environment steps that are timed come in multiples of it."""
 
 
 class Setting(NamedTuple):
-    """An environment, and how much of it is timed at once."""
+    """Environments, and how much is timed at once, in steps of all of them together."""
 
     name: str
     make: Callable[[], gymnasium.Env[Any, Any]]
+    environments: int
     capacity: int
     filled: int
     steps: int
@@ -86,8 +89,9 @@ def pong() -> gymnasium.Env[Any, Any]:
 
 
 SETTINGS = (
-    Setting("CartPole-v1, MLP 64-64", cart_pole, 50_000, 2000, 5 * CHUNK, 100),
-    Setting("ALE/Pong-v5, NatureCNN", pong, 1000, 2 * CHUNK, CHUNK, 2),
+    Setting("CartPole-v1, MLP 64-64", cart_pole, 1, 50_000, 2000, 5 * CHUNK, 100),
+    Setting("4 of CartPole-v1, MLP 64-64", cart_pole, 4, 50_000, 2000, 20 * CHUNK, 100),
+    Setting("ALE/Pong-v5, NatureCNN", pong, 1, 1000, 2 * CHUNK, CHUNK, 2),
 )
 
 
@@ -96,7 +100,7 @@ SETTINGS = (
 
 class Ours:
     def __init__(self, setting: Setting) -> None:
-        environments = make_environments(setting.make)
+        environments = make_environments(setting.make, count=setting.environments)
         spaces = environments.spaces
         assert spaces.actions is not None
         shape, dtype, actions = spaces.observation_shape, spaces.observation_dtype, spaces.actions
@@ -121,7 +125,7 @@ class Ours:
         self.draws = draws
 
     def step(self, count: int) -> None:
-        for _ in range(count):
+        for _ in range(count // self.collector.environments.count):
             self.replay.append(self.collector.collect(1).transitions)
 
     def update(self, count: int) -> None:
@@ -141,7 +145,8 @@ class SingleFile:
             return plain(source).requires_grad_()
 
         self.env = gymnasium.vector.SyncVectorEnv(
-            [setting.make], autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
+            [setting.make] * setting.environments,
+            autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
         )
         space = self.env.single_observation_space
         assert space.shape is not None
@@ -168,23 +173,23 @@ class SingleFile:
         self.observation, _ = self.env.reset(seed=0)
 
     def step(self, count: int) -> None:
-        for _ in range(count):
+        many = self.env.num_envs
+        for _ in range(count // many):
             with torch.no_grad():
                 logits = self.actor(self.tensor(self.observation))
                 action = torch.distributions.Categorical(logits=logits).sample().numpy()
             following, reward, terminated, truncated, info = self.env.step(action)
-            last = following
-            if terminated[0] or truncated[0]:
-                last = following.copy()
-                last[0] = info["final_obs"][0]
-            i = self.place
-            self.observations[i] = self.observation[0]
-            self.next_observations[i] = last[0]
-            self.actions[i] = action[0]
-            self.rewards[i] = reward[0]
-            self.dones[i] = terminated[0]
-            self.place = (i + 1) % len(self.actions)
-            self.size = min(self.size + 1, len(self.actions))
+            last = following.copy()
+            for k in np.flatnonzero(terminated | truncated):
+                last[k] = info["final_obs"][k]
+            rows = slice(self.place, self.place + many)  # capacities are multiples of their number
+            self.observations[rows] = self.observation
+            self.next_observations[rows] = last
+            self.actions[rows] = action
+            self.rewards[rows] = reward
+            self.dones[rows] = terminated
+            self.place = (self.place + many) % len(self.actions)
+            self.size = min(self.size + many, len(self.actions))
             self.observation = following
 
     def update(self, count: int) -> None:
@@ -263,8 +268,9 @@ def plain(network: nn.Module) -> nn.Sequential:
 class BaselinesDQN:
     def __init__(self, setting: Setting) -> None:
         from stable_baselines3 import DQN
+        from stable_baselines3.common.vec_env import DummyVecEnv
 
-        env = setting.make()
+        env = DummyVecEnv([setting.make] * setting.environments)
         pixels = env.observation_space.dtype == np.uint8
         self.model = DQN(
             "CnnPolicy" if pixels else "MlpPolicy",
@@ -274,7 +280,7 @@ class BaselinesDQN:
             learning_starts=0,
             batch_size=BATCH,
             gamma=DISCOUNT,
-            train_freq=CHUNK,
+            train_freq=CHUNK // setting.environments,
             gradient_steps=0,  # it trains when asked to
             exploration_initial_eps=0.0,
             exploration_final_eps=0.0,
@@ -351,6 +357,10 @@ def measure(setting: Setting, repeats: int) -> dict[str, Any]:
     rates = {
         kind: {name: 1 / statistics.median(times["processor"]) for name, times in each.items()}
         for kind, each in seconds.items()
+    }
+    steps, updates = rates["environment steps"], rates["updates"]
+    rates["steps of training"] = {
+        name: 1 / (1 / steps[name] + 1 / updates[name] / STEPS_PER_UPDATE) for name in found
     }
     return {"setting": setting.name, "rates": rates, "missing": missing, "seconds": seconds}
 
