@@ -16,6 +16,7 @@ from closeness import assert_close, assert_same_bits
 from torch import Tensor, nn
 
 import birl_ext
+from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.collect import Collector
 from birl_ext.agents.environment import Environments, make_environments
 from birl_ext.agents.networks import MLP, OneHot, StateActionMLP, Twin
@@ -33,6 +34,7 @@ from birl_ext.agents.transitions import Transitions
 from birl_ext.errors import (
     DiscountError,
     NonFiniteInputError,
+    NonFiniteResultError,
     OptionError,
     ShapeError,
     TemperatureError,
@@ -431,6 +433,36 @@ def test_impossible_options_are_refused() -> None:
     agent = bandit_agent(-torch.ones(2), torch.ones(2), seed=0)
     with pytest.raises(ShapeError, match=r"\(n, 4\): mean and log σ"):
         agent.sample(torch.ones(3, 1), generator())
+
+
+class Tabled(CategoricalPolicy):
+    """The same probabilities everywhere."""
+
+    def __init__(self, log_policy: Tensor) -> None:
+        self.log_policy = log_policy
+
+    def log_probs(self, observation: Tensor) -> Tensor:
+        return self.log_policy.expand(len(observation), -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_draw_is_the_one_of_multinomial(dtype: torch.dtype) -> None:
+    shares = torch.tensor([0.5, 0.0, 0.2, 0.3], dtype=dtype)
+    policy = Tabled(shares.log())
+    expected = torch.multinomial(shares.expand(10_000, -1), 1, generator=generator(5))
+    action, log_prob = policy.draw(torch.zeros(10_000), generator(5))
+    assert torch.equal(action, expected.squeeze(-1))
+    assert torch.equal(log_prob, shares.log()[action])
+    assert torch.equal(policy.sample(torch.zeros(10_000), generator(5)), action)
+
+
+def test_a_policy_that_is_nan_draws_nothing() -> None:
+    log_policy = torch.tensor([0.5, 0.3, 0.2]).log()
+    log_policy[1] = math.nan
+    for seed in range(5):
+        with pytest.raises(NonFiniteResultError, match="the policy is NaN") as caught:
+            Tabled(log_policy).sample(torch.zeros(3), generator(seed))
+        assert "row 0" in str(caught.value)
 
 
 def test_greedy_takes_the_likeliest_and_draws_nothing() -> None:

@@ -295,6 +295,8 @@ def test_a_step_is_the_sum_over_pairs_and_steps(
     assert outcome.gradient_norm == pytest.approx(float(norm), rel=1e-10)
     assert outcome.indirect_share == pytest.approx(float(share), rel=1e-10)
     assert float(share) > 0.1  # so that a part left out would show
+    if shared and most:
+        assert max(policy.asked) == most // 3
 
 
 def test_each_network_is_run_once_over_the_steps() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.agents.agent import Actor
+from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.environment import Environments
 from birl_ext.agents.transitions import Transitions
 from birl_ext.errors import OptionError
@@ -73,6 +74,7 @@ class Collector:
         # Uniform actions come from the CPU, so that they are the same on every device.
         self._uniform = torch.Generator().manual_seed(seed)
         self._generator = torch.Generator(agent.device).manual_seed(seed)
+        self._everywhere = torch.arange(environments.count)
         self._sums = [0.0] * environments.count
         self._lengths = [0] * environments.count
 
@@ -92,25 +94,25 @@ class Collector:
         for _ in range(steps):
             action, log_prob = self._act()
             step = self.environments.step(action)
-            where = step.kept.nonzero().squeeze(-1)
-            kept = step.transitions.select(where)
-            parts.append((kept, where, step.ended[where], log_prob[where]))
+            where, kept, ended = self._everywhere, step.transitions, step.ended
+            if not all(step.kept.tolist()):
+                where = step.kept.nonzero().squeeze(-1)
+                kept, ended, log_prob = kept.select(where), ended[where], log_prob[where]
+            parts.append((kept, where, ended, log_prob))
             self.transitions += len(where)
-            for i, reward in zip(where.tolist(), kept.reward.tolist(), strict=True):
+            seen = zip(where.tolist(), kept.reward.tolist(), ended.tolist(), strict=True)
+            for i, reward, over in seen:
                 self._sums[i] += reward
                 self._lengths[i] += 1
-                if step.ended[i]:
+                if over:
                     episodes.append(Episode(i, self._sums[i], self._lengths[i]))
                     self._sums[i], self._lengths[i] = 0.0, 0
-        batches, where_each, ended, log_probs = zip(*parts, strict=True)
-        return Collection(
-            Transitions(*(torch.cat(column) for column in zip(*batches, strict=True))),
-            torch.cat(where_each),
-            torch.cat(ended),
-            torch.cat(log_probs),
-            self.agent.version,
-            episodes,
-        )
+        transitions, where, ended, log_prob = parts[0]
+        if len(parts) > 1:
+            batches, where_each, ends, log_probs = zip(*parts, strict=True)
+            transitions = Transitions(*(torch.cat(rows) for rows in zip(*batches, strict=True)))
+            where, ended, log_prob = (torch.cat(rows) for rows in (where_each, ends, log_probs))
+        return Collection(transitions, where, ended, log_prob, self.agent.version, episodes)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, besides the agent."""
@@ -142,6 +144,10 @@ class Collector:
         if self.transitions < self.random_steps:
             action = spaces.random_action(count, self._uniform)
             return action, torch.full((count,), spaces.random_log_prob)
-        observation = self.environments.observation.to(self.agent.device)
-        action = self.agent.sample(observation, self._generator)
-        return action.cpu(), self.agent.log_prob(observation, action).cpu()
+        observation = self.environments.observation.to(self._generator.device)
+        if isinstance(self.agent, CategoricalPolicy):
+            action, log_prob = self.agent.draw(observation, self._generator)
+        else:
+            action = self.agent.sample(observation, self._generator)
+            log_prob = self.agent.log_prob(observation, action)
+        return action.cpu(), log_prob.cpu()

@@ -117,10 +117,11 @@ def make_environments(
     mode = AutoresetMode.SAME_STEP
     vector: VectorEnv[Any, Any, Any]
     try:
+        # copy: `Environments` makes its own
         if parallel:
-            vector = AsyncVectorEnv(builders, autoreset_mode=mode, context=context)
+            vector = AsyncVectorEnv(builders, autoreset_mode=mode, context=context, copy=False)
         else:
-            vector = SyncVectorEnv(builders, autoreset_mode=mode)
+            vector = SyncVectorEnv(builders, autoreset_mode=mode, copy=False)
     except gymnasium.error.UnregisteredEnv as error:
         raise OptionError(
             f"no environment {name!r}: {error}", fix="check the id, or import what registers it"
@@ -229,7 +230,7 @@ class Environments:
         self._raise_reported(info, given, ended=terminated | truncated)
         kept = ~self._starting
         ended = (terminated | truncated) & kept
-        after = np.array(found)
+        after = np.array(found)  # it may write the next ones into the same array
         if self._mode is AutoresetMode.SAME_STEP:
             for i in ended.nonzero()[0]:
                 after[i] = info["final_obs"][i]
@@ -240,16 +241,18 @@ class Environments:
             fresh, _ = self._call("reset", None, options={"reset_mask": ended})
             found = np.where(ended.reshape(-1, *[1] * (after.ndim - 1)), fresh, found)
         self._starting = ended & (self._mode is AutoresetMode.NEXT_STEP)
-        self._check_finite("observation", np.asarray(found), None)
-        self._observation = self._tensor(found)
+        following = self._observation = self._tensor(after)
+        if ended.any() and self._mode is not AutoresetMode.NEXT_STEP:
+            self._check_finite("observation", np.asarray(found), None)
+            self._observation = self._tensor(np.array(found))
         transitions = Transitions(
             before,
-            torch.as_tensor(given).to(self.spaces.action_dtype),
-            self._tensor(after),
-            torch.tensor(terminated, dtype=torch.bool),
-            torch.tensor(reward, dtype=torch.float32),
+            torch.from_numpy(given).to(self.spaces.action_dtype),
+            following,
+            torch.from_numpy(np.array(terminated, dtype=np.bool_)),
+            torch.from_numpy(np.array(reward, dtype=np.float32)),
         )
-        return Step(transitions, torch.tensor(kept), torch.tensor(ended))
+        return Step(transitions, torch.from_numpy(kept), torch.from_numpy(ended))
 
     def render(self) -> list[NDArray[np.uint8]]:
         """A picture of each as it is now, (H, W, 3) red, green, blue.
@@ -359,7 +362,7 @@ class Environments:
             observation, info = self._call("reset", None, seed=self.seed_of(0))
         self._raise_reported(info, None, ended=np.zeros(self.count, dtype=bool))
         self._check_finite("observation", np.asarray(observation), None)
-        self._observation = self._tensor(observation)
+        self._observation = self._tensor(np.array(observation))
 
     def _count(self, given: Any, kept: Any, ended: Any) -> None:
         for i in range(self.count):
@@ -373,7 +376,7 @@ class Environments:
                     self._actions[i].append(given[i])
 
     def _tensor(self, observation: Any) -> Tensor:
-        return torch.tensor(np.asarray(observation), dtype=self.spaces.observation_dtype)
+        return torch.from_numpy(observation).to(self.spaces.observation_dtype)
 
     def _call(self, method: str, given: Any, **keywords: Any) -> Any:
         """`step` or `reset` of the vector environment; whatever goes wrong has a name."""
@@ -441,9 +444,9 @@ class Environments:
     def _check_finite(self, what: str, found: Any, given: Any) -> None:
         if found.dtype.kind != "f":
             return
-        finite = np.isfinite(found).reshape(self.count, -1).all(-1)
+        finite = np.isfinite(found)
         if not finite.all():
-            index = int(np.flatnonzero(~finite)[0])
+            index = int(np.flatnonzero(~finite.reshape(self.count, -1).all(-1))[0])
             entries = np.asarray(found[index]).reshape(-1)
             value = entries[~np.isfinite(entries)][0]
             failure = self._failure(f"its {what} is {value}", index, given)

@@ -58,11 +58,18 @@ class ReplayBuffer:
         ring = self._ring = self._ring if self._ring is not None else self._reserve(batch)
         count = batch.size
         kept = min(count, self.capacity)
-        batch = batch.to(self.device)
+        if batch.reward.device != self.device:
+            batch = batch.to(self.device)
         # Where the first of the rows kept goes, had all of them been written.
-        index = self._places(self._next + count - kept, kept)
+        first = (self._next + count - kept) % self.capacity
+        before = min(kept, self.capacity - first)  # rows up to the end of the ring
         for column, rows in zip(ring, batch, strict=True):
-            column[index] = rows[count - kept :]
+            if before == count:  # the usual case, in as few calls as possible
+                column[first : first + before] = rows
+                continue
+            rows = rows[count - kept :]
+            column[first : first + before] = rows[:before]
+            column[: kept - before] = rows[before:]
         self._next = (self._next + count) % self.capacity
         self._size = min(self._size + count, self.capacity)
 

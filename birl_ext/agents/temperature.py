@@ -67,7 +67,7 @@ class Temperature:
         self._optimiser = None
         if entropy_target is not None:
             self._log.requires_grad_()
-            self._optimiser = torch.optim.Adam([self._log], lr=learning_rate)
+            self._optimiser = torch.optim.Adam([self._log], lr=learning_rate, fused=True)
 
     @property
     def value(self) -> float:

@@ -22,9 +22,9 @@ from birl_ext.preferences.reward_model import RewardModel
 
 __all__ = ["DRLHF", "Outcome", "SoBiRL", "importance"]
 
-_NUMBERS = 2**22
-"""Most entries of observations per call on a CPU: arrays above 32 MiB come from the system anew,
-page by page, which takes longer than computing them."""
+_STEPS, _NUMBERS = 1024, 2**22
+"""Most steps, and most entries of observations, per call on a CPU: what is larger leaves the cache,
+and comes from the system anew, page by page, which takes longer than computing it."""
 
 Stale = Literal["weigh", "reject", "keep"]
 _STALE = ("weigh", "reject", "keep")
@@ -94,7 +94,7 @@ def _at_once(observation: Tensor) -> int | None:
     """Most steps per call of a network in evaluation mode, where it changes nothing but time."""
     if observation.device.type != "cpu":
         return None
-    return max(1, _NUMBERS // max(1, math.prod(observation.shape[1:])))
+    return max(1, min(_STEPS, _NUMBERS // max(1, math.prod(observation.shape[1:]))))
 
 
 def _norm(gradient: Iterable[Tensor | None]) -> float:

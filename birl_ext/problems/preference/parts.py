@@ -103,7 +103,7 @@ def make_agent(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> A
     learned: _Learned = {
         "discount": config.discount,
         "temperature": _temperature(config, spaces),
-        "optimiser": functools.partial(torch.optim.Adam, lr=config.learning_rate),
+        "optimiser": functools.partial(torch.optim.Adam, lr=config.learning_rate, fused=True),
         "target_rate": config.target_rate,
         "target_period": config.target_period,
     }
@@ -224,7 +224,7 @@ def _critic(
         network.to(config.device),
         layer.features,
         discount=config.discount,
-        optimiser=functools.partial(torch.optim.Adam, lr=config.learning_rate),
+        optimiser=functools.partial(torch.optim.Adam, lr=config.learning_rate, fused=True),
         target_rate=config.target_rate,
         target_period=config.target_period,
     )
@@ -235,7 +235,7 @@ def make_learner(config: PreferenceConfig, reward: RewardModel, score: Score | N
     """The upper level."""
 
     def optimiser(parameters: Iterable[Tensor]) -> Optimizer:
-        return torch.optim.AdamW(parameters, lr=config.reward_rate)
+        return torch.optim.AdamW(parameters, lr=config.reward_rate, fused=True)
 
     if config.algorithm == "drlhf":
         return DRLHF(reward, optimiser=optimiser, noise=config.noise)
