@@ -69,14 +69,15 @@ def exact_pair_objective(
     """φ = E[ l(d₁, d₂) ] over two independent paths of π*, by summing over all paths.
 
     Args:
-        mdp: a single MDP whose reward carries the upper-level variable; every row continues.
+        mdp: a single MDP whose reward or transition carries the upper-level variable; every row
+            continues.
         loss: (states (n, H), actions (n, H), and the second path's) → l, (n,).
         temperature: τ, units of reward.
         steps: H; (S·A)ᴴ paths at most 4096.
 
-    Gradients: exact, through π* and through `loss`.
+    Gradients: exact, through π*, the transition and `loss`.
 
-    Source: (M16), the left-hand side.
+    Source: (M16), (M17), the left-hand side.
     """
     states, actions = mdp.states, mdp.actions
     count = (states * actions) ** steps
