@@ -289,6 +289,24 @@ def test_the_probability_of_a_path_is_that_of_its_steps() -> None:
     torch.testing.assert_close(found.detach(), torch.tensor(expected, dtype=torch.float64))
 
 
+def test_a_successor_that_is_not_there_adds_nothing() -> None:
+    """Whatever a simulator shows after the end, as a reset environment does."""
+    setting = make_setting()
+
+    class Ending:
+        @staticmethod
+        def continuations(_: Any, here: Tensor, chosen: Tensor, steps: int) -> Paths:
+            ended = torch.tensor([[True, False], [True, True]])
+            return Paths(torch.stack([here, 1 - here], -1), chosen.expand(steps, -1).T, ended)
+
+    adapted = setting.adapted()
+    adapted.simulator = Ending()
+    where, chosen = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
+    found, paid = adapted(where, chosen), (setting.problem.features @ setting.x)[0, 1]
+    assert found[0] == paid
+    assert found[1] != paid
+
+
 def test_what_cannot_be_meant_is_refused() -> None:
     setting = make_setting()
     with pytest.raises(DiscountError, match="discount is 1"):
