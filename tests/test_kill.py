@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from processes import fork
 from preference_run import SMALL
+from processes import fork
 
 from birl_ext import cli
 from birl_ext.runs import toml
@@ -229,7 +229,6 @@ def check(run: Path, reference: Reference, acknowledged: int) -> int:
 def trials(folder: Path) -> Counter[str]:
     """Kill runs until there were `KILLS`; each ends as the reference did."""
     from birl_ext.problems.preference.config import PreferenceConfig
-
     from birl_ext.problems.preference.job import PreferenceJob
 
     (folder / "config.toml").write_text(toml.dumps({"problem": "preference", "config": CONFIG}))

@@ -40,7 +40,7 @@ except ImportError:
         "environments need gymnasium", fix='pip install "birl_ext[rl]"'
     ) from None
 
-__all__ = ["Environments", "Step", "episode_seed", "make_environments"]
+__all__ = ["Environments", "Step", "episode_seed", "make_environments", "reward_threshold"]
 
 _START, _FAILURE = "birl_start", "birl_failure"  # in `options` and in `info`
 _GRACE = 5.0  # seconds a killed worker is waited for
@@ -65,6 +65,12 @@ def episode_seed(seed: int, environment: int, episode: int) -> int:
     """The seed that an episode's reset is given, 32 bits."""
     sequence = np.random.SeedSequence((seed, environment, episode))
     return int(sequence.generate_state(1)[0])
+
+
+def reward_threshold(id: str) -> float | None:
+    """The true return at which a registered environment counts as solved, if it says so."""
+    found = gymnasium.spec(id).reward_threshold
+    return None if found is None else float(found)
 
 
 def make_environments(

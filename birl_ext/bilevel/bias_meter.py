@@ -73,16 +73,17 @@ def exact_pair_objective(
     With an offset the paths are fragments: what π* does before them is part of φ and its gradient.
 
     Args:
-        mdp: a single MDP whose reward carries the upper-level variable; every row continues.
+        mdp: a single MDP whose reward or transition carries the upper-level variable; every row
+            continues.
         loss: (states (n, H), actions (n, H), and the second path's) → l, (n,).
         temperature: τ, units of reward.
         steps: H; (S·A)ᴴ paths at most 4096.
         offset: steps from the initial distribution to the first of the H.
         policy: (S, A), acts in place of π*.
 
-    Gradients: exact, through the policy, `loss` and the initial distribution.
+    Gradients: exact, through the policy, the transition, `loss` and the initial distribution.
 
-    Source: (M16), the left-hand side.
+    Source: (M16), (M17), the left-hand side.
     """
     states, actions = mdp.states, mdp.actions
     count = (states * actions) ** steps

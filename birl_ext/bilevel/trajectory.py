@@ -1,4 +1,4 @@
-"""The hyper-gradient of a loss of sampled trajectories (M16)."""
+"""The hyper-gradient of a loss of sampled trajectories (M16), (M17)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def trajectory_surrogate(
     temperature: float,
     baseline: Baseline = "others",
     weight: Tensor | None = None,
+    path: Tensor | None = None,
 ) -> Tensor:
     """A scalar whose value is the mean loss, and whose gradient is an estimate of ∇φ.
 
-        ∇φ̂ = (1/n) Σ_i w_i [ ∇l_i + (1/τ)(l_i − b_i) ∇h_i ]
+        ∇φ̂ = (1/n) Σ_i w_i [ ∇l_i + (l_i − b_i)(∇p_i + ∇h_i/τ) ]
 
     Args:
         loss: l, (n,), of independent samples, units of φ.
@@ -32,12 +33,14 @@ def trajectory_surrogate(
             fragments of a pair. Only its gradient counts.
         temperature: τ of the lower level, units of reward.
         baseline: "others": b_i is the mean loss of the other samples, which lowers the variance and
-            leaves the mean alone because E[∇h] = 0; "none": zero.
+            leaves the mean alone because E[∇h] = E[∇p] = 0; "none": zero.
         weight: w, (n,), importance of samples drawn from another policy; one if absent.
+        path: p, (n,), log probability of a sample's transitions where x moves them
+            (`birl_ext.bilevel.adaptation`). Only its gradient counts.
 
-    Gradients: first order, through `loss` and `score`.
+    Gradients: first order, through `loss`, `score` and `path`.
 
-    Source: (M16); Yang, Gao and Yuan (2025), SoBiRL.
+    Source: (M16), (M17); Yang, Gao and Yuan (2025), SoBiRL.
     """
     if not temperature > 0:
         raise TemperatureError(f"temperature is {temperature!r}", allowed="(0, inf)")
@@ -46,6 +49,8 @@ def trajectory_surrogate(
             f"loss has shape {tuple(loss.shape)}, score {tuple(score.shape)}",
             allowed="(n,) both",
         )
+    if path is not None and path.shape != loss.shape:
+        raise ShapeError(f"path has shape {tuple(path.shape)}", allowed=f"{tuple(loss.shape)}")
     if baseline not in ("others", "none"):
         raise OptionError(f"baseline is {baseline!r}", allowed="'others' or 'none'")
     share = torch.ones_like(loss) if weight is None else weight.detach()
@@ -54,5 +59,6 @@ def trajectory_surrogate(
         mass = share.sum() - share
         others = ((share * fixed).sum() - share * fixed) / mass.clamp(min=1e-12)
         fixed = fixed - others
-    indirect = share * fixed * (score - score.detach()) / temperature
+    likelihood = score / temperature if path is None else path + score / temperature
+    indirect = share * fixed * (likelihood - likelihood.detach())
     return (share * loss + indirect).mean()

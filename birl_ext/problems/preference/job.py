@@ -13,12 +13,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
-import gymnasium
 import torch
 
 from birl_ext.agents.agent import DiscreteAgent
 from birl_ext.agents.collect import Collector
-from birl_ext.agents.environment import Environments, make_environments
+from birl_ext.agents.environment import Environments, make_environments, reward_threshold
 from birl_ext.agents.evaluate import Evaluation, evaluate_agent
 from birl_ext.agents.frame_replay import FrameReplay
 from birl_ext.agents.replay import ReplayBuffer
@@ -101,7 +100,7 @@ class PreferenceJob:
         self._return = math.nan
         self._threshold = config.threshold
         if self._threshold is None:
-            self._threshold = gymnasium.spec(config.env).reward_threshold
+            self._threshold = reward_threshold(config.env)
         self._labels_to_threshold: int | None = None
         self._seconds = dict.fromkeys(("environment", "update", "reward"), 0.0)
         self._log: AnswerLog | None = None

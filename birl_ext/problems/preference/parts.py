@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-import gymnasium
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,9 @@ from birl_ext.preferences.queries import Disagreement, Entropy, Query, Uniform
 from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, RewardNetwork
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.gridworld import GRIDWORLD, gridworld_mdp
+
+if TYPE_CHECKING:
+    import gymnasium
 
 __all__ = [
     "Generators",
