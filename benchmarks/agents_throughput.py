@@ -365,6 +365,24 @@ def measure(setting: Setting, repeats: int) -> dict[str, Any]:
     return {"setting": setting.name, "rates": rates, "missing": missing, "seconds": seconds}
 
 
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    names = ("ours", "single file", "SB3 DQN")
+    lines = [f"| per second | | {' | '.join(names)} |", "|---|---|---|---|---|"]
+    for row in report["rows"]:
+        head = row["setting"]
+        for kind, rates in row.get("rates", {}).items():
+            cells = [figures(rates[name]) if name in rates else "missing" for name in names]
+            lines.append(f"| {head} | {kind} | {' | '.join(cells)} |")
+            head = ""
+    return "\n".join(lines) + "\n"
+
+
+def figures(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def machine() -> str:
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -343,6 +343,33 @@ def peak() -> float:
     return best
 
 
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [
+        "| work of 64 pairs of 25 steps | | ms | as published / this | GFLOP | GFLOP/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        head = f"{row['case']}, {row['task']}"
+        for name, seconds in row["median_processor_seconds"].items():
+            count = row["operations"][name]
+            gain = f"{row['times_the_published'][name]:.2f}"
+            rest = (
+                figures(1e3 * seconds),
+                gain,
+                figures(count / 1e9),
+                figures(count / seconds / 1e9),
+            )
+            lines.append(f"| {head} | {name} | {' | '.join(rest)} |")
+            head = ""
+    return "\n".join(lines) + "\n"
+
+
+def figures(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def machine() -> str:
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():

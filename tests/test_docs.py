@@ -202,3 +202,13 @@ def test_the_table_of_solvers_is_the_one_measured() -> None:
     text = (ROOT / "docs" / "solvers.md").read_text()
     assert table in text, f"docs/solvers.md should contain\n\n{table}"
     assert report["machine"].split(",")[0] in text
+
+
+@pytest.mark.parametrize("name", ["pair_loss", "agents_throughput"])
+def test_the_tables_of_agents_and_preferences_are_those_measured(name: str) -> None:
+    pytest.importorskip("gymnasium")
+    benchmarks = ROOT / "benchmarks"
+    report = json.loads((benchmarks / "results" / f"{name}.json").read_text())
+    table = runpy.run_path(str(benchmarks / f"{name}.py"))["table"](report)
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert table in text, f"docs/performance.md should contain\n\n{table}"
