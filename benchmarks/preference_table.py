@@ -3,7 +3,8 @@
 SoBiRL, Stoc-SoBiRL and DRLHF on CartPole and the gridworld, under six teachers, paired by seed: the
 same environment seeds, first networks and teacher. Labels are counted until the first evaluation
 (greedy episodes on the true reward, after every round) that passes; a run that never does counts
-with its whole budget, which is a lower bound, for both algorithms of a pair.
+with its whole budget, which is a lower bound, for both algorithms of a pair. Beside it, because one
+lucky evaluation can pass: the true return, averaged over all evaluations of a run.
 
     python benchmarks/preference_table.py [--tasks …] [--teachers …] [--algorithms …] [--seeds N]
         [--workers N] [--out FILE] [--figure FILE]
@@ -75,13 +76,19 @@ def needed(run: dict[str, Any]) -> int:
     return int(run["labels"][-1] if reached is None else reached)
 
 
-def interval(values: Sequence[float]) -> str:
+def level(run: dict[str, Any]) -> float:
+    """True return, mean over the evaluations."""
+    return statistics.fmean(run["true_return"])
+
+
+def interval(values: Sequence[float], digits: int = 0) -> str:
     """Mean and the half-width of its 95 % interval (Student's t)."""
     mean = statistics.fmean(values)
     point = STUDENT.get(len(values) - 1)
     if point is None:
-        return f"{mean:.0f}"
-    return f"{mean:+.0f} ± {point * statistics.stdev(values) / math.sqrt(len(values)):.0f}"
+        return f"{mean:+.{digits}f}"
+    half = point * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
 
 def pairs(
@@ -97,14 +104,15 @@ def pairs(
 
 
 def table(report: dict[str, Any], task: str) -> str:
-    """Markdown of one task: labels until the threshold, and the paired differences to DRLHF."""
+    """Markdown of one task: labels until the threshold, and paired differences to DRLHF."""
     runs = [run for run in report["runs"] if run["task"] == task]
     held = [name for name in ALGORITHMS if any(run["algorithm"] == name for run in runs)]
     rivals = [name for name in held if name != "drlhf"]
     head = [
         "teacher",
         *(f"{NAMES[name]}: labels (passed)" for name in held),
-        *(f"{NAMES[name]} − DRLHF" for name in rivals),
+        *(f"{NAMES[name]} − DRLHF: labels" for name in rivals),
+        *(f"{NAMES[name]} − DRLHF: return" for name in rivals),
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for teacher in [*TEACHERS, None]:
@@ -117,6 +125,7 @@ def table(report: dict[str, Any], task: str) -> str:
             passed = sum(run["labels_to_threshold"] is not None for run in own)
             cells.append(f"{statistics.fmean(map(needed, own)):.0f} ({passed} of {len(own)})")
         cells += [interval(pairs(rows, name, needed)) for name in rivals]
+        cells += [interval(pairs(rows, name, level), 1) for name in rivals]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

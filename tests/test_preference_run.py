@@ -188,8 +188,10 @@ def test_reward_accuracy_is_measured_on_answers_not_learned_from(
     monkeypatch.setattr(
         module, "evaluate", lambda *given: (added.append(job.learner.steps), plain(*given))[1]
     )
-    job.step()
-    assert added == [0]
+    assert math.isnan(job.step()["foretold"])  # there was no reward yet
+    assert added == []
+    assert 0 <= job.step()["foretold"] <= 1
+    assert added == [3]  # updates of the first round: none yet from these answers
 
 
 def test_what_cannot_be_run_is_named() -> None:

@@ -264,7 +264,9 @@ class PreferenceJob:
         self._asked += count
         self._answered = self.answers.append(first, second, label)
         known = asked.select(~label.isnan())
-        foretold = evaluate(self.reward, known).accuracy if len(known) else math.nan
+        foretold = math.nan
+        if len(known) and self._round:  # in the first round there is no reward yet
+            foretold = evaluate(self.reward, known).accuracy
         return {"answers": float(self.answers.added), "foretold": foretold}
 
     def _first_fit(self) -> None:
