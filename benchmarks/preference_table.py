@@ -34,10 +34,22 @@ from birl_ext.preferences.teachers import TEACHERS
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.runs.config import from_plain, read_toml
 
-ALGORITHMS = ("sobirl", "stoc-sobirl", "drlhf")
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "sobirl": {"algorithm": "sobirl"},
+    "stoc-sobirl": {"algorithm": "stoc-sobirl"},
+    "sobirl-whole": {"algorithm": "sobirl", "indirect_limit": math.inf, "weigh_loss": True},
+    "drlhf": {"algorithm": "drlhf"},
+}
+"""Of each candidate, what differs: sobirl-whole takes the estimate of ∇φ as it is."""
+PUBLISHED = ("sobirl", "stoc-sobirl", "drlhf")
 TASKS = ("gridworld", "cartpole")
 EXAMPLES = Path(__file__).parents[1] / "examples" / "preference"
-NAMES = {"sobirl": "SoBiRL", "stoc-sobirl": "Stoc-SoBiRL", "drlhf": "DRLHF"}
+NAMES = {
+    "sobirl": "SoBiRL",
+    "stoc-sobirl": "Stoc-SoBiRL",
+    "sobirl-whole": "SoBiRL, whole ∇φ̂",
+    "drlhf": "DRLHF",
+}
 KEY = ("task", "teacher", "algorithm", "seed")
 STUDENT = {4: 2.776, 29: 2.045}  # 97.5 % points, by degrees of freedom: 5 seeds, 6 × 5 pairs
 
@@ -53,7 +65,7 @@ def measure(task: str, teacher: str, algorithm: str, seed: int) -> dict[str, Any
     from birl_ext.problems.preference.job import PreferenceJob
 
     torch.set_num_threads(1)
-    plain = {**settings(task), "teacher": teacher, "algorithm": algorithm, "seed": seed}
+    plain = {**settings(task), "teacher": teacher, "seed": seed, **ALGORITHMS[algorithm]}
     start = time.process_time()
     job = PreferenceJob(from_plain(PreferenceConfig, plain))
     rows = []
@@ -83,6 +95,8 @@ def level(run: dict[str, Any]) -> float:
 
 def interval(values: Sequence[float], digits: int = 0) -> str:
     """Mean and the half-width of its 95 % interval (Student's t)."""
+    if not values:
+        return "–"
     mean = statistics.fmean(values)
     point = STUDENT.get(len(values) - 1)
     if point is None:
@@ -123,7 +137,8 @@ def table(report: dict[str, Any], task: str) -> str:
         for name in held:
             own = [run for run in rows if run["algorithm"] == name]
             passed = sum(run["labels_to_threshold"] is not None for run in own)
-            cells.append(f"{statistics.fmean(map(needed, own)):.0f} ({passed} of {len(own)})")
+            mean = f"{statistics.fmean(map(needed, own)):.0f}" if own else "–"
+            cells.append(f"{mean} ({passed} of {len(own)})")
         cells += [interval(pairs(rows, name, needed)) for name in rivals]
         cells += [interval(pairs(rows, name, level), 1) for name in rivals]
         lines.append("| " + " | ".join(cells) + " |")
@@ -177,7 +192,7 @@ def main() -> None:
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--teachers", nargs="+", choices=list(TEACHERS), default=list(TEACHERS))
-    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
+    parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS), default=PUBLISHED)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, … of each")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--figure", type=Path, help="PNG to draw of all runs in the file")

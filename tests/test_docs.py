@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"])
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FOUR_ROOMS = sorted((ROOT / "benchmarks" / "results").glob("four_rooms_*.json"))
+PREFERENCES = sorted((ROOT / "benchmarks" / "results").glob("preference_*.json"))
 # what torch itself says while it traces
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
@@ -103,7 +104,7 @@ def test_blocks_are_found_with_their_output() -> None:
 def between(text: str, name: str) -> str:
     """What stands between the comments of a table that is kept in step with the code."""
     match = re.search(rf"^<!-- {name}: .*-->\n(.*?)^<!-- end of {name} -->$", text, re.M | re.S)
-    assert match, f"README.md has no part {name!r}"
+    assert match, f"the page has no part {name!r}"
     return match[1]
 
 
@@ -145,6 +146,15 @@ def test_the_table_of_four_rooms_is_the_one_measured() -> None:
     table = "\n".join(lines) + "\n"
     found = between((ROOT / "README.md").read_text(), "four rooms")
     assert found == table, f"the table in README.md should be\n\n{table}"
+
+
+@pytest.mark.skipif(not PREFERENCES, reason="no stored results of preference runs")
+@pytest.mark.parametrize("task", ["gridworld", "cartpole"])
+def test_the_tables_of_preference_runs_are_those_measured(task: str) -> None:
+    report = json.loads(PREFERENCES[-1].read_text())
+    table = runpy.run_path(str(ROOT / "benchmarks" / "preference_table.py"))["table"](report, task)
+    found = between((ROOT / "docs" / "preferences.md").read_text(), f"{task} table")
+    assert found.strip() == table, f"docs/preferences.md should contain\n\n{table}"
 
 
 def test_every_command_and_problem_is_in_the_readme() -> None:

@@ -14,7 +14,13 @@ from preference_run import TIMED, make_job
 
 from birl_ext.agents.environment import make_environments
 from birl_ext.agents.pixels import is_atari
-from birl_ext.errors import AnswerLogCorruptError, ConfigError, OptionError, RenderError
+from birl_ext.errors import (
+    AnswerLogCorruptError,
+    AnswerLogWriteError,
+    ConfigError,
+    OptionError,
+    RenderError,
+)
 from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.job import PreferenceJob
@@ -129,12 +135,11 @@ def test_the_stochastic_variant_learns_from_the_newest_answers_alone(
             assert {tuple(x.flatten().tolist()) for x in pairs.first.observation} <= marks
 
 
-def test_every_answer_is_logged_before_it_is_used_and_never_twice(tmp_path: Path) -> None:
+def test_every_answer_is_logged_and_never_twice(tmp_path: Path) -> None:
     job = make_job(teacher="skip")
     directory = directory_of(tmp_path / "run", job)
     run(job, directory, checkpoint_every=1)
     log = tmp_path / "run" / "answers.log"
-    job.detach()
     with AnswerLog(log) as kept:
         assert len(kept) == 40
         silent = sum(answer["label"] is None for answer in kept.answers)
@@ -145,21 +150,46 @@ def test_every_answer_is_logged_before_it_is_used_and_never_twice(tmp_path: Path
     before = log.read_bytes()
     again = make_job(teacher="skip")
     run(again, RunDirectory(tmp_path / "run"), checkpoint_every=1)
-    again.detach()
     assert log.read_bytes() == before
+
+
+def test_an_answer_that_cannot_be_logged_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(log: AnswerLog, answer: Any) -> None:
+        raise AnswerLogWriteError("no room")
+
+    job = make_job()
+    monkeypatch.setattr(AnswerLog, "append", full)
+    with pytest.raises(AnswerLogWriteError):
+        run(job, directory_of(tmp_path / "run", job))
+    assert job.answers.added == 0
+    assert job.learner.steps == 0
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_with_its_log(tmp_path: Path) -> None:
+    job = make_job()
+    directory = directory_of(tmp_path / "run", job)
+    job.attach(directory)
+    job.step()
+    job.detach()
+    before = (tmp_path / "run" / "answers.log").read_bytes()
+    again = make_job()
+    run(again, directory)
+    after = (tmp_path / "run" / "answers.log").read_bytes()
+    assert after.startswith(before)
+    assert after.count(b"\n") == 1 + 40
 
 
 def test_a_log_of_another_run_is_refused(tmp_path: Path) -> None:
     for seed, name in ((0, "one"), (1, "other")):
         job = make_job(seed=seed)
         run(job, directory_of(tmp_path / name, job), checkpoint_every=1)
-        job.detach()
     for file in ("answers.log", "answers.log.head"):
         (tmp_path / "one" / file).replace(tmp_path / "other" / file)
     job = make_job(seed=1)
     with pytest.raises(AnswerLogCorruptError, match="not those of the stored state"):
         run(job, RunDirectory(tmp_path / "other"))
-    job.detach()
 
 
 def test_labels_are_counted_until_the_threshold() -> None:
