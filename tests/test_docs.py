@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"])
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FOUR_ROOMS = sorted((ROOT / "benchmarks" / "results").glob("four_rooms_*.json"))
+TAXES = sorted((ROOT / "benchmarks" / "results").glob("taxes_*.json"))
 # what torch itself says while it traces
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
@@ -202,3 +203,11 @@ def test_the_table_of_solvers_is_the_one_measured() -> None:
     text = (ROOT / "docs" / "solvers.md").read_text()
     assert table in text, f"docs/solvers.md should contain\n\n{table}"
     assert report["machine"].split(",")[0] in text
+
+
+def test_the_table_of_taxes_is_the_one_measured() -> None:
+    report = json.loads(TAXES[-1].read_text())
+    table = runpy.run_path(str(ROOT / "benchmarks" / "taxes_table.py"))["table"](report)
+    text = (ROOT / "docs" / "taxes.md").read_text()
+    assert table in text, f"docs/taxes.md should contain\n\n{table}"
+    assert max(row["error_bound"] for row in report["rows"]) < 7e-6

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext.bilevel import BilevelProblem
-from birl_ext.bilevel.zero_order import ZeroOrder
+from birl_ext.bilevel import BilevelProblem, ZeroOrder
 from birl_ext.errors import ConfigError, OptionError
 from birl_ext.problems.taxes import TaxEconomy, TaxesConfig, TaxesJob
 from birl_ext.runs import loop

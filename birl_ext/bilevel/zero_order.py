@@ -74,7 +74,7 @@ class ZeroOrder:
     def estimate(self) -> tuple[Tensor, Tensor]:
         """φ, exactly, and ∇φ̂ at the present x."""
         x = self.x.detach()
-        direction = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+        direction = torch.randn(x.shape, generator=self.generator, dtype=x.dtype).to(x.device)
         with torch.no_grad():
             here, solution = self.problem.evaluate(x, self.temperature)
             there = self.problem.objective(

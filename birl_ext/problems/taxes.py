@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from birl_ext.bilevel import BilevelProblem, MSoBiRL
-from birl_ext.bilevel.zero_order import ZeroOrder
+from birl_ext.bilevel import BilevelProblem, MSoBiRL, ZeroOrder
 from birl_ext.errors import ConfigError
 from birl_ext.functional import evaluate, occupancy, solve
 from birl_ext.mdp import DenseMDP
