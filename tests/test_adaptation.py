@@ -143,7 +143,9 @@ def test_the_truth_is_its_finite_difference() -> None:
     torch.testing.assert_close(exact_gradient(setting), torch.stack(slopes), rtol=1e-7, atol=1e-8)
 
 
-def formula(setting: Setting, value: Tensor, discount: float = DISCOUNT) -> Tensor:
+def formula(
+    setting: Setting, value: Tensor, discount: float = DISCOUNT, *, path: bool = True
+) -> Tensor:
     """(M17) summed over all paths: P held fixed in the lower level, its reward r + γ P_x V."""
     problem, x = setting.problem, setting.x
     moving, fixed = problem.mdp(x), problem.mdp(x.detach())
@@ -156,6 +158,8 @@ def formula(setting: Setting, value: Tensor, discount: float = DISCOUNT) -> Tens
     log_probability = path_log_probability(
         setting.transition, where, chosen, torch.ones_like(where, dtype=torch.bool)
     )
+    if not path:
+        log_probability = log_probability.detach()
     share = log_probability.exp() * policy[where, chosen].prod(-1)
     assert fixed.initial_distribution is not None
     share = share * fixed.initial_distribution[where[:, 0]]
@@ -181,6 +185,16 @@ def test_the_formula_is_the_derivative() -> None:
         formula(setting, solution.value, 1.0),
     ):
         assert (wrong - exact).norm() > 5e-3 * exact.norm()
+
+
+def test_what_leaving_out_a_term_costs() -> None:
+    """The two numbers of docs/stochastic.md."""
+    setting = make_setting()
+    value, exact = setting.solution.value, exact_gradient(setting)
+    without_path = formula(setting, value, path=False)
+    without_foresight = formula(setting, torch.zeros_like(value))
+    assert (without_path - exact).norm() / exact.norm() == pytest.approx(0.35, abs=0.005)
+    assert (without_foresight - exact).norm() / exact.norm() == pytest.approx(0.23, abs=0.005)
 
 
 @pytest.mark.parametrize("options", [{}, {"baseline": "none"}], ids=str)

@@ -23,6 +23,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTR
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FOUR_ROOMS = sorted((ROOT / "benchmarks" / "results").glob("four_rooms_*.json"))
 PREFERENCES = sorted((ROOT / "benchmarks" / "results").glob("preference_*.json"))
+TAXES = sorted((ROOT / "benchmarks" / "results").glob("taxes_*.json"))
 # what torch itself says while it traces
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
@@ -222,3 +223,11 @@ def test_the_tables_of_agents_and_preferences_are_those_measured(name: str) -> N
     table = runpy.run_path(str(benchmarks / f"{name}.py"))["table"](report)
     text = (ROOT / "docs" / "performance.md").read_text()
     assert table in text, f"docs/performance.md should contain\n\n{table}"
+
+
+def test_the_table_of_taxes_is_the_one_measured() -> None:
+    report = json.loads(TAXES[-1].read_text())
+    table = runpy.run_path(str(ROOT / "benchmarks" / "taxes_table.py"))["table"](report)
+    text = (ROOT / "docs" / "taxes.md").read_text()
+    assert table in text, f"docs/taxes.md should contain\n\n{table}"
+    assert max(row["error_bound"] for row in report["rows"]) < 7e-6

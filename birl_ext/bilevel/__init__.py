@@ -6,6 +6,7 @@ from birl_ext.bilevel.hypergradient import HypergradientReport, hypergradient_re
 from birl_ext.bilevel.msobirl import MSoBiRL, Outcome
 from birl_ext.bilevel.newton import DampedNewton, NewtonOutcome
 from birl_ext.bilevel.problem import BilevelProblem, geometric
+from birl_ext.bilevel.zero_order import ZeroOrder
 
 __all__ = [
     "BilevelProblem",
@@ -14,6 +15,7 @@ __all__ = [
     "MSoBiRL",
     "NewtonOutcome",
     "Outcome",
+    "ZeroOrder",
     "geometric",
     "hypergradient_report",
 ]

@@ -4,6 +4,7 @@ from birl_ext.problems.bus import BusConfig, BusJob
 from birl_ext.problems.four_rooms import FourRoomsConfig, FourRoomsJob
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.random_mdp import RandomMDPConfig, RandomMDPJob
+from birl_ext.problems.taxes import TaxesConfig, TaxesJob
 from birl_ext.runs.job import Job, Problem
 
 __all__ = ["PROBLEMS"]
@@ -22,6 +23,9 @@ PROBLEMS = {
     ),
     "four-rooms": Problem(
         FourRoomsConfig, FourRoomsJob, "incentives that lead a walker through four rooms"
+    ),
+    "taxes": Problem(
+        TaxesConfig, TaxesJob, "taxes that move the income, and the assets, of those who pay them"
     ),
     "preference": Problem(
         PreferenceConfig,
