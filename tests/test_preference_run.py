@@ -4,12 +4,17 @@ same bits."""
 from __future__ import annotations
 
 import math
+import os
+import signal
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
+from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from preference_run import TIMED, make_job
 
 from birl_ext.agents.environment import make_environments
@@ -18,6 +23,7 @@ from birl_ext.errors import (
     AnswerLogCorruptError,
     AnswerLogWriteError,
     ConfigError,
+    EnvironmentFailureError,
     OptionError,
     RenderError,
 )
@@ -240,6 +246,69 @@ def test_what_cannot_be_run_is_named() -> None:
     ):
         with pytest.raises(error, match=match):
             make_job(**changes)
+
+
+# Environments that fail
+
+
+class Fragile(CartPoleEnv):
+    """CartPole that goes wrong in its 190th step, counted over all episodes of this copy."""
+
+    def __init__(self, fault: str = "", render_mode: str | None = None) -> None:
+        super().__init__(render_mode=render_mode)
+        self.fault = fault
+        self.count = 0
+
+    def step(self, action: Any) -> Any:
+        self.count += 1
+        observation, reward, *rest = super().step(action)
+        if self.count == 190:
+            match self.fault:
+                case "raises":
+                    raise RuntimeError("wheel came off")
+                case "NaN":
+                    reward = math.nan
+                case "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+        return observation, reward, *rest
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("raises", "it raised RuntimeError: wheel came off"),
+        ("NaN", "its reward is nan"),
+        ("killed", "the worker ended with signal SIGKILL"),
+        ("stopped", "no answer within 2 s"),
+    ],
+)
+def test_a_failing_environment_leaves_a_checkpoint_to_go_on_from(
+    fault: str, words: str, tmp_path: Path
+) -> None:
+    """And the run that goes on ends with the bits of one whose environment did not fail."""
+    name = f"Fragile{fault}-v0"
+    changes = {"env": name, "parallel": fault in ("killed", "stopped"), "timeout": 2.0}
+    gymnasium.register(name, partial(Fragile, fault), max_episode_steps=500)
+    try:
+        broken = make_job(**changes)
+        directory = directory_of(tmp_path / "run", broken)
+        place = f"{words} at environment 0 of '{name}', seed .*, step .*, action "
+        with pytest.raises(EnvironmentFailureError, match=place):
+            run(broken, directory, checkpoint_every=1)
+        assert CheckpointStore(directory.checkpoints).load().step == 3
+        again = make_job(**changes)
+        run(again, directory, checkpoint_every=1)
+        gymnasium.registry.pop(name)
+        gymnasium.register(name, Fragile, max_episode_steps=500)
+        whole = make_job(env=name)
+        for row in directory.history():
+            expected = {key: value for key, value in untimed(row).items() if key != "step"}
+            assert str(untimed(whole.step())) == str(expected)
+    finally:
+        gymnasium.registry.pop(name)
 
 
 # From pixels and bodies: the whole machinery, end to end
