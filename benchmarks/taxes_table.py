@@ -4,8 +4,8 @@
 
 Three temperatures λ; from taxes of .3. The gradient costs one solve and one adjoint solve per outer
 step, zero order two solves: both are shown after equal numbers of steps, each at the best of three
-learning rates. The welfare is exact in the discretised model. Beside that: three random starts,
-finer and coarser grids at the taxes found, and what is left of the gradient at the start if the
+learning rates for that number. The welfare is exact in the discretised model. Beside that: three
+random starts, finer and coarser grids at the taxes found, and the gradient at the start where the
 transitions are taken as given.
 """
 
@@ -95,28 +95,28 @@ def at_the_start(temperature: float) -> dict[str, list[float]]:
     return found
 
 
-def best(rows: list[dict[str, Any]], method: str) -> list[dict[str, Any]]:
-    """The runs of a method at the rate whose mean at the end is higher."""
+def best(rows: list[dict[str, Any]], method: str, when: str = "end") -> list[dict[str, Any]]:
+    """The runs of a method at the rate whose mean is highest then."""
     own = [row for row in rows if row["method"] == method]
     at = {rate: [row for row in own if row["rate"] == rate] for rate in RATES}
-    return max(at.values(), key=lambda some: fmean(row["end"] for row in some))
+    return max(at.values(), key=lambda some: fmean(row[when] for row in some))
 
 
 def table(report: dict[str, Any]) -> str:
     """Markdown, one row per temperature."""
     steps = report["steps"]
-    head = ["λ", f"all taxes {0.3}"]
+    head = ["λ", "all taxes 0.3"]
     for method in ("gradient", "zero order"):
         head += [f"{method}, {count} steps" for count in (EARLY, steps)]
     lines = [f"| {' | '.join([*head, 'income tax', 'taxes on the goods'])} |", "|" + "---|" * 8]
     for temperature in TEMPERATURES:
         rows = [row for row in report["rows"] if row["temperature"] == temperature]
         (gradient,) = best(rows, "gradient")
-        zero = best(rows, "zero-order")
         cells = [f"{temperature:g}", f"{gradient['start']:.2f}"]
-        cells += [f"{gradient['early']:.2f}", f"**{gradient['end']:.2f}**"]
+        (early,) = best(rows, "gradient", "early")
+        cells += [f"{early['early']:.2f}", f"**{gradient['end']:.2f}**"]
         for when in ("early", "end"):
-            values = [row[when] for row in zero]
+            values = [row[when] for row in best(rows, "zero-order", when)]
             cells.append(f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
         income, *goods = (f"{tax:.2f}" for tax in gradient["taxes"])
         lines.append(f"| {' | '.join([*cells, income, ', '.join(goods)])} |")
