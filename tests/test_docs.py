@@ -215,6 +215,15 @@ def test_the_table_of_solvers_is_the_one_measured() -> None:
     assert report["machine"].split(",")[0] in text
 
 
+def test_the_table_of_estimators_is_the_one_measured() -> None:
+    benchmarks = ROOT / "benchmarks"
+    report = json.loads((benchmarks / "results" / "estimator_slopes.json").read_text())
+    table = runpy.run_path(str(benchmarks / "estimator_slopes.py"))["table"](report)
+    text = (ROOT / "docs" / "stochastic.md").read_text()
+    assert table in text, f"docs/stochastic.md should contain\n\n{table}"
+    assert all(abs(row["slope_of_noise"] + 0.5) < 0.1 for row in report["rows"].values())
+
+
 @pytest.mark.parametrize("name", ["pair_loss", "agents_throughput"])
 def test_the_tables_of_agents_and_preferences_are_those_measured(name: str) -> None:
     pytest.importorskip("gymnasium")
