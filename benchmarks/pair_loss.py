@@ -205,13 +205,6 @@ def batched_loss(case: Case, at_once: int | None = None) -> Answer:
 
 
 def our_step(case: Case) -> Answer:
-    found = case.learner.step(
-        case.pairs, case.policy, temperature=TEMPERATURE, indirect_share=False
-    )
-    return torch.tensor(found.loss), gradients(case.learner.parameters)
-
-
-def our_step_with_share(case: Case) -> Answer:
     found = case.learner.step(case.pairs, case.policy, temperature=TEMPERATURE)
     return torch.tensor(found.loss), gradients(case.learner.parameters)
 
@@ -234,7 +227,6 @@ TASKS: dict[str, dict[str, Callable[[Case], Answer]]] = {
     "step of SoBiRL": {
         "as published": published_step,
         "ours": our_step,
-        "ours, share of the score measured": our_step_with_share,
     },
 }
 

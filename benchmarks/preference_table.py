@@ -47,11 +47,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples" / "preference"
 NAMES = {
     "sobirl": "SoBiRL",
     "stoc-sobirl": "Stoc-SoBiRL",
-    "sobirl-whole": "SoBiRL, whole ∇φ̂",
+    "sobirl-whole": "SoBiRL, whole gradient",
     "drlhf": "DRLHF",
 }
 KEY = ("task", "teacher", "algorithm", "seed")
-STUDENT = {4: 2.776, 29: 2.045}  # 97.5 % points, by degrees of freedom: 5 seeds, 6 × 5 pairs
+STUDENT = {2: 4.303, 4: 2.776, 9: 2.262}  # 97.5 % points, by degrees of freedom
 
 
 def settings(task: str) -> dict[str, Any]:
@@ -108,13 +108,18 @@ def interval(values: Sequence[float], digits: int = 0) -> str:
 def pairs(
     runs: Iterable[dict[str, Any]], algorithm: str, value: Callable[[dict[str, Any]], float]
 ) -> list[float]:
-    """value(algorithm) − value(DRLHF) of each teacher and seed that both have."""
+    """value(algorithm) − value(DRLHF) of each seed, mean over the teachers that both have.
+
+    Seeds are what is independent: the runs of one seed share environments and first networks,
+    whoever the teacher is.
+    """
     found = {(run["teacher"], run["seed"], run["algorithm"]): value(run) for run in runs}
-    return [
-        found[teacher, seed, algorithm] - found[teacher, seed, "drlhf"]
-        for teacher, seed, name in found
-        if name == algorithm and (teacher, seed, "drlhf") in found
-    ]
+    gaps: dict[int, list[float]] = {}
+    for teacher, seed, name in found:
+        if name == algorithm and (teacher, seed, "drlhf") in found:
+            gap = found[teacher, seed, algorithm] - found[teacher, seed, "drlhf"]
+            gaps.setdefault(seed, []).append(gap)
+    return [statistics.fmean(gap) for gap in gaps.values()]
 
 
 def table(report: dict[str, Any], task: str) -> str:
@@ -146,7 +151,9 @@ def table(report: dict[str, Any], task: str) -> str:
 
 
 def figure(report: dict[str, Any], path: Path) -> None:
-    """True return against labels: mean over teachers and seeds, and a standard error either way."""
+    """True return against labels: mean over teachers and seeds; bands are a standard error over the
+    seeds either way.
+    """
     from birl_ext.runs import plots
 
     tasks = [task for task in TASKS if any(run["task"] == task for run in report["runs"])]
@@ -154,19 +161,23 @@ def figure(report: dict[str, Any], path: Path) -> None:
         drawn, axes = plots.new_figure(1, len(tasks), squeeze=False)
         for panel, task in zip(axes[0], tasks, strict=True):
             for name, colour in zip(ALGORITHMS, plots.COLOURS, strict=False):
-                own = [
-                    run for run in report["runs"] if (run["task"], run["algorithm"]) == (task, name)
-                ]
+                own = [r for r in report["runs"] if (r["task"], r["algorithm"]) == (task, name)]
                 if not own:
                     continue
-                curves = torch.tensor([run["true_return"] for run in own])
-                mean, error = curves.mean(0), curves.std(0) / math.sqrt(len(own))
+                seeds = sorted({run["seed"] for run in own})
+                curves = torch.stack(
+                    [
+                        torch.tensor([r["true_return"] for r in own if r["seed"] == seed]).mean(0)
+                        for seed in seeds
+                    ]
+                )
+                mean, error = curves.mean(0), curves.std(0) / math.sqrt(len(seeds))
                 panel.plot(own[0]["labels"], mean, color=colour, label=NAMES[name])
                 panel.fill_between(
                     own[0]["labels"], mean - error, mean + error, color=colour, alpha=0.2, lw=0
                 )
             plots.draw_references(panel, {"threshold": report["thresholds"][task]})
-            panel.set_title(f"{task}, six teachers, {len(own)} runs each")
+            panel.set_title(task)
             panel.set_xlabel("labels asked for")
             panel.set_ylabel("true return")
             panel.legend()
@@ -186,7 +197,7 @@ def write(report: dict[str, Any], path: Path) -> None:
     draft.replace(path)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -209,7 +220,11 @@ def main() -> None:
         "runs": [],
     }
     if options.out.exists():
-        report = json.loads(options.out.read_text())
+        held_report = json.loads(options.out.read_text())
+        for name in ("settings", "thresholds", "versions"):
+            if held_report[name] != report[name]:
+                parser.error(f"{options.out} holds runs with other {name}; choose another --out")
+        report = held_report
     words = [word for word in sys.argv[1:] if word not in ("--out", str(options.out))]
     report["commands"].append(shlex.join(["python", "benchmarks/preference_table.py", *words]))
     held = {tuple(run[name] for name in KEY) for run in report["runs"]}
@@ -221,8 +236,13 @@ def main() -> None:
         for task, seed, teacher, name in asked
         if (key := (task, teacher, name, seed)) not in held
     ]
+    failed = 0
     with ProcessPoolExecutor(options.workers) as pool:
         for done in as_completed([pool.submit(measure, *key) for key in open_runs]):
+            if (error := done.exception()) is not None:
+                failed += 1
+                print(f"failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                continue
             run = done.result()
             report["runs"].append(run)
             write(report, options.out)
@@ -236,7 +256,8 @@ def main() -> None:
         print(f"\n{task}, threshold {report['thresholds'][task]:g}\n\n{table(report, task)}")
     if options.figure:
         figure(report, options.figure)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

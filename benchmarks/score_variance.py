@@ -24,7 +24,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from birl_ext.problems.preference_config import PreferenceConfig
 from torch import Tensor
 
 from birl_ext.agents.collect import Collector
@@ -35,7 +34,9 @@ from birl_ext.bilevel.score import FullHorizon, OneStep, Score
 from birl_ext.bilevel.trajectory import trajectory_surrogate
 from birl_ext.preferences.fragments import Pairs, draw
 from birl_ext.preferences.loss import bradley_terry, margins
-from birl_ext.problems.preference import PreferenceJob, Recorder
+from birl_ext.problems.preference.config import PreferenceConfig
+from birl_ext.problems.preference.job import PreferenceJob
+from birl_ext.problems.preference.recorder import Recorder
 
 HORIZONS = (5, 10, 20)
 PAIRS, BATCH, ENVIRONMENTS, STEPS = 1000, 64, 4, 1000

@@ -131,6 +131,8 @@ def main() -> int:
     default = results / f"taxes_{date.today().isoformat()}.json"
     parser.add_argument("--out", type=Path, default=default)
     options = parser.parse_args()
+    if options.steps <= EARLY:
+        parser.error(f"--steps is {options.steps}; the table shows step {EARLY}")
     torch.set_num_threads(1)
     began = time.perf_counter()
     report: dict[str, Any] = {

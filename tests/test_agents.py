@@ -430,6 +430,8 @@ def test_impossible_options_are_refused() -> None:
         SoftQ(nn.Linear(1, 1), discount=1.0, temperature=Temperature(1.0), optimiser=sgd(1.0))
     with pytest.raises(ShapeError, match="low < high"):
         bandit_agent(torch.ones(1), torch.ones(1), seed=0)
+    with pytest.raises(ShapeError, match="finite"):
+        bandit_agent(torch.tensor([-math.inf]), torch.ones(1), seed=0)
     agent = bandit_agent(-torch.ones(2), torch.ones(2), seed=0)
     with pytest.raises(ShapeError, match=r"\(n, 4\): mean and log σ"):
         agent.sample(torch.ones(3, 1), generator())

@@ -86,8 +86,12 @@ class Clock(gymnasium.Env[Any, Any]):
                 self.shown[0] = math.nan
             case "reward":
                 return math.inf
+            case "overflow":
+                return 1e39  # finite as the environment's float64, not as our float32
             case "exit":
                 os._exit(3)
+            case "exit 0":
+                os._exit(0)
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
@@ -298,6 +302,7 @@ FAULTS = {
     "step": "it raised RuntimeError: wheel came off",
     "observation": "its observation is nan",
     "reward": "its reward is inf",
+    "overflow": "its reward is inf",
 }
 
 
@@ -325,6 +330,7 @@ def test_a_failing_start_is_told_from_a_failing_step(parallel: bool) -> None:
     ("fault", "words"),
     [
         ("exit", "the worker ended with status 3"),
+        ("exit 0", "the worker ended with status 0"),
         ("kill", "the worker ended with signal SIGKILL"),
         ("stop", "no answer within 2 s"),
         ("hang", "no answer within 2 s"),
@@ -492,3 +498,61 @@ def test_evaluation_that_never_ends_says_so() -> None:
         pytest.raises(OptionError, match="0 of 2 episodes finished in 50 steps"),
     ):
         evaluate_agent(Player(), environments, episodes=2, max_steps=50)
+
+
+class Slider(gymnasium.Env[Any, Any]):
+    """Takes what its box holds and nothing else; 0.4 in float32 lies beyond 0.4."""
+
+    observation_space = Box(-np.inf, np.inf, (1,), np.float64)
+    action_space = Box(-0.4, 0.4, (1,), np.float64)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return np.zeros(1), {}
+
+    def step(self, action: Any) -> Any:
+        assert self.action_space.contains(action)
+        return np.asarray(action), 0.0, False, False, {}
+
+
+def test_an_action_at_the_edge_is_in_the_box() -> None:
+    with make_environments(Slider, count=1) as environments:
+        edge = environments.spaces.high
+        assert edge is not None
+        assert float(edge) > 0.4
+        step = environments.step(edge.unsqueeze(0))
+    assert float(step.transitions.next_observation) == pytest.approx(0.4)
+
+
+def test_an_observation_beyond_float32_is_not_infinite_in_silence() -> None:
+    class Far(Slider):
+        def step(self, action: Any) -> Any:
+            return np.full(1, 1e39), 0.0, False, False, {}
+
+    with (
+        make_environments(Far, count=1) as environments,
+        pytest.raises(EnvironmentFailureError, match="its observation is inf"),
+    ):
+        environments.step(torch.zeros(1, 1))
+
+
+def test_what_a_caller_does_with_actions_does_not_reach_the_record() -> None:
+    with make_environments(Slider, count=1) as environments:
+        given = torch.full((1, 1), 0.25)
+        environments.step(given).transitions.action.zero_()
+        given.zero_()
+        (kept,) = environments.state_dict()["actions"]
+    assert float(kept) == 0.25
+
+
+def test_sums_start_anew_where_episodes_do() -> None:
+    """A state of environments that cannot resume in mid-episode, taken over by ones that can."""
+    theirs = Collector(foreign(AutoresetMode.SAME_STEP, length=50), Player())
+    theirs.collect(7)
+    state = theirs.state_dict()
+    theirs.environments.close()
+    with make_environments(lambda: Clock(length=5), count=3) as environments:
+        ours = Collector(environments, Player())
+        ours.load_state_dict(state)
+        found = ours.collect(5)
+    assert [episode.length for episode in found.episodes] == [5, 5, 5]

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"])
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FOUR_ROOMS = sorted((ROOT / "benchmarks" / "results").glob("four_rooms_*.json"))
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 PREFERENCES = sorted((ROOT / "benchmarks" / "results").glob("preference_*.json"))
 TAXES = sorted((ROOT / "benchmarks" / "results").glob("taxes_*.json"))
 # what torch itself says while it traces
@@ -178,6 +179,11 @@ def test_every_label_is_defined() -> None:
     assert cited <= set(range(1, 18))
 
 
+@pytest.mark.parametrize("script", BENCHMARKS, ids=lambda path: path.name)
+def test_a_benchmark_finds_what_it_imports(script: Path) -> None:
+    runpy.run_path(str(script), run_name="imported")
+
+
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 
 
@@ -229,7 +235,8 @@ def test_the_tables_of_agents_and_preferences_are_those_measured(name: str) -> N
     pytest.importorskip("gymnasium")
     benchmarks = ROOT / "benchmarks"
     report = json.loads((benchmarks / "results" / f"{name}.json").read_text())
-    table = runpy.run_path(str(benchmarks / f"{name}.py"))["table"](report)
+    script = runpy.run_path(str(benchmarks / f"{name}.py"))
+    table = script["table"](report)
     text = (ROOT / "docs" / "performance.md").read_text()
     assert table in text, f"docs/performance.md should contain\n\n{table}"
 

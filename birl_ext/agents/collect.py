@@ -130,7 +130,7 @@ class Collector:
         self.environments.load_state_dict(state["environments"])
         self._uniform.set_state(state["uniform"])
         self._generator.set_state(state["generator"])
-        if self.environments.repeatable:
+        if self.environments.repeatable and state["environments"]["actions"] is not None:
             self._sums = [float(value) for value in state["sums"]]
             self._lengths = [int(value) for value in state["lengths"]]
         else:  # new episodes have begun

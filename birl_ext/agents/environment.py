@@ -231,7 +231,10 @@ class Environments:
                 f"action has shape {tuple(action.shape)}",
                 allowed=str((self.count, *self.spaces.action_shape)),
             )
-        given = action.detach().cpu().numpy().astype(self._vector.single_action_space.dtype)
+        space = self._vector.single_action_space
+        given = action.detach().cpu().numpy().astype(space.dtype)
+        if isinstance(space, gymnasium.spaces.Box):
+            given = given.clip(space.low, space.high)  # its edges in float32 may lie beyond them
         found, reward, terminated, truncated, info = self._call("step", given)
         self._raise_reported(info, given, ended=terminated | truncated)
         kept = ~self._starting
@@ -240,23 +243,27 @@ class Environments:
         if self._mode is AutoresetMode.SAME_STEP:
             for i in ended.nonzero()[0]:
                 after[i] = info["final_obs"][i]
-        self._check_finite("observation", after, given)
+        # As tensors: what the environment's own dtype can hold may be infinite in float32.
+        following = self._tensor(after)
+        with np.errstate(over="ignore"):
+            reward = np.array(reward, dtype=np.float32)
+        self._check_finite("observation", following.numpy(), given)
         self._check_finite("reward", reward, given)
         self._count(given, kept, ended)
         if self._mode is AutoresetMode.DISABLED and ended.any():
             fresh, _ = self._call("reset", None, options={"reset_mask": ended})
             found = np.where(ended.reshape(-1, *[1] * (after.ndim - 1)), fresh, found)
         self._starting = ended & (self._mode is AutoresetMode.NEXT_STEP)
-        following = self._observation = self._tensor(after)
+        self._observation = following
         if ended.any() and self._mode is not AutoresetMode.NEXT_STEP:
-            self._check_finite("observation", np.asarray(found), None)
             self._observation = self._tensor(np.array(found))
+            self._check_finite("observation", self._observation.numpy(), None)
         transitions = Transitions(
             before,
             torch.from_numpy(given).to(self.spaces.action_dtype),
             following,
             torch.from_numpy(np.array(terminated, dtype=np.bool_)),
-            torch.from_numpy(np.array(reward, dtype=np.float32)),
+            torch.from_numpy(reward),
         )
         return Step(transitions, torch.from_numpy(kept), torch.from_numpy(ended))
 
@@ -367,8 +374,8 @@ class Environments:
         else:
             observation, info = self._call("reset", None, seed=self.seed_of(0))
         self._raise_reported(info, None, ended=np.zeros(self.count, dtype=bool))
-        self._check_finite("observation", np.asarray(observation), None)
         self._observation = self._tensor(np.array(observation))
+        self._check_finite("observation", self._observation.numpy(), None)
 
     def _count(self, given: Any, kept: Any, ended: Any) -> None:
         for i in range(self.count):
@@ -379,7 +386,7 @@ class Environments:
             elif kept[i]:
                 self._lengths[i] += 1
                 if self.repeatable:
-                    self._actions[i].append(given[i])
+                    self._actions[i].append(given[i].copy())  # the caller has the array too
 
     def _tensor(self, observation: Any) -> Tensor:
         return torch.from_numpy(observation).to(self.spaces.observation_dtype)
@@ -426,7 +433,7 @@ class Environments:
                 if isinstance(error, (EOFError, OSError)):
                     process.join(0.2)  # its pipe closes a little before it is gone
                 code = process.exitcode
-                if code:
+                if code is not None:
                     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
                     return self._failure(f"the worker ended with {how}", i, given)
             if isinstance(error, multiprocessing.TimeoutError) and silent:

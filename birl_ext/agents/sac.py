@@ -72,9 +72,11 @@ class SAC:
         self._target = Target(critics, rate=target_rate, period=target_period)
         self._generator = torch.Generator(self.device).manual_seed(seed)
         low, high = (edge.to(self.device, torch.float32) for edge in (low, high))
-        if low.dim() != 1 or low.shape != high.shape or not bool((low < high).all()):
+        whole = low.dim() == 1 and low.shape == high.shape
+        if not whole or not bool(((low < high) & low.isfinite() & high.isfinite()).all()):
             raise ShapeError(
-                f"low is {low.tolist()}, high is {high.tolist()}", allowed="(d,) each, low < high"
+                f"low is {low.tolist()}, high is {high.tolist()}",
+                allowed="(d,) each, finite, low < high",
             )
         self._low, self._high = low, high
         self._centre = (low + high) / 2

@@ -44,6 +44,10 @@ def measure_estimator(
         exact: ∇φ, (d,), not zero.
         repetitions: how many are averaged, at least 2.
     """
+    if repetitions < 2:
+        raise OptionError(f"repetitions is {repetitions!r}", allowed="2 or more")
+    if not bool(exact.any()):
+        raise OptionError("the exact gradient is zero", fix="measure at another point")
     found = torch.stack([estimate().detach().double() for _ in range(repetitions)])
     truth = exact.detach().double()
     size = truth.norm()
