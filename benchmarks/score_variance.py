@@ -49,7 +49,7 @@ def fresh_pairs(job: PreferenceJob, generator: torch.Generator) -> Pairs:
         recorder.record(Collector(environments, job.agent, seed=1).collect(STEPS))
     episodes = recorder.episodes()
     first, second = (draw(episodes, job.config.fragment, PAIRS, generator) for _ in range(2))
-    job.teacher.observe(recorder.mean_reward)
+    job.teacher.observe(recorder.mean_reward())
     return Pairs(first, second, job.teacher(first, second))
 
 

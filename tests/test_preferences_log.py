@@ -398,10 +398,42 @@ def test_a_run_that_goes_back_repeats_its_answers_and_adds_none(tmp_path):
             assert log.state_dict()["answers"] == 4
     with AnswerLog(path) as log:
         log.load_state_dict(state)
-        other = Pairs(first, second, 1 - asked.label)
         log.record(asked.select(torch.tensor([2, 3, 4])))  # two known ones, and one more
         assert len(log) == 5
-        log.load_state_dict(state)
-        with pytest.raises(AnswerLogCorruptError, match="answer 5 of the log is not") as caught:
-            log.record(other.select(torch.tensor([2, 3, 4])))
-        assert "the same run" in str(caught.value)
+
+
+def test_a_run_that_takes_another_course_leaves_the_answers_of_the_old_one(tmp_path):
+    path = tmp_path / "answers"
+    first, second = (fragments_with(torch.zeros(5, 4)) for _ in range(2))
+    asked = Pairs(first, second, torch.tensor([1.0, 0.0, 0.5, math.nan, 1.0]))
+    other = Pairs(first, second, torch.tensor([1.0, 0.0, 0.5, 0.0, 0.0]))
+    with AnswerLog(path) as log:
+        log.record(asked)
+        log.rewind()
+        with pytest.warns(AnswerLogRecoveryWarning, match="after answer 3; the 2 answers"):
+            log.record(other)
+        found = log.answers
+    assert [answer["label"] for answer in found] == [1, 0, 0.5, 0, 0]
+    assert read(path) == found  # the file holds the same, and verifies
+    fresh = tmp_path / "fresh"
+    with AnswerLog(fresh) as log:
+        log.record(other)
+    assert path.read_bytes() == fresh.read_bytes()
+
+
+def test_a_kill_while_old_answers_are_removed_leaves_a_whole_log(tmp_path, monkeypatch):
+    path = tmp_path / "answers"
+    first, second = (fragments_with(torch.zeros(4, 4)) for _ in range(2))
+    asked = Pairs(first, second, torch.tensor([1.0, 0.0, 0.5, 1.0]))
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    with AnswerLog(path) as log:
+        log.record(asked)
+        log.rewind()
+        monkeypatch.setattr(os, "ftruncate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            log.record(Pairs(first, second, 1 - asked.label))
+        monkeypatch.undo()
+    assert [answer["label"] for answer in read(path)] == [1, 0, 0.5, 1]

@@ -271,6 +271,10 @@ class FilingJob(FakeJob):
 
     path: Path | None = None
     seen: list[int] | None = None
+    detached = 0
+
+    def detach(self) -> None:
+        self.detached += 1
 
     def attach(self, directory: RunDirectory) -> None:
         assert self.path is None
@@ -293,13 +297,24 @@ class FilingJob(FakeJob):
         return metrics
 
 
+def test_a_job_that_raises_lets_go_of_its_files(tmp_path):
+    job, directory = start(tmp_path / "run", steps=6)
+    job = FilingJob(job.config)
+    job.step = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        loop.run(job, directory)
+    assert job.detached == 1
+
+
 def test_a_job_may_write_files_of_its_own(tmp_path):
     """They lie beside those of the run, and a resumed run ends with the same."""
 
     def filing(arguments: tuple[FakeJob, RunDirectory]) -> tuple[FakeJob, RunDirectory]:
         return FilingJob(arguments[0].config), arguments[1]
 
-    loop.run(*filing(start(tmp_path / "whole", steps=6)))
+    whole, its_directory = filing(start(tmp_path / "whole", steps=6))
+    loop.run(whole, its_directory)
+    assert whole.detached == 1
     job, directory = filing(start(tmp_path / "cut", steps=6))
     assert isinstance(job, WritesFiles)
     assert not isinstance(FakeJob(job.config), WritesFiles)

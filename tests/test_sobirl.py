@@ -28,7 +28,7 @@ from birl_ext.bilevel.sobirl import DRLHF, SoBiRL, importance
 from birl_ext.errors import OptionError
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import bradley_terry, margins
-from birl_ext.preferences.reward_model import RewardNetwork
+from birl_ext.preferences.reward_model import RewardEnsemble, RewardNetwork
 
 
 def still(parameters: Any) -> torch.optim.Optimizer:
@@ -281,7 +281,7 @@ def test_a_step_is_the_sum_over_pairs_and_steps(
     reward, policy, pairs = linear_problem()
     direct, indirect = pair_by_pair(reward, policy, pairs, 0.5, 1.5)
     if most:
-        monkeypatch.setattr("birl_ext.bilevel.sobirl._NUMBERS", most)
+        monkeypatch.setattr("birl_ext.preferences.loss._NUMBERS", most)
     follower: Any = policy
     if not shared:  # the same policy, of a kind that names no table of logarithms
         follower = SimpleNamespace(probabilities=policy.probabilities, log_prob=policy.log_prob)
@@ -334,6 +334,25 @@ def test_the_loss_may_count_all_answers_alike() -> None:
     algorithm.step(pairs, policy, temperature=0.5)
     for parameter, one, other in zip(algorithm.parameters, plain, indirect, strict=True):
         torch.testing.assert_close(parameter.grad, one + other, rtol=1e-10, atol=1e-12)
+
+
+def test_members_of_an_ensemble_are_fitted_one_by_one() -> None:
+    """Each by its own loss: by the mean's alone all would have the same gradient."""
+    _, policy, pairs = linear_problem()
+    members = [
+        RewardNetwork.mlp(3, torch.Generator().manual_seed(i), actions=4, hidden=(5,)).double()
+        for i in range(3)
+    ]
+    alone = []
+    for member in members:
+        SoBiRL(member, optimiser=still, score=None, stale="keep").step(
+            pairs, policy, temperature=1.0
+        )
+        alone += [p.grad.clone() for p in member.parameters() if p.grad is not None]
+    together = SoBiRL(RewardEnsemble(members), optimiser=still, score=None, stale="keep")
+    together.step(pairs, policy, temperature=1.0)
+    for parameter, expected in zip(together.parameters, alone, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_options_are_named() -> None:

@@ -17,14 +17,17 @@ from birl_ext.bilevel.score import OneStep, Score
 from birl_ext.bilevel.trajectory import Baseline, trajectory_surrogate
 from birl_ext.errors import OptionError
 from birl_ext.preferences.fragments import Fragments, Pairs
-from birl_ext.preferences.loss import Steps, accuracy, bradley_terry, in_parts
-from birl_ext.preferences.reward_model import RewardModel
+from birl_ext.preferences.loss import (
+    Steps,
+    accuracy,
+    bradley_terry,
+    in_parts,
+    margins,
+    steps_at_once,
+)
+from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel
 
 __all__ = ["DRLHF", "Outcome", "SoBiRL", "importance"]
-
-_STEPS, _NUMBERS = 1024, 2**22
-"""Most steps, and most entries of observations, per call on a CPU: what is larger leaves the cache,
-and comes from the system anew, page by page, which takes longer than computing it."""
 
 Stale = Literal["weigh", "reject", "keep"]
 _STALE = ("weigh", "reject", "keep")
@@ -38,7 +41,7 @@ class Outcome(NamedTuple):
         accuracy: share of pairs, ties apart, whose order the reward explains; before the update.
         gradient_norm: ‖∇φ̂‖₂.
         indirect_share: ‖the score's part‖₂ / ‖∇φ̂‖₂: zero without a hyper-gradient.
-        used: pairs that counted, after stale ones were rejected.
+        used: pairs whose weight is not zero; the loss counts the others too without `weigh_loss`.
         effective: (Σw)²/Σw² of the importance weights.
     """
 
@@ -90,13 +93,6 @@ def importance(fragments: Fragments, log_prob: Tensor, *, stale: Stale, limit: f
     return torch.ones_like(gap)
 
 
-def _at_once(observation: Tensor) -> int | None:
-    """Most steps per call of a network in evaluation mode, where it changes nothing but time."""
-    if observation.device.type != "cpu":
-        return None
-    return max(1, min(_STEPS, _NUMBERS // max(1, math.prod(observation.shape[1:]))))
-
-
 def _norm(gradient: Iterable[Tensor | None]) -> float:
     """‖·‖₂ of all parts together."""
     squares = [part.double().square().sum() for part in gradient if part is not None]
@@ -124,8 +120,9 @@ class SoBiRL:
         d₁, d₂ ~ π*(x);   x ← x − β ∇φ̂, ∇φ̂ from (M16)
 
     Args:
-        reward: its parameters are x. It stays in evaluation mode, so that the same state and action
-            have one reward wherever they occur.
+        reward: its parameters are x. The members of an ensemble each have a loss of their own, and
+            the score's part is that of their mean. It stays in evaluation mode, so that the same
+            state and action have one reward wherever they occur.
         optimiser: from parameters to any torch optimiser.
         score: estimator of the policy's derivative (`birl_ext.bilevel.score`).
         noise: share of answers taken to be random, [0, 1).
@@ -193,7 +190,8 @@ class SoBiRL:
         found = self._evaluated(pairs, follower)
         loss = bradley_terry(found.margin, pairs.label, self.noise)
         weight = self._weight(pairs, found.log_prob).to(loss)
-        direct = ((weight if self.weigh_loss else 1.0) * loss).sum() / len(loss)
+        own = self._losses_of_members(pairs, loss)
+        direct = ((weight if self.weigh_loss else 1.0) * own).sum() / len(loss)
         gradient = self._gradient(direct, retain_graph=found.score is not None)
         share = 0.0
         if found.score is not None:
@@ -224,6 +222,18 @@ class SoBiRL:
             effective=float(weight.sum().square() / weight.square().sum().clamp(min=1e-12)),
         )
 
+    def _losses_of_members(self, pairs: Pairs, loss: Tensor) -> Tensor:
+        """The loss of each member of an ensemble, (E, n): fitted by the mean's alone they would all
+        move alike, and never come to disagree. Otherwise the loss itself.
+        """
+        if not isinstance(self.reward, RewardEnsemble):
+            return loss
+        compared = pairs.after(self.lead)
+        at_once = steps_at_once(compared.first.observation.flatten(0, 1))
+        return bradley_terry(
+            margins(self.reward.each, compared, at_once=at_once), pairs.label, self.noise
+        )
+
     def _gradient(self, value: Tensor, *, retain_graph: bool = False) -> Sequence[Tensor | None]:
         if not value.requires_grad:
             return [None] * len(self.parameters)
@@ -234,7 +244,7 @@ class SoBiRL:
     def _evaluated(self, pairs: Pairs, follower: Any) -> _Evaluated:
         """Reward and policy at the steps of all pairs."""
         steps = Steps.of(pairs.first, pairs.second)
-        at_once = _at_once(steps.observation)
+        at_once = steps_at_once(steps.observation)
         score = self.score
         if (
             isinstance(score, OneStep)
@@ -308,7 +318,7 @@ class DRLHF(SoBiRL):
     pair counted as it is (Christiano et al., 2017).
 
     Args:
-        reward, optimiser, noise: as for `SoBiRL`.
+        reward, optimiser, noise, lead: as for `SoBiRL`.
     """
 
     def __init__(
@@ -317,5 +327,8 @@ class DRLHF(SoBiRL):
         *,
         optimiser: Callable[[Iterable[nn.Parameter]], Optimizer],
         noise: float = 0.0,
+        lead: int = 0,
     ) -> None:
-        super().__init__(reward, optimiser=optimiser, score=None, noise=noise, stale="keep")
+        super().__init__(
+            reward, optimiser=optimiser, score=None, noise=noise, stale="keep", lead=lead
+        )

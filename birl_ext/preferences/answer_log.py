@@ -65,6 +65,7 @@ class AnswerLog:
         self.answers: list[dict[str, Any]] = []
         self._at = 0  # where `record` goes on
         self._hashes = [hashlib.sha256(_TOP).hexdigest()]
+        self._ends = [len(_TOP)]  # bytes up to there, of each hash
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
             self._lock()
@@ -104,6 +105,7 @@ class AnswerLog:
             raise
         self._size += len(line)
         self._hashes.append(digest)
+        self._ends.append(self._size)
         at_end = self._at == len(self)
         self.answers.append(json.loads(body))
         self._at += at_end
@@ -112,25 +114,23 @@ class AnswerLog:
         """One answer per pair: fingerprints of its fragments and the label, null if there was no
         answer.
 
-        What the log has already, after `load_state_dict` or `rewind`, is not written twice.
+        What the log has already, after `load_state_dict` or `rewind`, is not written twice. If it
+        is another answer, the run has taken another course since (on a GPU, or with other
+        versions): what was answered on the course it left is removed.
 
-        Raises:
-            AnswerLogCorruptError: what it has already is another answer.
+        Warns:
+            AnswerLogRecoveryWarning: answers have been removed.
         """
         labels = [None if math.isnan(label) else label for label in pairs.label.tolist()]
         marks = fingerprints(pairs.first), fingerprints(pairs.second)
         for first, second, label in zip(*marks, labels, strict=True):
             answer = {"first": first, "second": second, "label": label}
+            if self._at < len(self) and self.answers[self._at] != answer:
+                self._cut()
             if self._at == len(self):
                 self.append(answer)
-                continue
-            if self.answers[self._at] != answer:
-                raise AnswerLogCorruptError(
-                    f"answer {self._at + 1} of the log is not the one given now",
-                    where=str(self.path),
-                    fix="use the log that was written by the same run",
-                )
-            self._at += 1
+            else:
+                self._at += 1
 
     def rewind(self) -> None:
         """Let `record` go through the answers from the first one on, as a run does that starts
@@ -204,6 +204,29 @@ class AnswerLog:
         assert head is not None
         self._verify(data, head)
 
+    def _cut(self) -> None:
+        """Remove the answers from `_at` on. The head first: a log that is longer than it says is
+        whole, a shorter one is not.
+        """
+        left = len(self) - self._at
+        try:
+            _replace(self._head_path, _head(self._at, self._hashes[self._at]))
+            self._size = self._ends[self._at]
+            os.ftruncate(self._file, self._size)
+            os.fsync(self._file)
+        except OSError as error:
+            self.close()
+            raise AnswerLogWriteError(
+                f"{left} answers were not removed: {error.strerror or error}", where=str(self.path)
+            ) from error
+        del self.answers[self._at :], self._hashes[self._at + 1 :], self._ends[self._at + 1 :]
+        warnings.warn(
+            f"{self.path}: the run has taken another course after answer {self._at}; the {left} "
+            "answers given on the old one have been removed",
+            AnswerLogRecoveryWarning,
+            stacklevel=3,
+        )
+
     def _verify(self, data: bytes, head: _Head) -> None:
         if not data.startswith(_TOP):
             raise self._corrupt(f"it does not begin with {_TOP.decode().strip()!r}", line=1)
@@ -213,6 +236,7 @@ class AnswerLog:
             if digest != _link(self._hashes[-1], body).encode():
                 raise self._corrupt("a record does not match its hash", line=number)
             self._hashes.append(digest.decode())
+            self._ends.append(self._ends[-1] + len(line) + 1)
             try:
                 self.answers.append(dict(json.loads(body)))
             except (ValueError, TypeError, RecursionError):

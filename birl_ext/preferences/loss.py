@@ -20,6 +20,7 @@ __all__ = [
     "fragment_returns",
     "in_parts",
     "margins",
+    "steps_at_once",
 ]
 
 RewardFunction = Callable[[Tensor, Tensor], Tensor]
@@ -142,6 +143,21 @@ class Steps(NamedTuple):
     def sums(self, number: Tensor) -> tuple[Tensor, ...]:
         """The sum over each fragment of a number per step, (*E, m) → (*E, n) of each."""
         return tuple(table.sum(-1) for table in self.tables(number))
+
+
+_STEPS, _NUMBERS = 1024, 2**22
+
+
+def steps_at_once(observation: Tensor) -> int | None:
+    """Steps per call of a network in evaluation mode, where it changes nothing but time, for
+    `at_once`: what is larger leaves a CPU's cache, and comes from the system anew, page by page.
+
+    Args:
+        observation: (m, *O).
+    """
+    if observation.device.type != "cpu":
+        return None
+    return max(1, min(_STEPS, _NUMBERS // max(1, math.prod(observation.shape[1:]))))
 
 
 def in_parts(

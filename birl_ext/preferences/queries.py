@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from birl_ext.errors import OptionError
 from birl_ext.preferences.fragments import Fragments
-from birl_ext.preferences.loss import RewardFunction, fragment_returns
+from birl_ext.preferences.loss import RewardFunction, fragment_returns, steps_at_once
 
 __all__ = ["Disagreement", "Entropy", "Query", "Uniform"]
 
@@ -81,7 +81,7 @@ class Entropy:
         entropy = share * functional.softplus(-margin) + torch.sigmoid(-margin) * (
             functional.softplus(margin)
         )
-        return _largest(entropy.reshape(-1, len(first)).mean(0), count)
+        return _largest(entropy.flatten(0, -2).mean(0) if entropy.dim() > 1 else entropy, count)
 
 
 def _check(first: Fragments, count: int) -> None:
@@ -91,7 +91,8 @@ def _check(first: Fragments, count: int) -> None:
 
 @torch.no_grad()
 def _margins(reward: RewardFunction, first: Fragments, second: Fragments) -> Tensor:
-    ours, theirs = fragment_returns(reward, first, second)
+    at_once = steps_at_once(first.observation.flatten(0, 1))
+    ours, theirs = fragment_returns(reward, first, second, at_once=at_once)
     return (ours - theirs).double()
 
 

@@ -45,7 +45,7 @@ class PreferenceConfig:
     fragment: int = 25
     """Steps of a fragment."""
     recent: int = 4000
-    """Newest environment steps that fragments are cut from."""
+    """Newest environment steps that fragments are cut from, in whole episodes."""
     query: Literal["uniform", "disagreement", "entropy"] = "uniform"
     """Which of the candidates are asked; disagreement needs members."""
     candidates: int = 10
@@ -75,15 +75,15 @@ class PreferenceConfig:
     update_every: int = 2
     """Environment steps per update of the agent."""
     learning_starts: int | None = None
-    """Environment steps of random actions, after which the agent learns; by default those of the
-    first round."""
+    """Environment steps of random actions at the start, by default those of the first round. The
+    agent learns after them, and after the first round, when there is a reward."""
     batch_size: int = 64
     replay: int = 50_000
     """Transitions kept."""
     learning_rate: float = 1e-3
     """Of the agent."""
     hidden: tuple[int, ...] = (64, 64)
-    """Widths of the agent's hidden layers."""
+    """Widths of the agent's hidden layers; of pixels, its convolutions have their own."""
     target_rate: float = 0.01
     """Share of the critics that their copies take over when they move."""
     target_period: int = 1
@@ -99,7 +99,8 @@ class PreferenceConfig:
     reward_rate: float = 3e-4
     """Learning rate of the reward."""
     stale: Literal["weigh", "reject", "keep"] = "weigh"
-    """Pairs of earlier policies: weighed by importance, rejected, or kept as they are."""
+    """Pairs of earlier policies: weighed by importance, rejected, or kept as they are; in the
+    score's part only, unless weigh_loss."""
     limit: float = 5.0
     """Of the importance weights."""
 
@@ -119,6 +120,8 @@ class PreferenceConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}", allowed="1 or more")
         for name in (
+            "seed",
+            "initial_labels",
             "hypergradient_after",
             "lead",
             "initial_epochs",
@@ -134,6 +137,13 @@ class PreferenceConfig:
                     f"{name} is {value}",
                     allowed=f"a multiple of environments, {self.environments}",
                 )
+        if self.labels < self.initial_labels:
+            raise ConfigError(
+                f"labels is {self.labels}",
+                allowed=f"initial_labels, {self.initial_labels}, or more: they are part of them",
+            )
+        if any(width < 1 for width in self.hidden):
+            raise ConfigError(f"hidden is {self.hidden}", allowed="widths of 1 or more")
         if not 0 < self.entropy_share < 1:
             raise ConfigError(f"entropy_share is {self.entropy_share}", allowed="(0, 1)")
         if self.episode_steps is not None and self.episode_steps < 1:

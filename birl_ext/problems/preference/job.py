@@ -34,6 +34,7 @@ from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.gridworld import GRIDWORLD, draw_worlds
 from birl_ext.problems.preference.parts import (
     Generators,
+    check_device,
     environment_options,
     environment_source,
     is_pixels,
@@ -64,6 +65,7 @@ class PreferenceJob:
 
     def __init__(self, config: PreferenceConfig) -> None:
         self.config = config
+        check_device(config.device)
         draws = Generators(config.seed)
         self._environments = self._make_environments(config.environments, config.seed)
         spaces = self._environments.spaces
@@ -113,9 +115,10 @@ class PreferenceJob:
         self._videos = directory.path / "videos"
 
     def detach(self) -> None:
-        """Close the log."""
+        """Close the log and the environments; there are no more steps after that."""
         if self._log is not None:
             self._log.close()
+        self._environments.close()
         self._log, self._videos = None, None
 
     @property
@@ -246,6 +249,9 @@ class PreferenceJob:
             How well the reward foretold them, and how many there were.
         """
         config, device = self.config, self.config.device
+        self._answered = 0
+        if not count:
+            return {"answers": float(self.answers.added), "foretold": math.nan}
         episodes = self._recorder.episodes()
         many = count if config.query == "uniform" else count * config.candidates
         first, second = (
@@ -256,7 +262,7 @@ class PreferenceJob:
             first.after(config.lead), second.after(config.lead), count, self._sampling
         )
         first, second = first.select(chosen), second.select(chosen)
-        self.teacher.observe(self._recorder.mean_reward)
+        self.teacher.observe(self._recorder.mean_reward(sign_only=config.sign_only))
         label = self.teacher(first.after(config.lead), second.after(config.lead))
         asked = Pairs(first, second, label).after(config.lead)  # what the teacher sees
         if self._log is not None:
@@ -286,10 +292,10 @@ class PreferenceJob:
         late = self._collector.transitions >= config.hypergradient_after
         self.learner.score = self._score if late else None
         pool = len(self.answers)
-        if config.algorithm == "stoc-sobirl":  # those of the present policy
+        if config.algorithm == "stoc-sobirl":  # those of this round
             pool = min(pool, self._answered)
         size = min(config.pair_batch, pool)
-        if size < 2:
+        if not size:
             return []
         oldest = len(self.answers) - pool
         return [
@@ -382,10 +388,10 @@ class PreferenceJob:
         def worlds() -> Figure:
             count = self._environments.spaces.observations
             assert count is not None
-            every = torch.arange(count)
+            every = torch.arange(count, device=self.config.device)
             with torch.no_grad():
-                policy = cast(DiscreteAgent, self.agent).probabilities(every)
-                return draw_worlds(self.reward.all_actions(every), policy, title=title)
+                policy = cast(DiscreteAgent, self.agent).probabilities(every).cpu()
+                return draw_worlds(self.reward.all_actions(every).cpu(), policy, title=title)
 
         drawn = {"true_return": learning, "reward_accuracy": reward}
         return drawn | ({"learned_reward": worlds} if self.config.env == GRIDWORLD else {})

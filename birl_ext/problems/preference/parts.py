@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Generators",
+    "check_device",
     "environment_options",
     "environment_source",
     "is_pixels",
@@ -59,10 +60,13 @@ class Generators:
         self._seeds = np.random.SeedSequence(seed)
         self._made: list[torch.Generator] = []
 
-    def next(self, device: str = "cpu") -> torch.Generator:
+    def seed(self) -> int:
+        """One that nothing else has."""
         (child,) = self._seeds.spawn(1)
-        seed = int(child.generate_state(1, np.uint64)[0] >> 1)
-        made = torch.Generator(device).manual_seed(seed)
+        return int(child.generate_state(1, np.uint64)[0] >> 1)
+
+    def next(self, device: str = "cpu") -> torch.Generator:
+        made = torch.Generator(device).manual_seed(self.seed())
         self._made.append(made)
         return made
 
@@ -83,6 +87,17 @@ def environment_options(config: PreferenceConfig) -> dict[str, Any]:
     """Its keyword arguments."""
     steps = config.episode_steps
     return {} if steps is None else {"max_episode_steps": steps}
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not there."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device is {name!r}: {reason}", fix="use cpu, or what `birl doctor` lists"
+        ) from None
 
 
 def is_pixels(spaces: Spaces) -> bool:
@@ -142,7 +157,7 @@ def make_agent(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> A
         Twin(critic(), critic()),
         low=spaces.low,
         high=spaces.high,
-        seed=config.seed,
+        seed=draws.seed(),
         **learned,
     )
 
@@ -156,7 +171,7 @@ def _temperature(config: PreferenceConfig, spaces: Spaces) -> Temperature:
             else discrete_entropy_target(spaces.actions, config.entropy_share)
         )
     return Temperature(
-        config.temperature or 1.0,
+        1.0 if config.temperature is None else config.temperature,
         entropy_target=target,
         learning_rate=config.learning_rate,
         device=config.device,
@@ -165,6 +180,13 @@ def _temperature(config: PreferenceConfig, spaces: Spaces) -> Temperature:
 
 def make_reward(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> RewardModel:
     """The usual reward for the environment's observations, or an ensemble of them."""
+
+    if config.members > 1 and spaces.observations is not None:
+        raise ConfigError(
+            f"members is {config.members}",
+            where=config.env,
+            allowed="1, where observations are indices: tables all start, and stay, the same",
+        )
 
     def one() -> RewardModel:
         return _reward_network(spaces, draws.next()).to(config.device)
@@ -200,6 +222,10 @@ def make_score(
 
 def _simulator(config: PreferenceConfig, spaces: Spaces, generator: torch.Generator) -> Simulator:
     if config.env == GRIDWORLD:
+        if config.device != "cpu":
+            raise ConfigError(
+                f"device is {config.device}", where=f"{GRIDWORLD} with full-horizon", allowed="cpu"
+            )
         return FiniteSimulator(gridworld_mdp(config.discount), generator)
     return simulator_for(config.env, spaces, generator)
 
@@ -240,7 +266,7 @@ def make_learner(config: PreferenceConfig, reward: RewardModel, score: Score | N
         return torch.optim.AdamW(parameters, lr=config.reward_rate, fused=True)
 
     if config.algorithm == "drlhf":
-        return DRLHF(reward, optimiser=optimiser, noise=config.noise)
+        return DRLHF(reward, optimiser=optimiser, noise=config.noise, lead=config.lead)
     return SoBiRL(
         reward,
         optimiser=optimiser,

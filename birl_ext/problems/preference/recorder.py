@@ -19,7 +19,8 @@ class Recorder:
 
     Args:
         environments: how many.
-        keep: steps kept, all together.
+        keep: steps kept in whole episodes, the last one whatever its length; and at most as many
+            of each episode under way.
     """
 
     def __init__(self, environments: int, keep: int) -> None:
@@ -41,6 +42,8 @@ class Recorder:
                 version,
             )
             self._open[where].append(step)
+            if len(self._open[where]) > self.keep:
+                del self._open[where][0]
             if found.ended[row]:
                 self._close(where)
 
@@ -56,10 +59,10 @@ class Recorder:
         """Finished ones, then those under way."""
         return [*self._closed, *(_joined(steps) for steps in self._open if steps)]
 
-    @property
-    def mean_reward(self) -> float:
-        """True reward per step of what is kept."""
-        return float(torch.cat([episode.reward for episode in self.episodes()]).mean())
+    def mean_reward(self, *, sign_only: bool = False) -> float:
+        """True reward per step of what is kept, or the mean of its sign."""
+        rewards = torch.cat([episode.reward for episode in self.episodes()])
+        return float((rewards.sign() if sign_only else rewards).mean())
 
     def state_dict(self) -> dict[str, Any]:
         return {
