@@ -1,6 +1,6 @@
 """A durable record of every answer, since a person will not give them twice.
 
-Two files. ``NAME`` only ever grows::
+Two files. ``NAME`` grows, and is cut only where a resumed run leaves its old course::
 
     birl_ext answers 1
     <SHA-256> {"first": …, "label": 1.0, "second": …}
