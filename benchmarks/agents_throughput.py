@@ -21,12 +21,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +33,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import birl_ext
 from birl_ext.agents.collect import Collector
 from birl_ext.agents.environment import make_environments
 from birl_ext.agents.networks import Twin, head_network
@@ -44,6 +40,7 @@ from birl_ext.agents.replay import ReplayBuffer
 from birl_ext.agents.sac_discrete import DiscreteSAC
 from birl_ext.agents.temperature import Temperature, discrete_entropy_target
 from birl_ext.agents.transitions import Transitions
+from birl_ext.benchmarks.machine import header
 
 BATCH = 64
 DISCOUNT = 0.99
@@ -383,18 +380,6 @@ def figures(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
-    return (
-        f"{model}, {os.cpu_count()} cores, one thread used, "
-        f"load average {os.getloadavg()[0]:.1f} at the start"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -407,9 +392,12 @@ def main() -> None:
     torch.manual_seed(0)
     report: dict[str, Any] = {
         "question": __doc__.splitlines()[0],
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "versions": {"birl_ext": birl_ext.__version__, "torch": torch.__version__},
+        **header(
+            f"python benchmarks/agents_throughput.py{' --quick' if options.quick else ''}",
+            torch.device("cpu"),
+            1,
+            options.quick,
+        ),
         "batch": BATCH,
         "rows": [],
     }

@@ -19,12 +19,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import birl_ext
 from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.networks import MLP, NatureCNN
+from birl_ext.benchmarks.machine import header
 from birl_ext.bilevel.score import OneStep
 from birl_ext.bilevel.sobirl import SoBiRL
 from birl_ext.preferences.fragments import Fragments, Pairs
@@ -362,18 +359,6 @@ def figures(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
-    return (
-        f"{model}, {os.cpu_count()} cores, one thread used, "
-        f"load average {os.getloadavg()[0]:.1f} at the start"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -387,9 +372,12 @@ def main() -> None:
     top = peak()
     report: dict[str, Any] = {
         "question": __doc__.splitlines()[0],
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "versions": {"birl_ext": birl_ext.__version__, "torch": torch.__version__},
+        **header(
+            f"python benchmarks/pair_loss.py{' --quick' if options.quick else ''}",
+            torch.device("cpu"),
+            1,
+            options.quick,
+        ),
         "pairs": PAIRS,
         "steps": STEPS,
         "at_once": AT_ONCE,
