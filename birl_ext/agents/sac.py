@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from birl_ext.agents.agent import check_discount, checked_reward
+from birl_ext.agents.actor_critic import ActorCritic
 from birl_ext.agents.networks import Twin
 from birl_ext.agents.squashed import SquashedGaussian
-from birl_ext.agents.target import Target, snapshot
 from birl_ext.agents.temperature import Temperature
 from birl_ext.agents.transitions import Transitions
 from birl_ext.errors import ShapeError
@@ -21,7 +19,7 @@ from birl_ext.errors import ShapeError
 __all__ = ["SAC"]
 
 
-class SAC:
+class SAC(ActorCritic):
     """A tanh-squashed Gaussian actor and twin critics.
 
         Q_i(s,a) ← r + γ (1 − terminated) [ min_i Q̄_i(s',a') − τ log p(u') ],   a' ~ π(·|s')
@@ -60,16 +58,15 @@ class SAC:
         target_period: int = 1,
         seed: int = 0,
     ) -> None:
-        self.actor = actor
-        self.critics = critics
-        self.discount = check_discount(discount)
-        self.actor_optimiser = optimiser(actor.parameters())
-        # What the actor's loss is differentiated in: the critics only pass its gradient on.
-        self._learned = [p for p in actor.parameters() if p.requires_grad]
-        self.critic_optimiser = optimiser(critics.parameters())
-        self.version = 0
-        self._temperature = temperature
-        self._target = Target(critics, rate=target_rate, period=target_period)
+        super().__init__(
+            actor,
+            critics,
+            discount=discount,
+            temperature=temperature,
+            optimiser=optimiser,
+            target_rate=target_rate,
+            target_period=target_period,
+        )
         self._generator = torch.Generator(self.device).manual_seed(seed)
         low, high = (edge.to(self.device, torch.float32) for edge in (low, high))
         whole = low.dim() == 1 and low.shape == high.shape
@@ -81,14 +78,6 @@ class SAC:
         self._low, self._high = low, high
         self._centre = (low + high) / 2
         self._half = (high - low) / 2
-
-    @property
-    def temperature(self) -> float:
-        return self._temperature.value
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.actor.parameters()).device
 
     @torch.no_grad()
     def sample(self, observation: Tensor, generator: torch.Generator) -> Tensor:
@@ -114,63 +103,28 @@ class SAC:
         values: Tensor = self.critics(observation, self._to_unit(action))
         return values.amin(0)
 
-    def update(self, batch: Transitions, reward: Tensor) -> dict[str, float]:
-        """One step of the critics, then one of the actor, then one of τ.
+    def _following(self, observation: Tensor) -> Tensor:
+        """min_i Q̄_i(s, a) − τ log p(u) of a drawn action, (n,)."""
+        drawn, log_prob = self._policy(observation).rsample(self._generator)
+        return self._target(observation, drawn).amin(0) - self.temperature * log_prob
 
-        Args:
-            reward: (n,), the learned reward of the batch, of this moment.
+    def _chosen(self, batch: Transitions) -> Tensor:
+        values: Tensor = self.critics(batch.observation, self._to_unit(batch.action))
+        return values
 
-        Returns:
-            losses, mean Q and the entropy of u (nats) over the batch, and τ.
-        """
-        tau = self.temperature
-        with torch.no_grad():
-            after, log_after = self._policy(batch.next_observation).rsample(self._generator)
-            following = self._target(batch.next_observation, after).amin(0) - tau * log_after
-            goal = checked_reward(batch, reward) + self.discount * following * ~batch.terminated
-        chosen: Tensor = self.critics(batch.observation, self._to_unit(batch.action))
-        critic_loss = (chosen - goal).square().mean(-1).sum()
-        self.critic_optimiser.zero_grad()
-        critic_loss.backward()  # type: ignore[no-untyped-call]
-        self.critic_optimiser.step()
-        self._target.follow()
-
-        drawn, log_drawn = self._policy(batch.observation).rsample(self._generator)
-        lowest = self.critics(batch.observation, drawn).amin(0)
-        actor_loss = (tau * log_drawn - lowest).mean()
-        self.actor_optimiser.zero_grad()
-        actor_loss.backward(inputs=self._learned)
-        self.actor_optimiser.step()
-
-        entropy = -log_drawn.mean().detach()
-        self._temperature.update(entropy)
-        self.version += 1
-        losses = (critic_loss.detach(), actor_loss.detach(), chosen.detach().mean(), entropy)
-        names = ("critic_loss", "actor_loss", "q", "entropy")
-        found = torch.stack(losses).tolist()
-        return dict(zip(names, found, strict=True)) | {"temperature": tau}
+    def _actor_loss(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """E[ τ log p(u) − min_i Q_i(s, a(u)) ], and the entropy of u."""
+        drawn, log_prob = self._policy(observation).rsample(self._generator)
+        lowest = self.critics(observation, drawn).amin(0)
+        loss = (self.temperature * log_prob - lowest).mean()
+        return loss, -log_prob.mean().detach()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "actor": snapshot(self.actor),
-            "critics": snapshot(self.critics),
-            "target": self._target.state_dict(),
-            "actor_optimiser": copy.deepcopy(self.actor_optimiser.state_dict()),
-            "critic_optimiser": copy.deepcopy(self.critic_optimiser.state_dict()),
-            "temperature": self._temperature.state_dict(),
-            "generator": self._generator.get_state(),
-            "version": self.version,
-        }
+        return {**super().state_dict(), "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.actor.load_state_dict(state["actor"])
-        self.critics.load_state_dict(state["critics"])
-        self._target.load_state_dict(state["target"])
-        self.actor_optimiser.load_state_dict(copy.deepcopy(state["actor_optimiser"]))
-        self.critic_optimiser.load_state_dict(copy.deepcopy(state["critic_optimiser"]))
-        self._temperature.load_state_dict(state["temperature"])
+        super().load_state_dict(state)
         self._generator.set_state(state["generator"])
-        self.version = int(state["version"])
 
     def _policy(self, observation: Tensor) -> SquashedGaussian:
         output: Tensor = self.actor(observation)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from birl_ext.agents.agent import check_discount, checked_reward
+from birl_ext.agents.actor_critic import ActorCritic
 from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.networks import Twin
-from birl_ext.agents.target import Target, snapshot
 from birl_ext.agents.temperature import Temperature
 from birl_ext.agents.transitions import Transitions
 
 __all__ = ["DiscreteSAC"]
 
 
-class DiscreteSAC(CategoricalPolicy):
+class DiscreteSAC(ActorCritic, CategoricalPolicy):
     """An actor and twin critics; expectations over actions are sums.
 
         Q_i(s,a) ← r + γ (1 − terminated) V̄(s'),
@@ -51,22 +48,15 @@ class DiscreteSAC(CategoricalPolicy):
         target_rate: float = 1.0,
         target_period: int = 2000,
     ) -> None:
-        self.actor = actor
-        self.critics = critics
-        self.discount = check_discount(discount)
-        self.actor_optimiser = optimiser(actor.parameters())
-        self.critic_optimiser = optimiser(critics.parameters())
-        self.version = 0
-        self._temperature = temperature
-        self._target = Target(critics, rate=target_rate, period=target_period)
-
-    @property
-    def temperature(self) -> float:
-        return self._temperature.value
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.actor.parameters()).device
+        super().__init__(
+            actor,
+            critics,
+            discount=discount,
+            temperature=temperature,
+            optimiser=optimiser,
+            target_rate=target_rate,
+            target_period=target_period,
+        )
 
     @torch.no_grad()
     def q(self, observation: Tensor) -> Tensor:
@@ -79,64 +69,24 @@ class DiscreteSAC(CategoricalPolicy):
         """log π(·|s), (n, A)."""
         return self._log_policy(observation)
 
-    def update(self, batch: Transitions, reward: Tensor) -> dict[str, float]:
-        """One step of the critics, then one of the actor, then one of τ.
+    def _following(self, observation: Tensor) -> Tensor:
+        """V̄(s), (n,)."""
+        log_policy = self._log_policy(observation)
+        lowest = self._target(observation).amin(0)
+        return (log_policy.exp() * (lowest - self.temperature * log_policy)).sum(-1)
 
-        Args:
-            reward: (n,), the learned reward of the batch, of this moment.
-
-        Returns:
-            losses, mean Q and the entropy of π (nats) over the batch, and τ.
-        """
-        tau = self.temperature
-        with torch.no_grad():
-            log_next = self._log_policy(batch.next_observation)
-            lowest = self._target(batch.next_observation).amin(0)
-            following = (log_next.exp() * (lowest - tau * log_next)).sum(-1)
-            goal = checked_reward(batch, reward) + self.discount * following * ~batch.terminated
+    def _chosen(self, batch: Transitions) -> Tensor:
         tables: Tensor = self.critics(batch.observation)
         index = batch.action.expand(2, -1).unsqueeze(-1)
-        chosen = tables.gather(-1, index).squeeze(-1)
-        critic_loss = (chosen - goal).square().mean(-1).sum()
-        self.critic_optimiser.zero_grad()
-        critic_loss.backward()  # type: ignore[no-untyped-call]
-        self.critic_optimiser.step()
-        self._target.follow()
+        return tables.gather(-1, index).squeeze(-1)
 
-        log_policy = self._log_policy(batch.observation)
+    def _actor_loss(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """E[ Σ_a π(a|s) (τ log π(a|s) − min_i Q_i(s,a)) ], and the entropy of π."""
+        log_policy = self._log_policy(observation)
         policy = log_policy.exp()
-        actor_loss = (policy * (tau * log_policy - self.q(batch.observation))).sum(-1).mean()
-        self.actor_optimiser.zero_grad()
-        actor_loss.backward()  # type: ignore[no-untyped-call]
-        self.actor_optimiser.step()
-
-        entropy = -(policy * log_policy).sum(-1).mean().detach()
-        self._temperature.update(entropy)
-        self.version += 1
-        losses = (critic_loss.detach(), actor_loss.detach(), chosen.detach().mean(), entropy)
-        names = ("critic_loss", "actor_loss", "q", "entropy")
-        found = torch.stack(losses).tolist()
-        return dict(zip(names, found, strict=True)) | {"temperature": tau}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "actor": snapshot(self.actor),
-            "critics": snapshot(self.critics),
-            "target": self._target.state_dict(),
-            "actor_optimiser": copy.deepcopy(self.actor_optimiser.state_dict()),
-            "critic_optimiser": copy.deepcopy(self.critic_optimiser.state_dict()),
-            "temperature": self._temperature.state_dict(),
-            "version": self.version,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.actor.load_state_dict(state["actor"])
-        self.critics.load_state_dict(state["critics"])
-        self._target.load_state_dict(state["target"])
-        self.actor_optimiser.load_state_dict(copy.deepcopy(state["actor_optimiser"]))
-        self.critic_optimiser.load_state_dict(copy.deepcopy(state["critic_optimiser"]))
-        self._temperature.load_state_dict(state["temperature"])
-        self.version = int(state["version"])
+        gap = self.temperature * log_policy - self.q(observation)
+        loss = (policy * gap).sum(-1).mean()
+        return loss, -(policy * log_policy).sum(-1).mean().detach()
 
     def _log_policy(self, observation: Tensor) -> Tensor:
         logits: Tensor = self.actor(observation)
