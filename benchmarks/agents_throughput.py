@@ -41,6 +41,7 @@ from birl_ext.agents.sac_discrete import DiscreteSAC
 from birl_ext.agents.temperature import Temperature, discrete_entropy_target
 from birl_ext.agents.transitions import Transitions
 from birl_ext.benchmarks.machine import header
+from birl_ext.benchmarks.report import digits
 
 BATCH = 64
 DISCOUNT = 0.99
@@ -369,15 +370,10 @@ def table(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         head = row["setting"]
         for kind, rates in row.get("rates", {}).items():
-            cells = [figures(rates[name]) if name in rates else "missing" for name in names]
+            cells = [digits(rates[name]) if name in rates else "missing" for name in names]
             lines.append(f"| {head} | {kind} | {' | '.join(cells)} |")
             head = ""
     return "\n".join(lines) + "\n"
-
-
-def figures(number: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def main() -> None:

@@ -16,20 +16,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import shlex
 import statistics
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from birl_ext.benchmarks.machine import header, today
 from birl_ext.problems.four_rooms import PUBLISHED, FourRoomsConfig, FourRoomsJob, Method
-from birl_ext.runs.versions import versions
 
 BATCH = ("starts", "combined")
 BUDGETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -64,19 +61,6 @@ def write(report: dict[str, Any], path: Path) -> None:
     draft = path.with_suffix(".part")
     draft.write_text(json.dumps(report, indent=1) + "\n")
     draft.replace(path)
-
-
-def machine() -> str:
-    model = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
-    return (
-        f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} thread used, "
-        f"load average {os.getloadavg()[0]:.1f} at the start"
-    )
 
 
 def table(entries: list[dict[str, Any]]) -> str:
@@ -117,15 +101,14 @@ def main() -> None:
     parser.add_argument("--budget", choices=BUDGETS, default="default")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … per row and method")
     here = Path(__file__).parent
-    today = date.today().isoformat()
-    parser.add_argument("--out", type=Path, default=here / "results" / f"four_rooms_{today}.json")
+    parser.add_argument("--out", type=Path, default=here / "results" / f"four_rooms_{today()}.json")
     options = parser.parse_args()
 
+    settings = [word for word in sys.argv[1:] if word not in ("--out", str(options.out))]
+    command = shlex.join(["python", "benchmarks/four_rooms_table.py", *settings])
     report: dict[str, Any] = {
         "question": (__doc__ or "").splitlines()[0],
-        "date": today,
-        "machine": machine(),
-        "versions": versions(),
+        **header(command, torch.device("cpu"), torch.get_num_threads(), False),
         "commands": [],
         "published": [
             {"temperature": t, "kappa": k, **known} for (t, k), known in PUBLISHED.items()
@@ -134,8 +117,7 @@ def main() -> None:
     }
     if options.out.exists():
         report = json.loads(options.out.read_text())
-    settings = [word for word in sys.argv[1:] if word not in ("--out", str(options.out))]
-    report["commands"].append(shlex.join(["python", "benchmarks/four_rooms_table.py", *settings]))
+    report["commands"].append(command)
     held = {tuple(entry[name] for name in KEY) for entry in report["rows"]}
     for row in options.rows:
         temperature, kappa = map(float, row.split("/"))

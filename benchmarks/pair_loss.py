@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.networks import MLP, NatureCNN
 from birl_ext.benchmarks.machine import header
+from birl_ext.benchmarks.report import digits
 from birl_ext.bilevel.score import OneStep
 from birl_ext.bilevel.sobirl import SoBiRL
 from birl_ext.preferences.fragments import Fragments, Pairs
@@ -344,19 +345,14 @@ def table(report: dict[str, Any]) -> str:
             count = row["operations"][name]
             gain = f"{row['times_the_published'][name]:.2f}"
             rest = (
-                figures(1e3 * seconds),
+                digits(1e3 * seconds),
                 gain,
-                figures(count / 1e9),
-                figures(count / seconds / 1e9),
+                digits(count / 1e9),
+                digits(count / seconds / 1e9),
             )
             lines.append(f"| {head} | {name} | {' | '.join(rest)} |")
             head = ""
     return "\n".join(lines) + "\n"
-
-
-def figures(number: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def main() -> None:

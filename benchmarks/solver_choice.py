@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext import DenseMDP, SparseMDP
+from birl_ext.benchmarks.machine import header
 
 TOL = 1e-8
 METHODS = ("auto", "value-iteration", "newton", "newton-krylov", "policy-iteration")
@@ -162,19 +160,6 @@ def cases(quick: bool) -> Iterator[tuple[str, int, float, float]]:
                     yield family, states, discount, temperature
 
 
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
-    load = os.getloadavg()[0]
-    return (
-        f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} thread used, "
-        f"load average {load:.1f} at the start"
-    )
-
-
 def table(report: dict[str, Any]) -> str:
     """The rows of docs/solvers.md: passes (and products, where there are any) and milliseconds."""
 
@@ -233,9 +218,12 @@ def main() -> None:
         return
     report: dict[str, Any] = {
         "question": __doc__.splitlines()[0],
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "versions": {"birl_ext": birl_ext.__version__, "torch": torch.__version__},
+        **header(
+            f"python benchmarks/solver_choice.py{' --quick' if options.quick else ''}",
+            torch.device("cpu"),
+            torch.get_num_threads(),
+            options.quick,
+        ),
         "tolerance": TOL,
         "rows": [],
     }

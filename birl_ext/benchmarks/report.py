@@ -179,7 +179,7 @@ def _head(columns: Sequence[str]) -> list[str]:
 
 
 def digits(number: float | None) -> str:
-    """Three significant digits."""
+    """Three significant digits, or all before the point."""
     if number is None:
         return ""
-    return f"{number:.3g}" if abs(number) < 1000 else f"{number:.0f}"
+    return f"{number:.3g}" if abs(number) < 1000 else f"{number:,.0f}"
