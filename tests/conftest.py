@@ -1,9 +1,11 @@
-"""Determinism, devices, and the hypothesis profiles."""
+"""Determinism, signals, devices, and the hypothesis profiles."""
 
 from __future__ import annotations
 
 import os
 import random
+import signal
+from collections.abc import Iterator
 
 import hypothesis
 import numpy as np
@@ -29,6 +31,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("large"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _signals_are_heard() -> Iterator[None]:
+    """Here and in child processes, also where the tests run under nohup or behind an `&`."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    ignored = [n for n in handlers if signal.getsignal(n) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, handlers[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(autouse=True)

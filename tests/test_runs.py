@@ -663,15 +663,6 @@ def test_a_checkpoint_that_fails_on_the_way_warns_the_last_one_raises(tmp_path, 
     assert CheckpointStore(tmp_path / "b/checkpoints").load().step == 4
 
 
-@pytest.fixture
-def hang_up():
-    """SIGHUP is heard, as it is not under nohup."""
-    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, previous)
-
-
-@pytest.mark.usefixtures("hang_up")
 def test_ctrl_c_twice_interrupts_and_other_signals_do_not():
     with loop.stop_requests() as stop:
         signal.raise_signal(signal.SIGTERM)
