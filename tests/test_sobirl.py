@@ -235,9 +235,14 @@ def linear_problem(count: int = 5) -> tuple[RewardNetwork, LinearPolicy, Pairs]:
 
 
 def pair_by_pair(
-    reward: RewardNetwork, policy: LinearPolicy, pairs: Pairs, temperature: float, limit: float
+    reward: RewardNetwork | RewardEnsemble,
+    policy: LinearPolicy,
+    pairs: Pairs,
+    temperature: float,
+    limit: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The two parts of the gradient by (M16) with the first estimator, a step at a time."""
+    members = list(reward.members) if isinstance(reward, RewardEnsemble) else [reward]
     losses, scores, weights = [], [], []
     for i in range(len(pairs)):
         margin, score, log_weight = torch.zeros(()), torch.zeros(()), [0.0, 0.0]
@@ -246,7 +251,8 @@ def pair_by_pair(
                 if not part.present[i, h]:
                     continue
                 where, chosen = part.observation[i, h], int(part.action[i, h])
-                values = reward.body(where.unsqueeze(0)).squeeze(0)
+                values = sum(member.body(where.unsqueeze(0)).squeeze(0) for member in members)
+                values = values / len(members)
                 shares = (where @ policy.weight).softmax(-1)
                 margin = margin + sign * values[chosen]
                 score = score + values[chosen] - (shares * values).sum()
@@ -299,10 +305,12 @@ def test_a_step_is_the_sum_over_pairs_and_steps(
         assert max(policy.asked) == most // 3
 
 
-def test_each_network_is_run_once_over_the_steps() -> None:
-    reward, policy, pairs = linear_problem()
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_each_network_is_run_once_over_the_steps(ensemble: bool) -> None:
+    member, policy, pairs = linear_problem()
+    reward = RewardEnsemble([member]) if ensemble else member
     seen: list[int] = []
-    reward.body.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    member.body.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
     SoBiRL(reward, optimiser=still, score=OneStep(4)).step(pairs, policy, temperature=1.0)
     steps = int(pairs.first.present.sum() + pairs.second.present.sum())
     assert seen == policy.asked == [steps]
@@ -353,6 +361,27 @@ def test_members_of_an_ensemble_are_fitted_one_by_one() -> None:
     together.step(pairs, policy, temperature=1.0)
     for parameter, expected in zip(together.parameters, alone, strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_score_of_an_ensemble_is_that_of_its_mean(shared: bool) -> None:
+    _, policy, pairs = linear_problem()
+    draws = torch.Generator().manual_seed(7)
+    members = [RewardNetwork.mlp(3, draws, actions=4, hidden=(5,)).double() for _ in range(2)]
+    ensemble = RewardEnsemble(members)
+    direct = [part for one in members for part in pair_by_pair(one, policy, pairs, 0.5, 1.5)[0]]
+    _, indirect = pair_by_pair(ensemble, policy, pairs, 0.5, 1.5)
+    follower: Any = policy
+    if not shared:
+        follower = SimpleNamespace(probabilities=policy.probabilities, log_prob=policy.log_prob)
+    algorithm = SoBiRL(ensemble, optimiser=still, score=OneStep(4), limit=1.5)
+    outcome = algorithm.step(pairs, follower, temperature=0.5)
+    for parameter, one, other in zip(algorithm.parameters, direct, indirect, strict=True):
+        assert parameter.grad is not None
+        assert float(other.norm()) > 0.01  # so that a part left out would show
+        torch.testing.assert_close(parameter.grad, one + other, rtol=1e-10, atol=1e-12)
+    mean = bradley_terry(margins(ensemble, pairs), pairs.label).mean()
+    assert outcome.loss == pytest.approx(float(mean.detach()), rel=1e-12)
 
 
 def test_options_are_named() -> None:

@@ -22,7 +22,6 @@ from birl_ext.preferences.loss import (
     accuracy,
     bradley_terry,
     in_parts,
-    margins,
     steps_at_once,
 )
 from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel
@@ -57,14 +56,19 @@ class _Evaluated(NamedTuple):
     """What the present reward and policy say about pairs.
 
     Args:
-        margin: R₁ − R₂ without the leads, (n,).
+        margins: R₁ − R₂ without the leads, (n,), of each member of an ensemble (E, n).
         score: surrogate of the score of both fragments, (n,).
         log_prob: log π(a|s) of the steps of each side, (n, lead + H) both.
     """
 
-    margin: Tensor
+    margins: Tensor
     score: Tensor | None
     log_prob: Sequence[Tensor] | None
+
+    @property
+    def margin(self) -> Tensor:
+        """R₁ − R₂ of the reward itself, an ensemble's mean, (n,)."""
+        return self.margins if self.margins.dim() == 1 else self.margins.mean(0)
 
 
 def importance(fragments: Fragments, log_prob: Tensor, *, stale: Stale, limit: float) -> Tensor:
@@ -188,9 +192,12 @@ class SoBiRL:
             temperature: its τ.
         """
         found = self._evaluated(pairs, follower)
-        loss = bradley_terry(found.margin, pairs.label, self.noise)
+        margin = found.margin
+        loss = bradley_terry(margin, pairs.label, self.noise)
         weight = self._weight(pairs, found.log_prob).to(loss)
-        own = self._losses_of_members(pairs, loss)
+        # fitted by the mean's loss alone, members would all move alike, and never come to disagree
+        alone = found.margins is margin
+        own = loss if alone else bradley_terry(found.margins, pairs.label, self.noise)
         direct = ((weight if self.weigh_loss else 1.0) * own).sum() / len(loss)
         gradient = self._gradient(direct, retain_graph=found.score is not None)
         share = 0.0
@@ -215,23 +222,11 @@ class SoBiRL:
         self.steps += 1
         return Outcome(
             loss=float(loss.detach().mean()),
-            accuracy=float(accuracy(found.margin, pairs.label)),
+            accuracy=float(accuracy(margin, pairs.label)),
             gradient_norm=size,
             indirect_share=share / size if size else 0.0,
             used=int((weight > 0).sum()),
             effective=float(weight.sum().square() / weight.square().sum().clamp(min=1e-12)),
-        )
-
-    def _losses_of_members(self, pairs: Pairs, loss: Tensor) -> Tensor:
-        """The loss of each member of an ensemble, (E, n): fitted by the mean's alone they would all
-        move alike, and never come to disagree. Otherwise the loss itself.
-        """
-        if not isinstance(self.reward, RewardEnsemble):
-            return loss
-        compared = pairs.after(self.lead)
-        at_once = steps_at_once(compared.first.observation.flatten(0, 1))
-        return bradley_terry(
-            margins(self.reward.each, compared, at_once=at_once), pairs.label, self.noise
         )
 
     def _gradient(self, value: Tensor, *, retain_graph: bool = False) -> Sequence[Tensor | None]:
@@ -258,16 +253,16 @@ class SoBiRL:
             with torch.no_grad():
                 where, chosen = steps.observation, steps.action
                 now = steps.tables(in_parts(follower.log_prob, where, chosen, at_once=at_once))
-        margin = self._margin(
-            steps, in_parts(self.reward, steps.observation, steps.action, at_once=at_once)
-        )
+        reward = self.reward.each if isinstance(self.reward, RewardEnsemble) else self.reward
+        found = in_parts(reward, steps.observation, steps.action, at_once=at_once)
+        margins = self._margins(steps, found)
         if score is None:
-            return _Evaluated(margin, None, now)
+            return _Evaluated(margins, None, now)
         first, second = (
             score(self.reward, follower, part.observation, part.action, part.present)
             for part in (pairs.first, pairs.second)
         )
-        return _Evaluated(margin, first + second, now)
+        return _Evaluated(margins, first + second, now)
 
     def _tabulated(
         self, steps: Steps, follower: CategoricalPolicy, at_once: int | None
@@ -277,15 +272,20 @@ class SoBiRL:
         """
         where, chosen = steps.observation, steps.action.unsqueeze(-1)
         log_policy = in_parts(follower.log_probs, where, at_once=at_once, dim=0)
-        table = in_parts(self.reward.all_actions, where, at_once=at_once, dim=0)
-        margin = self._margin(steps, table.gather(-1, chosen).squeeze(-1))
+        if isinstance(self.reward, RewardEnsemble):
+            tables = in_parts(self.reward.each_all_actions, where, at_once=at_once, dim=1)
+            table = tables.mean(0)
+        else:
+            tables = table = in_parts(self.reward.all_actions, where, at_once=at_once, dim=0)
+        found = tables.gather(-1, chosen.expand(*tables.shape[:-1], 1)).squeeze(-1)
+        margins = self._margins(steps, found)
         scores = steps.sums(OneStep.of_table(table, log_policy.exp(), steps.action))
         now = steps.tables(log_policy.gather(-1, chosen).squeeze(-1))
-        return _Evaluated(margin, scores[0] + scores[1], now)
+        return _Evaluated(margins, scores[0] + scores[1], now)
 
-    def _margin(self, steps: Steps, reward: Tensor) -> Tensor:
-        """R₁ − R₂ from the reward of every step, without the leads."""
-        ours, theirs = (table[:, self.lead :].sum(-1) for table in steps.tables(reward))
+    def _margins(self, steps: Steps, reward: Tensor) -> Tensor:
+        """R₁ − R₂ from the reward of every step, (*E, m), without the leads."""
+        ours, theirs = (table[..., self.lead :].sum(-1) for table in steps.tables(reward))
         return ours - theirs
 
     def _weight(self, pairs: Pairs, now: Sequence[Tensor] | None) -> Tensor:

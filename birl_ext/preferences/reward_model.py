@@ -239,10 +239,13 @@ class RewardEnsemble(RewardModel):
         """Mean over members, (m,)."""
         return self.each(observation, action).mean(0)
 
+    def each_all_actions(self, observation: Tensor) -> Tensor:
+        """The members' r(s, ·), (E, m, A)."""
+        return torch.stack([_as_model(one).all_actions(observation) for one in self.members])
+
     def all_actions(self, observation: Tensor) -> Tensor:
         """Mean over members of r(s, ·), (m, A)."""
-        every = [_as_model(member).all_actions(observation) for member in self.members]
-        return torch.stack(every).mean(0)
+        return self.each_all_actions(observation).mean(0)
 
     def std(self, observation: Tensor, action: Tensor) -> Tensor:
         """Standard deviation over members, divisor E, (m,)."""
