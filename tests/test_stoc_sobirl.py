@@ -12,7 +12,7 @@ import birl_ext
 from birl_ext.agents.finite import FiniteFollower, FiniteSimulator, Paths
 from birl_ext.bilevel.bias_meter import measure_estimator
 from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
-from birl_ext.errors import OptionError, ShapeError, TemperatureError
+from birl_ext.errors import DiscountError, OptionError, ShapeError, TemperatureError
 from birl_ext.problems.random_mdp import RandomMDPConfig
 from birl_ext.problems.sampled_random_mdp import sampled_random_mdp
 
@@ -56,6 +56,44 @@ def test_the_estimate_agrees_with_the_exact_hypergradient() -> None:
     report = measure_estimator(lambda: algorithm.hypergradient()[1], exact, repetitions=20)
     assert report.noise < 0.03, report
     assert report.relative_error < 4 * report.noise + 0.01, report
+
+
+@pytest.mark.parametrize("shaped", ["mask", "reference"])
+def test_mask_and_reference_are_those_of_the_process(shaped: str) -> None:
+    """Worth below zero, so that what a masked action's empty row says, the end, would be best."""
+    draws = torch.Generator().manual_seed(5)
+    base = torch.randn(4, 3, generator=draws, dtype=torch.float64) - 5
+    transition = torch.rand(4, 3, 4, generator=draws, dtype=torch.float64).softmax(-1)
+    given: dict[str, Tensor] = {}
+    if shaped == "mask":
+        given["mask"] = torch.tensor([[True, True, False]] * 3 + [[True, False, False]])
+        base[~given["mask"]] = torch.nan
+    else:
+        given["reference"] = torch.tensor([[0.8, 0.15, 0.05]] * 4, dtype=torch.float64)
+    mdp = birl_ext.DenseMDP(base, transition, 0.6, **given)
+    x = 0.3 * torch.randn(12, generator=draws, dtype=torch.float64)
+
+    def loss(x: Tensor, paths: Sequence[Paths]) -> Tensor:
+        return (paths[0].action[:, 0] == 1).double() + 0 * x[0]
+
+    algorithm = StocSoBiRL(
+        SampledProblem(lambda x: base + x.view(4, 3), loss, paths=1),
+        FiniteSimulator(mdp, torch.Generator().manual_seed(0)),
+        x,
+        discount=0.6,
+        temperature=0.5,
+        optimiser=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
+        effort=Effort(batch=20_000, horizon=20, sweeps=2000),
+    )
+    exact = algorithm.x.detach().clone().requires_grad_()
+    shifted = mdp.replace(reward=base + exact.view(4, 3))
+    solution = birl_ext.solve(shifted, temperature=0.5)
+    (gradient,) = torch.autograd.grad(solution.policy[:, 1].mean(), exact)
+    report = measure_estimator(lambda: algorithm.hypergradient()[1], gradient, repetitions=10)
+    assert report.noise < 0.05, report
+    assert report.relative_error < 4 * report.noise + 0.01, report
+    gap = (algorithm.q - solution.q.detach())[solution.policy > 0]
+    assert float(gap.abs().max()) < 0.02 * float(solution.q.detach().abs().max())
 
 
 def test_the_lower_level_learns_the_soft_q() -> None:
@@ -138,6 +176,8 @@ def test_errors_are_named() -> None:
         Effort(batch=0, horizon=1, sweeps=1)
     with pytest.raises(OptionError, match="epsilon is 2"):
         Effort.for_accuracy(2, 0.5)
+    with pytest.raises(DiscountError, match="discount is 1"):
+        Effort.for_accuracy(0.1, 1)
     batched = birl_ext.DenseMDP(torch.zeros(2, 1, 1), torch.ones(2, 1, 1, 1), 0.5)
     with pytest.raises(ShapeError, match="batch axes"):
         FiniteSimulator(batched, torch.Generator())

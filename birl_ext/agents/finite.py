@@ -47,6 +47,8 @@ class FiniteSimulator:
         generator: source of all randomness, on the CPU.
 
     Attributes:
+        mask: (S, A) bool, or None, as the MDP's.
+        log_reference: log μ, (S, A), −∞ behind the mask; zero where μ ≡ 1.
         samples: transitions drawn so far.
     """
 
@@ -56,6 +58,9 @@ class FiniteSimulator:
                 f"the MDP has batch axes {tuple(mdp.batch_shape)}", allowed="a single MDP"
             )
         self.states, self.actions = mdp.states, mdp.actions
+        self.mask = mdp.mask
+        plain = torch.zeros(mdp.states, mdp.actions, dtype=torch.float64)
+        self.log_reference = mdp.log_reference.detach() if mdp.log_reference.numel() else plain
         self.generator = generator
         self.samples = 0
         transition = mdp.transition.double()

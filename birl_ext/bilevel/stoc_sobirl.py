@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from birl_ext.agents.agent import check_discount
 from birl_ext.agents.finite import FiniteFollower, FiniteSimulator, Paths
 from birl_ext.bilevel.score import FullHorizon
 from birl_ext.bilevel.trajectory import Baseline, trajectory_surrogate
@@ -71,6 +72,7 @@ class Effort:
         """
         if not 0 < epsilon < 1:
             raise OptionError(f"epsilon is {epsilon!r}", allowed="(0, 1)")
+        check_discount(discount)
         horizon = math.ceil(math.log(1 / epsilon) / (1 - discount))
         return cls(math.ceil(batch / epsilon), max(1, horizon), math.ceil(sweeps / epsilon))
 
@@ -89,12 +91,12 @@ class Outcome(NamedTuple):
 class StocSoBiRL:
     """Single-loop stochastic bilevel descent from samples of the process alone.
 
-        Q ← Q + α_j (r_x + γ τ log Σ_a exp(Q(s', ·)/τ) − Q),  s' ~ P(·|s, a),  N times, warm-started
-        d_i ~ π_Q,   ∇φ̂ from (M16) with continuations of K steps,   x ← x − β ∇φ̂
+        Q ← Q + α_j (r_x + γ τ log Σ_a μ exp(Q(s', ·)/τ) − Q), s' ~ P(·|s, a), N times, warm-started
+        d_i ~ π_Q ∝ μ exp(Q/τ),   ∇φ̂ from (M16) with continuations of K steps,   x ← x − β ∇φ̂
 
     Args:
         problem: loss and reward.
-        simulator: draws the paths; the transition is never read.
+        simulator: draws the paths; the transition is never read, mask and reference μ are.
         x: start, (d,); copied.
         discount: γ of the lower level.
         temperature: τ, units of reward.
@@ -123,7 +125,7 @@ class StocSoBiRL:
         self.problem = problem
         self.simulator = simulator
         self.x = x.detach().clone().requires_grad_()
-        self.discount = discount
+        self.discount = check_discount(discount)
         self.temperature = temperature
         self.optimiser = optimiser([self.x])
         self.effort = effort
@@ -143,8 +145,10 @@ class StocSoBiRL:
     def hypergradient(self) -> tuple[float, Tensor]:
         """φ and ∇φ, estimated at the present x, after the lower level's update."""
         table = self.problem.reward(self.x)
+        if self.simulator.mask is not None:
+            table = torch.where(self.simulator.mask, table, 0.0)
         self._learn(table.detach())
-        follower = FiniteFollower((self.q / self.temperature).softmax(-1))
+        follower = FiniteFollower(self._preference().softmax(-1))
         effort, problem = self.effort, self.problem
         paths = [
             self.simulator.rollout(follower, effort.batch, problem.steps)
@@ -168,9 +172,13 @@ class StocSoBiRL:
         tau, gamma = self.temperature, self.discount
         for j in range(1, self.effort.sweeps + 1):
             ahead, goes_on = self.simulator.successors()
-            value = tau * torch.logsumexp(self.q / tau, -1)
+            value = tau * torch.logsumexp(self._preference(), -1)
             target = reward + gamma * value[ahead] * goes_on
             self.q += (target - self.q) / (1 + (1 - gamma) * j)
+
+    def _preference(self) -> Tensor:
+        """Q/τ + log μ, (S, A)."""
+        return self.q / self.temperature + self.simulator.log_reference
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, as a snapshot."""
