@@ -448,6 +448,11 @@ TENSORS: dict[str, Row] = {
         r"upper returned shape \(2, 4\)",
         lambda: BilevelProblem(lambda x: dense(), lambda x, s: s.value).objective(X0, 1.0),
     ),
+    "upper, not reduced": (
+        "E301",
+        r"upper returned shape \(4,\) \(allowed: a scalar\)",
+        lambda: BilevelProblem(lambda x: dense(), lambda x, s: s.value[0]).objective(X0[0], 1.0),
+    ),
     "mixed": (
         "E302",
         r"transition has dtype float64 \(allowed: float32, as reward",

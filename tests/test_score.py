@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +16,7 @@ from birl_ext.agents.finite import FiniteFollower, FiniteSimulator
 from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
 from birl_ext.bilevel.score import Critic, FullHorizon, OneStep, Score
 from birl_ext.bilevel.trajectory import trajectory_surrogate
-from birl_ext.errors import OptionError
+from birl_ext.errors import OptionError, ShapeError
 
 STATES, ACTIONS, STEPS, DISCOUNT, TEMPERATURE = 3, 2, 2, 0.8, 0.5
 
@@ -194,6 +195,20 @@ def test_the_truth_is_the_sum_over_paths_and_its_finite_difference() -> None:
     torch.testing.assert_close(enumerated_gradient(problem, policy), problem.exact)
 
 
+def test_the_truth_is_refused_where_it_would_be_wrong() -> None:
+    problem = make_problem()
+    ends = torch.tensor([False, False, True])
+
+    def objective(mdp: birl_ext.DenseMDP) -> Tensor:
+        return exact_pair_objective(mdp, lambda *_: torch.ones(1), temperature=1.0, steps=1)
+
+    with pytest.raises(OptionError, match="the process ends in some rows"):
+        objective(problem.mdp.replace(terminal=ends))
+    many = problem.mdp.replace(reward=problem.mdp.reward.expand(2, -1, -1))
+    with pytest.raises(ShapeError, match=r"batch axes \(2,\)"):
+        objective(many)
+
+
 def test_what_happens_before_a_fragment_is_part_of_the_truth() -> None:
     """An offset is a longer path whose first steps do not count."""
     problem = make_problem(1)
@@ -291,6 +306,34 @@ def test_error_falls_with_the_root_of_the_samples() -> None:
     centred = places - places.mean()
     slope = float((centred * heights).sum() / centred.square().sum())
     assert abs(slope + 0.5) < 0.08, (slope, errors)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_baseline_is_the_mean_of_the_others(spread: float, dtype: torch.dtype) -> None:
+    """One by one, in exact arithmetic; also where one weight is nearly all there is."""
+    draws = torch.Generator().manual_seed(2)
+    loss = torch.rand(7, generator=draws).to(dtype)
+    weight = (spread * torch.randn(7, generator=draws)).exp().to(dtype)
+    if spread > 1:
+        weight[3], weight[5] = 1e8, 0.0
+    score = torch.zeros(7, dtype=dtype, requires_grad=True)
+    surrogate = trajectory_surrogate(loss, score, temperature=1.0, weight=weight)
+    (found,) = torch.autograd.grad(surrogate, score)
+    exact, w = ([Fraction(float(number)) for number in given] for given in (loss, weight))
+    for i in range(7):
+        others = [j for j in range(7) if j != i]
+        mean = sum(w[j] * exact[j] for j in others) / sum(w[j] for j in others)
+        expected = float(w[i] * (exact[i] - mean)) / 7
+        scale = float(w[i]) / 7
+        assert abs(float(found[i]) - expected) <= 8 * torch.finfo(dtype).eps * scale
+
+
+def test_weight_that_a_sample_has_alone_leaves_it_without_baseline() -> None:
+    score = torch.zeros(2, requires_grad=True)
+    loss, weight = torch.tensor([0.5, 2.0]), torch.tensor([3.0, 0.0])
+    surrogate = trajectory_surrogate(loss, score, temperature=1.0, weight=weight)
+    assert torch.autograd.grad(surrogate, score)[0].tolist() == [0.75, 0.0]
 
 
 def test_a_baseline_lowers_the_variance() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from birl_ext.agents.finite import Paths
 from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
 from birl_ext.bilevel.score import Critic, FullHorizon, OneStep
 from birl_ext.bilevel.sobirl import DRLHF, SoBiRL, importance
-from birl_ext.errors import OptionError
+from birl_ext.errors import NonFiniteResultError, OptionError
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import bradley_terry, margins
 from birl_ext.preferences.reward_model import RewardEnsemble, RewardNetwork
@@ -245,20 +246,21 @@ def pair_by_pair(
     members = list(reward.members) if isinstance(reward, RewardEnsemble) else [reward]
     losses, scores, weights = [], [], []
     for i in range(len(pairs)):
-        margin, score, log_weight = torch.zeros(()), torch.zeros(()), [0.0, 0.0]
+        margin, score, log_weight = [torch.zeros(())] * len(members), torch.zeros(()), [0.0, 0.0]
         for k, (sign, part) in enumerate(((1, pairs.first), (-1, pairs.second))):
             for h in range(part.present.shape[1]):
                 if not part.present[i, h]:
                     continue
                 where, chosen = part.observation[i, h], int(part.action[i, h])
-                values = sum(member.body(where.unsqueeze(0)).squeeze(0) for member in members)
-                values = values / len(members)
+                values = [member.body(where.unsqueeze(0)).squeeze(0) for member in members]
                 shares = (where @ policy.weight).softmax(-1)
-                margin = margin + sign * values[chosen]
-                score = score + values[chosen] - (shares * values).sum()
+                margin = [m + sign * own[chosen] for m, own in zip(margin, values, strict=True)]
+                mean = sum(values) / len(values)
+                score = score + mean[chosen] - (shares * mean).sum()
                 log_weight[k] += float(shares[chosen].log() - part.log_prob[i, h])
         y = pairs.label[i]
-        losses.append(-y * margin.sigmoid().log() - (1 - y) * (-margin).sigmoid().log())
+        of_each = [-y * m.sigmoid().log() - (1 - y) * (-m).sigmoid().log() for m in margin]
+        losses.append(sum(of_each))
         scores.append(score)
         cut = [min(max(math.exp(x), 1 / limit), limit) for x in log_weight]
         weights.append(cut[0] * cut[1])
@@ -369,8 +371,7 @@ def test_the_score_of_an_ensemble_is_that_of_its_mean(shared: bool) -> None:
     draws = torch.Generator().manual_seed(7)
     members = [RewardNetwork.mlp(3, draws, actions=4, hidden=(5,)).double() for _ in range(2)]
     ensemble = RewardEnsemble(members)
-    direct = [part for one in members for part in pair_by_pair(one, policy, pairs, 0.5, 1.5)[0]]
-    _, indirect = pair_by_pair(ensemble, policy, pairs, 0.5, 1.5)
+    direct, indirect = pair_by_pair(ensemble, policy, pairs, 0.5, 1.5)
     follower: Any = policy
     if not shared:
         follower = SimpleNamespace(probabilities=policy.probabilities, log_prob=policy.log_prob)
@@ -384,6 +385,77 @@ def test_the_score_of_an_ensemble_is_that_of_its_mean(shared: bool) -> None:
     assert outcome.loss == pytest.approx(float(mean.detach()), rel=1e-12)
 
 
+def test_copies_in_an_ensemble_behave_as_one() -> None:
+    reward, policy, pairs = linear_problem()
+    copies = [copy.deepcopy(reward) for _ in range(3)]
+    grads = []
+    for model in (reward, RewardEnsemble(copies)):
+        algorithm = SoBiRL(model, optimiser=still, score=OneStep(4))
+        algorithm.step(pairs, policy, temperature=0.5)
+        grads.append([parameter.grad for parameter in algorithm.parameters])
+    for alone, copied in zip(3 * grads[0], grads[1], strict=True):
+        torch.testing.assert_close(copied, alone, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("tabulated", [True, False])
+def test_the_follower_is_held_fixed(tabulated: bool) -> None:
+    """Also one that is computed from the reward itself: no derivative of π is taken twice."""
+    reward, _, pairs = linear_problem()
+
+    class Softmax(CategoricalPolicy):
+        def log_probs(self, observation: Tensor) -> Tensor:
+            return (reward.all_actions(observation) / 0.5).log_softmax(-1)
+
+    class Fixed(Softmax):
+        log_probs = torch.no_grad()(Softmax.log_probs)
+
+    found = []
+    for policy in (Fixed(), Softmax()):
+        follower: Any = policy
+        if not tabulated:
+            follower = SimpleNamespace(probabilities=policy.probabilities, log_prob=policy.log_prob)
+        algorithm = SoBiRL(reward, optimiser=still, score=OneStep(4))
+        algorithm.step(pairs, follower, temperature=0.5)
+        found.append([parameter.grad for parameter in algorithm.parameters])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_layers_may_be_frozen_and_released_between_steps() -> None:
+    reward, policy, pairs = linear_problem()
+    assert isinstance(reward.body, torch.nn.Sequential)
+    trunk = list(reward.body[:-1].parameters())
+    algorithm = SoBiRL(
+        reward, optimiser=lambda p: torch.optim.SGD(p, lr=0.1), score=OneStep(4), stale="keep"
+    )
+    for frozen in (True, False):
+        reward.body[:-1].requires_grad_(not frozen)
+        before = [parameter.detach().clone() for parameter in algorithm.parameters]
+        algorithm.step(pairs, policy, temperature=0.5)
+        moved = [
+            not torch.equal(one, other)
+            for one, other in zip(before, algorithm.parameters, strict=True)
+        ]
+        assert moved == [not frozen] * len(trunk) + [True] * (len(moved) - len(trunk))
+    reward.requires_grad_(False)
+    assert algorithm.step(pairs, policy, temperature=0.5).gradient_norm == 0
+
+
+def test_what_is_not_finite_changes_nothing() -> None:
+    reward, policy, pairs = linear_problem()
+    label = pairs.label.clone()
+    label[2] = math.nan
+    algorithm = SoBiRL(
+        reward, optimiser=lambda p: torch.optim.Adam(p, lr=0.1), score=None, stale="keep"
+    )
+    before = [parameter.detach().clone() for parameter in algorithm.parameters]
+    with pytest.raises(NonFiniteResultError, match=r"the loss is nan.*step 0"):
+        algorithm.step(Pairs(pairs.first, pairs.second, label), policy, temperature=0.5)
+    assert all(map(torch.equal, before, algorithm.parameters))
+    assert not algorithm.optimiser.state
+    assert algorithm.steps == 0
+
+
 def test_options_are_named() -> None:
     reward = RewardNetwork.table(2, 2)
     with pytest.raises(OptionError, match="stale is 'old'"):
@@ -392,6 +464,12 @@ def test_options_are_named() -> None:
         DRLHF(reward, optimiser=still, noise=1)
     with pytest.raises(OptionError, match="indirect_limit is nan"):
         SoBiRL(reward, optimiser=still, score=None, indirect_limit=math.nan)
+    network, policy, pairs = linear_problem()
+    nobody = pairs.select(torch.arange(0))
+    with pytest.raises(OptionError, match="there are no pairs"):
+        DRLHF(network, optimiser=still).step(nobody, policy, temperature=1.0)
+    with pytest.raises(OptionError, match=r"lead is 4 \(allowed: 0 to 3, of 4 steps"):
+        DRLHF(network, optimiser=still, lead=4).step(pairs, policy, temperature=1.0)
     problem, _, _ = table_problem()
     one = fragments(problem, simulator_of(problem).rollout(problem.follower, 4, 2))
     with pytest.raises(OptionError, match="limit is 1"):

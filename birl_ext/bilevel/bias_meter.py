@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.errors import OptionError, SizeLimitError
+from birl_ext.errors import OptionError, ShapeError, SizeLimitError
 from birl_ext.functional import solve
 from birl_ext.mdp import DenseMDP
 
@@ -85,10 +85,19 @@ def exact_pair_objective(
         offset: steps from the initial distribution to the first of the H.
         policy: (S, A), acts in place of π*.
 
+    Raises:
+        ShapeError: the MDP has batch axes.
+        OptionError: a row ends, or the offset is negative.
+        SizeLimitError: there are more paths.
+
     Gradients: exact, through the policy, the transition, `loss` and the initial distribution.
 
     Source: (M16), (M17), the left-hand side.
     """
+    if mdp.batch_shape:
+        raise ShapeError(f"the MDP has batch axes {tuple(mdp.batch_shape)}", allowed="a single MDP")
+    if bool((mdp.transition.sum(-1) == 0).any()):
+        raise OptionError("the process ends in some rows", allowed="a process that goes on")
     states, actions = mdp.states, mdp.actions
     count = (states * actions) ** steps
     if count > _MOST_PATHS:

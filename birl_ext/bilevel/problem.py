@@ -51,10 +51,12 @@ class BilevelProblem:
     @staticmethod
     def checked(objective: Tensor, x: Tensor) -> Tensor:
         """The objective, if it is a scalar or has one number per start."""
-        if objective.dim() > 1 or (objective.dim() == 1 and objective.shape[0] != x.shape[0]):
+        starts = x.shape[:1] if x.dim() > 1 else ()
+        if objective.shape not in ((), starts):
+            rest = f", or ({starts[0]},): one number per start" if starts else ""
             raise ShapeError(
                 f"upper returned shape {tuple(objective.shape)}",
-                allowed=f"a scalar, or ({x.shape[0]},): one number per start",
+                allowed=f"a scalar{rest}",
                 fix="sum or average over everything but the starts",
             )
         return objective

@@ -122,7 +122,9 @@ class OneStep(_StepByStep):
         self, reward: RewardFunction, follower: Follower, where: Tensor, chosen: Tensor
     ) -> Tensor:
         if self.actions is not None and isinstance(reward, RewardModel):
-            return self.of_table(reward.all_actions(where), follower.probabilities(where), chosen)
+            with torch.no_grad():
+                share = follower.probabilities(where)
+            return self.of_table(reward.all_actions(where), share, chosen)
         return reward(where, chosen) - self._mean(reward, follower, where)
 
     @staticmethod
@@ -136,10 +138,12 @@ class OneStep(_StepByStep):
         spread = where.repeat_interleave(count, 0)
         if self.actions is not None:
             every = torch.arange(count, device=where.device).repeat(len(where))
-            share = follower.probabilities(where)
+            with torch.no_grad():
+                share = follower.probabilities(where)
             return (share * reward(spread, every).view(-1, count)).sum(-1)
         assert self.generator is not None
-        drawn = follower.sample(spread, self.generator)
+        with torch.no_grad():
+            drawn = follower.sample(spread, self.generator)
         return reward(spread, drawn).view(-1, count).mean(-1)
 
 
@@ -174,10 +178,11 @@ class FullHorizon(_StepByStep):
     def steps_of(
         self, reward: RewardFunction, follower: Follower, where: Tensor, chosen: Tensor
     ) -> Tensor:
-        given, drawn = (
-            self.simulator.continuations(follower, where, first, self.steps)
-            for first in (chosen, None)
-        )
+        with torch.no_grad():
+            given, drawn = (
+                self.simulator.continuations(follower, where, first, self.steps)
+                for first in (chosen, None)
+            )
         apart = given.action[:, 0] != drawn.action[:, 0]
         if apart.dim() > 1:
             apart = apart.flatten(1).any(-1)

@@ -15,7 +15,7 @@ from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.target import snapshot
 from birl_ext.bilevel.score import OneStep, Score
 from birl_ext.bilevel.trajectory import Baseline, trajectory_surrogate
-from birl_ext.errors import OptionError
+from birl_ext.errors import NonFiniteResultError, OptionError
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import (
     Steps,
@@ -124,9 +124,10 @@ class SoBiRL:
         d₁, d₂ ~ π*(x);   x ← x − β ∇φ̂, ∇φ̂ from (M16)
 
     Args:
-        reward: its parameters are x. The members of an ensemble each have a loss of their own, and
-            the score's part is that of their mean. It stays in evaluation mode, so that the same
-            state and action have one reward wherever they occur.
+        reward: its parameters are x, those frozen in a step apart. The members of an ensemble each
+            have a loss of their own: φ is the sum of these, and the policy that of the members'
+            mean. It stays in evaluation mode, so that the same state and action have one reward
+            wherever they occur.
         optimiser: from parameters to any torch optimiser.
         score: estimator of the policy's derivative (`birl_ext.bilevel.score`).
         noise: share of answers taken to be random, [0, 1).
@@ -167,7 +168,7 @@ class SoBiRL:
             raise OptionError(f"lead is {lead!r}", allowed="0 or more")
         _check_stale(stale, limit)
         self.reward = reward
-        self.parameters = [p for p in reward.parameters() if p.requires_grad]
+        self.parameters = list(reward.parameters())
         self.optimiser = optimiser(self.parameters)
         self.score = score
         self.noise = noise
@@ -189,22 +190,29 @@ class SoBiRL:
             pairs: n of them, answered without their lead; skipped answers are not among them.
             follower: the present policy, held fixed; `log_prob` is asked of it where `stale` is not
                 "keep".
-            temperature: its τ.
+            temperature: its τ, units of the reward held here.
+
+        Raises:
+            OptionError: there is no pair, or no step after the lead.
+            NonFiniteResultError: loss or gradient is NaN or infinite; nothing is changed then.
         """
+        if not len(pairs):
+            raise OptionError("there are no pairs", allowed="1 or more")
+        pairs.after(self.lead)  # refuses a lead that leaves nothing
         found = self._evaluated(pairs, follower)
         margin = found.margin
-        loss = bradley_terry(margin, pairs.label, self.noise)
+        loss = own = bradley_terry(margin, pairs.label, self.noise)
+        if found.margins is not margin:
+            # by the mean's loss alone members would all move alike, and never come to disagree
+            own = bradley_terry(found.margins, pairs.label, self.noise).sum(0)
         weight = self._weight(pairs, found.log_prob).to(loss)
-        # fitted by the mean's loss alone, members would all move alike, and never come to disagree
-        alone = found.margins is margin
-        own = loss if alone else bradley_terry(found.margins, pairs.label, self.noise)
         direct = ((weight if self.weigh_loss else 1.0) * own).sum() / len(loss)
         gradient = self._gradient(direct, retain_graph=found.score is not None)
         share = 0.0
         if found.score is not None:
             # (1/n) Σ w (l − b) h/τ, whose gradient is the score's part
             indirect = trajectory_surrogate(
-                loss.detach(),
+                own.detach(),
                 found.score,
                 temperature=temperature,
                 baseline=self.baseline,
@@ -215,13 +223,19 @@ class SoBiRL:
             cut = min(1.0, self.indirect_limit * _norm(gradient) / share) if share else 1.0
             share *= cut
             gradient = [_sum(one, other, cut) for one, other in zip(gradient, part, strict=True)]
+        size, value = _norm(gradient), float(loss.detach().mean())
+        if not (math.isfinite(size) and math.isfinite(value)):
+            raise NonFiniteResultError(
+                f"the loss is {value}, the norm of its gradient {size}",
+                where=f"step {self.steps}",
+                fix="lower the learning rate, or look for NaN in the pairs",
+            )
         for parameter, one in zip(self.parameters, gradient, strict=True):
             parameter.grad = one
-        size = _norm(gradient)
         self.optimiser.step()
         self.steps += 1
         return Outcome(
-            loss=float(loss.detach().mean()),
+            loss=value,
             accuracy=float(accuracy(margin, pairs.label)),
             gradient_norm=size,
             indirect_share=share / size if size else 0.0,
@@ -230,11 +244,13 @@ class SoBiRL:
         )
 
     def _gradient(self, value: Tensor, *, retain_graph: bool = False) -> Sequence[Tensor | None]:
-        if not value.requires_grad:
+        """Of each parameter; None where it is frozen or not in use."""
+        live = [p for p in self.parameters if p.requires_grad]
+        if not (live and value.requires_grad):
             return [None] * len(self.parameters)
-        return torch.autograd.grad(
-            value, self.parameters, retain_graph=retain_graph, allow_unused=True
-        )
+        found = torch.autograd.grad(value, live, retain_graph=retain_graph, allow_unused=True)
+        parts = iter(found)
+        return [next(parts) if p.requires_grad else None for p in self.parameters]
 
     def _evaluated(self, pairs: Pairs, follower: Any) -> _Evaluated:
         """Reward and policy at the steps of all pairs."""
@@ -271,7 +287,8 @@ class SoBiRL:
         that each network is run once.
         """
         where, chosen = steps.observation, steps.action.unsqueeze(-1)
-        log_policy = in_parts(follower.log_probs, where, at_once=at_once, dim=0)
+        with torch.no_grad():
+            log_policy = in_parts(follower.log_probs, where, at_once=at_once, dim=0)
         if isinstance(self.reward, RewardEnsemble):
             tables = in_parts(self.reward.each_all_actions, where, at_once=at_once, dim=1)
             table = tables.mean(0)

@@ -23,7 +23,7 @@ def trajectory_surrogate(
     weight: Tensor | None = None,
     path: Tensor | None = None,
 ) -> Tensor:
-    """A scalar whose value is the mean loss, and whose gradient is an estimate of ∇φ.
+    """A scalar whose value is the mean of w l, and whose gradient is an estimate of ∇φ.
 
         ∇φ̂ = (1/n) Σ_i w_i [ ∇l_i + (l_i − b_i)(∇p_i + ∇h_i/τ) ]
 
@@ -32,8 +32,9 @@ def trajectory_surrogate(
         score: h, (n,), the sum of a sample's surrogates (`birl_ext.bilevel.score`): of both
             fragments of a pair. Only its gradient counts.
         temperature: τ of the lower level, units of reward.
-        baseline: "others": b_i is the mean loss of the other samples, which lowers the variance and
-            leaves the mean alone because E[∇h] = E[∇p] = 0; "none": zero.
+        baseline: "others": b_i is the mean loss, weighed by w, of the other samples, which lowers
+            the variance and leaves the mean alone because E[w ∇h] = E[w ∇p] = 0, as it is unless w
+            was cut; "none": zero.
         weight: w, (n,), importance of samples drawn from another policy; one if absent.
         path: p, (n,), log probability of a sample's transitions where x moves them
             (`birl_ext.bilevel.adaptation`). Only its gradient counts.
@@ -56,9 +57,20 @@ def trajectory_surrogate(
     share = torch.ones_like(loss) if weight is None else weight.detach()
     fixed = loss.detach()
     if baseline == "others" and len(loss) > 1:
-        mass = share.sum() - share
-        others = ((share * fixed).sum() - share * fixed) / mass.clamp(min=1e-12)
-        fixed = fixed - others
+        fixed = fixed - _mean_of_others(fixed, share)
     likelihood = score / temperature if path is None else path + score / temperature
     indirect = share * fixed * (likelihood - likelihood.detach())
     return (share * loss + indirect).mean()
+
+
+def _mean_of_others(loss: Tensor, weight: Tensor) -> Tensor:
+    """Σ_{j≠i} w_j l_j / Σ_{j≠i} w_j, (n,); zero where nothing else has weight.
+
+    Sums from both ends: the whole less one term would leave rounding alone where w_i is most of it.
+    """
+    terms = torch.stack((weight, weight * loss)).double()
+    before = terms.cumsum(-1).roll(1, -1)
+    after = terms.flip(-1).cumsum(-1).flip(-1).roll(-1, -1)
+    before[:, 0] = after[:, -1] = 0
+    mass, sums = before + after
+    return torch.where(mass > 0, sums / mass, 0.0).to(loss.dtype)
