@@ -78,6 +78,7 @@ def test_a_run_of_each_teacher(teacher: str) -> None:
         {"score": "critic"},
         {"env": GRID, **FULL},
         {"env": "Pendulum-v1"},
+        {"env": "Pendulum-v1", "recent": 80},  # less than an episode under way, more than a round
         {"env": "Pendulum-v1", **FULL},
         {"members": 2, "query": "disagreement", "candidates": 3},
         {"query": "entropy", "candidates": 3, "temperature": 0.5, "hypergradient_after": 200},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ class Recorder:
 
     def __init__(self, environments: int, keep: int) -> None:
         self.keep = keep
-        self._open: list[list[Episode]] = [[] for _ in range(environments)]
+        # Of one step each: what is open is cut off by their number, also after `load_state_dict`.
+        self._open: list[deque[Episode]] = [deque(maxlen=keep) for _ in range(environments)]
         self._closed: deque[Episode] = deque()
         self._steps = 0
 
@@ -42,14 +43,12 @@ class Recorder:
                 version,
             )
             self._open[where].append(step)
-            if len(self._open[where]) > self.keep:
-                del self._open[where][0]
             if found.ended[row]:
                 self._close(where)
 
     def _close(self, where: int) -> None:
         whole = _joined(self._open[where])
-        self._open[where] = []
+        self._open[where].clear()
         self._closed.append(whole)
         self._steps += len(whole.reward)
         while len(self._closed) > 1 and self._steps - len(self._closed[0].reward) >= self.keep:
@@ -72,9 +71,13 @@ class Recorder:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._closed = deque(Episode(*parts) for parts in state["closed"])
-        self._open = [[] if parts is None else [Episode(*parts)] for parts in state["open"]]
+        for steps, parts in zip(self._open, state["open"], strict=True):
+            steps.clear()
+            if parts is not None:
+                rows = zip(*(part.split(1) for part in parts), strict=True)
+                steps.extend(Episode(*row) for row in rows)
         self._steps = sum(len(episode.reward) for episode in self._closed)
 
 
-def _joined(steps: Sequence[Episode]) -> Episode:
+def _joined(steps: Iterable[Episode]) -> Episode:
     return Episode(*(torch.cat(column) for column in zip(*steps, strict=True)))
