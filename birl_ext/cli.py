@@ -6,8 +6,10 @@ Tyro, rich and matplotlib are imported only by the commands that need them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
+import select
 import shlex
 import signal
 import sys
@@ -132,10 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = COMMANDS[command](rest)
             sys.stdout.flush()
             return status
-        except BrokenPipeError:  # the reader of the output, such as head, has left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
         except (BirlError, OSError) as error:
+            if isinstance(error, BrokenPipeError) and _reader_left():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 128 + signal.SIGPIPE
             if os.environ.get("BIRL_DEBUG"):
                 raise
             _say(" ".join(str(error).split()))
@@ -430,6 +432,15 @@ def _not_drawn(directory: RunDirectory, names: Sequence[str]) -> str:
         f"figures not drawn, matplotlib is missing: {', '.join(names)}. "
         f'pip install "birl_ext[viz]", then birl plot {shlex.quote(str(directory.path))}'
     )
+
+
+def _reader_left() -> bool:
+    """Whether nothing reads the output any more, such as head that has seen enough."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # it has no descriptor
+            poll.register(stream.fileno(), 0)  # 0: of errors alone
+    return bool(poll.poll(0))
 
 
 def _say(text: str) -> None:

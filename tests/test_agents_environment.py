@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
 import os
 import re
+import select
 import signal
+import subprocess
 import sys
 import time
 from typing import Any
@@ -18,12 +21,14 @@ import torch
 from closeness import assert_same_bits
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from processes import fork
 from torch import Tensor
 
 from birl_ext.agents.collect import Collector, Episode
 from birl_ext.agents.environment import Environments, episode_seed, make_environments
 from birl_ext.agents.evaluate import evaluate_agent
 from birl_ext.errors import EnvironmentFailureError, MissingDependencyError, OptionError, ShapeError
+from birl_ext.runs.loop import stop_requests
 
 # gymnasium forks its workers beside torch's idle threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -357,6 +362,83 @@ def test_closing_after_an_interrupt_does_not_wait(monkeypatch: pytest.MonkeyPatc
         environments.step(action)
     environments.close()
     assert not any(process.is_alive() for process in workers.processes)
+
+
+def parallel(**options: Any) -> Environments:
+    return make_environments(lambda: Clock(length=9), count=2, parallel=True, **options)
+
+
+ZEROS = torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes_leaves_workers_at_work(number: int) -> None:
+    """Those that a run had before it caught signals, and those that it made afterwards."""
+
+    def work() -> None:
+        os.setpgid(0, 0)
+        with parallel() as early, stop_requests() as stop, parallel() as late:
+            for environments in (early, late):
+                environments.step(ZEROS)
+            for _ in range(2 if number != signal.SIGINT else 1):
+                os.killpg(0, number)
+            for environments in (early, late):
+                for _ in range(9):
+                    environments.step(ZEROS)
+            assert set(stop) == {number}
+        for environments in (early, late):
+            assert [process.exitcode for process in environments._vector.processes] == [0, 0]
+
+    assert os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1]) == 0
+
+
+def test_workers_end_with_the_process_that_was_killed() -> None:
+    ready, made = os.pipe()
+    ended, held = os.pipe()  # the workers hold it open
+
+    def work() -> None:
+        environments = parallel()
+        environments.step(ZEROS)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.write(made, b"1")
+        time.sleep(60)
+
+    child = fork(work)
+    os.close(held)
+    os.read(ready, 1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert select.select([ended], [], [], 20)[0]
+    for end in (ready, made, ended):
+        os.close(end)
+
+
+def test_workers_that_nobody_closed_end_with_the_process() -> None:
+    code = (
+        "from birl_ext.agents.environment import make_environments\n"
+        "environments = make_environments('CartPole-v1', count=2, parallel=True)\n"
+        "environments.reset()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=30, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    environments = parallel()
+    environments.reset()
+    processes = environments._vector.processes
+    del environments
+    gc.collect()
+    assert not any(process.is_alive() for process in processes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_lost_between_steps_does_not_keep_the_others_from_closing(number: int) -> None:
+    environments = parallel(timeout=1.0)
+    environments.step(ZEROS)
+    first, second = environments._vector.processes
+    os.kill(first.pid, number)
+    if number == signal.SIGKILL:
+        first.join()
+    environments.close()
+    assert (first.exitcode, second.exitcode) == (-signal.SIGKILL, 0)
 
 
 def test_only_the_guilty_one_is_named() -> None:

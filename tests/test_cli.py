@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pty
 import re
@@ -134,6 +135,14 @@ def test_a_reader_that_leaves_early_is_no_error():
     shell = f"{command} | true; exit ${{PIPESTATUS[0]}}"
     process = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error(birl, monkeypatch):
+    def broken(words: list[str]) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", broken)
+    assert birl("doctor") == (2, "", "birl: [Errno 32] Broken pipe\n")
 
 
 # Runs

@@ -9,9 +9,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import multiprocessing
+import os
 import signal
+import time
 import warnings
 from collections.abc import Callable, Mapping
+from multiprocessing.util import Finalize
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,7 +97,8 @@ def make_environments(
         count: n.
         seed: of everything random in them, 0 or more.
         parallel: one process each; otherwise all in this one, where nothing can end a hang.
-        timeout: seconds a worker may take for a step or a reset; building it is not covered.
+        timeout: seconds a worker may take for a step, a reset or closing; building it is not
+            covered.
         options: keyword arguments of the environment.
         allow_entry_points: accept an id that names a module to import ("module:Name-v0") or an
             EnvSpec. Either can run any code.
@@ -118,14 +123,15 @@ def make_environments(
     if not timeout > 0:
         raise OptionError(f"timeout is {timeout!r}", allowed="more than 0, in seconds")
     builders = [
-        functools.partial(_build, source, dict(options or {}), seed, i) for i in range(count)
+        functools.partial(_build, source, dict(options or {}), seed, i, os.getpid())
+        for i in range(count)
     ]
     mode = AutoresetMode.SAME_STEP
     vector: VectorEnv[Any, Any, Any]
     try:
         # copy: `Environments` makes its own
         if parallel:
-            vector = AsyncVectorEnv(builders, autoreset_mode=mode, context=context, copy=False)
+            vector = _Workers(builders, autoreset_mode=mode, context=context, copy=False)
         else:
             vector = SyncVectorEnv(builders, autoreset_mode=mode, copy=False)
     except gymnasium.error.UnregisteredEnv as error:
@@ -157,7 +163,7 @@ class Environments:
         vector: a gymnasium vector environment.
         name: opens the messages of failures.
         seed: of everything random in it.
-        timeout: seconds a worker may take for a step or a reset.
+        timeout: seconds a worker may take for a step, a reset or closing.
 
     Raises:
         OptionError: spaces that are not supported.
@@ -352,9 +358,13 @@ class Environments:
         """Close the environments and end their processes."""
         if self._waiting:  # interrupted: asking them to close would wait for the answer first
             self._abort()
-        if not self._closed:
-            self._closed = True
+        if self._closed:
+            return
+        self._closed = True
+        if self._workers is None:
             self._vector.close()
+        else:
+            _end(self._workers, patience=self.timeout)
 
     def __enter__(self) -> Environments:
         return self
@@ -485,19 +495,56 @@ class Environments:
         if self._closed:
             return
         self._closed, self._waiting = True, False
-        workers = self._workers
-        if workers is None:
+        if self._workers is None:
             with contextlib.suppress(Exception):
                 self._vector.close()
-            return
-        for process in workers.processes:
+        else:
+            _end(self._workers)
+
+
+class _Workers(AsyncVectorEnv):
+    """Workers that stay at work through SIGTERM, see `_build`.
+
+    That is what gymnasium and multiprocessing would end them with, also when this process ends.
+    """
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        try:
+            super().__init__(*given, **more)
+        except BaseException:
+            self.close(terminate=True)
+            raise
+        Finalize(self, _kill, args=(self.processes,), exitpriority=0)
+
+    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
+        _end(self, patience=0.0 if terminate else _GRACE if timeout is None else timeout)
+
+
+def _end(workers: AsyncVectorEnv, *, patience: float = 0.0) -> None:
+    """Ask the workers to close, unless `patience` is 0, and kill those not gone by then."""
+    # A vector environment that could not be built may have neither.
+    pipes = [pipe for pipe in getattr(workers, "parent_pipes", []) if pipe is not None]
+    processes = getattr(workers, "processes", [])
+    if patience:
+        for pipe in pipes:
+            with contextlib.suppress(OSError):  # it has died
+                pipe.send(("close", None))
+        ends = time.monotonic() + patience
+        for process in processes:
+            process.join(max(0.0, ends - time.monotonic()))
+    _kill(processes)
+    for pipe in pipes:
+        pipe.close()
+    if pipes:
+        workers.error_queue.close()
+    workers.closed = True
+
+
+def _kill(processes: list[Any]) -> None:
+    for process in processes:
+        if process.is_alive():
             process.kill()  # SIGKILL: a stopped process would keep SIGTERM waiting
             process.join(_GRACE)
-        for pipe in workers.parent_pipes:
-            if pipe is not None:
-                pipe.close()
-        workers.error_queue.close()
-        workers.closed = True
 
 
 def _name(source: str | EnvSpec | Callable[[], gymnasium.Env[Any, Any]]) -> str:
@@ -562,9 +609,20 @@ def _build(
     options: dict[str, Any],
     seed: int,
     index: int,
+    maker: int,
 ) -> gymnasium.Env[Any, Any]:
+    if os.getpid() != maker:
+        # A signal to the whole group, such as Ctrl-C, is for the process that made this one: it
+        # finishes its step, and says when to end. Not SIG_IGN, which the programs that an
+        # environment starts would inherit.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _leave)
     if isinstance(source, str) and is_atari(source):
         register_atari(source)
     if callable(source):
         return _Episodes(source(**options), seed, index)
     return _Episodes(gymnasium.make(source, **options), seed, index)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Do nothing about a signal."""
