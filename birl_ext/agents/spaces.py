@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,7 +75,7 @@ def read_spaces(observation: Any, action: Any, name: str) -> Spaces:
         shape: tuple[int, ...] = ()
         dtype = torch.int64
         count = int(observation.n)
-    elif isinstance(observation, spaces.Box) and observation.shape and math.prod(observation.shape):
+    elif isinstance(observation, spaces.Box) and observation.shape and 0 not in observation.shape:
         shape = observation.shape
         pixels = observation.dtype == np.uint8 and len(shape) == 3
         dtype = torch.uint8 if pixels else torch.float32
