@@ -92,14 +92,15 @@ def environment_options(config: PreferenceConfig) -> dict[str, Any]:
 
 
 def check_device(name: str) -> None:
-    """Refuse a device that is not there."""
+    """Refuse a device that is not there, or is none to learn on."""
+    fix = "use cpu, or what `birl doctor` lists"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}", allowed="cpu, cuda, cuda:1, …", fix=fix)
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"device is {name!r}: {reason}", fix="use cpu, or what `birl doctor` lists"
-        ) from None
+        raise ConfigError(f"device is {name!r}: {reason}", fix=fix) from None
 
 
 class _Learned(TypedDict):
