@@ -30,6 +30,7 @@ from birl_ext.errors import (
     EnvironmentFailureError,
     OptionError,
     RenderError,
+    SizeLimitError,
     TemperatureError,
 )
 from birl_ext.preferences.answer_log import AnswerLog
@@ -262,6 +263,14 @@ def test_what_cannot_be_run_is_named() -> None:
     ):
         with pytest.raises(error, match=match):
             make_job(**changes)
+
+
+@pytest.mark.parametrize("name", ["pairs", "replay"])
+@pytest.mark.parametrize("count", [10**12, 10**14])
+def test_more_than_fits_into_the_memory_is_named(name: str, count: int) -> None:
+    job = make_job(rounds=1, **{name: count})
+    with pytest.raises(SizeLimitError, match=f"{count} .* GiB of this machine.*calls `{name}`"):
+        job.step()
 
 
 @pytest.mark.parametrize("algorithm", ["sobirl", "drlhf"])

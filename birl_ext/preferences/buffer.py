@@ -10,6 +10,7 @@ from torch import Tensor
 
 from birl_ext.errors import DtypeError, OptionError, ShapeError
 from birl_ext.preferences.fragments import Fragments, Pairs
+from birl_ext.storage import reserve
 
 __all__ = ["PreferenceBuffer"]
 
@@ -44,6 +45,7 @@ class PreferenceBuffer:
         Raises:
             OptionError: a label lies outside [0, 1].
             ShapeError, DtypeError: the fragments differ from each other or from those stored.
+            SizeLimitError: the capacity does not fit into the memory.
         """
         answered = ~label.isnan()
         kept = Pairs(first, second, label).select(answered)
@@ -103,10 +105,13 @@ class PreferenceBuffer:
             self.append(first, second, stored["label"])
 
     def _blank(self, model: Pairs) -> Pairs:
-        parts = [
-            torch.empty((self.capacity, *part.shape[1:]), dtype=part.dtype, device=self.device)
-            for part in _tensors(model)
-        ]
+        parts = reserve(
+            f"a buffer of {self.capacity} pairs",
+            self.capacity,
+            _tensors(model),
+            self.device,
+            fix="lower the capacity, which a run calls `pairs`",
+        )
         width = len(Fragments._fields)
         return Pairs(Fragments(*parts[:width]), Fragments(*parts[width:-1]), parts[-1])
 
