@@ -15,7 +15,13 @@ import torch
 from preference_cases import fragments_with
 from torch import nn
 
-from birl_ext.errors import DtypeError, NonFiniteResultError, OptionError, ShapeError
+from birl_ext.errors import (
+    DtypeError,
+    NonFiniteInputError,
+    NonFiniteResultError,
+    OptionError,
+    ShapeError,
+)
 from birl_ext.preferences.buffer import PreferenceBuffer
 from birl_ext.preferences.fit import evaluate, fit
 from birl_ext.preferences.fragments import Fragments, Pairs
@@ -288,6 +294,47 @@ def test_normalisation_is_part_of_the_state_and_constant_in_between():
     plain = NormalisedReward(constant(2.0, 2.0))
     plain.measure(state[:2], action[:2])
     assert plain(state[:2], action[:2]).tolist() == [2, 2], "nothing to scale by, nothing shifted"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_constant_reward_is_not_scaled_by_its_rounding(dtype):
+    """0.1 has no end in binary: the mean of a thousand of them is not 0.1 to the last bit."""
+    state = torch.zeros(1000, dtype=torch.int64)
+    action = torch.arange(1000) % 2
+    for value in (0.1, -0.7, 1e-6, 12345.678):
+        inner = constant(value, value).to(dtype)
+        model = NormalisedReward(inner)
+        model.measure(state, action)
+        assert float(model.scale) == 1, value
+        with torch.no_grad():  # what a network computes of equal inputs may differ by as much
+            inner.body.weight[0, 1] *= 1 + 2 * torch.finfo(dtype).eps
+        model.measure(state, action)
+        assert float(model.scale) == 1, value
+
+
+def test_a_small_spread_about_a_large_mean_is_measured():
+    """1000 ± 0.1, fifteen hundred times float32's rounding."""
+    state = torch.zeros(1000, dtype=torch.int64)
+    action = torch.arange(1000) % 2
+    model = NormalisedReward(constant(999.9, 1000.1), centre=True)
+    model.measure(state, action)
+    assert abs(float(model.scale) - 0.1) < 1e-4
+    assert torch.allclose(model(state, action), 2.0 * action - 1, atol=2e-3)
+
+
+def test_the_scale_is_not_taken_from_nothing_or_from_what_is_not_finite():
+    state, action = torch.zeros(3, dtype=torch.int64), torch.arange(3)
+    model = NormalisedReward(constant(1.0, 5.0, 9.0), centre=True)
+    model.measure(state, action)
+    before = everything_in(model)
+    with pytest.raises(OptionError, match="the sample has no steps"):
+        model.measure(state[:0], action[:0])
+    for bad in (math.nan, math.inf, -math.inf):
+        model.reward.body.weight.data[0, 1] = bad
+        with pytest.raises(NonFiniteInputError, match=f"reward is {bad} at row 1 of the sample"):
+            model.measure(state, action)
+    for name in ("shift", "scale"):
+        assert model.state_dict()[name].equal(before[name]), name
 
 
 # Buffer
