@@ -15,6 +15,7 @@ import torch
 from preference_cases import fragments_with
 from torch import nn
 
+from birl_ext import DenseMDP, solve
 from birl_ext.errors import (
     DtypeError,
     NonFiniteInputError,
@@ -335,6 +336,27 @@ def test_the_scale_is_not_taken_from_nothing_or_from_what_is_not_finite():
             model.measure(state, action)
     for name in ("shift", "scale"):
         assert model.state_dict()[name].equal(before[name]), name
+
+
+def test_a_policy_of_the_normalised_reward_is_one_of_the_inner_reward_at_another_temperature():
+    """Of one step, and of an infinite horizon, solved exactly."""
+    inner = RewardNetwork.table(3, 2).double()
+    torch.nn.init.normal_(inner.body.weight, std=5.0)
+    state, tau = torch.arange(3), 0.7
+    model = NormalisedReward(inner, centre=True)
+    model.measure(state.repeat(2), torch.tensor([0, 0, 0, 1, 1, 1]))
+    inner_tau = model.inner_temperature(tau)
+    assert inner_tau > 2 * tau
+    with torch.no_grad():
+        ours, inners = model.all_actions(state), inner.all_actions(state)
+    close = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close((ours / tau).softmax(-1), (inners / inner_tau).softmax(-1), **close)
+    process = torch.rand(3, 2, 3, dtype=torch.float64).softmax(-1)
+    one, other = (
+        solve(DenseMDP(reward, process, 0.9), temperature=temperature, tol=1e-13).policy
+        for reward, temperature in ((ours, tau), (inners, inner_tau))
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 # Buffer

@@ -260,8 +260,9 @@ class NormalisedReward(RewardModel):
         r' = (r − shift) / scale
 
     Both numbers are constants until `measure` is called again: no gradient passes through them.
-    Fit the inner reward, and hand this one to the agent. Shifting a reward changes what is best
-    where episodes end at different times; leave `centre` off there.
+    Fit the inner reward, and hand this one to the agent. An agent with temperature τ for r' is one
+    with scale·τ for r: a hyper-gradient of the inner reward needs `inner_temperature`. Shifting a
+    reward changes what is best where episodes end at different times; leave `centre` off there.
 
     Args:
         reward: the inner model.
@@ -310,6 +311,21 @@ class NormalisedReward(RewardModel):
         self.scale.copy_(torch.where(spread > rounding, found.std(correction=0), 1.0))
         if self.centre:
             self.shift.copy_(found.mean())
+
+    def inner_temperature(self, temperature: float) -> float:
+        """scale·τ, the temperature for r whose policy is that of τ for r'.
+
+            softmax(r'(s, ·)/τ) = softmax(r(s, ·)/(scale·τ)), and so for Q
+
+        `birl_ext.bilevel.sobirl.SoBiRL` of the inner reward takes its steps at it.
+
+        Args:
+            temperature: τ of the agent, units of r'.
+
+        Returns:
+            In units of r; of the present scale, so ask again after each `measure`.
+        """
+        return temperature * float(self.scale)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """r', (m,)."""
