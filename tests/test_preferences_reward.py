@@ -592,6 +592,19 @@ def test_a_reward_is_in_evaluation_mode_after_a_fit_that_failed():
         fit(model, pairs, optimiser, seeded(), epochs=0)
 
 
+def test_a_fit_is_not_validated_on_nothing_or_on_what_is_not_finite():
+    pairs, model = linear_pairs(6), RewardNetwork.mlp(3, seeded(), actions=2)
+    before = everything_in(model)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(OptionError, match="number of validation pairs is 0"):
+        fit(model, pairs, optimiser, seeded(), validation=pairs.select(torch.arange(0)))
+    assert_same(before, everything_in(model))
+    broken = linear_pairs(6)
+    broken.first.observation[3, 1] = math.nan
+    with pytest.raises(NonFiniteResultError, match="loss is nan at validation after epoch 1"):
+        fit(model, pairs, optimiser, seeded(), epochs=3, validation=broken)
+
+
 def test_disagreement_finds_where_members_were_told_different_things():
     """Two members fitted on one half of the line each agree there and part on the other."""
     members = [constant(3.0, 0.0, 0.0), constant(0.0, 0.0, 3.0)]

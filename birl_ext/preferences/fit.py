@@ -73,20 +73,24 @@ def fit(
         batch_size: pairs per step; the last batch of a pass may be smaller.
         at_once: see `margins`.
         noise: ε of `bradley_terry`.
-        validation: pairs kept apart. With them fitting stops after `patience` passes without a
-            smaller loss on them, and the parameters of the best pass are kept.
+        validation: pairs kept apart, at least one. With them fitting stops after `patience` passes
+            without a smaller loss on them, and the parameters of the best pass are kept.
         patience: see `validation`.
 
     Raises:
-        NonFiniteResultError: a loss is NaN or infinite; no step was taken on it.
-        OptionError: there are no pairs, or a number is below one.
+        NonFiniteResultError: a loss is NaN or infinite, that on the validation pairs included; no
+            step was taken on it.
+        OptionError: there are no pairs to fit to or to validate on, or a number is below one.
     """
-    for name, value in (
-        ("the number of pairs", len(pairs)),
-        ("epochs", epochs),
-        ("batch_size", batch_size),
-        ("patience", patience),
-    ):
+    numbers = {
+        "the number of pairs": len(pairs),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "patience": patience,
+    }
+    if validation is not None:
+        numbers["the number of validation pairs"] = len(validation)
+    for name, value in numbers.items():
         if value < 1:
             raise OptionError(f"{name} is {value!r}", allowed="1 or more")
     best = _Best(patience)
@@ -97,6 +101,7 @@ def fit(
             found = evaluate(
                 reward, validation, batch_size=batch_size, at_once=at_once, noise=noise
             )
+            _check_loss(found.loss, f"validation after epoch {epoch}")
             if best.is_over(found, reward):
                 break
     best.restore(reward)
@@ -142,19 +147,22 @@ def _pass(
             losses.append(bradley_terry(margin, batch.label, noise).mean())
             seen.append((margin.detach().double(), batch.label))
         loss = torch.stack(losses).sum()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteResultError(
-                f"the loss is {value}",
-                where=f"epoch {epoch}, pair {start} of {len(pairs)}",
-                fix="lower the learning rate, or look for NaN in the observations",
-            )
+        _check_loss(float(loss.detach()), f"epoch {epoch}, pair {start} of {len(pairs)}")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     margin, label = (torch.cat(parts) for parts in zip(*seen, strict=True))
     loss = bradley_terry(margin, label, noise).mean()
     return Evaluation(float(loss), float(accuracy(margin, label)))
+
+
+def _check_loss(value: float, where: str) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteResultError(
+            f"the loss is {value}",
+            where=where,
+            fix="lower the learning rate, or look for NaN in the observations",
+        )
 
 
 def _members(reward: RewardModel) -> Iterator[RewardModel]:
