@@ -524,6 +524,24 @@ def test_members_see_orders_of_their_own_and_every_pair_once():
     assert seen[0] != seen[1] != seen[2] != seen[0]
 
 
+@pytest.mark.parametrize(
+    "around", [NormalisedReward, lambda inner: RewardEnsemble([inner])], ids=["scaled", "nested"]
+)
+def test_an_ensemble_inside_another_model_is_not_fitted(around):
+    """Its members would see the pairs in one order, and learn from the loss of their mean."""
+    inner = RewardEnsemble.of(2, lambda: RewardNetwork.mlp(3, seeded(), actions=2))
+    model = around(inner)
+    before, generator = everything_in(model), seeded()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
+    with pytest.raises(OptionError, match=r"an ensemble is inside a .*Fix: fit the inner ensemble"):
+        fit(model, linear_pairs(6), optimiser, generator)
+    assert_same(before, everything_in(model))
+    assert generator.get_state().equal(seeded().get_state())
+    fit(inner, linear_pairs(6), optimiser, generator)
+    single = NormalisedReward(inner.members[0])
+    fit(single, linear_pairs(6), optimiser, generator)
+
+
 def test_early_stopping_keeps_the_best_parameters():
     """Answers of the training set are the reverse of those to validate on: every pass hurts."""
     pairs, validation = linear_pairs(64), linear_pairs(64, seed=3)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from birl_ext.errors import NonFiniteResultError, OptionError
@@ -80,7 +80,8 @@ def fit(
     Raises:
         NonFiniteResultError: a loss is NaN or infinite, that on the validation pairs included; no
             step was taken on it.
-        OptionError: there are no pairs to fit to or to validate on, or a number is below one.
+        OptionError: there are no pairs to fit to or to validate on, or a number is below one; or an
+            ensemble is inside another model, such as a `NormalisedReward`.
     """
     numbers = {
         "the number of pairs": len(pairs),
@@ -93,10 +94,13 @@ def fit(
     for name, value in numbers.items():
         if value < 1:
             raise OptionError(f"{name} is {value!r}", allowed="1 or more")
+    members = _members(reward)
     best = _Best(patience)
     for epoch in range(1, epochs + 1):
         with reward.fitting(), global_draws_from(generator, pairs.label.device):
-            training = _pass(reward, pairs, optimiser, generator, batch_size, at_once, noise, epoch)
+            training = _pass(
+                members, pairs, optimiser, generator, batch_size, at_once, noise, epoch
+            )
         if validation is not None:
             found = evaluate(
                 reward, validation, batch_size=batch_size, at_once=at_once, noise=noise
@@ -126,7 +130,7 @@ def evaluate(
 
 
 def _pass(
-    reward: RewardModel,
+    members: Sequence[nn.Module],
     pairs: Pairs,
     optimiser: Optimizer,
     generator: torch.Generator,
@@ -136,7 +140,6 @@ def _pass(
     epoch: int,
 ) -> Evaluation:
     """One pass over the pairs."""
-    members = list(_members(reward))
     orders = [torch.randperm(len(pairs), generator=generator) for _ in members]
     seen: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(pairs), batch_size):
@@ -165,13 +168,18 @@ def _check_loss(value: float, where: str) -> None:
         )
 
 
-def _members(reward: RewardModel) -> Iterator[RewardModel]:
-    if isinstance(reward, RewardEnsemble):
-        for member in reward.members:
-            assert isinstance(member, RewardModel)
-            yield member
-    else:
-        yield reward
+def _members(reward: RewardModel) -> list[nn.Module]:
+    """The models that have a loss and an order of pairs each."""
+    members: list[nn.Module] = [*reward.members] if isinstance(reward, RewardEnsemble) else [reward]
+    for member in members:
+        # by the loss of their mean alone its members would all move alike
+        if any(isinstance(part, RewardEnsemble) for part in member.modules()):
+            raise OptionError(
+                f"an ensemble is inside a {type(reward).__name__}",
+                allowed="an ensemble by itself, of models that hold none",
+                fix="fit the inner ensemble, by itself",
+            )
+    return members
 
 
 class _Best:
