@@ -422,6 +422,38 @@ def test_the_buffer_keeps_types_and_refuses_others():
         PreferenceBuffer(0)
 
 
+def test_pairs_are_selected_by_index_or_mask_and_only_those_that_are_there():
+    """Full and not, and after the ring has gone round."""
+    buffer = PreferenceBuffer(5)
+    for numbers in ([0, 1, 2], [3, 4, 5, 6]):
+        buffer.append(*numbered(numbers))
+        held = contents(buffer)
+        count = len(held)
+        for chosen in ([count - 1, 0, 0], []):
+            found = buffer.select(torch.tensor(chosen, dtype=torch.int64))
+            assert found.first.reward[:, 0].tolist() == [held[i] for i in chosen]
+        mask = torch.arange(count) % 2 == 1
+        found = buffer.select(mask)
+        assert found.first.reward[:, 0].tolist() == held[1::2]
+        assert len(buffer.select(torch.zeros(count, dtype=torch.bool))) == 0
+        for wrong in (-1, count, count + 4):
+            with pytest.raises(OptionError, match=rf"index is {wrong} \(allowed: \[0, {count}\)"):
+                buffer.select(torch.tensor([0, wrong]))
+        for mask in (torch.ones(count + 1, dtype=torch.bool), torch.ones(1, dtype=torch.bool)):
+            with pytest.raises(ShapeError, match=rf"allowed: \({count},\), one for each"):
+                buffer.select(mask)
+        with pytest.raises(ShapeError, match=r"index has shape \(\)"):
+            buffer.select(torch.tensor(0))
+        for dtype in (torch.uint8, torch.float32):
+            with pytest.raises(DtypeError, match="int64 or bool"):
+                buffer.select(torch.ones(count, dtype=dtype))
+    skipped = PreferenceBuffer(5)
+    first, second, label = numbered([0, 1])
+    skipped.append(first, second, label * math.nan)
+    with pytest.raises(OptionError, match="index is 0"):
+        skipped.select(torch.tensor([0]))
+
+
 def test_a_buffer_resumes_through_a_checkpoint_to_the_same_bits(tmp_path):
     one = PreferenceBuffer(5)
     one.append(*numbered(list(range(8))))

@@ -64,11 +64,20 @@ class PreferenceBuffer:
         return count
 
     def select(self, index: Tensor) -> Pairs:
-        """Those at `index`, (m,) int64, counted from the oldest."""
+        """Those at `index`, counted from the oldest.
+
+        Args:
+            index: (m,) int64 in [0, len(self)), or (len(self),) bool.
+
+        Raises:
+            OptionError: the buffer is empty, or an index is out of range.
+            ShapeError, DtypeError: the index is neither of the two.
+        """
         if self._ring is None:
             raise OptionError("the buffer is empty", fix="append answered pairs first")
         oldest = self.added - self._count
-        return self._ring.select((oldest + index.to(self.device)) % self.capacity)
+        index = _checked(index, len(self)).to(self.device)
+        return self._ring.select((oldest + index) % self.capacity)
 
     def everything(self) -> Pairs:
         """All pairs, oldest first."""
@@ -113,6 +122,26 @@ class PreferenceBuffer:
 
 def _tensors(pairs: Pairs) -> tuple[Tensor, ...]:
     return (*pairs.first, *pairs.second, pairs.label)
+
+
+def _checked(index: Tensor, count: int) -> Tensor:
+    """(m,) int64, of an index or a mask."""
+    is_mask = index.dtype == torch.bool
+    if not is_mask and index.dtype != torch.int64:
+        raise DtypeError(f"index has dtype {index.dtype}", allowed="int64 or bool")
+    if index.dim() != 1 or (is_mask and len(index) != count):
+        raise ShapeError(
+            f"index has shape {tuple(index.shape)}",
+            allowed=f"({count},), one for each pair stored" if is_mask else "(m,)",
+        )
+    if is_mask:
+        return index.nonzero().squeeze(1)
+    outside = (index < 0) | (index >= count)
+    if bool(outside.any()):
+        raise OptionError(
+            f"index is {int(index[outside][0])}", allowed=f"[0, {count}), the pairs stored"
+        )
+    return index
 
 
 def _check(stored: Tensor, given: Tensor, count: int) -> None:
