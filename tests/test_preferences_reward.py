@@ -410,9 +410,11 @@ def test_the_buffer_keeps_types_and_refuses_others():
     assert buffer.everything().first.observation.dtype == torch.uint8
     with pytest.raises(ShapeError, match="like the pairs stored"):
         buffer.append(*pixel_pairs(2, 4))
-    first = Fragments(*(p.float() if i == 0 else p for i, p in enumerate(pairs.first)))
-    with pytest.raises(DtypeError, match=r"float32.*uint8"):
-        buffer.append(first, pairs.second, pairs.label)
+    first, second = (
+        Fragments(*(p.float() if i == 0 else p for i, p in enumerate(side))) for side in pairs[:2]
+    )
+    with pytest.raises(DtypeError, match=r"float32.*uint8, like the pairs stored"):
+        buffer.append(first, second, pairs.label)
     with pytest.raises(OptionError, match=r"label is [23]\.0"):
         buffer.append(pairs.first, pairs.second, pairs.label + 2)
     assert len(buffer) == 2
@@ -420,6 +422,34 @@ def test_the_buffer_keeps_types_and_refuses_others():
         buffer.sample(3, seeded())
     with pytest.raises(OptionError, match="capacity is 0"):
         PreferenceBuffer(0)
+
+
+def test_the_two_sides_of_a_pair_may_differ_in_length_only():
+    """Told from each other before the first pair is kept."""
+    first, label = fragments_with(torch.zeros(3, 2)), torch.ones(3)
+    changes = {
+        "observation": torch.zeros(3, 2, 4),
+        "action": torch.zeros(3, 2, 1),
+        "version": torch.arange(2),
+    }
+    buffer = PreferenceBuffer(4)
+    for name, part in changes.items():
+        second = Fragments(**first._asdict() | {name: part})
+        for sides in ((first, second), (second, first)):
+            with pytest.raises(ShapeError, match=rf"{name} has shape .* in the first fragments"):
+                buffer.append(*sides, label)
+    double = Fragments(**first._asdict() | {"reward": first.reward.double()})
+    with pytest.raises(DtypeError, match=r"reward has dtype torch\.float32 .* torch\.float64"):
+        buffer.append(first, double, label)
+    with pytest.raises(ShapeError, match=r"observation has shape \(3, 2, 3\) .* \(4, 2, 3\)"):
+        buffer.append(first, fragments_with(torch.zeros(4, 2)), label)
+    for wrong in (label[:2], label[:, None], label[0]):
+        with pytest.raises(ShapeError, match=r"label has shape .* \(allowed: \(3,\)\)"):
+            buffer.append(first, first, wrong)
+    assert len(buffer) == 0
+    longer = fragments_with(torch.randn(3, 5))
+    assert buffer.append(first, longer, label) == 3
+    assert buffer.everything().second.reward.equal(longer.reward)
 
 
 def test_pairs_are_selected_by_index_or_mask_and_only_those_that_are_there():

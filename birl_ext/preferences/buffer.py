@@ -43,8 +43,10 @@ class PreferenceBuffer:
 
         Raises:
             OptionError: a label lies outside [0, 1].
-            ShapeError, DtypeError: the fragments differ from each other or from those stored.
+            ShapeError, DtypeError: the two sides differ in more than their length H, or from those
+                stored; or there is not one label per pair.
         """
+        _check_sides(first, second, label)
         answered = ~label.isnan()
         kept = Pairs(first, second, label).select(answered)
         outside = (kept.label < 0) | (kept.label > 1)
@@ -142,6 +144,25 @@ def _checked(index: Tensor, count: int) -> Tensor:
             f"index is {int(index[outside][0])}", allowed=f"[0, {count}), the pairs stored"
         )
     return index
+
+
+def _check_sides(first: Fragments, second: Fragments, label: Tensor) -> None:
+    """n labels for n and n fragments, which may differ in length alone."""
+    for name, one, other in zip(Fragments._fields, first, second, strict=True):
+        if (one.shape[0], *one.shape[2:]) != (other.shape[0], *other.shape[2:]):
+            raise ShapeError(
+                f"{name} has shape {tuple(one.shape)} in the first fragments, "
+                f"{tuple(other.shape)} in the second",
+                allowed="equal shapes, but for the second axis, H",
+            )
+        if one.dtype != other.dtype:
+            raise DtypeError(
+                f"{name} has dtype {one.dtype} in the first fragments, {other.dtype} in the second",
+                allowed="one dtype",
+                fix="convert it first",
+            )
+    if label.shape != (len(first),):
+        raise ShapeError(f"label has shape {tuple(label.shape)}", allowed=f"({len(first)},)")
 
 
 def _check(stored: Tensor, given: Tensor, count: int) -> None:
