@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from birl_ext.errors import OptionError, ShapeError
+from birl_ext.errors import NonFiniteInputError, OptionError, ShapeError
 from birl_ext.preferences.randomness import global_draws_from
 
 __all__ = ["NormalisedReward", "RewardEnsemble", "RewardModel", "RewardNetwork"]
@@ -23,6 +23,8 @@ __all__ = ["NormalisedReward", "RewardEnsemble", "RewardModel", "RewardNetwork"]
 _SCALE = 1 / 255
 _CONVOLUTIONS = ((7, 3), (5, 2), (3, 1), (3, 1))
 """Kernel and stride."""
+_ROUNDING = 8
+"""A spread of up to so many eps of the largest |r| is rounding."""
 
 
 class RewardModel(nn.Module):
@@ -258,8 +260,9 @@ class NormalisedReward(RewardModel):
         r' = (r − shift) / scale
 
     Both numbers are constants until `measure` is called again: no gradient passes through them.
-    Fit the inner reward, and hand this one to the agent. Shifting a reward changes what is best
-    where episodes end at different times; leave `centre` off there.
+    Fit the inner reward, and hand this one to the agent. An agent with temperature τ for r' is one
+    with scale·τ for r: a hyper-gradient of the inner reward needs `inner_temperature`. Shifting a
+    reward changes what is best where episodes end at different times; leave `centre` off there.
 
     Args:
         reward: the inner model.
@@ -281,13 +284,48 @@ class NormalisedReward(RewardModel):
     @torch.no_grad()
     def measure(self, observation: Tensor, action: Tensor) -> None:
         """Set the scale to the standard deviation on a sample, and the shift to its mean; a scale
-        of zero leaves the reward as it is.
+        of zero, but for rounding, leaves the reward as it is.
+
+        Args:
+            observation: (m, *O), of at least one step.
+            action: (m, *A).
+
+        Raises:
+            OptionError: the sample is empty.
+            NonFiniteInputError: a reward is NaN or infinite.
         """
         found = self.reward(observation, action)
-        spread = found.std(correction=0)
-        self.scale.copy_(torch.where(spread > 0, spread, 1.0))
+        if not len(found):
+            raise OptionError("the sample has no steps", allowed="1 or more")
+        wrong = (~found.isfinite()).nonzero()
+        if len(wrong):
+            first = int(wrong[0])
+            raise NonFiniteInputError(
+                f"reward is {float(found[first])}",
+                where=f"row {first} of the sample",
+                fix="the reward's parameters have diverged: lower their learning rate",
+            )
+        # a constant has a spread in its own dtype, that of its mean's rounding
+        spread = found.double().std(correction=0)
+        rounding = _ROUNDING * torch.finfo(found.dtype).eps * found.abs().max()
+        self.scale.copy_(torch.where(spread > rounding, found.std(correction=0), 1.0))
         if self.centre:
             self.shift.copy_(found.mean())
+
+    def inner_temperature(self, temperature: float) -> float:
+        """scale·τ, the temperature for r whose policy is that of τ for r'.
+
+            softmax(r'(s, ·)/τ) = softmax(r(s, ·)/(scale·τ)), and so for Q
+
+        `birl_ext.bilevel.sobirl.SoBiRL` of the inner reward takes its steps at it.
+
+        Args:
+            temperature: τ of the agent, units of r'.
+
+        Returns:
+            In units of r; of the present scale, so ask again after each `measure`.
+        """
+        return temperature * float(self.scale)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """r', (m,)."""
