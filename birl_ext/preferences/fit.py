@@ -15,7 +15,7 @@ from birl_ext.errors import NonFiniteResultError, OptionError
 from birl_ext.preferences.fragments import Pairs
 from birl_ext.preferences.loss import accuracy, bradley_terry, margins
 from birl_ext.preferences.randomness import global_draws_from
-from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel
+from birl_ext.preferences.reward_model import RewardModel, members_of
 
 __all__ = ["Evaluation", "Fit", "evaluate", "fit"]
 
@@ -94,7 +94,7 @@ def fit(
     for name, value in numbers.items():
         if value < 1:
             raise OptionError(f"{name} is {value!r}", allowed="1 or more")
-    members = _members(reward)
+    members = members_of(reward)
     best = _Best(patience)
     for epoch in range(1, epochs + 1):
         with reward.fitting(), global_draws_from(generator, pairs.label.device):
@@ -166,20 +166,6 @@ def _check_loss(value: float, where: str) -> None:
             where=where,
             fix="lower the learning rate, or look for NaN in the observations",
         )
-
-
-def _members(reward: RewardModel) -> list[nn.Module]:
-    """The models that have a loss and an order of pairs each."""
-    members: list[nn.Module] = [*reward.members] if isinstance(reward, RewardEnsemble) else [reward]
-    for member in members:
-        # by the loss of their mean alone its members would all move alike
-        if any(isinstance(part, RewardEnsemble) for part in member.modules()):
-            raise OptionError(
-                f"an ensemble is inside a {type(reward).__name__}",
-                allowed="an ensemble by itself, of models that hold none",
-                fix="fit the inner ensemble, by itself",
-            )
-    return members
 
 
 class _Best:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from birl_ext.errors import NonFiniteInputError, OptionError, ShapeError
 from birl_ext.preferences.randomness import global_draws_from
 
-__all__ = ["NormalisedReward", "RewardEnsemble", "RewardModel", "RewardNetwork"]
+__all__ = ["NormalisedReward", "RewardEnsemble", "RewardModel", "RewardNetwork", "members_of"]
 
 _SCALE = 1 / 255
 _CONVOLUTIONS = ((7, 3), (5, 2), (3, 1), (3, 1))
@@ -252,6 +252,25 @@ class RewardEnsemble(RewardModel):
     def std(self, observation: Tensor, action: Tensor) -> Tensor:
         """Standard deviation over members, divisor E, (m,)."""
         return self.each(observation, action).std(0, correction=0)
+
+
+def members_of(reward: RewardModel) -> list[nn.Module]:
+    """The models that have a loss each: the members of an ensemble, or the reward alone.
+
+    Raises:
+        OptionError: an ensemble is inside another model. By the loss of their mean alone its
+            members would all move alike.
+    """
+    members: list[nn.Module] = [reward]
+    if isinstance(reward, RewardEnsemble):
+        members = list(reward.members)
+    if any(isinstance(part, RewardEnsemble) for one in members for part in one.modules()):
+        raise OptionError(
+            f"an ensemble is inside a {type(reward).__name__}",
+            allowed="an ensemble by itself, of models that hold none",
+            fix="fit the inner ensemble, by itself",
+        )
+    return members
 
 
 class NormalisedReward(RewardModel):
