@@ -73,6 +73,21 @@ def direct(job: PreferenceJob, pairs: Pairs) -> Tensor:
     return torch.cat([part.flatten() for part in found])
 
 
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [
+        "| estimator | variance, OneStep = 1 | of it from the continuations "
+        "| root of it / direct part of ∇φ | processor time |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['estimator']} | {row['variance']:.1f} | {row['drawn']:.2f} "
+        f"| {row['against direct']:.1f} | {1e3 * row['seconds']:.0f} ms |"
+        for row in report["rows"]
+    ]
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
@@ -102,23 +117,22 @@ def main() -> int:
             found[name].append(torch.stack([one, indirect(job, score, batch)]))
     size = direct(job, pairs).norm()
     rows: list[dict[str, Any]] = []
-    print(f"{'':24}{'variance':>10}{'drawn':>8}{'against direct':>16}{'seconds':>9}")
     for name in scores:
         each = torch.stack(found[name])  # (repetitions, 2, d)
         gaps = each[:, 0] - each[:, 0].mean(0)
         variance = gaps.square().sum() / (len(each) - 1)
         drawn = (each[:, 0] - each[:, 1]).square().sum(-1).mean() / 2
-        row = {
-            "estimator": name,
-            "variance": float(variance) / (rows[0]["absolute"] if rows else float(variance)),
-            "absolute": float(variance),
-            "drawn": float(drawn / variance),
-            "against direct": float(variance.sqrt() / size),
-            "seconds": median(seconds[name]),
-        }
-        rows.append(row)
-        numbers = f"{row['variance']:10.1f}{row['drawn']:8.2f}{row['against direct']:16.2f}"
-        print(f"{name:24}{numbers}{row['seconds']:9.3f}")
+        rows.append(
+            {
+                "estimator": name,
+                "variance": float(variance) / (rows[0]["absolute"] if rows else float(variance)),
+                "absolute": float(variance),
+                "drawn": float(drawn / variance),
+                "against direct": float(variance.sqrt() / size),
+                "seconds": median(seconds[name]),
+            }
+        )
+    print(table({"rows": rows}))
     if options.out:
         command = (
             f"python benchmarks/score_variance.py --rounds {options.rounds} "

@@ -116,6 +116,14 @@ class Linearisation:
         )[0]
         return self.direct + inner
 
+    def reward_cotangent(self, flow: Tensor) -> Tensor:
+        """r̄ = Q̄ + λπ (M12), (N, G, S, A)."""
+        return parameter_cotangents(self.point, self.folded, flow, (False, False, False, False))[4]
+
+    def policy_drift(self) -> Tensor:
+        """Certified bound on |π_V/π* − 1| in every entry, (N, G): η of `flow_error`."""
+        return torch.expm1((2 * self.value_error / self.point.temperature).clamp(max=700.0))
+
     def flow_error(self, flow: Tensor) -> Tensor:
         """Certified bound on ‖Δr̄‖₁, (N, G): what the errors of V and λ do to the cotangent of the
         reward.
@@ -132,7 +140,7 @@ class Linearisation:
         discount, temperature = point.discount, point.temperature
         residual = self.adjoint_residual(flow)
         mass = flow.abs().sum(-1)
-        drift = torch.expm1((2 * self.value_error / temperature).clamp(max=700.0))
+        drift = self.policy_drift()
         moved = point.policy * drift[..., None, None]
         q_error = (self.policy_bar.abs() * moved).sum((-1, -2)) / temperature
         if smoothness:
@@ -230,19 +238,20 @@ def hypergradient_report(
     """Compare a hyper-gradient with the exact one and certify its error.
 
         ‖∇φ̂ − ∇φ‖₂ ≤ max_{s,a} ‖∂(r + γPV)/∂x‖₂ · ‖Δr̄‖₁ + γ‖r̄‖₁ ‖ΔV‖∞ · max_{s,a} Σ_t
-        ‖∂P(t|s,a)/∂x‖₂
+        ‖∂P(t|s,a)/∂x‖₂ + ‖ Σ_y |∂²f/∂x∂y| |Δy| ‖₂,   y = V, Q, A, π, log π
 
     Args:
         problem: the two levels.
         x: upper variable, (d,) or (M, d).
         temperature: τ.
         estimate: a linearisation and the flow used with it; None: the ones of the solver itself.
-        smoothness: Lipschitz constant of ∂f/∂π with respect to π, entry by entry; 0 if it is linear
-            in π or the cotangents are constants. The bound is certified for that constant.
+        smoothness: Lipschitz constant of ∂f/∂π with respect to π, entry by entry; 0 if f at a fixed
+            x is linear in the entries of the Solution. The bound is certified for that constant.
 
     Returns:
-        HypergradientReport. The bound is inf if discount or reference depend on x, or ∂P/∂x is too
-        large to form.
+        HypergradientReport. The bound is inf if discount or reference depend on x, if ∂P/∂x is too
+        large to form, or if ∂f/∂x depends on the policy in another way than linearly, as
+        `smoothness` says, or for more than 20,000 entries of x.
 
     Source: (M5), (M7), (M13), combined.
     """
@@ -267,7 +276,7 @@ def hypergradient_report(
         estimate=approximate,
         relative_error=gap / norm.clamp(min=tiny),
         cosine=cosine,
-        bound=_bound(at, flow, smoothness, starts),
+        bound=_bound(at, flow, smoothness, starts) + _direct_error(problem, at, smoothness, starts),
         adjoint_residual=_lane_sum(at.flat.layout.restore(residual), starts),
         adjoint_error=_lane_sum(at.flat.layout.restore(residual / (1 - at.point.discount)), starts),
     )
@@ -333,7 +342,7 @@ def _bound(at: Linearisation, flow: Tensor, smoothness: float, starts: torch.Siz
     per_problem = _lane_sum(flat.layout.restore(error), starts)
     bound = slope * per_problem
     if transition_too:
-        weight = parameter_cotangents(at.point, at.folded, flow, (False, False, False, False))[4]
+        weight = at.reward_cotangent(flow)
         mass = at.point.discount * weight.abs().sum((-1, -2)) * at.value_error
         entries = flat.transition.reshape(flat.transition.shape[0], -1)
         norms = torch.zeros((entries.shape[-1], *starts), dtype=torch.float64, device=x.device)
@@ -345,6 +354,51 @@ def _bound(at: Linearisation, flow: Tensor, smoothness: float, starts: torch.Siz
         steep = by_row.index_add(0, at.point.rows.entry_rows, norms).amax(0)
         bound = bound + steep * _lane_sum(flat.layout.restore(mass), starts)
     return bound
+
+
+def _direct_error(
+    problem: BilevelProblem, at: Linearisation, smoothness: float, starts: torch.Size
+) -> Tensor:
+    """What the errors of the solution do to ∂f/∂x itself, per start: zero if f has no terms in both
+    x and the solution.
+    """
+    x, solution = at.x, at.solution
+    none = torch.zeros(starts, dtype=torch.float64, device=x.device)
+    objective = problem.upper(x, solution)
+    if not objective.requires_grad:
+        return none
+    (direct,) = torch.autograd.grad(objective.sum(), x, allow_unused=True, create_graph=True)
+    if direct is None or not direct.requires_grad:
+        return none
+    restore = at.flat.layout.restore
+    shift = at.value_error[..., None]
+    relative = 2 * shift / at.point.temperature[..., None]  # of log π, (M7)
+    moved = {
+        "value": shift.expand_as(at.source),
+        "q": (3 * shift).unsqueeze(-1).expand_as(at.point.policy),  # V plus A
+        "advantage": (2 * shift).unsqueeze(-1).expand_as(at.point.policy),
+        "policy": at.point.policy * at.policy_drift()[..., None, None],
+        "log_policy": relative.unsqueeze(-1).expand_as(at.point.policy),
+    }
+    leaves = [getattr(solution, name) for name in moved]
+
+    def slopes(entry: Tensor) -> list[Tensor | None]:
+        if not entry.requires_grad:
+            return [None] * len(leaves)
+        return list(torch.autograd.grad(entry, leaves, allow_unused=True, retain_graph=True))
+
+    if all(part is None for part in slopes(direct.sum())):
+        return none
+    entries = direct.reshape(*starts, -1)
+    if smoothness or entries.shape[-1] > _JACOBIAN_ROWS:
+        return torch.full_like(none, torch.inf)
+    errors = torch.zeros_like(entries, dtype=torch.float64)
+    for k in range(entries.shape[-1]):
+        found = slopes(entries[..., k].sum())
+        for slope, amount in zip(found, moved.values(), strict=True):
+            if slope is not None:
+                errors[..., k] += _lane_sum(slope.double().abs() * restore(amount), starts)
+    return _norm(errors, starts)
 
 
 def _lanes(entry: Tensor, starts: torch.Size) -> list[Tensor]:

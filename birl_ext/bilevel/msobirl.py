@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ __all__ = ["MSoBiRL", "Outcome"]
 Mode = Literal["contracting", "published", "exact"]
 _MODES = ("contracting", "published", "exact")
 _EPS = torch.finfo(torch.float64).eps
-_ROUNDS = 8  # of tightening, each tenfold: from there to the rounding level
+_ROUNDS = 12  # of tightening, each tenfold or more: from there to the rounding level
 
 
 class Outcome(NamedTuple):
@@ -36,9 +37,7 @@ class Outcome(NamedTuple):
     objective: Tensor
     gradient_norm: Tensor
     relative_error: Tensor
-    """Certified bound on ‖Δr̄‖₁ / (‖λ‖₁ + ‖Q̄‖₁): how well the cotangent that reaches the reward is
-    known.
-    """
+    """Certified bound on ‖Δr̄‖₁ / ‖r̄‖₁: how well the cotangent that reaches the reward is known."""
     sweeps: int
     products: int
     temperature: float | Tensor
@@ -62,7 +61,9 @@ class MSoBiRL:
             "published": N plain sweeps and one step w ← w − ζ(AᵀAw − Aᵀb) per outer step.
             "exact": both as far as rounding allows, by `birl_ext.solve` and its gradient.
         sweeps: N, sweeps per outer step ("published").
-        accuracy: certified relative error allowed in the cotangent of the reward ("contracting").
+        accuracy: certified error allowed in the cotangent of the reward, ‖Δr̄‖₁ / ‖r̄‖₁
+            ("contracting"). It is missed, and the `Outcome` says so, where rounding or `max_inner`
+            leaves no more.
         adjoint_rate: ζ, below 2/σ²max(A) ("published").
         sweep_tol: stop the sweeps once a sweep moves V by less ("published"), units of reward.
         noise: standard deviation of Gaussian noise added to the hyper-gradient, units of φ per unit
@@ -112,7 +113,8 @@ class MSoBiRL:
         self._value: Tensor | None = None  # V, (N, G, S), or the caller's (*B, S) in mode "exact"
         self._flow: Tensor | None = None  # λ, (N, G, S)
         self._counts = [0, 0]
-        self._drift_goal = accuracy
+        self._share = 1.0  # of the terms of r̄, what is left of them; of the last step
+        self._goal = accuracy  # of the inner loops, relative to these terms
 
     def step(self) -> Outcome:
         """One outer step on x; with an optimiser that asks again, such as LBFGS, several
@@ -158,6 +160,7 @@ class MSoBiRL:
             "optimiser": copy.deepcopy(self.optimiser.state_dict()),
             "value": None if self._value is None else self._value.clone(),
             "flow": None if self._flow is None else self._flow.clone(),
+            "share": self._share,
             "generator": self.generator.get_state(),
             "steps": self.steps,
         }
@@ -173,6 +176,7 @@ class MSoBiRL:
         value, flow = state["value"], state["flow"]
         self._value = None if value is None else value.clone()
         self._flow = None if flow is None else flow.clone()
+        self._share = float(state["share"])
         self.generator.set_state(state["generator"])
 
     @property
@@ -195,21 +199,27 @@ class MSoBiRL:
         return at.objective, at.gradient(flow), error
 
     def _estimate(self) -> tuple[Linearisation, Tensor, Tensor]:
-        self._drift_goal = self.accuracy / 8
-        for _ in range(1 if self.mode == "published" else _ROUNDS):
+        published = self.mode == "published"
+        before = math.inf
+        self._goal = self.accuracy * self._share
+        for _ in range(_ROUNDS):
             at = linearise(self.problem, self.x, self._temperature, self._sweep)
-            published = self.mode == "published"
             flow = self._published_flow(at) if published else self._contract_flow(at)
             self._flow = flow
-            relative = at.flow_error(flow) / self._size(at, flow)
-            if bool((relative <= self.accuracy).all()):
-                break
-            self._drift_goal /= 10
-        worst = at.flat.layout.restore(relative).reshape(*at.objective.shape, -1).amax(-1)
-        return at, flow, worst
+            error = at.flow_error(flow)
+            left = at.reward_cotangent(flow).abs().sum((-1, -2))
+            relative = (error / left).where(left > 0, torch.where(error > 0, torch.inf, 0.0))
+            worst = float(relative.max())
+            if published or worst <= self.accuracy or not worst <= before / 2:
+                break  # the last: rounding is all that is left
+            before = worst
+            self._goal *= max(1e-4, min(0.1, self.accuracy / worst / 2))
+        self._share = float((left / self._terms(at, flow)).min().clamp(max=1.0))
+        worst_of = at.flat.layout.restore(relative).reshape(*at.objective.shape, -1).amax(-1)
+        return at, flow, worst_of
 
     @staticmethod
-    def _size(at: Linearisation, flow: Tensor) -> Tensor:
+    def _terms(at: Linearisation, flow: Tensor) -> Tensor:
         """‖λ‖₁ + ‖Q̄‖₁, (N, G): the terms whose sum is r̄, before they cancel."""
         size = flow.abs().sum(-1)
         if at.folded.q is not None:
@@ -255,7 +265,7 @@ class MSoBiRL:
             else:
                 drift = torch.expm1((2 * error / tau).clamp(max=700.0))
                 floor = half <= rounding
-                enough = bool(((drift <= self._drift_goal * gap) | floor).all())
+                enough = bool(((drift <= self._goal / 8 * gap) | floor).all())
                 if enough or self._counts[0] % self.max_inner == 0:
                     break
         self._value = value
@@ -291,7 +301,7 @@ class MSoBiRL:
             self._counts[1] += 1
             # the error of λ is at most γ‖left‖₁/(1 − γ)
             worst = left.abs().sum(-1) / gap.squeeze(-1)
-            goal = self.accuracy / 4 * self._size(at, flow)
+            goal = self._goal / 4 * self._terms(at, flow)
             if bool((worst <= torch.maximum(goal, 64 * _EPS * flow.abs().sum(-1))).all()):
                 break
         return flow
