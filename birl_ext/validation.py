@@ -160,20 +160,28 @@ def check_devices(tensors: Mapping[str, Tensor | float | None]) -> None:
 # Sizes
 
 
-def check_memory(what: str, numbers: int, *, fix: str) -> None:
-    """Raise SizeLimitError if that many float64 numbers exceed the memory of this machine.
+def check_memory(
+    what: str, numbers: int, *, fix: str, width: int = 8, device: torch.device | None = None
+) -> None:
+    """Raise SizeLimitError if that many numbers exceed the memory of this machine, or of a GPU.
 
     Args:
         what: subject of the message, e.g. "to_dense() of 100000 states".
         numbers: how many.
         fix: what to do instead.
+        width: bytes of each.
+        device: where they are to lie, by default on the CPU.
     """
-    needed = 8 * numbers
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = width * numbers
+    if device is not None and device.type == "cuda":
+        memory, owner = torch.cuda.get_device_properties(device).total_memory, str(device)
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        owner = "this machine"
     if needed > memory:
         raise SizeLimitError(
             f"{what} needs {needed / 2**30:.3g} GiB",
-            allowed=f"the {memory / 2**30:.3g} GiB of this machine",
+            allowed=f"the {memory / 2**30:.3g} GiB of {owner}",
             fix=fix,
         )
 

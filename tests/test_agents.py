@@ -382,6 +382,22 @@ def bandit_agent(low: Tensor, high: Tensor, seed: int, temperature: float = 0.4)
     )
 
 
+@pytest.mark.parametrize("entry", [0, 1], ids=["mean", "log σ"])
+def test_a_gaussian_that_is_nan_acts_no_more(entry: int) -> None:
+    agent = bandit_agent(torch.tensor([-1.0]), torch.tensor([3.0]), seed=0)
+    with torch.no_grad():
+        next(reversed(list(agent.actor.parameters())))[entry] = math.nan
+    rows = torch.ones(3, 1)
+    words = "the policy is NaN at row 0 .* learning rate"
+    with pytest.raises(NonFiniteResultError, match=words):
+        agent.sample(rows, generator())
+    with pytest.raises(NonFiniteResultError, match=words):
+        agent.act(rows, generator())
+    if entry == 0:  # the greedy action is that of the mean
+        with pytest.raises(NonFiniteResultError, match=words):
+            agent.act(rows, generator(), greedy=True)
+
+
 def test_sac_finds_the_soft_optimum_of_a_parabola() -> None:
     """r = −(a − 1.5)² over [−1, 3], one step: π is near N(1.5, τ/2), which the box hardly cuts."""
     low, high = torch.tensor([-1.0]), torch.tensor([3.0])

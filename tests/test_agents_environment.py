@@ -503,6 +503,9 @@ def test_impossible_requests_are_refused() -> None:
         (Discrete(2), MultiDiscrete([2, 2]), "action space"),
         (Discrete(2), Box(-np.inf, np.inf, (2,)), "action space .*finite edges"),
         (Discrete(2), Box(-1, 1, (2, 2)), "action space"),
+        (Box(-1, 1, ()), Discrete(2), r"observation space .*one or more axes.*FlattenObs"),
+        (Box(-1, 1, (0,)), Discrete(2), "observation space .*none of them empty"),
+        (Discrete(2), Box(-1, 1, (0,)), "action space .*d > 0"),
     ],
     ids=str,
 )
@@ -536,6 +539,17 @@ def test_spaces_are_read() -> None:
     with make_environments(Pixels) as environments:
         assert environments.observation.dtype is torch.uint8
         assert environments.observation.flatten().tolist() == [200] * 16
+
+    class Bytes(Clock):
+        observation_space = Box(0, 255, (1,), np.uint8)
+
+        def reset(self, **keywords: Any) -> Any:
+            super().reset(**keywords)
+            return np.full(1, 200, dtype=np.uint8), {}
+
+    with make_environments(Bytes) as environments:  # numbers, not pixels
+        assert environments.observation.dtype is torch.float32
+        assert environments.observation.tolist() == [[200.0]]
 
 
 def test_without_gymnasium_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from birl_ext.agents.collect import Collection, Collector
 from birl_ext.agents.environment import make_environments
 from birl_ext.agents.frame_replay import FrameReplay
 from birl_ext.agents.replay import ReplayBuffer
-from birl_ext.errors import DtypeError, OptionError, ShapeError
+from birl_ext.errors import DtypeError, OptionError, ShapeError, SizeLimitError
 
 STACK = 3
 
@@ -269,3 +269,9 @@ def test_environments_need_numbers() -> None:
         FrameReplay(9).record(found._replace(environment=torch.zeros(3, dtype=torch.int64)))
     with pytest.raises(OptionError, match="capacity is 0"):
         FrameReplay(0)
+
+
+def test_more_frames_than_fit_into_the_memory_are_named() -> None:
+    (found,) = film((5,))
+    with pytest.raises(SizeLimitError, match=r"10{14} transitions needs .* GiB of this machine"):
+        FrameReplay(10**14).record(found)

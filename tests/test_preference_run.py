@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
+from gymnasium.spaces import Box, Discrete
 from preference_run import TIMED, make_job
 
 from birl_ext.agents.environment import make_environments
+from birl_ext.agents.frame_replay import FrameReplay
 from birl_ext.agents.pixels import is_atari
 from birl_ext.errors import (
     AnswerLogCorruptError,
@@ -27,13 +30,14 @@ from birl_ext.errors import (
     EnvironmentFailureError,
     OptionError,
     RenderError,
+    SizeLimitError,
     TemperatureError,
 )
 from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.loss import bradley_terry, margins
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.job import PreferenceJob
-from birl_ext.problems.preference.parts import environment_source
+from birl_ext.problems.preference.parts import environment_source, make_replay
 from birl_ext.runs.checkpoint import CheckpointStore
 from birl_ext.runs.config import from_plain, read_toml, to_plain
 from birl_ext.runs.directory import RunDirectory
@@ -248,6 +252,10 @@ def test_what_cannot_be_run_is_named() -> None:
         ({"seed": -1}, ConfigError, "seed is -1"),
         ({"hidden": (0,)}, ConfigError, r"hidden is \(0,\)"),
         ({"labels": 10}, ConfigError, "labels is 10"),
+        ({"learning_starts": -4}, ConfigError, "learning_starts is -4"),
+        ({"algorithm": "drlhf", "limit": 0.5}, ConfigError, "limit is 0.5"),
+        ({"indirect_limit": -1.0}, ConfigError, "indirect_limit is -1"),
+        ({"device": "meta"}, ConfigError, "device is 'meta' .*cpu, cuda"),
         ({"device": "abacus"}, ConfigError, "device is 'abacus'"),
         ({"temperature": 0.0}, TemperatureError, "temperature is 0"),
         ({"env": GRID, "members": 2}, ConfigError, "members is 2"),
@@ -256,6 +264,14 @@ def test_what_cannot_be_run_is_named() -> None:
     ):
         with pytest.raises(error, match=match):
             make_job(**changes)
+
+
+@pytest.mark.parametrize("name", ["pairs", "replay"])
+@pytest.mark.parametrize("count", [10**12, 10**14])
+def test_more_than_fits_into_the_memory_is_named(name: str, count: int) -> None:
+    job = make_job(rounds=1, **{name: count})
+    with pytest.raises(SizeLimitError, match=f"{count} .* GiB of this machine.*calls `{name}`"):
+        job.step()
 
 
 @pytest.mark.parametrize("algorithm", ["sobirl", "drlhf"])
@@ -312,6 +328,58 @@ def test_recent_bounds_episodes_that_never_end() -> None:
     job = make_job(env="Pendulum-v1", recent=40, rounds=1)
     job.step()
     assert [len(episode.reward) for episode in job._recorder.episodes()] == [40, 40]
+
+
+class Bytes(gymnasium.Env[Any, Any]):
+    """Shows bytes drawn at random, for ten steps."""
+
+    def __init__(self, shape: tuple[int, ...], action_space: Any, render_mode: Any = None) -> None:
+        self.observation_space = Box(0, 255, shape, np.uint8)
+        self.action_space = action_space
+
+    def show(self) -> Any:
+        shape = self.observation_space.shape
+        return self.np_random.integers(256, size=shape, dtype=np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.left = 10
+        return self.show(), {}
+
+    def step(self, action: Any) -> Any:
+        self.left -= 1
+        return self.show(), float(self.np_random.normal()), self.left == 0, False, {}
+
+
+@pytest.mark.parametrize(
+    ("shape", "action_space"),
+    [
+        ((6,), Discrete(2)),
+        ((6,), Box(-1, 1, (2,))),
+        ((8, 8), Discrete(2)),
+        ((3, 43, 43), Discrete(2)),
+    ],
+    ids=["vector", "vector, box of actions", "two axes", "colours"],
+)
+def test_bytes_are_numbers_or_pixels_that_need_not_be_stacks(
+    shape: tuple[int, ...], action_space: Any
+) -> None:
+    gymnasium.register("Bytes-v0", partial(Bytes, shape, action_space))
+    try:
+        job = make_job(
+            env="Bytes-v0", rounds=2, environment_steps=40, update_every=20, initial_epochs=1
+        )
+        while not job.done:
+            row = job.step()
+        assert math.isfinite(row["objective"])
+        assert job.agent.version == 2
+    finally:
+        gymnasium.registry.pop("Bytes-v0")
+
+
+def test_frames_of_atari_are_held_once() -> None:
+    config = PreferenceConfig(env="ALE/BeamRider-v5", replay=10)
+    assert isinstance(make_replay(config), FrameReplay)
 
 
 # Environments that fail

@@ -421,6 +421,39 @@ def test_a_run_that_takes_another_course_leaves_the_answers_of_the_old_one(tmp_p
     assert path.read_bytes() == fresh.read_bytes()
 
 
+def test_the_new_head_is_on_the_disk_before_old_answers_are_removed(tmp_path, monkeypatch):
+    """Its name too, which the directory holds: a log shorter than its head says is refused."""
+    path = tmp_path / "answers"
+    first, second = (fragments_with(torch.zeros(4, 4)) for _ in range(2))
+    asked = Pairs(first, second, torch.tensor([1.0, 0.0, 0.5, 1.0]))
+    events = []
+    sync, replace, truncate = os.fsync, Path.replace, os.ftruncate
+
+    def synced(descriptor):
+        events.append(f"sync {os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))}")
+        sync(descriptor)
+
+    with AnswerLog(path) as log:
+        log.record(asked)
+        log.rewind()
+        monkeypatch.setattr(os, "fsync", synced)
+        monkeypatch.setattr(
+            os, "ftruncate", lambda *given: (events.append("truncate"), truncate(*given))
+        )
+        monkeypatch.setattr(
+            Path, "replace", lambda a, b: (events.append(f"rename {b.name}"), replace(a, b))
+        )
+        with pytest.warns(AnswerLogRecoveryWarning):
+            log.record(Pairs(first, second, 1 - asked.label).select(torch.arange(1)))
+    assert events[:5] == [
+        "sync .answers.head.partial",
+        "rename answers.head",
+        f"sync {tmp_path.name}",
+        "truncate",
+        "sync answers",
+    ]
+
+
 def test_a_kill_while_old_answers_are_removed_leaves_a_whole_log(tmp_path, monkeypatch):
     path = tmp_path / "answers"
     first, second = (fragments_with(torch.zeros(4, 4)) for _ in range(2))

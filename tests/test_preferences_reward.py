@@ -15,7 +15,14 @@ import torch
 from preference_cases import fragments_with
 from torch import nn
 
-from birl_ext.errors import DtypeError, NonFiniteResultError, OptionError, ShapeError
+from birl_ext import DenseMDP, solve
+from birl_ext.errors import (
+    DtypeError,
+    NonFiniteInputError,
+    NonFiniteResultError,
+    OptionError,
+    ShapeError,
+)
 from birl_ext.preferences.buffer import PreferenceBuffer
 from birl_ext.preferences.fit import evaluate, fit
 from birl_ext.preferences.fragments import Fragments, Pairs
@@ -290,6 +297,68 @@ def test_normalisation_is_part_of_the_state_and_constant_in_between():
     assert plain(state[:2], action[:2]).tolist() == [2, 2], "nothing to scale by, nothing shifted"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_constant_reward_is_not_scaled_by_its_rounding(dtype):
+    """0.1 has no end in binary: the mean of a thousand of them is not 0.1 to the last bit."""
+    state = torch.zeros(1000, dtype=torch.int64)
+    action = torch.arange(1000) % 2
+    for value in (0.1, -0.7, 1e-6, 12345.678):
+        inner = constant(value, value).to(dtype)
+        model = NormalisedReward(inner)
+        model.measure(state, action)
+        assert float(model.scale) == 1, value
+        with torch.no_grad():  # what a network computes of equal inputs may differ by as much
+            inner.body.weight[0, 1] *= 1 + 2 * torch.finfo(dtype).eps
+        model.measure(state, action)
+        assert float(model.scale) == 1, value
+
+
+def test_a_small_spread_about_a_large_mean_is_measured():
+    """1000 ± 0.1, fifteen hundred times float32's rounding."""
+    state = torch.zeros(1000, dtype=torch.int64)
+    action = torch.arange(1000) % 2
+    model = NormalisedReward(constant(999.9, 1000.1), centre=True)
+    model.measure(state, action)
+    assert abs(float(model.scale) - 0.1) < 1e-4
+    assert torch.allclose(model(state, action), 2.0 * action - 1, atol=2e-3)
+
+
+def test_the_scale_is_not_taken_from_nothing_or_from_what_is_not_finite():
+    state, action = torch.zeros(3, dtype=torch.int64), torch.arange(3)
+    model = NormalisedReward(constant(1.0, 5.0, 9.0), centre=True)
+    model.measure(state, action)
+    before = everything_in(model)
+    with pytest.raises(OptionError, match="the sample has no steps"):
+        model.measure(state[:0], action[:0])
+    for bad in (math.nan, math.inf, -math.inf):
+        model.reward.body.weight.data[0, 1] = bad
+        with pytest.raises(NonFiniteInputError, match=f"reward is {bad} at row 1 of the sample"):
+            model.measure(state, action)
+    for name in ("shift", "scale"):
+        assert model.state_dict()[name].equal(before[name]), name
+
+
+def test_a_policy_of_the_normalised_reward_is_one_of_the_inner_reward_at_another_temperature():
+    """Of one step, and of an infinite horizon, solved exactly."""
+    inner = RewardNetwork.table(3, 2).double()
+    torch.nn.init.normal_(inner.body.weight, std=5.0)
+    state, tau = torch.arange(3), 0.7
+    model = NormalisedReward(inner, centre=True)
+    model.measure(state.repeat(2), torch.tensor([0, 0, 0, 1, 1, 1]))
+    inner_tau = model.inner_temperature(tau)
+    assert inner_tau > 2 * tau
+    with torch.no_grad():
+        ours, inners = model.all_actions(state), inner.all_actions(state)
+    close = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close((ours / tau).softmax(-1), (inners / inner_tau).softmax(-1), **close)
+    process = torch.rand(3, 2, 3, dtype=torch.float64).softmax(-1)
+    one, other = (
+        solve(DenseMDP(reward, process, 0.9), temperature=temperature, tol=1e-13).policy
+        for reward, temperature in ((ours, tau), (inners, inner_tau))
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
 # Buffer
 
 
@@ -341,9 +410,11 @@ def test_the_buffer_keeps_types_and_refuses_others():
     assert buffer.everything().first.observation.dtype == torch.uint8
     with pytest.raises(ShapeError, match="like the pairs stored"):
         buffer.append(*pixel_pairs(2, 4))
-    first = Fragments(*(p.float() if i == 0 else p for i, p in enumerate(pairs.first)))
-    with pytest.raises(DtypeError, match=r"float32.*uint8"):
-        buffer.append(first, pairs.second, pairs.label)
+    first, second = (
+        Fragments(*(p.float() if i == 0 else p for i, p in enumerate(side))) for side in pairs[:2]
+    )
+    with pytest.raises(DtypeError, match=r"float32.*uint8, like the pairs stored"):
+        buffer.append(first, second, pairs.label)
     with pytest.raises(OptionError, match=r"label is [23]\.0"):
         buffer.append(pairs.first, pairs.second, pairs.label + 2)
     assert len(buffer) == 2
@@ -351,6 +422,66 @@ def test_the_buffer_keeps_types_and_refuses_others():
         buffer.sample(3, seeded())
     with pytest.raises(OptionError, match="capacity is 0"):
         PreferenceBuffer(0)
+
+
+def test_the_two_sides_of_a_pair_may_differ_in_length_only():
+    """Told from each other before the first pair is kept."""
+    first, label = fragments_with(torch.zeros(3, 2)), torch.ones(3)
+    changes = {
+        "observation": torch.zeros(3, 2, 4),
+        "action": torch.zeros(3, 2, 1),
+        "version": torch.arange(2),
+    }
+    buffer = PreferenceBuffer(4)
+    for name, part in changes.items():
+        second = Fragments(**first._asdict() | {name: part})
+        for sides in ((first, second), (second, first)):
+            with pytest.raises(ShapeError, match=rf"{name} has shape .* in the first fragments"):
+                buffer.append(*sides, label)
+    double = Fragments(**first._asdict() | {"reward": first.reward.double()})
+    with pytest.raises(DtypeError, match=r"reward has dtype torch\.float32 .* torch\.float64"):
+        buffer.append(first, double, label)
+    with pytest.raises(ShapeError, match=r"observation has shape \(3, 2, 3\) .* \(4, 2, 3\)"):
+        buffer.append(first, fragments_with(torch.zeros(4, 2)), label)
+    for wrong in (label[:2], label[:, None], label[0]):
+        with pytest.raises(ShapeError, match=r"label has shape .* \(allowed: \(3,\)\)"):
+            buffer.append(first, first, wrong)
+    assert len(buffer) == 0
+    longer = fragments_with(torch.randn(3, 5))
+    assert buffer.append(first, longer, label) == 3
+    assert buffer.everything().second.reward.equal(longer.reward)
+
+
+def test_pairs_are_selected_by_index_or_mask_and_only_those_that_are_there():
+    """Full and not, and after the ring has gone round."""
+    buffer = PreferenceBuffer(5)
+    for numbers in ([0, 1, 2], [3, 4, 5, 6]):
+        buffer.append(*numbered(numbers))
+        held = contents(buffer)
+        count = len(held)
+        for chosen in ([count - 1, 0, 0], []):
+            found = buffer.select(torch.tensor(chosen, dtype=torch.int64))
+            assert found.first.reward[:, 0].tolist() == [held[i] for i in chosen]
+        mask = torch.arange(count) % 2 == 1
+        found = buffer.select(mask)
+        assert found.first.reward[:, 0].tolist() == held[1::2]
+        assert len(buffer.select(torch.zeros(count, dtype=torch.bool))) == 0
+        for wrong in (-1, count, count + 4):
+            with pytest.raises(OptionError, match=rf"index is {wrong} \(allowed: \[0, {count}\)"):
+                buffer.select(torch.tensor([0, wrong]))
+        for mask in (torch.ones(count + 1, dtype=torch.bool), torch.ones(1, dtype=torch.bool)):
+            with pytest.raises(ShapeError, match=rf"allowed: \({count},\), one for each"):
+                buffer.select(mask)
+        with pytest.raises(ShapeError, match=r"index has shape \(\)"):
+            buffer.select(torch.tensor(0))
+        for dtype in (torch.uint8, torch.float32):
+            with pytest.raises(DtypeError, match="int64 or bool"):
+                buffer.select(torch.ones(count, dtype=dtype))
+    skipped = PreferenceBuffer(5)
+    first, second, label = numbered([0, 1])
+    skipped.append(first, second, label * math.nan)
+    with pytest.raises(OptionError, match="index is 0"):
+        skipped.select(torch.tensor([0]))
 
 
 def test_a_buffer_resumes_through_a_checkpoint_to_the_same_bits(tmp_path):
@@ -455,6 +586,24 @@ def test_members_see_orders_of_their_own_and_every_pair_once():
     assert seen[0] != seen[1] != seen[2] != seen[0]
 
 
+@pytest.mark.parametrize(
+    "around", [NormalisedReward, lambda inner: RewardEnsemble([inner])], ids=["scaled", "nested"]
+)
+def test_an_ensemble_inside_another_model_is_not_fitted(around):
+    """Its members would see the pairs in one order, and learn from the loss of their mean."""
+    inner = RewardEnsemble.of(2, lambda: RewardNetwork.mlp(3, seeded(), actions=2))
+    model = around(inner)
+    before, generator = everything_in(model), seeded()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
+    with pytest.raises(OptionError, match=r"an ensemble is inside a .*Fix: fit the inner ensemble"):
+        fit(model, linear_pairs(6), optimiser, generator)
+    assert_same(before, everything_in(model))
+    assert generator.get_state().equal(seeded().get_state())
+    fit(inner, linear_pairs(6), optimiser, generator)
+    single = NormalisedReward(inner.members[0])
+    fit(single, linear_pairs(6), optimiser, generator)
+
+
 def test_early_stopping_keeps_the_best_parameters():
     """Answers of the training set are the reverse of those to validate on: every pass hurts."""
     pairs, validation = linear_pairs(64), linear_pairs(64, seed=3)
@@ -521,6 +670,19 @@ def test_a_reward_is_in_evaluation_mode_after_a_fit_that_failed():
         fit(model, pairs.select(torch.arange(0)), optimiser, seeded())
     with pytest.raises(OptionError, match="epochs is 0"):
         fit(model, pairs, optimiser, seeded(), epochs=0)
+
+
+def test_a_fit_is_not_validated_on_nothing_or_on_what_is_not_finite():
+    pairs, model = linear_pairs(6), RewardNetwork.mlp(3, seeded(), actions=2)
+    before = everything_in(model)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(OptionError, match="number of validation pairs is 0"):
+        fit(model, pairs, optimiser, seeded(), validation=pairs.select(torch.arange(0)))
+    assert_same(before, everything_in(model))
+    broken = linear_pairs(6)
+    broken.first.observation[3, 1] = math.nan
+    with pytest.raises(NonFiniteResultError, match="loss is nan at validation after epoch 1"):
+        fit(model, pairs, optimiser, seeded(), epochs=3, validation=broken)
 
 
 def test_disagreement_finds_where_members_were_told_different_things():

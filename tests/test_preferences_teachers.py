@@ -4,13 +4,14 @@ standard deviations of the binomial where it has.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from preference_cases import fragments_with
 
-from birl_ext.errors import OptionError
+from birl_ext.errors import NonFiniteInputError, OptionError
 from birl_ext.preferences.buffer import PreferenceBuffer
 from birl_ext.preferences.teachers import TEACHERS, ScriptedTeacher, TeacherRule
 
@@ -154,6 +155,40 @@ def test_skipped_answers_never_reach_the_buffer():
     assert stored.first.reward.equal(first.reward[[1, 3]])
     assert buffer.append(first, second, torch.full((4,), math.nan)) == 0
     assert len(buffer) == 2
+
+
+def test_on_signs_shares_are_of_the_mean_sign():
+    """Threshold .8 · H · |r̄| = 1.6 points, whatever a point is worth."""
+    skip = TeacherRule(skip_share=0.8, sign_only=True)
+    assert ask(skip, [700.0, 0, 0, 0], [5.0, 0, 0, 0], mean_reward=0.5).isnan().all()
+    assert (ask(skip, [700.0, 3.0, 0, 0], [5.0, 0, 0, 0], mean_reward=0.5) == 1).all()
+    tie = TeacherRule(tie_share=0.8, sign_only=True)
+    assert (ask(tie, [700.0, 0, 0, 0], [0.0] * H, mean_reward=-0.5) == 0.5).all()
+    assert (ask(tie, [700.0, 3.0, 0, 0], [0.0] * H, mean_reward=-0.5) == 1).all()
+    for mean in (5.0, -1.01, math.inf):
+        with pytest.raises(OptionError, match=rf"mean_reward is {mean} \(allowed: \[-1, 1\]"):
+            ask(tie, [1.0] * H, [0.0] * H, mean_reward=mean)
+    with pytest.raises(OptionError, match="mean_reward is nan"):
+        ask(tie, [1.0] * H, [0.0] * H, mean_reward=math.nan)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("sign_only", [False, True])
+def test_a_reward_that_is_not_finite_has_no_answer(bad, sign_only):
+    """Nor does it cost the teacher a draw."""
+    for name, rule in TEACHERS.items():
+        rule = dataclasses.replace(rule, sign_only=sign_only)
+        sides = [fragments_with(torch.zeros(3, H)) for _ in range(2)]
+        teacher = ScriptedTeacher(rule, torch.Generator().manual_seed(0), mean_reward=0.5)
+        for side, which in zip(sides, ("first", "second"), strict=True):
+            side.reward[1, 2] = bad
+            state = teacher.state_dict()
+            where = f"true reward is {bad} at pair 1, step 2 of its {which} fragment"
+            with pytest.raises(NonFiniteInputError, match=where):
+                teacher(*sides)
+            assert teacher.state_dict()["generator"].equal(state["generator"]), name
+            side.present[1, 2] = False
+        teacher(*sides)  # padding is not looked at
 
 
 def test_an_unknown_mean_reward_is_asked_for():

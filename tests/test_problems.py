@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
 import pytest
 import torch
 from closeness import assert_close, assert_same_bits
 from torch import Tensor
 
-from birl_ext.errors import FileFormatError
+from birl_ext.errors import ConfigError, FileFormatError
 from birl_ext.problems import PROBLEMS
 from birl_ext.problems.bus import BusConfig, BusJob, load_bus_data
 from birl_ext.problems.random_mdp import RandomMDPConfig, RandomMDPJob, random_mdp_problem
@@ -23,6 +23,53 @@ def finished(job: Any) -> list[dict[str, float]]:
     while not job.done:
         history.append(job.step())
     return history
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_settings_that_no_problem_has_are_refused(problem: str) -> None:
+    """Wherever they are given: the command line and files are not the only way."""
+    config = PROBLEMS[problem].config
+    wrong: list[tuple[str, Any]] = [("seed", -1), ("seed", 2**64)]
+    for name, hint in get_type_hints(config).items():
+        if get_origin(hint) is Literal:
+            wrong.append((name, "none_such"))
+        elif hint in (float, float | None):
+            wrong.append((name, math.nan))
+    assert len(wrong) > 3
+    for name, value in wrong:
+        with pytest.raises(ConfigError, match=f"{name} is {value!r} .allowed: "):
+            config(**{name: value})
+    config(seed=2**64 - 1)
+
+
+def test_a_choice_that_is_nearly_right_is_suggested() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'disagreement'\?"):
+        PROBLEMS["preference"].config(query="dissagreement", members=2)
+
+
+@pytest.mark.parametrize(
+    ("problem", "name"),
+    [
+        ("random-mdp", "learning_rate"),
+        ("four-rooms", "heat"),
+        ("taxes", "learning_rate"),
+        ("taxes", "radius"),
+        ("preference", "learning_rate"),
+    ],
+)
+def test_an_infinite_setting_is_refused(problem: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is inf .allowed: finite"):
+        PROBLEMS[problem].config(**{name: math.inf})
+
+
+def test_settings_that_may_be_infinite() -> None:
+    PROBLEMS["random-mdp"].config(target=-math.inf)  # never stop early
+    for name in ("indirect_limit", "limit", "threshold"):
+        PROBLEMS["preference"].config(**{name: math.inf})
+
+
+def test_the_largest_seed_draws_an_instance() -> None:
+    random_mdp_problem(RandomMDPConfig(states=3, seed=2**64 - 1))
 
 
 # P1, the random MDP of SoBiRL

@@ -29,7 +29,7 @@ from birl_ext.bilevel.sobirl import DRLHF, SoBiRL, importance
 from birl_ext.errors import NonFiniteResultError, OptionError
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import bradley_terry, margins
-from birl_ext.preferences.reward_model import RewardEnsemble, RewardNetwork
+from birl_ext.preferences.reward_model import NormalisedReward, RewardEnsemble, RewardNetwork
 
 
 def still(parameters: Any) -> torch.optim.Optimizer:
@@ -465,6 +465,8 @@ def test_options_are_named() -> None:
     with pytest.raises(OptionError, match="indirect_limit is nan"):
         SoBiRL(reward, optimiser=still, score=None, indirect_limit=math.nan)
     network, policy, pairs = linear_problem()
+    with pytest.raises(OptionError, match="an ensemble is inside a NormalisedReward"):
+        DRLHF(NormalisedReward(RewardEnsemble([network])), optimiser=still)
     nobody = pairs.select(torch.arange(0))
     with pytest.raises(OptionError, match="there are no pairs"):
         DRLHF(network, optimiser=still).step(nobody, policy, temperature=1.0)

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from birl_ext.agents.transitions import Transitions
-from birl_ext.errors import DiscountError, NonFiniteInputError, ShapeError
+from birl_ext.errors import DiscountError, NonFiniteInputError, NonFiniteResultError, ShapeError
 
-__all__ = ["Actor", "Agent", "DiscreteAgent", "check_discount", "checked_reward"]
+__all__ = [
+    "Actor",
+    "Agent",
+    "DiscreteAgent",
+    "check_discount",
+    "check_drawn",
+    "checked_reward",
+]
 
 
 class Actor(Protocol):
@@ -79,6 +86,24 @@ def check_discount(discount: float) -> float:
     if not 0 <= discount < 1:
         raise DiscountError(f"discount is {discount!r}", allowed="[0, 1)")
     return float(discount)
+
+
+def check_drawn(found: Tensor) -> None:
+    """Refuse what a policy that is NaN draws.
+
+    Args:
+        found: (n, …), NaN in the rows where the policy is.
+
+    Raises:
+        NonFiniteResultError: it is NaN somewhere.
+    """
+    wrong = found.isnan()
+    if bool(wrong.any()):
+        raise NonFiniteResultError(
+            "the policy is NaN",
+            where=f"row {int(wrong.nonzero()[0, 0])} of the observations",
+            fix="the policy's parameters have diverged: lower the learning rate",
+        )
 
 
 def checked_reward(batch: Transitions, reward: Tensor) -> Tensor:

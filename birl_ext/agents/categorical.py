@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from birl_ext.errors import NonFiniteResultError
+from birl_ext.agents.agent import check_drawn
 
 __all__ = ["CategoricalPolicy"]
 
@@ -43,12 +43,7 @@ class CategoricalPolicy(ABC):
         waits = torch.empty_like(log_policy).exponential_(generator=generator)
         action = (log_policy.exp() / waits).argmax(-1, keepdim=True)
         log_prob = log_policy.gather(-1, action).squeeze(-1)
-        if bool(log_prob.isnan().any()):  # a NaN anywhere in a row wins it
-            raise NonFiniteResultError(
-                "the policy is NaN",
-                where=f"row {int(log_prob.isnan().nonzero()[0])} of the observations",
-                fix="the policy's parameters have diverged: lower the learning rate",
-            )
+        check_drawn(log_prob)  # a NaN anywhere in a row wins it
         return action.squeeze(-1), log_prob
 
     def act(self, observation: Tensor, generator: torch.Generator, greedy: bool = False) -> Tensor:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from birl_ext.agents.replay import ReplayBuffer
+from birl_ext.agents.replay import LOWER, ReplayBuffer
 from birl_ext.agents.transitions import Transitions
 from birl_ext.errors import DtypeError, OptionError, ShapeError
+from birl_ext.storage import reserve
 
 if TYPE_CHECKING:
     from birl_ext.agents.collect import Collection
@@ -61,6 +62,7 @@ class FrameReplay:
             ShapeError: observations are not (n, C, *F), or something differs from what is held.
             DtypeError: frames are not uint8, or another dtype differs from what is held.
             OptionError: an observation and the next one are not stacks of successive frames.
+            SizeLimitError: the capacity does not fit into the memory.
         """
         batch = found.transitions
         self._check(batch, found.environment)
@@ -219,7 +221,8 @@ class FrameReplay:
         """Room for frames like those given, (n, *F), all of it free."""
         capacity = self._rows.capacity
         count = max(capacity + capacity // 32 + 64, least)
-        self._frames = frames.new_empty(count, *frames.shape[1:], device=self._rows.device)
+        what = f"a replay of {capacity} transitions"
+        (self._frames,) = reserve(what, count, [frames], self._rows.device, fix=LOWER)
         self._users = torch.zeros(count, dtype=torch.int64, device=self._rows.device)
         self._free = list(range(count))
         return self._frames

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from birl_ext.agents.transitions import Transitions
 from birl_ext.errors import DtypeError, OptionError, ShapeError
+from birl_ext.storage import reserve
 
 if TYPE_CHECKING:  # replay works without gymnasium, collecting does not
     from birl_ext.agents.collect import Collection
 
-__all__ = ["ReplayBuffer"]
+__all__ = ["LOWER", "ReplayBuffer"]
+
+LOWER = "lower the capacity, which a run calls `replay`"
 
 
 class ReplayBuffer:
@@ -53,6 +56,7 @@ class ReplayBuffer:
         Raises:
             ShapeError: they are shaped unlike those before, or not one row each.
             DtypeError: a dtype differs; nothing is converted silently.
+            SizeLimitError: the capacity does not fit into the memory.
         """
         self.check(batch)
         ring = self._ring = self._ring if self._ring is not None else self._reserve(batch)
@@ -135,9 +139,5 @@ class ReplayBuffer:
         return (first + torch.arange(count, device=self.device)) % self.capacity
 
     def _reserve(self, batch: Transitions) -> Transitions:
-        return Transitions(
-            *(
-                torch.empty(self.capacity, *part.shape[1:], dtype=part.dtype, device=self.device)
-                for part in batch
-            )
-        )
+        what = f"a replay of {self.capacity} transitions"
+        return Transitions(*reserve(what, self.capacity, batch, self.device, fix=LOWER))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from birl_ext.agents.actor_critic import ActorCritic
+from birl_ext.agents.agent import check_drawn
 from birl_ext.agents.networks import Twin
 from birl_ext.agents.squashed import SquashedGaussian
 from birl_ext.agents.temperature import Temperature
@@ -81,12 +82,20 @@ class SAC(ActorCritic):
 
     @torch.no_grad()
     def sample(self, observation: Tensor, generator: torch.Generator) -> Tensor:
-        """a ~ π(·|s), (n, d)."""
+        """a ~ π(·|s), (n, d).
+
+        Raises:
+            NonFiniteResultError: the mean or σ is NaN.
+        """
         return self._to_box(self._policy(observation).rsample(generator)[0])
 
     @torch.no_grad()
     def act(self, observation: Tensor, generator: torch.Generator, greedy: bool = False) -> Tensor:
-        """`sample`, or centre + half · tanh(mean) if `greedy`, (n, d)."""
+        """`sample`, or centre + half · tanh(mean) if `greedy`, (n, d).
+
+        Raises:
+            NonFiniteResultError: what acts is NaN: the mean or, unless `greedy`, σ.
+        """
         if greedy:
             return self._to_box(self._policy(observation).mode())
         return self.sample(observation, generator)
@@ -136,6 +145,7 @@ class SAC(ActorCritic):
         return SquashedGaussian(*output.chunk(2, -1))
 
     def _to_box(self, unit: Tensor) -> Tensor:
+        check_drawn(unit)
         # Rounding may step over the edge by a unit in the last place.
         return (self._centre + self._half * unit).clamp(self._low, self._high)
 

@@ -25,7 +25,8 @@ class Spaces(NamedTuple):
 
     Args:
         observation_shape: *O.
-        observation_dtype: uint8 for pixels, int64 for an index, float32 for everything else.
+        observation_dtype: uint8 for pixels, i.e. boxes of uint8 with three axes; int64 for an
+            index, float32 for everything else.
         observations: number of different observations, where they are indices.
         action_shape: *A, () where actions are indices.
         actions: A, their number, where they are indices; None otherwise.
@@ -74,23 +75,24 @@ def read_spaces(observation: Any, action: Any, name: str) -> Spaces:
         shape: tuple[int, ...] = ()
         dtype = torch.int64
         count = int(observation.n)
-    elif isinstance(observation, spaces.Box):
+    elif isinstance(observation, spaces.Box) and observation.shape and 0 not in observation.shape:
         shape = observation.shape
-        dtype = torch.uint8 if observation.dtype == np.uint8 else torch.float32
+        pixels = observation.dtype == np.uint8 and len(shape) == 3
+        dtype = torch.uint8 if pixels else torch.float32
     else:
         raise OptionError(
             f"the observation space of {name!r} is {observation}",
-            allowed="Box, or Discrete from 0",
+            allowed="Box with one or more axes, none of them empty, or Discrete from 0",
             fix="wrap it, e.g. in gymnasium.wrappers.FlattenObservation",
         )
     if isinstance(action, spaces.Discrete) and action.start == 0:
         return Spaces(shape, dtype, count, (), int(action.n), None, None)
-    if isinstance(action, spaces.Box) and len(action.shape) == 1:
+    if isinstance(action, spaces.Box) and len(action.shape) == 1 and action.shape[0]:
         low, high = (torch.tensor(edge, dtype=torch.float32) for edge in (action.low, action.high))
         if bool((low.isfinite() & high.isfinite() & (low < high)).all()):
             return Spaces(shape, dtype, count, action.shape, None, low, high)
     raise OptionError(
         f"the action space of {name!r} is {action}",
-        allowed="Discrete from 0, or a Box (d,) with finite edges",
+        allowed="Discrete from 0, or a Box (d,) with d > 0 and finite edges",
         fix="wrap it, e.g. in gymnasium.wrappers.RescaleAction or TransformAction",
     )

@@ -24,7 +24,7 @@ from birl_ext.preferences.loss import (
     in_parts,
     steps_at_once,
 )
-from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel
+from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, members_of
 
 __all__ = ["DRLHF", "Outcome", "SoBiRL", "importance"]
 
@@ -167,6 +167,7 @@ class SoBiRL:
         if lead < 0:
             raise OptionError(f"lead is {lead!r}", allowed="0 or more")
         _check_stale(stale, limit)
+        members_of(reward)  # refuses an ensemble inside another model
         self.reward = reward
         self.parameters = list(reward.parameters())
         self.optimiser = optimiser(self.parameters)

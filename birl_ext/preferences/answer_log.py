@@ -211,6 +211,7 @@ class AnswerLog:
         left = len(self) - self._at
         try:
             _replace(self._head_path, _head(self._at, self._hashes[self._at]))
+            _sync_directory(self.path.parent)  # or a power cut may undo it, and not what follows
             self._size = self._ends[self._at]
             os.ftruncate(self._file, self._size)
             os.fsync(self._file)

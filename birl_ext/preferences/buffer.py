@@ -10,6 +10,7 @@ from torch import Tensor
 
 from birl_ext.errors import DtypeError, OptionError, ShapeError
 from birl_ext.preferences.fragments import Fragments, Pairs
+from birl_ext.storage import reserve
 
 __all__ = ["PreferenceBuffer"]
 
@@ -43,8 +44,11 @@ class PreferenceBuffer:
 
         Raises:
             OptionError: a label lies outside [0, 1].
-            ShapeError, DtypeError: the fragments differ from each other or from those stored.
+            ShapeError, DtypeError: the two sides differ in more than their length H, or from those
+                stored; or there is not one label per pair.
+            SizeLimitError: the capacity does not fit into the memory.
         """
+        _check_sides(first, second, label)
         answered = ~label.isnan()
         kept = Pairs(first, second, label).select(answered)
         outside = (kept.label < 0) | (kept.label > 1)
@@ -64,11 +68,20 @@ class PreferenceBuffer:
         return count
 
     def select(self, index: Tensor) -> Pairs:
-        """Those at `index`, (m,) int64, counted from the oldest."""
+        """Those at `index`, counted from the oldest.
+
+        Args:
+            index: (m,) int64 in [0, len(self)), or (len(self),) bool.
+
+        Raises:
+            OptionError: the buffer is empty, or an index is out of range.
+            ShapeError, DtypeError: the index is neither of the two.
+        """
         if self._ring is None:
             raise OptionError("the buffer is empty", fix="append answered pairs first")
         oldest = self.added - self._count
-        return self._ring.select((oldest + index.to(self.device)) % self.capacity)
+        index = _checked(index, len(self)).to(self.device)
+        return self._ring.select((oldest + index) % self.capacity)
 
     def everything(self) -> Pairs:
         """All pairs, oldest first."""
@@ -103,16 +116,58 @@ class PreferenceBuffer:
             self.append(first, second, stored["label"])
 
     def _blank(self, model: Pairs) -> Pairs:
-        parts = [
-            torch.empty((self.capacity, *part.shape[1:]), dtype=part.dtype, device=self.device)
-            for part in _tensors(model)
-        ]
+        parts = reserve(
+            f"a buffer of {self.capacity} pairs",
+            self.capacity,
+            _tensors(model),
+            self.device,
+            fix="lower the capacity, which a run calls `pairs`",
+        )
         width = len(Fragments._fields)
         return Pairs(Fragments(*parts[:width]), Fragments(*parts[width:-1]), parts[-1])
 
 
 def _tensors(pairs: Pairs) -> tuple[Tensor, ...]:
     return (*pairs.first, *pairs.second, pairs.label)
+
+
+def _checked(index: Tensor, count: int) -> Tensor:
+    """(m,) int64, of an index or a mask."""
+    is_mask = index.dtype == torch.bool
+    if not is_mask and index.dtype != torch.int64:
+        raise DtypeError(f"index has dtype {index.dtype}", allowed="int64 or bool")
+    if index.dim() != 1 or (is_mask and len(index) != count):
+        raise ShapeError(
+            f"index has shape {tuple(index.shape)}",
+            allowed=f"({count},), one for each pair stored" if is_mask else "(m,)",
+        )
+    if is_mask:
+        return index.nonzero().squeeze(1)
+    outside = (index < 0) | (index >= count)
+    if bool(outside.any()):
+        raise OptionError(
+            f"index is {int(index[outside][0])}", allowed=f"[0, {count}), the pairs stored"
+        )
+    return index
+
+
+def _check_sides(first: Fragments, second: Fragments, label: Tensor) -> None:
+    """n labels for n and n fragments, which may differ in length alone."""
+    for name, one, other in zip(Fragments._fields, first, second, strict=True):
+        if (one.shape[0], *one.shape[2:]) != (other.shape[0], *other.shape[2:]):
+            raise ShapeError(
+                f"{name} has shape {tuple(one.shape)} in the first fragments, "
+                f"{tuple(other.shape)} in the second",
+                allowed="equal shapes, but for the second axis, H",
+            )
+        if one.dtype != other.dtype:
+            raise DtypeError(
+                f"{name} has dtype {one.dtype} in the first fragments, {other.dtype} in the second",
+                allowed="one dtype",
+                fix="convert it first",
+            )
+    if label.shape != (len(first),):
+        raise ShapeError(f"label has shape {tuple(label.shape)}", allowed=f"({len(first)},)")
 
 
 def _check(stored: Tensor, given: Tensor, count: int) -> None:

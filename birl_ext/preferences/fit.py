@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from birl_ext.errors import NonFiniteResultError, OptionError
 from birl_ext.preferences.fragments import Pairs
 from birl_ext.preferences.loss import accuracy, bradley_terry, margins
 from birl_ext.preferences.randomness import global_draws_from
-from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel
+from birl_ext.preferences.reward_model import RewardModel, members_of
 
 __all__ = ["Evaluation", "Fit", "evaluate", "fit"]
 
@@ -73,30 +73,39 @@ def fit(
         batch_size: pairs per step; the last batch of a pass may be smaller.
         at_once: see `margins`.
         noise: ε of `bradley_terry`.
-        validation: pairs kept apart. With them fitting stops after `patience` passes without a
-            smaller loss on them, and the parameters of the best pass are kept.
+        validation: pairs kept apart, at least one. With them fitting stops after `patience` passes
+            without a smaller loss on them, and the parameters of the best pass are kept.
         patience: see `validation`.
 
     Raises:
-        NonFiniteResultError: a loss is NaN or infinite; no step was taken on it.
-        OptionError: there are no pairs, or a number is below one.
+        NonFiniteResultError: a loss is NaN or infinite, that on the validation pairs included; no
+            step was taken on it.
+        OptionError: there are no pairs to fit to or to validate on, or a number is below one; or an
+            ensemble is inside another model, such as a `NormalisedReward`.
     """
-    for name, value in (
-        ("the number of pairs", len(pairs)),
-        ("epochs", epochs),
-        ("batch_size", batch_size),
-        ("patience", patience),
-    ):
+    numbers = {
+        "the number of pairs": len(pairs),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "patience": patience,
+    }
+    if validation is not None:
+        numbers["the number of validation pairs"] = len(validation)
+    for name, value in numbers.items():
         if value < 1:
             raise OptionError(f"{name} is {value!r}", allowed="1 or more")
+    members = members_of(reward)
     best = _Best(patience)
     for epoch in range(1, epochs + 1):
         with reward.fitting(), global_draws_from(generator, pairs.label.device):
-            training = _pass(reward, pairs, optimiser, generator, batch_size, at_once, noise, epoch)
+            training = _pass(
+                members, pairs, optimiser, generator, batch_size, at_once, noise, epoch
+            )
         if validation is not None:
             found = evaluate(
                 reward, validation, batch_size=batch_size, at_once=at_once, noise=noise
             )
+            _check_loss(found.loss, f"validation after epoch {epoch}")
             if best.is_over(found, reward):
                 break
     best.restore(reward)
@@ -121,7 +130,7 @@ def evaluate(
 
 
 def _pass(
-    reward: RewardModel,
+    members: Sequence[nn.Module],
     pairs: Pairs,
     optimiser: Optimizer,
     generator: torch.Generator,
@@ -131,7 +140,6 @@ def _pass(
     epoch: int,
 ) -> Evaluation:
     """One pass over the pairs."""
-    members = list(_members(reward))
     orders = [torch.randperm(len(pairs), generator=generator) for _ in members]
     seen: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(pairs), batch_size):
@@ -142,13 +150,7 @@ def _pass(
             losses.append(bradley_terry(margin, batch.label, noise).mean())
             seen.append((margin.detach().double(), batch.label))
         loss = torch.stack(losses).sum()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteResultError(
-                f"the loss is {value}",
-                where=f"epoch {epoch}, pair {start} of {len(pairs)}",
-                fix="lower the learning rate, or look for NaN in the observations",
-            )
+        _check_loss(float(loss.detach()), f"epoch {epoch}, pair {start} of {len(pairs)}")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -157,13 +159,13 @@ def _pass(
     return Evaluation(float(loss), float(accuracy(margin, label)))
 
 
-def _members(reward: RewardModel) -> Iterator[RewardModel]:
-    if isinstance(reward, RewardEnsemble):
-        for member in reward.members:
-            assert isinstance(member, RewardModel)
-            yield member
-    else:
-        yield reward
+def _check_loss(value: float, where: str) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteResultError(
+            f"the loss is {value}",
+            where=where,
+            fix="lower the learning rate, or look for NaN in the observations",
+        )
 
 
 class _Best:

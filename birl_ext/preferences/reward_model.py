@@ -15,14 +15,16 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from birl_ext.errors import OptionError, ShapeError
+from birl_ext.errors import NonFiniteInputError, OptionError, ShapeError
 from birl_ext.preferences.randomness import global_draws_from
 
-__all__ = ["NormalisedReward", "RewardEnsemble", "RewardModel", "RewardNetwork"]
+__all__ = ["NormalisedReward", "RewardEnsemble", "RewardModel", "RewardNetwork", "members_of"]
 
 _SCALE = 1 / 255
 _CONVOLUTIONS = ((7, 3), (5, 2), (3, 1), (3, 1))
 """Kernel and stride."""
+_ROUNDING = 8
+"""A spread of up to so many eps of the largest |r| is rounding."""
 
 
 class RewardModel(nn.Module):
@@ -252,14 +254,34 @@ class RewardEnsemble(RewardModel):
         return self.each(observation, action).std(0, correction=0)
 
 
+def members_of(reward: RewardModel) -> list[nn.Module]:
+    """The models that have a loss each: the members of an ensemble, or the reward alone.
+
+    Raises:
+        OptionError: an ensemble is inside another model. By the loss of their mean alone its
+            members would all move alike.
+    """
+    members: list[nn.Module] = [reward]
+    if isinstance(reward, RewardEnsemble):
+        members = list(reward.members)
+    if any(isinstance(part, RewardEnsemble) for one in members for part in one.modules()):
+        raise OptionError(
+            f"an ensemble is inside a {type(reward).__name__}",
+            allowed="an ensemble by itself, of models that hold none",
+            fix="fit the inner ensemble, by itself",
+        )
+    return members
+
+
 class NormalisedReward(RewardModel):
     """A reward brought to a known scale, as an agent's temperature needs it.
 
         r' = (r − shift) / scale
 
     Both numbers are constants until `measure` is called again: no gradient passes through them.
-    Fit the inner reward, and hand this one to the agent. Shifting a reward changes what is best
-    where episodes end at different times; leave `centre` off there.
+    Fit the inner reward, and hand this one to the agent. An agent with temperature τ for r' is one
+    with scale·τ for r: a hyper-gradient of the inner reward needs `inner_temperature`. Shifting a
+    reward changes what is best where episodes end at different times; leave `centre` off there.
 
     Args:
         reward: the inner model.
@@ -281,13 +303,48 @@ class NormalisedReward(RewardModel):
     @torch.no_grad()
     def measure(self, observation: Tensor, action: Tensor) -> None:
         """Set the scale to the standard deviation on a sample, and the shift to its mean; a scale
-        of zero leaves the reward as it is.
+        of zero, but for rounding, leaves the reward as it is.
+
+        Args:
+            observation: (m, *O), of at least one step.
+            action: (m, *A).
+
+        Raises:
+            OptionError: the sample is empty.
+            NonFiniteInputError: a reward is NaN or infinite.
         """
         found = self.reward(observation, action)
-        spread = found.std(correction=0)
-        self.scale.copy_(torch.where(spread > 0, spread, 1.0))
+        if not len(found):
+            raise OptionError("the sample has no steps", allowed="1 or more")
+        wrong = (~found.isfinite()).nonzero()
+        if len(wrong):
+            first = int(wrong[0])
+            raise NonFiniteInputError(
+                f"reward is {float(found[first])}",
+                where=f"row {first} of the sample",
+                fix="the reward's parameters have diverged: lower their learning rate",
+            )
+        # a constant has a spread in its own dtype, that of its mean's rounding
+        spread = found.double().std(correction=0)
+        rounding = _ROUNDING * torch.finfo(found.dtype).eps * found.abs().max()
+        self.scale.copy_(torch.where(spread > rounding, found.std(correction=0), 1.0))
         if self.centre:
             self.shift.copy_(found.mean())
+
+    def inner_temperature(self, temperature: float) -> float:
+        """scale·τ, the temperature for r whose policy is that of τ for r'.
+
+            softmax(r'(s, ·)/τ) = softmax(r(s, ·)/(scale·τ)), and so for Q
+
+        `birl_ext.bilevel.sobirl.SoBiRL` of the inner reward takes its steps at it.
+
+        Args:
+            temperature: τ of the agent, units of r'.
+
+        Returns:
+            In units of r; of the present scale, so ask again after each `measure`.
+        """
+        return temperature * float(self.scale)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """r', (m,)."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from birl_ext.errors import OptionError
+from birl_ext.errors import NonFiniteInputError, OptionError
 from birl_ext.preferences.fragments import Fragments
 
 __all__ = ["TEACHERS", "ScriptedTeacher", "Teacher", "TeacherRule"]
@@ -44,7 +44,8 @@ class TeacherRule:
         skip_share: share of the mean return; zero answers everything.
         discount: γ ≤ 1 per step back from the end: a myopic teacher remembers the end best.
         tie_share: share of the mean return; zero has no ties but exact ones.
-        sign_only: look at the sign of each reward only, as Atari's clipped rewards do.
+        sign_only: look at the sign of each reward only, as Atari's clipped rewards do; r̄ is the
+            mean sign then.
 
     Source: Lee et al. (2021), B-Pref, section 3.
     """
@@ -128,8 +129,9 @@ class ScriptedTeacher:
     Args:
         rule: see `TeacherRule`.
         generator: of all its randomness, on the CPU; it belongs to the teacher from now on.
-        mean_reward: r̄, true reward per step of the recent policy; needed where the rule skips or
-            ties, and kept up to date with `observe`.
+        mean_reward: r̄, true reward per step of the recent policy, the mean of its sign where the
+            rule is `sign_only`; needed where the rule skips or ties, and kept up to date with
+            `observe`.
     """
 
     def __init__(
@@ -146,12 +148,20 @@ class ScriptedTeacher:
             self.observe(mean_reward)
 
     def observe(self, mean_reward: float) -> None:
-        """Take over the mean true reward per step of the recent policy.
+        """Take over the mean true reward per step of the recent policy, where the rule is
+        `sign_only` the mean of its sign.
 
         Raises:
             OptionError: it is not finite; or the rule skips and it is negative, where no share of
-                it separates poor fragments from good ones.
+                it separates poor fragments from good ones; or the rule is `sign_only` and it is no
+                mean of signs.
         """
+        if self.rule.sign_only and abs(mean_reward) > 1:
+            raise OptionError(
+                f"mean_reward is {mean_reward!r}",
+                allowed="[-1, 1], where the rule is sign_only",
+                fix="give the mean of the rewards' signs",
+            )
         if not math.isfinite(mean_reward) or (self.rule.skip_share and mean_reward < 0):
             raise OptionError(
                 f"mean_reward is {mean_reward!r}",
@@ -164,8 +174,11 @@ class ScriptedTeacher:
         """Labels (n,) float32, NaN where there is no answer.
 
         Raises:
+            NonFiniteInputError: the true reward of a present step is NaN or infinite.
             OptionError: the rule needs `mean_reward`.
         """
+        _check_finite("first", first)
+        _check_finite("second", second)
         rule = self.rule
         ours, theirs = self._return(first, 1.0), self._return(second, 1.0)
         late = self._return(first, rule.discount) - self._return(second, rule.discount)
@@ -217,3 +230,14 @@ class ScriptedTeacher:
     def _steps(first: Fragments, second: Fragments) -> Tensor:
         """H, (n,): steps of the longer of the two."""
         return torch.maximum(first.present.sum(-1), second.present.sum(-1)).cpu()
+
+
+def _check_finite(name: str, fragments: Fragments) -> None:
+    wrong = (fragments.present & ~fragments.reward.isfinite()).nonzero()
+    if len(wrong):
+        row, step = wrong[0].tolist()
+        raise NonFiniteInputError(
+            f"the true reward is {float(fragments.reward[row, step])}",
+            where=f"pair {row}, step {step} of its {name} fragment",
+            fix="mend the environment, or leave the pair out",
+        )

@@ -17,6 +17,7 @@ from torch import Tensor
 from birl_ext.bilevel import BilevelProblem, DampedNewton, hypergradient_report
 from birl_ext.errors import FileFormatError
 from birl_ext.mdp import DenseMDP
+from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ class BusConfig:
     max_steps: int = 200
     seed: int = 0
     """Unused: the estimate has no randomness."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 class BusData(NamedTuple):

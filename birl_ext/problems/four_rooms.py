@@ -14,6 +14,7 @@ from birl_ext.bilevel import BilevelProblem, MSoBiRL
 from birl_ext.errors import ConfigError
 from birl_ext.functional import evaluate, occupancy
 from birl_ext.mdp import DenseMDP, SparseMDP
+from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
 
 if TYPE_CHECKING:
@@ -110,14 +111,13 @@ class FourRoomsConfig:
     """Of the starts and of the noise."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         above = {"temperature": 0, "starts": 0, "steps": 3, "learning_rate": 0, "spread": 0}
         for name, low in above.items():
             if not getattr(self, name) > low:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}", allowed=f"more than {low}")
         if not self.heat >= 1:
             raise ConfigError(f"heat is {self.heat!r}", allowed="1 or more")
-        if self.method not in get_args(Method):
-            raise ConfigError(f"method is {self.method!r}", allowed=", ".join(get_args(Method)))
 
 
 def moves(noise: Noise) -> Tensor:

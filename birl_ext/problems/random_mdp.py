@@ -11,6 +11,7 @@ from torch import Tensor
 
 from birl_ext.bilevel import BilevelProblem, MSoBiRL
 from birl_ext.mdp import DenseMDP
+from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class RandomMDPConfig:
     target: float = 1.0001
     """Stop once the objective is below."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self, infinite=("target",))
 
 
 def random_mdp_problem(config: RandomMDPConfig) -> tuple[BilevelProblem, Tensor]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from birl_ext.bilevel import BilevelProblem, MSoBiRL, ZeroOrder
 from birl_ext.errors import ConfigError
 from birl_ext.functional import evaluate, occupancy, solve
 from birl_ext.mdp import DenseMDP
+from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
 
 if TYPE_CHECKING:
@@ -62,12 +63,11 @@ class TaxesConfig:
     """Of the random directions."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         above = {"temperature": 0, "steps": 0, "learning_rate": 0, "radius": 0, "cells": 1}
         for name, low in above.items():
             if not getattr(self, name) > low:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}", allowed=f"more than {low}")
-        if self.method not in get_args(Method):
-            raise ConfigError(f"method is {self.method!r}", allowed=", ".join(get_args(Method)))
 
 
 class TaxEconomy:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from birl_ext.errors import ConfigError
+from birl_ext.problems.settings import check_settings
 
 __all__ = ["PreferenceConfig"]
 
@@ -116,20 +116,14 @@ class PreferenceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_settings(self, infinite=("indirect_limit", "limit", "threshold"))
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}", allowed="1 or more")
-        for name in (
-            "seed",
-            "initial_labels",
-            "hypergradient_after",
-            "lead",
-            "initial_epochs",
-            "reward_steps",
-            "video_every",
-        ):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}", allowed="0 or more")
+        for name in _AT_LEAST_ZERO:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} is {value}", allowed="0 or more")
         for name in ("environment_steps", "learning_starts"):
             value = getattr(self, name)
             if value is not None and value % self.environments:
@@ -149,8 +143,10 @@ class PreferenceConfig:
         if self.episode_steps is not None and self.episode_steps < 1:
             raise ConfigError(f"episode_steps is {self.episode_steps}", allowed="1 or more")
         for name in ("learning_rate", "reward_rate", "timeout"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}", allowed="(0, inf)")
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}", allowed="more than 0")
+        if not self.limit > 1:
+            raise ConfigError(f"limit is {self.limit}", allowed="more than 1")
         if self.query == "disagreement" and self.members < 2:
             raise ConfigError(
                 f"members is {self.members}",
@@ -181,4 +177,14 @@ _AT_LEAST_ONE = (
     "pair_batch",
     "evaluation_episodes",
     "evaluate_every",
+)
+_AT_LEAST_ZERO = (
+    "indirect_limit",
+    "lead",
+    "hypergradient_after",
+    "initial_labels",
+    "learning_starts",
+    "initial_epochs",
+    "reward_steps",
+    "video_every",
 )

@@ -19,8 +19,6 @@ from birl_ext.agents.agent import DiscreteAgent
 from birl_ext.agents.collect import Collector
 from birl_ext.agents.environment import Environments, make_environments, reward_threshold
 from birl_ext.agents.evaluate import Evaluation, evaluate_agent
-from birl_ext.agents.frame_replay import FrameReplay
-from birl_ext.agents.replay import ReplayBuffer
 from birl_ext.agents.video import record_video
 from birl_ext.bilevel.sobirl import Outcome
 from birl_ext.errors import RenderError
@@ -37,10 +35,10 @@ from birl_ext.problems.preference.parts import (
     check_device,
     environment_options,
     environment_source,
-    is_pixels,
     make_agent,
     make_learner,
     make_query,
+    make_replay,
     make_reward,
     make_score,
 )
@@ -73,11 +71,7 @@ class PreferenceJob:
         self._collector = Collector(
             self._environments, self.agent, seed=config.seed, random_steps=config.random_steps
         )
-        self._replay: ReplayBuffer | FrameReplay = (
-            FrameReplay(config.replay, device=config.device)
-            if is_pixels(spaces)
-            else ReplayBuffer(config.replay, device=config.device)
-        )
+        self._replay = make_replay(config)
         self.reward = make_reward(config, spaces, draws)
         self.teacher = ScriptedTeacher(
             dataclasses.replace(TEACHERS[config.teacher], sign_only=config.sign_only), draws.next()

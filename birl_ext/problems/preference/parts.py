@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 
 from birl_ext.agents.agent import Agent
 from birl_ext.agents.finite import FiniteSimulator
+from birl_ext.agents.frame_replay import FrameReplay
 from birl_ext.agents.networks import StateActionMLP, Twin, head_network
 from birl_ext.agents.pixels import atari_environment, is_atari
+from birl_ext.agents.replay import ReplayBuffer
 from birl_ext.agents.restored import simulator_for
 from birl_ext.agents.sac import SAC
 from birl_ext.agents.sac_discrete import DiscreteSAC
@@ -44,10 +46,10 @@ __all__ = [
     "check_device",
     "environment_options",
     "environment_source",
-    "is_pixels",
     "make_agent",
     "make_learner",
     "make_query",
+    "make_replay",
     "make_reward",
     "make_score",
 ]
@@ -90,19 +92,15 @@ def environment_options(config: PreferenceConfig) -> dict[str, Any]:
 
 
 def check_device(name: str) -> None:
-    """Refuse a device that is not there."""
+    """Refuse a device that is not there, or is none to learn on."""
+    fix = "use cpu, or what `birl doctor` lists"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}", allowed="cpu, cuda, cuda:1, …", fix=fix)
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"device is {name!r}: {reason}", fix="use cpu, or what `birl doctor` lists"
-        ) from None
-
-
-def is_pixels(spaces: Spaces) -> bool:
-    """Whether observations are stacked frames."""
-    return spaces.observation_dtype is torch.uint8 and len(spaces.observation_shape) == 3
+        raise ConfigError(f"device is {name!r}: {reason}", fix=fix) from None
 
 
 class _Learned(TypedDict):
@@ -138,7 +136,7 @@ def make_agent(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> A
         return DiscreteSAC(
             heads(spaces.actions), Twin(heads(spaces.actions), heads(spaces.actions)), **learned
         )
-    if is_pixels(spaces) or spaces.observations is not None:
+    if dtype is torch.uint8 or spaces.observations is not None:
         raise ConfigError(
             f"env is {config.env}, with continuous actions and observations {shape}, {dtype}",
             allowed="continuous actions with observations of floating point",
@@ -160,6 +158,13 @@ def make_agent(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> A
         seed=draws.seed(),
         **learned,
     )
+
+
+def make_replay(config: PreferenceConfig) -> ReplayBuffer | FrameReplay:
+    """One that holds each frame once, where observations are known to be stacks of frames."""
+    # Atari's are, by its preprocessing; others may be the colours of one picture.
+    kind = FrameReplay if is_atari(config.env) else ReplayBuffer
+    return kind(config.replay, device=config.device)
 
 
 def _temperature(config: PreferenceConfig, spaces: Spaces) -> Temperature:
@@ -199,7 +204,7 @@ def _reward_network(spaces: Spaces, generator: torch.Generator) -> RewardNetwork
     if actions is None:
         (dimensions,) = spaces.action_shape
         return RewardNetwork.mlp(math.prod(shape), generator, action_size=dimensions)
-    if is_pixels(spaces):
+    if spaces.observation_dtype is torch.uint8:
         return RewardNetwork.cnn((shape[0], shape[1], shape[2]), generator, actions=actions)
     if spaces.observations is not None:
         return RewardNetwork.table(spaces.observations, actions)
