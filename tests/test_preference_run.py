@@ -248,6 +248,8 @@ def test_what_cannot_be_run_is_named() -> None:
         ({"reward_rate": math.nan}, ConfigError, "reward_rate is nan"),
         ({"env": "NoSuchThing-v0"}, OptionError, "NoSuchThing-v0"),
         ({"env": "os:Thing-v0"}, OptionError, "names code to import"),
+        ({"env": "CartPole"}, OptionError, "no version .*CartPole-v1.* take CartPole-v1"),
+        ({"env": "CliffWalking-v1"}, ConfigError, "no time limit .*--episode-steps"),
         ({"env": "Acrobot-v1", **FULL}, OptionError, "Acrobot-v1"),
         ({"seed": -1}, ConfigError, "seed is -1"),
         ({"hidden": (0,)}, ConfigError, r"hidden is \(0,\)"),
@@ -322,6 +324,12 @@ def test_a_teacher_of_signs_takes_the_mean_of_signs(monkeypatch: pytest.MonkeyPa
         job.step()
     assert observed[0] < -1.5
     assert observed[1] == -1.0
+
+
+def test_an_environment_without_a_time_limit_takes_that_of_the_settings() -> None:
+    job = make_job(env="CliffWalking-v1", episode_steps=30, rounds=2)
+    job.step()
+    assert job.evaluate().lengths.tolist() == [30, 30]
 
 
 def test_recent_bounds_episodes_that_never_end() -> None:

@@ -44,7 +44,7 @@ except ImportError:
         "environments need gymnasium", fix='pip install "birl_ext[rl]"'
     ) from None
 
-__all__ = ["Environments", "Step", "episode_seed", "make_environments", "reward_threshold"]
+__all__ = ["Environments", "Step", "episode_seed", "make_environments", "registration"]
 
 _START, _FAILURE = "birl_start", "birl_failure"  # in `options` and in `info`
 _GRACE = 5.0  # seconds a killed worker is waited for
@@ -71,10 +71,30 @@ def episode_seed(seed: int, environment: int, episode: int) -> int:
     return int(sequence.generate_state(1)[0])
 
 
-def reward_threshold(id: str) -> float | None:
-    """The true return at which a registered environment counts as solved, if it says so."""
-    found = gymnasium.spec(id).reward_threshold
-    return None if found is None else float(found)
+def registration(id: str) -> EnvSpec:
+    """What an environment was registered with, such as its time limit and its threshold.
+
+    Args:
+        id: with its version, unless it was registered without one.
+
+    Raises:
+        OptionError: no such id, or one that would import code.
+        MissingDependencyError: a package of the environment is not installed.
+    """
+    if ":" in id:
+        raise _imports_code(id)
+    if is_atari(id):
+        register_atari(id)
+    try:
+        return gymnasium.spec(id)
+    except gymnasium.error.Error as error:
+        # Which one gymnasium.make takes without a version depends on gymnasium's own.
+        versions = [known for known in gymnasium.registry if known.rpartition("-v")[0] == id]
+        if not versions:
+            raise _unknown(id, error) from error
+        raise OptionError(
+            f"{id!r} has no version", allowed=", ".join(versions), fix=f"take {versions[-1]}"
+        ) from error
 
 
 def make_environments(
@@ -112,11 +132,7 @@ def make_environments(
     name = _name(source)
     runs_code = not callable(source) and (not isinstance(source, str) or ":" in source)
     if runs_code and not allow_entry_points:
-        raise OptionError(
-            f"the id {name!r} names code to import",
-            allowed="ids that are registered already",
-            fix="import the module first, or pass allow_entry_points=True if you trust it",
-        )
+        raise _imports_code(name)
     for label, value, least in (("count", count, 1), ("seed", seed, 0)):
         if value < least:
             raise OptionError(f"{label} is {value!r}", allowed=f"{least} or more")
@@ -135,9 +151,7 @@ def make_environments(
         else:
             vector = SyncVectorEnv(builders, autoreset_mode=mode, copy=False)
     except gymnasium.error.UnregisteredEnv as error:
-        raise OptionError(
-            f"no environment {name!r}: {error}", fix="check the id, or import what registers it"
-        ) from error
+        raise _unknown(name, error) from error
     except BirlError:
         raise
     except gymnasium.error.DependencyNotInstalled as error:
@@ -545,6 +559,20 @@ def _kill(processes: list[Any]) -> None:
         if process.is_alive():
             process.kill()  # SIGKILL: a stopped process would keep SIGTERM waiting
             process.join(_GRACE)
+
+
+def _imports_code(name: str) -> OptionError:
+    return OptionError(
+        f"the id {name!r} names code to import",
+        allowed="ids that are registered already",
+        fix="import the module first, or pass allow_entry_points=True if you trust it",
+    )
+
+
+def _unknown(name: str, error: gymnasium.error.Error) -> OptionError:
+    return OptionError(
+        f"no environment {name!r}: {error}", fix="check the id, or import what registers it"
+    )
 
 
 def _name(source: str | EnvSpec | Callable[[], gymnasium.Env[Any, Any]]) -> str:

@@ -16,7 +16,8 @@ class PreferenceConfig:
     """Learn a reward from a teacher's preferences, and the policy that maximises it."""
 
     env: str = "CartPole-v1"
-    """Gymnasium id: discrete or continuous actions; ALE/… is seen as 84 × 84 grey frames."""
+    """Gymnasium id with its version: discrete or continuous actions; ALE/… is seen as 84 × 84 grey
+    frames."""
     algorithm: Literal["sobirl", "stoc-sobirl", "drlhf"] = "sobirl"
     """stoc-sobirl learns from each round's own pairs only; drlhf leaves the hyper-gradient out."""
     score: Literal["one-step", "full-horizon", "critic"] = "one-step"
@@ -61,7 +62,8 @@ class PreferenceConfig:
     """Of an outer step, all environments together."""
     environments: int = 4
     episode_steps: int | None = None
-    """Steps after which an episode is cut off; by default as the environment has it."""
+    """Steps after which an episode is cut off; by default as the environment has it. One without a
+    time limit needs this."""
     parallel: bool = False
     """Each environment in a process of its own."""
     timeout: float = 60.0

@@ -17,11 +17,12 @@ import torch
 
 from birl_ext.agents.agent import DiscreteAgent
 from birl_ext.agents.collect import Collector
-from birl_ext.agents.environment import Environments, make_environments, reward_threshold
+from birl_ext.agents.environment import Environments, make_environments, registration
 from birl_ext.agents.evaluate import Evaluation, evaluate_agent
+from birl_ext.agents.pixels import is_atari
 from birl_ext.agents.video import record_video
 from birl_ext.bilevel.sobirl import Outcome
-from birl_ext.errors import RenderError
+from birl_ext.errors import ConfigError, RenderError
 from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.buffer import PreferenceBuffer
 from birl_ext.preferences.fit import evaluate, fit
@@ -45,6 +46,7 @@ from birl_ext.problems.preference.parts import (
 from birl_ext.problems.preference.recorder import Recorder
 
 if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec
     from matplotlib.figure import Figure
 
     from birl_ext.runs.directory import RunDirectory
@@ -64,6 +66,7 @@ class PreferenceJob:
     def __init__(self, config: PreferenceConfig) -> None:
         self.config = config
         check_device(config.device)
+        registered = _registration(config)
         draws = Generators(config.seed)
         self._environments = self._make_environments(config.environments, config.seed)
         spaces = self._environments.spaces
@@ -95,8 +98,8 @@ class PreferenceJob:
         self._answered = 0  # of this round's questions
         self._return = math.nan
         self._threshold = config.threshold
-        if self._threshold is None:
-            self._threshold = reward_threshold(config.env)
+        if self._threshold is None and registered.reward_threshold is not None:
+            self._threshold = float(registered.reward_threshold)
         self._labels_to_threshold: int | None = None
         self._seconds = dict.fromkeys(("environment", "update", "reward"), 0.0)
         self._log: AnswerLog | None = None
@@ -389,6 +392,19 @@ class PreferenceJob:
 
         drawn = {"true_return": learning, "reward_accuracy": reward}
         return drawn | ({"learned_reward": worlds} if self.config.env == GRIDWORLD else {})
+
+
+def _registration(config: PreferenceConfig) -> EnvSpec:
+    """What the environment was registered with; refuses one whose evaluation might not end."""
+    found = registration(config.env)
+    limit = found.max_episode_steps if config.episode_steps is None else config.episode_steps
+    if limit is None and not is_atari(config.env):  # a console has a limit of its own
+        raise ConfigError(
+            f"env is {config.env}, which has no time limit",
+            allowed="environments that have one, or episode_steps",
+            fix="set episode_steps, on the command line --episode-steps",
+        )
+    return found
 
 
 @contextmanager
