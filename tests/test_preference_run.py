@@ -7,6 +7,7 @@ import copy
 import math
 import os
 import signal
+import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,8 +27,10 @@ from birl_ext.agents.pixels import is_atari
 from birl_ext.errors import (
     AnswerLogCorruptError,
     AnswerLogWriteError,
+    BirlError,
     ConfigError,
     EnvironmentFailureError,
+    MissingDependencyError,
     OptionError,
     RenderError,
     SizeLimitError,
@@ -276,6 +279,23 @@ def test_more_than_fits_into_the_memory_is_named(name: str, count: int) -> None:
         job.step()
 
 
+def test_reward_accuracy_is_that_of_the_batches_with_a_strict_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = make_job()
+    plain, found = job.learner.step, iter([0.25, math.nan, 0.75] + 3 * [math.nan])
+    monkeypatch.setattr(
+        job.learner, "step", lambda *a, **k: plain(*a, **k)._replace(accuracy=next(found))
+    )
+    assert job.step()["reward_accuracy"] == 0.5
+    assert math.isnan(job.step()["reward_accuracy"])  # ties alone
+
+
+def test_a_teacher_that_skips_names_the_setting_where_rewards_are_negative() -> None:
+    with pytest.raises(ConfigError, match=r"teacher is skip, .*at Pendulum-v1 .*--teacher"):
+        make_job(env="Pendulum-v1", teacher="skip").step()
+
+
 @pytest.mark.parametrize("algorithm", ["sobirl", "drlhf"])
 def test_a_lead_is_scored_and_not_compared(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher, and the loss, see the fragment without it."""
@@ -372,7 +392,7 @@ class Bytes(gymnasium.Env[Any, Any]):
 def test_bytes_are_numbers_or_pixels_that_need_not_be_stacks(
     shape: tuple[int, ...], action_space: Any
 ) -> None:
-    gymnasium.register("Bytes-v0", partial(Bytes, shape, action_space))
+    gymnasium.register("Bytes-v0", partial(Bytes, shape, action_space), max_episode_steps=10)
     try:
         job = make_job(
             env="Bytes-v0", rounds=2, environment_steps=40, update_every=20, initial_epochs=1
@@ -536,19 +556,27 @@ def test_a_reward_is_learned_from_pixels_and_from_bodies(
         assert films[0].stat().st_size > 1000
 
 
+@pytest.mark.parametrize("error", [RenderError, MissingDependencyError])
 def test_a_run_whose_environment_cannot_be_filmed_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: type[BirlError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from birl_ext.problems.preference import job as module
 
     def refuse(*given: Any, **more: Any) -> None:
-        raise RenderError("no pictures here")
+        raise error("no pictures here")
 
     monkeypatch.setattr(module, "record_video", refuse)
     made = make_job(video_every=2)
     with pytest.warns(UserWarning, match="no pictures here"):
         run(made, directory_of(tmp_path / "run", made))
     assert made.done
+
+
+def test_without_the_film_package_a_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(MissingDependencyError, match=r"imageio with ffmpeg.*birl_ext\[rl\]"):
+        make_job(video_every=2)
+    make_job()
 
 
 def test_a_run_on_each_device(device: str) -> None:

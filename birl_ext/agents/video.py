@@ -24,7 +24,7 @@ from birl_ext.errors import (
 if TYPE_CHECKING:
     import gymnasium
 
-__all__ = ["Video", "record_video"]
+__all__ = ["Video", "film_writer", "record_video"]
 
 
 class Video(NamedTuple):
@@ -83,7 +83,7 @@ def record_video(
         raise OptionError(f"max_steps is {max_steps!r}", allowed="1 or more")
     if fps is not None and not fps > 0:
         raise OptionError(f"fps is {fps!r}", allowed="more than 0")
-    writer = _writer()
+    writer = film_writer()
     try:
         environments = make_environments(
             source, seed=seed, options={**(options or {}), "render_mode": "rgb_array"}
@@ -156,7 +156,12 @@ def _offscreen() -> Iterator[None]:
         del os.environ["MUJOCO_GL"]
 
 
-def _writer() -> Any:
+def film_writer() -> Any:
+    """imageio's function that opens a film.
+
+    Raises:
+        MissingDependencyError: imageio with ffmpeg is not installed.
+    """
     try:
         import imageio.v2
         import imageio_ffmpeg

@@ -20,9 +20,9 @@ from birl_ext.agents.collect import Collector
 from birl_ext.agents.environment import Environments, make_environments, registration
 from birl_ext.agents.evaluate import Evaluation, evaluate_agent
 from birl_ext.agents.pixels import is_atari
-from birl_ext.agents.video import record_video
+from birl_ext.agents.video import film_writer, record_video
 from birl_ext.bilevel.sobirl import Outcome
-from birl_ext.errors import ConfigError, RenderError
+from birl_ext.errors import ConfigError, MissingDependencyError, RenderError
 from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.buffer import PreferenceBuffer
 from birl_ext.preferences.fit import evaluate, fit
@@ -66,6 +66,8 @@ class PreferenceJob:
     def __init__(self, config: PreferenceConfig) -> None:
         self.config = config
         check_device(config.device)
+        if config.video_every:
+            film_writer()  # before the run, not when the first film is due
         registered = _registration(config)
         draws = Generators(config.seed)
         self._environments = self._make_environments(config.environments, config.seed)
@@ -162,9 +164,11 @@ class PreferenceJob:
         }
         if outcomes:
             last = Outcome(*(fmean(column) for column in zip(*outcomes, strict=True)))  # type: ignore[arg-type]
+            known = [found.accuracy for found in outcomes if not math.isnan(found.accuracy)]
             metrics |= {
                 "objective": last.loss,
-                "reward_accuracy": last.accuracy,
+                # of the batches that are not ties alone
+                "reward_accuracy": fmean(known) if known else math.nan,
                 "gradient_norm": last.gradient_norm,
                 "indirect_share": last.indirect_share,
                 "effective_pairs": last.effective,
@@ -205,7 +209,7 @@ class PreferenceJob:
                 seed=seed,
                 options=environment_options(self.config),
             )
-        except RenderError as error:  # the run itself is well
+        except (RenderError, MissingDependencyError) as error:  # the run itself is well
             warnings.warn(str(error), stacklevel=2)
 
     def _live(self, spent: dict[str, float]) -> tuple[list[Any], dict[str, float]]:
@@ -259,7 +263,15 @@ class PreferenceJob:
             first.after(config.lead), second.after(config.lead), count, self._sampling
         )
         first, second = first.select(chosen), second.select(chosen)
-        self.teacher.observe(self._recorder.mean_reward(sign_only=config.sign_only))
+        mean = self._recorder.mean_reward(sign_only=config.sign_only)
+        if mean < 0 and self.teacher.rule.skip_share:
+            raise ConfigError(
+                f"teacher is {config.teacher}, and the mean true reward per step {mean:.4g}",
+                where=config.env,
+                allowed="0 or more: below it no share of the mean tells poor fragments from good",
+                fix="choose another teacher, on the command line --teacher",
+            )
+        self.teacher.observe(mean)
         label = self.teacher(first.after(config.lead), second.after(config.lead))
         asked = Pairs(first, second, label).after(config.lead)  # what the teacher sees
         if self._log is not None:
