@@ -159,7 +159,7 @@ def _run(words: list[str]) -> int:
     from birl_ext.runs.config import from_plain, to_plain
     from birl_ext.runs.directory import RunDirectory, default_path
 
-    stored_name, stored = _stored(files)
+    stored_name, stored, where = _stored(files)
     if name and stored_name not in ("", name):
         raise ConfigError(
             f"the problem is {name!r}",
@@ -169,8 +169,9 @@ def _run(words: list[str]) -> int:
         )
     name = name or stored_name
     problem = _problem(name)
-    where = str(files.config or files.resume or "the defaults")
-    config, options = _parse(name, problem, from_plain(problem.config, stored, where=where), flags)
+    # Not checked yet: a flag may replace what the rest forbids.
+    default = from_plain(problem.config, stored, where=where, check=False)
+    config, options = _parse(name, problem, default, flags)
     # Before the directory: what is refused here leaves nothing behind.
     loggers = _loggers(options)
     job = problem.job(config)
@@ -194,18 +195,19 @@ def _list_problems(*, asked: bool) -> int:
     return 0 if asked else 2
 
 
-def _stored(files: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Problem and settings of --resume or --config; a --config file may leave out either."""
+def _stored(files: argparse.Namespace) -> tuple[str, dict[str, Any], str]:
+    """Problem, settings and file of --resume or --config; one of --config may leave out either."""
     from birl_ext.runs.config import from_plain, read_toml
     from birl_ext.runs.directory import RunDirectory
 
     if files.resume is not None:
         directory = RunDirectory(files.resume)
-        return directory.problem, directory.config
+        return directory.problem, directory.config, str(directory.config_path)
     if files.config is not None:
-        document = from_plain(_ConfigFile, read_toml(files.config), where=str(files.config))
-        return document.problem, document.config
-    return "", {}
+        where = str(files.config)
+        document = from_plain(_ConfigFile, read_toml(files.config), where=where)
+        return document.problem, document.config, where
+    return "", {}, "the defaults"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,8 +298,16 @@ def _plot(words: list[str]) -> int:
     directory = RunDirectory(path)
     problem = _problem(directory.problem)
     where = str(directory.config_path)
-    job = problem.job(from_plain(problem.config, directory.config, where=where))
-    step, seconds = restore(job, CheckpointStore(directory.checkpoints))
+    config = from_plain(problem.config, directory.config, where=where)
+    store = CheckpointStore(directory.checkpoints)
+    if not store.paths():
+        raise ConfigError(
+            "the run has no checkpoint yet",
+            where=str(directory.path),
+            fix=f"wait for its first one, or go on with {_resume_command(directory)}",
+        )
+    job = problem.job(config)
+    step, seconds = restore(job, store)
     summary = directory.read_summary() or summarise(job, directory, step=step, seconds=seconds)
     written, missing = draw_figures(job, directory, summary)
     if missing:

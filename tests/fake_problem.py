@@ -37,6 +37,12 @@ class FakeConfig:
     seed: int = 0
     """Seed of the target and of the noise."""
 
+    def __post_init__(self) -> None:
+        from birl_ext.errors import ConfigError
+
+        if self.size > 100 and self.rate > 1:
+            raise ConfigError(f"size is {self.size}", allowed="up to 100, or a rate of up to 1")
+
 
 class FakeJob:
     """Adam on ½‖x − target‖² with noise from its own generator."""

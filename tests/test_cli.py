@@ -83,6 +83,9 @@ def test_help(birl):
         assert flag in out
 
 
+FORBIDDEN = 'problem = "fake"\n[config]\nsize = 200\nrate = 2\nsteps = 1\n'
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -99,6 +102,13 @@ def test_help(birl):
         (["run", "--config", "typo.toml"], r"unknown key 'rat' at typo\.toml.*'rate'"),
         (["run", "--config", "top.toml"], r"unknown key 'problme' at top\.toml.*'problem'"),
         (["run", "other", "--config", "good.toml"], "the problem is 'other'"),
+        (["run", "--config", "forbidden.toml"], "size is 200"),
+        (["run", "--config", "forbidden.toml", "--size", "300"], "size is 300"),
+        (["run", "--resume", "edited"], r"3 is not accepted at edited/config\.toml\.config"),
+        (["plot", "edited"], r"3 is not accepted at edited/config\.toml\.config"),
+        (["run", "--resume", "half"], r"'problem' is missing at half/config\.toml"),
+        (["run", "--resume", "wrong"], r"'x' is not accepted at wrong/config\.toml\.rate"),
+        (["plot", "started"], "no checkpoint yet at started.*birl run --resume started"),
         (["run", "fake", "--out", "full"], "not empty"),
         (["plot", "full"], "not a run directory"),
         (["solve", "--mdp", "absent.npz", "--temperature", "1"], "absent.npz is not a file"),
@@ -112,6 +122,15 @@ def test_an_error_is_one_line_and_status_2(birl, words, message):
     Path("typo.toml").write_text('problem = "fake"\n[config]\nrat = 1\n')
     Path("top.toml").write_text('problme = "fake"\n')
     Path("good.toml").write_text('problem = "fake"\n')
+    Path("forbidden.toml").write_text(FORBIDDEN)
+    for name, text in (
+        ("edited", 'problem = "fake"\nconfig = 3\n'),
+        ("half", "[config]\n"),
+        ("wrong", 'problem = "fake"\n[config]\nrate = "x"\n'),
+        ("started", 'problem = "fake"\n[config]\n'),
+    ):
+        Path(name).mkdir()
+        Path(name, "config.toml").write_text(text)
     status, out, err = birl(*words)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("birl: BIRL-E")
@@ -198,6 +217,14 @@ def test_flags_override_the_file_which_overrides_the_defaults(birl):
     assert birl("run", "fake", "--config=a/config.toml", "--out=b", "--no-figures")[0] == 0
     assert Path("a/config.toml").read_bytes() == Path("b/config.toml").read_bytes()
     assert Path("a/metrics.jsonl").read_bytes() == Path("b/metrics.jsonl").read_bytes()
+
+
+def test_a_flag_may_mend_what_the_file_forbids(birl):
+    Path("run.toml").write_text(FORBIDDEN)
+    flags = ["--config", "run.toml", "--size", "3", "--out", "a", "--no-figures"]
+    assert birl("run", *flags)[0] == 0
+    config = tomllib.loads(Path("a/config.toml").read_text())["config"]
+    assert (config["size"], config["rate"], config["pause"]) == (3, 2.0, 0.0)
 
 
 def test_resume_refuses_another_configuration(birl):

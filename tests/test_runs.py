@@ -144,6 +144,24 @@ def test_an_integer_is_a_float_and_absence_is_none():
         from_plain(required, {"b": 1})
 
 
+def test_what_is_not_checked_yet_is_complete():
+    """The class's own checks are left out, those of the types are not."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Low(Config):
+        def __post_init__(self) -> None:
+            raise ConfigError("too high")
+
+    with pytest.raises(ConfigError, match="too high"):
+        from_plain(Low, {"steps": 3})
+    made = from_plain(Low, {"steps": 3}, check=False)
+    assert to_plain(made) == to_plain(Config(steps=3))
+    made.rates.append(1.0)
+    assert from_plain(Low, {}, check=False).rates == []
+    with pytest.raises(ConfigError, match=r"at config\.steps"):
+        from_plain(Low, {"steps": "3"}, check=False)
+
+
 def test_differences_name_what_changed():
     old = {"a": 1, "b": {"c": 0.1, "d": math.nan}, "e": True}
     assert differences(old, {"a": 1.0, "b": {"c": 0.1, "d": math.nan}, "e": True}) == []

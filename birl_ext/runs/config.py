@@ -44,13 +44,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def from_plain(cls: type[_T], plain: Mapping[str, Any], *, where: str = "config") -> _T:
+def from_plain(
+    cls: type[_T], plain: Mapping[str, Any], *, where: str = "config", check: bool = True
+) -> _T:
     """Build a config from plain values, strictly.
 
     Args:
         cls: the dataclass.
         plain: what a TOML table or a JSON object holds; a field left out takes its default.
         where: the place named in errors.
+        check: whether the class checks the values, in its `__post_init__`. Without, some may be
+            replaced first; one that is left out must have a default, or is None.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a missing key, a wrong type.
@@ -75,7 +79,14 @@ def from_plain(cls: type[_T], plain: Mapping[str, Any], *, where: str = "config"
             if not _accepts_none(hints[name]):
                 raise ConfigError(f"the key {name!r} is missing", where=where, fix=f"add {name}")
             values[name] = None  # TOML cannot write None, so its absence means None
-    return cls(**values)
+    if check:
+        return cls(**values)
+    made = object.__new__(cls)
+    for name, field in fields.items():
+        if name not in values and field.default_factory is not dataclasses.MISSING:
+            values[name] = field.default_factory()
+        object.__setattr__(made, name, values.get(name, field.default))
+    return made
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
@@ -14,7 +15,7 @@ from typing import IO, Any
 
 from birl_ext.errors import ConfigError, FileFormatError
 from birl_ext.runs import toml
-from birl_ext.runs.config import read_toml
+from birl_ext.runs.config import from_plain, read_toml
 from birl_ext.runs.job import Metrics
 
 __all__ = ["MetricsWriter", "RunDirectory", "default_path", "plain"]
@@ -54,16 +55,8 @@ class RunDirectory:
                 where=str(path),
                 fix="name a directory written by `birl run`",
             )
-        document = read_toml(self.config_path)
-        try:
-            self.problem: str = document["problem"]
-            self.config: dict[str, Any] = document["config"]
-        except KeyError as missing:
-            raise ConfigError(
-                f"the key {missing} is missing",
-                where=str(self.config_path),
-                fix="name a directory written by `birl run`",
-            ) from None
+        document = from_plain(_Document, read_toml(self.config_path), where=str(self.config_path))
+        self.problem, self.config = document.problem, document.config
 
     @classmethod
     def create(cls, path: Path, problem: str, config: Mapping[str, Any]) -> RunDirectory:
@@ -169,6 +162,14 @@ class RunDirectory:
                 fix="remove the file; it is written again when the run is resumed",
             )
         return summary
+
+
+@dataclasses.dataclass(frozen=True)
+class _Document:
+    """What config.toml holds."""
+
+    problem: str
+    config: dict[str, Any]
 
 
 class MetricsWriter:
