@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,9 +11,15 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext.agents.finite import FiniteFollower, FiniteSimulator, Paths
-from birl_ext.bilevel.bias_meter import measure_estimator
+from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
 from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
-from birl_ext.errors import DiscountError, OptionError, ShapeError, TemperatureError
+from birl_ext.errors import (
+    DiscountError,
+    NonStochasticError,
+    OptionError,
+    ShapeError,
+    TemperatureError,
+)
 from birl_ext.problems.random_mdp import RandomMDPConfig
 from birl_ext.problems.sampled_random_mdp import sampled_random_mdp
 
@@ -94,6 +101,95 @@ def test_mask_and_reference_are_those_of_the_process(shaped: str) -> None:
     assert report.relative_error < 4 * report.noise + 0.01, report
     gap = (algorithm.q - solution.q.detach())[solution.policy > 0]
     assert float(gap.abs().max()) < 0.02 * float(solution.q.detach().abs().max())
+
+
+class Moved(NamedTuple):
+    """A process and rewards that x moves, in full and as samples."""
+
+    exact: Callable[[Tensor], Tensor]
+    sampled: SampledProblem
+    simulator: FiniteSimulator
+    x: Tensor
+
+
+def moved() -> Moved:
+    draws = torch.Generator().manual_seed(8)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draws, dtype=torch.float64)
+
+    base, slope, wish = 3 * normal(3, 2), 0.2 * normal(3, 2, 4), normal(3, 2)
+    logits, lean = normal(3, 2, 3), normal(3, 2, 3, 4)
+
+    def reward(x: Tensor) -> Tensor:
+        return base + slope @ x
+
+    def transition(x: Tensor) -> Tensor:
+        return (logits + lean @ x).softmax(-1)
+
+    def loss(x: Tensor, *steps: Tensor) -> Tensor:
+        """Of states and actions of the first path, then of the second."""
+        one, other = wish[steps[:2]].sum(-1), wish[steps[2:]].sum(-1)
+        return one * other + x.square().sum() * one
+
+    def mdp(x: Tensor) -> birl_ext.DenseMDP:
+        return birl_ext.DenseMDP(reward(x), transition(x), 0.6)
+
+    def exact(x: Tensor) -> Tensor:
+        def of_pair(*steps: Tensor) -> Tensor:
+            return loss(x, *steps)
+
+        return exact_pair_objective(mdp(x), of_pair, temperature=0.5, steps=2)
+
+    x = 0.5 * normal(4)
+    sampled = SampledProblem(
+        reward,
+        lambda x, paths: loss(x, *(part for path in paths for part in path[:2])),
+        steps=2,
+        transition=transition,
+    )
+    # at another x, so that a process that stays behind shows
+    simulator = FiniteSimulator(mdp(x + 1), torch.Generator().manual_seed(0))
+    return Moved(exact, sampled, simulator, x)
+
+
+def test_a_process_that_x_moves_is_part_of_the_hypergradient() -> None:
+    problem = moved()
+    algorithm = StocSoBiRL(
+        problem.sampled,
+        problem.simulator,
+        problem.x,
+        discount=0.6,
+        temperature=0.5,
+        optimiser=lambda parameters: torch.optim.SGD(parameters, lr=0.05),
+        effort=Effort(batch=20_000, horizon=12, sweeps=1000),
+    )
+    x = problem.x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(problem.exact(x), x)
+    report = measure_estimator(lambda: algorithm.hypergradient()[1], gradient, repetitions=15)
+    assert report.noise < 0.03, report
+    assert report.relative_error < 4 * report.noise + 0.01, report
+    algorithm.effort = Effort(batch=2000, horizon=12, sweeps=100)
+    for _ in range(40):
+        algorithm.step()
+    with torch.no_grad():
+        assert problem.exact(algorithm.x) < problem.exact(problem.x) - 0.1
+
+
+def test_a_simulator_is_moved_and_goes_on_with_its_draws() -> None:
+    problem = moved()
+    simulator = problem.simulator
+    follower = FiniteFollower(torch.full((3, 2), 0.5))
+    simulator.rollout(follower, 5, 3)
+    before, drawn = simulator.state_dict(), simulator.samples
+    sure = torch.eye(3, dtype=torch.float64)[torch.tensor([[1, 1], [2, 2], [0, 0]])]
+    simulator.adapt(sure)
+    path = simulator.rollout(follower, 5, 3)
+    assert torch.equal(path.observation[:, 1:], (path.observation[:, :-1] + 1) % 3)
+    assert simulator.samples == drawn + 10
+    assert not torch.equal(before["generator"], simulator.state_dict()["generator"])
+    with pytest.raises(NonStochasticError):
+        simulator.adapt(sure / 2)
 
 
 def test_the_lower_level_learns_the_soft_q() -> None:

@@ -63,13 +63,26 @@ class FiniteSimulator:
         self.log_reference = mdp.log_reference.detach() if mdp.log_reference.numel() else plain
         self.generator = generator
         self.samples = 0
-        transition = mdp.transition.double()
-        mass = transition.sum(-1, keepdim=True)
-        self._ends = mass.squeeze(-1) == 0
-        self._cumulative = (transition / mass.where(mass > 0, torch.ones_like(mass))).cumsum(-1)
+        self._mdp = mdp
+        self._tabulate()
         start = mdp.initial_distribution
         uniform = torch.full((mdp.states,), 1 / mdp.states, dtype=torch.float64)
         self._start = (uniform if start is None else start.double()).cumsum(-1)
+
+    def adapt(self, transition: Tensor) -> None:
+        """Move the process: P, (S, A, S), holds from now on; what ends stays what ends.
+
+        Raises:
+            BirlError: as `DenseMDP` does, of a transition that is none.
+        """
+        self._mdp = self._mdp.replace(transition=transition.detach())
+        self._tabulate()
+
+    def _tabulate(self) -> None:
+        transition = self._mdp.transition.detach().double()
+        mass = transition.sum(-1, keepdim=True)
+        self._ends = mass.squeeze(-1) == 0
+        self._cumulative = (transition / mass.where(mass > 0, torch.ones_like(mass))).cumsum(-1)
 
     def rollout(self, follower: Policy, count: int, steps: int) -> Paths:
         """`count` paths of `steps` steps from the initial distribution."""

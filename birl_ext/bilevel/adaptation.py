@@ -80,7 +80,8 @@ class AdaptedReward:
     def __call__(self, observation: Tensor, action: Tensor) -> Tensor:
         paid = self.reward(observation, action)
         here, chosen = (part.repeat_interleave(self.samples, 0) for part in (observation, action))
-        path = self.simulator.continuations(self.follower, here, chosen, 2)
+        with torch.no_grad():
+            path = self.simulator.continuations(self.follower, here, chosen, 2)
         seen = path.present[:, 1]
         here, chosen, there = here[seen], chosen[seen], path.observation[seen, 1]
         with torch.no_grad():

@@ -18,9 +18,11 @@ from torch.optim import Optimizer
 
 from birl_ext.agents.agent import check_discount
 from birl_ext.agents.finite import FiniteFollower, FiniteSimulator, Paths
+from birl_ext.bilevel.adaptation import AdaptedReward, path_log_probability
 from birl_ext.bilevel.score import FullHorizon
 from birl_ext.bilevel.trajectory import Baseline, trajectory_surrogate
 from birl_ext.errors import OptionError, TemperatureError
+from birl_ext.preferences.loss import RewardFunction
 
 __all__ = ["Effort", "Outcome", "SampledProblem", "StocSoBiRL"]
 
@@ -34,12 +36,15 @@ class SampledProblem:
         loss: (x, the paths) → l, (n,), units of φ; paths[i] holds the n samples' i-th path.
         paths: I.
         steps: H, steps of a path.
+        transition: x → P_x, (S, A, S), where x moves the process: the simulator is taken along, and
+            ∇log P_x at the transitions that are drawn is used. Which rows end must not depend on x.
     """
 
     reward: Callable[[Tensor], Tensor]
     loss: Callable[[Tensor, Sequence[Paths]], Tensor]
     paths: int = 2
     steps: int = 1
+    transition: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,11 @@ class StocSoBiRL:
     """Single-loop stochastic bilevel descent from samples of the process alone.
 
         Q ← Q + α_j (r_x + γ τ log Σ_a μ exp(Q(s', ·)/τ) − Q), s' ~ P(·|s, a), N times, warm-started
-        d_i ~ π_Q ∝ μ exp(Q/τ),   ∇φ̂ from (M16) with continuations of K steps,   x ← x − β ∇φ̂
+        d_i ~ π_Q ∝ μ exp(Q/τ),   ∇φ̂ from (M16), (M17) with continuations of K steps,   x ← x − β ∇φ̂
 
     Args:
         problem: loss and reward.
-        simulator: draws the paths; the transition is never read, mask and reference μ are.
+        simulator: draws the paths; its transition is never read, mask and reference μ are.
         x: start, (d,); copied.
         discount: γ of the lower level.
         temperature: τ, units of reward.
@@ -104,8 +109,8 @@ class StocSoBiRL:
         effort: samples per outer step; may be replaced between steps.
         baseline: of the losses, see `trajectory_surrogate`.
 
-    Source: (M16); Yang, Gao and Yuan (2025), Stoc-SoBiRL; the step sizes α_j = 1/(1 + (1 − γ)j) of
-    the lower level: Wainwright (2019).
+    Source: (M16), (M17); Yang, Gao and Yuan (2025), Stoc-SoBiRL; the step sizes
+    α_j = 1/(1 + (1 − γ)j) of the lower level: Wainwright (2019).
     """
 
     def __init__(
@@ -144,41 +149,66 @@ class StocSoBiRL:
 
     def hypergradient(self) -> tuple[float, Tensor]:
         """φ and ∇φ, estimated at the present x, after the lower level's update."""
-        table = self.problem.reward(self.x)
-        if self.simulator.mask is not None:
-            table = torch.where(self.simulator.mask, table, 0.0)
+        effort, problem, simulator = self.effort, self.problem, self.simulator
+        table = problem.reward(self.x)
+        if simulator.mask is not None:
+            table = torch.where(simulator.mask, table, 0.0)
+        law = None if problem.transition is None else problem.transition(self.x)
+        if law is not None:
+            simulator.adapt(law)
         self._learn(table.detach())
         follower = FiniteFollower(self._preference().softmax(-1))
-        effort, problem = self.effort, self.problem
         paths = [
-            self.simulator.rollout(follower, effort.batch, problem.steps)
-            for _ in range(problem.paths)
+            simulator.rollout(follower, effort.batch, problem.steps) for _ in range(problem.paths)
         ]
-        score = FullHorizon(self.simulator, discount=self.discount, steps=effort.horizon)
-        scores = torch.stack(
-            [score(lambda s, a: table[s, a], follower, *path) for path in paths]
-        ).sum(0)
+
+        def reward(where: Tensor, chosen: Tensor) -> Tensor:
+            return table[where, chosen]
+
+        scored: RewardFunction = reward
+        moved = None
+        if law is not None:
+            value = self._value()
+
+            def transition(where: Tensor, chosen: Tensor, there: Tensor) -> Tensor:
+                return law[where, chosen, there].log()
+
+            scored = AdaptedReward(
+                reward,
+                transition,
+                simulator,
+                follower,
+                value=lambda where: value[where],
+                discount=self.discount,
+            )
+            moved = torch.stack([path_log_probability(transition, *path) for path in paths]).sum(0)
+        score = FullHorizon(simulator, discount=self.discount, steps=effort.horizon)
+        scores = torch.stack([score(scored, follower, *path) for path in paths]).sum(0)
         surrogate = trajectory_surrogate(
             problem.loss(self.x, paths),
             scores,
             temperature=self.temperature,
             baseline=self.baseline,
+            path=moved,
         )
         (gradient,) = torch.autograd.grad(surrogate, self.x)
         return float(surrogate.detach()), gradient
 
     def _learn(self, reward: Tensor) -> None:
         """Synchronous soft Q-learning from the warm start."""
-        tau, gamma = self.temperature, self.discount
+        gamma = self.discount
         for j in range(1, self.effort.sweeps + 1):
             ahead, goes_on = self.simulator.successors()
-            value = tau * torch.logsumexp(self._preference(), -1)
-            target = reward + gamma * value[ahead] * goes_on
+            target = reward + gamma * self._value()[ahead] * goes_on
             self.q += (target - self.q) / (1 + (1 - gamma) * j)
 
     def _preference(self) -> Tensor:
         """Q/τ + log μ, (S, A)."""
         return self.q / self.temperature + self.simulator.log_reference
+
+    def _value(self) -> Tensor:
+        """τ log Σ_a μ exp(Q/τ), (S,)."""
+        return self.temperature * torch.logsumexp(self._preference(), -1)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, as a snapshot."""
