@@ -21,6 +21,7 @@ LAYERS = (
     "_native_cuda",
     "io",
     "validation",
+    "storage",
     "ops",
     "batching",
     "mdp",
