@@ -153,7 +153,8 @@ def absent(dtype: torch.dtype, like: Tensor) -> Tensor:
     if not like.is_cpu or not validation.is_concrete(like):
         return torch.empty(0, dtype=dtype, device=like.device)
     if dtype not in _ABSENT:
-        _ABSENT[dtype] = torch.empty(0, dtype=dtype)
+        with torch.inference_mode(False):  # one made in that mode could never be saved for backward
+            _ABSENT[dtype] = torch.empty(0, dtype=dtype, device="cpu")
     return _ABSENT[dtype]
 
 

@@ -5,6 +5,7 @@ implicit differentiation: a transform that returns silent zeros fails here.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -231,6 +232,7 @@ TRANSFORMS: dict[str, Callable[[Function, Function, tuple[Tensor, ...]], Any]] =
     "jacfwd": lambda f, s, x: jacfwd(f, all_of(x))(*x),
     "hessian": lambda f, s, x: hessian(s, all_of(x))(*x),
     "vmap-of-hessian": lambda f, s, x: vmap(hessian(s))(*lanes(x)),
+    "jacfwd-of-jacfwd": lambda f, s, x: jacfwd(jacfwd(s))(*x),
     "vmap-of-jvp": lambda f, s, x: vmap(lambda *y: jvp(f, y, nudges(y))[1])(*lanes(x)),
 }
 
@@ -258,6 +260,31 @@ def test_eager(name: str, transform: str) -> None:
     apply = TRANSFORMS[transform]
     got = apply(of.ours, ours, of.inputs)
     assert_agree(got, apply(of.plain, plain, of.inputs), f"{transform} of {name}")
+
+
+def along(function: Function, mode: str, direction: tuple[Tensor, ...]) -> Function:
+    """The derivative of a scalar function in a direction."""
+
+    def slope(*inputs: Tensor) -> Tensor:
+        if mode == "forward":
+            return jvp(function, inputs, direction)[1]
+        found = grad(function, all_of(inputs))(*inputs)
+        return sum((g * d).sum() for g, d in zip(found, direction, strict=True))
+
+    return slope
+
+
+@pytest.mark.parametrize("modes", list(itertools.product(("forward", "reverse"), repeat=3)))
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_modes_nest_in_any_order(name: str, modes: tuple[str, ...]) -> None:
+    """Second and third derivatives; torch switches forward mode off inside a custom rule."""
+    of = subject(name)
+    ours, plain = of.scalars()
+    for order, mode in enumerate(modes, 1):
+        direction = tuple(x / (1 + order) for x in nudges(of.inputs))
+        ours, plain = along(ours, mode, direction), along(plain, "reverse", direction)
+        if order > 1:
+            assert_agree(ours(*of.inputs), plain(*of.inputs), f"{modes[:order]} of {name}")
 
 
 CHECKS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
@@ -300,13 +327,15 @@ def test_compiled(name: str, transform: str) -> None:
     assert_agree(apply(of.ours, ours, of.inputs), want, f"compiled {transform} of {name}")
 
 
-@pytest.mark.parametrize("nested", ["hessian", "vmap-of-grad"])
+@pytest.mark.parametrize("nested", ["hessian", "jacfwd-of-jacfwd", "vmap-of-grad"])
 def test_compiled_higher_transforms(nested: str) -> None:
     of = subject("solve")
     ours, plain = of.scalars()
     x = of.inputs
     if nested == "hessian":
         got, want = compiled(hessian(ours))(*x), hessian(plain)(*x)
+    elif nested == "jacfwd-of-jacfwd":
+        got, want = compiled(jacfwd(jacfwd(ours)))(*x), hessian(plain)(*x)
     else:
         x = lanes(x)
         got, want = compiled(vmap(grad(ours)))(*x), vmap(grad(plain))(*x)
@@ -471,6 +500,40 @@ def test_bfloat16_autocast_reaches_the_planner_and_back() -> None:
         got = loss_and_grads(agent, agent, features)
     want = loss_and_grads(agent, agent, features)
     assert_agree(got, want, "autocast", relative=3e-2)
+
+
+@pytest.mark.parametrize("kind", ["solve", "evaluate"])
+def test_autocast_does_not_round_a_gradient(kind: str) -> None:
+    transition = draw(STATES, ACTIONS, STATES).softmax(-1).float()
+    reward, policy = draw(STATES, ACTIONS).float(), draw(STATES, ACTIONS).softmax(-1).float()
+
+    def total(rows: Tensor) -> Tensor:
+        if kind == "solve":
+            found = birl_ext.solve(reward, rows, discount=0.6, temperature=0.5).value
+        else:
+            found = birl_ext.evaluate(policy, reward, rows, discount=0.6)
+        return (found * found).sum()
+
+    want = grad(total)(transition)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_agree(grad(total)(transition), want, "grad inside", relative=1e-6)
+        leaf = transition.clone().requires_grad_()
+        total(leaf).backward()
+        assert leaf.grad is not None
+        assert_agree(leaf.grad, want, "backward inside", relative=1e-6)
+
+
+def test_a_first_call_in_inference_mode_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(birl_ext.batching, "_ABSENT", {})
+    transition = draw(STATES, ACTIONS, STATES).softmax(-1)
+    problem: dict[str, Any] = {"discount": torch.tensor(0.6).double(), "temperature": 0.5}
+    with torch.inference_mode():
+        birl_ext.solve(draw(STATES, ACTIONS), transition, **problem)
+    reward = draw(STATES, ACTIONS).requires_grad_()
+    birl_ext.solve(reward, transition, **problem).value.sum().backward()
+    assert reward.grad is not None
 
 
 def test_inference_mode_and_no_grad() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.util
 import sys
@@ -12,7 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import _unwrap_for_grad, _wrap_for_grad
 from torch._functorch.autograd_function import custom_function_call
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
@@ -37,8 +40,14 @@ class Function(torch.autograd.Function):
     """An autograd.Function that takes positional arguments only.
 
     Torch's own `apply` works out the signature of `forward` and binds it at every call, which costs
-    more than the rest of the call.
+    more than the rest of the call. And torch calls `jvp` with forward mode switched off, so that an
+    outer derivative in forward mode would silently be zero: here the rule runs one level below.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "jvp" in cls.__dict__:
+            cls.jvp = staticmethod(_one_level_below(cls.jvp))  # type: ignore[method-assign]
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
@@ -46,6 +55,43 @@ class Function(torch.autograd.Function):
             return custom_function_call(cls, *args)
         base: Any = super(torch.autograd.Function, cls)
         return base.apply(*unwrap_dead_wrappers(args))
+
+
+def _one_level_below(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule for tangents that outer transforms can follow, as they follow torch's own operators.
+
+    Of a functorch level's tensors only what they wrap is read, under the levels below it.
+    """
+
+    @functools.wraps(rule)
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            return rule(ctx, *tangents)
+        interpreter = retrieve_current_functorch_interpreter()
+        level = interpreter.level()
+
+        def unwrapped(value: Any) -> Any:
+            return _unwrap_for_grad(value, level) if isinstance(value, Tensor) else value
+
+        below = _Below(ctx, tuple(map(unwrapped, ctx.saved_tensors)))
+        with torch.autograd.forward_ad._set_fwd_grad_enabled(True), interpreter.lower():
+            found = rule(below, *map(unwrapped, tangents))
+        return tuple(
+            _wrap_for_grad(value, level) if isinstance(value, Tensor) else value for value in found
+        )
+
+    return jvp
+
+
+class _Below:
+    """A context whose tensors are those of the level below."""
+
+    def __init__(self, ctx: Any, saved_tensors: tuple[Tensor, ...]) -> None:
+        self._ctx = ctx
+        self.saved_tensors = saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def in_graph(function: F) -> F:

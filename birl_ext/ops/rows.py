@@ -95,7 +95,7 @@ class Rows(NamedTuple):
         """
         dtype = self.data.dtype
         if self.dense:
-            product = _joined(weight).mT.to(dtype) @ vector.to(dtype)
+            product = _full_product(_joined(weight).mT.to(dtype), vector.to(dtype))
             product = product - _joined(shift).unsqueeze(-1).to(dtype)
             return product.reshape(-1, self.states, self.actions, self.states)
         row = self._row
@@ -145,3 +145,11 @@ def widened(policy: Tensor) -> Tensor:
 def _joined(table: Tensor) -> Tensor:
     """(…, S, A) → (…, S·A). Not `flatten`, for which PyTorch's older vmap has no rule."""
     return table.reshape(*table.shape[:-2], table.shape[-2] * table.shape[-1])
+
+
+def _full_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in their own dtype, in a region of autocast too: it would round float32."""
+    if torch.is_autocast_enabled(left.device.type):
+        with torch.autocast(left.device.type, enabled=False):
+            return left @ right
+    return left @ right
