@@ -16,6 +16,7 @@ from birl_ext import validation
 from birl_ext.batching import Flat, absent, flatten
 from birl_ext.errors import (
     BackendUnavailableError,
+    NotConvergedError,
     OptionError,
     ShapeError,
     SolveError,
@@ -305,6 +306,8 @@ def evaluate(
     Raises:
         InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its
             place.
+        NotConvergedError: the linear system was not solved to rounding. Where nothing can be read
+            (in a transform, say) the result is NaN instead; a derivative of it is NaN always.
 
     Gradients: policy, reward, transition, discount; any order and mode.
 
@@ -318,7 +321,7 @@ def evaluate(
     _check_policy(policy, flat, validate)
     pi = flat.layout.grouped(widened(policy), 2)
     gain = (pi * flat.reward.double()).sum(-1)
-    value = _policy_system(flat, pi, gain, False, backend)
+    value = _policy_system(flat, pi, gain, False, validate, backend)
     return flat.layout.restore(value.to(flat.reward.dtype))
 
 
@@ -350,6 +353,8 @@ def occupancy(
     Raises:
         InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its
             place.
+        NotConvergedError: the linear system was not solved to rounding. Where nothing can be read
+            (in a transform, say) the result is NaN instead; a derivative of it is NaN always.
 
     Gradients: policy, transition, discount, initial_distribution; any order and mode.
 
@@ -390,7 +395,8 @@ def occupancy(
         validation.check_initial_distribution(initial_distribution)
     start = flat.layout.grouped(initial_distribution.double(), 1)
     mass = (1 - flat.discount).unsqueeze(-1) * start
-    share = _policy_system(flat, flat.layout.grouped(widened(policy), 2), mass, True, backend)
+    pi = flat.layout.grouped(widened(policy), 2)
+    share = _policy_system(flat, pi, mass, True, validate, backend)
     return flat.layout.restore(share.to(flat.reward.dtype))
 
 
@@ -401,11 +407,16 @@ def _check_policy(policy: Tensor, flat: Flat, validate: validation.Level) -> Non
 
 
 def _policy_system(
-    flat: Flat, policy: Tensor, rhs: Tensor, transpose: bool, backend: BackendName
+    flat: Flat,
+    policy: Tensor,
+    rhs: Tensor,
+    transpose: bool,
+    validate: validation.Level,
+    backend: BackendName,
 ) -> Tensor:
     """(I − γP_π)⁻¹ b or its transpose, for b (N, G, S)."""
     solution: Tensor
-    solution, _ = _policy_solve.policy_solve(
+    solution, residual = _policy_solve.policy_solve(
         flat.transition,
         *flat.pattern,
         policy,
@@ -416,7 +427,27 @@ def _policy_system(
         0,
         _backend(backend, flat.reward.device),
     )
+    # on a GPU the look would make the host wait
+    if validation.is_concrete(solution) and not (validate == "off" and solution.is_cuda):
+        _require_solved(solution.detach(), residual, flat)
     return solution.squeeze(2)
+
+
+def _require_solved(solution: Tensor, residual: Tensor, flat: Flat) -> None:
+    """Raise NotConvergedError at the first problem that is NaN though its residual is a number."""
+    if not bool(solution.sum().isnan()):
+        return
+    unsolved = (solution.isnan().any(-1) & residual.isfinite()).squeeze(-1)
+    if not bool(unsolved.any()):
+        return
+    first = int(unsolved.flatten().to(torch.uint8).argmax())
+    batch = flat.layout.locate(first)
+    raise NotConvergedError(
+        f"policy system not solved: its residual is {float(residual.flatten()[first]):.3g}",
+        where=f"batch {batch}" if batch else "",
+        fix="use a smaller discount: the policy mixes too slowly for products, and "
+        f"{flat.reward.shape[-2]} states are too many to eliminate",
+    )
 
 
 def _flat(

@@ -13,8 +13,9 @@ from hypothesis import given
 from torch import Tensor
 
 import birl_ext
+from birl_ext.errors import NotConvergedError
 from birl_ext.mdp import DenseMDP, SparseMDP
-from birl_ext.ops import _backends
+from birl_ext.ops import _backends, _torch
 from birl_ext.reference import float64, multiprecision
 from birl_ext.solution import Solution, Status
 
@@ -419,3 +420,49 @@ def test_the_backends_give_the_same_answers(case: Case, form: str) -> None:
         native.log_policy, plain.log_policy, bound=stretched(log_bound, 2), label=f"{case} log π"
     )
     assert torch.equal(native.status, plain.status)
+
+
+def reflecting_walk(states: int, discount: float) -> SparseMDP:
+    """A fair walk between two walls that pays at one of them: it mixes in `states`² steps."""
+    here = torch.arange(states)
+    steps = torch.stack(((here - 1).clamp(min=0), (here + 1).clamp(max=states - 1)), 1)
+    reward = torch.zeros(states, 1, dtype=torch.float64)
+    reward[0] = 1
+    half = torch.full((2 * states,), 0.5, dtype=torch.float64)
+    return SparseMDP(reward, half, 2 * torch.arange(states + 1), steps.flatten(), discount)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_policy_of_a_slowly_mixing_chain(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products alone do not solve its systems in the passes allowed: they are eliminated."""
+    monkeypatch.setattr(_torch, "DIRECT_STATES", 100)
+    walk = reflecting_walk(1200, 0.999999)
+    policy = torch.ones(1200, 1, dtype=torch.float64)
+    start = torch.full((1200,), 1 / 1200, dtype=torch.float64)
+    value = birl_ext.evaluate(policy, walk, backend=backend)
+    share = birl_ext.occupancy(policy, walk, initial_distribution=start, backend=backend)
+    truth = float64.evaluate(
+        policy.numpy(), walk.reward.numpy(), walk.to_dense().transition.numpy(), discount=0.999999
+    )
+    torch.testing.assert_close(value, torch.as_tensor(truth), rtol=1e-8, atol=0)
+    torch.testing.assert_close(share[0] * 1e6, value.mean(), rtol=1e-8, atol=0)
+
+
+def test_policy_systems_left_unsolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What neither products nor an elimination solve is an error, and NaN where none can be raised;
+    its neighbour in the batch keeps its numbers.
+    """
+    monkeypatch.setattr(_torch, "DIRECT_STATES", 100)
+    monkeypatch.setattr(_torch, "RETRY_STATES", 100)
+    discount = torch.tensor([0.5, 0.999999], dtype=torch.float64)
+    walk = reflecting_walk(1200, 0.5).replace(discount=discount)
+    policy = torch.ones(1200, 1, dtype=torch.float64)
+    with pytest.raises(NotConvergedError, match=r"not solved: .* at batch \(1,\)"):
+        birl_ext.evaluate(policy, walk, backend="torch")
+
+    def value(gamma: Tensor) -> Tensor:
+        return birl_ext.evaluate(policy, walk.replace(discount=gamma), backend="torch")
+
+    mapped = torch.func.vmap(value)(discount)
+    assert mapped[0].isfinite().all()
+    assert mapped[1].isnan().all()
