@@ -292,7 +292,7 @@ def evaluate(
         J(s) = Σ_a π(a|s) [ g(s,a) + γ Σ_t P(t|s,a) J(t) ]
 
     Args:
-        policy: π, (*B, S, A), probabilities.
+        policy: π, (*B, S, A), probabilities; nothing behind the mask of an MDP object.
         reward: g, (*B, S, A); or an MDP object, whose reward, transition, discount and terminal are
             used.
         transition: P, (*B, S, A, S).
@@ -318,7 +318,7 @@ def evaluate(
         reward, transition, discount, 1.0, None, None, terminal, validate, batch, read=True
     )
     validation.check_devices({"transition": flat.transition, "policy": policy})
-    _check_policy(policy, flat, validate)
+    _check_policy(policy, flat, reward, validate)
     pi = flat.layout.grouped(widened(policy), 2)
     gain = (pi * flat.reward.double()).sum(-1)
     value = _policy_system(flat, pi, gain, False, validate, backend)
@@ -340,7 +340,7 @@ def occupancy(
         d(t) = (1 − γ) ρ(t) + γ Σ_s d(s) Σ_a π(a|s) P(t|s,a)
 
     Args:
-        policy: π, (*B, S, A), probabilities.
+        policy: π, (*B, S, A), probabilities; nothing behind the mask of an MDP object.
         transition: P, (*B, S, A, S); or an MDP object.
         discount: γ in [0, 1).
         initial_distribution: ρ, (*B, S); may be left out if an MDP object has one.
@@ -389,7 +389,7 @@ def occupancy(
             "initial_distribution": initial_distribution,
         }
     )
-    _check_policy(policy, flat, validate)
+    _check_policy(policy, flat, transition, validate)
     _require_shape("initial_distribution", initial_distribution, (flat.reward.shape[-2],))
     if validate == "full" and validation.is_concrete(initial_distribution):
         validation.check_initial_distribution(initial_distribution)
@@ -400,10 +400,14 @@ def occupancy(
     return flat.layout.restore(share.to(flat.reward.dtype))
 
 
-def _check_policy(policy: Tensor, flat: Flat, validate: validation.Level) -> None:
+def _check_policy(
+    policy: Tensor, flat: Flat, model: Tensor | MDP, validate: validation.Level
+) -> None:
     _require_shape("policy", policy, tuple(flat.reward.shape[-2:]))
     if validate == "full" and validation.is_concrete(policy):
-        validation.check_policy(policy)
+        mask = None if isinstance(model, Tensor) else model.mask
+        looking = not isinstance(model, Tensor) and validation.is_concrete(mask, model.terminal)
+        validation.check_policy(policy, model.forbidden() if looking else None)
 
 
 def _policy_system(

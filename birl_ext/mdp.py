@@ -258,6 +258,18 @@ class _MDP:
             rows = rows & ongoing
         return rows
 
+    def forbidden(self) -> Tensor | None:
+        """(*B, S, A) bool, True where a policy may have no mass; None for nowhere.
+
+        A terminal state without any action is not among them: nothing is paid there.
+        """
+        if self.mask is None:
+            return None
+        closed = ~self.mask
+        if self.terminal is None:
+            return closed
+        return closed & ~(self.terminal & closed.all(-1)).unsqueeze(-1)
+
     def _log_reference(self, available: Tensor | None) -> Tensor:
         if self.reference is None:
             if available is None:

@@ -469,8 +469,10 @@ def check_initial_distribution(initial: Tensor) -> None:
         )
 
 
-def check_policy(policy: Tensor) -> None:
-    """Raise unless π, (*B, S, A), is a probability distribution over the actions of every state."""
+def check_policy(policy: Tensor, forbidden: Tensor | None = None) -> None:
+    """Raise PolicyError unless π, (*B, S, A), is a probability distribution over the actions of
+    every state, with nothing on those that are `forbidden`, (*B, S, A) bool.
+    """
     bad = ~(policy >= 0)  # NaN fails too; an infinity fails the sum
     if bad.any():
         (*batch, state, action), value = _first(bad, policy)
@@ -488,6 +490,17 @@ def check_policy(policy: Tensor) -> None:
             f"policy sums to {value:.12g}",
             where=_place(batch, state=state),
             allowed=f"1 ± {tolerance:.3g} for {_short(policy.dtype)}",
+        )
+    if forbidden is None:
+        return
+    bad = (policy > 0) & forbidden
+    if bad.any():
+        (*batch, state, action), value = _first(bad, policy)
+        raise PolicyError(
+            f"policy is {value:.6g} behind the mask",
+            where=_place(batch, state=state, action=action),
+            allowed="0 there",
+            fix="set it to zero there and normalise over the last axis",
         )
 
 

@@ -97,6 +97,10 @@ def policy() -> Tensor:
     return torch.full((S, A), 1 / A, dtype=torch.float64)
 
 
+def one_closed() -> Tensor:
+    return changed(torch.ones(2, S, A, dtype=torch.bool), (1, 2, 1), False)
+
+
 def no_action() -> Tensor:
     return changed(torch.ones(2, S, A, dtype=torch.bool), (1, 2), False)
 
@@ -291,6 +295,20 @@ NUMBERS: dict[str, Row] = {
         "E108",
         r"policy is nan at state 1, action 0",
         lambda: birl_ext.evaluate(changed(policy(), (1, 0), math.nan), dense()),
+    ),
+    "policy behind the mask": (
+        "E108",
+        r"policy is 0\.333333 behind the mask at batch 1, state 2, action 1 \(allowed: 0 there",
+        lambda: birl_ext.evaluate(policy(), dense(mask=one_closed())),
+    ),
+    "policy behind the mask, occupancy": (
+        "E108",
+        r"policy is 0\.333333 behind the mask at batch 1, state 2, action 1 .*normalise",
+        lambda: birl_ext.occupancy(
+            policy(),
+            dense(mask=one_closed()).to_sparse(),
+            initial_distribution=torch.full((S,), 1 / S, dtype=torch.float64),
+        ),
     ),
 }
 

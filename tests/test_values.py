@@ -466,3 +466,18 @@ def test_policy_systems_left_unsolved(monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = torch.func.vmap(value)(discount)
     assert mapped[0].isfinite().all()
     assert mapped[1].isnan().all()
+
+
+def test_any_policy_will_do_where_a_terminal_state_has_no_action() -> None:
+    """Nothing is paid there and nothing follows; elsewhere the mask binds."""
+    random = torch.Generator().manual_seed(0)
+    reward = torch.rand(3, 2, generator=random, dtype=torch.float64)
+    rows = torch.rand(3, 2, 3, generator=random, dtype=torch.float64)
+    mask = torch.tensor([[True, True], [True, False], [False, False]])
+    terminal = torch.tensor([False, False, True])
+    mdp = DenseMDP(reward, rows / rows.sum(-1, keepdim=True), 0.9, mask=mask, terminal=terminal)
+    policy = torch.tensor([[0.5, 0.5], [1, 0], [0.5, 0.5]], dtype=torch.float64)
+    value = birl_ext.evaluate(policy, mdp)
+    assert value[2] == 0
+    first = torch.tensor([[0.5, 0.5], [1, 0], [1, 0]], dtype=torch.float64)
+    assert torch.equal(value, birl_ext.evaluate(first, mdp))
