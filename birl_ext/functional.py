@@ -182,9 +182,13 @@ def solve(
     if out_of_reach and raising and not concrete:
         raise _too_tight(tol, rounded)
     index = flat.pattern
-    # rows of an MDP object were read when it was made, and may be zero where the process ends
-    raw = isinstance(reward, Tensor) and mask is None and terminal is None
-    rigour = Rigour.OFF if validate != "full" else Rigour.STOCHASTIC if raw else Rigour.OR_ENDING
+    if isinstance(reward, Tensor):
+        ending = not (mask is None and terminal is None)
+    else:
+        ending = reward.ending
+    rigour = Rigour.OR_ENDING if ending else Rigour.STOCHASTIC
+    if validate != "full":
+        rigour = Rigour.OFF
     outputs = _solve.solve(
         flat.transition,
         *index,
@@ -262,6 +266,7 @@ def bellman(
     )
     _require_shape("value", value, (flat.reward.shape[-2],))
     dtype = flat.reward.dtype
+    trust = _trust(flat.discount, flat.temperature)
     image, advantage, policy, _ = _bellman.bellman(
         flat.transition,
         *flat.pattern,
@@ -272,6 +277,8 @@ def bellman(
         flat.layout.grouped(value.double(), 1),
         _backend(backend, flat.reward.device),
     )
+    if trust is not None:
+        image, policy = image * trust[..., None], policy * trust[..., None, None]
     q = _masked(advantage + image.unsqueeze(-1), flat)
     restore = flat.layout.restore
     return restore(image.to(dtype)), restore(q.to(dtype)), restore(policy.to(dtype))
@@ -405,9 +412,10 @@ def _check_policy(
 ) -> None:
     _require_shape("policy", policy, tuple(flat.reward.shape[-2:]))
     if validate == "full" and validation.is_concrete(policy):
-        mask = None if isinstance(model, Tensor) else model.mask
-        looking = not isinstance(model, Tensor) and validation.is_concrete(mask, model.terminal)
-        validation.check_policy(policy, model.forbidden() if looking else None)
+        forbidden = None
+        if not isinstance(model, Tensor) and validation.is_concrete(model.mask, model.terminal):
+            forbidden = model.forbidden()
+        validation.check_policy(policy, forbidden)
 
 
 def _policy_system(
@@ -431,10 +439,25 @@ def _policy_system(
         0,
         _backend(backend, flat.reward.device),
     )
+    trust = _trust(flat.discount)
+    if trust is not None:
+        solution = solution * trust[..., None, None]
     # on a GPU the look would make the host wait
     if validation.is_concrete(solution) and not (validate == "off" and solution.is_cuda):
         _require_solved(solution.detach(), residual, flat)
     return solution.squeeze(2)
+
+
+def _trust(discount: Tensor, temperature: Tensor | None = None) -> Tensor | None:
+    """(N, G), 1 where γ and τ lie in their range and NaN elsewhere; None where the border has read
+    them.
+    """
+    if validation.is_concrete(discount, temperature):
+        return None
+    fine = (discount >= 0) & (discount < 1)
+    if temperature is not None:
+        fine = fine & (temperature > 0) & temperature.isfinite()
+    return torch.where(fine, 1.0, torch.nan).double()
 
 
 def _require_solved(solution: Tensor, residual: Tensor, flat: Flat) -> None:
@@ -469,7 +492,8 @@ def _flat(
 ) -> Flat:
     """Tensors or an MDP object, checked once, in the normal form of the ops.
 
-    `read` is for ops that do not check the numbers themselves in their first pass.
+    `read` is for ops that do not check the numbers themselves in their first pass. A tensor that a
+    transform has wrapped keeps nobody from reading the others.
     """
     if isinstance(reward, (DenseMDP, SparseMDP)):
         extras = {
@@ -485,7 +509,8 @@ def _flat(
                     f"{name} was given beside an MDP object",
                     fix=f"use mdp.replace({name}=…)",
                 )
-        validation.check_temperature(temperature, data=False)
+        scalars = validate == "cheap" or (read and validate == "full")
+        validation.check_temperature(temperature, data=scalars)
         return reward.flatten(temperature, batch)
     if transition is None or discount is None:
         raise OptionError(
@@ -503,7 +528,7 @@ def _flat(
             reference=reference,
             validate=validate,
         )
-        return _flat(mdp, None, None, temperature, None, None, None, validate, batch)
+        return _flat(mdp, None, None, temperature, None, None, None, validate, batch, read=read)
     validation.check_level(validate)
     if validate != "off":
         reward = validation.as_floating("reward", reward)
@@ -518,11 +543,13 @@ def _flat(
                 "temperature": temperature,
             }
         )
-        reading = read and validate == "full" and validation.is_concrete(reward, transition)
-        validation.check_discount(discount, data=reading)
-        validation.check_temperature(temperature, data=reading)
-        if reading:
+        reading = read and validate == "full"
+        scalars = reading or validate == "cheap"  # where the op is told not to check any number
+        validation.check_discount(discount, data=scalars)
+        validation.check_temperature(temperature, data=scalars)
+        if reading and validation.is_concrete(reward):
             validation.check_reward(reward)
+        if reading and validation.is_concrete(transition):
             validation.check_rows(transition, None)
     no_reference = absent(torch.float64, reward)
     return flatten(reward, transition, no_reference, discount, temperature, batch=batch)
@@ -549,9 +576,9 @@ def _unprepared(
         return _plain.solve(reward, transition, discount, temperature, Rigour.STOCHASTIC)
     if not (transition is discount is reward.mask is reward.reference is None):
         return None
-    # its rows were read when it was made, and are zero where the process ends
-    data = (reward.reward, reward.transition, reward.discount)
-    return _plain.solve(*data, temperature, Rigour.OR_ENDING)
+    # rows may be zero where the process ends
+    rigour = Rigour.STOCHASTIC if reward.terminal is None else Rigour.OR_ENDING
+    return _plain.solve(reward.reward, reward.transition, reward.discount, temperature, rigour)
 
 
 def _solution(outputs: tuple[Tensor, ...]) -> Solution:

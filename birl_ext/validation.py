@@ -1,9 +1,11 @@
 """Every check of an MDP's inputs, in one place; the messages name what, where, value and remedy.
 
-``"cheap"`` checks read shapes, dtypes, devices and Python numbers. ``"full"`` also reads the data,
-which is skipped wherever there is none to read: under torch.compile, functorch transforms, fake
-tensors and CUDA graph capture. There the status codes of the ops are the second line of defence;
-`status_error` turns them into the same errors.
+``"cheap"`` checks read shapes, dtypes, devices, discount and temperature. ``"full"`` also reads the
+data. A tensor is not read where it holds no numbers: under torch.compile, wrapped by a functorch
+transform, a fake tensor, or during CUDA graph capture. There a second line of defence remains. The
+op of `solve` checks everything itself; `status_error` turns its status codes into the same errors.
+The results of `bellman`, `evaluate` and `occupancy` are NaN where discount or temperature is out of
+range; a transition or a policy that is no distribution is not found out there.
 """
 
 from __future__ import annotations

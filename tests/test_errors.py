@@ -356,6 +356,26 @@ SCALARS: dict[str, Row] = {
             torch.zeros(S).double(), **{**model(), "temperature": torch.tensor([-1.0, 1.0])}
         ),
     ),
+    "τ tensor, bellman, MDP": (
+        "E202",
+        r"temperature is -1\.0 \(",
+        lambda: birl_ext.bellman(torch.zeros(S).double(), dense(), temperature=torch.tensor(-1.0)),
+    ),
+    "γ tensor, cheap": (
+        "E201",
+        r"discount is 1\.5 at batch 1",
+        lambda: solve(discount=torch.tensor([0.5, 1.5]), validate="cheap", on_fail="status"),
+    ),
+    "τ tensor, cheap": (
+        "E202",
+        r"temperature is 0\.0 \(",
+        lambda: solve(temperature=torch.tensor(0.0), validate="cheap", on_fail="status"),
+    ),
+    "γ tensor, MDP, cheap": (
+        "E201",
+        r"discount is 1\.5 \(",
+        lambda: dense(discount=torch.tensor(1.5), validate="cheap"),
+    ),
     "τ, MDP": (
         "E202",
         r"temperature is -1",
@@ -616,6 +636,83 @@ def test_an_input_without_validation_is_not_read() -> None:
     got = birl_ext.solve(**given, validate="off")
     want = birl_ext.solve(**{**given, "transition": rows / rows.sum(-1, keepdim=True)})
     assert torch.allclose(got.value, want.value, rtol=1e-13)
+
+
+ZERO_ROW = with_entry("transition", (1, 2, 0), 0.0)["transition"]
+GAMMAS = torch.tensor([1.5, 0.9], dtype=torch.float64)
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "grad": lambda f, r: torch.func.grad(lambda x: f(x).sum())(r),
+    "vmap": lambda f, r: torch.func.vmap(f)(torch.stack((r, r))),
+    "vmap of grad": lambda f, r: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(r[None]),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_what_no_transform_has_wrapped_is_read(transform: str) -> None:
+    """Only the reward is wrapped here."""
+    broken, rows, reward = broken_row()["transition"], model()["transition"], model()["reward"]
+    even, twice = policy(), 2 * policy()
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda r: birl_ext.evaluate(even, r, broken, discount=0.9),
+        lambda r: birl_ext.bellman(r[..., 0], r, broken, discount=0.9, temperature=1.0)[0],
+        lambda r: birl_ext.solve(DenseMDP(r, broken, 0.9), temperature=1.0).value,
+    ]
+    for call in calls:
+        with pytest.raises(errors.NonStochasticError, match="batch 1, state 2, action 0"):
+            TRANSFORMS[transform](call, reward)
+    with pytest.raises(errors.PolicyError, match=r"sums to 2 at state 0"):
+        TRANSFORMS[transform](lambda r: birl_ext.evaluate(twice, r, rows, discount=0.9), reward)
+
+
+@pytest.mark.parametrize("validate", ["full", "off"])
+def test_a_row_of_zeros_ends_nothing_without_mask_or_terminal(validate: Any) -> None:
+    """Whether the rows were read when the MDP was made, or only by the solver."""
+    reward = model()["reward"][0]
+
+    def value(rows: Tensor) -> Tensor:
+        mdp = DenseMDP(reward, rows, 0.9, validate=validate)
+        return birl_ext.solve(mdp, temperature=1.0).value
+
+    for run in (
+        lambda: value(ZERO_ROW[1]),
+        lambda: torch.func.vmap(value)(ZERO_ROW),
+        lambda: torch.func.grad(lambda rows: value(rows).sum())(ZERO_ROW[1]),
+        lambda: torch.compile(value, backend="eager")(ZERO_ROW[1]),
+    ):
+        with pytest.raises(
+            errors.NonStochasticError, match=r"sums to 0 at (batch ., )?state 2, action 0"
+        ):
+            run()
+
+
+def test_scalars_out_of_range_give_nan_where_nothing_can_be_raised() -> None:
+    reward, rows, even = model()["reward"][0], model()["transition"][0], policy()
+    start = torch.full((S,), 1 / S, dtype=torch.float64)
+
+    def swept(gamma: Any, tau: Any) -> Tensor:
+        options = {"discount": gamma, "temperature": tau}
+        image, q, pi = birl_ext.bellman(reward[:, 0], reward, rows, **options)
+        return torch.cat((image, q.flatten(), pi.flatten()))
+
+    def share(gamma: Tensor) -> Tensor:
+        options = {"discount": gamma, "initial_distribution": start}
+        return birl_ext.occupancy(even, rows, **options)
+
+    calls: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
+        (lambda g: birl_ext.evaluate(even, reward, rows, discount=g), GAMMAS),
+        (share, GAMMAS),
+        (lambda g: swept(g, 1.0), GAMMAS),
+        (lambda tau: swept(0.9, tau), 1.25 - GAMMAS),
+        (lambda tau: swept(0.9, tau), GAMMAS.new_tensor([torch.inf, 1.0])),
+    ]
+    for call, scalars in calls:
+        for found in (
+            torch.func.vmap(call)(scalars),
+            torch.func.vmap(torch.func.jacrev(call))(scalars),
+        ):
+            assert found[0].isnan().all()
+            assert found[1].isfinite().all()
+        torch.testing.assert_close(torch.func.vmap(call)(scalars)[1], call(scalars[1]))
 
 
 def test_every_class_says_what_it_means() -> None:
