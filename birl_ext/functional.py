@@ -7,7 +7,8 @@ once.
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+import math
+from typing import Any, Literal, SupportsFloat, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from birl_ext import validation
 from birl_ext.batching import Flat, absent, flatten
 from birl_ext.errors import (
     BackendUnavailableError,
+    NonFiniteResultError,
     NotConvergedError,
     OptionError,
     ShapeError,
@@ -158,14 +160,17 @@ def solve(
     guess = absent(torch.float64, flat.reward)
     if initial is not None:
         _require_shape("initial", initial, (flat.reward.shape[-2],))
+        _require_batch("initial", tuple(initial.shape[:-1]), flat.layout.batch_shape)
         guess = flat.layout.grouped(initial.detach().double(), 1)
     if on_fail not in _ON_FAIL:
         raise _unknown("on_fail", on_fail, _ON_FAIL)
     if method not in _METHODS:
         raise _unknown("method", method, tuple(_METHODS))
-    if tol is not None and not tol >= 0:
+    if tol is not None and not (isinstance(tol, SupportsFloat) and float(tol) >= 0):
         raise OptionError(f"tol is {tol!r}", allowed="0 or more, or None")
-    if max_iterations is not None and max_iterations < 1:
+    if max_iterations is not None and not (
+        isinstance(max_iterations, SupportsFloat) and 1 <= float(max_iterations) < 2**63
+    ):
         raise OptionError(f"max_iterations is {max_iterations!r}", allowed="1 or more, or None")
     if method == "newton":
         states = flat.reward.shape[-2]
@@ -213,6 +218,8 @@ def solve(
         error = _backends.failure(outputs, flat.transition, *index, flat.reward, flat.layout.locate)
         if out_of_reach and isinstance(error, StagnatedError):
             error = _too_tight(tol, rounded)
+        if initial is not None and isinstance(error, NonFiniteResultError):
+            validation.check_initial(initial)
         if isinstance(error, SolveError):
             error.solution = solution
         raise error
@@ -299,7 +306,8 @@ def evaluate(
         J(s) = Σ_a π(a|s) [ g(s,a) + γ Σ_t P(t|s,a) J(t) ]
 
     Args:
-        policy: π, (*B, S, A), probabilities; nothing behind the mask of an MDP object.
+        policy: π, (*B, S, A), probabilities; nothing behind the mask of an MDP object. Read as
+            π/Σπ where it misses one by rounding.
         reward: g, (*B, S, A); or an MDP object, whose reward, transition, discount and terminal are
             used.
         transition: P, (*B, S, A, S).
@@ -320,13 +328,13 @@ def evaluate(
 
     Source: maths section 3, "Policy value under another reward".
     """
+    policy = validation.as_floating("policy", policy)
     batch = tuple(policy.shape[:-2])
     flat = _flat(
         reward, transition, discount, 1.0, None, None, terminal, validate, batch, read=True
     )
     validation.check_devices({"transition": flat.transition, "policy": policy})
-    _check_policy(policy, flat, reward, validate)
-    pi = flat.layout.grouped(widened(policy), 2)
+    pi = _checked(policy, flat, reward, validate)
     gain = (pi * flat.reward.double()).sum(-1)
     value = _policy_system(flat, pi, gain, False, validate, backend)
     return flat.layout.restore(value.to(flat.reward.dtype))
@@ -347,7 +355,8 @@ def occupancy(
         d(t) = (1 − γ) ρ(t) + γ Σ_s d(s) Σ_a π(a|s) P(t|s,a)
 
     Args:
-        policy: π, (*B, S, A), probabilities; nothing behind the mask of an MDP object.
+        policy: π, (*B, S, A), probabilities; nothing behind the mask of an MDP object. Read as
+            π/Σπ where it misses one by rounding.
         transition: P, (*B, S, A, S); or an MDP object.
         discount: γ in [0, 1).
         initial_distribution: ρ, (*B, S); may be left out if an MDP object has one.
@@ -375,6 +384,8 @@ def occupancy(
             allowed="a probability vector (*B, S)",
             fix="pass initial_distribution, or an MDP object that has one",
         )
+    policy = validation.as_floating("policy", policy)
+    initial_distribution = validation.as_floating("initial_distribution", initial_distribution)
     batch = validation.broadcast_batches(
         {
             "policy": tuple(policy.shape[:-2]),
@@ -396,26 +407,35 @@ def occupancy(
             "initial_distribution": initial_distribution,
         }
     )
-    _check_policy(policy, flat, transition, validate)
+    pi = _checked(policy, flat, transition, validate)
     _require_shape("initial_distribution", initial_distribution, (flat.reward.shape[-2],))
     if validate == "full" and validation.is_concrete(initial_distribution):
         validation.check_initial_distribution(initial_distribution)
     start = flat.layout.grouped(initial_distribution.double(), 1)
     mass = (1 - flat.discount).unsqueeze(-1) * start
-    pi = flat.layout.grouped(widened(policy), 2)
     share = _policy_system(flat, pi, mass, True, validate, backend)
     return flat.layout.restore(share.to(flat.reward.dtype))
 
 
-def _check_policy(
-    policy: Tensor, flat: Flat, model: Tensor | MDP, validate: validation.Level
-) -> None:
+def _checked(policy: Tensor, flat: Flat, model: Tensor | MDP, validate: validation.Level) -> Tensor:
+    """π in float64 with axes (N, G), read as π/Σπ where `check_policy` accepts Σπ.
+
+    I − γP_π would take what is missing for a leak, and 1/(1 − γ) would magnify it. To a derivative
+    the sum is a constant.
+    """
     _require_shape("policy", policy, tuple(flat.reward.shape[-2:]))
-    if validate == "full" and validation.is_concrete(policy):
+    if validate != "full":
+        return flat.layout.grouped(widened(policy), 2)
+    if validation.is_concrete(policy):
         forbidden = None
         if not isinstance(model, Tensor) and validation.is_concrete(model.mask, model.terminal):
             forbidden = model.forbidden()
-        validation.check_policy(policy, forbidden)
+        mass = validation.check_policy(policy.detach(), forbidden).unsqueeze(-1)
+    else:
+        mass = policy.detach().sum(-1, keepdim=True, dtype=torch.float64)
+        tolerance = validation.row_sum_tolerance(policy.dtype, policy.shape[-1])
+        mass = torch.where((mass - 1).abs() <= tolerance, mass, 1.0)
+    return flat.layout.grouped(policy.double() / mass, 2)
 
 
 def _policy_system(
@@ -462,7 +482,7 @@ def _trust(discount: Tensor, temperature: Tensor | None = None) -> Tensor | None
 
 def _require_solved(solution: Tensor, residual: Tensor, flat: Flat) -> None:
     """Raise NotConvergedError at the first problem that is NaN though its residual is a number."""
-    if not bool(solution.sum().isnan()):
+    if not math.isnan(solution.sum().item()):
         return
     unsolved = (solution.isnan().any(-1) & residual.isfinite()).squeeze(-1)
     if not bool(unsolved.any()):
@@ -631,6 +651,18 @@ def _require_shape(name: str, tensor: Tensor, event: tuple[int, ...]) -> None:
             f"{name} has shape {tuple(tensor.shape)}",
             allowed=f"(*B, {', '.join(map(str, event))})",
             fix=f"let the last axes of {name} agree with the reward",
+        )
+
+
+def _require_batch(name: str, own: tuple[int, ...], batch: tuple[int, ...]) -> None:
+    """Raise ShapeError unless `own` batch axes broadcast to those of the problem."""
+    spare = len(own) - len(batch)
+    shared = zip(own[max(spare, 0) :], batch[max(-spare, 0) :], strict=True)
+    if any(size != 1 for size in own[: max(spare, 0)]) or any(a not in (1, b) for a, b in shared):
+        raise ShapeError(
+            f"{name} has batch axes {own}",
+            allowed=f"axes that broadcast to {batch} of the problem",
+            fix=f"let the batch axes of {name} agree with the problem's, or be one",
         )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ __all__ = [
     "check_dense_shapes",
     "check_devices",
     "check_discount",
+    "check_initial",
     "check_initial_distribution",
     "check_level",
     "check_memory",
@@ -123,14 +124,7 @@ def as_floating(name: str, tensor: Tensor) -> Tensor:
 
 def as_number(name: str, value: float | Tensor) -> float | Tensor:
     """A tensor as it is, anything else as a float; DtypeError if it is not a number."""
-    if isinstance(value, Tensor):
-        return value
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise DtypeError(
-            f"{name} is {value!r}", allowed="a number or a tensor", fix=f"pass {name} as a float"
-        ) from None
+    return value if isinstance(value, Tensor) else _number(name, value)
 
 
 def check_same_dtype(tensors: Mapping[str, Tensor]) -> None:
@@ -297,7 +291,7 @@ def check_discount(discount: float | Tensor, *, data: bool = True) -> None:
             if bad.any():
                 index, value = _first(bad, discount)
                 raise _discount_error(value, _place(index))
-    elif not 0.0 <= discount < 1.0:
+    elif not 0.0 <= _number("discount", discount) < 1.0:
         raise _discount_error(discount, "")
 
 
@@ -310,7 +304,7 @@ def check_temperature(temperature: float | Tensor, *, data: bool = True) -> None
             if bad.any():
                 index, value = _first(bad, temperature)
                 raise _temperature_error(value, _place(index))
-    elif not (temperature > 0.0 and math.isfinite(temperature)):
+    elif not 0.0 < _number("temperature", temperature) < math.inf:
         raise _temperature_error(temperature, "")
 
 
@@ -471,9 +465,23 @@ def check_initial_distribution(initial: Tensor) -> None:
         )
 
 
-def check_policy(policy: Tensor, forbidden: Tensor | None = None) -> None:
+def check_initial(initial: Tensor) -> None:
+    """Raise NonFiniteInputError at the first NaN or infinity of V₀, (*B, S)."""
+    bad = ~torch.isfinite(initial)
+    if bad.any():
+        (*batch, state), value = _first(bad, initial)
+        raise NonFiniteInputError(
+            f"initial is {value:.6g}",
+            where=_place(batch, state=state),
+            allowed="finite numbers",
+            fix="give a finite start, or none",
+        )
+
+
+def check_policy(policy: Tensor, forbidden: Tensor | None = None) -> Tensor:
     """Raise PolicyError unless π, (*B, S, A), is a probability distribution over the actions of
-    every state, with nothing on those that are `forbidden`, (*B, S, A) bool.
+    every state, with nothing on those that are `forbidden`, (*B, S, A) bool. Returns Σπ, (*B, S),
+    float64.
     """
     bad = ~(policy >= 0)  # NaN fails too; an infinity fails the sum
     if bad.any():
@@ -493,10 +501,7 @@ def check_policy(policy: Tensor, forbidden: Tensor | None = None) -> None:
             where=_place(batch, state=state),
             allowed=f"1 ± {tolerance:.3g} for {_short(policy.dtype)}",
         )
-    if forbidden is None:
-        return
-    bad = (policy > 0) & forbidden
-    if bad.any():
+    if forbidden is not None and (bad := (policy > 0) & forbidden).any():
         (*batch, state, action), value = _first(bad, policy)
         raise PolicyError(
             f"policy is {value:.6g} behind the mask",
@@ -504,6 +509,7 @@ def check_policy(policy: Tensor, forbidden: Tensor | None = None) -> None:
             allowed="0 there",
             fix="set it to zero there and normalise over the last axis",
         )
+    return total
 
 
 # The second line of defence: what the ops found
@@ -598,6 +604,17 @@ def _temperature_error(value: float, where: str) -> BirlError:
 
 
 # Helpers
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise DtypeError(
+        f"{name} is {value!r}", allowed="a number or a tensor", fix=f"pass {name} as a float"
+    )
 
 
 def _all_fine(fine: Tensor, continuing: Tensor | None) -> bool:

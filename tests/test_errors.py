@@ -216,6 +216,11 @@ NUMBERS: dict[str, Row] = {
         r"reference is nan at state 2, action 1",
         lambda: solve(reference=changed(policy(), (2, 1), math.nan)),
     ),
+    "NaN in the start": (
+        "E103",
+        r"initial is nan at batch 1, state 2 \(allowed: finite",
+        lambda: solve(initial=changed(torch.zeros(2, S).double(), (1, 2), math.nan)),
+    ),
     "NaN in ρ": (
         "E103",
         r"initial_distribution is nan at state 1",
@@ -412,6 +417,14 @@ SCALARS: dict[str, Row] = {
         r"discount was given beside an MDP object\. Fix: use mdp\.replace",
         lambda: birl_ext.solve(dense(), temperature=1.0, discount=0.5),
     ),
+    "tol of words": ("E203", r"tol is 'a' \(allowed: 0 or more", lambda: solve(tol="a")),
+    "passes NaN": ("E203", r"max_iterations is nan", lambda: solve(max_iterations=math.nan)),
+    "passes of words": ("E203", r"max_iterations is '9'", lambda: solve(max_iterations="9")),
+    "passes without end": (
+        "E203",
+        r"max_iterations is inf",
+        lambda: solve(max_iterations=math.inf),
+    ),
     "no ρ": (
         "E203",
         r"initial_distribution is None",
@@ -508,6 +521,28 @@ TENSORS: dict[str, Row] = {
         lambda: solve(mask=torch.ones(S, A, dtype=torch.float64)),
     ),
     "γ of words": ("E302", r"discount is 'high'", lambda: dense(discount="high")),
+    "γ of digits": ("E302", r"discount is '0\.9'", lambda: solve(discount="0.9")),
+    "τ of words": ("E302", r"temperature is None", lambda: solve(temperature=None)),
+    "policy of integers": (
+        "E302",
+        r"policy has dtype int64",
+        lambda: birl_ext.evaluate(policy().long(), dense()),
+    ),
+    "ρ of integers": (
+        "E302",
+        r"initial_distribution has dtype int64",
+        lambda: birl_ext.occupancy(policy(), dense(), initial_distribution=torch.arange(S)),
+    ),
+    "warm start, batch": (
+        "E301",
+        r"initial has batch axes \(3,\) \(allowed: axes that broadcast to \(2,\)",
+        lambda: solve(initial=torch.zeros(3, S, dtype=torch.float64)),
+    ),
+    "warm start, more batch": (
+        "E301",
+        r"initial has batch axes \(2, 2\)",
+        lambda: solve(initial=torch.zeros(2, 2, S, dtype=torch.float64)),
+    ),
     "to_dense": (
         "E304",
         r"to_dense\(\) .* GiB \(allowed: the .* GiB of this machine",

@@ -468,6 +468,40 @@ def test_policy_systems_left_unsolved(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mapped[1].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_policy_that_is_accepted_leaks_nothing(dtype: torch.dtype) -> None:
+    """Rounding of its sum would be magnified by 1/(1 − γ); mapped or not, the answer is one."""
+    short = {torch.float32: 8e-6, torch.float64: 8e-9}[dtype]
+    transition = torch.full((5, 2, 5), 0.2, dtype=dtype)
+    policy = torch.full((5, 2), 0.5 * (1 - short), dtype=dtype)
+    paying = torch.ones(5, 2, dtype=dtype)
+    start = torch.full((5,), 0.2, dtype=dtype)
+
+    def value(pi: Tensor) -> Tensor:
+        return birl_ext.evaluate(pi, paying, transition, discount=0.9999)
+
+    def share(pi: Tensor) -> Tensor:
+        options = {"discount": 0.9999, "initial_distribution": start}
+        return birl_ext.occupancy(pi, transition, **options)
+
+    bound = 1e-9 if dtype == torch.float64 else 1e-6
+    for found in (value(policy), torch.func.vmap(value)(policy[None])[0]):
+        assert ((found / 1e4 - 1).abs() <= bound).all()
+    for found in (share(policy), torch.func.vmap(share)(policy[None])[0]):
+        assert abs(float(found.double().sum()) - 1) <= bound
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_policy_in_half_precision_is_promoted(half: torch.dtype) -> None:
+    mdp = Case(states=4, actions=2).mdp()
+    policy = torch.full((4, 2), 0.5)
+    start = torch.full((4,), 0.25)
+    options = {"initial_distribution": start.to(half)}
+    assert torch.equal(birl_ext.evaluate(policy.to(half), mdp), birl_ext.evaluate(policy, mdp))
+    share = birl_ext.occupancy(policy.to(half), mdp, **options)
+    assert torch.equal(share, birl_ext.occupancy(policy, mdp, initial_distribution=start))
+
+
 def test_any_policy_will_do_where_a_terminal_state_has_no_action() -> None:
     """Nothing is paid there and nothing follows; elsewhere the mask binds."""
     random = torch.Generator().manual_seed(0)
