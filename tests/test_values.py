@@ -466,6 +466,8 @@ def test_policy_systems_left_unsolved(monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = torch.func.vmap(value)(discount)
     assert mapped[0].isfinite().all()
     assert mapped[1].isnan().all()
+    slope = torch.func.vmap(torch.func.grad(lambda gamma: value(gamma).sum()))(discount)
+    assert slope.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

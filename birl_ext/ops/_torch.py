@@ -21,6 +21,7 @@ from birl_ext.validation import row_sum_tolerance
 __all__ = ["bellman", "policy_solve", "settle", "solve"]
 
 EPS = torch.finfo(torch.float64).eps
+TINY = torch.finfo(torch.float64).tiny  # below, numbers have fewer digits
 SPARSE_DIRECT_STATES = 200  # above, products with few entries per row beat a dense LU
 DIRECT_STATES = 1500  # above, an LU of (I − γP_π) costs more than the Krylov products it saves
 RETRY_STATES = 8192  # above, the S² numbers of an LU, a GiB with its copies, are too many to try
@@ -286,7 +287,8 @@ class _PolicySystem(NamedTuple):
         longest = self.rows.states if self.rows.dense else self.rows.crow.diff().amax()
         units = 128 + longest / 4 + self.rows.actions
         size = self.size(rhs)
-        level = torch.maximum(tol * size, units * EPS * (size + 2 * self.size(x)))
+        floor = units * EPS * (size + 2 * self.size(x)) + TINY
+        level = torch.maximum(tol * size, floor)
         return ~((residual <= level) & torch.isfinite(residual))
 
     def one(self, n: int, g: int) -> _PolicySystem:
