@@ -13,6 +13,7 @@ from hypothesis import given
 from torch import Tensor
 
 import birl_ext
+from birl_ext import _native
 from birl_ext.errors import NotConvergedError
 from birl_ext.mdp import DenseMDP, SparseMDP
 from birl_ext.ops import _backends, _torch
@@ -446,6 +447,26 @@ def test_policy_of_a_slowly_mixing_chain(backend: str, monkeypatch: pytest.Monke
     )
     torch.testing.assert_close(value, torch.as_tensor(truth), rtol=1e-8, atol=0)
     torch.testing.assert_close(share[0] * 1e6, value.mean(), rtol=1e-8, atol=0)
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason=f"_cpu: {_backends.unavailable('cpu')}")
+def test_what_the_compiled_code_gave_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says how many systems; these are found by their residuals, and eliminated if they fit."""
+    mdp = Case(states=6, actions=2, batch=(3,)).mdp()
+    policy = torch.full((6, 2), 0.5, dtype=torch.float64)
+    right = birl_ext.evaluate(policy, mdp)
+    compiled = _native.policy_solve
+
+    def gives_up(*data: Any, **options: Any) -> tuple[Tensor, Tensor, int]:
+        x, residual, _ = compiled(*data, **options)
+        x.view(3, -1)[1] += 1
+        return x, residual, 1
+
+    monkeypatch.setattr(_native, "policy_solve", gives_up)
+    torch.testing.assert_close(birl_ext.evaluate(policy, mdp), right, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(_torch, "RETRY_STATES", 5)
+    with pytest.raises(NotConvergedError, match=r"at batch \(1,\)"):
+        birl_ext.evaluate(policy, mdp)
 
 
 @pytest.mark.parametrize("transpose", [False, True])
