@@ -7,7 +7,8 @@ once.
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+import math
+from typing import Any, Literal, SupportsFloat, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from birl_ext import validation
 from birl_ext.batching import Flat, absent, flatten
 from birl_ext.errors import (
     BackendUnavailableError,
+    NonFiniteResultError,
+    NotConvergedError,
     OptionError,
     ShapeError,
     SolveError,
@@ -157,14 +160,17 @@ def solve(
     guess = absent(torch.float64, flat.reward)
     if initial is not None:
         _require_shape("initial", initial, (flat.reward.shape[-2],))
+        _require_batch("initial", tuple(initial.shape[:-1]), flat.layout.batch_shape)
         guess = flat.layout.grouped(initial.detach().double(), 1)
     if on_fail not in _ON_FAIL:
         raise _unknown("on_fail", on_fail, _ON_FAIL)
     if method not in _METHODS:
         raise _unknown("method", method, tuple(_METHODS))
-    if tol is not None and not tol >= 0:
+    if tol is not None and not (isinstance(tol, SupportsFloat) and float(tol) >= 0):
         raise OptionError(f"tol is {tol!r}", allowed="0 or more, or None")
-    if max_iterations is not None and max_iterations < 1:
+    if max_iterations is not None and not (
+        isinstance(max_iterations, SupportsFloat) and 1 <= float(max_iterations) < 2**63
+    ):
         raise OptionError(f"max_iterations is {max_iterations!r}", allowed="1 or more, or None")
     if method == "newton":
         states = flat.reward.shape[-2]
@@ -181,9 +187,13 @@ def solve(
     if out_of_reach and raising and not concrete:
         raise _too_tight(tol, rounded)
     index = flat.pattern
-    # rows of an MDP object were read when it was made, and may be zero where the process ends
-    raw = isinstance(reward, Tensor) and mask is None and terminal is None
-    rigour = Rigour.OFF if validate != "full" else Rigour.STOCHASTIC if raw else Rigour.OR_ENDING
+    if isinstance(reward, Tensor):
+        ending = not (mask is None and terminal is None)
+    else:
+        ending = reward.ending
+    rigour = Rigour.OR_ENDING if ending else Rigour.STOCHASTIC
+    if validate != "full":
+        rigour = Rigour.OFF
     outputs = _solve.solve(
         flat.transition,
         *index,
@@ -208,6 +218,8 @@ def solve(
         error = _backends.failure(outputs, flat.transition, *index, flat.reward, flat.layout.locate)
         if out_of_reach and isinstance(error, StagnatedError):
             error = _too_tight(tol, rounded)
+        if initial is not None and isinstance(error, NonFiniteResultError):
+            validation.check_initial(initial)
         if isinstance(error, SolveError):
             error.solution = solution
         raise error
@@ -261,6 +273,7 @@ def bellman(
     )
     _require_shape("value", value, (flat.reward.shape[-2],))
     dtype = flat.reward.dtype
+    trust = _trust(flat.discount, flat.temperature)
     image, advantage, policy, _ = _bellman.bellman(
         flat.transition,
         *flat.pattern,
@@ -271,6 +284,8 @@ def bellman(
         flat.layout.grouped(value.double(), 1),
         _backend(backend, flat.reward.device),
     )
+    if trust is not None:
+        image, policy = image * trust[..., None], policy * trust[..., None, None]
     q = _masked(advantage + image.unsqueeze(-1), flat)
     restore = flat.layout.restore
     return restore(image.to(dtype)), restore(q.to(dtype)), restore(policy.to(dtype))
@@ -291,7 +306,8 @@ def evaluate(
         J(s) = Σ_a π(a|s) [ g(s,a) + γ Σ_t P(t|s,a) J(t) ]
 
     Args:
-        policy: π, (*B, S, A), probabilities.
+        policy: π, (*B, S, A), probabilities; nothing behind the mask of an MDP object. Read as
+            π/Σπ where it misses one by rounding.
         reward: g, (*B, S, A); or an MDP object, whose reward, transition, discount and terminal are
             used.
         transition: P, (*B, S, A, S).
@@ -305,20 +321,22 @@ def evaluate(
     Raises:
         InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its
             place.
+        NotConvergedError: the linear system was not solved to rounding. Where nothing can be read
+            (in a transform, say) the result is NaN instead; a derivative of it is NaN always.
 
     Gradients: policy, reward, transition, discount; any order and mode.
 
     Source: maths section 3, "Policy value under another reward".
     """
+    policy = validation.as_floating("policy", policy)
     batch = tuple(policy.shape[:-2])
     flat = _flat(
         reward, transition, discount, 1.0, None, None, terminal, validate, batch, read=True
     )
     validation.check_devices({"transition": flat.transition, "policy": policy})
-    _check_policy(policy, flat, validate)
-    pi = flat.layout.grouped(widened(policy), 2)
+    pi = _checked(policy, flat, reward, validate)
     gain = (pi * flat.reward.double()).sum(-1)
-    value = _policy_system(flat, pi, gain, False, backend)
+    value = _policy_system(flat, pi, gain, False, validate, backend)
     return flat.layout.restore(value.to(flat.reward.dtype))
 
 
@@ -337,7 +355,8 @@ def occupancy(
         d(t) = (1 − γ) ρ(t) + γ Σ_s d(s) Σ_a π(a|s) P(t|s,a)
 
     Args:
-        policy: π, (*B, S, A), probabilities.
+        policy: π, (*B, S, A), probabilities; nothing behind the mask of an MDP object. Read as
+            π/Σπ where it misses one by rounding.
         transition: P, (*B, S, A, S); or an MDP object.
         discount: γ in [0, 1).
         initial_distribution: ρ, (*B, S); may be left out if an MDP object has one.
@@ -350,6 +369,8 @@ def occupancy(
     Raises:
         InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its
             place.
+        NotConvergedError: the linear system was not solved to rounding. Where nothing can be read
+            (in a transform, say) the result is NaN instead; a derivative of it is NaN always.
 
     Gradients: policy, transition, discount, initial_distribution; any order and mode.
 
@@ -363,6 +384,8 @@ def occupancy(
             allowed="a probability vector (*B, S)",
             fix="pass initial_distribution, or an MDP object that has one",
         )
+    policy = validation.as_floating("policy", policy)
+    initial_distribution = validation.as_floating("initial_distribution", initial_distribution)
     batch = validation.broadcast_batches(
         {
             "policy": tuple(policy.shape[:-2]),
@@ -384,28 +407,48 @@ def occupancy(
             "initial_distribution": initial_distribution,
         }
     )
-    _check_policy(policy, flat, validate)
+    pi = _checked(policy, flat, transition, validate)
     _require_shape("initial_distribution", initial_distribution, (flat.reward.shape[-2],))
     if validate == "full" and validation.is_concrete(initial_distribution):
         validation.check_initial_distribution(initial_distribution)
     start = flat.layout.grouped(initial_distribution.double(), 1)
     mass = (1 - flat.discount).unsqueeze(-1) * start
-    share = _policy_system(flat, flat.layout.grouped(widened(policy), 2), mass, True, backend)
+    share = _policy_system(flat, pi, mass, True, validate, backend)
     return flat.layout.restore(share.to(flat.reward.dtype))
 
 
-def _check_policy(policy: Tensor, flat: Flat, validate: validation.Level) -> None:
+def _checked(policy: Tensor, flat: Flat, model: Tensor | MDP, validate: validation.Level) -> Tensor:
+    """π in float64 with axes (N, G), read as π/Σπ where `check_policy` accepts Σπ.
+
+    I − γP_π would take what is missing for a leak, and 1/(1 − γ) would magnify it. To a derivative
+    the sum is a constant.
+    """
     _require_shape("policy", policy, tuple(flat.reward.shape[-2:]))
-    if validate == "full" and validation.is_concrete(policy):
-        validation.check_policy(policy)
+    if validate != "full":
+        return flat.layout.grouped(widened(policy), 2)
+    if validation.is_concrete(policy):
+        forbidden = None
+        if not isinstance(model, Tensor) and validation.is_concrete(model.mask, model.terminal):
+            forbidden = model.forbidden()
+        mass = validation.check_policy(policy.detach(), forbidden).unsqueeze(-1)
+    else:
+        mass = policy.detach().sum(-1, keepdim=True, dtype=torch.float64)
+        tolerance = validation.row_sum_tolerance(policy.dtype, policy.shape[-1])
+        mass = torch.where((mass - 1).abs() <= tolerance, mass, 1.0)
+    return flat.layout.grouped(policy.double() / mass, 2)
 
 
 def _policy_system(
-    flat: Flat, policy: Tensor, rhs: Tensor, transpose: bool, backend: BackendName
+    flat: Flat,
+    policy: Tensor,
+    rhs: Tensor,
+    transpose: bool,
+    validate: validation.Level,
+    backend: BackendName,
 ) -> Tensor:
     """(I − γP_π)⁻¹ b or its transpose, for b (N, G, S)."""
     solution: Tensor
-    solution, _ = _policy_solve.policy_solve(
+    solution, residual = _policy_solve.policy_solve(
         flat.transition,
         *flat.pattern,
         policy,
@@ -416,7 +459,42 @@ def _policy_system(
         0,
         _backend(backend, flat.reward.device),
     )
+    trust = _trust(flat.discount)
+    if trust is not None:
+        solution = solution * trust[..., None, None]
+    # on a GPU the look would make the host wait
+    if validation.is_concrete(solution) and not (validate == "off" and solution.is_cuda):
+        _require_solved(solution.detach(), residual, flat)
     return solution.squeeze(2)
+
+
+def _trust(discount: Tensor, temperature: Tensor | None = None) -> Tensor | None:
+    """(N, G), 1 where γ and τ lie in their range and NaN elsewhere; None where the border has read
+    them.
+    """
+    if validation.is_concrete(discount, temperature):
+        return None
+    fine = (discount >= 0) & (discount < 1)
+    if temperature is not None:
+        fine = fine & (temperature > 0) & temperature.isfinite()
+    return torch.where(fine, 1.0, torch.nan).double()
+
+
+def _require_solved(solution: Tensor, residual: Tensor, flat: Flat) -> None:
+    """Raise NotConvergedError at the first problem that is NaN though its residual is a number."""
+    if not math.isnan(solution.sum().item()):
+        return
+    unsolved = (solution.isnan().any(-1) & residual.isfinite()).squeeze(-1)
+    if not bool(unsolved.any()):
+        return
+    first = int(unsolved.flatten().to(torch.uint8).argmax())
+    batch = flat.layout.locate(first)
+    raise NotConvergedError(
+        f"policy system not solved: its residual is {float(residual.flatten()[first]):.3g}",
+        where=f"batch {batch}" if batch else "",
+        fix="use a smaller discount: the policy mixes too slowly for products, and "
+        f"{flat.reward.shape[-2]} states are too many to eliminate",
+    )
 
 
 def _flat(
@@ -434,7 +512,8 @@ def _flat(
 ) -> Flat:
     """Tensors or an MDP object, checked once, in the normal form of the ops.
 
-    `read` is for ops that do not check the numbers themselves in their first pass.
+    `read` is for ops that do not check the numbers themselves in their first pass. A tensor that a
+    transform has wrapped keeps nobody from reading the others.
     """
     if isinstance(reward, (DenseMDP, SparseMDP)):
         extras = {
@@ -450,7 +529,8 @@ def _flat(
                     f"{name} was given beside an MDP object",
                     fix=f"use mdp.replace({name}=…)",
                 )
-        validation.check_temperature(temperature, data=False)
+        scalars = validate == "cheap" or (read and validate == "full")
+        validation.check_temperature(temperature, data=scalars)
         return reward.flatten(temperature, batch)
     if transition is None or discount is None:
         raise OptionError(
@@ -468,7 +548,7 @@ def _flat(
             reference=reference,
             validate=validate,
         )
-        return _flat(mdp, None, None, temperature, None, None, None, validate, batch)
+        return _flat(mdp, None, None, temperature, None, None, None, validate, batch, read=read)
     validation.check_level(validate)
     if validate != "off":
         reward = validation.as_floating("reward", reward)
@@ -483,11 +563,13 @@ def _flat(
                 "temperature": temperature,
             }
         )
-        reading = read and validate == "full" and validation.is_concrete(reward, transition)
-        validation.check_discount(discount, data=reading)
-        validation.check_temperature(temperature, data=reading)
-        if reading:
+        reading = read and validate == "full"
+        scalars = reading or validate == "cheap"  # where the op is told not to check any number
+        validation.check_discount(discount, data=scalars)
+        validation.check_temperature(temperature, data=scalars)
+        if reading and validation.is_concrete(reward):
             validation.check_reward(reward)
+        if reading and validation.is_concrete(transition):
             validation.check_rows(transition, None)
     no_reference = absent(torch.float64, reward)
     return flatten(reward, transition, no_reference, discount, temperature, batch=batch)
@@ -514,9 +596,9 @@ def _unprepared(
         return _plain.solve(reward, transition, discount, temperature, Rigour.STOCHASTIC)
     if not (transition is discount is reward.mask is reward.reference is None):
         return None
-    # its rows were read when it was made, and are zero where the process ends
-    data = (reward.reward, reward.transition, reward.discount)
-    return _plain.solve(*data, temperature, Rigour.OR_ENDING)
+    # rows may be zero where the process ends
+    rigour = Rigour.STOCHASTIC if reward.terminal is None else Rigour.OR_ENDING
+    return _plain.solve(reward.reward, reward.transition, reward.discount, temperature, rigour)
 
 
 def _solution(outputs: tuple[Tensor, ...]) -> Solution:
@@ -569,6 +651,18 @@ def _require_shape(name: str, tensor: Tensor, event: tuple[int, ...]) -> None:
             f"{name} has shape {tuple(tensor.shape)}",
             allowed=f"(*B, {', '.join(map(str, event))})",
             fix=f"let the last axes of {name} agree with the reward",
+        )
+
+
+def _require_batch(name: str, own: tuple[int, ...], batch: tuple[int, ...]) -> None:
+    """Raise ShapeError unless `own` batch axes broadcast to those of the problem."""
+    spare = len(own) - len(batch)
+    shared = zip(own[max(spare, 0) :], batch[max(-spare, 0) :], strict=True)
+    if any(size != 1 for size in own[: max(spare, 0)]) or any(a not in (1, b) for a, b in shared):
+        raise ShapeError(
+            f"{name} has batch axes {own}",
+            allowed=f"axes that broadcast to {batch} of the problem",
+            fix=f"let the batch axes of {name} agree with the problem's, or be one",
         )
 
 

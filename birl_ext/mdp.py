@@ -80,8 +80,9 @@ class _MDP:
     def to(self, *targets: torch.device | str | torch.dtype) -> Self:
         """A copy on another device, in another dtype, or both: ``mdp.to("cuda", torch.float32)``.
 
-        Widening to float64 divides every row of P, and ρ, by its sum: this leaves the model as it
-        was read before (P/σ) and lets it pass the tighter tolerance.
+        The discount keeps its dtype: 1/(1 − γ) would magnify its rounding. Widening to float64
+        divides every row of P, and ρ, by its sum: this leaves the model as it was read before (P/σ)
+        and lets it pass the tighter tolerance.
         """
         devices = [target for target in targets if not isinstance(target, torch.dtype)]
         dtypes = [target for target in targets if isinstance(target, torch.dtype)]
@@ -92,7 +93,7 @@ class _MDP:
         for name, tensor in self._tensors().items():
             for device in devices:
                 tensor = tensor.to(device)
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and name != "discount":
                 for dtype in dtypes:
                     tensor = tensor.to(dtype)
             changes[name] = tensor
@@ -188,25 +189,33 @@ class _MDP:
         validation.check_devices(self._tensors())
         optional = {name: getattr(self, name) for name in _OPTIONAL}
         validation.check_state_shapes(self.states, self.actions, **optional)
-        validation.check_discount(self.discount, data=False)
+        validation.check_discount(self.discount)
 
     def _check_data(self, changed: frozenset[str]) -> None:
-        """Read the data of the fields named, and of those whose meaning they change."""
-        if not validation.is_concrete(*self._tensors().values()):
-            return
+        """Read the data of the fields named, and of those whose meaning they change; each where it
+        holds numbers, whatever a transform has made of the others.
+        """
+        concrete = validation.is_concrete
         masks = changed & {"mask", "terminal"}
-        if "discount" in changed:
-            validation.check_discount(self.discount)
-        if self.mask is not None and masks:
+        if self.mask is not None and masks and concrete(self.mask, self.terminal):
             validation.check_actions(self.mask, self.terminal)
-        if "reward" in changed:
+        if "reward" in changed and concrete(self.reward):
             validation.check_reward(self.reward)
         if masks or self._entries in changed:
-            self._check_rows()
-        if self.reference is not None and changed & {"reference", "mask"}:
-            validation.check_reference(self.reference, self.mask)
-        if self.initial_distribution is not None and "initial_distribution" in changed:
-            validation.check_initial_distribution(self.initial_distribution)
+            index = (getattr(self, name, None) for name in ("crow", "col"))
+            if concrete(getattr(self, self._entries), self.mask, self.terminal, *index):
+                self._check_rows()
+        weights = self.reference if changed & {"reference", "mask"} else None
+        if weights is not None and concrete(weights, self.mask):
+            validation.check_reference(weights, self.mask)
+        start = self.initial_distribution
+        if start is not None and "initial_distribution" in changed and concrete(start):
+            validation.check_initial_distribution(start)
+
+    @property
+    def ending(self) -> bool:
+        """Whether rows of zeros may be meant: the process ends, or nobody can go there."""
+        return self.mask is not None or self.terminal is not None
 
     def _find_batch(self) -> None:
         discount = self.discount.shape if isinstance(self.discount, Tensor) else ()
@@ -257,6 +266,18 @@ class _MDP:
             rows = ongoing.expand(*self.terminal.shape, self.actions) if rows is None else rows
             rows = rows & ongoing
         return rows
+
+    def forbidden(self) -> Tensor | None:
+        """(*B, S, A) bool, True where a policy may have no mass; None for nowhere.
+
+        A terminal state without any action is not among them: nothing is paid there.
+        """
+        if self.mask is None:
+            return None
+        closed = ~self.mask
+        if self.terminal is None:
+            return closed
+        return closed & ~(self.terminal & closed.all(-1)).unsqueeze(-1)
 
     def _log_reference(self, available: Tensor | None) -> Tensor:
         if self.reference is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ class SoftPlanner(nn.Module):
         options: further keyword arguments of `birl_ext.solve`, such as mask, terminal, method, tol.
 
     Shapes: reward (*B, S, A) → Solution with value (*B, S) and policy (*B, S, A).
+
+    Converted to another dtype, log τ stays float64 and P is never narrower than float32; a widened
+    P is divided by its row sums, as by `DenseMDP.to`.
 
     Gradients: reward, transition, temperature; see `birl_ext.solve`.
     """
@@ -72,6 +76,25 @@ class SoftPlanner(nn.Module):
             temperature=self.log_temperature.exp(),
             **self.options,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftPlanner:
+        exact, rows = (self.log_temperature, self.log_temperature.grad), self.transition
+
+        def convert(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if any(tensor is one for one in exact):
+                return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
+            if tensor is not rows or moved.dtype == tensor.dtype:
+                return moved
+            if moved.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(moved.device, torch.float32)
+            if moved.dtype.itemsize > tensor.dtype.itemsize:
+                total = moved.sum(-1, keepdim=True)
+                return moved / torch.where(total == 0, 1.0, total)
+            return moved
+
+        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         temperature = float(self.log_temperature.detach().exp())

@@ -1,9 +1,11 @@
 """Every check of an MDP's inputs, in one place; the messages name what, where, value and remedy.
 
-``"cheap"`` checks read shapes, dtypes, devices and Python numbers. ``"full"`` also reads the data,
-which is skipped wherever there is none to read: under torch.compile, functorch transforms, fake
-tensors and CUDA graph capture. There the status codes of the ops are the second line of defence;
-`status_error` turns them into the same errors.
+``"cheap"`` checks read shapes, dtypes, devices, discount and temperature. ``"full"`` also reads the
+data. A tensor is not read where it holds no numbers: under torch.compile, wrapped by a functorch
+transform, a fake tensor, or during CUDA graph capture. There a second line of defence remains. The
+op of `solve` checks everything itself; `status_error` turns its status codes into the same errors.
+The results of `bellman`, `evaluate` and `occupancy` are NaN where discount or temperature is out of
+range; a transition or a policy that is no distribution is not found out there.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +47,7 @@ __all__ = [
     "check_dense_shapes",
     "check_devices",
     "check_discount",
+    "check_initial",
     "check_initial_distribution",
     "check_level",
     "check_memory",
@@ -121,14 +124,7 @@ def as_floating(name: str, tensor: Tensor) -> Tensor:
 
 def as_number(name: str, value: float | Tensor) -> float | Tensor:
     """A tensor as it is, anything else as a float; DtypeError if it is not a number."""
-    if isinstance(value, Tensor):
-        return value
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise DtypeError(
-            f"{name} is {value!r}", allowed="a number or a tensor", fix=f"pass {name} as a float"
-        ) from None
+    return value if isinstance(value, Tensor) else _number(name, value)
 
 
 def check_same_dtype(tensors: Mapping[str, Tensor]) -> None:
@@ -295,7 +291,7 @@ def check_discount(discount: float | Tensor, *, data: bool = True) -> None:
             if bad.any():
                 index, value = _first(bad, discount)
                 raise _discount_error(value, _place(index))
-    elif not 0.0 <= discount < 1.0:
+    elif not 0.0 <= _number("discount", discount) < 1.0:
         raise _discount_error(discount, "")
 
 
@@ -308,7 +304,7 @@ def check_temperature(temperature: float | Tensor, *, data: bool = True) -> None
             if bad.any():
                 index, value = _first(bad, temperature)
                 raise _temperature_error(value, _place(index))
-    elif not (temperature > 0.0 and math.isfinite(temperature)):
+    elif not 0.0 < _number("temperature", temperature) < math.inf:
         raise _temperature_error(temperature, "")
 
 
@@ -469,8 +465,24 @@ def check_initial_distribution(initial: Tensor) -> None:
         )
 
 
-def check_policy(policy: Tensor) -> None:
-    """Raise unless π, (*B, S, A), is a probability distribution over the actions of every state."""
+def check_initial(initial: Tensor) -> None:
+    """Raise NonFiniteInputError at the first NaN or infinity of V₀, (*B, S)."""
+    bad = ~torch.isfinite(initial)
+    if bad.any():
+        (*batch, state), value = _first(bad, initial)
+        raise NonFiniteInputError(
+            f"initial is {value:.6g}",
+            where=_place(batch, state=state),
+            allowed="finite numbers",
+            fix="give a finite start, or none",
+        )
+
+
+def check_policy(policy: Tensor, forbidden: Tensor | None = None) -> Tensor:
+    """Raise PolicyError unless π, (*B, S, A), is a probability distribution over the actions of
+    every state, with nothing on those that are `forbidden`, (*B, S, A) bool. Returns Σπ, (*B, S),
+    float64.
+    """
     bad = ~(policy >= 0)  # NaN fails too; an infinity fails the sum
     if bad.any():
         (*batch, state, action), value = _first(bad, policy)
@@ -489,6 +501,15 @@ def check_policy(policy: Tensor) -> None:
             where=_place(batch, state=state),
             allowed=f"1 ± {tolerance:.3g} for {_short(policy.dtype)}",
         )
+    if forbidden is not None and (bad := (policy > 0) & forbidden).any():
+        (*batch, state, action), value = _first(bad, policy)
+        raise PolicyError(
+            f"policy is {value:.6g} behind the mask",
+            where=_place(batch, state=state, action=action),
+            allowed="0 there",
+            fix="set it to zero there and normalise over the last axis",
+        )
+    return total
 
 
 # The second line of defence: what the ops found
@@ -583,6 +604,17 @@ def _temperature_error(value: float, where: str) -> BirlError:
 
 
 # Helpers
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise DtypeError(
+        f"{name} is {value!r}", allowed="a number or a tensor", fix=f"pass {name} as a float"
+    )
 
 
 def _all_fine(fine: Tensor, continuing: Tensor | None) -> bool:

@@ -97,6 +97,10 @@ def policy() -> Tensor:
     return torch.full((S, A), 1 / A, dtype=torch.float64)
 
 
+def one_closed() -> Tensor:
+    return changed(torch.ones(2, S, A, dtype=torch.bool), (1, 2, 1), False)
+
+
 def no_action() -> Tensor:
     return changed(torch.ones(2, S, A, dtype=torch.bool), (1, 2), False)
 
@@ -212,6 +216,11 @@ NUMBERS: dict[str, Row] = {
         r"reference is nan at state 2, action 1",
         lambda: solve(reference=changed(policy(), (2, 1), math.nan)),
     ),
+    "NaN in the start": (
+        "E103",
+        r"initial is nan at batch 1, state 2 \(allowed: finite",
+        lambda: solve(initial=changed(torch.zeros(2, S).double(), (1, 2), math.nan)),
+    ),
     "NaN in ρ": (
         "E103",
         r"initial_distribution is nan at state 1",
@@ -292,6 +301,20 @@ NUMBERS: dict[str, Row] = {
         r"policy is nan at state 1, action 0",
         lambda: birl_ext.evaluate(changed(policy(), (1, 0), math.nan), dense()),
     ),
+    "policy behind the mask": (
+        "E108",
+        r"policy is 0\.333333 behind the mask at batch 1, state 2, action 1 \(allowed: 0 there",
+        lambda: birl_ext.evaluate(policy(), dense(mask=one_closed())),
+    ),
+    "policy behind the mask, occupancy": (
+        "E108",
+        r"policy is 0\.333333 behind the mask at batch 1, state 2, action 1 .*normalise",
+        lambda: birl_ext.occupancy(
+            policy(),
+            dense(mask=one_closed()).to_sparse(),
+            initial_distribution=torch.full((S,), 1 / S, dtype=torch.float64),
+        ),
+    ),
 }
 
 SCALARS: dict[str, Row] = {
@@ -338,6 +361,26 @@ SCALARS: dict[str, Row] = {
             torch.zeros(S).double(), **{**model(), "temperature": torch.tensor([-1.0, 1.0])}
         ),
     ),
+    "τ tensor, bellman, MDP": (
+        "E202",
+        r"temperature is -1\.0 \(",
+        lambda: birl_ext.bellman(torch.zeros(S).double(), dense(), temperature=torch.tensor(-1.0)),
+    ),
+    "γ tensor, cheap": (
+        "E201",
+        r"discount is 1\.5 at batch 1",
+        lambda: solve(discount=torch.tensor([0.5, 1.5]), validate="cheap", on_fail="status"),
+    ),
+    "τ tensor, cheap": (
+        "E202",
+        r"temperature is 0\.0 \(",
+        lambda: solve(temperature=torch.tensor(0.0), validate="cheap", on_fail="status"),
+    ),
+    "γ tensor, MDP, cheap": (
+        "E201",
+        r"discount is 1\.5 \(",
+        lambda: dense(discount=torch.tensor(1.5), validate="cheap"),
+    ),
     "τ, MDP": (
         "E202",
         r"temperature is -1",
@@ -373,6 +416,14 @@ SCALARS: dict[str, Row] = {
         "E203",
         r"discount was given beside an MDP object\. Fix: use mdp\.replace",
         lambda: birl_ext.solve(dense(), temperature=1.0, discount=0.5),
+    ),
+    "tol of words": ("E203", r"tol is 'a' \(allowed: 0 or more", lambda: solve(tol="a")),
+    "passes NaN": ("E203", r"max_iterations is nan", lambda: solve(max_iterations=math.nan)),
+    "passes of words": ("E203", r"max_iterations is '9'", lambda: solve(max_iterations="9")),
+    "passes without end": (
+        "E203",
+        r"max_iterations is inf",
+        lambda: solve(max_iterations=math.inf),
     ),
     "no ρ": (
         "E203",
@@ -470,6 +521,28 @@ TENSORS: dict[str, Row] = {
         lambda: solve(mask=torch.ones(S, A, dtype=torch.float64)),
     ),
     "γ of words": ("E302", r"discount is 'high'", lambda: dense(discount="high")),
+    "γ of digits": ("E302", r"discount is '0\.9'", lambda: solve(discount="0.9")),
+    "τ of words": ("E302", r"temperature is None", lambda: solve(temperature=None)),
+    "policy of integers": (
+        "E302",
+        r"policy has dtype int64",
+        lambda: birl_ext.evaluate(policy().long(), dense()),
+    ),
+    "ρ of integers": (
+        "E302",
+        r"initial_distribution has dtype int64",
+        lambda: birl_ext.occupancy(policy(), dense(), initial_distribution=torch.arange(S)),
+    ),
+    "warm start, batch": (
+        "E301",
+        r"initial has batch axes \(3,\) \(allowed: axes that broadcast to \(2,\)",
+        lambda: solve(initial=torch.zeros(3, S, dtype=torch.float64)),
+    ),
+    "warm start, more batch": (
+        "E301",
+        r"initial has batch axes \(2, 2\)",
+        lambda: solve(initial=torch.zeros(2, 2, S, dtype=torch.float64)),
+    ),
     "to_dense": (
         "E304",
         r"to_dense\(\) .* GiB \(allowed: the .* GiB of this machine",
@@ -598,6 +671,83 @@ def test_an_input_without_validation_is_not_read() -> None:
     got = birl_ext.solve(**given, validate="off")
     want = birl_ext.solve(**{**given, "transition": rows / rows.sum(-1, keepdim=True)})
     assert torch.allclose(got.value, want.value, rtol=1e-13)
+
+
+ZERO_ROW = with_entry("transition", (1, 2, 0), 0.0)["transition"]
+GAMMAS = torch.tensor([1.5, 0.9], dtype=torch.float64)
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "grad": lambda f, r: torch.func.grad(lambda x: f(x).sum())(r),
+    "vmap": lambda f, r: torch.func.vmap(f)(torch.stack((r, r))),
+    "vmap of grad": lambda f, r: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(r[None]),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_what_no_transform_has_wrapped_is_read(transform: str) -> None:
+    """Only the reward is wrapped here."""
+    broken, rows, reward = broken_row()["transition"], model()["transition"], model()["reward"]
+    even, twice = policy(), 2 * policy()
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda r: birl_ext.evaluate(even, r, broken, discount=0.9),
+        lambda r: birl_ext.bellman(r[..., 0], r, broken, discount=0.9, temperature=1.0)[0],
+        lambda r: birl_ext.solve(DenseMDP(r, broken, 0.9), temperature=1.0).value,
+    ]
+    for call in calls:
+        with pytest.raises(errors.NonStochasticError, match="batch 1, state 2, action 0"):
+            TRANSFORMS[transform](call, reward)
+    with pytest.raises(errors.PolicyError, match=r"sums to 2 at state 0"):
+        TRANSFORMS[transform](lambda r: birl_ext.evaluate(twice, r, rows, discount=0.9), reward)
+
+
+@pytest.mark.parametrize("validate", ["full", "off"])
+def test_a_row_of_zeros_ends_nothing_without_mask_or_terminal(validate: Any) -> None:
+    """Whether the rows were read when the MDP was made, or only by the solver."""
+    reward = model()["reward"][0]
+
+    def value(rows: Tensor) -> Tensor:
+        mdp = DenseMDP(reward, rows, 0.9, validate=validate)
+        return birl_ext.solve(mdp, temperature=1.0).value
+
+    for run in (
+        lambda: value(ZERO_ROW[1]),
+        lambda: torch.func.vmap(value)(ZERO_ROW),
+        lambda: torch.func.grad(lambda rows: value(rows).sum())(ZERO_ROW[1]),
+        lambda: torch.compile(value, backend="eager")(ZERO_ROW[1]),
+    ):
+        with pytest.raises(
+            errors.NonStochasticError, match=r"sums to 0 at (batch ., )?state 2, action 0"
+        ):
+            run()
+
+
+def test_scalars_out_of_range_give_nan_where_nothing_can_be_raised() -> None:
+    reward, rows, even = model()["reward"][0], model()["transition"][0], policy()
+    start = torch.full((S,), 1 / S, dtype=torch.float64)
+
+    def swept(gamma: Any, tau: Any) -> Tensor:
+        options = {"discount": gamma, "temperature": tau}
+        image, q, pi = birl_ext.bellman(reward[:, 0], reward, rows, **options)
+        return torch.cat((image, q.flatten(), pi.flatten()))
+
+    def share(gamma: Tensor) -> Tensor:
+        options = {"discount": gamma, "initial_distribution": start}
+        return birl_ext.occupancy(even, rows, **options)
+
+    calls: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
+        (lambda g: birl_ext.evaluate(even, reward, rows, discount=g), GAMMAS),
+        (share, GAMMAS),
+        (lambda g: swept(g, 1.0), GAMMAS),
+        (lambda tau: swept(0.9, tau), 1.25 - GAMMAS),
+        (lambda tau: swept(0.9, tau), GAMMAS.new_tensor([torch.inf, 1.0])),
+    ]
+    for call, scalars in calls:
+        for found in (
+            torch.func.vmap(call)(scalars),
+            torch.func.vmap(torch.func.jacrev(call))(scalars),
+        ):
+            assert found[0].isnan().all()
+            assert found[1].isfinite().all()
+        torch.testing.assert_close(torch.func.vmap(call)(scalars)[1], call(scalars[1]))
 
 
 def test_every_class_says_what_it_means() -> None:

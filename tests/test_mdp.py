@@ -645,6 +645,16 @@ def test_to_moves_every_tensor() -> None:
     assert {t.device.type for t in tensors_of(moved).values()} == {"meta"}
 
 
+def test_to_another_dtype_leaves_the_discount() -> None:
+    """In float32, 0.9999 would move the value by a part in ten thousand."""
+    discount = torch.tensor(0.9999, dtype=torch.float64)
+    low = DenseMDP(**plain(discount=discount)).to(torch.float32)
+    assert low.dtype == torch.float32
+    for mdp in (low, low.to_sparse(), low.to_sparse().to(torch.float32, "cpu")):
+        assert isinstance(mdp.discount, Tensor)
+        assert_same_bits(mdp.discount, discount, label="discount")
+
+
 def test_empty_batch() -> None:
     mdp = DenseMDP(R.expand(0, S, A), P.expand(0, S, A, S), 0.9, mask=parts()["mask"])
     assert mdp.batch_shape == (0,)

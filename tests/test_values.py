@@ -13,8 +13,10 @@ from hypothesis import given
 from torch import Tensor
 
 import birl_ext
+from birl_ext import _native
+from birl_ext.errors import NotConvergedError
 from birl_ext.mdp import DenseMDP, SparseMDP
-from birl_ext.ops import _backends
+from birl_ext.ops import _backends, _torch
 from birl_ext.reference import float64, multiprecision
 from birl_ext.solution import Solution, Status
 
@@ -419,3 +421,138 @@ def test_the_backends_give_the_same_answers(case: Case, form: str) -> None:
         native.log_policy, plain.log_policy, bound=stretched(log_bound, 2), label=f"{case} log π"
     )
     assert torch.equal(native.status, plain.status)
+
+
+def reflecting_walk(states: int, discount: float) -> SparseMDP:
+    """A fair walk between two walls that pays at one of them: it mixes in `states`² steps."""
+    here = torch.arange(states)
+    steps = torch.stack(((here - 1).clamp(min=0), (here + 1).clamp(max=states - 1)), 1)
+    reward = torch.zeros(states, 1, dtype=torch.float64)
+    reward[0] = 1
+    half = torch.full((2 * states,), 0.5, dtype=torch.float64)
+    return SparseMDP(reward, half, 2 * torch.arange(states + 1), steps.flatten(), discount)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_policy_of_a_slowly_mixing_chain(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products alone do not solve its systems in the passes allowed: they are eliminated."""
+    monkeypatch.setattr(_torch, "DIRECT_STATES", 100)
+    walk = reflecting_walk(2000, 0.999999)
+    policy = torch.ones(2000, 1, dtype=torch.float64)
+    start = torch.full((2000,), 1 / 2000, dtype=torch.float64)
+    value = birl_ext.evaluate(policy, walk, backend=backend)
+    share = birl_ext.occupancy(policy, walk, initial_distribution=start, backend=backend)
+    truth = float64.evaluate(
+        policy.numpy(), walk.reward.numpy(), walk.to_dense().transition.numpy(), discount=0.999999
+    )
+    torch.testing.assert_close(value, torch.as_tensor(truth), rtol=1e-8, atol=0)
+    torch.testing.assert_close(share[0] * 1e6, value.mean(), rtol=1e-8, atol=0)
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason=f"_cpu: {_backends.unavailable('cpu')}")
+def test_what_the_compiled_code_gave_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says how many systems; these are found by their residuals, and eliminated if they fit."""
+    mdp = Case(states=6, actions=2, batch=(3,)).mdp()
+    policy = torch.full((6, 2), 0.5, dtype=torch.float64)
+    right = birl_ext.evaluate(policy, mdp)
+    compiled = _native.policy_solve
+
+    def gives_up(*data: Any, **options: Any) -> tuple[Tensor, Tensor, int]:
+        x, residual, _ = compiled(*data, **options)
+        x.view(3, -1)[1] += 1
+        return x, residual, 1
+
+    monkeypatch.setattr(_native, "policy_solve", gives_up)
+    torch.testing.assert_close(birl_ext.evaluate(policy, mdp), right, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(_torch, "RETRY_STATES", 5)
+    with pytest.raises(NotConvergedError, match=r"at batch \(1,\)"):
+        birl_ext.evaluate(policy, mdp)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_products_are_corrected(transpose: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They solve this one, but for what the recursion loses against the true residual."""
+    monkeypatch.setattr(_torch, "DIRECT_STATES", 100)
+    monkeypatch.setattr(_torch, "RETRY_STATES", 100)
+    walk, policy = reflecting_walk(600, 0.999999), torch.ones(600, 1, dtype=torch.float64)
+    start = torch.full((600,), 1 / 600, dtype=torch.float64)
+
+    def found(**options: Any) -> Tensor:
+        if transpose:
+            return birl_ext.occupancy(policy, walk, initial_distribution=start, **options)
+        return birl_ext.evaluate(policy, walk, **options)
+
+    torch.testing.assert_close(found(backend="torch"), found(), rtol=1e-8, atol=0)
+
+
+def test_policy_systems_left_unsolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What neither products nor an elimination solve is an error, and NaN where none can be raised;
+    its neighbour in the batch keeps its numbers.
+    """
+    monkeypatch.setattr(_torch, "DIRECT_STATES", 100)
+    monkeypatch.setattr(_torch, "RETRY_STATES", 100)
+    products = _torch._bicgstab
+    monkeypatch.setattr(_torch, "_bicgstab", lambda *given: products(*given[:4], 60))
+    discount = torch.tensor([0.5, 0.999999], dtype=torch.float64)
+    walk = reflecting_walk(200, 0.5).replace(discount=discount)
+    policy = torch.ones(200, 1, dtype=torch.float64)
+    with pytest.raises(NotConvergedError, match=r"not solved: .* at batch \(1,\)"):
+        birl_ext.evaluate(policy, walk, backend="torch")
+
+    def value(gamma: Tensor) -> Tensor:
+        return birl_ext.evaluate(policy, walk.replace(discount=gamma), backend="torch")
+
+    mapped = torch.func.vmap(value)(discount)
+    assert mapped[0].isfinite().all()
+    assert mapped[1].isnan().all()
+    slope = torch.func.vmap(torch.func.grad(lambda gamma: value(gamma).sum()))(discount)
+    assert slope.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_policy_that_is_accepted_leaks_nothing(dtype: torch.dtype) -> None:
+    """Rounding of its sum would be magnified by 1/(1 − γ); mapped or not, the answer is one."""
+    short = {torch.float32: 8e-6, torch.float64: 8e-9}[dtype]
+    transition = torch.full((5, 2, 5), 0.2, dtype=dtype)
+    policy = torch.full((5, 2), 0.5 * (1 - short), dtype=dtype)
+    paying = torch.ones(5, 2, dtype=dtype)
+    start = torch.full((5,), 0.2, dtype=dtype)
+
+    def value(pi: Tensor) -> Tensor:
+        return birl_ext.evaluate(pi, paying, transition, discount=0.9999)
+
+    def share(pi: Tensor) -> Tensor:
+        options = {"discount": 0.9999, "initial_distribution": start}
+        return birl_ext.occupancy(pi, transition, **options)
+
+    bound = 1e-9 if dtype == torch.float64 else 1e-6
+    for found in (value(policy), torch.func.vmap(value)(policy[None])[0]):
+        assert ((found / 1e4 - 1).abs() <= bound).all()
+    for found in (share(policy), torch.func.vmap(share)(policy[None])[0]):
+        assert abs(float(found.double().sum()) - 1) <= bound
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_policy_in_half_precision_is_promoted(half: torch.dtype) -> None:
+    mdp = Case(states=4, actions=2).mdp()
+    policy = torch.full((4, 2), 0.5)
+    start = torch.full((4,), 0.25)
+    options = {"initial_distribution": start.to(half)}
+    assert torch.equal(birl_ext.evaluate(policy.to(half), mdp), birl_ext.evaluate(policy, mdp))
+    share = birl_ext.occupancy(policy.to(half), mdp, **options)
+    assert torch.equal(share, birl_ext.occupancy(policy, mdp, initial_distribution=start))
+
+
+def test_any_policy_will_do_where_a_terminal_state_has_no_action() -> None:
+    """Nothing is paid there and nothing follows; elsewhere the mask binds."""
+    random = torch.Generator().manual_seed(0)
+    reward = torch.rand(3, 2, generator=random, dtype=torch.float64)
+    rows = torch.rand(3, 2, 3, generator=random, dtype=torch.float64)
+    mask = torch.tensor([[True, True], [True, False], [False, False]])
+    terminal = torch.tensor([False, False, True])
+    mdp = DenseMDP(reward, rows / rows.sum(-1, keepdim=True), 0.9, mask=mask, terminal=terminal)
+    policy = torch.tensor([[0.5, 0.5], [1, 0], [0.5, 0.5]], dtype=torch.float64)
+    value = birl_ext.evaluate(policy, mdp)
+    assert value[2] == 0
+    first = torch.tensor([[0.5, 0.5], [1, 0], [1, 0]], dtype=torch.float64)
+    assert torch.equal(value, birl_ext.evaluate(first, mdp))

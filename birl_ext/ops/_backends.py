@@ -124,7 +124,10 @@ def policy_solve(
     if _compiled(transition.device, backend):
         if transition.is_cpu:
             options: dict[str, Any] = {"transpose": transpose, "method": method, "tol": tol}
-            return _native.policy_solve(*data, **options)[:2]
+            x, residual, failed = _native.policy_solve(*data, **options)
+            if not failed:
+                return x, residual
+            return _torch.settle(transition, crow, col, policy, discount, rhs, transpose, tol, x)
         try:
             x, residual = _native_cuda.policy_solve(*data, transpose=transpose, tol=tol)
         except _native_cuda.LaunchError as error:

@@ -18,11 +18,13 @@ from birl_ext.ops.rows import Data, Rows
 from birl_ext.solution import INFO, Info, Kernel, Method, Rigour, Status
 from birl_ext.validation import row_sum_tolerance
 
-__all__ = ["bellman", "policy_solve", "solve"]
+__all__ = ["bellman", "policy_solve", "settle", "solve"]
 
 EPS = torch.finfo(torch.float64).eps
+TINY = torch.finfo(torch.float64).tiny  # below, numbers have fewer digits
 SPARSE_DIRECT_STATES = 200  # above, products with few entries per row beat a dense LU
 DIRECT_STATES = 1500  # above, an LU of (I − γP_π) costs more than the Krylov products it saves
+RETRY_STATES = 8192  # above, the S² numbers of an LU, a GiB with its copies, are too many to try
 HAND_OVER = 150  # passes after which modified policy iteration has met slow mixing
 SWEEPS_PER_POLICY = 40  # of modified policy iteration: between the 20 and 60 that suit grids
 
@@ -221,29 +223,115 @@ def policy_solve(
     method: int,
 ) -> tuple[Tensor, Tensor]:
     rows = Rows(transition.double(), crow, col, policy.shape[-2], policy.shape[-1])
-    weight = policy * rows.scale()
-    gamma = discount[..., None, None]
+    system = _PolicySystem(rows, policy * rows.scale(), discount, transpose)
     if method == Method.AUTO:
         method = Method.NEWTON if rows.states <= DIRECT_STATES else Method.KRYLOV
+    x = system.eliminate(rhs) if method == Method.NEWTON else system.iterate(rhs, tol)
+    return _settled(system, rhs, x, tol, again=method != Method.NEWTON)
 
-    def product(x: Tensor) -> Tensor:
-        lanes = x.flatten(1, 2)
-        if transpose:
-            spread = (weight.unsqueeze(2) * x.unsqueeze(-1)).flatten(1, 2)
-            moved = rows.pull(spread).unflatten(1, x.shape[1:3])
+
+def settle(
+    transition: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    policy: Tensor,
+    discount: Tensor,
+    rhs: Tensor,
+    transpose: bool,
+    tol: float,
+    x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """x of a policy system of which some columns may be unsolved, and its residual: those are
+    tried again by elimination where it fits, and are NaN where that fails too.
+    """
+    rows = Rows(transition.double(), crow, col, policy.shape[-2], policy.shape[-1])
+    system = _PolicySystem(rows, policy * rows.scale(), discount, transpose)
+    return _settled(system, rhs, x, tol, again=True)
+
+
+class _PolicySystem(NamedTuple):
+    """I − γP_π of N·G problems, or its transpose, applied to (N, G, K, S)."""
+
+    rows: Rows
+    weight: Tensor  # π/σ
+    discount: Tensor
+    transpose: bool
+
+    def product(self, x: Tensor) -> Tensor:
+        weight, columns = self.weight.unsqueeze(2), x.shape[1:3]
+        if self.transpose:
+            spread = (weight * x.unsqueeze(-1)).flatten(1, 2)
+            moved = self.rows.pull(spread).unflatten(1, columns)
         else:
-            moved = (weight.unsqueeze(2) * rows.apply(lanes).unflatten(1, x.shape[1:3])).sum(-1)
-        return x - gamma * moved
+            ahead = self.rows.apply(x.flatten(1, 2)).unflatten(1, columns)
+            moved = (weight * ahead).sum(-1)
+        return x - self.discount[..., None, None] * moved
 
-    if method == Method.NEWTON:
-        factors = _factor(rows, weight, discount)
-        x = _back_substitute(factors, rhs, transpose)
-        x = x + _back_substitute(factors, rhs - product(x), transpose)
-    else:
-        x = _bicgstab(product, rhs, _start(rhs, weight, discount, transpose), tol or 1e-14, 2000)
-    left = rhs - product(x)
-    residual = left.abs().sum(-1) if transpose else left.abs().amax(-1)
-    return x, residual
+    def eliminate(self, rhs: Tensor) -> Tensor:
+        factors = _factor(self.rows, self.weight, self.discount)
+        x = _back_substitute(factors, rhs, self.transpose)
+        return x + _back_substitute(factors, rhs - self.product(x), self.transpose)
+
+    def iterate(self, rhs: Tensor, tol: float) -> Tensor:
+        """By products. The recursion of BiCGStab loses the true residual: what it has nearly solved
+        gets corrections.
+        """
+        x = self._products(rhs, tol or 1e-14, 2000)
+        for _ in range(3):
+            left = rhs - self.product(x)
+            residual = self.size(left)
+            near = self.unsolved(rhs, x, residual, tol) & (residual <= 1e-6 * self.size(rhs))
+            if not bool(near.any()):
+                break
+            trial = x + self._products(left.where(near.unsqueeze(-1), 0.0), 1e-6, 500)
+            better = near & (self.residual(rhs, trial) < residual)
+            x = torch.where(better.unsqueeze(-1), trial, x)
+        return x
+
+    def _products(self, rhs: Tensor, tol: float, limit: int) -> Tensor:
+        start = _start(rhs, self.weight, self.discount, self.transpose)
+        return _bicgstab(self.product, rhs, start, tol, limit)
+
+    def size(self, vector: Tensor) -> Tensor:
+        return vector.abs().sum(-1) if self.transpose else vector.abs().amax(-1)
+
+    def residual(self, rhs: Tensor, x: Tensor) -> Tensor:
+        return self.size(rhs - self.product(x))
+
+    def unsolved(self, rhs: Tensor, x: Tensor, residual: Tensor, tol: float) -> Tensor:
+        """(N, G, K), whether the residual is above both the tolerance and what rounding leaves."""
+        longest = self.rows.states if self.rows.dense else self.rows.crow.diff().amax()
+        units = 128 + longest / 4 + self.rows.actions
+        size = self.size(rhs)
+        floor = units * EPS * (size + 2 * self.size(x)) + TINY
+        level = torch.maximum(tol * size, floor)
+        return ~((residual <= level) & torch.isfinite(residual))
+
+    def one(self, n: int, g: int) -> _PolicySystem:
+        own = slice(n, n + 1), slice(g, g + 1)
+        rows = self.rows.with_data(self.rows.data[own[0]])
+        return self._replace(rows=rows, weight=self.weight[own], discount=self.discount[own])
+
+
+def _settled(
+    system: _PolicySystem, rhs: Tensor, x: Tensor, tol: float, *, again: bool
+) -> tuple[Tensor, Tensor]:
+    """x and its residual; NaN, but a true residual, in the columns that are not solved."""
+    residual = system.residual(rhs, x)
+    unsolved = system.unsolved(rhs, x, residual, tol)
+    if again and system.rows.states <= RETRY_STATES:
+        # NaN on the right is not for want of trying; one matrix at a time, for its size
+        hopeful = (unsolved & torch.isfinite(rhs).all(-1)).any(-1)
+        x = x.clone()
+        for n, g in hopeful.nonzero().tolist():
+            alone, side = system.one(n, g), rhs[n : n + 1, g : g + 1]
+            found = alone.eliminate(side)
+            left = alone.residual(side, found)[0, 0]
+            better = left < residual[n, g].nan_to_num(torch.inf)
+            x[n, g] = torch.where(better.unsqueeze(-1), found[0, 0], x[n, g])
+            residual[n, g] = torch.where(better, left, residual[n, g])
+        unsolved = system.unsolved(rhs, x, residual, tol)
+    return x.masked_fill(unsolved.unsqueeze(-1), torch.nan), residual
 
 
 def _choose(problem: Problem) -> int:
