@@ -25,8 +25,9 @@ struct Certificate {
   double relative_target = 0.0;  // half-span at which the bound meets it, per unit of value
   // Of the last sweep, made at V = c + W:
   double c = 0.0;
-  double least = 0.0, most = 0.0;  // range of W
-  double low = 0.0, high = 0.0;    // range of δ = TV − V
+  double least = 0.0, most = 0.0;      // range of W
+  double low = 0.0, high = 0.0;        // range of δ = TV − V
+  double lowest = 0.0, highest = 0.0;  // of the value that it hands out
 
   Certificate() = default;
   Certificate(double discount_, double temperature_, Index actions, double row_additions,
@@ -46,6 +47,13 @@ struct Certificate {
   // (M6): V* lies in TV + γ/(1−γ) [min δ, max δ]; the middle is added where that is valid.
   double shift() const { return continues ? discount * horizon * (0.5 * (low + high)) : 0.0; }
 
+  // The value handed out is the image, of this range, and offset().
+  double offset() const { return discount * c + shift(); }
+  void hands_out(double image_least, double image_most) {
+    lowest = image_least + offset();
+    highest = image_most + offset();
+  }
+
   // Size of the numbers whose rounding enters δ.
   double scale() const {
     const double span = 2.0 * std::max(std::abs(least), std::abs(most));
@@ -60,7 +68,7 @@ struct Certificate {
   double error_bound() const { return (discount * half_span() + rounding()) * horizon; }
 
   double largest_value() const {
-    return std::max(std::max(std::abs(c + least), std::abs(c + most)), largest_reward);
+    return std::max(std::max(std::abs(lowest), std::abs(highest)), largest_reward);
   }
 
   // Passes of so many sweeps each within which the half-span falls by a tenth if it still falls:

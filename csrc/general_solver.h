@@ -65,7 +65,7 @@ class GeneralSolver {
       outcome = iterate();
     }
     if (defect_.status == Status::kConverged) {
-      outcome.offset = certificate_.discount * certificate_.c + certificate_.shift();
+      outcome.offset = certificate_.offset();
       write(outcome.offset, out);
     }
     return defect_;
@@ -166,12 +166,16 @@ class GeneralSolver {
     });
     certificate_.low = kInf;
     certificate_.high = -kInf;
+    double least = kInf, most = -kInf;  // of the image
     finite_ = std::isfinite(certificate_.c);
     for (const Range& part : ranges_) {
       certificate_.low = std::min(certificate_.low, part.low);
       certificate_.high = std::max(certificate_.high, part.high);
+      least = std::min(least, part.least);
+      most = std::max(most, part.most);
       finite_ = finite_ && part.finite;
     }
+    certificate_.hands_out(least, most);
     summed_ = summed_ || sum;
     if (!from_zero_) ++passes_;
     from_zero_ = false;
@@ -368,7 +372,7 @@ class GeneralSolver {
   }
 
   void accept_sweep() {
-    certificate_.c = problem_.discount * certificate_.c + certificate_.shift();
+    certificate_.c = certificate_.offset();
     if (!certificate_.continues) certificate_.c = 0.0;
     w_ = next_;
     centre();

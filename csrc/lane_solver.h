@@ -82,7 +82,7 @@ class LaneSolver {
         break;
       if (count % 64 == 0) interrupt_.check();
     }
-    const double offset = certificate_.discount * certificate_.c + certificate_.shift();
+    const double offset = certificate_.offset();
     lane_kernels<Real>().result({states_, actions_, q_.data(), image_.data(), reference(),
                                  problem_.temperature, offset, out.value, out.q, out.advantage,
                                  out.policy, out.log_policy, scratch_.data()});
@@ -179,6 +179,7 @@ class LaneSolver {
                                           image_.data(), q_.data(), w_.data()});
     certificate_.low = extent_.low;
     certificate_.high = extent_.high;
+    certificate_.hands_out(extent_.least, extent_.most);
     const bool free = at_zero_;  // T0 needs no P, and is a better start than zero
     if (!free) ++passes_;
     if (!extent_.finite || !std::isfinite(certificate_.c)) return ends(Status::kNonFinite);
@@ -213,7 +214,7 @@ class LaneSolver {
   }
 
   void accept_sweep() {
-    certificate_.c = certificate_.discount * certificate_.c + certificate_.shift();
+    certificate_.c = certificate_.offset();
     value_.swap(image_);
     take(extent_.least, extent_.most);
   }
@@ -275,10 +276,11 @@ class LaneSolver {
       if (!at_zero_) ++passes_;
       certificate_.low = extent_.low;
       certificate_.high = extent_.high;
+      certificate_.hands_out(extent_.least, extent_.most);
       const double half = certificate_.half_span();
       const double noise = single_noise();
       if (previous_ < kInf) rate_ = half / previous_;
-      certificate_.c = certificate_.discount * certificate_.c + certificate_.shift();
+      certificate_.c = certificate_.offset();
       take(extent_.least, extent_.most);
       round_centre();
       swapped_ = !swapped_;

@@ -130,6 +130,31 @@ def test_a_tolerance_is_met_and_not_overdone(method: str, backend: str, tol: flo
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("states", [6, 200])
+@pytest.mark.parametrize("far", [1e6, -1e6])
+def test_a_tolerance_is_that_of_the_value_handed_out(
+    states: int, method: str, backend: str, far: float
+) -> None:
+    """Not that of a start far above or below it."""
+    random = torch.Generator().manual_seed(0)
+    transition = torch.rand(states, 3, states, dtype=torch.float64, generator=random).softmax(-1)
+    reward = torch.rand(states, 3, dtype=torch.float64, generator=random)
+    start = torch.full((states,), far, dtype=torch.float64)
+    got = birl_ext.solve(
+        reward,
+        transition,
+        discount=0.9,
+        temperature=0.1,
+        method=method,
+        backend=backend,
+        tol=1e-4,
+        initial=start,
+    )
+    assert got.error_bound <= 1e-4 * max(got.value.abs().max(), reward.abs().max())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=["f32", "f64"])
 @pytest.mark.parametrize("case", SMALL + WARP, ids=str)

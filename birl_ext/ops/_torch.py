@@ -145,10 +145,11 @@ def solve(
         )
         unit = rounding * EPS * magnitude
         bound = (gamma * half + unit) / one_minus
-        size = torch.maximum((value + offset.unsqueeze(-1)).abs().amax(-1), top_reward)
-
-        anchor = (step.image.amax(-1) + step.image.amin(-1)) / 2
+        least, most = step.image.amin(-1), step.image.amax(-1)
+        anchor = (most + least) / 2
         constant = gamma * offset + anchor + torch.where(gamma > 0, gamma / one_minus, 0.0) * middle
+        # of the value that this pass hands out, not of the one it started from
+        size = torch.maximum(constant.abs() + (most - least) / 2, top_reward)
         finite = torch.isfinite(half) & torch.isfinite(size) & torch.isfinite(constant)
         stuck = half > best / 2
         stalled = torch.where(stuck, stalled + 1, 0)

@@ -131,8 +131,11 @@ struct SolveControl {
     return (discount * half_span() + rounding()) / (1.0 - discount);
   }
 
+  // Of the value that the last sweep hands out.
   BIRL_DEVICE double largest_value() const {
-    return larger(larger(magnitude(c + low), magnitude(c + high)), largest_reward);
+    return larger(
+        larger(magnitude(range.image_low + offset()), magnitude(range.image_high + offset())),
+        largest_reward);
   }
 
   // ---- decisions ------------------------------------------------------------------------------

@@ -71,6 +71,10 @@ void methods() {
   for (int s = 0; s < c.S; ++s) largest = std::fmax(largest, std::fabs(tight.value[s]));
   expect(loose.row(0)[1] <= 1.01e-3 * largest && tight.row(0)[1] <= 1.01e-10 * largest,
          "it is the certified error that meets the tolerance");
+  const std::vector<double> far(c.items() * c.S, 1e9);
+  const Solution<double> back = solve_large(c, nullptr, options(1, 1e-4), {}, far.data());
+  expect(back.status[0] == 0 && back.row(0)[1] <= 1.01e-4 * largest,
+         "a tolerance is that of the value handed out");
   const Solution<double> few = solve_large(c, nullptr, options(1, 1e-10, 3));
   expect(few.status[0] == static_cast<Index>(Status::kMaxIterations), "iteration limit");
   expect(few.row(0)[2] == 3.0, "exactly the passes allowed");

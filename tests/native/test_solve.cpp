@@ -100,6 +100,19 @@ void methods() {
   expect(loose.row(0)[2] < tight.row(0)[2], "a loose tolerance takes fewer passes");
   for (int s = 0; s < c.S; ++s)
     near(loose.value[s], tight.value[s], loose.row(0)[1] + tight.row(0)[1], "loose value");
+  // Mixes within a sweep, so that a far start leaves its mark on the middle alone.
+  Traits fast;
+  fast.successors = 2000;
+  const Case<double> mixing = make_case<double>(20, 3, fast, 6);
+  const std::vector<double> far(mixing.S, 1e9);
+  const Solution<double> back =
+      solve(shared_rows(mixing), mixing, options(1, 1e-4), {}, far.data());
+  double largest = 0.0;
+  for (const double v : back.value) largest = std::fmax(largest, std::fabs(v));
+  for (const double r : mixing.reward) largest = std::fmax(largest, std::fabs(r));
+  expect(back.status[0] == 0 && back.row(0)[1] <= 1.0001e-4 * largest,
+         "a tolerance is that of the value handed out");
+
   const Solution<double> few = solve(shared_rows(c), c, options(1, 1e-10, 3));
   expect(few.status[0] == static_cast<Index>(Status::kMaxIterations), "iteration limit");
   expect(few.row(0)[2] == 3.0, "exactly the passes allowed");
