@@ -54,10 +54,9 @@ class GeneralSolver {
   // The solution, or the first thing wrong with the input.
   Defect solve(const Problem<Real>& problem, const double* initial, const Tables<Real>& out,
                Outcome& outcome) {
-    if (request_.validate != Rigour::kOff) {
-      const Defect defect = problem_defect(problem, model_->states, model_->actions);
-      if (defect.status != Status::kConverged) return defect;
-    }
+    const Defect defect =
+        problem_defect(problem, request_.validate, model_->states, model_->actions);
+    if (defect.status != Status::kConverged) return defect;
     problem_ = problem;
     initial_ = initial;
     if (defect_.status == Status::kConverged) {
@@ -67,6 +66,8 @@ class GeneralSolver {
     if (defect_.status == Status::kConverged) {
       outcome.offset = certificate_.offset();
       write(outcome.offset, out);
+      if (overflows(certificate_, problem, out, model_->states * model_->actions))
+        outcome.status = Status::kNonFinite;
     }
     return defect_;
   }

@@ -86,6 +86,7 @@ class LaneSolver {
     lane_kernels<Real>().result({states_, actions_, q_.data(), image_.data(), reference(),
                                  problem_.temperature, offset, out.value, out.q, out.advantage,
                                  out.policy, out.log_policy, scratch_.data()});
+    if (overflows(certificate_, problem, out, states_ * actions_)) status_ = Status::kNonFinite;
     outcome = {status_, certificate_.half_span(), certificate_.error_bound(), passes_, 0, offset};
     return {};
   }
@@ -100,8 +101,8 @@ class LaneSolver {
     const bool suspicious = !packed_.finite || problem.log_reference ||
                             !(problem.discount >= 0.0 && problem.discount < 1.0) ||
                             !(problem.temperature > 0.0 && problem.temperature < kInf);
-    if (request_.validate == Rigour::kOff || !suspicious) return {};
-    return problem_defect(problem, states_, actions_);
+    if (!suspicious) return {};
+    return problem_defect(problem, request_.validate, states_, actions_);
   }
 
   const double* reference() const {

@@ -600,6 +600,33 @@ def test_an_input_without_validation_is_not_read() -> None:
     assert torch.allclose(got.value, want.value, rtol=1e-13)
 
 
+@pytest.mark.parametrize("states", [5, 150])
+@pytest.mark.parametrize(
+    ("name", "value", "status"),
+    [
+        ("discount", 1.5, Status.BAD_DISCOUNT),
+        ("discount", torch.nan, Status.BAD_DISCOUNT),
+        ("temperature", -1.0, Status.BAD_TEMPERATURE),
+        ("temperature", torch.inf, Status.BAD_TEMPERATURE),
+    ],
+)
+def test_numbers_are_checked_without_validation_of_the_tables(
+    name: str, value: float, status: Status, states: int
+) -> None:
+    """A discount of 1.5 would be certified with a negative bound."""
+    given = {
+        "reward": torch.ones(states, 2, dtype=torch.float64),
+        "transition": torch.full((states, 2, states), 1 / states, dtype=torch.float64),
+        "discount": torch.tensor(0.9, dtype=torch.float64),
+        "temperature": torch.tensor(1.0, dtype=torch.float64),
+        name: torch.tensor(value, dtype=torch.float64),
+    }
+    for validate in ("cheap", "off"):
+        got = birl_ext.solve(**given, validate=validate, on_fail="status")
+        assert got.status == status
+        assert got.error_bound.isnan()
+
+
 def test_every_class_says_what_it_means() -> None:
     for code, cls in errors.catalogue():
         assert re.fullmatch(r"BIRL-E\d{3}", code)

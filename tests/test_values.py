@@ -415,6 +415,44 @@ def test_float32_tells_the_truth_at_a_discount_near_one(kind: str, backend: str)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("states", [4, 150])
+@pytest.mark.parametrize(
+    ("rewards", "discount"),
+    [((1e37, 1e37), 0.99), ((-1.6e38, -3e38), 0.5)],
+    ids=["value", "q of one action"],
+)
+def test_what_float32_cannot_hold_is_an_overflow(
+    rewards: tuple[float, float], discount: float, states: int, backend: str
+) -> None:
+    """Float64, in which it is computed, can."""
+    for dtype, status in ((torch.float32, Status.NON_FINITE), (torch.float64, Status.CONVERGED)):
+        transition = torch.full((states, 2, states), 1 / states, dtype=dtype)
+        got = birl_ext.solve(
+            torch.tensor(rewards, dtype=dtype).expand(states, 2),
+            transition,
+            discount=discount,
+            temperature=1.0,
+            backend=backend,
+            on_fail="status",
+        )
+        assert got.status == status, dtype
+        if status == Status.CONVERGED:
+            assert got.q.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("states", [4, 150])
+def test_a_log_policy_that_overflows_has_no_bound(states: int, backend: str) -> None:
+    transition = torch.full((states, 2, states), 1 / states)
+    reward = torch.tensor([1e30, -1e30]).expand(2, states, 2)
+    options: dict[str, Any] = {"discount": 0.9, "temperature": 1e-9, "backend": backend}
+    mask = torch.tensor([[True, True], [True, False]])[:, None].expand(2, states, 2)
+    got = birl_ext.solve(reward, transition, mask=mask, **options)
+    assert (got.log_policy[..., 1] == -torch.inf).all()
+    assert got.log_policy_error_bound.isinf().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_solution_has_the_dtype_of_its_data_and_names_its_kernel(
     dtype: torch.dtype, backend: str

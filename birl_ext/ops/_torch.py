@@ -195,17 +195,23 @@ def solve(
         value = value - recentre.unsqueeze(-1)
         offset = offset + recentre
 
-    bad = (status >= 10) | (status == int(Status.NON_FINITE))
-    done_value = torch.where(bad.unsqueeze(-1), torch.nan, done_value)
-    done_offset = torch.where(bad, torch.nan, done_offset)
-    table = [torch.where(bad[..., None, None], torch.nan, entry) for entry in table]
-    info[..., :3] = torch.where(bad.unsqueeze(-1), torch.nan, info[..., :3])
-    advantage, policy, log_policy = table
     absolute = done_value + done_offset.unsqueeze(-1)
-    tables = (advantage + absolute.unsqueeze(-1), advantage, policy, log_policy)
+    q = table[0] + absolute.unsqueeze(-1)
+    seen = torch.maximum(q.abs(), table[0].abs())
+    if problem.log_reference is not None:
+        seen = torch.where(problem.log_reference > -math.inf, seen, 0.0)
+    largest = torch.maximum(absolute.abs().amax(-1), seen.amax((-1, -2)))
+    held = largest <= torch.finfo(reward.dtype).max  # in the dtype handed out
+    status = torch.where((status < 10) & ~held, int(Status.NON_FINITE), status)
+
+    bad = (status >= 10) | (status == int(Status.NON_FINITE))
+    absolute = torch.where(bad.unsqueeze(-1), torch.nan, absolute)
+    done_offset = torch.where(bad, torch.nan, done_offset)
+    table = [torch.where(bad[..., None, None], torch.nan, entry) for entry in (q, *table)]
+    info[..., :3] = torch.where(bad.unsqueeze(-1), torch.nan, info[..., :3])
     info[..., Info.TEMPERATURE], info[..., Info.OFFSET] = problem.temperature, done_offset
     info[..., Info.KERNEL] = Kernel.TORCH
-    outputs = (absolute, *(table.to(reward.dtype) for table in tables), info, status)
+    outputs = (absolute, *(entry.to(reward.dtype) for entry in table), info, status)
     # cloned, so that the caller owns what it gets and may write to it
     return tuple(x.reshape((*batch, *x.shape[2:])).clone() for x in outputs)
 

@@ -478,7 +478,7 @@ class LargeSolving {
       block.spread([&](Index first, Index) {
         if (first != 0) return;
         const LargeControl& c = block.chip.control;
-        request_.status[item_] = static_cast<Index>(c.status);
+        request_.status[item_] = static_cast<Index>(c.verdict(!batch_.is_double));
         write_info(c.half_span(), c.error_bound(), c.passes, {0, 0.0}, c.products, offset);
       });
     });

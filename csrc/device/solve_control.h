@@ -138,6 +138,12 @@ struct SolveControl {
         largest_reward);
   }
 
+  // How the iteration ended for a value handed out in single or in double precision.
+  BIRL_DEVICE Status verdict(bool single) const {
+    constexpr double most = 3.4028234663852886e38;
+    return single && !(largest_value() <= most) ? Status::kNonFinite : status;
+  }
+
   // ---- decisions ------------------------------------------------------------------------------
 
   BIRL_DEVICE Step next(const SweepRange& found) {

@@ -240,9 +240,9 @@ class Solving {
 
   // The first thing wrong, in the order of validate.h.
   BIRL_DEVICE Status judge(const Findings& found) const {
-    if (given_.options.validate == Rigour::kOff) return Status::kConverged;
     if (!(discount_ >= 0.0 && discount_ < 1.0)) return Status::kDiscount;
     if (!(temperature_ > 0.0 && temperature_ < kInf)) return Status::kTemperature;
+    if (given_.options.validate == Rigour::kOff) return Status::kConverged;
     if (found.reference != kNowhere)
       return found.reference % (A_ + 1) == A_ ? Status::kNoAction : Status::kReference;
     if (found.reward != kNowhere) return Status::kNonFiniteReward;
@@ -435,7 +435,7 @@ class Solving {
       }
       if (t.rank != 0) return;
       const SolveControl& control = *m_.control;
-      given_.status[item_] = static_cast<Index>(control.status);
+      given_.status[item_] = static_cast<Index>(control.verdict(sizeof(Real) == 4));
       write_info(control.half_span(), control.error_bound(), control.passes, 0, 0.0, offset);
     });
   }

@@ -265,6 +265,11 @@ void overflow() {
   for (double& reward : c.reward) reward = 1e308;
   c.reward[0] = -1e308;
   expect(solve_large(c).status[0] == static_cast<Index>(Status::kNonFinite), "overflow");
+  Case<float> narrow = make_case<float>(4, 2, {}, 5);
+  narrow.discount[0] = 0.99;
+  for (float& reward : narrow.reward) reward = 1e37f;
+  expect(solve_large(narrow).status[0] == static_cast<Index>(Status::kNonFinite),
+         "a value beyond single precision");
 }
 
 }  // namespace

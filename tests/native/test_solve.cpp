@@ -219,7 +219,12 @@ void invalid() {
   expect(refused.status[0] == static_cast<Index>(Status::kRowSum), "or not");
   expect(refused.row(0)[4] == 0.0, "with a sum of zero");
   const SolveOptions off = options(0, 0.0, 0, Rigour::kOff);
-  expect(solve(shared_rows(ending), ending, off).status[0] == 0, "no check at all");
+  expect(solve(shared_rows(ending), ending, off).status[0] == 0, "no check of the tables at all");
+  Case<Real> growing = ending;
+  growing.discount[0] = 1.5;
+  expect(
+      solve(shared_rows(growing), growing, off).status[0] == static_cast<Index>(Status::kDiscount),
+      "but of the discount");
 }
 
 void overflow() {
@@ -228,6 +233,11 @@ void overflow() {
   for (double& reward : c.reward) reward = 1e308;
   c.reward[0] = -1e308;
   expect(solve(shared_rows(c), c).status[0] == static_cast<Index>(Status::kNonFinite), "overflow");
+  Case<float> narrow = make_case<float>(4, 2, {}, 5);
+  narrow.discount[0] = 0.99;
+  for (float& reward : narrow.reward) reward = 1e37f;
+  expect(solve(shared_rows(narrow), narrow).status[0] == static_cast<Index>(Status::kNonFinite),
+         "a value beyond single precision");
 }
 
 void nothing() {
