@@ -286,7 +286,8 @@ class GeneralSolver {
         status = Status::kConverged;
         break;
       }
-      const bool exhausted = progress.exhausted(certificate_, patience());
+      const bool exhausted =
+          progress.exhausted(certificate_, patience(), mode_ == Mode::kValueIteration);
       if (exhausted) {
         status = request_.tol > 0.0 ? Status::kStagnated : Status::kConverged;
         break;
@@ -295,6 +296,11 @@ class GeneralSolver {
                     : (mode_ == Mode::kValueIteration || mode_ == Mode::kModifiedPolicy) &&
                           passes_ - escalated_at_ >= certificate_.most_sweeps())
         break;
+      if (mode_ == Mode::kNewtonDirect && passes_ - escalated_at_ >= kMostNewton) {
+        if (given == 0 && !certificate_.sweeps_end()) break;
+        switch_to(Mode::kValueIteration);
+        progress = {};
+      }
       give_up_if_slow(half);
       advance();
     }
@@ -326,9 +332,11 @@ class GeneralSolver {
     else if (mode_ == Mode::kNewtonKrylov && (used >= 200 || (used >= 4 && stalled_ >= 4))) {
       krylov_failed_ = true;
       next = direct ? Mode::kNewtonDirect : Mode::kModifiedPolicy;
-    } else if (mode_ == Mode::kNewtonDirect && used >= 1000)
-      next = Mode::kValueIteration;
-    if (next == mode_) return;
+    }
+    if (next != mode_) switch_to(next);
+  }
+
+  void switch_to(Mode next) {
     mode_ = next;
     escalated_at_ = passes_;
     stalled_ = 0;
@@ -381,21 +389,22 @@ class GeneralSolver {
 
   // W := W + x. Where every row continues x matters only up to a constant: the next sweep's middle
   // finds it exactly.
-  void accept_step(const std::vector<double>& x) {
+  void accept_step(const std::vector<double>& x, double share) {
     for (std::size_t i = 0; i < w_.size(); ++i) w_[i] += x[i];
-    if (certificate_.continues) certificate_.c += middle() / (1.0 - problem_.discount);
+    certificate_.c += share / (1.0 - problem_.discount);
     centre();
   }
 
-  // δ without its middle where that is an eigenvector's share.
-  std::vector<double> right_side() const {
+  // δ without a share of the constants, which are eigenvectors where every row continues.
+  std::vector<double> right_side(double share) const {
     std::vector<double> b = delta_;
-    if (certificate_.continues)
-      for (double& e : b) e -= middle();
+    for (double& e : b) e -= share;
     return b;
   }
 
-  double middle() const { return 0.5 * (certificate_.low + certificate_.high); }
+  double middle() const {
+    return certificate_.continues ? 0.5 * (certificate_.low + certificate_.high) : 0.0;
+  }
 
   void newton_direct() {
     const Index S = model_->states, A = model_->actions;
@@ -411,9 +420,10 @@ class GeneralSolver {
       }
     });
     elimination_->factor(team_, interrupt_);
-    std::vector<double> x = right_side();
+    const double share = certificate_.step_share();
+    std::vector<double> x = right_side(share);
     elimination_->solve(x.data(), false);
-    accept_step(x);
+    accept_step(x, share);
   }
 
   // Inexact Newton: forcing term after Eisenstat & Walker (1996), choice 2, capped at 0.3. Exact
@@ -434,7 +444,7 @@ class GeneralSolver {
       if (stalled_++ == 0) krylov_best_ = std::max(krylov_best_, half);
       forcing_ = std::max(0.1 * forcing_, 1e-12);
     }
-    const std::vector<double> b = right_side();
+    const std::vector<double> b = right_side(middle());
     std::vector<double> x(b.size());
     const PolicyOperator<Matrix> op(*matrix_, problem_.discount, false, certificate_.continues, 1,
                                     team_, interrupt_);
@@ -459,7 +469,7 @@ class GeneralSolver {
     std::transform(x.begin(), x.end(), b.begin(), ahead.begin(), std::minus<double>());
     const double range = 2.0 * spread(ahead);
     expected_ = result.residual / size * half + range * range / (8.0 * problem_.temperature);
-    accept_step(x);
+    accept_step(x, middle());
   }
 
   static constexpr Index kMostProducts = 120;  // of a pass of modified policy iteration
@@ -469,7 +479,7 @@ class GeneralSolver {
     ensure_matrix();
     const PolicyOperator<Matrix> op(*matrix_, problem_.discount, false, false, 1, team_,
                                     interrupt_);
-    std::vector<double> term = right_side(), next(term.size()), x = term;
+    std::vector<double> term = right_side(middle()), next(term.size()), x = term;
     const auto spread_of_term = [&] {
       Columns low, high;
       op.range(term.data(), low, high);
@@ -487,7 +497,7 @@ class GeneralSolver {
       if (j >= 20 && (now <= 0.1 * start || now <= 0.1 * certificate_.target())) break;
     }
     products_ += j;
-    accept_step(x);
+    accept_step(x, middle());
   }
 
   double spread(const std::vector<double>& x) const {

@@ -420,7 +420,8 @@ class LargeSolving {
                  });
     now_ = 1 - now_;
     team_.decide([&](Block& block) {
-      block.chip.control.accept_newton(moved.image_low, moved.image_high);
+      LargeControl& c = block.chip.control;
+      c.accept_newton(c.delta_middle(), moved.image_low, moved.image_high);
       return 0;
     });
   }

@@ -384,7 +384,7 @@ class Solving {
   // W := W + (I − γP_π)⁻¹ δ
   BIRL_DEVICE void newton() {
     team_.phase([&](Thread t) {
-      const double middle = m_.control->delta_middle();
+      const double share = m_.control->step_share();
       for (int s = t.rank; s < S_; s += t.count) {
         double stopping = 0.0;
         for (int row = s * A_; row < (s + 1) * A_; ++row) {
@@ -393,7 +393,7 @@ class Solving {
           m_.e[row] = discount_ * (policy * m_.inverse_sum[row]);
         }
         m_.defect[s] = (1.0 - discount_) + discount_ * stopping;
-        m_.delta[s] -= middle;
+        m_.delta[s] -= share;
       }
     });
     rows_.form(m_.e, MatrixView{m_.matrix, S_, false});
@@ -409,7 +409,8 @@ class Solving {
         },
         SweepRange::join);
     team_.decide([&] {
-      m_.control->accept_newton(moved.image_low, moved.image_high);
+      SolveControl& control = *m_.control;
+      control.accept_newton(control.step_share(), moved.image_low, moved.image_high);
       return 0;
     });
     recentre(m_.image);

@@ -86,6 +86,13 @@ void methods() {
   expect(cold.row(0)[2] < 12.0 && cold.row(0)[5] > 0.0, "Newton's inner products are counted");
 }
 
+void cycle() {
+  const Case<double> c = make_cycle(0.9999);
+  const Solution<double> found = solve_large(c, nullptr, options(1));
+  expect(found.status[0] == 0 && found.row(0)[1] <= 1e-5, "value iteration on a cycle");
+  agrees(c, found, "cycle");
+}
+
 // Two halves that hardly mix: sweeps would take thousands of passes.
 void slow_mixing() {
   Traits traits;
@@ -282,6 +289,7 @@ int main() {
   hard<double>();
   hard<float>();
   methods();
+  cycle();
   slow_mixing();
   invalid<double>();
   invalid<float>();

@@ -132,6 +132,35 @@ void methods() {
   expect(without.row(0)[2] > 200.0, "without an elimination value iteration goes on");
 }
 
+// Close to a discount of one.
+void endings() {
+  Traits traits;
+  traits.discount = 1.0 - 1e-9;
+  traits.temperature = 1e-4;
+  traits.successors = 1;
+  for (unsigned seed = 0; seed < 20; ++seed) {
+    const Case<double> c = make_case<double>(10, 3, traits, seed);
+    const Solution<double> found = solve(shared_rows(c), c, options(2, 0.0, 100));
+    expect(found.status[0] == 0, "several closed classes");
+  }
+
+  const Case<double> cycle = make_cycle(0.9999);
+  const Solution<double> found = solve(shared_rows(cycle), cycle, options(1));
+  expect(found.status[0] == 0 && found.row(0)[1] <= 1e-5, "value iteration on a cycle");
+  agrees(cycle, found, "cycle");
+
+  // Negative probabilities: Newton's method may go in circles.
+  Case<double> circles = make_case<double>(2, 2, {}, 1);
+  circles.discount[0] = 1.0 - 1e-9;
+  circles.temperature[0] = 0.01;
+  circles.transition = {-2.0, 3.0, 4.0, -3.0, -3.0, 4.0, -1.0, 2.0};
+  circles.reward = {0.0, 2.0, -2.0, 0.0};
+  const Solution<double> ended =
+      solve(shared_rows(circles), circles, options(2, 0.0, 0, Rigour::kOff));
+  expect(ended.status[0] == static_cast<Index>(Status::kMaxIterations) && ended.row(0)[2] == 1000.0,
+         "a thousand steps are enough");
+}
+
 template <class Real>
 void invalid() {
   Traits traits;
@@ -259,6 +288,7 @@ int main() {
   registers<double>();
   registers<float>();
   methods();
+  endings();
   invalid<double>();
   invalid<float>();
   overflow();
