@@ -71,6 +71,7 @@ struct SolveControl {
   // the iterate
   double c, low, high;  // W lies in [low, high]
   SweepRange range;     // of the last sweep
+  double largest;       // magnitude of the value that it hands out, or of a reward
   double middle;        // what to take off the next W, so that c carries the constant mode
   // the iteration
   Mode mode;
@@ -136,27 +137,29 @@ struct SolveControl {
     return (discount * half_span() + rounding()) / (1.0 - discount);
   }
 
-  // Of the value that the last sweep hands out.
-  BIRL_DEVICE double largest_value() const {
-    return larger(
-        larger(magnitude(range.image_low + offset()), magnitude(range.image_high + offset())),
+  // Takes what a sweep found, and the size of the value that it hands out.
+  BIRL_DEVICE void take(const SweepRange& found) {
+    range = found;
+    const double constant = offset();
+    largest = larger(
+        larger(magnitude(range.image_low + constant), magnitude(range.image_high + constant)),
         largest_reward);
   }
 
   // How the iteration ended for a value handed out in single or in double precision.
   BIRL_DEVICE Status verdict(bool single) const {
     constexpr double most = 3.4028234663852886e38;
-    return single && !(largest_value() <= most) ? Status::kNonFinite : status;
+    return single && !(largest <= most) ? Status::kNonFinite : status;
   }
 
   // ---- decisions ------------------------------------------------------------------------------
 
   BIRL_DEVICE Step next(const SweepRange& found) {
-    range = found;
+    take(found);
     if (!from_zero) ++passes;
     const double half = half_span();
     if (!range.finite || !is_finite(c)) return stop(Status::kNonFinite);
-    if (options.tol > 0.0 && error_bound() <= options.tol * largest_value())
+    if (options.tol > 0.0 && error_bound() <= options.tol * largest)
       return stop(Status::kConverged);
     since_best = half < 0.9 * best ? 0 : since_best + 1;
     if (since_best == 0) best = half;
@@ -233,8 +236,8 @@ struct SolveControl {
   // rounding level, where a jittering half-span tells nothing of the contraction.
   BIRL_DEVICE void choose(double half, bool at_rounding_level) {
     if (mode == Mode::kNewton || !direct || passes < 2 || switched_at > 0) return;
-    const double wanted = larger(
-        options.tol * largest_value() * (1.0 - discount) / larger(discount, 0.1), kEps * scale());
+    const double wanted =
+        larger(options.tol * largest * (1.0 - discount) / larger(discount, 0.1), kEps * scale());
     if (half <= wanted) return;
     const double rate = half / previous;
     const double sweeps = rate < 1.0 && !at_rounding_level
