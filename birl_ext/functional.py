@@ -529,7 +529,7 @@ def _flat(
                     f"{name} was given beside an MDP object",
                     fix=f"use mdp.replace({name}=…)",
                 )
-        scalars = validate == "cheap" or (read and validate == "full")
+        scalars = read and validate != "off"
         validation.check_temperature(temperature, data=scalars)
         return reward.flatten(temperature, batch)
     if transition is None or discount is None:
@@ -564,9 +564,8 @@ def _flat(
             }
         )
         reading = read and validate == "full"
-        scalars = reading or validate == "cheap"  # where the op is told not to check any number
-        validation.check_discount(discount, data=scalars)
-        validation.check_temperature(temperature, data=scalars)
+        validation.check_discount(discount, data=read)
+        validation.check_temperature(temperature, data=read)
         if reading and validation.is_concrete(reward):
             validation.check_reward(reward)
         if reading and validation.is_concrete(transition):

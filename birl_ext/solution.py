@@ -131,9 +131,12 @@ class Solution(NamedTuple):
     @property
     def log_policy_error_bound(self) -> Tensor:
         """Certified bound on max |log_policy − log π*|, (*B,), dimensionless (M7)."""
-        seen = self.log_policy.where(self.log_policy > -torch.inf, 0.0)
+        none = self.log_policy == -torch.inf
+        seen = self.log_policy.where(~none, 0.0)
         change = 2 * self.info[..., Info.ERROR_BOUND] / self.info[..., Info.TEMPERATURE]
-        return change + _rounding(seen, 2)
+        # not masked, where the advantage is 0, but too small for the dtype
+        overflowed = (none & (self.advantage != 0)).flatten(-2).any(-1)
+        return (change + _rounding(seen, 2)).masked_fill(overflowed, torch.inf)
 
     @property
     def iterations(self) -> Tensor:

@@ -54,10 +54,9 @@ class GeneralSolver {
   // The solution, or the first thing wrong with the input.
   Defect solve(const Problem<Real>& problem, const double* initial, const Tables<Real>& out,
                Outcome& outcome) {
-    if (request_.validate != Rigour::kOff) {
-      const Defect defect = problem_defect(problem, model_->states, model_->actions);
-      if (defect.status != Status::kConverged) return defect;
-    }
+    const Defect defect =
+        problem_defect(problem, request_.validate, model_->states, model_->actions);
+    if (defect.status != Status::kConverged) return defect;
     problem_ = problem;
     initial_ = initial;
     if (defect_.status == Status::kConverged) {
@@ -65,8 +64,10 @@ class GeneralSolver {
       outcome = iterate();
     }
     if (defect_.status == Status::kConverged) {
-      outcome.offset = certificate_.discount * certificate_.c + certificate_.shift();
+      outcome.offset = certificate_.offset();
       write(outcome.offset, out);
+      if (overflows(certificate_, problem, out, model_->states * model_->actions))
+        outcome.status = Status::kNonFinite;
     }
     return defect_;
   }
@@ -166,12 +167,16 @@ class GeneralSolver {
     });
     certificate_.low = kInf;
     certificate_.high = -kInf;
+    double least = kInf, most = -kInf;  // of the image
     finite_ = std::isfinite(certificate_.c);
     for (const Range& part : ranges_) {
       certificate_.low = std::min(certificate_.low, part.low);
       certificate_.high = std::max(certificate_.high, part.high);
+      least = std::min(least, part.least);
+      most = std::max(most, part.most);
       finite_ = finite_ && part.finite;
     }
+    certificate_.hands_out(least, most);
     summed_ = summed_ || sum;
     if (!from_zero_) ++passes_;
     from_zero_ = false;
@@ -281,7 +286,8 @@ class GeneralSolver {
         status = Status::kConverged;
         break;
       }
-      const bool exhausted = progress.exhausted(certificate_, patience());
+      const bool exhausted =
+          progress.exhausted(certificate_, patience(), mode_ == Mode::kValueIteration);
       if (exhausted) {
         status = request_.tol > 0.0 ? Status::kStagnated : Status::kConverged;
         break;
@@ -290,6 +296,11 @@ class GeneralSolver {
                     : (mode_ == Mode::kValueIteration || mode_ == Mode::kModifiedPolicy) &&
                           passes_ - escalated_at_ >= certificate_.most_sweeps())
         break;
+      if (mode_ == Mode::kNewtonDirect && passes_ - escalated_at_ >= kMostNewton) {
+        if (given == 0 && !certificate_.sweeps_end()) break;
+        switch_to(Mode::kValueIteration);
+        progress = {};
+      }
       give_up_if_slow(half);
       advance();
     }
@@ -321,9 +332,11 @@ class GeneralSolver {
     else if (mode_ == Mode::kNewtonKrylov && (used >= 200 || (used >= 4 && stalled_ >= 4))) {
       krylov_failed_ = true;
       next = direct ? Mode::kNewtonDirect : Mode::kModifiedPolicy;
-    } else if (mode_ == Mode::kNewtonDirect && used >= 1000)
-      next = Mode::kValueIteration;
-    if (next == mode_) return;
+    }
+    if (next != mode_) switch_to(next);
+  }
+
+  void switch_to(Mode next) {
     mode_ = next;
     escalated_at_ = passes_;
     stalled_ = 0;
@@ -368,7 +381,7 @@ class GeneralSolver {
   }
 
   void accept_sweep() {
-    certificate_.c = problem_.discount * certificate_.c + certificate_.shift();
+    certificate_.c = certificate_.offset();
     if (!certificate_.continues) certificate_.c = 0.0;
     w_ = next_;
     centre();
@@ -376,21 +389,22 @@ class GeneralSolver {
 
   // W := W + x. Where every row continues x matters only up to a constant: the next sweep's middle
   // finds it exactly.
-  void accept_step(const std::vector<double>& x) {
+  void accept_step(const std::vector<double>& x, double share) {
     for (std::size_t i = 0; i < w_.size(); ++i) w_[i] += x[i];
-    if (certificate_.continues) certificate_.c += middle() / (1.0 - problem_.discount);
+    certificate_.c += share / (1.0 - problem_.discount);
     centre();
   }
 
-  // δ without its middle where that is an eigenvector's share.
-  std::vector<double> right_side() const {
+  // δ without a share of the constants, which are eigenvectors where every row continues.
+  std::vector<double> right_side(double share) const {
     std::vector<double> b = delta_;
-    if (certificate_.continues)
-      for (double& e : b) e -= middle();
+    for (double& e : b) e -= share;
     return b;
   }
 
-  double middle() const { return 0.5 * (certificate_.low + certificate_.high); }
+  double middle() const {
+    return certificate_.continues ? 0.5 * (certificate_.low + certificate_.high) : 0.0;
+  }
 
   void newton_direct() {
     const Index S = model_->states, A = model_->actions;
@@ -406,9 +420,10 @@ class GeneralSolver {
       }
     });
     elimination_->factor(team_, interrupt_);
-    std::vector<double> x = right_side();
+    const double share = certificate_.step_share();
+    std::vector<double> x = right_side(share);
     elimination_->solve(x.data(), false);
-    accept_step(x);
+    accept_step(x, share);
   }
 
   // Inexact Newton: forcing term after Eisenstat & Walker (1996), choice 2, capped at 0.3. Exact
@@ -429,7 +444,7 @@ class GeneralSolver {
       if (stalled_++ == 0) krylov_best_ = std::max(krylov_best_, half);
       forcing_ = std::max(0.1 * forcing_, 1e-12);
     }
-    const std::vector<double> b = right_side();
+    const std::vector<double> b = right_side(middle());
     std::vector<double> x(b.size());
     const PolicyOperator<Matrix> op(*matrix_, problem_.discount, false, certificate_.continues, 1,
                                     team_, interrupt_);
@@ -454,7 +469,7 @@ class GeneralSolver {
     std::transform(x.begin(), x.end(), b.begin(), ahead.begin(), std::minus<double>());
     const double range = 2.0 * spread(ahead);
     expected_ = result.residual / size * half + range * range / (8.0 * problem_.temperature);
-    accept_step(x);
+    accept_step(x, middle());
   }
 
   static constexpr Index kMostProducts = 120;  // of a pass of modified policy iteration
@@ -464,7 +479,7 @@ class GeneralSolver {
     ensure_matrix();
     const PolicyOperator<Matrix> op(*matrix_, problem_.discount, false, false, 1, team_,
                                     interrupt_);
-    std::vector<double> term = right_side(), next(term.size()), x = term;
+    std::vector<double> term = right_side(middle()), next(term.size()), x = term;
     const auto spread_of_term = [&] {
       Columns low, high;
       op.range(term.data(), low, high);
@@ -482,7 +497,7 @@ class GeneralSolver {
       if (j >= 20 && (now <= 0.1 * start || now <= 0.1 * certificate_.target())) break;
     }
     products_ += j;
-    accept_step(x);
+    accept_step(x, middle());
   }
 
   double spread(const std::vector<double>& x) const {

@@ -448,14 +448,17 @@ double dot(Index n, const double* x, const double* y) {
 
 Range difference(Index n, const double* a, const double* b, double shift, double* d) {
   double low = __builtin_huge_val(), high = -__builtin_huge_val(), sum = 0.0;
+  double least = low, most = high;
   for (Index i = 0; i < n; ++i) {
     const double x = (a[i] - b[i]) - shift;
     d[i] = x;
     low = x < low ? x : low;
     high = x > high ? x : high;
+    least = a[i] < least ? a[i] : least;
+    most = a[i] > most ? a[i] : most;
     sum += x - x;  // zero unless something is NaN or infinite
   }
-  return {low, high, sum == 0.0};
+  return {low, high, least, most, sum == 0.0};
 }
 
 }  // namespace

@@ -56,7 +56,8 @@ struct SoftMaximum {
 };
 
 struct Range {
-  double low, high;
+  double low, high;    // of the difference
+  double least, most;  // of a
   bool finite;
 };
 

@@ -82,10 +82,11 @@ class LaneSolver {
         break;
       if (count % 64 == 0) interrupt_.check();
     }
-    const double offset = certificate_.discount * certificate_.c + certificate_.shift();
+    const double offset = certificate_.offset();
     lane_kernels<Real>().result({states_, actions_, q_.data(), image_.data(), reference(),
                                  problem_.temperature, offset, out.value, out.q, out.advantage,
                                  out.policy, out.log_policy, scratch_.data()});
+    if (overflows(certificate_, problem, out, states_ * actions_)) status_ = Status::kNonFinite;
     outcome = {status_, certificate_.half_span(), certificate_.error_bound(), passes_, 0, offset};
     return {};
   }
@@ -100,8 +101,8 @@ class LaneSolver {
     const bool suspicious = !packed_.finite || problem.log_reference ||
                             !(problem.discount >= 0.0 && problem.discount < 1.0) ||
                             !(problem.temperature > 0.0 && problem.temperature < kInf);
-    if (request_.validate == Rigour::kOff || !suspicious) return {};
-    return problem_defect(problem, states_, actions_);
+    if (!suspicious) return {};
+    return problem_defect(problem, request_.validate, states_, actions_);
   }
 
   const double* reference() const {
@@ -136,6 +137,8 @@ class LaneSolver {
     previous_ = kInf;
     progress_ = {};
     newton_ = request_.method == 2;
+    newton_failed_ = false;
+    switched_at_ = 0;
     at_zero_ = initial == nullptr;
     centre_ = 0.0;
     if (initial) {
@@ -179,22 +182,35 @@ class LaneSolver {
                                           image_.data(), q_.data(), w_.data()});
     certificate_.low = extent_.low;
     certificate_.high = extent_.high;
+    certificate_.hands_out(extent_.least, extent_.most);
     const bool free = at_zero_;  // T0 needs no P, and is a better start than zero
     if (!free) ++passes_;
     if (!extent_.finite || !std::isfinite(certificate_.c)) return ends(Status::kNonFinite);
     if (certificate_.converged()) return ends(Status::kConverged);
     const double half = certificate_.half_span();
     const bool exhausted =
-        progress_.exhausted(certificate_, newton_ ? 2 : certificate_.patience(1.0));
+        progress_.exhausted(certificate_, newton_ ? 2 : certificate_.patience(1.0), !newton_);
     if (passes_ > 0 && exhausted)
       return ends(request_.tol > 0.0 ? Status::kStagnated : Status::kConverged);
     const Index given = request_.max_iterations;
-    if (passes_ >= (given > 0 ? given : certificate_.most_sweeps()))
+    if (given > 0 ? passes_ >= given
+                  : !newton_ && passes_ - switched_at_ >= certificate_.most_sweeps())
       return ends(Status::kMaxIterations);
+    if (newton_ && passes_ - switched_at_ >= kMostNewton) {
+      if (given == 0 && !certificate_.sweeps_end()) return ends(Status::kMaxIterations);
+      newton_ = false;
+      newton_failed_ = true;
+      switched_at_ = passes_;
+      progress_ = {};
+    }
     if (previous_ < kInf) rate_ = half / previous_;
     previous_ = half;
-    newton_ = newton_ || (request_.method == 0 && passes_ >= 2 && half > certificate_.target() &&
-                          (progress_.at_rounding_level() || newton_pays(half, kInf)));
+    if (!newton_ && !newton_failed_ && request_.method == 0 && passes_ >= 2 &&
+        half > certificate_.target() &&
+        (progress_.at_rounding_level() || newton_pays(half, kInf))) {
+      newton_ = true;
+      switched_at_ = passes_;
+    }
     if (newton_ && !free) {
       newton();
     } else {
@@ -213,13 +229,13 @@ class LaneSolver {
   }
 
   void accept_sweep() {
-    certificate_.c = certificate_.discount * certificate_.c + certificate_.shift();
+    certificate_.c = certificate_.offset();
     value_.swap(image_);
     take(extent_.least, extent_.most);
   }
 
-  // W := W + x with (I − γP_π) x = δ less its middle. Where every row continues x matters only up
-  // to a constant: the next sweep's middle finds it exactly.
+  // W := W + x with (I − γP_π) x = δ less the certificate's share. Where every row continues x
+  // matters only up to a constant: the next sweep's middle finds it exactly.
   void newton() {
     const LaneKernels<Real>& lanes = lane_kernels<Real>();
     const Index S = states_, A = actions_;
@@ -241,15 +257,14 @@ class LaneSolver {
                             table_.data());
     elimination_->factor(alone_, interrupt_);
     const double constant = (1.0 - gamma) * certificate_.c;
-    const double middle =
-        certificate_.continues ? 0.5 * (certificate_.low + certificate_.high) : 0.0;
+    const double share = certificate_.step_share();
     for (Index s = 0; s < S; ++s)
-      step_[s] = ((image_[s] - (value_[s] - centre_)) - constant) - middle;
+      step_[s] = ((image_[s] - (value_[s] - centre_)) - constant) - share;
     elimination_->solve(step_.data(), false);
     for (Index s = 0; s < S; ++s) value_[s] = (value_[s] - centre_) + step_[s];
     std::fill(value_.begin() + S, value_.end(), value_[S - 1]);
     const auto ends = std::minmax_element(value_.begin(), value_.begin() + S);
-    certificate_.c += middle / (1.0 - gamma);
+    certificate_.c += share / (1.0 - gamma);
     take(*ends.first, *ends.second);
   }
 
@@ -275,10 +290,11 @@ class LaneSolver {
       if (!at_zero_) ++passes_;
       certificate_.low = extent_.low;
       certificate_.high = extent_.high;
+      certificate_.hands_out(extent_.least, extent_.most);
       const double half = certificate_.half_span();
       const double noise = single_noise();
       if (previous_ < kInf) rate_ = half / previous_;
-      certificate_.c = certificate_.discount * certificate_.c + certificate_.shift();
+      certificate_.c = certificate_.offset();
       take(extent_.least, extent_.most);
       round_centre();
       swapped_ = !swapped_;
@@ -361,7 +377,7 @@ class LaneSolver {
   Defect transition_defect_;
   LaneProblem packed_{};
   enum { kSingle, kDouble } phase_ = kDouble;
-  bool newton_ = false, swapped_ = false;
+  bool newton_ = false, newton_failed_ = false, swapped_ = false;
   bool warm_ = false;  // a start was given, and may be too good for single precision
   Certificate certificate_;
   Progress progress_;
@@ -371,7 +387,7 @@ class LaneSolver {
   double previous_ = kInf;  // half-span of the sweep before
   double rate_ = 0.0;       // at which the half-span fell in the last sweep that told
   bool at_zero_ = true;
-  Index passes_ = 0;
+  Index passes_ = 0, switched_at_ = 0;
   Index ahead_ = 0;  // bytes of the transition to come asked for already
 
   std::unique_ptr<Elimination> elimination_;

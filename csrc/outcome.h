@@ -1,6 +1,7 @@
 // What a solver hands back of one problem.
 #pragma once
 
+#include "certificate.h"
 #include "solve.h"
 #include "validate.h"
 
@@ -25,6 +26,21 @@ Tables<Real> tables_at(const Solve& request, Index i, Index S, Index A) {
   const auto at = [&](void* table) { return static_cast<Real*>(table) + i * S * A; };
   return {request.value + i * S, at(request.q), at(request.advantage), at(request.policy),
           at(request.log_policy)};
+}
+
+// Whether a number is too large for the type in which it is handed out.
+template <class Real>
+bool overflows(const Certificate& last, const Problem<Real>& problem, const Tables<Real>& out,
+               Index rows) {
+  constexpr double kMost = std::numeric_limits<Real>::max();
+  const double value = std::max(std::abs(last.lowest), std::abs(last.highest));
+  if (!(value <= kMost)) return true;
+  if (2.0 * (value + last.scale()) <= kMost) return false;  // no entry of a table is as large
+  for (Index row = 0; row < rows; ++row)
+    if (!(problem.log_reference && problem.log_reference[row] == -kInf) &&
+        !(std::isfinite(out.q[row]) && std::isfinite(out.advantage[row])))
+      return true;
+  return false;
 }
 
 inline void report(const Solve& request, Index i, const Outcome& outcome, double temperature,

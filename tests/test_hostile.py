@@ -460,7 +460,10 @@ SIZES = [(1, 1), (1, 17), (5, 1), (17, 3), (33, 17), (127, 2), (128, 1), (128, 2
 
 
 def check_corner(case: Case) -> None:
-    """Within the bound of the truth; finite wherever arithmetic in double precision alone is."""
+    """Within the bound of the truth; finite wherever arithmetic in double precision alone is.
+
+    An overflow where the tables, which are in single precision, cannot hold it.
+    """
     wide = replace(
         case,
         transition=normalised(case.transition).astype(np.float64),
@@ -473,7 +476,11 @@ def check_corner(case: Case) -> None:
     own *= np.abs(truth).max()
     for method in (0, 1) if case.discount[0, 0] < 0.99 else (0,):
         found = run_solve(case, method=method)
-        assert found.status[0, 0] == double.status[0, 0] == Status.CONVERGED
+        lost = np.abs(truth).max() > np.finfo(np.float32).max
+        if case.log_reference is None:
+            lost = lost or np.isinf(found.q).any()
+        assert double.status[0, 0] == Status.CONVERGED
+        assert found.status[0, 0] == (Status.NON_FINITE if lost else Status.CONVERGED)
         bound = found.info[0, 0, Info.ERROR_BOUND]
         assert np.isfinite(bound)
         assert np.isfinite(found.value).all()

@@ -19,7 +19,7 @@ from processes import fork
 
 from birl_ext import _native
 from birl_ext.errors import DeviceError, DtypeError, ShapeError
-from birl_ext.solution import Info, Kernel, Status
+from birl_ext.solution import Info, Kernel, Rigour, Status
 
 if _native.reason("cpu") and os.environ.get("BIRL_REQUIRE_EXT") != "1":
     pytest.skip(f"no compiled CPU module: {_native.reason('cpu')}", allow_module_level=True)
@@ -350,6 +350,62 @@ def test_chain_needs_many_newton_steps_and_gets_them() -> None:
         case = Case(transition, reward, np.full((1, 1), 0.999), np.full((1, 1), temperature))
         for method in (0, 2, 3, 4):
             check_solution(case, run_solve(case, method=method), f"{temperature} {METHODS[method]}")
+
+
+def deterministic(seed: int, states: int, temperature: float, discount: float) -> Case:
+    """Several closed classes, each with a gain of its own: values differ by 1/(1 − γ)."""
+    random = np.random.default_rng(seed)
+    transition = np.zeros((1, states, 3, states))
+    np.put_along_axis(transition, random.integers(0, states, (1, states, 3, 1)), 1.0, -1)
+    reward = random.random((1, 1, states, 3))
+    return Case(transition, reward, np.full((1, 1), discount), np.full((1, 1), temperature))
+
+
+@pytest.mark.parametrize(
+    ("states", "method"), [(10, 0), (10, 2), (150, 2)], ids=["auto", "newton", "general newton"]
+)
+@pytest.mark.parametrize("discount", [1 - 1e-9, 1 - 1e-12])
+def test_newton_does_not_go_in_circles_near_discount_one(
+    discount: float, states: int, method: int
+) -> None:
+    for seed in range(20):
+        case = deterministic(seed, states, 1e-4, discount)
+        found = run_solve(case, method=method, max_iterations=100)
+        assert found.status[0, 0] == Status.CONVERGED, seed
+        assert found.info[0, 0, 0] <= 1e-6, "the residual, where values differ by up to 1e12"
+
+
+@pytest.mark.parametrize("pairs", [1, 75], ids=["lanes", "general"])
+def test_newton_that_goes_in_circles_ends(pairs: int) -> None:
+    """With negative probabilities, which nothing checks here, it may, and sweeps take forever."""
+    one = np.array([[[-2.0, 3.0], [4.0, -3.0]], [[-3.0, 4.0], [-1.0, 2.0]]])
+    transition = np.zeros((pairs, 2, 2, pairs, 2))
+    for i in range(pairs):
+        transition[i, :, :, i] = one
+    reward = np.tile([[0.0, 2.0], [-2.0, 0.0]], (pairs, 1))
+    case = Case(
+        transition.reshape(1, 2 * pairs, 2, 2 * pairs),
+        reward[None, None],
+        np.full((1, 1), 1 - 1e-9),
+        np.full((1, 1), 0.01),
+    )
+    found = run_solve(case, method=2, validate=Rigour.OFF)
+    assert found.status[0, 0] == Status.MAX_ITERATIONS
+    assert found.info[0, 0, Info.PASSES] == 1000
+
+
+@pytest.mark.parametrize(("states", "discount"), [(2, 0.9999), (3, 0.9999), (150, 0.999)])
+def test_value_iteration_ends_on_a_cycle(states: int, discount: float) -> None:
+    """Its rounding errors add up along the cycle, since each comes around undamped."""
+    transition = np.roll(np.eye(states), 1, 1)[None, :, None]
+    reward = np.random.default_rng(1).random((1, 1, states, 1))
+    case = Case(transition, reward, np.full((1, 1), discount), np.full((1, 1), 0.1))
+    found = run_solve(case, method=1)
+    assert found.status[0, 0] == Status.CONVERGED
+    truth = fixed_point(case, 0, 0)[0]
+    bound = found.info[0, 0, Info.ERROR_BOUND]
+    assert bound <= 1e-6
+    assert_close(found.value[0, 0], truth, bound, "value")
 
 
 # ---- linear systems -----------------------------------------------------------------------------

@@ -132,6 +132,31 @@ def test_a_tolerance_is_met_and_not_overdone(method: str, backend: str, tol: flo
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("states", [6, 200])
+@pytest.mark.parametrize("far", [1e6, -1e6])
+def test_a_tolerance_is_that_of_the_value_handed_out(
+    states: int, method: str, backend: str, far: float
+) -> None:
+    """Not that of a start far above or below it."""
+    random = torch.Generator().manual_seed(0)
+    transition = torch.rand(states, 3, states, dtype=torch.float64, generator=random).softmax(-1)
+    reward = torch.rand(states, 3, dtype=torch.float64, generator=random)
+    start = torch.full((states,), far, dtype=torch.float64)
+    got = birl_ext.solve(
+        reward,
+        transition,
+        discount=0.9,
+        temperature=0.1,
+        method=method,
+        backend=backend,
+        tol=1e-4,
+        initial=start,
+    )
+    assert got.error_bound <= 1e-4 * max(got.value.abs().max(), reward.abs().max())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=["f32", "f64"])
 @pytest.mark.parametrize("case", SMALL + WARP, ids=str)
@@ -389,6 +414,44 @@ def test_float32_tells_the_truth_at_a_discount_near_one(kind: str, backend: str)
     assert_close(policies[0], policies[1], bound=1e-6, label="policy")
     error = (gradients[0] - gradients[1]).flatten(1).norm(dim=1)
     assert (error <= 1e-6 * gradients[1].flatten(1).norm(dim=1)).all(), error
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("states", [4, 150])
+@pytest.mark.parametrize(
+    ("rewards", "discount"),
+    [((1e37, 1e37), 0.99), ((-1.6e38, -3e38), 0.5)],
+    ids=["value", "q of one action"],
+)
+def test_what_float32_cannot_hold_is_an_overflow(
+    rewards: tuple[float, float], discount: float, states: int, backend: str
+) -> None:
+    """Float64, in which it is computed, can."""
+    for dtype, status in ((torch.float32, Status.NON_FINITE), (torch.float64, Status.CONVERGED)):
+        transition = torch.full((states, 2, states), 1 / states, dtype=dtype)
+        got = birl_ext.solve(
+            torch.tensor(rewards, dtype=dtype).expand(states, 2),
+            transition,
+            discount=discount,
+            temperature=1.0,
+            backend=backend,
+            on_fail="status",
+        )
+        assert got.status == status, dtype
+        if status == Status.CONVERGED:
+            assert got.q.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("states", [4, 150])
+def test_a_log_policy_that_overflows_has_no_bound(states: int, backend: str) -> None:
+    transition = torch.full((states, 2, states), 1 / states)
+    reward = torch.tensor([1e30, -1e30]).expand(2, states, 2)
+    options: dict[str, Any] = {"discount": 0.9, "temperature": 1e-9, "backend": backend}
+    mask = torch.tensor([[True, True], [True, False]])[:, None].expand(2, states, 2)
+    got = birl_ext.solve(reward, transition, mask=mask, **options)
+    assert (got.log_policy[..., 1] == -torch.inf).all()
+    assert got.log_policy_error_bound.isinf().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

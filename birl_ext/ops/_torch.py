@@ -147,10 +147,11 @@ def solve(
         )
         unit = rounding * EPS * magnitude
         bound = (gamma * half + unit) / one_minus
-        size = torch.maximum((value + offset.unsqueeze(-1)).abs().amax(-1), top_reward)
-
-        anchor = (step.image.amax(-1) + step.image.amin(-1)) / 2
+        least, most = step.image.amin(-1), step.image.amax(-1)
+        anchor = (most + least) / 2
         constant = gamma * offset + anchor + torch.where(gamma > 0, gamma / one_minus, 0.0) * middle
+        # of the value that this pass hands out, not of the one it started from
+        size = torch.maximum(constant.abs() + (most - least) / 2, top_reward)
         finite = torch.isfinite(half) & torch.isfinite(size) & torch.isfinite(constant)
         stuck = half > best / 2
         stalled = torch.where(stuck, stalled + 1, 0)
@@ -196,17 +197,23 @@ def solve(
         value = value - recentre.unsqueeze(-1)
         offset = offset + recentre
 
-    bad = (status >= 10) | (status == int(Status.NON_FINITE))
-    done_value = torch.where(bad.unsqueeze(-1), torch.nan, done_value)
-    done_offset = torch.where(bad, torch.nan, done_offset)
-    table = [torch.where(bad[..., None, None], torch.nan, entry) for entry in table]
-    info[..., :3] = torch.where(bad.unsqueeze(-1), torch.nan, info[..., :3])
-    advantage, policy, log_policy = table
     absolute = done_value + done_offset.unsqueeze(-1)
-    tables = (advantage + absolute.unsqueeze(-1), advantage, policy, log_policy)
+    q = table[0] + absolute.unsqueeze(-1)
+    seen = torch.maximum(q.abs(), table[0].abs())
+    if problem.log_reference is not None:
+        seen = torch.where(problem.log_reference > -math.inf, seen, 0.0)
+    largest = torch.maximum(absolute.abs().amax(-1), seen.amax((-1, -2)))
+    held = largest <= torch.finfo(reward.dtype).max  # in the dtype handed out
+    status = torch.where((status < 10) & ~held, int(Status.NON_FINITE), status)
+
+    bad = (status >= 10) | (status == int(Status.NON_FINITE))
+    absolute = torch.where(bad.unsqueeze(-1), torch.nan, absolute)
+    done_offset = torch.where(bad, torch.nan, done_offset)
+    table = [torch.where(bad[..., None, None], torch.nan, entry) for entry in (q, *table)]
+    info[..., :3] = torch.where(bad.unsqueeze(-1), torch.nan, info[..., :3])
     info[..., Info.TEMPERATURE], info[..., Info.OFFSET] = problem.temperature, done_offset
     info[..., Info.KERNEL] = Kernel.TORCH
-    outputs = (absolute, *(table.to(reward.dtype) for table in tables), info, status)
+    outputs = (absolute, *(entry.to(reward.dtype) for entry in table), info, status)
     # cloned, so that the caller owns what it gets and may write to it
     return tuple(x.reshape((*batch, *x.shape[2:])).clone() for x in outputs)
 

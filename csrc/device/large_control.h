@@ -31,16 +31,15 @@ struct LargeControl : SolveControl {
 
   // After a pass over P.
   BIRL_DEVICE LargeStep next(const SweepRange& found) {
-    range = found;
+    take(found);
     ++passes;
     const double half = half_span(), floor = rounding();
     if (!range.finite || !is_finite(c)) return end(Status::kNonFinite);
-    if (options.tol > 0.0 && error_bound() <= options.tol * largest_value())
-      return end(Status::kConverged);
+    if (options.tol > 0.0 && error_bound() <= options.tol * largest) return end(Status::kConverged);
     since_best = half < 0.9 * best ? 0 : since_best + 1;
     if (since_best == 0) best = half;
     if (half <= kEps * scale() || (half <= floor && since_best >= patience()) ||
-        (half <= 8.0 * floor && since_best >= 10 * patience()))
+        (half <= level(!forms_matrix()) * floor && since_best >= 10 * patience()))
       return end(options.tol > 0.0 ? Status::kStagnated : Status::kConverged);
     if (out_of_passes()) return end(Status::kMaxIterations);
     if (!forms_matrix()) return LargeStep::kAcceptSweep;
@@ -83,8 +82,7 @@ struct LargeControl : SolveControl {
 
   // Half-span at which iteration ends, as far as it can be told now.
   BIRL_DEVICE double target() const {
-    return larger(options.tol * largest_value() * (1.0 - discount) / larger(discount, 0.1),
-                  kEps * scale());
+    return larger(options.tol * largest * (1.0 - discount) / larger(discount, 0.1), kEps * scale());
   }
 
   // Passes within which the half-span falls by a tenth if it still falls: γ^n <= 0.9, and a Newton

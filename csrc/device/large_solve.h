@@ -420,7 +420,8 @@ class LargeSolving {
                  });
     now_ = 1 - now_;
     team_.decide([&](Block& block) {
-      block.chip.control.accept_newton(moved.image_low, moved.image_high);
+      LargeControl& c = block.chip.control;
+      c.accept_newton(c.delta_middle(), moved.image_low, moved.image_high);
       return 0;
     });
   }
@@ -478,7 +479,7 @@ class LargeSolving {
       block.spread([&](Index first, Index) {
         if (first != 0) return;
         const LargeControl& c = block.chip.control;
-        request_.status[item_] = static_cast<Index>(c.status);
+        request_.status[item_] = static_cast<Index>(c.verdict(!batch_.is_double));
         write_info(c.half_span(), c.error_bound(), c.passes, {0, 0.0}, c.products, offset);
       });
     });

@@ -71,6 +71,7 @@ struct SolveControl {
   // the iterate
   double c, low, high;  // W lies in [low, high]
   SweepRange range;     // of the last sweep
+  double largest;       // magnitude of the value that it hands out, or of a reward
   double middle;        // what to take off the next W, so that c carries the constant mode
   // the iteration
   Mode mode;
@@ -108,6 +109,11 @@ struct SolveControl {
     return continues ? 0.5 * (range.delta_low + range.delta_high) : 0.0;
   }
 
+  // What an exact Newton step leaves out of δ, as in certificate.h.
+  BIRL_DEVICE double step_share() const {
+    return continues ? smaller(larger(0.0, range.delta_low), range.delta_high) : 0.0;
+  }
+
   // (M6): V* lies in TV + γ/(1−γ) [min δ, max δ]; the middle is added where that is valid.
   BIRL_DEVICE double shift() const { return discount / (1.0 - discount) * delta_middle(); }
 
@@ -131,18 +137,29 @@ struct SolveControl {
     return (discount * half_span() + rounding()) / (1.0 - discount);
   }
 
-  BIRL_DEVICE double largest_value() const {
-    return larger(larger(magnitude(c + low), magnitude(c + high)), largest_reward);
+  // Takes what a sweep found, and the size of the value that it hands out.
+  BIRL_DEVICE void take(const SweepRange& found) {
+    range = found;
+    const double constant = offset();
+    largest = larger(
+        larger(magnitude(range.image_low + constant), magnitude(range.image_high + constant)),
+        largest_reward);
+  }
+
+  // How the iteration ended for a value handed out in single or in double precision.
+  BIRL_DEVICE Status verdict(bool single) const {
+    constexpr double most = 3.4028234663852886e38;
+    return single && !(largest <= most) ? Status::kNonFinite : status;
   }
 
   // ---- decisions ------------------------------------------------------------------------------
 
   BIRL_DEVICE Step next(const SweepRange& found) {
-    range = found;
+    take(found);
     if (!from_zero) ++passes;
     const double half = half_span();
     if (!range.finite || !is_finite(c)) return stop(Status::kNonFinite);
-    if (options.tol > 0.0 && error_bound() <= options.tol * largest_value())
+    if (options.tol > 0.0 && error_bound() <= options.tol * largest)
       return stop(Status::kConverged);
     since_best = half < 0.9 * best ? 0 : since_best + 1;
     if (since_best == 0) best = half;
@@ -151,7 +168,14 @@ struct SolveControl {
       return stop(options.tol > 0.0 ? Status::kStagnated : Status::kConverged);
     if (out_of_passes()) return stop(Status::kMaxIterations);
     if (options.method == 0) choose(half, half <= floor && since_best > 0);
-    if (mode == Mode::kNewton && passes - switched_at >= 1000) switch_to(Mode::kValueIteration);
+    if (mode == Mode::kNewton && passes - switched_at >= 1000) {
+      // As in certificate.h: unless the sweeps would not come to an end.
+      if (options.max_iterations == 0 && !(60.0 / (1.0 - discount) <= 999000.0))
+        return stop(Status::kMaxIterations);
+      switch_to(Mode::kValueIteration);
+      best = kInf;
+      since_best = 0;
+    }
     previous = half;
     // T0 is free, and a better start than zero
     const Step step = mode == Mode::kNewton && passes > 0 ? Step::kNewton : Step::kAcceptSweep;
@@ -165,11 +189,18 @@ struct SolveControl {
     centre(range.image_low, range.image_high);
   }
 
-  // V := V + x with (I − γP_π) x = δ − delta_middle(): where every row continues, the constant in
-  // δ contributes a constant to x.
-  BIRL_DEVICE void accept_newton(double w_low, double w_high) {
-    c += delta_middle() / (1.0 - discount);
+  // V := V + x with (I − γP_π) x = δ − share: where every row continues, a constant in δ
+  // contributes a constant to x.
+  BIRL_DEVICE void accept_newton(double share, double w_low, double w_high) {
+    c += share / (1.0 - discount);
     centre(w_low, w_high);
+  }
+
+  // Units of rounding() up to which a half-span that has long ceased to fall is left at. Where it
+  // contracts but for rounding, errors may add up along a cycle to what one at each sweep would
+  // keep.
+  BIRL_DEVICE double level(bool contracts) const {
+    return contracts ? larger(8.0, 2.0 / (1.0 - discount)) : 8.0;
   }
 
  private:
@@ -186,7 +217,7 @@ struct SolveControl {
   // At the rounding level: nothing is left, or nothing more is gained.
   BIRL_DEVICE bool exhausted(double half, double floor) const {
     return half <= kEps * scale() || (half <= floor && since_best >= patience()) ||
-           (half <= 8.0 * floor && since_best >= 10 * patience());
+           (half <= level(mode == Mode::kValueIteration) * floor && since_best >= 10 * patience());
   }
 
   // Sweeps within which the half-span falls by a tenth if it still falls: γ^n <= 0.9.
@@ -204,9 +235,9 @@ struct SolveControl {
   // Value iteration as long as its measured contraction beats Newton's price, and Newton at the
   // rounding level, where a jittering half-span tells nothing of the contraction.
   BIRL_DEVICE void choose(double half, bool at_rounding_level) {
-    if (mode == Mode::kNewton || !direct || passes < 2) return;
-    const double wanted = larger(
-        options.tol * largest_value() * (1.0 - discount) / larger(discount, 0.1), kEps * scale());
+    if (mode == Mode::kNewton || !direct || passes < 2 || switched_at > 0) return;
+    const double wanted =
+        larger(options.tol * largest * (1.0 - discount) / larger(discount, 0.1), kEps * scale());
     if (half <= wanted) return;
     const double rate = half / previous;
     const double sweeps = rate < 1.0 && !at_rounding_level

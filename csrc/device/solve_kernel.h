@@ -240,9 +240,9 @@ class Solving {
 
   // The first thing wrong, in the order of validate.h.
   BIRL_DEVICE Status judge(const Findings& found) const {
-    if (given_.options.validate == Rigour::kOff) return Status::kConverged;
     if (!(discount_ >= 0.0 && discount_ < 1.0)) return Status::kDiscount;
     if (!(temperature_ > 0.0 && temperature_ < kInf)) return Status::kTemperature;
+    if (given_.options.validate == Rigour::kOff) return Status::kConverged;
     if (found.reference != kNowhere)
       return found.reference % (A_ + 1) == A_ ? Status::kNoAction : Status::kReference;
     if (found.reward != kNowhere) return Status::kNonFiniteReward;
@@ -384,7 +384,7 @@ class Solving {
   // W := W + (I − γP_π)⁻¹ δ
   BIRL_DEVICE void newton() {
     team_.phase([&](Thread t) {
-      const double middle = m_.control->delta_middle();
+      const double share = m_.control->step_share();
       for (int s = t.rank; s < S_; s += t.count) {
         double stopping = 0.0;
         for (int row = s * A_; row < (s + 1) * A_; ++row) {
@@ -393,7 +393,7 @@ class Solving {
           m_.e[row] = discount_ * (policy * m_.inverse_sum[row]);
         }
         m_.defect[s] = (1.0 - discount_) + discount_ * stopping;
-        m_.delta[s] -= middle;
+        m_.delta[s] -= share;
       }
     });
     rows_.form(m_.e, MatrixView{m_.matrix, S_, false});
@@ -409,7 +409,8 @@ class Solving {
         },
         SweepRange::join);
     team_.decide([&] {
-      m_.control->accept_newton(moved.image_low, moved.image_high);
+      SolveControl& control = *m_.control;
+      control.accept_newton(control.step_share(), moved.image_low, moved.image_high);
       return 0;
     });
     recentre(m_.image);
@@ -435,7 +436,7 @@ class Solving {
       }
       if (t.rank != 0) return;
       const SolveControl& control = *m_.control;
-      given_.status[item_] = static_cast<Index>(control.status);
+      given_.status[item_] = static_cast<Index>(control.verdict(sizeof(Real) == 4));
       write_info(control.half_span(), control.error_bound(), control.passes, 0, 0.0, offset);
     });
   }

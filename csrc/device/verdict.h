@@ -9,9 +9,9 @@ namespace birl::device {
 // Of discount, temperature, log_reference and reward.
 BIRL_DEVICE Status problem_verdict(const Findings& found, Rigour validate, double discount,
                                    double temperature, Index actions) {
-  if (validate == Rigour::kOff) return Status::kConverged;
   if (!(discount >= 0.0 && discount < 1.0)) return Status::kDiscount;
   if (!(temperature > 0.0 && temperature < kInf)) return Status::kTemperature;
+  if (validate == Rigour::kOff) return Status::kConverged;
   if (found.reference != kNowhere)
     return found.reference % (actions + 1) == actions ? Status::kNoAction : Status::kReference;
   return found.reward != kNowhere ? Status::kNonFiniteReward : Status::kConverged;

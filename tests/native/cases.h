@@ -100,6 +100,17 @@ Case<Real> make_case(int S, int A, const Traits& traits, unsigned seed) {
   return c;
 }
 
+// Two states that take turns: rounding errors of sweeps come around undamped.
+inline Case<double> make_cycle(double discount) {
+  Traits traits;
+  traits.discount = discount;
+  Case<double> c = make_case<double>(2, 1, traits, 1);
+  c.transition = {0.0, 1.0, 1.0, 0.0};
+  c.reward = {0.51, 0.95};
+  find_pattern(c);
+  return c;
+}
+
 // x := M⁻¹x with partial pivoting.
 inline void gauss(std::vector<Long> m, std::vector<Long>& x) {
   const int n = static_cast<int>(x.size());

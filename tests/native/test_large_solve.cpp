@@ -71,6 +71,10 @@ void methods() {
   for (int s = 0; s < c.S; ++s) largest = std::fmax(largest, std::fabs(tight.value[s]));
   expect(loose.row(0)[1] <= 1.01e-3 * largest && tight.row(0)[1] <= 1.01e-10 * largest,
          "it is the certified error that meets the tolerance");
+  const std::vector<double> far(c.items() * c.S, 1e9);
+  const Solution<double> back = solve_large(c, nullptr, options(1, 1e-4), {}, far.data());
+  expect(back.status[0] == 0 && back.row(0)[1] <= 1.01e-4 * largest,
+         "a tolerance is that of the value handed out");
   const Solution<double> few = solve_large(c, nullptr, options(1, 1e-10, 3));
   expect(few.status[0] == static_cast<Index>(Status::kMaxIterations), "iteration limit");
   expect(few.row(0)[2] == 3.0, "exactly the passes allowed");
@@ -80,6 +84,13 @@ void methods() {
   const Solution<double> cold = solve_large(c, nullptr, options());
   expect(warm.row(0)[2] < cold.row(0)[2], "a good start saves passes");
   expect(cold.row(0)[2] < 12.0 && cold.row(0)[5] > 0.0, "Newton's inner products are counted");
+}
+
+void cycle() {
+  const Case<double> c = make_cycle(0.9999);
+  const Solution<double> found = solve_large(c, nullptr, options(1));
+  expect(found.status[0] == 0 && found.row(0)[1] <= 1e-5, "value iteration on a cycle");
+  agrees(c, found, "cycle");
 }
 
 // Two halves that hardly mix: sweeps would take thousands of passes.
@@ -261,6 +272,11 @@ void overflow() {
   for (double& reward : c.reward) reward = 1e308;
   c.reward[0] = -1e308;
   expect(solve_large(c).status[0] == static_cast<Index>(Status::kNonFinite), "overflow");
+  Case<float> narrow = make_case<float>(4, 2, {}, 5);
+  narrow.discount[0] = 0.99;
+  for (float& reward : narrow.reward) reward = 1e37f;
+  expect(solve_large(narrow).status[0] == static_cast<Index>(Status::kNonFinite),
+         "a value beyond single precision");
 }
 
 }  // namespace
@@ -273,6 +289,7 @@ int main() {
   hard<double>();
   hard<float>();
   methods();
+  cycle();
   slow_mixing();
   invalid<double>();
   invalid<float>();

@@ -100,6 +100,19 @@ void methods() {
   expect(loose.row(0)[2] < tight.row(0)[2], "a loose tolerance takes fewer passes");
   for (int s = 0; s < c.S; ++s)
     near(loose.value[s], tight.value[s], loose.row(0)[1] + tight.row(0)[1], "loose value");
+  // Mixes within a sweep, so that a far start leaves its mark on the middle alone.
+  Traits fast;
+  fast.successors = 2000;
+  const Case<double> mixing = make_case<double>(20, 3, fast, 6);
+  const std::vector<double> far(mixing.S, 1e9);
+  const Solution<double> back =
+      solve(shared_rows(mixing), mixing, options(1, 1e-4), {}, far.data());
+  double largest = 0.0;
+  for (const double v : back.value) largest = std::fmax(largest, std::fabs(v));
+  for (const double r : mixing.reward) largest = std::fmax(largest, std::fabs(r));
+  expect(back.status[0] == 0 && back.row(0)[1] <= 1.0001e-4 * largest,
+         "a tolerance is that of the value handed out");
+
   const Solution<double> few = solve(shared_rows(c), c, options(1, 1e-10, 3));
   expect(few.status[0] == static_cast<Index>(Status::kMaxIterations), "iteration limit");
   expect(few.row(0)[2] == 3.0, "exactly the passes allowed");
@@ -117,6 +130,35 @@ void methods() {
   Solution<double> without(chain);
   run_serial(solve_kernel(shared_rows(chain), chain, without, options(), nullptr, false), 1, {});
   expect(without.row(0)[2] > 200.0, "without an elimination value iteration goes on");
+}
+
+// Close to a discount of one.
+void endings() {
+  Traits traits;
+  traits.discount = 1.0 - 1e-9;
+  traits.temperature = 1e-4;
+  traits.successors = 1;
+  for (unsigned seed = 0; seed < 20; ++seed) {
+    const Case<double> c = make_case<double>(10, 3, traits, seed);
+    const Solution<double> found = solve(shared_rows(c), c, options(2, 0.0, 100));
+    expect(found.status[0] == 0, "several closed classes");
+  }
+
+  const Case<double> cycle = make_cycle(0.9999);
+  const Solution<double> found = solve(shared_rows(cycle), cycle, options(1));
+  expect(found.status[0] == 0 && found.row(0)[1] <= 1e-5, "value iteration on a cycle");
+  agrees(cycle, found, "cycle");
+
+  // Negative probabilities: Newton's method may go in circles.
+  Case<double> circles = make_case<double>(2, 2, {}, 1);
+  circles.discount[0] = 1.0 - 1e-9;
+  circles.temperature[0] = 0.01;
+  circles.transition = {-2.0, 3.0, 4.0, -3.0, -3.0, 4.0, -1.0, 2.0};
+  circles.reward = {0.0, 2.0, -2.0, 0.0};
+  const Solution<double> ended =
+      solve(shared_rows(circles), circles, options(2, 0.0, 0, Rigour::kOff));
+  expect(ended.status[0] == static_cast<Index>(Status::kMaxIterations) && ended.row(0)[2] == 1000.0,
+         "a thousand steps are enough");
 }
 
 template <class Real>
@@ -206,7 +248,12 @@ void invalid() {
   expect(refused.status[0] == static_cast<Index>(Status::kRowSum), "or not");
   expect(refused.row(0)[4] == 0.0, "with a sum of zero");
   const SolveOptions off = options(0, 0.0, 0, Rigour::kOff);
-  expect(solve(shared_rows(ending), ending, off).status[0] == 0, "no check at all");
+  expect(solve(shared_rows(ending), ending, off).status[0] == 0, "no check of the tables at all");
+  Case<Real> growing = ending;
+  growing.discount[0] = 1.5;
+  expect(
+      solve(shared_rows(growing), growing, off).status[0] == static_cast<Index>(Status::kDiscount),
+      "but of the discount");
 }
 
 void overflow() {
@@ -215,6 +262,11 @@ void overflow() {
   for (double& reward : c.reward) reward = 1e308;
   c.reward[0] = -1e308;
   expect(solve(shared_rows(c), c).status[0] == static_cast<Index>(Status::kNonFinite), "overflow");
+  Case<float> narrow = make_case<float>(4, 2, {}, 5);
+  narrow.discount[0] = 0.99;
+  for (float& reward : narrow.reward) reward = 1e37f;
+  expect(solve(shared_rows(narrow), narrow).status[0] == static_cast<Index>(Status::kNonFinite),
+         "a value beyond single precision");
 }
 
 void nothing() {
@@ -236,6 +288,7 @@ int main() {
   registers<double>();
   registers<float>();
   methods();
+  endings();
   invalid<double>();
   invalid<float>();
   overflow();
