@@ -72,7 +72,7 @@ def make_problem(seed: int = 0, *, state_only: bool = False) -> Problem:
     return Problem(features, x, base, FiniteFollower(policy), truth, exact)
 
 
-def make_score(name: str, problem: Problem, simulator: FiniteSimulator, steps: int = 40) -> Score:
+def make_score(name: str, problem: Problem, simulator: FiniteSimulator, steps: int = 25) -> Score:
     if name == "one step":
         return OneStep(ACTIONS)
     if name == "one step, sampled":
