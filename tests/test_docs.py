@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import birl_ext.problems
+from birl_ext.benchmarks.report import digits
 from birl_ext.cli import COMMANDS
 from birl_ext.errors import catalogue
 
@@ -232,6 +233,19 @@ def test_a_table_is_the_one_measured(name: str, page: str) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text()
     assert table in text, f"docs/{page}.md should contain\n\n{table}"
     assert report["machine"].split(",")[0] in text
+
+
+def test_the_table_of_an_outer_step_is_the_one_measured() -> None:
+    stored = sorted((ROOT / "benchmarks" / "results").glob("bilevel_loop_*.json"))[-1]
+    case = json.loads(stored.read_text())["cases"][0]
+    assert case["case"] == "bilevel loop, four rooms"
+    text = (ROOT / "docs" / "bilevel.md").read_text()
+    for row in case["rows"]:
+        cells = [digits(row[key]) for key in ("milliseconds", "median_error", "largest_error")]
+        line = next(
+            line for line in text.splitlines() if line.startswith(f"| {row['candidate']} |")
+        )
+        assert [cell for i, cell in enumerate(line.split(" | ")[1:-1]) if i != 1] == cells
 
 
 def test_noise_falls_with_the_root_of_the_samples() -> None:
