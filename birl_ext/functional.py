@@ -418,23 +418,17 @@ def occupancy(
 
 
 def _checked(policy: Tensor, flat: Flat, model: Tensor | MDP, validate: validation.Level) -> Tensor:
-    """π in float64 with axes (N, G), read as π/Σπ where `check_policy` accepts Σπ.
-
-    I − γP_π would take what is missing for a leak, and 1/(1 − γ) would magnify it. To a derivative
-    the sum is a constant.
-    """
+    """π in float64, (N, G, …), read as π/Σπ where `check_policy` accepts Σπ; see `widened`."""
     _require_shape("policy", policy, tuple(flat.reward.shape[-2:]))
     if validate != "full":
         return flat.layout.grouped(widened(policy), 2)
-    if validation.is_concrete(policy):
-        forbidden = None
-        if not isinstance(model, Tensor) and validation.is_concrete(model.mask, model.terminal):
-            forbidden = model.forbidden()
-        mass = validation.check_policy(policy.detach(), forbidden).unsqueeze(-1)
-    else:
-        mass = policy.detach().sum(-1, keepdim=True, dtype=torch.float64)
+    if not validation.is_concrete(policy):
         tolerance = validation.row_sum_tolerance(policy.dtype, policy.shape[-1])
-        mass = torch.where((mass - 1).abs() <= tolerance, mass, 1.0)
+        return flat.layout.grouped(widened(policy, tolerance), 2)
+    forbidden = None
+    if not isinstance(model, Tensor) and validation.is_concrete(model.mask, model.terminal):
+        forbidden = model.forbidden()
+    mass = validation.check_policy(policy.detach(), forbidden).unsqueeze(-1)
     return flat.layout.grouped(policy.double() / mass, 2)
 
 

@@ -437,14 +437,7 @@ def check_reference(reference: Tensor, available: Tensor | None) -> None:
 
 def check_initial_distribution(initial: Tensor) -> None:
     """Raise unless ρ, (*B, S), is a probability vector."""
-    bad = ~torch.isfinite(initial)
-    if bad.any():
-        (*batch, state), value = _first(bad, initial)
-        raise NonFiniteInputError(
-            f"initial_distribution is {value:.6g}",
-            where=_place(batch, state=state),
-            allowed="finite numbers in [0, 1]",
-        )
+    _check_finite("initial_distribution", initial, allowed="finite numbers in [0, 1]")
     bad = initial < 0
     if bad.any():
         (*batch, state), value = _first(bad, initial)
@@ -467,15 +460,7 @@ def check_initial_distribution(initial: Tensor) -> None:
 
 def check_initial(initial: Tensor) -> None:
     """Raise NonFiniteInputError at the first NaN or infinity of V₀, (*B, S)."""
-    bad = ~torch.isfinite(initial)
-    if bad.any():
-        (*batch, state), value = _first(bad, initial)
-        raise NonFiniteInputError(
-            f"initial is {value:.6g}",
-            where=_place(batch, state=state),
-            allowed="finite numbers",
-            fix="give a finite start, or none",
-        )
+    _check_finite("initial", initial, allowed="finite numbers", fix="give a finite start, or none")
 
 
 def check_policy(policy: Tensor, forbidden: Tensor | None = None) -> Tensor:
@@ -615,6 +600,15 @@ def _number(name: str, value: Any) -> float:
     raise DtypeError(
         f"{name} is {value!r}", allowed="a number or a tensor", fix=f"pass {name} as a float"
     )
+
+
+def _check_finite(name: str, vector: Tensor, **remedy: str) -> None:
+    """Raise NonFiniteInputError at the first NaN or infinity of a vector over states, (*B, S)."""
+    bad = ~torch.isfinite(vector)
+    if bad.any():
+        (*batch, state), value = _first(bad, vector)
+        where = _place(batch, state=state)
+        raise NonFiniteInputError(f"{name} is {value:.6g}", where=where, **remedy)
 
 
 def _all_fine(fine: Tensor, continuing: Tensor | None) -> bool:

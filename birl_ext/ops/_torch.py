@@ -229,10 +229,9 @@ def policy_solve(
     tol: float,
     method: int,
 ) -> tuple[Tensor, Tensor]:
-    rows = Rows(transition.double(), crow, col, policy.shape[-2], policy.shape[-1])
-    system = _PolicySystem(rows, policy * rows.scale(), discount, transpose)
+    system = _PolicySystem.of(transition, crow, col, policy, discount, transpose)
     if method == Method.AUTO:
-        method = Method.NEWTON if rows.states <= DIRECT_STATES else Method.KRYLOV
+        method = Method.NEWTON if system.rows.states <= DIRECT_STATES else Method.KRYLOV
     x = system.eliminate(rhs) if method == Method.NEWTON else system.iterate(rhs, tol)
     return _settled(system, rhs, x, tol, again=method != Method.NEWTON)
 
@@ -251,8 +250,7 @@ def settle(
     """x of a policy system of which some columns may be unsolved, and its residual: those are
     tried again by elimination where it fits, and are NaN where that fails too.
     """
-    rows = Rows(transition.double(), crow, col, policy.shape[-2], policy.shape[-1])
-    system = _PolicySystem(rows, policy * rows.scale(), discount, transpose)
+    system = _PolicySystem.of(transition, crow, col, policy, discount, transpose)
     return _settled(system, rhs, x, tol, again=True)
 
 
@@ -263,6 +261,19 @@ class _PolicySystem(NamedTuple):
     weight: Tensor  # π/σ
     discount: Tensor
     transpose: bool
+
+    @classmethod
+    def of(
+        cls,
+        transition: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        policy: Tensor,
+        discount: Tensor,
+        transpose: bool,
+    ) -> _PolicySystem:
+        rows = Rows(transition.double(), crow, col, policy.shape[-2], policy.shape[-1])
+        return cls(rows, policy * rows.scale(), discount, transpose)
 
     def product(self, x: Tensor) -> Tensor:
         weight, columns = self.weight.unsqueeze(2), x.shape[1:3]
