@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, SupportsFloat, overload
 
 import torch
@@ -336,7 +337,7 @@ def evaluate(
     validation.check_devices({"transition": flat.transition, "policy": policy})
     pi = _checked(policy, flat, reward, validate)
     gain = (pi * flat.reward.double()).sum(-1)
-    value = _policy_system(flat, pi, gain, False, validate, backend)
+    value = _policy_system(_policy_solve.discounted_sum, flat, pi, gain, validate, backend)
     return flat.layout.restore(value.to(flat.reward.dtype))
 
 
@@ -412,8 +413,7 @@ def occupancy(
     if validate == "full" and validation.is_concrete(initial_distribution):
         validation.check_initial_distribution(initial_distribution)
     start = flat.layout.grouped(initial_distribution.double(), 1)
-    mass = (1 - flat.discount).unsqueeze(-1) * start
-    share = _policy_system(flat, pi, mass, True, validate, backend)
+    share = _policy_system(_policy_solve.flow, flat, pi, start, validate, backend)
     return flat.layout.restore(share.to(flat.reward.dtype))
 
 
@@ -433,24 +433,20 @@ def _checked(policy: Tensor, flat: Flat, model: Tensor | MDP, validate: validati
 
 
 def _policy_system(
+    system: Callable[..., tuple[Tensor, Tensor]],
     flat: Flat,
     policy: Tensor,
     rhs: Tensor,
-    transpose: bool,
     validate: validation.Level,
     backend: BackendName,
 ) -> Tensor:
-    """(I − γP_π)⁻¹ b or its transpose, for b (N, G, S)."""
-    solution: Tensor
-    solution, residual = _policy_solve.policy_solve(
+    """A system of `ops.policy_solve` for one right-hand side (N, G, S)."""
+    solution, residual = system(
         flat.transition,
         *flat.pattern,
         policy,
         flat.discount,
         rhs.unsqueeze(2),
-        transpose,
-        0.0,
-        0,
         _backend(backend, flat.reward.device),
     )
     trust = _trust(flat.discount)

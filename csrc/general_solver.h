@@ -84,6 +84,7 @@ class GeneralSolver {
     for (Index s = 0; s < S; ++s) {
       const double value = next_[s] + offset;
       out.value[s] = value;
+      out.relative[s] = next_[s];
       for (Index row = s * A; row < (s + 1) * A; ++row)
         out.q[row] = static_cast<Real>(advantage[row] + value);
     }

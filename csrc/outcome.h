@@ -17,15 +17,15 @@ struct Outcome {
 // Where one problem's results go: the tables in the type of P and r.
 template <class Real>
 struct Tables {
-  double* value;                              // (S)
+  double *value, *relative;                   // (S): value = offset + relative
   Real *q, *advantage, *policy, *log_policy;  // (S,A)
 };
 
 template <class Real>
 Tables<Real> tables_at(const Solve& request, Index i, Index S, Index A) {
   const auto at = [&](void* table) { return static_cast<Real*>(table) + i * S * A; };
-  return {request.value + i * S, at(request.q), at(request.advantage), at(request.policy),
-          at(request.log_policy)};
+  return {request.value + i * S, request.relative + i * S, at(request.q),
+          at(request.advantage), at(request.policy),       at(request.log_policy)};
 }
 
 // Whether a number is too large for the type in which it is handed out.
@@ -65,6 +65,7 @@ void report(const Solve& request, Index i, const Defect& defect, double temperat
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   const Tables<Real> out = tables_at<Real>(request, i, S, A);
   std::fill_n(out.value, S, nan);
+  std::fill_n(out.relative, S, nan);
   for (Real* table : {out.q, out.advantage, out.policy, out.log_policy})
     std::fill_n(table, S * A, static_cast<Real>(nan));
   report(request, i, {defect.status, nan, nan, 0, 0, nan}, temperature, kernel);

@@ -9,7 +9,7 @@ namespace birl {
 // Tables (N,G,S,A) are in the type of P and r, everything else is double. A cotangent that is null
 // is zero; a derivative that is null is not wanted.
 struct SolveVjp {
-  const double* value;  // (N,G,S)
+  const double* relative;  // (N,G,S): V without the constant kOffset of info
   const void* advantage;
   const void* policy;
   const double* info;       // (N,G,kInfo)

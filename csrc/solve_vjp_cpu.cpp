@@ -22,6 +22,7 @@ constexpr Index kLanes = LaneElimination::kLanes;
 struct Slot {
   std::vector<double> probability, score, q, source, flow, inverse_sum, scaled;
   std::vector<double> own_weight, own_expected, own_relative;
+  double inflow = 0.0;
   // What the cotangent of P consists of: γ r̄/σ, Σ P W/σ and W. The slot's own, or kept by the rule.
   double *weight = nullptr, *expected = nullptr, *relative = nullptr;
 
@@ -70,8 +71,7 @@ class Rule {
       fail(i, slot);
       return false;
     }
-    const double offset = offset_of(i);
-    for (Index s = 0; s < S_; ++s) slot.relative[s] = request_.value[i * S_ + s] - offset;
+    std::copy_n(request_.relative + i * S_, S_, slot.relative);
     vjp_kernels().rows<Real>().fold(tables(i, slot));
     return true;
   }
@@ -83,6 +83,18 @@ class Rule {
       slot.scaled[j] = gamma * slot.q[j] * slot.inverse_sum[j];
   }
 
+  // Σ d λ of the flow λ with d the row sums of I − γP_π (M20): what rounding in the source would
+  // multiply by 1/(1 − γ) is known from the cotangents.
+  double mass(Index i, const Slot& slot) const {
+    double total = slot.inflow;
+    if (pulls()) {
+      const double rest = 1.0 - batch_.discount[i];
+      for (Index j = 0; j < pairs_; ++j)
+        total -= (slot.inverse_sum[j] == 0.0 ? 1.0 : rest) * slot.q[j];
+    }
+    return total;
+  }
+
   // All that follows from the flow; the cotangent of P apart.
   void close(Index i, Slot& slot) const {
     VjpOutputs<Real> out{};
@@ -90,6 +102,7 @@ class Rule {
     out.inverse_sum = slot.inverse_sum.data();
     out.expected = slot.expected;
     out.offset = offset_of(i);
+    out.inflow = slot.inflow;
     if (request_.reward_bar) out.reward_bar = static_cast<Real*>(request_.reward_bar) + i * pairs_;
     if (request_.transition_bar) out.weight = slot.weight;
     if (request_.log_reference_bar) out.log_reference_bar = request_.log_reference_bar + i * pairs_;
@@ -129,7 +142,8 @@ class Rule {
             slot.probability.data(),
             slot.score.data(),
             slot.q.data(),
-            slot.source.data()};
+            slot.source.data(),
+            &slot.inflow};
   }
 
   void fail(Index i, Slot& slot) const {
@@ -211,6 +225,7 @@ void solve_lanes(const Batch& batch, Rule<Real>& rule, LaneWorker& mine, Index f
   const Index S = batch.states, A = batch.actions, G = batch.problems;
   LaneSpace& space = mine.space;
   bool opened[kLanes] = {};
+  double mass[kLanes] = {};
   bool full = count == kLanes;
   for (Index lane = 0; lane < count; ++lane) {
     opened[lane] = rule.open(first + lane, mine.slots[lane]);
@@ -241,9 +256,10 @@ void solve_lanes(const Batch& batch, Rule<Real>& rule, LaneWorker& mine, Index f
     }
     for (Index s = 0; s < S; ++s)
       space.unknown()[s * kLanes + lane] = slot.source[s] + mine.pulled[s];
+    mass[lane] = rule.mass(i, slot);
   }
   vjp_kernels().lanes.solve_transpose(S, space.matrix(), space.defect(), space.inverse_pivot(),
-                                      space.unknown());
+                                      space.unknown(), mass);
   for (Index lane = 0; lane < count; ++lane) {
     Slot& slot = mine.slots[lane];
     if (opened[lane]) {
@@ -283,8 +299,9 @@ class SystemWorker {
       const double tol = sizeof(Real) == 4 ? 1e-9 * (1.0 - gamma) : 0.0;
       System system(model, *matrix_, elimination_, gamma, {true, 0, tol, 0}, team_, interrupt_);
       read(model, rule, i, system);
+      const double mass = rule.mass(i, slot_);
       double residual;
-      if (system.solve(1, slot_.source.data(), slot_.flow.data(), &residual) > 0) {
+      if (system.solve(1, slot_.source.data(), slot_.flow.data(), &residual, &mass) > 0) {
         // Rounding may miss its level by little. The error of the flow, relative to the most that
         // it can be, is the residual over the source: beyond this it would be seen in float32.
         double size = 0.0;

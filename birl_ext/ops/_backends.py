@@ -70,7 +70,7 @@ def solve(*arguments: Any) -> tuple[Tensor, ...]:
             _stand_in(error, backend)
     if outputs is None:
         outputs = _torch.solve(data, initial, *options)
-    if strict and bool(outputs[-1].any()):
+    if strict and bool(outputs[6].any()):
         raise failure(
             outputs, data.transition, data.crow, data.col, data.reward, lambda flat: (flat,)
         )
@@ -81,7 +81,7 @@ def solve_vjp(
     saved: Any, bars: Sequence[Tensor | None], needs: Sequence[bool], backend: int
 ) -> tuple[Tensor | None, ...] | None:
     """`ops.solve.pull_back` by compiled code; None where there is none for it."""
-    transition, crow, col, discount, temperature, *solution = saved
+    transition, crow, col, discount, temperature, *solution, _ = saved
     if not (transition.is_cpu and _compiled(transition.device, backend)):
         return None
     sparse = transition.dim() == 2

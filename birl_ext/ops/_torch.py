@@ -208,12 +208,14 @@ def solve(
 
     bad = (status >= 10) | (status == int(Status.NON_FINITE))
     absolute = torch.where(bad.unsqueeze(-1), torch.nan, absolute)
+    done_value = torch.where(bad.unsqueeze(-1), torch.nan, done_value)
     done_offset = torch.where(bad, torch.nan, done_offset)
     table = [torch.where(bad[..., None, None], torch.nan, entry) for entry in (q, *table)]
     info[..., :3] = torch.where(bad.unsqueeze(-1), torch.nan, info[..., :3])
     info[..., Info.TEMPERATURE], info[..., Info.OFFSET] = problem.temperature, done_offset
     info[..., Info.KERNEL] = Kernel.TORCH
-    outputs = (absolute, *(entry.to(reward.dtype) for entry in table), info, status)
+    tables = (entry.to(reward.dtype) for entry in table)
+    outputs = (absolute, *tables, info, status, done_value)
     # cloned, so that the caller owns what it gets and may write to it
     return tuple(x.reshape((*batch, *x.shape[2:])).clone() for x in outputs)
 
