@@ -289,6 +289,11 @@ class _PolicySystem(NamedTuple):
 
     def eliminate(self, rhs: Tensor) -> Tensor:
         factors = _factor(self.rows, self.weight, self.discount)
+        if rhs.shape[2] <= 4:  # one by one: then no bit depends on how many threads there are
+            return torch.cat([self._refined(factors, one) for one in rhs.split(1, 2)], 2)
+        return self._refined(factors, rhs)
+
+    def _refined(self, factors: tuple[Tensor, Tensor], rhs: Tensor) -> Tensor:
         x = _back_substitute(factors, rhs, self.transpose)
         return x + _back_substitute(factors, rhs - self.product(x), self.transpose)
 

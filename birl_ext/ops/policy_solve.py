@@ -63,14 +63,18 @@ class Exits(NamedTuple):
     discount: Tensor  # (N, G)
 
     @classmethod
-    def of(cls, scale: Tensor, policy: Tensor, discount: Tensor) -> Exits:
-        """From 1/σ and π. What π misses of one by more than rounding ends too."""
+    def of(cls, scale: Tensor, policy: Tensor, discount: Tensor, closed: bool) -> Exits:
+        """From 1/σ and π. What π misses of one by more than rounding ends too; to derivatives,
+        unless `closed`, whatever it misses.
+        """
         ends = scale == 0
-        mass = policy.sum(-1)
-        leaving = (policy * ends).sum(-1)
+        leaving, going = (policy * ends).sum(-1), (policy * ~ends).sum(-1)
         rounding = 4 * policy.shape[-1] * torch.finfo(torch.float64).eps
-        leaving = torch.where((mass - 1).abs() <= rounding, leaving, 1 - (mass - leaving))
-        return cls(ends, leaving, leaving.detach().amax(-1), discount)
+        missing = (leaving + going - 1).abs() > rounding
+        stopping = torch.where(missing, 1 - going, leaving)
+        if not closed:
+            stopping = stopping.detach() - (going - going.detach())
+        return cls(ends, stopping, stopping.detach().amax(-1), discount)
 
     @property
     def largest(self) -> Tensor:
@@ -124,11 +128,11 @@ class _System(NamedTuple):
         return rows.data, rows.crow, rows.col, self.policy, self.discount
 
     def exits(self, scale: Tensor) -> Exits:
-        return Exits.of(scale, self.policy, self.discount)
+        return Exits.of(scale, self.policy, self.discount, self.closed)
 
     def solve(self, rhs: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
         """M⁻¹b or M⁻ᵀb in one number each, and its residual."""
-        arguments = (*self.tensors, rhs, transpose, 0.0, 0, self.backend)
+        arguments: tuple[Any, ...] = (*self.tensors, rhs, transpose, 0.0, 0, self.backend)
         if are_plain(arguments[:6]):
             return _backends.policy_solve(*arguments)
         outputs: tuple[Tensor, Tensor] = torch.ops.birl_ext.policy_solve(*arguments)
@@ -225,6 +229,11 @@ def _ones(rhs: Tensor) -> Tensor:
     return rhs.new_ones((*rhs.shape[:2], 1, rhs.shape[3]))
 
 
+def _why(slow: Tensor, slow_residual: Tensor, residual: Tensor) -> Tensor:
+    """The residual that tells why a solution is NaN: the slow mode's if that was not solved."""
+    return torch.where(slow.isnan().any(-1), slow_residual, residual)
+
+
 class Push(Function):
     """(W, g) and a residual: MW + κg = b, so that x = W + g/D is M⁻¹b.
 
@@ -239,14 +248,14 @@ class Push(Function):
         system = _System.of(tuple(tensors), closed, backend)
         exits = system.exits(system.rows.scale())
         share = exits.share().unsqueeze(2)
-        slow, _ = system.solve(_ones(rhs), True)
+        slow, slow_residual = system.solve(_ones(rhs), True)
         level = (slow * rhs).sum(-1) / (slow * share).sum(-1)
         x, residual = system.solve(rhs - level.unsqueeze(-1) * share, False)
         # where the process is most, W is zero: at a state that matters to the others
         busiest = slow.argmax(-1, keepdim=True).expand(*x.shape[:-1], 1)
         middle = x.gather(-1, busiest)
         gain = level + middle.squeeze(-1) * exits.largest.unsqueeze(-1)
-        return x - middle, gain, residual
+        return x - middle, gain, _why(slow, slow_residual, residual)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -306,7 +315,7 @@ class Flow(Function):
         along = torch.where(positive.unsqueeze(-1), x, slow)
         left = mass - (share * x).sum(-1)
         step = left / (share * along).sum(-1)
-        return x + step.unsqueeze(-1) * along, residual[:, :, :-1].contiguous()
+        return x + step.unsqueeze(-1) * along, _why(slow, residual[:, :, -1:], residual[:, :, :-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -379,7 +388,7 @@ def discounted_sum(
     """M⁻¹b (N, G, K, S) and its residual (N, G, K)."""
     tensors = (transition, crow, col, policy, discount)
     x, gain, residual = Push.apply(*tensors, rhs, False, backend)
-    exits = Exits.of(Rows(*tensors[:3], *policy.shape[-2:]).scale(), policy, discount)
+    exits = Exits.of(Rows(*tensors[:3], *policy.shape[-2:]).scale(), policy, discount, False)
     return x + (gain / exits.largest.unsqueeze(-1)).unsqueeze(-1), residual
 
 
@@ -395,7 +404,7 @@ def flow(
 ) -> tuple[Tensor, Tensor]:
     """(1 − γ)M⁻ᵀρ (N, G, K, S) and its residual (N, G, K)."""
     tensors = (transition, crow, col, policy, discount)
-    exits = Exits.of(Rows(*tensors[:3], *policy.shape[-2:]).scale(), policy, discount)
+    exits = Exits.of(Rows(*tensors[:3], *policy.shape[-2:]).scale(), policy, discount, False)
     rhs = (1 - discount)[..., None, None] * start
     mass = exits.rest().unsqueeze(-1) * start.sum(-1)
     return Flow.apply(*tensors, rhs, mass, False, backend)

@@ -95,7 +95,7 @@ class Saved(NamedTuple):
         s, a = self.policy.shape[-2:]
         rows = Rows(self.transition, self.crow, self.col, s, a)
         policy = widened(self.policy.reshape(n, g, s, a))
-        exits = Exits.of(rows.scale(), policy, self.discount)
+        exits = Exits.of(rows.scale(), policy, self.discount, True)
         trust = torch.where(self.status.reshape(n, g) == 0, 1.0, torch.nan).double().unsqueeze(-1)
         point = Point(
             rows,
