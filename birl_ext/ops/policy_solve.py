@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, in_graph, to_lanes
+from birl_ext.ops._registry import (
+    LIBRARY,
+    Function,
+    are_plain,
+    below_autograd,
+    fold,
+    in_graph,
+    register_derivative,
+    to_lanes,
+)
 from birl_ext.ops.rows import Rows
 
 __all__ = ["policy_solve"]
@@ -54,7 +63,7 @@ class PolicySolve(Function):
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         if are_plain(args[:6]):
             return _backends.policy_solve(*args)
-        outputs: tuple[Tensor, Tensor] = torch.ops.birl_ext.policy_solve(*args)
+        outputs: tuple[Tensor, Tensor] = below_autograd("policy_solve", *args)
         return outputs
 
     @staticmethod
@@ -183,6 +192,9 @@ def _as_group(columns: Tensor) -> Tensor:
     """(N, G, K, …) → (N, G·K, …): to the transition, K vectors are K problems."""
     shape = columns.shape
     return columns.reshape(shape[0], shape[1] * shape[2], *shape[3:])
+
+
+register_derivative("policy_solve", PolicySolve)
 
 
 @in_graph

@@ -14,10 +14,13 @@ from birl_ext.ops import _backends
 from birl_ext.ops._registry import (
     LIBRARY,
     Function,
+    are_ordinary,
     are_plain,
+    below_autograd,
     fold,
     in_graph,
     is_first_order,
+    register_derivative,
     to_lanes,
 )
 from birl_ext.ops.bellman import (
@@ -121,7 +124,7 @@ def pull_back(
     One compiled call where nothing is to be derived from it again, else differentiable operations.
     """
     bars, saved = resolved(bars), Saved(*resolved(saved))
-    plain = is_first_order() and are_plain([*saved, *(bar for bar in bars if bar is not None)])
+    plain = is_first_order() and are_ordinary([*saved, *(bar for bar in bars if bar is not None)])
     if plain:
         wanted = _backends.solve_vjp(saved, bars, needs, backend)
         if wanted is not None:
@@ -178,7 +181,7 @@ class Solve(Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         if are_plain(args[:8]):
             return _backends.solve(*args)
-        outputs: tuple[Tensor, ...] = torch.ops.birl_ext.solve(*args)
+        outputs: tuple[Tensor, ...] = below_autograd("solve", *args)
         return outputs
 
     @staticmethod
@@ -238,6 +241,9 @@ class Solve(Function):
             x.movedim(axis, 0).reshape((info.batch_size, *batch, *x.shape[3:])) for x in outputs
         )
         return own, (0,) * len(own)
+
+
+register_derivative("solve", Solve)
 
 
 @in_graph
