@@ -413,7 +413,7 @@ def occupancy(
     if validate == "full" and validation.is_concrete(initial_distribution):
         validation.check_initial_distribution(initial_distribution)
     start = flat.layout.grouped(initial_distribution.double(), 1)
-    share = _policy_system(_policy_solve.flow, flat, pi, start, validate, backend)
+    share = _policy_system(_policy_solve.discounted_visits, flat, pi, start, validate, backend)
     return flat.layout.restore(share.to(flat.reward.dtype))
 
 

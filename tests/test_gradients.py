@@ -353,7 +353,7 @@ def op_under_test(
         inputs = dense_inputs(reference)
         crow = col = torch.empty(0, dtype=torch.int64)
     code = CODES[backend]
-    if op in ("discounted_sum", "flow"):
+    if op in ("discounted_sum", "discounted_visits"):
         system = getattr(policy_solve, op)
         names = ("transition", "policy", "discount", "rhs")
 
@@ -385,7 +385,7 @@ OPS = [
     ("solve", False),
     ("solve", True),
     ("discounted_sum", False),
-    ("flow", False),
+    ("discounted_visits", False),
 ]
 
 

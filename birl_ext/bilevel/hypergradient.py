@@ -16,7 +16,7 @@ from torch import Tensor
 
 from birl_ext.batching import Flat
 from birl_ext.bilevel.problem import BilevelProblem, direct_gradient
-from birl_ext.ops._backends import AUTO
+from birl_ext.ops import _backends
 from birl_ext.ops.bellman import (
     Cotangents,
     Point,
@@ -297,7 +297,7 @@ def exact_value(flat: Flat, solution: Solution) -> SweptValue:
 def _exact_flow(at: Linearisation) -> Tensor:
     point = at.point
     flow: Tensor
-    flow, _ = torch.ops.birl_ext.policy_solve(
+    flow, _ = _backends.policy_solve(
         point.rows.data,
         point.rows.crow,
         point.rows.col,
@@ -305,9 +305,7 @@ def _exact_flow(at: Linearisation) -> Tensor:
         point.discount,
         at.source.unsqueeze(2),
         True,
-        0.0,
-        0,
-        AUTO,
+        _backends.AUTO,
     )
     return flow.squeeze(2)
 

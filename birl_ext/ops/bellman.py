@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, in_graph, to_lanes
+from birl_ext.ops._registry import (
+    LIBRARY,
+    Function,
+    are_plain,
+    below_autograd,
+    fold,
+    in_graph,
+    register_derivative,
+    to_lanes,
+)
 from birl_ext.ops.rows import Rows
 
 __all__ = ["bellman"]
@@ -185,7 +194,7 @@ class Bellman(Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         if are_plain(args[:8]):
             return _backends.bellman(*args)
-        outputs: tuple[Tensor, ...] = torch.ops.birl_ext.bellman(*args)
+        outputs: tuple[Tensor, ...] = below_autograd("bellman", *args)
         return outputs
 
     @staticmethod
@@ -262,6 +271,9 @@ class Bellman(Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         lanes, axis = fold(args[:8], in_dims[:8], info.batch_size)
         return to_lanes(Bellman.apply(*lanes, args[8]), axis, info.batch_size)
+
+
+register_derivative("bellman", Bellman)
 
 
 @in_graph

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from birl_ext import _native
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import PLAIN, are_plain, is_first_order, nobody_listens
+from birl_ext.ops._registry import PLAIN, are_ordinary, is_first_order, nobody_listens
 from birl_ext.ops.solve import Saved, pull_back, resolved
 from birl_ext.solution import Info
 
@@ -55,7 +55,7 @@ class PlainSolve(torch.autograd.Function):
         needs = (needed, wanted, False, False, False)
         # what was saved was plain; what arrives may be mapped, negated lazily, …
         plain = bars[5] is None and is_first_order()
-        if plain and are_plain([bar for bar in bars if bar is not None]):
+        if plain and are_ordinary([bar for bar in bars if bar is not None]):
             transition_bar, reward_bar, *_ = _native.solve_vjp(
                 saved[0],
                 None,
@@ -145,7 +145,7 @@ def solve(
         and transition.layout is torch.strided
         and reward.is_contiguous()
         and transition.is_contiguous()
-        and are_plain((reward, transition))
+        and are_ordinary((reward, transition))
         and _native.available("cpu")
     ):
         return None

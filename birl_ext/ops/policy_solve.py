@@ -17,37 +17,19 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, in_graph, to_lanes
+from birl_ext.ops._registry import (
+    LIBRARY,
+    Function,
+    are_plain,
+    below_autograd,
+    fold,
+    in_graph,
+    register_derivative,
+    to_lanes,
+)
 from birl_ext.ops.rows import Rows
 
-__all__ = ["Exits", "Flow", "Push", "discounted_sum", "flow"]
-
-LIBRARY.define(
-    "policy_solve(Tensor transition, Tensor crow, Tensor col, Tensor policy, Tensor discount, "
-    "Tensor rhs, bool transpose, float tol, int method, int backend) -> (Tensor, Tensor)"
-)
-
-
-@torch.library.register_fake("birl_ext::policy_solve")
-def _(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    policy: Tensor,
-    discount: Tensor,
-    rhs: Tensor,
-    transpose: bool,
-    tol: float,
-    method: int,
-    backend: int,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rhs, memory_format=torch.contiguous_format), rhs.new_empty(
-        rhs.shape[:-1]
-    )
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("policy_solve", _backends.policy_solve, _key)
+__all__ = ["Exits", "Flow", "Push", "discounted_sum", "discounted_visits"]
 
 
 class Exits(NamedTuple):
@@ -122,21 +104,15 @@ class _System(NamedTuple):
         rows = Rows(transition, crow, col, states, actions)
         return cls(rows, policy, discount, closed, backend)
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        rows = self.rows
-        return rows.data, rows.crow, rows.col, self.policy, self.discount
-
     def exits(self, scale: Tensor) -> Exits:
         return Exits.of(scale, self.policy, self.discount, self.closed)
 
     def solve(self, rhs: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
         """M⁻¹b or M⁻ᵀb in one number each, and its residual."""
-        arguments: tuple[Any, ...] = (*self.tensors, rhs, transpose, 0.0, 0, self.backend)
-        if are_plain(arguments[:6]):
-            return _backends.policy_solve(*arguments)
-        outputs: tuple[Tensor, Tensor] = torch.ops.birl_ext.policy_solve(*arguments)
-        return outputs
+        rows = self.rows
+        return _backends.policy_solve(
+            rows.data, rows.crow, rows.col, self.policy, self.discount, rhs, transpose, self.backend
+        )
 
     def moves(self) -> tuple[Tensor, Tensor, Tensor]:
         """1/σ, and of κ the derivatives with respect to γ (N, G, S) and to π (N, G, S, A)."""
@@ -234,6 +210,63 @@ def _why(slow: Tensor, slow_residual: Tensor, residual: Tensor) -> Tensor:
     return torch.where(slow.isnan().any(-1), slow_residual, residual)
 
 
+LIBRARY.define(
+    "push(Tensor transition, Tensor crow, Tensor col, Tensor policy, Tensor discount, "
+    "Tensor rhs, bool closed, int backend) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "flow(Tensor transition, Tensor crow, Tensor col, Tensor policy, Tensor discount, "
+    "Tensor rhs, Tensor mass, bool closed, int backend) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("birl_ext::push")
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rhs = args[5]
+    numbers = rhs.new_empty(rhs.shape[:-1])
+    return rhs.new_empty(rhs.shape), numbers, torch.empty_like(numbers)
+
+
+@torch.library.register_fake("birl_ext::flow")
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    rhs = args[5]
+    return rhs.new_empty(rhs.shape), rhs.new_empty(rhs.shape[:-1])
+
+
+def _push(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, rhs, closed, backend = args
+    system = _System.of(tuple(tensors), closed, backend)
+    exits = system.exits(system.rows.scale())
+    share = exits.share().unsqueeze(2)
+    slow, slow_residual = system.solve(_ones(rhs), True)
+    level = (slow * rhs).sum(-1) / (slow * share).sum(-1)
+    x, residual = system.solve(rhs - level.unsqueeze(-1) * share, False)
+    # where the process is most, W is zero: at a state that matters to the others
+    busiest = slow.argmax(-1, keepdim=True).expand(*x.shape[:-1], 1)
+    middle = x.gather(-1, busiest)
+    gain = level + middle.squeeze(-1) * exits.largest.unsqueeze(-1)
+    return x - middle, gain, _why(slow, slow_residual, residual)
+
+
+def _flow(*args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, rhs, mass, closed, backend = args
+    system = _System.of(tuple(tensors), closed, backend)
+    share = system.exits(system.rows.scale()).share().unsqueeze(2)
+    both, residual = system.solve(torch.cat([rhs, _ones(rhs)], 2), True)
+    x, slow = both[:, :, :-1], both[:, :, -1:]
+    # What is nowhere negative has its digits entry by entry, zeros too: only its size is set.
+    positive = (rhs >= 0).all(-1) & (mass > 0)
+    along = torch.where(positive.unsqueeze(-1), x, slow)
+    left = mass - (share * x).sum(-1)
+    step = left / (share * along).sum(-1)
+    return x + step.unsqueeze(-1) * along, _why(slow, residual[:, :, -1:], residual[:, :, :-1])
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("push", _push, _key)
+    LIBRARY.impl("flow", _flow, _key)
+
+
 class Push(Function):
     """(W, g) and a residual: MW + κg = b, so that x = W + g/D is M⁻¹b.
 
@@ -243,19 +276,11 @@ class Push(Function):
     """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *tensors, rhs, closed, backend = args
-        system = _System.of(tuple(tensors), closed, backend)
-        exits = system.exits(system.rows.scale())
-        share = exits.share().unsqueeze(2)
-        slow, slow_residual = system.solve(_ones(rhs), True)
-        level = (slow * rhs).sum(-1) / (slow * share).sum(-1)
-        x, residual = system.solve(rhs - level.unsqueeze(-1) * share, False)
-        # where the process is most, W is zero: at a state that matters to the others
-        busiest = slow.argmax(-1, keepdim=True).expand(*x.shape[:-1], 1)
-        middle = x.gather(-1, busiest)
-        gain = level + middle.squeeze(-1) * exits.largest.unsqueeze(-1)
-        return x - middle, gain, _why(slow, slow_residual, residual)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        if are_plain(args[:6]):
+            return _push(*args)
+        outputs: tuple[Tensor, ...] = below_autograd("push", *args)
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -304,18 +329,11 @@ class Flow(Function):
     """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, rhs, mass, closed, backend = args
-        system = _System.of(tuple(tensors), closed, backend)
-        share = system.exits(system.rows.scale()).share().unsqueeze(2)
-        both, residual = system.solve(torch.cat([rhs, _ones(rhs)], 2), True)
-        x, slow = both[:, :, :-1], both[:, :, -1:]
-        # What is nowhere negative has its digits entry by entry, zeros too: only its size is set.
-        positive = (rhs >= 0).all(-1) & (mass > 0)
-        along = torch.where(positive.unsqueeze(-1), x, slow)
-        left = mass - (share * x).sum(-1)
-        step = left / (share * along).sum(-1)
-        return x + step.unsqueeze(-1) * along, _why(slow, residual[:, :, -1:], residual[:, :, :-1])
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        if are_plain(args[:7]):
+            return _flow(*args)
+        outputs: tuple[Tensor, ...] = below_autograd("flow", *args)
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -352,6 +370,10 @@ class Flow(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         return _mapped(Flow, info.batch_size, in_dims, args, sides=2)
+
+
+register_derivative("push", Push)
+register_derivative("flow", Flow)
 
 
 def _mapped(
@@ -393,7 +415,7 @@ def discounted_sum(
 
 
 @in_graph
-def flow(
+def discounted_visits(
     transition: Tensor,
     crow: Tensor,
     col: Tensor,

@@ -14,10 +14,13 @@ from birl_ext.ops import _backends
 from birl_ext.ops._registry import (
     LIBRARY,
     Function,
+    are_ordinary,
     are_plain,
+    below_autograd,
     fold,
     in_graph,
     is_first_order,
+    register_derivative,
     to_lanes,
 )
 from birl_ext.ops.bellman import (
@@ -29,7 +32,7 @@ from birl_ext.ops.bellman import (
 )
 from birl_ext.ops.policy_solve import Exits, Flow, Push
 from birl_ext.ops.rows import Rows, widened
-from birl_ext.solution import INFO, Info
+from birl_ext.solution import INFO
 
 __all__ = ["Saved", "pull_back", "solve"]
 
@@ -37,7 +40,7 @@ LIBRARY.define(
     "solve(Tensor transition, Tensor crow, Tensor col, Tensor reward, Tensor log_reference, "
     "Tensor discount, Tensor temperature, Tensor initial, SymInt[] batch, int method, "
     "float tol, int max_iterations, int validate, bool strict, int backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -65,7 +68,7 @@ def _(
         return reward.new_empty((*batch, *event), dtype=dtype)
 
     tables = tuple(new(states, actions, dtype=reward.dtype) for _ in range(4))
-    return new(states), *tables, new(INFO), new(dtype=torch.int64), new(states)
+    return new(states), *tables, new(INFO), new(dtype=torch.int64), new(states), new()
 
 
 for _key in ("CPU", "CUDA"):
@@ -130,7 +133,7 @@ def pull_back(
     with Ā what the tables make of the cotangent of Q − V, and (D, κ) of `Exits`.
     """
     bars, saved = resolved(bars), Saved(*resolved(saved))
-    plain = is_first_order() and are_plain([*saved, *(bar for bar in bars if bar is not None)])
+    plain = is_first_order() and are_ordinary([*saved, *(bar for bar in bars if bar is not None)])
     *tables, relative_bar, constant_bar = bars
     if plain and relative_bar is None and constant_bar is None:
         wanted = _backends.solve_vjp(saved, tables, needs, backend)
@@ -190,9 +193,10 @@ class Solve(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        op = _backends.solve if are_plain(args[:8]) else torch.ops.birl_ext.solve
-        outputs = op(*args)
-        return *outputs, outputs[5][..., Info.OFFSET].clone()
+        if are_plain(args[:8]):
+            return _backends.solve(*args)
+        outputs: tuple[Tensor, ...] = below_autograd("solve", *args)
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -265,6 +269,9 @@ class Solve(Function):
             x.movedim(axis, 0).reshape((info.batch_size, *batch, *x.shape[3:])) for x in outputs
         )
         return own, (0,) * len(own)
+
+
+register_derivative("solve", Solve)
 
 
 @in_graph
