@@ -23,6 +23,7 @@ from birl_ext.errors import (
     BackendUnavailableError,
     DeviceError,
     DtypeError,
+    IllConditionedWarning,
     ShapeError,
 )
 from birl_ext.solution import INFO, Rigour
@@ -30,6 +31,7 @@ from birl_ext.solution import INFO, Rigour
 __all__ = [
     "available",
     "build_info",
+    "check_condition",
     "policy_solve",
     "reason",
     "report",
@@ -41,6 +43,7 @@ __all__ = [
     "sweep",
 ]
 
+LARGEST_CONDITION = 1e6  # beyond it a derivative has fewer than ten digits
 MODULES = {"cpu": "_cpu", "cuda": "_cuda"}
 
 
@@ -464,9 +467,9 @@ def solve_vjp(
         The cotangents that are wanted, in that order: like transition; (*B, S, A) in its dtype;
         (*B, S, A) float64; (N, G) and (N, G) float64. NaN where status is not zero.
 
-    Raises: as for `sweep`.
+    Raises: as for `sweep`. Warns: IllConditionedWarning.
 
-    Source: (M10)-(M12).
+    Source: (M10)-(M12), (M19), (M20).
     """
     relative, advantage, policy, info, status = solution
     axes, table = status.shape, policy.shape
@@ -485,7 +488,7 @@ def solve_vjp(
     )
     if status.numel() != n * g:
         raise ShapeError(f"status has shape {axes}", allowed=f"axes of {n * g} problems")
-    _cpu(call).solve_vjp(
+    condition, problem = _cpu(call).solve_vjp(
         call.dtype,
         n,
         g,
@@ -506,7 +509,14 @@ def solve_vjp(
         *[0 if tensor is None else tensor.data_ptr() for tensor in wanted],
         torch.get_num_threads(),
     )
+    check_condition(condition, problem)
     return wanted
+
+
+def check_condition(condition: float, problem: int) -> None:
+    """Warn where rounding costs a derivative more than it may: see IllConditionedWarning."""
+    if condition > LARGEST_CONDITION:
+        warnings.warn(IllConditionedWarning(condition, problem), stacklevel=2)
 
 
 def policy_solve(

@@ -25,6 +25,7 @@ __all__ = [
     "EnvironmentFailureError",
     "FileFormatError",
     "GradientError",
+    "IllConditionedWarning",
     "InitialDistributionError",
     "InvalidMDPError",
     "MissingDependencyError",
@@ -212,6 +213,27 @@ class BackendUnavailableError(BirlError, RuntimeError):
 
 class BackendFallbackWarning(UserWarning):
     """A compiled module could not be used; the PyTorch path computes the same answers, slower."""
+
+
+class IllConditionedWarning(UserWarning):
+    """Rounding in a derivative is magnified by `condition`: near a discount of one the process has
+    parts that it hardly ever leaves.
+
+    Attributes:
+        condition: by how much, estimated; about 16 − log₁₀(condition) digits are right.
+        problem: the flat index of the worst problem in the batch.
+    """
+
+    def __init__(self, condition: float, problem: int) -> None:
+        super().__init__(condition, problem)
+        self.condition, self.problem = condition, problem
+
+    def __str__(self) -> str:
+        return (
+            f"ill-conditioned: derivatives of problem {self.problem} of the batch magnify rounding "
+            f"by {self.condition:.1g}, as the process hardly ever moves between some of its states. "
+            "Fix: use a smaller discount, or solve these parts apart"
+        )
 
 
 class FileFormatError(BirlError, ValueError):

@@ -153,13 +153,13 @@ Index solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, P
                        [](Index status) { return status != 0; });
 }
 
-int solve_vjp(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
-              Pointer col, Index nnz, const py::object& discount, const py::object& temperature,
-              Pointer relative, Pointer advantage, Pointer policy, Pointer info, Pointer status,
-              Pointer value_bar, Pointer q_bar, Pointer advantage_bar, Pointer policy_bar,
-              Pointer log_policy_bar, Pointer transition_bar, Pointer reward_bar,
-              Pointer log_reference_bar, Pointer discount_bar, Pointer temperature_bar,
-              int threads) {
+py::tuple solve_vjp(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
+                    Pointer col, Index nnz, const py::object& discount,
+                    const py::object& temperature, Pointer relative, Pointer advantage,
+                    Pointer policy, Pointer info, Pointer status, Pointer value_bar, Pointer q_bar,
+                    Pointer advantage_bar, Pointer policy_bar, Pointer log_policy_bar,
+                    Pointer transition_bar, Pointer reward_bar, Pointer log_reference_bar,
+                    Pointer discount_bar, Pointer temperature_bar, int threads) {
   const PerProblem discounts(discount, N, G), temperatures(temperature, N, G);
   const birl::Batch batch = make_batch(dtype, N, G, S, A, transition, crow, col, nnz, 0, 0,
                                        discounts.pointer(), temperatures.pointer());
@@ -171,8 +171,9 @@ int solve_vjp(int dtype, Index N, Index G, Index S, Index A, Pointer transition,
                                at<void>(transition_bar),      at<void>(reward_bar),
                                at<double>(log_reference_bar), at<double>(discount_bar),
                                at<double>(temperature_bar),   threads};
-  run([&](birl::Interrupt& interrupt) { birl::solve_vjp(batch, request, interrupt); });
-  return 0;
+  birl::Conditioning worst;
+  run([&](birl::Interrupt& interrupt) { worst = birl::solve_vjp(batch, request, interrupt); });
+  return py::make_tuple(worst.condition, worst.problem);
 }
 
 Index policy_solve(int dtype, Index N, Index G, Index K, Index S, Index A, Pointer transition,

@@ -68,6 +68,7 @@ class PolicySystem {
   }
 
   Matrix& matrix() { return matrix_; }
+  bool eliminated() const { return factored_; }
 
   // Solves for K right-hand sides (K,S); returns how many residuals missed the tolerance, or the
   // rounding level where that is higher. `mass` (K), for the transposed system: the Σ d x that is

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from birl_ext._native import check_condition
 from birl_ext.ops import _backends
 from birl_ext.ops._registry import (
     LIBRARY,
@@ -210,6 +211,8 @@ def _why(slow: Tensor, slow_residual: Tensor, residual: Tensor) -> Tensor:
     return torch.where(slow.isnan().any(-1), slow_residual, residual)
 
 
+TINY_GAP = 1e-6  # 1 − γ, above which no condition is large
+
 LIBRARY.define(
     "push(Tensor transition, Tensor crow, Tensor col, Tensor policy, Tensor discount, "
     "Tensor rhs, bool closed, int backend) -> (Tensor, Tensor, Tensor)"
@@ -239,6 +242,7 @@ def _push(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     exits = system.exits(system.rows.scale())
     share = exits.share().unsqueeze(2)
     slow, slow_residual = system.solve(_ones(rhs), True)
+    _check_condition(system, slow, share)
     level = (slow * rhs).sum(-1) / (slow * share).sum(-1)
     x, residual = system.solve(rhs - level.unsqueeze(-1) * share, False)
     # where the process is most, W is zero: at a state that matters to the others
@@ -248,12 +252,26 @@ def _push(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x - middle, gain, _why(slow, slow_residual, residual)
 
 
+def _check_condition(system: _System, slow: Tensor, share: Tensor) -> None:
+    """Warn where an arbitrary right-hand side without mass has an answer out of all proportion."""
+    if slow.is_cuda or not bool((1 - system.discount < TINY_GAP).any()):
+        return
+    probe = torch.arange(slow.shape[-1], dtype=torch.float64).mul(12.9898).sin().expand_as(slow)
+    probe = probe - probe.mean(-1, keepdim=True)
+    x, _ = system.solve(probe, True)
+    x = x - (share * x).sum(-1, keepdim=True) / (share * slow).sum(-1, keepdim=True) * slow
+    condition = x.abs().sum((2, 3)) / probe.abs().sum((2, 3)).clamp(min=1e-300)
+    worst = condition.nan_to_num(0.0).flatten().max(0)
+    check_condition(float(worst.values), int(worst.indices))
+
+
 def _flow(*args: Any) -> tuple[Tensor, Tensor]:
     *tensors, rhs, mass, closed, backend = args
     system = _System.of(tuple(tensors), closed, backend)
     share = system.exits(system.rows.scale()).share().unsqueeze(2)
     both, residual = system.solve(torch.cat([rhs, _ones(rhs)], 2), True)
     x, slow = both[:, :, :-1], both[:, :, -1:]
+    _check_condition(system, slow, share)
     # What is nowhere negative has its digits entry by entry, zeros too: only its size is set.
     positive = (rhs >= 0).all(-1) & (mass > 0)
     along = torch.where(positive.unsqueeze(-1), x, slow)
