@@ -231,7 +231,7 @@ class IllConditionedWarning(UserWarning):
     def __str__(self) -> str:
         return (
             f"ill-conditioned: derivatives of problem {self.problem} of the batch magnify rounding "
-            f"by {self.condition:.1g}, as the process hardly ever moves between some of its states. "
+            f"by {self.condition:.1g}: the process hardly moves between some of its states. "
             "Fix: use a smaller discount, or solve these parts apart"
         )
 
