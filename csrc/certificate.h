@@ -126,14 +126,13 @@ struct Certificate {
       for (Index s = 0; s < states; ++s) sizes[s] = std::abs(image[s] + offset());
       return kOutlier * typical_size(std::move(sizes), temperature) < largest_value();
     }
-    constexpr double kDigits = 1e-10, kFew = 100.0, kMany = 1e4;
+    constexpr double kDigits = 1e-12, kFold = 6.0;
     const double smallest = least_size(image, states) + soft(), largest = scale();
-    if (!(largest > kFew * smallest && error_bound() > kDigits * smallest)) return false;
-    if (largest > kMany * smallest) return true;
-    Index count = 0;
+    if (!(largest > kFold * kFold * smallest && error_bound() > kDigits * smallest)) return false;
+    double sum = 0.0;  // a mean that a value of zero by chance does not decide
     for (Index s = 0; s < states; ++s)
-      count += kFew * (std::abs(image[s] + offset()) + soft()) < largest;
-    return 4 * count > states;
+      sum += std::sqrt(largest / (std::abs(image[s] + offset()) + soft()));
+    return sum > kFold * static_cast<double>(states);
   }
 
   // Passes of so many sweeps each within which the half-span falls by a tenth if it still falls:
@@ -148,15 +147,6 @@ struct Certificate {
   // Whether those are worth waiting for where Newton's method did not end.
   bool sweeps_end() const { return most_sweeps() <= 1000000; }
 
-  // min |V|
-  double least_size(const double* image, Index states) const {
-    if (lowest > 0.0) return lowest;
-    if (highest < 0.0) return -highest;
-    double smallest = kInf;
-    for (Index s = 0; s < states; ++s) smallest = std::min(smallest, std::abs(image[s] + offset()));
-    return smallest;
-  }
-
   bool converged() const { return tol > 0.0 && error_bound() <= tol * largest_value(); }
 
   // Half-span at which iteration ends, as far as it can be told now.
@@ -167,6 +157,15 @@ struct Certificate {
   }
 
  private:
+  // min |V|
+  double least_size(const double* image, Index states) const {
+    if (lowest > 0.0) return lowest;
+    if (highest < 0.0) return -highest;
+    double smallest = kInf;
+    for (Index s = 0; s < states; ++s) smallest = std::min(smallest, std::abs(image[s] + offset()));
+    return smallest;
+  }
+
   // Of the rewards only those count that are taken: rounding of an action without weight does not
   // reach the soft maximum, and one with weight has r + γPW near it.
   double size(double span, double constant, double change) const {

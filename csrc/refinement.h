@@ -177,18 +177,26 @@ class Refinement {
     return !(rounding <= 32.0 * *std::min_element(rounding_.begin(), rounding_.end()));
   }
 
-  // τ log Σ_a π exp(x/τ) of a state for x >= 0, small ones too.
+  // τ log Σ_a π exp(x/τ) of a state for x >= 0: exact where it is small, and where it is large.
   template <class At>
   double excess(Index s, At&& at) const {
     const double tau = problem_.temperature;
-    double sum = 0.0;
+    const auto masked = [&](Index row) {
+      return problem_.log_reference && problem_.log_reference[row] == -kInf;
+    };
+    double sum = 0.0, peak = 0.0;
     for (Index row = s * A_; row < (s + 1) * A_; ++row) {
-      if (problem_.log_reference && problem_.log_reference[row] == -kInf) continue;
+      if (masked(row)) continue;
       const double x = at(row) / tau;
-      sum += x < 1.0 ? policy_[row] * std::expm1(x)
-                     : (x < kInf ? std::exp(log_policy_[row] + x) : kInf);
+      if (!(x < kInf)) return kInf;
+      peak = std::max(peak, log_policy_[row] + x);
+      sum += x < 1.0 ? policy_[row] * std::expm1(x) : std::exp(log_policy_[row] + x);
     }
-    return tau * std::log1p(sum);
+    if (peak < 700.0) return tau * std::log1p(sum);
+    sum = 0.0;
+    for (Index row = s * A_; row < (s + 1) * A_; ++row)
+      if (!masked(row)) sum += std::exp(log_policy_[row] + at(row) / tau - peak);
+    return tau * (peak + std::log(sum));
   }
 
   void factor() {
