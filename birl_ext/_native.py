@@ -270,7 +270,7 @@ class Call:
             torch.empty_like(q),
             torch.empty_like(q),
         )
-        info = self.new(*axes, INFO)
+        info = self.new(*axes, INFO + s)
         status = torch.empty(axes, dtype=torch.int64, device=self.device)
         if status.numel() != n * g:
             raise ShapeError(f"batch is {axes}", allowed=f"axes of {n * g} problems")
@@ -367,7 +367,7 @@ def solve(
         validate: a `Rigour`, what to check of the rows of P.
 
     Returns:
-        V (*B, S) float64; Q, Q − V, π and log π (*B, S, A) in transition's dtype; info (*B, 9)
+        V (*B, S) float64; Q, Q − V, π and log π (*B, S, A) in transition's dtype; info (*B, 9 + S)
         float64, see `Info`; a `Status` (*B), int64; and V − `Info.OFFSET` (*B, S), which keeps the
         digits that a large constant takes from V.
 
@@ -404,7 +404,7 @@ def solve_plain(
     relative = torch.empty_like(value)
     q, advantage = torch.empty_like(reward), torch.empty_like(reward)
     policy, log_policy = torch.empty_like(reward), torch.empty_like(reward)
-    info = torch.empty((*batch, INFO), dtype=double)
+    info = torch.empty((*batch, INFO + states), dtype=double)
     status = torch.empty(batch, dtype=torch.int64)
     failed: int = (
         _backends["cpu"]
@@ -502,7 +502,7 @@ def solve_vjp(
         call.at("value", relative, table[:-1]),
         call.at("advantage", advantage, table, call.storage),
         call.at("policy", policy, table, call.storage),
-        call.at("info", info, (*axes, INFO)),
+        call.at("info", info, (*axes, INFO + s)),
         call.at("status", status, axes, torch.int64),
         call.at("cotangent of V", bars[0], table[:-1]),
         *[0 if bar is None else call.at("cotangent", bar, table, call.storage) for bar in bars[1:]],

@@ -22,7 +22,7 @@ class Method(IntEnum):
 
 
 class Info(IntEnum):
-    """What a solver says of each problem: the columns of `Solution.info`."""
+    """What a solver says of each problem: the first columns of `Solution.info`."""
 
     RESIDUAL = 0
     ERROR_BOUND = 1
@@ -35,7 +35,8 @@ class Info(IntEnum):
     KERNEL = 8  # the `Kernel` that solved the problem
 
 
-INFO = len(Info)
+INFO = len(Info)  # columns before the bounds of the states
+EPS = torch.finfo(torch.float64).eps
 
 
 class Kernel(IntEnum):
@@ -114,7 +115,7 @@ class Solution(NamedTuple):
     advantage: Tensor
     """Q* − V*, (*B, S, A), free of the cancellation of subtracting the two; 0 where masked."""
     info: Tensor
-    """What the solver certified and counted, (*B, 9) float64: see the properties."""
+    """What the solver certified and counted, (*B, 9 + S) float64: see the properties."""
     status: Tensor
     """A `Status` per problem, (*B,) int64; 0 is success."""
 
@@ -129,11 +130,22 @@ class Solution(NamedTuple):
         return self.info[..., Info.ERROR_BOUND] + _rounding(self.value, 1)
 
     @property
+    def error_bounds(self) -> Tensor:
+        """Certified bound on |value − V*| of each state, (*B, S); none above `error_bound`.
+
+        They differ where values differ so much in size that each state was certified by itself.
+        """
+        rounded = _rounding(self.value.unsqueeze(-1), 1)
+        return self.info[..., INFO:] + rounded
+
+    @property
     def log_policy_error_bound(self) -> Tensor:
         """Certified bound on max |log_policy − log π*|, (*B,), dimensionless (M7)."""
         none = self.log_policy == -torch.inf
         seen = self.log_policy.where(~none, 0.0)
         change = 2 * self.info[..., Info.ERROR_BOUND] / self.info[..., Info.TEMPERATURE]
+        # of actions far from being taken, whose Q has a larger rounding than the value
+        change = change + 4 * EPS * seen.detach().double().abs().amax((-2, -1))
         # not masked, where the advantage is 0, but too small for the dtype
         overflowed = (none & (self.advantage != 0)).flatten(-2).any(-1)
         return (change + _rounding(seen, 2)).masked_fill(overflowed, torch.inf)

@@ -14,7 +14,7 @@ struct Solve {
   void* advantage;        // q − value, from the relative form and so more exact
   void* policy;
   void* log_policy;
-  double* info;          // (N,G,kInfo), see core/common.h
+  double* info;          // (N,G,kInfo + S), see core/common.h
   Index* status;         // (N,G)
   Index method;          // 0 auto, 1 value iteration, 2 Newton direct, 3 Newton-Krylov, 4 MPI
   double tol;            // relative and certified; 0: as far as rounding allows

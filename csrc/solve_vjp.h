@@ -12,7 +12,7 @@ struct SolveVjp {
   const double* relative;  // (N,G,S): V without the constant kOffset of info
   const void* advantage;
   const void* policy;
-  const double* info;       // (N,G,kInfo)
+  const double* info;       // (N,G,kInfo + S)
   const Index* status;      // (N,G); where it is not zero, derivatives are NaN
   const double* value_bar;  // (N,G,S)
   const void* q_bar;

@@ -123,7 +123,7 @@ class Rule {
   }
 
  private:
-  double offset_of(Index i) const { return request_.info[i * kInfo + kOffset]; }
+  double offset_of(Index i) const { return request_.info[i * (kInfo + batch_.states) + kOffset]; }
 
   VjpTables<Real> tables(Index i, Slot& slot) const {
     const auto at = [&](const void* table) {

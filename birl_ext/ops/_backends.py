@@ -13,7 +13,7 @@ from torch import Tensor
 from birl_ext import _native, _native_cuda, errors, validation
 from birl_ext.ops import _torch
 from birl_ext.ops.rows import Data, Rows
-from birl_ext.solution import INFO, Info, Status
+from birl_ext.solution import Info, Status
 
 __all__ = [
     "AUTO",
@@ -223,11 +223,11 @@ def failure(
         outputs: what the op `solve` returned.
         locate: from the flat index n·G + g to the caller's batch index.
     """
-    info, status = outputs[5].reshape(-1, INFO), outputs[6].flatten()
+    info, status = outputs[5].flatten(0, -2), outputs[6].flatten()
     failed = status.nonzero().flatten()
     first = int(failed[0])
     code = Status(int(status[first]))
-    _, bound, passes, place, value, *_ = info[first].tolist()
+    _, bound, passes, place, value = info[first, :5].tolist()
     batch = locate(first)
     if code >= Status.ROW_SUM:
         sparse = transition.dim() == 2

@@ -123,7 +123,7 @@ def solve(
     active = status == 0
     done_value, done_offset = value.clone(), offset.clone()
     table = [torch.full_like(problem.reward, torch.nan) for _ in range(3)]
-    info = torch.zeros((*gamma.shape, INFO), dtype=torch.float64, device=gamma.device)
+    info = torch.zeros((*gamma.shape, INFO + states), dtype=torch.float64, device=gamma.device)
     info[..., Info.PLACE], info[..., Info.CULPRIT] = place, culprit
     best = torch.full_like(gamma, math.inf)
     stalled = torch.zeros_like(status)

@@ -68,7 +68,7 @@ def _(
         return reward.new_empty((*batch, *event), dtype=dtype)
 
     tables = tuple(new(states, actions, dtype=reward.dtype) for _ in range(4))
-    return new(states), *tables, new(INFO), new(dtype=torch.int64), new(states), new()
+    return new(states), *tables, new(INFO + states), new(dtype=torch.int64), new(states), new()
 
 
 for _key in ("CPU", "CUDA"):
