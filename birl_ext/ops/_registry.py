@@ -179,9 +179,7 @@ def are_ordinary(tensors: Sequence[Tensor]) -> bool:
 def nobody_listens() -> bool:
     """Whether no transform, mode, trace or forward derivative follows what is computed now."""
     return not (
-        _watched()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        _watched() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
 
 

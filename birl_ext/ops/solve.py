@@ -32,7 +32,7 @@ from birl_ext.ops.bellman import (
 )
 from birl_ext.ops.policy_solve import PolicySolve
 from birl_ext.ops.rows import Rows, widened
-from birl_ext.solution import INFO, Info
+from birl_ext.solution import Info, info_table
 
 __all__ = ["Saved", "pull_back", "solve"]
 
@@ -68,7 +68,7 @@ def _(
         return reward.new_empty((*batch, *event), dtype=dtype)
 
     tables = tuple(new(states, actions, dtype=reward.dtype) for _ in range(4))
-    return new(states), *tables, new(INFO), new(dtype=torch.int64)
+    return new(states), *tables, info_table(batch, reward.device), new(dtype=torch.int64)
 
 
 for _key in ("CPU", "CUDA"):
