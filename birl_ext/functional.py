@@ -287,7 +287,9 @@ def bellman(
     )
     if trust is not None:
         image, policy = image * trust[..., None], policy * trust[..., None, None]
-    q = _masked(advantage + image.unsqueeze(-1), flat)
+    q = advantage + image.unsqueeze(-1)
+    if (available := flat.available) is not None:
+        q, policy = q.where(available, -torch.inf), policy.where(available, 0.0)
     restore = flat.layout.restore
     return restore(image.to(dtype)), restore(q.to(dtype)), restore(policy.to(dtype))
 
@@ -565,10 +567,9 @@ def _flat(
 
 
 def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
-    value, q, advantage, policy, log_policy, info, status = outputs
-    q, log_policy = _masked(q, flat), _masked(log_policy, flat)
-    advantage = _masked(advantage, flat, 0.0)
-    solution = _solution((value, q, advantage, policy, log_policy, info, status))
+    solution = _solution(outputs)
+    if (available := flat.available) is not None:
+        solution = solution.closed(available.reshape(solution.q.shape))
     if flat.layout.order is None:  # the op has put its outputs into the caller's axes
         return solution
     return Solution._make(map(flat.layout.restore, solution))
@@ -607,14 +608,6 @@ def _too_tight(tol: float | None, rounded: float) -> StagnatedError:
 
 def _any(status: Tensor) -> bool:
     return bool(status.item() if status.numel() == 1 else status.any())
-
-
-def _masked(table: Tensor, flat: Flat, value: float = -torch.inf) -> Tensor:
-    """`value` where no action is available, with a gradient of exactly zero there."""
-    if flat.log_reference.dim() == 1:
-        return table
-    available = (flat.log_reference > -torch.inf).reshape(table.shape)
-    return table.where(available, value)
 
 
 def _backend(name: str, device: torch.device) -> int:

@@ -103,7 +103,7 @@ def is_concrete(*tensors: Tensor | float | None) -> bool:
         # a trace before the dispatcher watches Python functions too
         or (
             torch._C._len_torch_function_stack()
-            and torch._ops._get_dispatch_mode_pre_dispatch(proxy) is not None
+            and torch._ops._get_dispatch_mode_pre_dispatch(proxy) is not None  # type: ignore[no-untyped-call]
         )
     )
 

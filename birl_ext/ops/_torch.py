@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops.rows import Data, Rows
-from birl_ext.solution import INFO, Info, Kernel, Method, Rigour, Status
+from birl_ext.solution import Info, Kernel, Method, Rigour, Status, info_table
 from birl_ext.validation import row_sum_tolerance
 
 __all__ = ["bellman", "policy_solve", "settle", "solve"]
@@ -123,8 +123,15 @@ def solve(
     active = status == 0
     done_value, done_offset = value.clone(), offset.clone()
     table = [torch.full_like(problem.reward, torch.nan) for _ in range(3)]
-    info = torch.zeros((*gamma.shape, INFO + states), dtype=torch.float64, device=gamma.device)
-    info[..., Info.PLACE], info[..., Info.CULPRIT] = place, culprit
+    info = info_table(
+        gamma.shape,
+        states,
+        gamma.device,
+        place=place,
+        culprit=culprit,
+        temperature=problem.temperature,
+        kernel=Kernel.TORCH,
+    )
     best = torch.full_like(gamma, math.inf)
     stalled = torch.zeros_like(status)
     inner_total = 0
@@ -212,8 +219,7 @@ def solve(
     done_offset = torch.where(bad, torch.nan, done_offset)
     table = [torch.where(bad[..., None, None], torch.nan, entry) for entry in (q, *table)]
     info[..., :3] = torch.where(bad.unsqueeze(-1), torch.nan, info[..., :3])
-    info[..., Info.TEMPERATURE], info[..., Info.OFFSET] = problem.temperature, done_offset
-    info[..., Info.KERNEL] = Kernel.TORCH
+    info[..., Info.OFFSET] = done_offset
     tables = (entry.to(reward.dtype) for entry in table)
     outputs = (absolute, *tables, info, status, done_value)
     # cloned, so that the caller owns what it gets and may write to it

@@ -32,7 +32,7 @@ from birl_ext.ops.bellman import (
 )
 from birl_ext.ops.policy_solve import Exits, Flow, Push
 from birl_ext.ops.rows import Rows, widened
-from birl_ext.solution import INFO
+from birl_ext.solution import info_table
 
 __all__ = ["Saved", "pull_back", "solve"]
 
@@ -68,7 +68,8 @@ def _(
         return reward.new_empty((*batch, *event), dtype=dtype)
 
     tables = tuple(new(states, actions, dtype=reward.dtype) for _ in range(4))
-    return new(states), *tables, new(INFO + states), new(dtype=torch.int64), new(states), new()
+    info = info_table(batch, states, reward.device)
+    return new(states), *tables, info, new(dtype=torch.int64), new(states), new()
 
 
 for _key in ("CPU", "CUDA"):
