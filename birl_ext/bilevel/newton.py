@@ -90,6 +90,7 @@ class DampedNewton:
         outcome = NewtonOutcome(
             float(objective), float(gradient.norm()), self.decrement, self.damping, passes, bound
         )
+        damping = self.damping
         noise = 1e-13 * max(abs(float(objective)), 1.0)
         gain_in_reach = float((gradient.square() / scale.diagonal()).sum())
         for _ in range(60):
@@ -109,6 +110,7 @@ class DampedNewton:
                         self.damping = max(self.damping / 10, 1e-12)
                     return outcome
             self.damping = max(self.damping * 4, 1e-8)
+        self.damping = damping
         if undetermined is not None and gain_in_reach <= 1e3 * noise:
             raise undetermined.error()
         raise GradientError(
@@ -165,8 +167,8 @@ class DampedNewton:
             raise no_path()
         rows = [_slope(entry, x) for entry in gradient.unbind()]
         hessian = torch.stack(rows)
-        for tensor in (gradient, hessian):
-            check_gradient(tensor)
+        check_gradient(gradient)
+        check_gradient(hessian, name="the Hessian")
         self._value = solution.value.detach()
         return (
             objective.detach(),
