@@ -208,8 +208,7 @@ class BusJob:
 
     def summary(self) -> dict[str, Any]:
         x = self.newton.x
-        # the cotangents −n are constants, so the certificate needs no smoothness
-        report = hypergradient_report(self.problem, x, 1.0)
+        report = hypergradient_report(self.problem, x, 1.0, smoothness="linear")
         errors = self.newton.covariance().diagonal().sqrt()
         counts = self.data.increments
         frequency = counts / counts.sum()
