@@ -307,8 +307,11 @@ def _plot(words: list[str]) -> int:
             fix=f"wait for its first one, or go on with {_resume_command(directory)}",
         )
     job = problem.job(config)
-    step, seconds = restore(job, store)
-    summary = directory.read_summary() or summarise(job, directory, step=step, seconds=seconds)
+    found = restore(job, store)
+    directory.recorded(found.step, found.metrics)
+    summary = directory.read_summary() or summarise(
+        job, directory, step=found.step, seconds=found.seconds
+    )
     written, missing = draw_figures(job, directory, summary)
     if missing:
         raise MissingDependencyError(
