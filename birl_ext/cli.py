@@ -119,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``birl``; by default those of the process.
 
     Returns:
-        The exit status: 0, 2 after an error, 128 + signal if a signal stopped the run.
+        The exit status: 0; 1 if a run ended without converging, or its data leave the result
+        open; 2 after an error; 128 + signal if a signal stopped the run.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -158,6 +159,7 @@ def _run(words: list[str]) -> int:
 
     from birl_ext.runs.config import from_plain, to_plain
     from birl_ext.runs.directory import RunDirectory, default_path
+    from birl_ext.runs.job import require_job
 
     stored_name, stored, where = _stored(files)
     if name and stored_name not in ("", name):
@@ -175,6 +177,7 @@ def _run(words: list[str]) -> int:
     # Before the directory: what is refused here leaves nothing behind.
     loggers = _loggers(options)
     job = problem.job(config)
+    require_job(job)
     if options.resume is not None:
         directory = RunDirectory(options.resume)
     else:
@@ -280,7 +283,10 @@ def _carry_out(
     _show_result(directory, outcome)
     if missing:
         _say(_not_drawn(directory, missing))
-    return 0
+    lacking = [name for name in ("converged", "identified") if outcome.summary.get(name) is False]
+    if lacking:
+        _say(f"no result to rely on: not {', not '.join(lacking)}")
+    return int(bool(lacking))
 
 
 def _plot(words: list[str]) -> int:
@@ -329,8 +335,14 @@ def _solve(words: list[str]) -> int:
     import birl_ext
     from birl_ext.io import write_tensors
     from birl_ext.mdp import load
+    from birl_ext.runs.device import check_device
 
-    mdp = load(options.mdp).to(options.device)
+    device = check_device(options.device)
+    if not target.parent.is_dir():
+        raise ConfigError(
+            f"--out is {target}", allowed="a file in a directory that is there", fix="make it first"
+        )
+    mdp = load(options.mdp).to(device)
     solution = birl_ext.solve(
         mdp,
         temperature=options.temperature,

@@ -294,6 +294,7 @@ class UninformativeDataError(BirlError, ValueError):
 class ConfigError(BirlError, ValueError):
     code = "BIRL-E801"
     meaning = "a configuration is invalid"
+    remedy = "choose an allowed value"
 
 
 class MissingDependencyError(BirlError, ImportError):

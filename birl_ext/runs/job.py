@@ -122,22 +122,16 @@ def require_job(job: Any) -> None:
     for part in ("step", "state_dict", "load_state_dict", "summary", "figures"):
         if not callable(getattr(job, part, None)):
             raise JobError(f"{name}.{part} is no method", fix=f"define it: see Job.{part}")
-    config = getattr(job, "config", None)
+    config, steps = getattr(job, "config", None), getattr(job, "total_steps", None)
     seed = getattr(config, "seed", None)
-    for what, value, right, allowed, fix in (
-        (f"{name}.config", config, dataclasses.is_dataclass(config), "a dataclass", "keep it"),
-        (f"{name}.config.seed", seed, _is_int(seed), "an integer", "add the field `seed: int = 0`"),
-        (
-            f"{name}.total_steps",
-            steps := getattr(job, "total_steps", None),
-            _is_int(steps),
-            "an integer",
-            "make it a property",
-        ),
-        (f"{name}.done", hasattr(job, "done"), hasattr(job, "done"), "a bool", "make it a property"),
+    for what, value, right, allowed in (
+        ("config", config, dataclasses.is_dataclass(config), "the dataclass it was built from"),
+        ("config.seed", seed, _is_int(seed), "an integer: a field `seed: int = 0`"),
+        ("total_steps", steps, _is_int(steps), "an integer, as a property"),
+        ("done", None, hasattr(job, "done"), "a bool, as a property"),
     ):
         if not right:
-            raise JobError(f"{what} is {value!r}", allowed=allowed, fix=fix)
+            raise JobError(f"{name}.{what} is {value!r}", allowed=allowed, fix="define it")
 
 
 def checked_metrics(found: Any, job: Job) -> Metrics:

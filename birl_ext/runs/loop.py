@@ -82,7 +82,9 @@ def run(
     with directory.lock(), _attached(job, directory):
         store.tidy()
         found = restore(job, store) if store.paths() else None
-        step, seconds, digest = (found.step, found.seconds, found.metrics) if found else (0, 0.0, "")
+        step, seconds, digest = (
+            (found.step, found.seconds, found.metrics) if found else (0, 0.0, "")
+        )
         clock = Clock(seconds)
         metrics = MetricsWriter(directory, after=step, digest=digest)
         with (

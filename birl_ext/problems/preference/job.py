@@ -33,7 +33,6 @@ from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.gridworld import GRIDWORLD, draw_worlds
 from birl_ext.problems.preference.parts import (
     Generators,
-    check_device,
     environment_options,
     environment_source,
     make_agent,
@@ -44,6 +43,7 @@ from birl_ext.problems.preference.parts import (
     make_score,
 )
 from birl_ext.problems.preference.recorder import Recorder
+from birl_ext.runs.device import check_device
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
@@ -76,7 +76,7 @@ class PreferenceJob:
         self._collector = Collector(
             self._environments, self.agent, seed=config.seed, random_steps=config.random_steps
         )
-        self._replay = make_replay(config)
+        self._replay = make_replay(config, spaces)
         self.reward = make_reward(config, spaces, draws)
         self.teacher = ScriptedTeacher(
             dataclasses.replace(TEACHERS[config.teacher], sign_only=config.sign_only), draws.next()

@@ -37,13 +37,13 @@ from birl_ext.preferences.queries import Disagreement, Entropy, Query, Uniform
 from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, RewardNetwork
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.gridworld import GRIDWORLD, gridworld_mdp
+from birl_ext.problems.settings import check_memory
 
 if TYPE_CHECKING:
     import gymnasium
 
 __all__ = [
     "Generators",
-    "check_device",
     "environment_options",
     "environment_source",
     "make_agent",
@@ -89,18 +89,6 @@ def environment_options(config: PreferenceConfig) -> dict[str, Any]:
     """Its keyword arguments."""
     steps = config.episode_steps
     return {} if steps is None else {"max_episode_steps": steps}
-
-
-def check_device(name: str) -> None:
-    """Refuse a device that is not there, or is none to learn on."""
-    fix = "use cpu, or what `birl doctor` lists"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ConfigError(f"device is {name!r}", allowed="cpu, cuda, cuda:1, …", fix=fix)
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"device is {name!r}: {reason}", fix=fix) from None
 
 
 class _Learned(TypedDict):
@@ -160,10 +148,14 @@ def make_agent(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> A
     )
 
 
-def make_replay(config: PreferenceConfig) -> ReplayBuffer | FrameReplay:
+def make_replay(config: PreferenceConfig, spaces: Spaces) -> ReplayBuffer | FrameReplay:
     """One that holds each frame once, where observations are known to be stacks of frames."""
     # Atari's are, by its preprocessing; others may be the colours of one picture.
-    kind = FrameReplay if is_atari(config.env) else ReplayBuffer
+    stacked = is_atari(config.env)
+    shape = spaces.observation_shape
+    size = math.prod(shape[stacked:]) * spaces.observation_dtype.itemsize * (1 if stacked else 2)
+    check_memory(config.replay * size, f"a replay of {config.replay} transitions", "lower replay")
+    kind = FrameReplay if stacked else ReplayBuffer
     return kind(config.replay, device=config.device)
 
 
