@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 __all__ = [
+    "AccuracyWarning",
     "AnswerLogCorruptError",
     "AnswerLogRecoveryWarning",
     "AnswerLogWriteError",
@@ -46,6 +47,7 @@ __all__ = [
     "SparseFormatError",
     "StagnatedError",
     "TemperatureError",
+    "UndeterminedError",
     "UninformativeDataError",
     "catalogue",
 ]
@@ -226,6 +228,22 @@ class NonFiniteResultError(SolveError):
 class GradientError(BirlError, RuntimeError):
     code = "BIRL-E501"
     meaning = "a derivative cannot be trusted or is not defined"
+
+
+class UndeterminedError(BirlError, ArithmeticError):
+    """A direction of x, (d,), that an objective does not determine is the error's ``direction``."""
+
+    code = "BIRL-E502"
+    meaning = "the Hessian is singular or indefinite: the objective does not determine x"
+    remedy = "fix the parameters of that direction, or give data that tell them apart"
+
+    def __init__(self, what: str, *, direction: tuple[float, ...] = (), **kwargs: str) -> None:
+        super().__init__(what, **kwargs)
+        self.direction = direction
+
+
+class AccuracyWarning(UserWarning):
+    """An algorithm is less accurate than it was asked to be; every outcome says by how much."""
 
 
 class BackendUnavailableError(BirlError, RuntimeError):

@@ -19,7 +19,7 @@ from birl_ext.bilevel import BilevelProblem, DampedNewton, hypergradient_report
 from birl_ext.errors import (
     ConfigError,
     FileFormatError,
-    GradientError,
+    UndeterminedError,
     UninformativeDataError,
 )
 from birl_ext.mdp import DenseMDP
@@ -330,14 +330,25 @@ class BusJob:
 
     def step(self) -> dict[str, float]:
         x = self.newton.x
-        outcome = self.newton.step()
+        try:
+            outcome = self.newton.step()
+        except UndeterminedError as error:
+            along = ", ".join(
+                f"{v:.3g} in {name}" for name, v in self._named(error.direction).items()
+            )
+            raise UndeterminedError(
+                f"the data leave the costs open: another {along} fits as well",
+                where=f"step {self._steps + 1}",
+                fix="choose a cost of fewer parameters, or add months in other states",
+                direction=error.direction,
+            ) from None
         self._steps += 1
         return {
             "objective": outcome.objective,
             "gradient_norm": outcome.gradient_norm,
             "decrement": outcome.decrement,
             "solver_passes": outcome.solver_passes,
-            **dict(zip(self.names, x.tolist(), strict=True)),
+            **self._named(x.tolist()),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -350,13 +361,12 @@ class BusJob:
     def summary(self) -> dict[str, Any]:
         """The estimate; standard errors only if the search converged and the data identify it."""
         x = self.newton.x
-        # the cotangents −n are constants, so the certificate needs no smoothness
-        report = hypergradient_report(self.problem, x, 1.0)
+        report = hypergradient_report(self.problem, x, 1.0, smoothness="linear")
         covariance, undetermined = self._covariance()
         converged = self._converged(report.exact, covariance)
         errors = None
         if converged and covariance is not None:
-            errors = dict(zip(self.names, covariance.diagonal().sqrt().tolist(), strict=True))
+            errors = self._named(covariance.diagonal().sqrt().tolist())
         counts = self.data.increments
         frequency = counts / counts.sum()
         travel = torch.xlogy(counts, frequency).sum()
@@ -376,19 +386,21 @@ class BusJob:
             "converged": converged,
             "identified": covariance is not None,
             **({"undetermined": undetermined} if undetermined else {}),
-            "params": dict(zip(self.names, x.tolist(), strict=True)),
+            "params": self._named(x.tolist()),
             "standard_errors": errors,
             "increment_probabilities": frequency,
             "replacement_probability": policy[:, REPLACE],
         }
 
-    def _covariance(self) -> tuple[Tensor | None, str]:
-        """H⁻¹ at x, or None and the words for what the data leave open."""
+    def _named(self, values: Sequence[float]) -> dict[str, float]:
+        return dict(zip(self.names, values, strict=True))
+
+    def _covariance(self) -> tuple[Tensor | None, dict[str, float]]:
+        """H⁻¹ at x; or None, and the direction that the data leave open."""
         try:
-            covariance = self.newton.covariance()
-        except GradientError as error:
-            return None, error.what
-        return covariance, ""
+            return self.newton.covariance(), {}
+        except UndeterminedError as error:
+            return None, self._named(error.direction)
 
     def _converged(self, gradient: Tensor, covariance: Tensor | None) -> bool:
         """Whether one more step would change nothing: neither φ nor any choice.

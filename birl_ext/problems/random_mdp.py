@@ -30,10 +30,10 @@ class RandomMDPConfig:
     """Number of upper-level variables."""
     discount: float = 0.5
     temperature: float = 1.0
-    mode: Literal["contracting", "published", "exact"] = "contracting"
+    mode: Literal["exact", "published"] = "exact"
     """"published" takes N plain sweeps and one adjoint step per outer step, as in the paper."""
     learning_rate: float | None = None
-    """Outer step size; by default 0.008 in the published mode and 0.05 in the others."""
+    """Outer step size; by default 0.008 in the published mode and 0.05 in the exact one."""
     sweeps: int = 10
     sweep_tol: float = 1e-6
     adjoint_rate: float = 0.5
