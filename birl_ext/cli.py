@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from birl_ext.errors import BirlError, ConfigError, MissingDependencyError
+from birl_ext.errors import BirlError, ConfigError, MissingDependencyError, SizeLimitError
 from birl_ext.runs.pace import Pace
 
 if TYPE_CHECKING:
@@ -142,6 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if os.environ.get("BIRL_DEBUG"):
                 raise
             _say(" ".join(str(error).split()))
+            return 2
+        except (MemoryError, RuntimeError) as error:
+            if os.environ.get("BIRL_DEBUG") or not _out_of_memory(error):
+                raise
+            _say(str(SizeLimitError("there is too little memory", fix="lower the sizes")))
             return 2
         except KeyboardInterrupt:
             _say("interrupted")
@@ -457,6 +462,13 @@ def _not_drawn(directory: RunDirectory, names: Sequence[str]) -> str:
         f"figures not drawn, matplotlib is missing: {', '.join(names)}. "
         f'pip install "birl_ext[viz]", then birl plot {shlex.quote(str(directory.path))}'
     )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch says so of a device by a class, of a CPU in words."""
+    words = str(error)
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or "can't allocate memory" in words or "not enough memory" in words
 
 
 def _reader_left() -> bool:

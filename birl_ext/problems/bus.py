@@ -23,8 +23,9 @@ from birl_ext.errors import (
     UninformativeDataError,
 )
 from birl_ext.mdp import DenseMDP
-from birl_ext.problems.settings import check_memory, check_settings
+from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
+from birl_ext.validation import check_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -248,11 +249,13 @@ def _require_information(decisions: Tensor, parameters: int) -> None:
         where = f"state {seen[0][0]}, the only one seen" if len(seen) == 1 else "every state seen"
         what = f"the same share of engines is replaced in {where}"
         allowed, fix = "shares that differ", "add months in other states"
-    elif (last := min(kept[-1], replaced[-1])) <= (start := max(kept[0], replaced[0])):
-        first, then = ("kept", "replaced") if kept[-1] == last else ("replaced", "kept")
+    elif kept[-1] <= replaced[0] or replaced[-1] <= kept[0]:
+        sides = [(kept[0], kept[-1], "kept"), (replaced[0], replaced[-1], "replaced")]
+        (_, last, first), (start, _, then) = sorted(sides)
         what = f"engines are {first} up to state {last} and {then} from state {start} on"
         allowed = "states that overlap: the costs that fit best are infinite otherwise"
-        fix = f"add months, or buses, in which engines are {then} below state {last}"
+        fix = f"add months in which engines are {then} below state {last}"
+        fix += f" or {first} above state {start}"
     elif len(seen) < parameters:
         what = (
             f"the counts hold months in {len(seen)} states, and there are {parameters} parameters"
@@ -310,7 +313,7 @@ class BusJob:
         width = _COSTS[config.cost].basis(torch.arange(2.0, dtype=torch.float64)).shape[-1]
         _require_information(self.data.decisions, 1 + width)
         states = len(self.data.decisions)
-        check_memory(64 * states**2, f"a table of {states} states", "make the states coarser")
+        check_memory(f"a table of {states} states", 8 * states**2, fix="make the states coarser")
         self.problem = bus_problem(self.data, config.discount, config.cost)
         self.names = ("RC", *(f"theta1{i + 1}" for i in range(width)))
         # the estimate if running an engine cost nothing: the log odds of keeping it

@@ -14,8 +14,9 @@ from birl_ext.bilevel import BilevelProblem, MSoBiRL
 from birl_ext.errors import ConfigError
 from birl_ext.functional import evaluate, occupancy
 from birl_ext.mdp import DenseMDP, SparseMDP
-from birl_ext.problems.settings import check_memory, check_settings
+from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
+from birl_ext.validation import check_memory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,7 +119,7 @@ class FourRoomsConfig:
             most={"spread": 1e6, "heat": 1e6},
         )
         # per start two walkers of 104 cells and 4 moves, in some twenty tables
-        check_memory(8 * 20 * 2 * 104 * 4 * self.starts, f"{self.starts} starts", "lower starts")
+        check_memory(f"{self.starts} starts", 20 * 2 * 104 * 4 * self.starts, fix="lower starts")
 
 
 def moves(noise: Noise) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from birl_ext.bilevel import BilevelProblem, MSoBiRL
 from birl_ext.mdp import DenseMDP
-from birl_ext.problems.settings import check_memory, check_settings
+from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
+from birl_ext.validation import check_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,9 +54,9 @@ class RandomMDPConfig:
         )
         states, actions, dimension = self.states, self.actions, self.dimension
         check_memory(
-            8 * (2 * states**2 * actions + dimension**2),
             f"a problem of {states} states, {actions} actions and dimension {dimension}",
-            "lower states, actions or dimension",
+            2 * states**2 * actions + dimension**2,
+            fix="lower states, actions or dimension",
         )
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from birl_ext.errors import ConfigError, SizeLimitError
+from birl_ext.errors import ConfigError
 from birl_ext.runs.config import suggestion
 
-__all__ = ["check_memory", "check_settings"]
+__all__ = ["check_settings"]
 
+_MOST = 2**53  # the next integer is no float
 _SEEDS = 2**64  # what a torch.Generator takes; gymnasium and NumPy take any from 0
 
 
@@ -51,6 +51,8 @@ def check_settings(
             if field.name in infinite:
                 allowed = "numbers, inf among them"
             raise ConfigError(f"{field.name} is {value!r}", allowed=allowed)
+        if isinstance(value, int) and abs(value) > _MOST and field.name != "seed":
+            raise ConfigError(f"{field.name} is {value!r}", allowed="integers up to 2⁵³ in size")
         if isinstance(value, str) and not value.isascii():
             try:
                 value.encode()
@@ -72,22 +74,3 @@ def check_settings(
 
 def _sound(value: float, infinite: bool) -> bool:
     return not math.isnan(value) if infinite else value == 0 or 1e-100 <= abs(value) <= 1e100
-
-
-def check_memory(need: int, what: str, fix: str) -> None:
-    """Refuse what this machine cannot hold, before it is tried.
-
-    Args:
-        need: bytes.
-        what: the settings that need them, and their values.
-        fix: which to lower.
-
-    Raises:
-        SizeLimitError: there is not that much memory.
-    """
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > have:
-        shown = float(min(need, 10**300))  # no float holds every integer
-        raise SizeLimitError(
-            f"{what} needs {shown:.3g} bytes", allowed=f"{have:.3g}, this machine's memory", fix=fix
-        )

@@ -14,8 +14,9 @@ from torch import Tensor
 from birl_ext.bilevel import BilevelProblem, MSoBiRL, ZeroOrder
 from birl_ext.functional import evaluate, occupancy, solve
 from birl_ext.mdp import DenseMDP
-from birl_ext.problems.settings import check_memory, check_settings
+from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
+from birl_ext.validation import check_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,8 +69,8 @@ class TaxesConfig:
         )
         actions = HOURS * (GOODS * (PIECES - 1) + 1)
         # P and as much again while it is made, and the values of every pair
-        need = 8 * actions * self.cells * (3 * self.cells + 10)
-        check_memory(need, f"an economy of {self.cells} cells", "lower cells")
+        need = actions * self.cells * (3 * self.cells + 10)
+        check_memory(f"an economy of {self.cells} cells", need, fix="lower cells")
 
 
 class TaxEconomy:
