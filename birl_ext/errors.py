@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "IllConditionedWarning",
     "InitialDistributionError",
     "InvalidMDPError",
+    "JobError",
     "MissingDependencyError",
     "NegativeProbabilityError",
     "NonFiniteInputError",
@@ -47,6 +49,7 @@ __all__ = [
     "StagnatedError",
     "TemperatureError",
     "UndeterminedError",
+    "UninformativeDataError",
     "catalogue",
 ]
 
@@ -78,6 +81,27 @@ class BirlError(Exception):
         if self.fix:
             message += f". Fix: {self.fix}"
         super().__init__(message)
+
+    def __copy__(self) -> BirlError:
+        copied = _restored(type(self), self.args)
+        vars(copied).update(vars(self))
+        return copied
+
+    def __reduce__(self) -> tuple[Callable[..., BirlError], tuple[Any, ...]]:
+        # As bytes: torch would hand the tensors of a solution over by a connection that ends with
+        # this process, and refuses to copy those that have a graph.
+        return _restored, (type(self), self.args, pickle.dumps(vars(self)))
+
+
+def _restored(
+    cls: type[BirlError], args: tuple[Any, ...], attributes: bytes | None = None
+) -> BirlError:
+    """An error that crossed the border of a process: its message is composed already."""
+    error = cls.__new__(cls, *args)
+    super(BirlError, error).__init__(*args)
+    if attributes is not None:
+        vars(error).update(pickle.loads(attributes))
+    return error
 
 
 class InvalidMDPError(BirlError, ValueError):
@@ -301,14 +325,26 @@ class AnswerLogRecoveryWarning(UserWarning):
     """A record that was being written when a process died has been removed from a log."""
 
 
+class UninformativeDataError(BirlError, ValueError):
+    code = "BIRL-E707"
+    meaning = "data determine no estimate: their likelihood has no maximum"
+    remedy = "add observations that tell the parameters apart"
+
+
 class ConfigError(BirlError, ValueError):
     code = "BIRL-E801"
     meaning = "a configuration is invalid"
+    remedy = "choose an allowed value"
 
 
 class MissingDependencyError(BirlError, ImportError):
     code = "BIRL-E802"
     meaning = "an optional package is not installed"
+
+
+class JobError(BirlError, TypeError):
+    code = "BIRL-E803"
+    meaning = "a job does not keep the contract of birl_ext.runs.job.Job"
 
 
 class EnvironmentFailureError(BirlError, RuntimeError):
