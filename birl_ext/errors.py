@@ -349,7 +349,7 @@ class JobError(BirlError, TypeError):
 
 class EnvironmentFailureError(BirlError, RuntimeError):
     code = "BIRL-E901"
-    meaning = "an environment raised, died, hung, or returned numbers that are not finite"
+    meaning = "an environment raised, died, hung, or returned what it has not declared"
     remedy = "mend the environment; the seed and the action reproduce the failure"
 
 
