@@ -77,7 +77,10 @@ class Model:
         return cls(
             [arb(x) for x in pays.ravel().tolist()],
             arb_mat(states * actions, states, [arb(x) for x in rows.ravel().tolist()]),
-            [arb(w) if fine else None for w, fine in zip(weights.ravel().tolist(), open_)],
+            [
+                arb(w) if fine else None
+                for w, fine in zip(weights.ravel().tolist(), open_, strict=True)
+            ],
             arb(float(discount)),
             arb(float(temperature)),
             actions,
@@ -172,7 +175,8 @@ def condition(model: Model, policy: list[Any]) -> tuple[float, float]:
         system = _system(model, _normalised(model), [x.mid() for x in policy])
         inverse = system.inv().tolist()
         # the rows share a part as large as 1/(1 − γ), in which doubles would drown
-        rows = np.array([[float(x - y) for x, y in zip(row, inverse[0])] for row in inverse])
+        apart = ([float(x - y) for x, y in zip(row, inverse[0], strict=True)] for row in inverse)
+        rows = np.array(list(apart))
         norm = max(float(sum((abs(x) for x in row), arb(0))) for row in inverse)
     return float(np.abs(rows[:, None] - rows[None, :]).sum(-1).max()), norm
 
@@ -199,21 +203,13 @@ def slopes(
             near = model.moved(direction, sign * step)
             start = [x.mid() for x in middle.value]
             found.append(outputs(near, solve(near, start)))
-        here, low, high = found
-        first = {
-            name: _floats([(b - a) / (2 * step) for a, b in zip(low[name], high[name])])
-            for name in here
-        }
-        second = {
-            name: _floats(
-                [
-                    (a - 2 * m + b) / (step * step)
-                    for a, m, b in zip(low[name], here[name], high[name])
-                ]
-            )
-            for name in here
-        }
-        return Slopes({name: _floats(x) for name, x in here.items()}, first, second)
+        at, first, second = {}, {}, {}
+        for name, here in found[0].items():
+            triples = list(zip(found[1][name], here, found[2][name], strict=True))
+            at[name] = _floats(here)
+            first[name] = _floats([(b - a) / (2 * step) for a, _, b in triples])
+            second[name] = _floats([(a - 2 * m + b) / (step * step) for a, m, b in triples])
+        return Slopes(at, first, second)
 
 
 def floats(numbers: list[Any], absent: float = -np.inf) -> Array:

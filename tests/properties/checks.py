@@ -12,7 +12,8 @@
 - certificates: both backends certify one sweep alike.
 
 Tolerance of a derivative of the policy or its logarithm, with A = Q − V: 1e-9·max|dA|/τ, and
-1e-6·(max|dA|/τ)² at second order; in general max|d log π| if that is larger. Never less than what one rounding of the right side makes, c·ε·κN/τ
+1e-6·(max|dA|/τ)² at second order, with max|d log π| in place of max|dA|/τ if that is larger. Never
+less than what one rounding of the right side makes, c·ε·κN/τ
 (at second order with its square), where κ = `exact.condition` and N is the size of what drives the
 change: dr + d(γP)W, τ dμ/μ, dτ log A. A problem with κ > 1e5 is ill-conditioned: another factor κ,
 for a system that is known to ε has a solution that is known to εκ. How often either decides is
@@ -23,7 +24,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ import draw
 import numpy as np
 import torch
 from draw import Drawn, Index
-from flint import arb, arb_mat, ctx
+from flint import arb, ctx
 from oracle import exact
 from torch import Tensor
 
@@ -234,9 +234,9 @@ def values(
     if tol and status == Status.CONVERGED:
         asked = tol * max(np.abs(exact_value).max(), np.abs(own["reward"].ravel()[open_]).max())
         outcome.hold(f"tol {where}", bound, 1.01 * asked + 4 * eps * largest, label)
-    if tol and status == Status.STAGNATED and tol * np.abs(exact_value).max() > 1e3 * floor:
-        if tol > 4 * eps:
-            outcome.fail(f"status {where}", f"{label}: tol {tol:.3g} is within reach")
+    within = tol and tol > 4 * eps and tol * np.abs(exact_value).max() > 1e3 * floor
+    if within and status == Status.STAGNATED:
+        outcome.fail(f"status {where}", f"{label}: tol {tol:.3g} is within reach")
     if not tol and not limited and not extreme:
         if status != Status.CONVERGED:
             outcome.fail(f"status {where}", f"{label}: without tol and limit")

@@ -3,8 +3,8 @@
     python tests/properties/run.py --seeds 0:20000 --out report.json
     python tests/properties/run.py --seeds 1234
 
-A seed is a problem or a batch of them. Exit code 1 if anything failed; every failure is printed with
-the command that repeats it.
+A seed is a problem or a batch of them. Exit code 1 if anything failed; every failure is printed
+with the command that repeats it.
 """
 
 from __future__ import annotations
