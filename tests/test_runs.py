@@ -28,7 +28,6 @@ from birl_ext.errors import (
     CheckpointIncompatibleError,
     CheckpointWriteError,
     ConfigError,
-    FileFormatError,
     NotConvergedError,
 )
 from birl_ext.runs import loop, plots, toml
