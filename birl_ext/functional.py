@@ -31,7 +31,6 @@ from birl_ext.ops import bellman as _bellman
 from birl_ext.ops import plain as _plain
 from birl_ext.ops import policy_solve as _policy_solve
 from birl_ext.ops import solve as _solve
-from birl_ext.ops.rows import widened
 from birl_ext.solution import Method, Rigour, Solution, Status
 
 __all__ = ["bellman", "evaluate", "occupancy", "solve"]
