@@ -479,6 +479,25 @@ def test_a_wrapper_that_is_named_for_a_dtype_works() -> None:
     assert shown.flatten().tolist() == [0.5] * 4
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_what_an_environment_does_to_an_action_stays_there(parallel: bool) -> None:
+    class Scales(Script):
+        action_space = Box(-1, 1, (1,))
+
+        def step(self, action: Any) -> Any:
+            action *= 2
+            self.shown = action.astype(np.float64)
+            return self.shown, 0.0, False, False, {}
+
+    with make_environments(lambda: Scales(ANY, -1, {}), parallel=parallel) as environments:
+        step = environments.step(torch.tensor([[0.25]]))
+        assert step.transitions.action.tolist() == [[0.25]]
+        assert step.transitions.next_observation.tolist() == [[0.5]]
+        state = environments.state_dict()
+        environments.load_state_dict(state)
+        assert state["actions"][0].tolist() == environments.state_dict()["actions"][0].tolist()
+
+
 def test_actions_are_not_cut_to_indices() -> None:
     with (
         make_environments(lambda: Script(FLOATS, -1, {})) as environments,

@@ -271,7 +271,8 @@ class Environments:
         given = action.detach().cpu().numpy().astype(space.dtype)
         if isinstance(space, gymnasium.spaces.Box):
             given = given.clip(space.low, space.high)  # its edges in float32 may lie beyond them
-        found, reward, terminated, truncated, info = self._call("step", given)
+        # A copy: an environment may scale or clip it in place.
+        found, reward, terminated, truncated, info = self._call("step", given.copy())
         kept = ~self._starting
         ended = (terminated | truncated) & kept
         after = np.array(found)  # it may write the next ones into the same array
@@ -654,7 +655,7 @@ class _Episodes(gymnasium.Wrapper[Any, Any, Any, Any]):
             drawn = episode_seed(self._seed, self._index, self._episode)
             observation = self._declared.reset(self.env.reset(seed=drawn))
             for action in actions:
-                observation = self._declared.step(self.env.step(action))[0]
+                observation = self._declared.step(self.env.step(action.copy()))[0]
         except (Exception, SystemExit) as error:
             return self._blank(), {_FAILURE: _words(error)}
         return observation, self._info()
