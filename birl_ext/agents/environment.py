@@ -119,7 +119,8 @@ def make_environments(
             cannot be resumed.
         count: n.
         seed: of everything random in them, 0 or more.
-        parallel: one process each; otherwise all in this one, where nothing can end a hang.
+        parallel: one process each; otherwise all in this one, where nothing can end a hang and a
+            crash is its own.
         timeout: seconds a worker may take for a step, a reset or closing; building it is not
             covered.
         options: keyword arguments of the environment.
@@ -222,6 +223,7 @@ class Environments:
         except OptionError:
             self.close()
             raise
+        self._dtype = torch.empty(0, dtype=self.spaces.observation_dtype).numpy().dtype
         self._last = Declared(vector.single_observation_space)
         # Ours look at each answer where it is given, before gymnasium casts it.
         count = None if self.repeatable else self.count
@@ -426,7 +428,7 @@ class Environments:
                     self._actions[i].append(given[i].copy())  # the caller has the array too
 
     def _tensor(self, observation: Any) -> Tensor:
-        return torch.from_numpy(observation).to(self.spaces.observation_dtype)
+        return torch.from_numpy(observation.astype(self._dtype, copy=False))
 
     def _call(self, method: str, given: Any, **keywords: Any) -> Any:
         """`step` or `reset` of the vector environment; whatever goes wrong has a name."""
