@@ -637,7 +637,10 @@ def test_error(name: str) -> None:
         ("", r"begins with 'nothing' at line 1"),
         ("state,keep,replace\n0,1,2\n1,x,2\n", r"has '1,x,2' at line 3 "),
         ("state,keep,replace\n0,1,2\n1,1.5,2\n", r"has '1,1\.5,2' at line 3 "),
-        ("state,keep,replace\n0,1,2\n2,1,2\n", r"has '2,1,2' at line 3 .*the first one 1"),
+        (
+            "state,keep,replace\n0,1,2\n2,1,2\n",
+            r"has '2,1,2' at line 3 .*here 1\).*add the row 1,0,0",
+        ),
     ],
     ids=["header", "empty", "word", "fraction", "gap"],
 )
