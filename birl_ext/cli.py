@@ -37,7 +37,7 @@ commands:
   run --resume DIR    go on with a run that was stopped
   solve --mdp FILE    solve your own MDP, written by DenseMDP.save or SparseMDP.save
   plot DIR            draw the figures of a run again
-  bench [CASE …]      measure birl_ext against everyone else, on this machine
+  bench [CASE …]      measure birl_ext against other packages, on this machine
   doctor              versions, compiled modules, devices: what to send with a bug report
 
 `birl COMMAND --help` says more. BIRL_DEBUG=1 shows the traceback of an error.

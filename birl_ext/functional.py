@@ -136,8 +136,8 @@ def solve(
         SolveError: not converged; the best iterate is the error's `solution`.
 
     Gradients: reward, transition, discount, temperature, reference; reverse and forward mode, any
-    order, by the implicit function theorem (M10)-(M12). That of P lies on the tangent of the
-    simplex: it is the derivative of P ↦ solve(P/ΣP).
+    order, by the implicit function theorem (M10)-(M12). That of P is the one of P ↦
+    solve(P/ΣP): Σ P·P̄ = 0 in each row.
 
     Source: Yang, Gao and Yuan, AISTATS 2025; (M1)-(M9).
     """
@@ -326,7 +326,7 @@ def evaluate(
 
     Gradients: policy, reward, transition, discount; any order and mode.
 
-    Source: maths section 3, "Policy value under another reward".
+    Source: maths section 4, "Evaluation".
     """
     policy = validation.as_floating("policy", policy)
     batch = tuple(policy.shape[:-2])
@@ -374,7 +374,7 @@ def occupancy(
 
     Gradients: policy, transition, discount, initial_distribution; any order and mode.
 
-    Source: maths section 3, "Occupancy".
+    Source: maths section 4, "Occupancy".
     """
     if isinstance(transition, (DenseMDP, SparseMDP)) and initial_distribution is None:
         initial_distribution = transition.initial_distribution

@@ -12,7 +12,7 @@ __all__ = ["INFO", "Info", "Kernel", "Method", "Rigour", "Solution", "Status"]
 
 
 class Method(IntEnum):
-    """How the fixed point is computed (maths: section 2)."""
+    """How the fixed point is computed (docs/solvers.md)."""
 
     AUTO = 0
     VALUE_ITERATION = 1  # with the constant mode deflated

@@ -436,7 +436,7 @@ SCALARS: dict[str, Row] = {
     ),
     "mode": (
         "E203",
-        r"mode is 'fast' .*'contracting', 'published', 'exact'",
+        r"mode is 'fast' .*'exact', 'published'",
         lambda: MSoBiRL(quadratic(), X0, temperature=1.0, optimiser=sgd, mode="fast"),
     ),
     "sweeps": (
@@ -592,9 +592,12 @@ RESULTS: dict[str, Row] = {
     ),
     "NaN objective": (
         "E501",
-        r"no step along the gradient .*`upper` is a differentiable function",
+        r"the objective that `upper` returned is nan .*Fix: look in `upper`",
         lambda: DampedNewton(
-            BilevelProblem(lambda x: dense(), lambda x, s: (x.square() / 0 - x / 0).sum()),
+            BilevelProblem(
+                lambda x: dense(reward=x[0] * model()["reward"]),
+                lambda x, s: (x.square() / 0 - x / 0).sum(),
+            ),
             X0,
             temperature=1.0,
         ).step(),

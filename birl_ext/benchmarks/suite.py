@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "birl bench") -> in
     """Read a command line and run; see ``birl bench --help``."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Measure birl_ext against everyone else, on this machine. Without CASE, all.",
+        description="Measure birl_ext against other packages, on this machine. Without CASE, all.",
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help="see --list")
     parser.add_argument("--list", action="store_true", help="the cases and their questions")

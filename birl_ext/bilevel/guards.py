@@ -195,15 +195,14 @@ def check_objective(objective: Tensor, step: int | None = None) -> None:
     )
 
 
-def check_gradient(gradient: Tensor, step: int | None = None) -> None:
+def check_gradient(
+    gradient: Tensor, step: int | None = None, name: str = "the hyper-gradient"
+) -> None:
     """Refuse a hyper-gradient that is not finite, or whose norm is not."""
-    for name, tensor in (
-        ("the hyper-gradient", gradient),
-        ("the norm of the hyper-gradient", gradient.double().norm()),
-    ):
+    for what, tensor in ((name, gradient), (f"the norm of {name}", gradient.double().norm())):
         _require_finite(
             tensor,
-            name,
+            what,
             GradientError,
             where=_outer(step),
             allowed="finite numbers",

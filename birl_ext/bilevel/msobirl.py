@@ -57,7 +57,8 @@ class Outcome(NamedTuple):
     gradient_norm: Tensor
     relative_error: Tensor
     """Certified; inf where nothing is known. "published": bound on ‖Δr̄‖₁ / ‖r̄‖₁, how well the
-    cotangent that reaches the reward is known. "exact": bound on max |Δ log π|, which is rounding.
+    cotangent that reaches the reward is known, if f is linear in the Solution (the bound takes what
+    f hands down as it is). "exact": bound on max |Δ log π|, which is rounding.
     """
     sweeps: int
     products: int
@@ -234,7 +235,6 @@ class MSoBiRL:
 
     def _evaluated(self) -> tuple[Outcome, Tensor]:
         """What is known at the present x, and ∇φ̂."""
-        self._counts = [0, 0]
         tau = temperature_at(self.temperature, self.steps)
         if self.mode == "exact":
             phi, solution = evaluate_at(self.problem, self.x, tau, self._value, self.steps)
@@ -256,6 +256,7 @@ class MSoBiRL:
         """The linearisation after N sweeps, λ after one step, and the certified relative error of
         the cotangent of the reward.
         """
+        self._counts = [0, 0]
         at = linearise(self.problem, self.x, tau, self._sweep, self.steps)
         flow = self._flow = self._published_flow(at)
         error, left = at.flow_error(flow), at.reward_cotangent(flow).abs().sum((-1, -2))

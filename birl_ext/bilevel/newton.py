@@ -73,23 +73,24 @@ class DampedNewton:
         Raises:
             GradientError: either level does not depend on x, φ or its derivatives are not finite,
                 or no step decreases φ.
-            UndeterminedError: H is singular, or indefinite where the gradient vanishes. After any
-                error x is what it was.
+            UndeterminedError: φ is linear along a direction; or nothing but a direction in which H
+                is singular or indefinite is left to step along. After any error x is what it was.
         """
         objective, gradient, hessian, passes, bound = self._expand()
-        undetermined = _undetermined(hessian)
-        if undetermined is not None and undetermined.singular:
+        undetermined = _undetermined(hessian, gradient)
+        if undetermined is not None and undetermined.sloping:
             raise undetermined.error()
         hessian = (hessian + hessian.mT) / 2
         # a tiny curvature must not let its variable run away
         diagonal = hessian.diagonal().abs()
         scale = torch.diag(diagonal.clamp(min=1e-12 * float(diagonal.max()) + 1e-300))
         self.decrement = float("inf")
-        if torch.linalg.cholesky_ex(hessian)[1].item() == 0:
+        if undetermined is None:
             self.decrement = float(gradient @ torch.linalg.solve(hessian, gradient))
         outcome = NewtonOutcome(
             float(objective), float(gradient.norm()), self.decrement, self.damping, passes, bound
         )
+        damping = self.damping
         noise = 1e-13 * max(abs(float(objective)), 1.0)
         gain_in_reach = float((gradient.square() / scale.diagonal()).sum())
         for _ in range(60):
@@ -102,15 +103,16 @@ class DampedNewton:
                     there, _ = self.problem.evaluate(self.x + move, self.temperature, self._value)
                 gained = float(objective - there)
                 if promised <= noise and (undetermined or gain_in_reach > 1e3 * noise):
-                    break  # only a null step is left, though gradient or curvature promise more
+                    break  # only a null step is left, and this is no minimum
                 if gained >= 1e-4 * promised - noise:
                     self.x = self.x + move
                     if gained > 0.75 * promised:
                         self.damping = max(self.damping / 10, 1e-12)
                     return outcome
             self.damping = max(self.damping * 4, 1e-8)
+        self.damping = damping
         if undetermined is not None and gain_in_reach <= 1e3 * noise:
-            raise undetermined.error()  # a saddle: φ falls along it on both sides
+            raise undetermined.error()
         raise GradientError(
             f"no step along the gradient (norm {float(gradient.norm()):.3g}) "
             "decreases the objective",
@@ -130,8 +132,8 @@ class DampedNewton:
                 direction that the data do not determine.
         """
         count = check_count("mean_of", mean_of)
-        hessian = self._expand()[2]
-        undetermined = _undetermined(hessian)
+        _, gradient, hessian, _, _ = self._expand()
+        undetermined = _undetermined(hessian, gradient)
         if undetermined is not None:
             raise undetermined.error()
         covariance: Tensor = torch.linalg.inv((hessian + hessian.mT) / 2) / count
@@ -165,8 +167,8 @@ class DampedNewton:
             raise no_path()
         rows = [_slope(entry, x) for entry in gradient.unbind()]
         hessian = torch.stack(rows)
-        for tensor in (gradient, hessian):
-            check_gradient(tensor)
+        check_gradient(gradient)
+        check_gradient(hessian, name="the Hessian")
         self._value = solution.value.detach()
         return (
             objective.detach(),
@@ -194,20 +196,24 @@ class _Undetermined(NamedTuple):
     """vᵀHv."""
     singular: bool
     """Whether that is zero, as far as rounding tells, and not negative."""
+    sloping: bool
+    """Whether φ has a slope along it all the same: then it has no minimum there."""
 
     def error(self) -> UndeterminedError:
         size = self.direction.abs()
         order = size.argsort(descending=True)[:4].tolist()
         named = ", ".join(f"{self.direction[i]:.3g} in x[{i}]" for i in order if size[i] > 1e-3)
         kind = "singular" if self.singular else "indefinite"
+        slope = ", and a slope" * self.sloping
         return UndeterminedError(
-            f"the Hessian is {kind}: curvature {self.curvature:.3g} along the direction {named}",
+            f"the Hessian is {kind}: curvature {self.curvature:.3g} along the direction "
+            f"{named}{slope}",
             allowed="a positive definite one",
             direction=tuple(self.direction.tolist()),
         )
 
 
-def _undetermined(hessian: Tensor) -> _Undetermined | None:
+def _undetermined(hessian: Tensor, gradient: Tensor) -> _Undetermined | None:
     """The direction of least curvature, unless H is positive definite beyond its rounding.
 
     Read with a unit diagonal, so that the units of x do not matter. How far H misses symmetry says
@@ -216,7 +222,9 @@ def _undetermined(hessian: Tensor) -> _Undetermined | None:
     diagonal = hessian.diagonal().abs()
     largest = diagonal.max()
     if largest == 0:
-        largest = hessian.abs().max().clamp(min=torch.finfo(hessian.dtype).tiny)
+        largest = hessian.abs().max()
+    if largest == 0:
+        largest = torch.ones_like(largest)
     unit = torch.where(diagonal > 1e-15 * largest, diagonal, largest).sqrt()
     scaled = hessian / unit / unit.unsqueeze(-1)
     values, vectors = torch.linalg.eigh((scaled + scaled.mT) / 2)
@@ -224,7 +232,10 @@ def _undetermined(hessian: Tensor) -> _Undetermined | None:
     least = float(values[0])
     if least > noise:
         return None
-    direction = vectors[:, 0] / unit
+    flat = vectors[:, values.abs() <= noise]
+    along = flat @ (flat.mT @ (gradient / unit))
+    sloping = least >= -noise and bool(along.norm() > 1e-8 * (gradient / unit).norm())
+    direction = (along if sloping else vectors[:, 0]) / unit
     direction = direction / direction[direction.abs().argmax()]
     curvature = float(direction @ hessian @ direction)
-    return _Undetermined(direction, curvature, least >= -noise)
+    return _Undetermined(direction, curvature, least >= -noise, sloping)

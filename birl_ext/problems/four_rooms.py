@@ -252,9 +252,9 @@ class FourRoomsJob:
     """Maximise the upper value by Adam on exact hyper-gradients, all starts in one batch.
 
     The objective is flat where the walker is nearly deterministic, and full of local maxima (maths
-    section 6). A start cools from a temperature of its own to λ within its first rung, and at the
-    end of a rung only the best quarter of the starts goes on: most of the work is spent on those
-    that lead, most of the steps as well.
+    section 7, "Small temperatures"). A start cools from a temperature of its own to λ within its
+    first rung, and at the end of a rung only the best quarter of the starts goes on: most of the
+    work is spent on those that lead, most of the steps as well.
     """
 
     def __init__(self, config: FourRoomsConfig) -> None:

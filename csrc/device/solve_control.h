@@ -1,7 +1,7 @@
 // The decisions of one fixed-point iteration: certificate, stopping, and which step comes next.
 // Scalars only, executed by one thread of the team (Team::decide); the vectors are the kernel's.
 //
-// The rules are those of solve_cpu.cpp for small problems: value iteration with the constant mode
+// The rules are those of certificate.h and lane_solver.h: value iteration with the constant mode
 // deflated, and Newton's method with an elimination once the measured contraction of the half-span
 // predicts more sweeps than Newton costs.
 #pragma once
@@ -127,7 +127,7 @@ struct SolveControl {
            temperature * (1.0 + log_from_one(actions) + largest_reference);
   }
 
-  // Rounding error of one component of δ: units of eps·scale as in solve_cpu.cpp, 8 for the
+  // Rounding error of one component of δ: units of eps·scale as in certificate.h, 8 for the
   // operations after the row sums, and the dependent additions of row sums and soft maximum.
   BIRL_DEVICE double rounding() const {
     return (8.0 + additions + 0.5 * smaller(actions, 64.0)) * kEps * scale();

@@ -1,5 +1,5 @@
-// The fixed point V* = TV* of one problem (n, g) by one team; the algorithm and the certificate of
-// solve_cpu.cpp for small problems, in the relative form V = c + W.
+// The fixed point V* = TV* of one problem (n, g) by one team; the algorithm of lane_solver.h and
+// the bound of certificate.h, in the relative form V = c + W.
 //
 // Work of one sweep, with a barrier after each line:
 //   rows     q'(s,a) = r + γ Σ_t P W(t)/σ           a thread owns whole rows
