@@ -179,9 +179,7 @@ def _require_header(path: str, name: str, line: int, cells: list[str]) -> None:
     elif sorted(lower) == sorted(columns):
         fix = f"put the columns in the order {expected}, the numbers with their names"
     elif others:
-        fix = (
-            f"this is the table of {others[0]}: give it as such, on the command line --{others[0]}"
-        )
+        fix = f"give it as {others[0]}, which it is, on the command line --{others[0]}"
     elif separator:
         fix = f"separate the columns by commas, not by {separator!r}"
     elif set(columns) < set(lower):
@@ -257,9 +255,7 @@ def _require_information(decisions: Tensor, parameters: int) -> None:
         fix = f"add months in which engines are {then} below state {last}"
         fix += f" or {first} above state {start}"
     elif len(seen) < parameters:
-        what = (
-            f"the counts hold months in {len(seen)} states, and there are {parameters} parameters"
-        )
+        what = f"the counts hold months in {len(seen)} states, for {parameters} parameters"
         allowed, fix = f"{parameters} states or more", "choose a cost of fewer parameters"
         fix += ", on the command line --cost linear"
     if what:
