@@ -87,6 +87,7 @@ def test_the_largest_seed_draws_an_instance() -> None:
 # P1, the random MDP of SoBiRL
 
 
+@pytest.mark.filterwarnings("ignore::birl_ext.errors.AccuracyWarning")
 @pytest.mark.parametrize("seed", range(10))
 def test_the_published_mode_reaches_the_known_optimum(seed: int) -> None:
     """φ ≤ 1.0001 within 3,000 outer steps, as the authors' log has it, on every seed."""
@@ -99,11 +100,9 @@ def test_the_published_mode_reaches_the_known_optimum(seed: int) -> None:
     assert all(row["sweeps"] <= 10 and row["products"] == 1 for row in history)
 
 
-@pytest.mark.parametrize(
-    ("mode", "seed"), [*(("contracting", i) for i in range(10)), ("exact", 0), ("exact", 1)]
-)
-def test_the_other_modes_need_fewer_steps(mode: str, seed: int) -> None:
-    job = RandomMDPJob(RandomMDPConfig(mode=mode, seed=seed, max_steps=800))
+@pytest.mark.parametrize("seed", range(10))
+def test_the_exact_mode_needs_fewer_steps(seed: int) -> None:
+    job = RandomMDPJob(RandomMDPConfig(seed=seed, max_steps=800))
     history = finished(job)
     assert history[-1]["objective"] <= 1.0001
     summary = job.summary()
@@ -112,7 +111,8 @@ def test_the_other_modes_need_fewer_steps(mode: str, seed: int) -> None:
     assert summary["steps"] == len(history)
 
 
-@pytest.mark.parametrize("mode", ["published", "contracting", "exact"])
+@pytest.mark.filterwarnings("ignore::birl_ext.errors.AccuracyWarning")
+@pytest.mark.parametrize("mode", ["published", "exact"])
 def test_a_low_temperature_stays_finite(mode: str) -> None:
     """The authors' code overflows at τ = 0.01, where rewards are a thousand temperatures."""
     job = RandomMDPJob(RandomMDPConfig(mode=mode, temperature=0.01, max_steps=200))
