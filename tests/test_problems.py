@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
@@ -439,10 +440,14 @@ def test_a_gap_far_beyond_any_memory_is_named_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "c.csv", COUNTS + f"0,1,1\n1,{2**54},2\n")
     with pytest.raises(FileFormatError, match=r"whole numbers, 0 to 2⁵³"):
         load_bus_data(path)
-    wide = table(COUNTS.strip(), [[s, 2, s % 3] for s in range(100_000)])
-    moves = write(tmp_path / "i.csv", table(INCREMENTS.strip(), MOVES))
-    with pytest.raises(SizeLimitError, match=r"a table of 100000 states needs .* GiB"):
-        BusJob(BusConfig(counts=write(tmp_path / "c.csv", wide), increments=moves))
+
+
+def test_more_states_than_the_memory_holds_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)  # a megabyte
+    with pytest.raises(SizeLimitError, match=r"a table of 300 states needs .* GiB"):
+        bus_of(tmp_path, [(2, s % 3) for s in range(300)])
 
 
 # Tables that determine nothing: (kept, replaced) by state, the words of the error, the cost

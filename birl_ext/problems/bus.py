@@ -442,12 +442,14 @@ class BusJob:
 
         figure, axes = plots.new_figure()
         bins = 5
-        states = torch.arange(len(self.data.decisions), dtype=torch.float64).split(bins)
-        grouped = torch.stack([part.sum(0) for part in self.data.decisions.split(bins)])
+        decisions = self.data.decisions
+        parts = [slice(first, first + bins) for first in range(0, len(decisions), bins)]
+        grouped = torch.stack([decisions[part].sum(0) for part in parts])
         months = grouped.sum(-1)
         seen = months > 0
         unit = 1 if self.config.counts else 5  # thousand miles of a bin of the shipped data
-        centre = unit * torch.stack([part.mean() for part in states])[seen]
+        odometer = unit * torch.arange(len(decisions), dtype=torch.float64)
+        centre = torch.stack([odometer[part].mean() for part in parts])[seen]
         rate = (grouped[:, REPLACE] / months.clamp(min=1))[seen]
         # Wilson's interval: sensible for rates near 0 from few months
         low, high = _wilson(rate, months[seen])

@@ -113,6 +113,7 @@ def check_sizes(config: PreferenceConfig) -> QuerySchedule:
     schedule = QuerySchedule(config.schedule, config.rounds, config.labels, config.initial_labels)
     most = max(schedule.counts[0] + config.initial_labels, *schedule.counts)
     each = 2 * (config.fragment + config.lead)
+    check(config.pairs * each, "pairs", "fragment", "lead")
     if config.query == "uniform":
         check(most * each, "labels", "fragment", "lead")
     else:
