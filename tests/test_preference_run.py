@@ -4,6 +4,7 @@ same bits."""
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import signal
@@ -35,7 +36,6 @@ from birl_ext.errors import (
     OptionError,
     RenderError,
     SizeLimitError,
-    TemperatureError,
 )
 from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.loss import bradley_terry, margins
@@ -268,7 +268,7 @@ def test_what_cannot_be_run_is_named() -> None:
         ({"indirect_limit": -1.0}, ConfigError, "indirect_limit is -1"),
         ({"device": "meta"}, ConfigError, "device is 'meta' .*cpu, cuda"),
         ({"device": "abacus"}, ConfigError, "device is 'abacus'"),
-        ({"temperature": 0.0}, TemperatureError, "temperature is 0"),
+        ({"temperature": 0.0}, ConfigError, "temperature is 0"),
         ({"env": GRID, "members": 2}, ConfigError, "members is 2"),
         ({"env": "Pendulum-v1", "score": "critic"}, ConfigError, "discrete actions"),
         ({"env": GRID, "score": "critic"}, ConfigError, "one-step"),
@@ -277,12 +277,15 @@ def test_what_cannot_be_run_is_named() -> None:
             make_job(**changes)
 
 
-@pytest.mark.parametrize("name", ["pairs", "replay"])
+@pytest.mark.parametrize(
+    "name", ["pairs", "replay", "rounds", "labels", "candidates", "batch_size", "members", "hidden"]
+)
 @pytest.mark.parametrize("count", [10**12, 10**14])
 def test_more_than_fits_into_the_memory_is_named(name: str, count: int) -> None:
-    job = make_job(rounds=1, **{name: count})
-    with pytest.raises(SizeLimitError, match=f"{count} .* GiB of this machine.*calls `{name}`"):
-        job.step()
+    """Before anything is made."""
+    value = (count,) if name == "hidden" else count
+    with pytest.raises(SizeLimitError, match=rf"{count}.* GiB of this machine.*lower .*{name}"):
+        make_job(**{"query": "entropy", name: value})
 
 
 def test_reward_accuracy_is_that_of_the_batches_with_a_strict_answer(
@@ -596,6 +599,8 @@ def test_a_reward_is_learned_from_pixels_and_from_bodies(
     step = len(rows)
     store.save(whole.state_dict(), step=step, config=to_plain(config), versions=versions())
     rows.append(whole.step())
+    lines = [json.dumps({"step": number}) + "\n" for number in range(1, step + 1)]
+    directory.metrics_path.write_text("".join(lines))
 
     again = PreferenceJob(config)
     run(again, directory)

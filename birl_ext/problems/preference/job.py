@@ -77,7 +77,7 @@ class PreferenceJob:
         self._collector = Collector(
             self._environments, self.agent, seed=config.seed, random_steps=config.random_steps
         )
-        self._replay = make_replay(config, spaces)
+        self._replay = make_replay(config)
         self.reward = make_reward(config, spaces, draws)
         self.teacher = ScriptedTeacher(
             dataclasses.replace(TEACHERS[config.teacher], sign_only=config.sign_only), draws.next()
