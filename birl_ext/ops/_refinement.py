@@ -23,7 +23,7 @@ __all__ = ["OUTLIER", "Refined", "drowns", "refine", "typical_size"]
 EPS = torch.finfo(torch.float64).eps
 LEAST = 5e-324
 OUTLIER = 100.0  # values that many times the typical one do not set the scale of `tol` for others
-DIGITS, FOLD = 1e-12, 6.0
+DIGITS, FOLD = 1e-12, 5.0
 NEAR = 8.0  # units of rounding, where nothing more may be gained
 PRODUCTS = 120  # of a step, and 400 for the certificate, where there are too many states for an LU
 
