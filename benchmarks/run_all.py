@@ -2,7 +2,7 @@
 
     python benchmarks/run_all.py [CASE …] [--threads 2] [--quick] [--out DIR]
 
-The results go to benchmarks/results/cpu_DATE.json, .md and .png unless --out says otherwise. The
+The results go to benchmarks/results/cpu_*.json, .md and .png unless --out says otherwise. The
 exit status is 1 if an answer of ours was wrong. The suite itself is `birl_ext/benchmarks`.
 """
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from birl_ext.errors import BirlError, ConfigError, MissingDependencyError
+from birl_ext.errors import BirlError, ConfigError, MissingDependencyError, SizeLimitError
 from birl_ext.runs.pace import Pace
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ commands:
   run --resume DIR    go on with a run that was stopped
   solve --mdp FILE    solve your own MDP, written by DenseMDP.save or SparseMDP.save
   plot DIR            draw the figures of a run again
-  bench [CASE …]      measure birl_ext against everyone else, on this machine
+  bench [CASE …]      measure birl_ext against other packages, on this machine
   doctor              versions, compiled modules, devices: what to send with a bug report
 
 `birl COMMAND --help` says more. BIRL_DEBUG=1 shows the traceback of an error.
@@ -119,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``birl``; by default those of the process.
 
     Returns:
-        The exit status: 0, 2 after an error, 128 + signal if a signal stopped the run.
+        The exit status: 0; 1 if a run ended without converging, or its data leave the result
+        open; 2 after an error; 128 + signal if a signal stopped the run.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -142,6 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             _say(" ".join(str(error).split()))
             return 2
+        except (MemoryError, RuntimeError) as error:
+            if os.environ.get("BIRL_DEBUG") or not _out_of_memory(error):
+                raise
+            _say(str(SizeLimitError("there is too little memory", fix="lower the sizes")))
+            return 2
         except KeyboardInterrupt:
             _say("interrupted")
             return 130
@@ -158,6 +164,7 @@ def _run(words: list[str]) -> int:
 
     from birl_ext.runs.config import from_plain, to_plain
     from birl_ext.runs.directory import RunDirectory, default_path
+    from birl_ext.runs.job import require_job
 
     stored_name, stored, where = _stored(files)
     if name and stored_name not in ("", name):
@@ -175,6 +182,7 @@ def _run(words: list[str]) -> int:
     # Before the directory: what is refused here leaves nothing behind.
     loggers = _loggers(options)
     job = problem.job(config)
+    require_job(job)
     if options.resume is not None:
         directory = RunDirectory(options.resume)
     else:
@@ -280,7 +288,10 @@ def _carry_out(
     _show_result(directory, outcome)
     if missing:
         _say(_not_drawn(directory, missing))
-    return 0
+    lacking = [name for name in ("converged", "identified") if outcome.summary.get(name) is False]
+    if lacking:
+        _say(f"no result to rely on: not {', not '.join(lacking)}")
+    return int(bool(lacking))
 
 
 def _plot(words: list[str]) -> int:
@@ -307,8 +318,11 @@ def _plot(words: list[str]) -> int:
             fix=f"wait for its first one, or go on with {_resume_command(directory)}",
         )
     job = problem.job(config)
-    step, seconds = restore(job, store)
-    summary = directory.read_summary() or summarise(job, directory, step=step, seconds=seconds)
+    found = restore(job, store)
+    directory.recorded(found.step, found.metrics)
+    summary = directory.read_summary() or summarise(
+        job, directory, step=found.step, seconds=found.seconds
+    )
     written, missing = draw_figures(job, directory, summary)
     if missing:
         raise MissingDependencyError(
@@ -326,8 +340,14 @@ def _solve(words: list[str]) -> int:
     import birl_ext
     from birl_ext.io import write_tensors
     from birl_ext.mdp import load
+    from birl_ext.runs.device import check_device
 
-    mdp = load(options.mdp).to(options.device)
+    device = check_device(options.device)
+    if not target.parent.is_dir():
+        raise ConfigError(
+            f"--out is {target}", allowed="a file in a directory that is there", fix="make it first"
+        )
+    mdp = load(options.mdp).to(device)
     solution = birl_ext.solve(
         mdp,
         temperature=options.temperature,
@@ -442,6 +462,13 @@ def _not_drawn(directory: RunDirectory, names: Sequence[str]) -> str:
         f"figures not drawn, matplotlib is missing: {', '.join(names)}. "
         f'pip install "birl_ext[viz]", then birl plot {shlex.quote(str(directory.path))}'
     )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch says so of a device by a class, of a CPU in words."""
+    words = str(error)
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or "can't allocate memory" in words or "not enough memory" in words
 
 
 def _reader_left() -> bool:

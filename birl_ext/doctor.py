@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,6 @@ import birl_ext
 from birl_ext.runs.versions import installed
 
 __all__ = ["main", "report"]
-
-EXTRAS = {"cli": ("tyro", "rich"), "viz": ("matplotlib",), "io": ("safetensors",)}
 
 
 def report() -> Iterator[str]:
@@ -93,8 +93,24 @@ def _devices() -> dict[str, str]:
     return found
 
 
+def _declared() -> dict[str, list[str]]:
+    """Extra -> packages, as the installed metadata have them; other extras of ours left out."""
+    declared: dict[str, list[str]] = {}
+    for requirement in metadata.requires("birl_ext") or ():
+        of = re.search(r"""extra == ["']([\w-]+)["']""", requirement)
+        package = re.match(r"[\w.-]+", requirement)
+        if of and package and package[0].replace("-", "_") != "birl_ext":
+            declared.setdefault(of[1], []).append(package[0])
+    return declared
+
+
 def _extras() -> Iterator[tuple[str, str]]:
-    for extra, packages in EXTRAS.items():
+    try:
+        declared = _declared()
+    except metadata.PackageNotFoundError:
+        yield "unknown", "birl_ext itself is not installed: it runs from a folder"
+        return
+    for extra, packages in declared.items():
         found = {package: installed(package) for package in packages}
         text = ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())
         if None in found.values():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 __all__ = [
+    "AccuracyWarning",
     "AnswerLogCorruptError",
     "AnswerLogRecoveryWarning",
     "AnswerLogWriteError",
@@ -25,8 +27,10 @@ __all__ = [
     "EnvironmentFailureError",
     "FileFormatError",
     "GradientError",
+    "IllConditionedWarning",
     "InitialDistributionError",
     "InvalidMDPError",
+    "JobError",
     "MissingDependencyError",
     "NegativeProbabilityError",
     "NonFiniteInputError",
@@ -44,6 +48,8 @@ __all__ = [
     "SparseFormatError",
     "StagnatedError",
     "TemperatureError",
+    "UndeterminedError",
+    "UninformativeDataError",
     "catalogue",
 ]
 
@@ -75,6 +81,27 @@ class BirlError(Exception):
         if self.fix:
             message += f". Fix: {self.fix}"
         super().__init__(message)
+
+    def __copy__(self) -> BirlError:
+        copied = _restored(type(self), self.args)
+        vars(copied).update(vars(self))
+        return copied
+
+    def __reduce__(self) -> tuple[Callable[..., BirlError], tuple[Any, ...]]:
+        # As bytes: torch would hand the tensors of a solution over by a connection that ends with
+        # this process, and refuses to copy those that have a graph.
+        return _restored, (type(self), self.args, pickle.dumps(vars(self)))
+
+
+def _restored(
+    cls: type[BirlError], args: tuple[Any, ...], attributes: bytes | None = None
+) -> BirlError:
+    """An error that crossed the border of a process: its message is composed already."""
+    error = cls.__new__(cls, *args)
+    super(BirlError, error).__init__(*args)
+    if attributes is not None:
+        vars(error).update(pickle.loads(attributes))
+    return error
 
 
 class InvalidMDPError(BirlError, ValueError):
@@ -204,6 +231,22 @@ class GradientError(BirlError, RuntimeError):
     meaning = "a derivative cannot be trusted or is not defined"
 
 
+class UndeterminedError(BirlError, ArithmeticError):
+    """A direction of x, (d,), that an objective does not determine is the error's ``direction``."""
+
+    code = "BIRL-E502"
+    meaning = "the Hessian is singular or indefinite: the objective does not determine x"
+    remedy = "fix the parameters of that direction, or give data that tell them apart"
+
+    def __init__(self, what: str, *, direction: tuple[float, ...] = (), **kwargs: str) -> None:
+        super().__init__(what, **kwargs)
+        self.direction = direction
+
+
+class AccuracyWarning(UserWarning):
+    """An algorithm is less accurate than it was asked to be; every outcome says by how much."""
+
+
 class BackendUnavailableError(BirlError, RuntimeError):
     code = "BIRL-E601"
     meaning = "the backend asked for is not available"
@@ -212,6 +255,27 @@ class BackendUnavailableError(BirlError, RuntimeError):
 
 class BackendFallbackWarning(UserWarning):
     """A compiled module could not be used; the PyTorch path computes the same answers, slower."""
+
+
+class IllConditionedWarning(UserWarning):
+    """Rounding in a derivative is magnified by `condition`: near a discount of one the process has
+    parts that it hardly ever leaves.
+
+    Attributes:
+        condition: by how much, estimated; about 16 − log₁₀(condition) digits are right.
+        problem: the flat index of the worst problem in the batch.
+    """
+
+    def __init__(self, condition: float, problem: int) -> None:
+        super().__init__(condition, problem)
+        self.condition, self.problem = condition, problem
+
+    def __str__(self) -> str:
+        return (
+            f"ill-conditioned: derivatives of problem {self.problem} of the batch magnify rounding "
+            f"by {self.condition:.1g}: the process hardly moves between some of its states. "
+            "Fix: use a smaller discount, or solve these parts apart"
+        )
 
 
 class FileFormatError(BirlError, ValueError):
@@ -261,9 +325,16 @@ class AnswerLogRecoveryWarning(UserWarning):
     """A record that was being written when a process died has been removed from a log."""
 
 
+class UninformativeDataError(BirlError, ValueError):
+    code = "BIRL-E707"
+    meaning = "data determine no estimate: their likelihood has no maximum"
+    remedy = "add observations that tell the parameters apart"
+
+
 class ConfigError(BirlError, ValueError):
     code = "BIRL-E801"
     meaning = "a configuration is invalid"
+    remedy = "choose an allowed value"
 
 
 class MissingDependencyError(BirlError, ImportError):
@@ -271,9 +342,14 @@ class MissingDependencyError(BirlError, ImportError):
     meaning = "an optional package is not installed"
 
 
+class JobError(BirlError, TypeError):
+    code = "BIRL-E803"
+    meaning = "a job does not keep the contract of birl_ext.runs.job.Job"
+
+
 class EnvironmentFailureError(BirlError, RuntimeError):
     code = "BIRL-E901"
-    meaning = "an environment raised, died, hung, or returned numbers that are not finite"
+    meaning = "an environment raised, died, hung, or returned what it has not declared"
     remedy = "mend the environment; the seed and the action reproduce the failure"
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["INFO", "Info", "Kernel", "Method", "Rigour", "Solution", "Status"]
+__all__ = ["INFO", "Info", "Kernel", "Method", "Rigour", "Solution", "Status", "info_table"]
 
 
 class Method(IntEnum):
-    """How the fixed point is computed (maths: section 2)."""
+    """How the fixed point is computed (docs/solvers.md)."""
 
     AUTO = 0
     VALUE_ITERATION = 1  # with the constant mode deflated
@@ -37,6 +38,19 @@ class Info(IntEnum):
 
 INFO = len(Info)  # columns before the bounds of the states
 EPS = torch.finfo(torch.float64).eps
+
+
+def info_table(
+    shape: Sequence[int], states: int, device: torch.device, **columns: Tensor | float
+) -> Tensor:
+    """`Solution.info` of the problems of a batch: the columns named, in lower case, and zeros; the
+    bounds of the states are that of the problem.
+    """
+    info = torch.zeros((*shape, INFO + states), dtype=torch.float64, device=device)
+    for name, values in columns.items():
+        info[..., Info[name.upper()]] = values
+    info[..., INFO:] = info[..., Info.ERROR_BOUND, None]
+    return info
 
 
 class Kernel(IntEnum):
@@ -157,12 +171,24 @@ class Solution(NamedTuple):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """Names of the kernels that solved the batch, each once, in the order of `Kernel`.
+        """Names of the kernels that solved the batch, each once, in the order of `Kernel`; none for
+        an approximate solution, which nothing has solved.
 
         Reads `info`: on a GPU it waits for the solution.
         """
         used = set(self.info[..., Info.KERNEL].flatten().tolist())
         return tuple(kernel.name for kernel in Kernel if kernel in used)
+
+    def closed(self, available: Tensor) -> Solution:
+        """The same, but what flows back into an entry where no action is `available`, (*B, S, A),
+        flows no further, whatever its derivative: log π, say, has none at 0.
+        """
+        return self._replace(
+            q=self.q.where(available, -torch.inf),
+            policy=self.policy.where(available, 0.0),
+            log_policy=self.log_policy.where(available, -torch.inf),
+            advantage=self.advantage.where(available, 0.0),
+        )
 
 
 def _rounding(table: Tensor, event: int) -> Tensor | float:

@@ -97,8 +97,8 @@ class LaneSolver {
       status_ = outcome.status;
     }
     lane_kernels<Real>().result({states_, actions_, q_.data(), image_.data(), reference(),
-                                 problem_.temperature, offset, out.value, out.q, out.advantage,
-                                 out.policy, out.log_policy, scratch_.data()});
+                                 problem_.temperature, offset, out.value, out.relative, out.q,
+                                 out.advantage, out.policy, out.log_policy, scratch_.data()});
     if (overflows(certificate_, problem, out, states_ * actions_)) status_ = Status::kNonFinite;
     outcome = {status_, certificate_.half_span(), certificate_.error_bound(), passes_, 0, offset};
     return {};

@@ -13,21 +13,25 @@ import torch
 from closeness import assert_close, assert_same_bits
 from torch import Tensor
 
+import birl_ext
+from birl_ext.batching import Flat
 from birl_ext.bilevel import (
     BilevelProblem,
     DampedNewton,
+    HypergradientReport,
     MSoBiRL,
     geometric,
     hypergradient_report,
 )
+from birl_ext.bilevel.hypergradient import SweptValue, _exact_flow, linearise
 from birl_ext.mdp import DenseMDP
+from birl_ext.ops._backends import AUTO
 from birl_ext.problems.bus import bus_problem, load_bus_data
-from birl_ext.problems.four_rooms import FourRooms
 from birl_ext.solution import Solution
 
 S, A, D = 4, 3, 5
 WHERE = ("reward", "transition")
-MODES = ("contracting", "published", "exact")
+MODES = ("published", "exact")
 
 
 class Small:
@@ -70,7 +74,8 @@ class Small:
         return shaped + x.square().sum(-1) / 2
 
     def algorithm(self, mode: str, x: Tensor | None = None, **options: Any) -> MSoBiRL:
-        settings: dict[str, Any] = {"temperature": 0.5, "optimiser": sgd, "mode": mode, **options}
+        settings: dict[str, Any] = {"temperature": 0.5, "optimiser": sgd, "mode": mode}
+        settings |= {"accuracy": math.inf, **options}
         return MSoBiRL(self.problem, self.start if x is None else x, **settings)
 
 
@@ -80,6 +85,11 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=0.05)
+
+
+def resting(parameters: Any) -> torch.optim.Optimizer:
+    """Leaves x where it is: the warm starts come nearer to its solution with every step."""
+    return torch.optim.SGD(parameters, lr=0.0)
 
 
 def exact_gradient(problem: BilevelProblem, x: Tensor, temperature: float = 0.5) -> Tensor:
@@ -141,7 +151,7 @@ def test_the_hypergradient_is_the_published_formula(where: str, seed: int) -> No
     assert_close(got, want, bound=1e-12 * np.abs(want).max(), label=f"{where} {seed}")
 
 
-# The three modes
+# The two modes
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -182,66 +192,15 @@ def test_published_steps_follow_the_published_recursion(seed: int) -> None:
         assert_close(algorithm.x.detach(), x, bound=1e-11, label=f"x after step {step + 1}")
 
 
-@pytest.mark.parametrize("discount", [0.5, 0.95])
-@pytest.mark.parametrize("where", WHERE)
-def test_contracting_steps_are_as_accurate_as_asked(where: str, discount: float) -> None:
-    small = Small(2, where, discount)
-    for accuracy in (0.1, 1e-3, 1e-8):
-        algorithm = small.algorithm("contracting", accuracy=accuracy)
-        for _ in range(3):
-            x = algorithm.x.detach().clone()
-            outcome = algorithm.step()
-            assert float(outcome.relative_error) <= accuracy
-            got = (x - algorithm.x.detach()) / 0.05
-            want = exact_gradient(small.problem, x)
-            gap = float((got - want).norm())
-            assert gap <= accuracy * float(want.norm()), (accuracy, gap)
-
-
-def test_accuracy_beyond_rounding_is_missed_and_said() -> None:
-    algorithm = Small(2, discount=0.95).algorithm("contracting", accuracy=1e-14)
-    x = algorithm.x.detach().clone()
-    outcome = algorithm.step()
-    assert 1e-14 < float(outcome.relative_error) < 1e-6
-    want = exact_gradient(algorithm.problem, x)
-    got = (x - algorithm.x.detach()) / 0.05
-    assert_close(got, want, bound=1e-9 * float(want.norm()), label="gradient")
-    assert outcome.sweeps + outcome.products < 2000
-
-
-def test_terms_that_cancel_do_not_hide_an_error() -> None:
-    """At τ = 0.001 what is left of r̄ is a thousandth of its terms and less."""
-    rooms = FourRooms(1.0)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(rooms.mdp.states + 1, generator=generator, dtype=torch.float64)
-    problem = rooms.problem()
-    algorithm = MSoBiRL(problem, start, temperature=1e-3, optimiser=sgd, max_inner=20_000)
-    for _ in range(3):
-        x = algorithm.x.detach().clone()
-        outcome = algorithm.step()
-        assert (outcome.relative_error <= 0.05).all()
-        got = (x - algorithm.x.detach()) / 0.05
-        want = exact_gradient(problem, x, 1e-3)
-        assert float((got - want).norm() / want.norm()) < 0.05
-    assert algorithm._share < 1e-3
-
-
 def test_where_nothing_depends_on_the_policy_nothing_is_unsure() -> None:
     small = Small(3)
-    problem = BilevelProblem(small.lower, lambda x, _: x.square().sum() / 2)
-    algorithm = MSoBiRL(problem, small.start, temperature=0.5, optimiser=sgd)
+    small.problem = BilevelProblem(small.lower, lambda x, _: x.square().sum() / 2)
+    algorithm = small.algorithm("published")
+    algorithm._flow = torch.zeros(1, 1, S, dtype=torch.float64)  # the only one that is right
     for _ in range(2):
-        assert float(algorithm.step().relative_error) == 0
-
-
-def test_a_finer_accuracy_costs_more_sweeps_and_the_warm_start_saves_them() -> None:
-    small = Small(2, discount=0.95)
-    counts = {}
-    for accuracy in (0.1, 1e-6):
-        algorithm = small.algorithm("contracting", accuracy=accuracy)
-        counts[accuracy] = [sum(algorithm.step()[3:5]) for _ in range(3)]
-    assert counts[0.1][0] < counts[1e-6][0]
-    assert counts[1e-6][2] < counts[1e-6][0]
+        outcome = algorithm.step()
+        assert float(outcome.relative_error) == 0
+        assert not outcome.missed
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -249,24 +208,21 @@ def test_the_modes_meet_at_the_same_optimum(where: str) -> None:
     found = {}
     for mode in MODES:
         small = Small(3, where, discount=0.5)
-        algorithm = small.algorithm(mode, accuracy=1e-6, sweeps=30)
+        algorithm = small.algorithm(mode, sweeps=30)
         for _ in range(400):
             outcome = algorithm.step()
         found[mode] = algorithm.x.detach()
         assert float(outcome.gradient_norm) < 1e-6, mode
         assert exact_gradient(small.problem, found[mode]).norm() < 1e-5, mode
-    for mode in MODES[:2]:
-        assert_close(found[mode], found["exact"], bound=1e-5, label=mode)
+    assert_close(found["published"], found["exact"], bound=1e-5, label="published")
 
 
-@pytest.mark.parametrize("mode", ["contracting", "exact"])
 @pytest.mark.parametrize("where", WHERE)
-def test_many_starts_are_the_same_starts_one_by_one(where: str, mode: str) -> None:
+def test_many_starts_are_the_same_starts_one_by_one(where: str) -> None:
     small = Small(4, where)
     starts = torch.stack([small.start, -small.start, 0.1 * small.start])
-    options: dict[str, Any] = {"accuracy": 1e-11, "optimiser": adam}
-    together = small.algorithm(mode, starts, **options)
-    alone = [small.algorithm(mode, x, **options) for x in starts]
+    together = small.algorithm("exact", starts, optimiser=adam)
+    alone = [small.algorithm("exact", x, optimiser=adam) for x in starts]
     for _ in range(4):
         outcome = together.step()
         singles = [algorithm.step() for algorithm in alone]
@@ -328,7 +284,7 @@ def test_a_restored_run_goes_on_to_the_same_bits(mode: str, optimiser: Any) -> N
 def test_a_state_is_a_snapshot() -> None:
     """Steps taken after `state_dict` do not reach into it."""
     small = Small(5)
-    algorithm = small.algorithm("contracting", optimiser=adam)
+    algorithm = small.algorithm("published", optimiser=adam)
     algorithm.step()
     kept = algorithm.state_dict()
     before = kept["x"].clone(), kept["value"].clone(), kept["flow"].clone()
@@ -336,7 +292,7 @@ def test_a_state_is_a_snapshot() -> None:
     algorithm.step()
     for now, then in zip((kept["x"], kept["value"], kept["flow"]), before, strict=True):
         assert_same_bits(now, then, label="state")
-    other = small.algorithm("contracting", optimiser=adam)
+    other = small.algorithm("published", optimiser=adam)
     other.load_state_dict(kept)
     other.step()
     assert_same_bits(other.x.detach(), algorithm.x.detach(), label="x")
@@ -345,7 +301,7 @@ def test_a_state_is_a_snapshot() -> None:
 
 def test_the_temperature_follows_its_schedule() -> None:
     schedule = geometric(1.0, 0.01, 4)
-    algorithm = Small(6).algorithm("contracting", temperature=schedule)
+    algorithm = Small(6).algorithm("exact", temperature=schedule)
     got = [algorithm.step().temperature for _ in range(6)]
     want = [10 ** (-step / 2) for step in range(4)] + [0.01, 0.01]
     assert got == pytest.approx(want, rel=1e-12)
@@ -369,15 +325,14 @@ def test_noise_is_seeded_and_as_strong_as_asked() -> None:
     assert_close(shock, want, bound=1e-12, label="shock")
 
 
-@pytest.mark.parametrize("mode", ["contracting", "exact"])
-def test_lbfgs_asks_more_than_once_and_converges(mode: str) -> None:
+def test_lbfgs_asks_more_than_once_and_converges() -> None:
     def lbfgs(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(
             parameters, max_iter=10, line_search_fn="strong_wolfe", tolerance_change=0
         )
 
     small = Small(7)
-    algorithm = small.algorithm(mode, optimiser=lbfgs, accuracy=1e-9)
+    algorithm = small.algorithm("exact", optimiser=lbfgs)
     norms = [float(algorithm.step().gradient_norm) for _ in range(6)]
     assert norms[-1] < 1e-6 < norms[0]
     assert exact_gradient(small.problem, algorithm.x.detach()).norm() < 1e-5
@@ -386,19 +341,15 @@ def test_lbfgs_asks_more_than_once_and_converges(mode: str) -> None:
 # The certificate
 
 
-@pytest.mark.parametrize("mode", ["published", "contracting"])
 @pytest.mark.parametrize("where", WHERE)
-def test_the_certificate_bounds_the_error_of_the_hypergradient(where: str, mode: str) -> None:
-    """A hundred random problems, few and many sweeps: never below the truth, and not vacuous."""
-    ratios = []
+def test_the_certificate_bounds_the_error_of_the_hypergradient(where: str) -> None:
+    """A hundred random problems, few and many sweeps: never below the truth."""
     for seed in range(100):
         small = Small(seed, where, discount=(0.3, 0.6, 0.9)[seed % 3])
         algorithm = small.algorithm(
-            mode,
-            temperature=(0.3, 1.0, 3.0)[seed // 3 % 3],
+            "published",
+            temperature=(0.03, 0.3, 1.0, 3.0)[seed // 3 % 4],
             sweeps=(1, 3, 20)[seed // 9 % 3],
-            accuracy=(0.5, 1e-2, 1e-6)[seed // 9 % 3],
-            sweep_tol=0.0,
             seed=seed,
         )
         for _ in range(seed % 4):
@@ -406,24 +357,74 @@ def test_the_certificate_bounds_the_error_of_the_hypergradient(where: str, mode:
         report = algorithm.hypergradient_report(smoothness=1.0)
         error = float((report.estimate - report.exact).norm())
         bound = float(report.bound)
-        assert error <= bound, f"problem {seed}: error {error:.6g}, bound {bound:.6g}"
+        assert error <= bound < math.inf, f"problem {seed}: error {error:.6g}, bound {bound:.6g}"
         norm = float(report.exact.norm())
         assert float(report.relative_error) == pytest.approx(error / norm)
         assert -1 - 1e-12 <= float(report.cosine) <= 1 + 1e-12
-        ratios.append(bound / norm)
-    assert sum(math.isfinite(ratio) for ratio in ratios) == 100
-    if mode == "contracting":
-        assert np.median(ratios) < 1
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_every_outcome_bounds_its_own_error(where: str) -> None:
+    """‖Δr̄‖₁/‖r̄‖₁ of an f linear in π, against the exact cotangent; never negative or NaN."""
+    tight = []
+    for seed in range(60):
+        small = Small(seed, where, discount=(0.3, 0.9)[seed % 2])
+        small.problem = BilevelProblem(
+            small.lower, lambda _, solution, cost=small.cost: (cost * solution.policy).sum()
+        )
+        tau = (0.01, 0.3, 3.0)[seed // 2 % 3]
+        algorithm = small.algorithm(
+            "published", temperature=tau, sweeps=(1, 5, 400)[seed // 6 % 3], adjoint_rate=0.3
+        )
+        algorithm.optimiser.param_groups[0]["lr"] = 1e-3
+        for _ in range(seed % 4):
+            algorithm.step()
+        kept = algorithm.state_dict()
+        at, flow, relative = algorithm._estimate(tau)
+        algorithm.load_state_dict(kept)
+        x = algorithm.x.detach().clone()
+        assert float(algorithm.step().relative_error) == float(relative) > 0
+        mdp = small.lower(x)
+        reward = mdp.reward.clone().requires_grad_()
+        policy = birl_ext.solve(mdp.replace(reward=reward), temperature=tau).policy
+        (exact,) = torch.autograd.grad((small.cost * policy).sum(), reward)
+        found = at.reward_cotangent(flow).reshape(S, A)
+        error = float((found - exact).abs().sum() / found.abs().sum())
+        assert error <= float(relative), f"problem {seed}: {error:.6g}, bound {float(relative):.6g}"
+        tight.append(error / float(relative))
+    assert max(tight) > 0.05
+
+
+def test_the_certificate_holds_where_a_policy_underflows() -> None:
+    """V of one sweep makes π exactly 0 where π* is 1: no factor times 0 bounds that."""
+    reward = torch.tensor([[0.0, 1.0], [5.0, 5.0], [0.0, 0.0]], dtype=torch.float64)
+    moves = torch.tensor([[1, 2], [1, 1], [2, 2]])
+    base = DenseMDP(reward, torch.eye(3, dtype=torch.float64)[moves], 0.9)
+    problem = BilevelProblem(
+        lambda x: base.replace(reward=reward + x.reshape(3, 2)),
+        lambda _, solution: solution.policy[0, 0],
+    )
+    start = torch.zeros(6, dtype=torch.float64)
+    algorithm = MSoBiRL(problem, start, temperature=1e-3, optimiser=sgd, mode="published", sweeps=1)
+    at, _, relative = algorithm._estimate(1e-3)
+    exact = problem.evaluate(start, 1e-3)[1].policy
+    off = (at.point.policy[0, 0] - exact).abs()
+    assert at.point.policy[0, 0, 0, 0] == 0
+    assert exact[0, 0] == 1
+    assert (off <= at.policy_shift()[0, 0]).all()
+    assert 0 < float(relative) < math.inf
 
 
 @pytest.mark.parametrize("where", WHERE)
 def test_the_certificate_shrinks_with_the_error(where: str) -> None:
-    small = Small(8, where)
+    small = Small(8, where, discount=0.5)
+    algorithm = small.algorithm("published", sweeps=5, optimiser=resting)
     bounds = []
-    for accuracy in (1e-1, 1e-3, 1e-6, 1e-9):
-        algorithm = small.algorithm("contracting", accuracy=accuracy)
+    for _ in range(5):
         bounds.append(float(algorithm.hypergradient_report(smoothness=1.0).bound))
-    assert bounds == sorted(bounds, reverse=True)
+        for _ in range(30):
+            algorithm.step()
+    assert bounds[0] > bounds[1] > bounds[2]
     assert bounds[-1] < 1e-5
     exact = hypergradient_report(small.problem, small.start, 0.5, smoothness=1.0)
     assert float(exact.bound) < 1e-8
@@ -439,6 +440,16 @@ def test_a_report_changes_nothing(mode: str) -> None:
         watched.step()
         other.step()
     assert_same_bits(watched.x.detach(), other.x.detach(), label="x")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_report_is_of_the_next_step(mode: str) -> None:
+    algorithm = Small(9).algorithm(mode)
+    for _ in range(3):
+        before, report = algorithm.x.detach().clone(), algorithm.hypergradient_report()
+        algorithm.step()
+        moved = (before - algorithm.x.detach()) / 0.05
+        assert_close(moved, report.estimate, bound=1e-12, label="estimate")
 
 
 def test_a_report_of_many_starts_is_one_per_start() -> None:
@@ -463,10 +474,31 @@ def test_the_bound_is_infinite_where_none_is_proved() -> None:
 
     problem = BilevelProblem(lower, lambda x, solution: (small.cost * solution.policy).sum())
     x = torch.zeros(S * A, dtype=torch.float64)
-    report = hypergradient_report(problem, x, 0.5)
+    report = hypergradient_report(problem, x, 0.5, smoothness="linear")
     assert float(report.bound) == math.inf
     want = differences(lambda y: problem.objective(y, 0.5), x)
     assert_close(report.exact, want, bound=1e-8, label="gradient of the reference")
+
+
+def nearby(
+    problem: BilevelProblem, start: Tensor, *, smoothness: Any, off: float = 0.1
+) -> HypergradientReport:
+    """A report on a value that is off by as much, with the adjoint solved exactly there."""
+    x = start.clone().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+
+    def swept(flat: Flat) -> SweptValue:
+        exact = birl_ext.solve(problem.lower(start), temperature=0.5).value
+        shock = torch.rand(exact.shape, generator=generator, dtype=torch.float64)
+        value = (exact + off * (2 * shock - 1)).reshape(1, 1, S)
+        fields = (flat.transition, *flat.pattern, flat.reward, flat.log_reference)
+        out = torch.ops.birl_ext.bellman(*fields, flat.discount, flat.temperature, value, AUTO)
+        return SweptValue(*out, torch.full((1, 1), off, dtype=torch.float64))
+
+    at = linearise(problem, x, 0.5, swept)
+    return hypergradient_report(
+        problem, start, 0.5, estimate=(at, _exact_flow(at)), smoothness=smoothness
+    )
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -483,14 +515,13 @@ def test_the_bound_holds_for_terms_in_both_x_and_the_solution(part: str, where: 
         small = Small(seed, where, discount=0.3 if seed == 4 and part == "policy" else 0.6)
         problem = BilevelProblem(small.lower, upper)
         for start in (torch.zeros_like(small.start), small.start):
-            algorithm = MSoBiRL(problem, start, temperature=0.5, optimiser=sgd, accuracy=50)
-            report = algorithm.hypergradient_report()
+            report = nearby(problem, start, smoothness="linear")
             error, bound = float((report.estimate - report.exact).norm()), float(report.bound)
             assert 0 < error <= bound < math.inf, seed
             if not start.any():
                 ratios.append(error / bound)
     assert max(ratios) > 0.1 or where == "transition"
-    assert float(algorithm.hypergradient_report(smoothness=1.0).bound) == math.inf
+    assert float(nearby(problem, small.start, smoothness=1.0).bound) == math.inf
 
 
 def test_upper_levels_may_use_every_part_of_the_solution() -> None:
@@ -510,13 +541,11 @@ def test_upper_levels_may_use_every_part_of_the_solution() -> None:
 
     problem = BilevelProblem(small.lower, upper)
     want = differences(lambda x: problem.objective(x, 0.5), small.start)
-    for mode in ("contracting", "exact"):
-        algorithm = MSoBiRL(
-            problem, small.start, temperature=0.5, optimiser=sgd, mode=mode, accuracy=1e-10
-        )
-        algorithm.step()
-        got = (small.start - algorithm.x.detach()) / 0.05
-        assert_close(got, want, bound=1e-7 * float(want.norm()), label=mode)
+    for got, label in (
+        (exact_gradient(problem, small.start), "exact"),
+        (nearby(problem, small.start, smoothness="linear", off=1e-12).estimate, "nearby"),
+    ):
+        assert_close(got, want, bound=1e-7 * float(want.norm()), label=label)
 
 
 # Newton
@@ -568,20 +597,20 @@ def test_newton_solves_a_quadratic_in_one_undamped_step() -> None:
     assert_close(newton.covariance(), torch.linalg.inv(matrix), bound=1e-12, label="covariance")
 
 
-@pytest.mark.parametrize("accuracy", [0.5, 1e-3, 1e-9])
+@pytest.mark.parametrize("steps", [1, 30])
 @pytest.mark.parametrize("where", WHERE)
-def test_the_adjoint_error_is_certified(where: str, accuracy: float) -> None:
+def test_the_adjoint_error_is_certified(where: str, steps: int) -> None:
     """(M13): ‖λ − λ*‖₁ ≤ ρ/(1 − γ), against the system solved by LU."""
-    for seed in range(20):
-        algorithm = Small(seed, where, discount=0.9).algorithm("contracting", accuracy=accuracy)
-        kept = algorithm.state_dict()
-        at, flow, _ = algorithm._estimate()
-        algorithm.load_state_dict(kept)
+    for seed in range(10):
+        algorithm = Small(seed, where, discount=0.9).algorithm("published", optimiser=resting)
+        for _ in range(steps):
+            algorithm.step()
+        report = algorithm.hypergradient_report(smoothness=1.0)
+        at, flow, _ = algorithm._estimate(0.5)
         point = at.point
         matrix = point.rows.policy_matrix(point.policy * point.rows.scale())
         system = torch.eye(point.rows.states, dtype=torch.float64) - point.gamma * matrix
         exact = torch.linalg.solve(system.mT, at.source.unsqueeze(-1)).squeeze(-1)
         error = float((flow - exact).abs().sum())
-        report = algorithm.hypergradient_report(smoothness=1.0)
         assert error <= float(report.adjoint_error), f"problem {seed}"
         assert float(report.adjoint_residual) == pytest.approx(0.1 * float(report.adjoint_error))

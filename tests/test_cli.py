@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 import pty
 import re
@@ -350,6 +351,27 @@ def test_doctor_needs_no_extras():
     assert (process.returncode, process.stderr) == (0, "")
     for word in (f"birl_ext {birl_ext.__version__}", torch.__version__, "compiled modules", "cpu"):
         assert word in process.stdout
+
+
+def test_doctor_lists_every_extra(birl, monkeypatch):
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    monkeypatch.setattr(doctor, "installed", lambda name: None if name == "tyro" else "1.0")
+    _, out, _ = birl("doctor")
+    lines = dict(re.findall(r"^  \[(\w+)\] +(.+)$", out, re.M))
+    assert set(lines) == set(declared["optional-dependencies"])
+    assert lines["cli"] == 'tyro missing, rich 1.0: pip install "birl_ext[cli]"'
+    assert lines["io"] == "safetensors 1.0"
+    assert "birl_ext" not in lines["dev"]
+
+
+def test_doctor_runs_from_a_folder(birl, monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    status, out, _ = birl("doctor")
+    assert status == 0
+    assert "birl_ext itself is not installed" in out
 
 
 def test_doctor_says_why_a_module_did_not_load(birl, monkeypatch):

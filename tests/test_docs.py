@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import io
 import itertools
 import json
 import re
 import runpy
 import statistics
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +24,7 @@ from birl_ext.cli import COMMANDS
 from birl_ext.errors import catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FOUR_ROOMS = sorted((ROOT / "benchmarks" / "results").glob("four_rooms_*.json"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -60,10 +64,7 @@ def blocks(text: str, page: str) -> list[Block]:
 
 def documented() -> list[Block]:
     return [
-        block
-        for page in PAGES
-        if page.is_file()
-        for block in blocks(page.read_text(), str(page.relative_to(ROOT)))
+        block for page in PAGES for block in blocks(page.read_text(), str(page.relative_to(ROOT)))
     ]
 
 
@@ -168,48 +169,140 @@ def test_every_command_and_problem_is_in_the_readme() -> None:
     assert set(COMMANDS) | set(birl_ext.problems.PROBLEMS) <= shown
 
 
-def test_every_label_is_defined() -> None:
-    """Docstrings cite (M1), (M5)-(M7), …; docs/maths.md has each once, M1 to M17."""
-    defined = re.findall(r"^\*\*\(M(\d+)\)\*\*", (ROOT / "docs" / "maths.md").read_text(), re.M)
-    assert [int(label) for label in defined] == list(range(1, 18))
-    cited = {
-        int(label)
-        for path in (ROOT / "birl_ext").rglob("*.py")
-        for label in re.findall(r"\(M(\d+)\)", path.read_text())
-    }
-    assert cited <= set(range(1, 18))
-
-
 @pytest.mark.parametrize("script", BENCHMARKS, ids=lambda path: path.name)
 def test_a_benchmark_finds_what_it_imports(script: Path) -> None:
     runpy.run_path(str(script), run_name="imported")
 
 
-LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
+# References: to equations, sections, anchors and files, in pages, comments and docstrings.
+
+FOLDERS = ("birl_ext", "csrc", "tests", "benchmarks", "examples", "docs", "cmake")
+CODE = (".py", ".h", ".cpp", ".cu", ".cuh")
+TREE = [
+    *(path for path in ROOT.iterdir() if path.is_file()),
+    *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()),
+]
+TAILS = {"/".join(path.parts[i:]) for path in TREE for i in range(len(ROOT.parts), len(path.parts))}
+SOURCES = sorted(path for path in TREE if path.suffix in CODE)
 
 
-def test_links_lead_somewhere() -> None:
-    broken = [
-        f"{page.relative_to(ROOT)} -> {target}"
-        for page in PAGES
-        if page.is_file()
-        for target in LINK.findall(page.read_text())
-        if "://" not in target and not (page.parent / target).exists()
-    ]
-    assert not broken
+def prose(path: Path) -> str:
+    """Where a file may refer to something: of a source, its comments and docstrings."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        return text
+    if path.suffix == ".py":
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        said = [token.string.lstrip("#") for token in tokens if token.type == tokenize.COMMENT]
+        for node in ast.walk(ast.parse(text)):
+            match node:
+                case ast.Expr(value=ast.Constant(value=str(docstring))):
+                    said.append(f"\n\n{docstring}\n\n")
+        text = "\n".join(said)
+    else:
+        text = re.sub(r"^\s*#include.*$|^\s*//", "", text, flags=re.M)
+    return re.sub(r"[ \t]*\n[ \t]*", "\n", text)
 
 
-def test_named_files_exist() -> None:
-    """`birl_ext/….py`, `csrc/…`, `tests/…` in backticks are files of the tree."""
-    named = re.compile(r"`((?:birl_ext|csrc|tests|benchmarks|examples|docs)/[\w./]+)`")
-    missing = [
-        f"{page.relative_to(ROOT)} names {name}"
-        for page in PAGES
-        if page.is_file()
-        for name in named.findall(page.read_text())
-        if not (ROOT / name).exists()
-    ]
-    assert not missing
+@functools.cache
+def parts(page: Path) -> list[tuple[str, str]]:
+    """The headings of a page, each with what stands below it."""
+    pieces = re.split(r"^#+ (.+)$", FENCE.sub("", page.read_text()), flags=re.M)
+    return list(zip(pieces[1::2], pieces[2::2], strict=True))
+
+
+def anchors(page: Path) -> set[str]:
+    """What may follow the # of a link to a page."""
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head, _ in parts(page)}
+
+
+@functools.cache
+def equations() -> list[int]:
+    return [int(n) for n in re.findall(r"^\*\*\(M(\d+)\)\*\*", MATHS.read_text(), re.M)]
+
+
+MATHS = ROOT / "docs" / "maths.md"
+EQUATION = re.compile(r"\bM(\d+)\b")
+SECTION = re.compile(r"\b(\w+)(?:\.md)?[,:]?\ssection\s(\d+)(?:,\s\"([^\"]+)\")?")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+ANCHORED = re.compile(r"\b(docs/\w+\.md)#([\w-]+)")
+INSIDE = re.compile(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*[\w/](?![\w*<{{…-])")
+POINTER = re.compile(r"(?<![\w/.:-])[\w-][\w./-]*\.(?:h|cpp|cu|cuh|py|md)\b(?![\w(])")
+
+
+def astray(text: str, page: Path | None = None) -> list[str]:
+    """The references of a text that lead nowhere; `page` is where links start from."""
+    wrong = [f"(M{n})" for n in EQUATION.findall(text) if int(n) not in equations()]
+    for stem, number, title in SECTION.findall(text):
+        target, title = ROOT / "docs" / f"{stem}.md", " ".join(title.split())
+        if target.is_file():  # else it is a section of a publication
+            titles = {
+                name
+                for head, below in parts(target)
+                if head.startswith(f"{number}. ")
+                for name in (head.removeprefix(f"{number}. "), *re.findall(r"\*([^*]+)\.\*", below))
+            }
+            if title not in titles:  # nor without one: sections move
+                wrong.append(f'{stem} section {number}, "{title}"')
+    links = [(ROOT / name, anchor) for name, anchor in ANCHORED.findall(text)]
+    for link in LINK.findall(text) if page else ():
+        if "://" not in link:
+            name, _, anchor = link.partition("#")
+            links.append((page.parent / name if name else page, anchor))
+    for target, anchor in links:
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            wrong.append(f"{target.name}#{anchor}".rstrip("#"))
+    wrong += [name for name in INSIDE.findall(text) if not (ROOT / name).exists()]
+    for name in POINTER.findall(text):
+        own = page is not None and name.endswith(".py")  # a name that the reader may choose
+        if name not in TAILS and not own:
+            wrong.append(name)
+    return list(dict.fromkeys(wrong))
+
+
+def test_references_lead_somewhere() -> None:
+    """To give one up, or a file another name, is to mend what refers to it."""
+    wrong = {
+        str(path.relative_to(ROOT)): found
+        for path in [*PAGES, *SOURCES]
+        if (found := astray(prose(path), path if path in PAGES else None))
+    }
+    assert not wrong
+
+
+def test_equations_are_numbered_in_order() -> None:
+    assert equations() == list(range(1, len(equations()) + 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("by (M19), M1–M3 and (M99)", ["(M99)"]),
+        ('maths section 4, "Occupancy" and maths section 7, "Small\ntemperatures"', []),
+        ('maths section 3, "Occupancy"', ['maths section 3, "Occupancy"']),
+        ('docs/maths.md section 99, "Occupancy"', ['maths section 99, "Occupancy"']),
+        ("(maths\nsection 4)", ['maths section 4, ""']),
+        ("Lee et al. (2021), section 99", []),
+        ("docs/gradients.md#second-order, docs/gradients.md#third", ["gradients.md#third"]),
+        (
+            "[a](#8-the-gain-form) [b](#no) [c](none.md) [d](../README.md)",
+            ["maths.md#no", "none.md"],
+        ),
+        ("birl_ext/ops/, `csrc/absent` and `tests/absent.py`", ["csrc/absent", "tests/absent.py"]),
+        ("in lanes.h, core/common.h, absent.h, https://a.org/b.py", ["absent.h"]),
+        ("benchmarks/results/cpu_*.json, tests/native", []),
+    ],
+)
+def test_a_reference_that_leads_nowhere_is_found(text: str, found: list[str]) -> None:
+    assert astray(text, MATHS) == found
+
+
+def test_references_are_looked_for_in_comments_and_docstrings(tmp_path: Path) -> None:
+    python, cpp = tmp_path / "a.py", tmp_path / "a.h"
+    python.write_text('x = "(M97)"  # (M98)\ny = 0\n"""(M99, maths\n    section 99)."""\n')
+    cpp.write_text('#include "absent.h"\n  // (M98), maths\n  // section 99, gone.h\n')
+    assert astray(prose(python)) == ["(M98)", "(M99)", 'maths section 99, ""']
+    assert astray(prose(cpp)) == ["(M98)", 'maths section 99, ""', "gone.h"]
 
 
 @pytest.mark.parametrize(

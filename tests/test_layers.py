@@ -25,11 +25,9 @@ LAYERS = (
     "ops",
     "batching",
     "mdp",
-    "solvers",
     "functional",
     "nn",
     "__init__",  # the front door, open to everything above it
-    "distributed",
     "agents",
     "preferences",
     "bilevel",
@@ -101,6 +99,13 @@ def offences(root: Path) -> list[str]:
 
 def test_imports_go_one_way() -> None:
     assert not offences(ROOT / "birl_ext")
+
+
+def test_every_layer_exists() -> None:
+    package = ROOT / "birl_ext"
+    assert {*LAYERS, APART} <= {
+        layer(path.relative_to(package).parts) for path in package.rglob("*.py")
+    }
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from birl_ext.agents.finite import Paths
 from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
 from birl_ext.bilevel.score import Critic, FullHorizon, OneStep
 from birl_ext.bilevel.sobirl import DRLHF, SoBiRL, importance
-from birl_ext.errors import NonFiniteResultError, OptionError
+from birl_ext.errors import GradientError, NonFiniteResultError, OptionError, TemperatureError
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import bradley_terry, margins
 from birl_ext.preferences.reward_model import NormalisedReward, RewardEnsemble, RewardNetwork
@@ -438,7 +438,8 @@ def test_layers_may_be_frozen_and_released_between_steps() -> None:
         ]
         assert moved == [not frozen] * len(trunk) + [True] * (len(moved) - len(trunk))
     reward.requires_grad_(False)
-    assert algorithm.step(pairs, policy, temperature=0.5).gradient_norm == 0
+    with pytest.raises(GradientError, match="loss does not depend on any of the reward's param"):
+        algorithm.step(pairs, policy, temperature=0.5)
 
 
 def test_what_is_not_finite_changes_nothing() -> None:
@@ -453,6 +454,42 @@ def test_what_is_not_finite_changes_nothing() -> None:
         algorithm.step(Pairs(pairs.first, pairs.second, label), policy, temperature=0.5)
     assert all(map(torch.equal, before, algorithm.parameters))
     assert not algorithm.optimiser.state
+    assert algorithm.steps == 0
+
+
+@pytest.mark.parametrize("score", [None, OneStep(4)], ids=["DRLHF", "SoBiRL"])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_temperatures_are_named(score: Any, temperature: float) -> None:
+    reward, policy, pairs = linear_problem()
+    algorithm = SoBiRL(reward, optimiser=still, score=score)
+    with pytest.raises(TemperatureError, match="temperature is"):
+        algorithm.step(pairs, policy, temperature=temperature)
+    assert algorithm.steps == 0
+
+
+def test_what_has_no_path_to_the_reward_is_refused() -> None:
+    """A score that is detached would make plain reward learning of it, in silence."""
+    reward, policy, pairs = linear_problem()
+
+    def deaf(*arguments: Any) -> Tensor:
+        return OneStep(4)(*arguments).detach()
+
+    algorithm = SoBiRL(reward, optimiser=torch.optim.SGD, score=deaf)
+    before = [parameter.detach().clone() for parameter in algorithm.parameters]
+    with pytest.raises(GradientError, match="score does not depend on any of the reward's param"):
+        algorithm.step(pairs, policy, temperature=0.5)
+    assert all(map(torch.equal, before, algorithm.parameters))
+
+
+def test_a_step_to_infinity_is_taken_back() -> None:
+    reward, policy, pairs = linear_problem()
+    algorithm = SoBiRL(
+        reward, optimiser=lambda p: torch.optim.SGD(p, lr=math.inf), score=None, stale="keep"
+    )
+    before = [parameter.detach().clone() for parameter in algorithm.parameters]
+    with pytest.raises(NonFiniteResultError, match="lower the learning rate"):
+        algorithm.step(pairs, policy, temperature=0.5)
+    assert all(map(torch.equal, before, algorithm.parameters))
     assert algorithm.steps == 0
 
 

@@ -19,7 +19,7 @@ import torch
 from birl_ext.benchmarks import machine, report, requirements
 from birl_ext.benchmarks.harness import Plan
 from birl_ext.benchmarks.rivals import torch_dense
-from birl_ext.errors import DeviceError
+from birl_ext.runs.device import check_device
 
 __all__ = ["CASES", "ON_REQUEST", "question", "run"]
 
@@ -37,6 +37,7 @@ CASES = (
     "grid_sparse",
 )
 """In this order: what answers within seconds comes first."""
+_MOST_THREADS = 1024
 ON_REQUEST = {"cpu": ("dense_big",), "cuda": ("bilevel_loop",)}
 """Cases of a device that run only when named."""
 
@@ -105,13 +106,7 @@ def run(
 
 
 def _plan(device: str, threads: int, quick: bool) -> Plan:
-    target = torch.device(device)
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            "torch sees no CUDA device",
-            allowed="cpu",
-            fix="leave --device out, or install a driver",
-        )
+    target = check_device(device)
     if threads:
         torch.set_num_threads(threads)
     plan = Plan(target, torch.get_num_threads(), quick, tell=_tell)
@@ -161,7 +156,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "birl bench") -> in
     """Read a command line and run; see ``birl bench --help``."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Measure birl_ext against everyone else, on this machine. Without CASE, all.",
+        description="Measure birl_ext against other packages, on this machine. Without CASE, all.",
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help="see --list")
     parser.add_argument("--list", action="store_true", help="the cases and their questions")
@@ -180,7 +175,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "birl bench") -> in
     for name in options.cases:
         if name not in CASES:
             parser.error(f"unknown case {name!r}; choose from {', '.join(CASES)}")
-    kind = torch.device(options.device).type
+    kind = check_device(options.device).type
+    if options.threads < 0 or options.threads > _MOST_THREADS:
+        parser.error(f"--threads is {options.threads}; give 0 to {_MOST_THREADS}")
+    if options.seconds is not None and not options.seconds >= 0:
+        parser.error(f"--seconds is {options.seconds}; give 0 or more")
     folder = options.out or Path("benchmarks") / "results"
     stem = f"{kind}_{machine.today()}" + ("_quick" if options.quick else "")
     return run(

@@ -121,8 +121,8 @@ class DenseProblem(_Placed):
         return DenseProblem(self.reward.double(), rows, self.discount, self.temperature, weight)
 
     def comparable(self, name: str, tensor: Tensor) -> Tensor:
-        """Gradients in P on the tangent of the simplex, the derivative of P ↦ f(P/ΣP); a value up
-        to a constant without that constant; everything else as it is.
+        """Gradients in P orthogonal to each row, the derivative of P ↦ f(P/ΣP); a value up to a
+        constant without that constant; everything else as it is.
         """
         if name == "grad_transition":
             return tensor - (tensor * self.transition.double()).sum(-1, keepdim=True)
@@ -328,7 +328,7 @@ def grid(side: int, *, discount: float, temperature: float, seed: int = 0) -> Gr
 def truth(problem: DenseProblem) -> dict[str, Tensor]:
     """V*, π* and the gradient of Σ w·V* in float64, for the rows P/ΣP of the stored P.
 
-    dr = λπ and dP = γλπ(V − Σ_t P V) with (I − γP_π)ᵀ λ = w (M12), on the tangent of the simplex.
+    dr = λπ and dP = γλπ(V − Σ_t P V) with (I − γP_π)ᵀ λ = w (M12), Σ P dP = 0 in each row.
     """
     exact = problem.exact()
     gamma, rows = exact.discount, exact.transition

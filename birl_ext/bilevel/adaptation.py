@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from birl_ext.agents.agent import check_discount
+from birl_ext.bilevel.guards import check_count
 from birl_ext.bilevel.score import Follower, Simulator
-from birl_ext.errors import DiscountError, OptionError
 from birl_ext.preferences.loss import RewardFunction
 
 __all__ = ["AdaptedReward", "TransitionFunction", "path_log_probability"]
@@ -65,17 +66,13 @@ class AdaptedReward:
         discount: float,
         samples: int = 1,
     ) -> None:
-        if not 0 <= discount < 1:
-            raise DiscountError(f"discount is {discount!r}", allowed="[0, 1)")
-        if samples < 1:
-            raise OptionError(f"samples is {samples!r}", allowed="1 or more")
         self.reward = reward
         self.transition = transition
         self.simulator = simulator
         self.follower = follower
         self.value = value
-        self.discount = discount
-        self.samples = samples
+        self.discount = check_discount(discount)
+        self.samples = check_count("samples", samples)
 
     def __call__(self, observation: Tensor, action: Tensor) -> Tensor:
         paid = self.reward(observation, action)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from birl_ext.bilevel.guards import check_count
 from birl_ext.errors import OptionError, ShapeError, SizeLimitError
 from birl_ext.functional import solve
 from birl_ext.mdp import DenseMDP
@@ -44,8 +45,7 @@ def measure_estimator(
         exact: ∇φ, (d,), not zero.
         repetitions: how many are averaged, at least 2.
     """
-    if repetitions < 2:
-        raise OptionError(f"repetitions is {repetitions!r}", allowed="2 or more")
+    check_count("repetitions", repetitions, 2)
     if not bool(exact.any()):
         raise OptionError("the exact gradient is zero", fix="measure at another point")
     found = torch.stack([estimate().detach().double() for _ in range(repetitions)])
@@ -98,12 +98,12 @@ def exact_pair_objective(
         raise ShapeError(f"the MDP has batch axes {tuple(mdp.batch_shape)}", allowed="a single MDP")
     if bool((mdp.transition.sum(-1) == 0).any()):
         raise OptionError("the process ends in some rows", allowed="a process that goes on")
+    check_count("steps", steps)
+    check_count("offset", offset, 0)
     states, actions = mdp.states, mdp.actions
     count = (states * actions) ** steps
     if count > _MOST_PATHS:
         raise SizeLimitError(f"{count} paths", allowed=f"at most {_MOST_PATHS}")
-    if offset < 0:
-        raise OptionError(f"offset is {offset!r}", allowed="0 or more")
     if policy is None:
         policy = solve(mdp, temperature=temperature).policy
     every = torch.tensor(

@@ -7,16 +7,25 @@ products. The flow is the adjoint of (M12); the w of (M14) is −τλ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from birl_ext.batching import Flat
-from birl_ext.bilevel.problem import BilevelProblem, direct_gradient
-from birl_ext.ops._backends import AUTO
+from birl_ext.bilevel.guards import check_lower, check_objective, check_start, no_path
+from birl_ext.bilevel.problem import (
+    BilevelProblem,
+    direct_gradient,
+    evaluate_at,
+    hypergradient,
+)
+from birl_ext.errors import OptionError
+from birl_ext.ops import _backends
 from birl_ext.ops.bellman import (
     Cotangents,
     Point,
@@ -24,9 +33,11 @@ from birl_ext.ops.bellman import (
     parameter_cotangents,
 )
 from birl_ext.ops.rows import Rows, widened
-from birl_ext.solution import Solution
+from birl_ext.solution import Solution, info_table
 
 __all__ = ["HypergradientReport", "Linearisation", "hypergradient_report", "linearise"]
+
+Smoothness = float | Literal["linear"]
 
 _EPS = torch.finfo(torch.float64).eps
 _JACOBIAN_ROWS = 20_000  # most rows of ∂P/∂x that the certificate will compute one by one
@@ -112,43 +123,57 @@ class Linearisation:
         if not pairs:
             return self.direct
         inner = torch.autograd.grad(
-            [t for t, _ in pairs], self.x, [bar for _, bar in pairs], retain_graph=True
+            [t for t, _ in pairs],
+            self.x,
+            [bar for _, bar in pairs],
+            retain_graph=True,
+            allow_unused=True,
         )[0]
-        return self.direct + inner
+        return self.direct if inner is None else self.direct + inner
 
     def reward_cotangent(self, flow: Tensor) -> Tensor:
         """r̄ = Q̄ + λπ (M12), (N, G, S, A)."""
         return parameter_cotangents(self.point, self.folded, flow, (False, False, False, False))[4]
 
-    def policy_drift(self) -> Tensor:
-        """Certified bound on |π_V/π* − 1| in every entry, (N, G): η of `flow_error`."""
-        return torch.expm1((2 * self.value_error / self.point.temperature).clamp(max=700.0))
+    def policy_shift(self) -> Tensor:
+        """Certified bound on |π_V − π*| in every entry, (N, G, S, A).
 
-    def flow_error(self, flow: Tensor) -> Tensor:
+        log π is off by at most ε = 2‖ΔV‖∞/τ (M7), so π by at most (e^ε − 1)π, and never by more
+        than one.
+        """
+        smallest = torch.finfo(torch.float64).tiny  # what underflows to zero may be as large
+        drift = self._drift()[..., None, None]
+        return ((self.point.policy + smallest) * drift).clamp(max=1.0)
+
+    def _drift(self) -> Tensor:
+        """η = e^ε − 1, (N, G): inf where nothing is known."""
+        return torch.expm1(2 * self.value_error / self.point.temperature)
+
+    def flow_error(self, flow: Tensor, smoothness: float = 0.0) -> Tensor:
         """Certified bound on ‖Δr̄‖₁, (N, G): what the errors of V and λ do to the cotangent of the
         reward.
 
-        With ε = 2‖ΔV‖∞/τ (M7) a policy moves by at most η = e^ε − 1 in ℓ₁ per state, and with ρ the
-        residual of λ (M13), ‖Δλ‖₁ ≤ (ρ + γη‖λ‖₁ + ‖Δv̄‖₁)/(1 − γ). The cotangents that f itself
-        hands down are taken as they are; `hypergradient_report(smoothness=…)` adds how they move
-        with π.
-        """
-        return self._flow_error(flow, 0.0)
+        A policy moves by at most η = min(e^ε − 1, 2) in ℓ₁ per state (`policy_shift`), and with ρ
+        the residual of λ (M13), ‖Δλ‖₁ ≤ (ρ + γη‖λ‖₁ + ‖Δv̄‖₁)/(1 − γ).
 
-    def _flow_error(self, flow: Tensor, smoothness: float) -> Tensor:
+        Args:
+            flow: λ, (N, G, S).
+            smoothness: how the cotangents that f hands down move with π, see
+                `hypergradient_report`; 0 takes them as they are.
+        """
         point = self.point
         discount, temperature = point.discount, point.temperature
         residual = self.adjoint_residual(flow)
         mass = flow.abs().sum(-1)
-        drift = self.policy_drift()
-        moved = point.policy * drift[..., None, None]
+        turned = self._drift().clamp(max=2.0)
+        moved = self.policy_shift()
         q_error = (self.policy_bar.abs() * moved).sum((-1, -2)) / temperature
         if smoothness:
             shift = smoothness * moved.amax((-1, -2))
-            q_error = q_error + shift * point.rows.states * (1 + drift) / temperature
+            q_error = q_error + shift * point.rows.states / temperature
         source_error = (1 + discount) * q_error
-        flow_error = (residual + discount * drift * mass + source_error) / (1 - discount)
-        return q_error + drift * mass + flow_error
+        flow_error = (residual + discount * turned * mass + source_error) / (1 - discount)
+        return q_error + turned * mass + flow_error
 
 
 def linearise(
@@ -156,6 +181,7 @@ def linearise(
     x: Tensor,
     temperature: float | Tensor,
     sweep: Callable[[Flat], SweptValue],
+    step: int | None = None,
 ) -> Linearisation:
     """Evaluate the upper level at the policy of an approximate value, and collect its cotangents.
 
@@ -164,8 +190,13 @@ def linearise(
         x: upper variable, a leaf that requires grad.
         temperature: τ.
         sweep: brings a warm-started value up to date for the MDP given in normal form.
+        step: the outer step, for messages.
+
+    Raises:
+        GradientError: either level does not depend on x, or φ is not finite.
     """
-    mdp = problem.lower(x)
+    mdp = problem.model(x)
+    check_lower(vars(mdp).values(), x)
     flat = mdp.flatten(temperature)
     with torch.no_grad():
         swept = sweep(flat)
@@ -185,10 +216,12 @@ def linearise(
         swept.policy,
     )
     solution, leaves = _leaves(flat, swept)
-    objective = problem.checked(problem.upper(x, solution), x)
-    direct, value_bar, q_bar, policy_bar, log_policy_bar, advantage_bar = direct_gradient(
-        objective, [x, *leaves], retain=True
-    )
+    objective = problem.judge(x, solution)
+    check_objective(objective, step)
+    found = direct_gradient(objective, [x, *leaves], retain=True)
+    if all(part is None for part in found):
+        raise no_path()
+    direct, value_bar, q_bar, policy_bar, log_policy_bar, advantage_bar = found
     grouped = flat.layout.grouped
     q_bar = None if q_bar is None else grouped(q_bar, 2).double()
     value_bar = None if value_bar is None else grouped(value_bar, 1).double()
@@ -233,7 +266,7 @@ def hypergradient_report(
     temperature: float | Tensor,
     *,
     estimate: tuple[Linearisation, Tensor] | None = None,
-    smoothness: float = 0.0,
+    smoothness: Smoothness = math.inf,
 ) -> HypergradientReport:
     """Compare a hyper-gradient with the exact one and certify its error.
 
@@ -245,20 +278,25 @@ def hypergradient_report(
         x: upper variable, (d,) or (M, d).
         temperature: τ.
         estimate: a linearisation and the flow used with it; None: the ones of the solver itself.
-        smoothness: Lipschitz constant of ∂f/∂π with respect to π, entry by entry; 0 if f at a fixed
-            x is linear in the entries of the Solution. The bound is certified for that constant.
+        smoothness: what you declare of f at a fixed x, and the bound is certified for: "linear", in
+            all entries of the Solution that it uses; or the Lipschitz constant of ∂f/∂π with
+            respect to π, entry by entry, more than 0, if f is linear in everything else.
 
     Returns:
-        HypergradientReport. The bound is inf if discount or reference depend on x, if ∂P/∂x is too
-        large to form, or if ∂f/∂x depends on the policy in another way than linearly, as
-        `smoothness` says, or for more than 20,000 entries of x.
+        HypergradientReport. The bound is inf where nothing is declared, if discount or reference
+        depend on x, if ∂P/∂x is too large to form, or if ∂f/∂x depends on the policy and f is not
+        "linear", or for more than 20,000 entries of x.
+
+    Raises:
+        OptionError: `smoothness` is no such declaration.
+        GradientError: either level does not depend on x, or φ or its gradient is not finite.
 
     Source: (M5), (M7), (M13), combined.
     """
-    x = x.detach().requires_grad_()
-    phi, solution = problem.evaluate(x, temperature)
-    exact = direct_gradient(phi, [x])[0]
-    exact = torch.zeros_like(x) if exact is None else exact
+    declared = _lipschitz(smoothness)
+    x = check_start(x).requires_grad_()
+    phi, solution = evaluate_at(problem, x, temperature)
+    exact = hypergradient(phi, x)
     if estimate is None:
         point = linearise(problem, x, temperature, lambda flat: exact_value(flat, solution))
         estimate = point, _exact_flow(point)
@@ -276,10 +314,23 @@ def hypergradient_report(
         estimate=approximate,
         relative_error=gap / norm.clamp(min=tiny),
         cosine=cosine,
-        bound=_bound(at, flow, smoothness, starts) + _direct_error(problem, at, smoothness, starts),
+        bound=_bound(at, flow, declared, starts) + _direct_error(problem, at, declared, starts),
         adjoint_residual=_lane_sum(at.flat.layout.restore(residual), starts),
         adjoint_error=_lane_sum(at.flat.layout.restore(residual / (1 - at.point.discount)), starts),
     )
+
+
+def _lipschitz(smoothness: Any) -> float:
+    """The constant declared: 0 of what is linear."""
+    if smoothness == "linear":
+        return 0.0
+    if not (isinstance(smoothness, Real) and float(smoothness) > 0):
+        raise OptionError(
+            f"smoothness is {smoothness!r}",
+            allowed='"linear", or a Lipschitz constant, more than 0',
+            fix='say smoothness="linear" if f at a fixed x is linear in the Solution',
+        )
+    return float(smoothness)
 
 
 def exact_value(flat: Flat, solution: Solution) -> SweptValue:
@@ -297,7 +348,7 @@ def exact_value(flat: Flat, solution: Solution) -> SweptValue:
 def _exact_flow(at: Linearisation) -> Tensor:
     point = at.point
     flow: Tensor
-    flow, _ = torch.ops.birl_ext.policy_solve(
+    flow, _ = _backends.policy_solve(
         point.rows.data,
         point.rows.crow,
         point.rows.col,
@@ -305,9 +356,7 @@ def _exact_flow(at: Linearisation) -> Tensor:
         point.discount,
         at.source.unsqueeze(2),
         True,
-        0.0,
-        0,
-        AUTO,
+        _backends.AUTO,
     )
     return flow.squeeze(2)
 
@@ -318,13 +367,14 @@ def _bound(at: Linearisation, flow: Tensor, smoothness: float, starts: torch.Siz
     """
     flat, x = at.flat, at.x
     infinite = at.objective.new_full(starts, torch.inf)
-    if flat.log_reference.requires_grad or flat.discount.requires_grad:
+    unknown = smoothness == math.inf
+    if unknown or flat.log_reference.requires_grad or flat.discount.requires_grad:
         return infinite
     states, actions = flat.reward.shape[-2:]
     transition_too = flat.transition.requires_grad
     if transition_too and flat.transition[0].numel() > _JACOBIAN_ROWS:
         return infinite
-    error = at._flow_error(flow, smoothness)
+    error = at.flow_error(flow, smoothness)
     reward = flat.reward.double()
     if transition_too:
         rows = at.point.rows.with_data(flat.transition)
@@ -362,10 +412,10 @@ def _direct_error(
     """What the errors of the solution do to ∂f/∂x itself, per start: zero if f has no terms in both
     x and the solution.
     """
-    x, solution = at.x, at.solution
+    x, solution = at.x, _closed(at.solution, at.flat)
     none = torch.zeros(starts, dtype=torch.float64, device=x.device)
-    objective = problem.upper(x, solution)
-    if not objective.requires_grad:
+    objective = problem.judge(x, solution)
+    if smoothness == math.inf or not objective.requires_grad:
         return none
     (direct,) = torch.autograd.grad(objective.sum(), x, allow_unused=True, create_graph=True)
     if direct is None or not direct.requires_grad:
@@ -377,10 +427,10 @@ def _direct_error(
         "value": shift.expand_as(at.source),
         "q": (3 * shift).unsqueeze(-1).expand_as(at.point.policy),  # V plus A
         "advantage": (2 * shift).unsqueeze(-1).expand_as(at.point.policy),
-        "policy": at.point.policy * at.policy_drift()[..., None, None],
+        "policy": at.policy_shift(),
         "log_policy": relative.unsqueeze(-1).expand_as(at.point.policy),
     }
-    leaves = [getattr(solution, name) for name in moved]
+    leaves = [getattr(at.solution, name) for name in moved]
 
     def slopes(entry: Tensor) -> list[Tensor | None]:
         if not entry.requires_grad:
@@ -429,7 +479,6 @@ def _leaves(flat: Flat, swept: SweptValue) -> tuple[Solution, list[Tensor]]:
     q = leaf(swept.advantage + swept.value.unsqueeze(-1))
     policy, log_policy = leaf(swept.policy), leaf(swept.log_policy)
     error = swept.error
-    absent = torch.zeros_like(error)
     solution = Solution(
         value=value,
         q=q,
@@ -437,8 +486,21 @@ def _leaves(flat: Flat, swept: SweptValue) -> tuple[Solution, list[Tensor]]:
         log_policy=log_policy,
         advantage=advantage,
         info=restore(
-            torch.stack((error, error, *(absent,) * 4, flat.temperature.detach(), absent), -1)
+            info_table(
+                error.shape,
+                value.shape[-1],
+                error.device,
+                residual=error,
+                error_bound=error,
+                temperature=flat.temperature.detach(),
+                kernel=torch.nan,
+            )
         ),
-        status=restore(absent.long()),
+        status=restore(torch.zeros_like(error, dtype=torch.int64)),
     )
-    return solution, [value, q, policy, log_policy, advantage]
+    return _closed(solution, flat), [value, q, policy, log_policy, advantage]
+
+
+def _closed(solution: Solution, flat: Flat) -> Solution:
+    available = flat.available
+    return solution if available is None else solution.closed(flat.layout.restore(available))

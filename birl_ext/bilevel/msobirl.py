@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -11,24 +12,42 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from birl_ext import validation
 from birl_ext.batching import Flat
+from birl_ext.bilevel.guards import (
+    check_count,
+    check_gradient,
+    check_number,
+    check_seed,
+    check_start,
+    make_optimiser,
+    take_step,
+)
 from birl_ext.bilevel.hypergradient import (
     HypergradientReport,
     Linearisation,
+    Smoothness,
     SweptValue,
     hypergradient_report,
     linearise,
 )
-from birl_ext.bilevel.problem import BilevelProblem, Temperature, direct_gradient, temperature_at
-from birl_ext.errors import OptionError
+from birl_ext.bilevel.problem import (
+    BilevelProblem,
+    Temperature,
+    check_schedule,
+    evaluate_at,
+    hypergradient,
+    temperature_at,
+)
+from birl_ext.errors import AccuracyWarning, OptionError
 from birl_ext.ops._backends import AUTO
+from birl_ext.ops.certificate import sweep_rounding
+from birl_ext.ops.rows import Data
 
 __all__ = ["MSoBiRL", "Outcome"]
 
-Mode = Literal["contracting", "published", "exact"]
-_MODES = ("contracting", "published", "exact")
-_EPS = torch.finfo(torch.float64).eps
-_ROUNDS = 12  # of tightening, each tenfold or more: from there to the rounding level
+Mode = Literal["exact", "published"]
+_MODES = ("exact", "published")
 
 
 class Outcome(NamedTuple):
@@ -37,15 +56,19 @@ class Outcome(NamedTuple):
     objective: Tensor
     gradient_norm: Tensor
     relative_error: Tensor
-    """Certified bound on ‖Δr̄‖₁ / ‖r̄‖₁: how well the cotangent that reaches the reward is known."""
+    """Certified; inf where nothing is known. "published": bound on ‖Δr̄‖₁ / ‖r̄‖₁, how well the
+    cotangent that reaches the reward is known, if f is linear in the Solution (the bound takes what
+    f hands down as it is). "exact": bound on max |Δ log π|, which is rounding.
+    """
     sweeps: int
     products: int
     temperature: float | Tensor
+    missed: bool
+    """Whether `relative_error` is above the accuracy asked for, at any start."""
 
 
 class MSoBiRL:
-    """Single-loop bilevel descent: sweeps on V, steps on the adjoint, one step on x, all warm-
-    started.
+    """Single-loop bilevel descent, all warm-started: V and its adjoint λ, then one step on x.
 
         V_k = T^N V_{k−1},   λ_k ≈ (I − γP_π)⁻ᵀ v̄,   x_{k+1} = x_k − β ∇φ̂(x_k, V_k, λ_k)
 
@@ -56,24 +79,24 @@ class MSoBiRL:
         optimiser: from a list of parameters to any torch optimiser, e.g. ``lambda p:
             torch.optim.Adam(p, lr=1e-2)``.
         mode: how the inner problems are solved.
-            "contracting": deflated sweeps and λ ← v̄ + γP_πᵀλ, which contracts by γ; as many of each
-                as `accuracy` needs.
-            "published": N plain sweeps and one step w ← w − ζ(AᵀAw − Aᵀb) per outer step.
             "exact": both as far as rounding allows, by `birl_ext.solve` and its gradient.
+            "published": N plain sweeps and one step w ← w − ζ(AᵀAw − Aᵀb) per outer step.
         sweeps: N, sweeps per outer step ("published").
-        accuracy: certified error allowed in the cotangent of the reward, ‖Δr̄‖₁ / ‖r̄‖₁
-            ("contracting"). It is missed, and the `Outcome` says so, where rounding or `max_inner`
-            leaves no more.
+        accuracy: of the hyper-gradient, as `Outcome.relative_error` certifies it. Nothing is done
+            to reach it; an `Outcome` that misses it says so, and the first one warns.
         adjoint_rate: ζ, below 2/σ²max(A) ("published").
         sweep_tol: stop the sweeps once a sweep moves V by less ("published"), units of reward.
         noise: standard deviation of Gaussian noise added to the hyper-gradient, units of φ per unit
             of x.
         seed: of the noise and of the published w₀ ~ N(0, I).
-        max_inner: most sweeps, and most products, per outer step ("contracting").
+
+    Raises:
+        OptionError, TemperatureError, DtypeError, NonFiniteInputError: an argument, by name and
+            value.
 
     Gradients: ∇φ̂ is the estimate of (M14); `hypergradient_report` says how good it is.
 
-    Source: Yang, Gao and Yuan (2025), Algorithm M-SoBiRL; (M5), (M6), (M13), (M14).
+    Source: Yang, Gao and Yuan (2025), Algorithm M-SoBiRL; (M5), (M13), (M14).
     """
 
     def __init__(
@@ -83,85 +106,109 @@ class MSoBiRL:
         *,
         temperature: Temperature,
         optimiser: Callable[[Iterable[Tensor]], Optimizer],
-        mode: Mode = "contracting",
+        mode: Mode = "exact",
         sweeps: int = 10,
         accuracy: float = 0.05,
         adjoint_rate: float = 0.5,
         sweep_tol: float = 0.0,
         noise: float = 0.0,
         seed: int = 0,
-        max_inner: int = 2000,
+        max_inner: int | None = None,
     ) -> None:
-        if mode not in _MODES:
-            raise OptionError(f"mode is {mode!r}", allowed=", ".join(map(repr, _MODES)))
-        for name, value in (("sweeps", sweeps), ("accuracy", accuracy), ("max_inner", max_inner)):
-            if not value > 0:
-                raise OptionError(f"{name} is {value!r}", allowed="more than 0")
+        options: tuple[tuple[str, Any, bool], ...] = (
+            ("mode", mode, mode in _MODES),
+            ("max_inner", max_inner, max_inner is None),
+        )
+        for name, value, known in options:
+            if not known:
+                gone = name == "max_inner" or value == "contracting"
+                raise OptionError(
+                    f"{name} is {value!r}" + gone * ", of the contracting mode, which is gone",
+                    allowed=", ".join(map(repr, _MODES)) if name == "mode" else "nothing",
+                    fix='use mode="exact", which is faster, and leave `max_inner` out' * gone,
+                )
         self.problem = problem
-        self.x = x.detach().clone().requires_grad_()
-        self.temperature = temperature
-        self.optimiser = optimiser([self.x])
+        self.x = check_start(x).requires_grad_()
+        self.temperature = check_schedule(temperature)
         self.mode = mode
-        self.sweeps = sweeps
-        self.accuracy = accuracy
-        self.adjoint_rate = adjoint_rate
-        self.sweep_tol = sweep_tol
-        self.noise = noise
-        self.max_inner = max_inner
-        self.generator = torch.Generator().manual_seed(seed)
+        self.sweeps = check_count("sweeps", sweeps)
+        self.accuracy = check_number("accuracy", accuracy, above=True, infinite=True)
+        self.adjoint_rate = check_number("adjoint_rate", adjoint_rate, above=True)
+        self.sweep_tol = check_number("sweep_tol", sweep_tol, infinite=True)
+        self.noise = check_number("noise", noise)
+        self.generator = torch.Generator().manual_seed(check_seed(seed))
+        self.optimiser = make_optimiser(optimiser, [self.x])
         self.steps = 0
         self._value: Tensor | None = None  # V, (N, G, S), or the caller's (*B, S) in mode "exact"
         self._flow: Tensor | None = None  # λ, (N, G, S)
         self._counts = [0, 0]
-        self._share = 1.0  # of the terms of r̄, what is left of them; of the last step
-        self._goal = accuracy  # of the inner loops, relative to these terms
+        self._warned = False
 
     def step(self) -> Outcome:
         """One outer step on x; with an optimiser that asks again, such as LBFGS, several
         evaluations.
+
+        Raises:
+            TemperatureError: the schedule's τ is not positive and finite.
+            GradientError: either level does not depend on x, or φ or its gradient is not finite.
+            NonFiniteResultError: the optimiser would make x infinite or NaN.
+            BirlError: what else `upper`, `lower` or the optimiser is at fault for. After any error
+                x and the warm starts are what they were.
         """
         outcomes: list[Outcome] = []
 
         def closure() -> float:
-            objective, gradient, error = self._hypergradient()
-            lanes = objective.shape
-            norm = gradient.double().reshape(*lanes, -1).norm(dim=-1)
-            sweeps, products = self._counts
-            outcomes.append(Outcome(objective, norm, error, sweeps, products, self._temperature))
+            outcome, gradient = self._evaluated()
+            outcomes.append(outcome)
             if self.noise:
                 shape, dtype = gradient.shape, gradient.dtype
                 shock = torch.randn(shape, generator=self.generator, dtype=dtype)
                 gradient = gradient + self.noise * shock.to(gradient.device)
             self.x.grad = gradient
-            return float(objective.sum())
+            return float(outcome.objective.sum())
 
-        self.optimiser.step(closure)
+        kept = self._inner()
+        try:
+            take_step(self.optimiser, [self.x], closure)
+        except BaseException:
+            self._restore_inner(kept)
+            raise
         self.steps += 1
-        return outcomes[0]
-
-    def hypergradient_report(self, smoothness: float = 0.0) -> HypergradientReport:
-        """The estimate of the next step against the exact one, with its certified bound."""
-        if self.mode == "exact":
-            return hypergradient_report(
-                self.problem, self.x, self._temperature, smoothness=smoothness
+        first = outcomes[0]
+        if first.missed and not self._warned:
+            self._warned = True
+            remedy = 'use mode="exact"' if self.mode == "published" else "raise the temperature"
+            warnings.warn(
+                f"the certified error of the hyper-gradient is {first.relative_error.max():.3g} in "
+                f"outer step {self.steps - 1}, and accuracy is {self.accuracy:g}: {remedy}, or ask "
+                "for less. Further steps say so in `Outcome.missed` only",
+                AccuracyWarning,
+                stacklevel=2,
             )
-        kept = self.state_dict()
-        at, flow, _ = self._estimate()
-        report = hypergradient_report(
-            self.problem, self.x, self._temperature, estimate=(at, flow), smoothness=smoothness
+        return first
+
+    def hypergradient_report(self, smoothness: Smoothness = math.inf) -> HypergradientReport:
+        """The estimate of the next step against the exact one, with its certified bound, which is
+        inf unless the `smoothness` of f is declared.
+        """
+        tau = temperature_at(self.temperature, self.steps)
+        if self.mode == "exact":
+            return hypergradient_report(self.problem, self.x, tau, smoothness=smoothness)
+        kept = self._inner()
+        try:
+            estimate = self._estimate(tau)[:2]
+        finally:
+            self._restore_inner(kept)
+        return hypergradient_report(
+            self.problem, self.x, tau, estimate=estimate, smoothness=smoothness
         )
-        self._restore_inner(kept)
-        return report
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, as a snapshot."""
         return {
             "x": self.x.detach().clone(),
             "optimiser": copy.deepcopy(self.optimiser.state_dict()),
-            "value": None if self._value is None else self._value.clone(),
-            "flow": None if self._flow is None else self._flow.clone(),
-            "share": self._share,
-            "generator": self.generator.get_state(),
+            **self._inner(),
             "steps": self.steps,
         }
 
@@ -172,105 +219,78 @@ class MSoBiRL:
         self._restore_inner(state)
         self.steps = int(state["steps"])
 
+    def _inner(self) -> dict[str, Any]:
+        """What the inner problems are warm-started from, as a snapshot."""
+        return {
+            "value": None if self._value is None else self._value.clone(),
+            "flow": None if self._flow is None else self._flow.clone(),
+            "generator": self.generator.get_state(),
+        }
+
     def _restore_inner(self, state: Mapping[str, Any]) -> None:
         value, flow = state["value"], state["flow"]
         self._value = None if value is None else value.clone()
         self._flow = None if flow is None else flow.clone()
-        self._share = float(state["share"])
         self.generator.set_state(state["generator"])
 
-    @property
-    def _temperature(self) -> float | Tensor:
-        return temperature_at(self.temperature, self.steps)
-
-    def _hypergradient(self) -> tuple[Tensor, Tensor, Tensor]:
-        """φ, ∇φ̂, and the certified relative error of the cotangent of the reward."""
-        self._counts = [0, 0]
+    def _evaluated(self) -> tuple[Outcome, Tensor]:
+        """What is known at the present x, and ∇φ̂."""
+        tau = temperature_at(self.temperature, self.steps)
         if self.mode == "exact":
-            phi, solution = self.problem.evaluate(self.x, self._temperature, self._value)
-            gradient = direct_gradient(phi, [self.x])[0]
+            phi, solution = evaluate_at(self.problem, self.x, tau, self._value, self.steps)
+            gradient = hypergradient(phi, self.x, self.steps)
             self._value = solution.value.detach()
             self._counts = [int(solution.iterations.max()), 1]
-            gradient = torch.zeros_like(self.x) if gradient is None else gradient
-            # rounding is all that is left: the policy's certified error bounds it
+            phi = phi.detach()
             error = solution.log_policy_error_bound.reshape(*phi.shape, -1).amax(-1)
-            return phi.detach(), gradient, error
-        at, flow, error = self._estimate()
-        return at.objective, at.gradient(flow), error
+        else:
+            at, flow, error = self._estimate(tau)
+            phi, gradient = at.objective, at.gradient(flow)
+            check_gradient(gradient, self.steps)
+        norm = gradient.double().reshape(*phi.shape, -1).norm(dim=-1)
+        missed = not bool((error <= self.accuracy).all())
+        sweeps, products = self._counts
+        return Outcome(phi, norm, error, sweeps, products, tau, missed), gradient
 
-    def _estimate(self) -> tuple[Linearisation, Tensor, Tensor]:
-        published = self.mode == "published"
-        before = math.inf
-        self._goal = self.accuracy * self._share
-        for _ in range(_ROUNDS):
-            at = linearise(self.problem, self.x, self._temperature, self._sweep)
-            flow = self._published_flow(at) if published else self._contract_flow(at)
-            self._flow = flow
-            error = at.flow_error(flow)
-            left = at.reward_cotangent(flow).abs().sum((-1, -2))
-            relative = (error / left).where(left > 0, torch.where(error > 0, torch.inf, 0.0))
-            worst = float(relative.max())
-            if published or worst <= self.accuracy or not worst <= before / 2:
-                break  # the last: rounding is all that is left
-            before = worst
-            self._goal *= max(1e-4, min(0.1, self.accuracy / worst / 2))
-        self._share = float((left / self._terms(at, flow)).min().clamp(max=1.0))
-        worst_of = at.flat.layout.restore(relative).reshape(*at.objective.shape, -1).amax(-1)
-        return at, flow, worst_of
-
-    @staticmethod
-    def _terms(at: Linearisation, flow: Tensor) -> Tensor:
-        """‖λ‖₁ + ‖Q̄‖₁, (N, G): the terms whose sum is r̄, before they cancel."""
-        size = flow.abs().sum(-1)
-        if at.folded.q is not None:
-            size = size + at.folded.q.abs().sum((-1, -2))
-        return size.clamp(min=torch.finfo(torch.float64).tiny)
+    def _estimate(self, tau: float | Tensor) -> tuple[Linearisation, Tensor, Tensor]:
+        """The linearisation after N sweeps, λ after one step, and the certified relative error of
+        the cotangent of the reward.
+        """
+        self._counts = [0, 0]
+        at = linearise(self.problem, self.x, tau, self._sweep, self.steps)
+        flow = self._flow = self._published_flow(at)
+        error, left = at.flow_error(flow), at.reward_cotangent(flow).abs().sum((-1, -2))
+        relative = torch.where(error == 0, error, error / left).nan_to_num(torch.inf, torch.inf)
+        return at, flow, at.flat.layout.restore(relative).reshape(*at.objective.shape, -1).amax(-1)
 
     def _sweep(self, flat: Flat) -> SweptValue:
-        """Bring V up to date: N sweeps, or as many as the policy's certificate asks for."""
+        """Bring V up to date: N sweeps, or fewer once they move it by no more than `sweep_tol`."""
         value = self._value
         if value is None:
             value = flat.discount.new_zeros(flat.reward.shape[:-1])
-        published = self.mode == "published"
-        gap = 1 - flat.discount
-        tau = flat.temperature
-        continuing = bool((flat.transition.sum(-1) > 0).all()) if flat.crow is None else False
-        magnitude = flat.reward.abs().amax((-1, -2)) + tau
+        data = Data(
+            flat.transition,
+            *flat.pattern,
+            flat.reward,
+            flat.log_reference,
+            flat.discount,
+            flat.temperature,
+        )
         while True:
-            swept = torch.ops.birl_ext.bellman(
-                flat.transition,
-                *flat.pattern,
-                flat.reward,
-                flat.log_reference,
-                flat.discount,
-                tau,
-                value,
-                AUTO,
-            )
+            swept = torch.ops.birl_ext.bellman(*data, value, AUTO)
             self._counts[0] += 1
-            delta = swept[0] - value
-            low, high = delta.amin(-1), delta.amax(-1)
-            if continuing and not published:
-                half, middle = (high - low) / 2, (high + low) / 2
-            else:
-                half, middle = torch.maximum(high, -low), torch.zeros_like(high)
-            middle = (flat.discount / gap * middle).unsqueeze(-1)
-            rounding = 16 * _EPS * (magnitude + swept[0].abs().amax(-1))
-            error = (half + rounding) / gap  # of the V that the policy was taken at, (M5), (M6)
-            value = swept[0] + middle
-            if published:
-                enough = bool((half <= self.sweep_tol).all())
-                if enough or self._counts[0] >= self.sweeps:
-                    break
-            else:
-                drift = torch.expm1((2 * error / tau).clamp(max=700.0))
-                floor = half <= rounding
-                enough = bool(((drift <= self._goal / 8 * gap) | floor).all())
-                if enough or self._counts[0] % self.max_inner == 0:
-                    break
-        self._value = value
+            moved = (swept[0] - value).abs().amax(-1)
+            enough = bool((moved <= self.sweep_tol).all())
+            if enough or self._counts[0] >= self.sweeps:
+                break
+            value = swept[0]
+        self._value = swept[0]
+        # of the V that the policy was taken at (M5), and more than that of its image
+        error = (moved + sweep_rounding(data, value)) / (1 - flat.discount)
+        if not bool(torch.isfinite(error).all()):
+            validation.check_reward(flat.layout.restore(flat.reward))
         image, advantage, policy, log_policy = swept
-        return SweptValue(image + middle, advantage, policy, log_policy, error)
+        return SweptValue(image, advantage, policy, log_policy, error)
 
     def _published_flow(self, at: Linearisation) -> Tensor:
         """w ← w − ζ(AᵀAw − Aᵀb) with A = (I − γP_π)ᵀ; here for λ = −w/τ, which obeys the same
@@ -283,25 +303,3 @@ class MSoBiRL:
             flow = -start.to(at.source.device) / at.point.temperature.unsqueeze(-1)
         self._counts[1] += 1
         return flow - self.adjoint_rate * at.forward(at.transposed(flow) - at.source)
-
-    def _contract_flow(self, at: Linearisation) -> Tensor:
-        """λ ← v̄ + γP_πᵀλ, from the warm start with its mass made exact: Σλ = Σv̄/(1 − γ) where
-        nothing ends.
-        """
-        flow = self._flow
-        if flow is None:
-            flow = at.source
-        gap = (1 - at.point.discount).unsqueeze(-1)
-        if bool((at.point.rows.sums() > 0).all()):
-            missing = at.source.sum(-1, keepdim=True) / gap - flow.sum(-1, keepdim=True)
-            flow = flow + missing / flow.shape[-1]
-        for _ in range(self.max_inner):
-            left = at.source - at.transposed(flow)
-            flow = flow + left
-            self._counts[1] += 1
-            # the error of λ is at most γ‖left‖₁/(1 − γ)
-            worst = left.abs().sum(-1) / gap.squeeze(-1)
-            goal = self._goal / 4 * self._terms(at, flow)
-            if bool((worst <= torch.maximum(goal, 64 * _EPS * flow.abs().sum(-1))).all()):
-                break
-        return flow

@@ -10,8 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.bilevel.problem import BilevelProblem
-from birl_ext.errors import GradientError
+from birl_ext import validation
+from birl_ext.bilevel.guards import (
+    check_count,
+    check_gradient,
+    check_number,
+    check_start,
+    no_path,
+)
+from birl_ext.bilevel.problem import BilevelProblem, evaluate_at
+from birl_ext.errors import GradientError, ShapeError, UndeterminedError
 
 __all__ = ["DampedNewton", "NewtonOutcome"]
 
@@ -39,7 +47,7 @@ class DampedNewton:
         problem: the two levels; φ is a scalar.
         x: start, (d,); copied.
         temperature: τ.
-        damping: first μ.
+        damping: first μ, 0 or more.
 
     Gradients: g and H are exact, by the implicit function theorem, once and twice.
 
@@ -50,24 +58,39 @@ class DampedNewton:
         self, problem: BilevelProblem, x: Tensor, *, temperature: float, damping: float = 1e-2
     ) -> None:
         self.problem = problem
-        self.x = x.detach().clone()
+        self.x = check_start(x)
+        if self.x.dim() != 1 or not len(self.x):
+            raise ShapeError(f"x has shape {tuple(x.shape)}", allowed="(d,)")
+        validation.check_temperature(temperature)
         self.temperature = temperature
-        self.damping = damping
+        self.damping = check_number("damping", damping)
         self.decrement = float("inf")
         self._value: Tensor | None = None
 
     def step(self) -> NewtonOutcome:
-        """One accepted step: the damping grows until φ falls, or the model promises nothing."""
+        """One accepted step: the damping grows until φ falls, or the model promises nothing.
+
+        Raises:
+            GradientError: either level does not depend on x, φ or its derivatives are not finite,
+                or no step decreases φ.
+            UndeterminedError: φ is linear along a direction; or nothing but a direction in which H
+                is singular or indefinite is left to step along. After any error x is what it was.
+        """
         objective, gradient, hessian, passes, bound = self._expand()
+        undetermined = _undetermined(hessian, gradient)
+        if undetermined is not None and undetermined.sloping:
+            raise undetermined.error()
+        hessian = (hessian + hessian.mT) / 2
         # a tiny curvature must not let its variable run away
         diagonal = hessian.diagonal().abs()
         scale = torch.diag(diagonal.clamp(min=1e-12 * float(diagonal.max()) + 1e-300))
         self.decrement = float("inf")
-        if torch.linalg.cholesky_ex(hessian)[1].item() == 0:
+        if undetermined is None:
             self.decrement = float(gradient @ torch.linalg.solve(hessian, gradient))
         outcome = NewtonOutcome(
             float(objective), float(gradient.norm()), self.decrement, self.damping, passes, bound
         )
+        damping = self.damping
         noise = 1e-13 * max(abs(float(objective)), 1.0)
         gain_in_reach = float((gradient.square() / scale.diagonal()).sum())
         for _ in range(60):
@@ -79,23 +102,41 @@ class DampedNewton:
                 with torch.no_grad():
                     there, _ = self.problem.evaluate(self.x + move, self.temperature, self._value)
                 gained = float(objective - there)
-                if promised <= noise and gain_in_reach > 1e3 * noise:
-                    break  # only a null step is left, though the gradient promises more
+                if promised <= noise and (undetermined or gain_in_reach > 1e3 * noise):
+                    break  # only a null step is left, and this is no minimum
                 if gained >= 1e-4 * promised - noise:
                     self.x = self.x + move
                     if gained > 0.75 * promised:
                         self.damping = max(self.damping / 10, 1e-12)
                     return outcome
             self.damping = max(self.damping * 4, 1e-8)
+        self.damping = damping
+        if undetermined is not None and gain_in_reach <= 1e3 * noise:
+            raise undetermined.error()
         raise GradientError(
             f"no step along the gradient (norm {float(gradient.norm()):.3g}) "
             "decreases the objective",
             fix="check that `upper` is a differentiable function of x and the solution",
         )
 
-    def covariance(self) -> Tensor:
-        """H⁻¹ at x, (d, d): the asymptotic covariance of a maximum-likelihood estimate."""
-        covariance: Tensor = torch.linalg.inv(self._expand()[2])
+    def covariance(self, *, mean_of: int = 1) -> Tensor:
+        """(nH)⁻¹ at x, (d, d): the asymptotic covariance of a maximum-likelihood estimate, if the
+        model is right and x its minimum (`decrement`).
+
+        Args:
+            mean_of: n. φ is the negative log likelihood of all observations, their sum: 1; or its
+                mean over n of them: n.
+
+        Raises:
+            UndeterminedError: H is singular or indefinite: there is none. The error names the
+                direction that the data do not determine.
+        """
+        count = check_count("mean_of", mean_of)
+        _, gradient, hessian, _, _ = self._expand()
+        undetermined = _undetermined(hessian, gradient)
+        if undetermined is not None:
+            raise undetermined.error()
+        covariance: Tensor = torch.linalg.inv((hessian + hessian.mT) / 2) / count
         return covariance
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,17 +153,89 @@ class DampedNewton:
         self._value = state["value"]
 
     def _expand(self) -> tuple[Tensor, Tensor, Tensor, int, float]:
-        """φ, g and H at x; passes over P and the certified error of the lower level."""
+        """φ, g and H at x, H as it was computed; passes over P and the certified error of the lower
+        level.
+        """
         x = self.x.detach().requires_grad_()
-        objective, solution = self.problem.evaluate(x, self.temperature, self._value)
-        (gradient,) = torch.autograd.grad(objective, x, create_graph=True)
-        rows = [torch.autograd.grad(entry, x, retain_graph=True)[0] for entry in gradient.unbind()]
+        objective, solution = evaluate_at(self.problem, x, self.temperature, self._value)
+        if objective.dim():
+            raise ShapeError(f"upper returned shape {tuple(objective.shape)}", allowed="a scalar")
+        gradient = None
+        if objective.requires_grad:
+            (gradient,) = torch.autograd.grad(objective, x, create_graph=True, allow_unused=True)
+        if gradient is None:
+            raise no_path()
+        rows = [_slope(entry, x) for entry in gradient.unbind()]
         hessian = torch.stack(rows)
+        check_gradient(gradient)
+        check_gradient(hessian, name="the Hessian")
         self._value = solution.value.detach()
         return (
             objective.detach(),
             gradient.detach(),
-            (hessian + hessian.mT) / 2,
+            hessian,
             int(solution.iterations.max()),
             float(solution.log_policy_error_bound.max()),
         )
+
+
+def _slope(entry: Tensor, x: Tensor) -> Tensor:
+    """∂/∂x of an entry of the gradient: zero where φ is linear."""
+    found = None
+    if entry.requires_grad:
+        (found,) = torch.autograd.grad(entry, x, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(x) if found is None else found
+
+
+class _Undetermined(NamedTuple):
+    """A direction of x along which φ does not curve upwards."""
+
+    direction: Tensor
+    """v, (d,), its largest entry 1."""
+    curvature: float
+    """vᵀHv."""
+    singular: bool
+    """Whether that is zero, as far as rounding tells, and not negative."""
+    sloping: bool
+    """Whether φ has a slope along it all the same: then it has no minimum there."""
+
+    def error(self) -> UndeterminedError:
+        size = self.direction.abs()
+        order = size.argsort(descending=True)[:4].tolist()
+        named = ", ".join(f"{self.direction[i]:.3g} in x[{i}]" for i in order if size[i] > 1e-3)
+        kind = "singular" if self.singular else "indefinite"
+        slope = ", and a slope" * self.sloping
+        return UndeterminedError(
+            f"the Hessian is {kind}: curvature {self.curvature:.3g} along the direction "
+            f"{named}{slope}",
+            allowed="a positive definite one",
+            direction=tuple(self.direction.tolist()),
+        )
+
+
+def _undetermined(hessian: Tensor, gradient: Tensor) -> _Undetermined | None:
+    """The direction of least curvature, unless H is positive definite beyond its rounding.
+
+    Read with a unit diagonal, so that the units of x do not matter. How far H misses symmetry says
+    how much of it is rounding.
+    """
+    diagonal = hessian.diagonal().abs()
+    largest = diagonal.max()
+    if largest == 0:
+        largest = hessian.abs().max()
+    if largest == 0:
+        largest = torch.ones_like(largest)
+    unit = torch.where(diagonal > 1e-15 * largest, diagonal, largest).sqrt()
+    scaled = hessian / unit / unit.unsqueeze(-1)
+    values, vectors = torch.linalg.eigh((scaled + scaled.mT) / 2)
+    noise = 1e-12 * len(hessian) + 8 * float((scaled - scaled.mT).abs().max())
+    least = float(values[0])
+    if least > noise:
+        return None
+    flat = vectors[:, values.abs() <= noise]
+    along = flat @ (flat.mT @ (gradient / unit))
+    sloping = least >= -noise and bool(along.norm() > 1e-8 * (gradient / unit).norm())
+    direction = (along if sloping else vectors[:, 0]) / unit
+    direction = direction / direction[direction.abs().argmax()]
+    curvature = float(direction @ hessian @ direction)
+    return _Undetermined(direction, curvature, least >= -noise, sloping)

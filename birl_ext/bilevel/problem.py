@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from birl_ext.errors import OptionError, ShapeError, TemperatureError
+from birl_ext import validation
+from birl_ext.bilevel.guards import (
+    check_count,
+    check_gradient,
+    check_lower,
+    check_objective,
+    no_path,
+)
+from birl_ext.errors import BirlError, DtypeError, ShapeError, TemperatureError
 from birl_ext.functional import solve
 from birl_ext.mdp import DenseMDP, SparseMDP
 from birl_ext.solution import Solution
@@ -45,12 +56,31 @@ class BilevelProblem:
         self, x: Tensor, temperature: float | Tensor, initial: Tensor | None = None
     ) -> tuple[Tensor, Solution]:
         """φ(x) and the solution of the lower level there."""
-        solution = solve(self.lower(x), temperature=temperature, initial=initial)
-        return self.checked(self.upper(x, solution), x), solution
+        solution = solve(self.model(x), temperature=temperature, initial=initial)
+        return self.judge(x, solution), solution
 
-    @staticmethod
-    def checked(objective: Tensor, x: Tensor) -> Tensor:
+    def model(self, x: Tensor) -> DenseMDP | SparseMDP:
+        """The lower level at x, if it is one."""
+        mdp = self.lower(x)
+        if not isinstance(mdp, DenseMDP | SparseMDP):
+            raise DtypeError(
+                f"lower returned a {type(mdp).__name__}",
+                allowed="a DenseMDP or a SparseMDP",
+                fix="return DenseMDP(reward, transition, discount)",
+            )
+        return mdp
+
+    def judge(self, x: Tensor, solution: Solution) -> Tensor:
         """The objective, if it is a scalar or has one number per start."""
+        objective = self.upper(x, solution)
+        if not isinstance(objective, Tensor) or not objective.is_floating_point():
+            tensor = isinstance(objective, Tensor)
+            kind = f"tensor of {objective.dtype}" if tensor else type(objective).__name__
+            raise DtypeError(
+                f"upper returned a {kind}",
+                allowed="a tensor of floating point",
+                fix="compute it by torch from x and the solution, without float() or .item()",
+            )
         starts = x.shape[:1] if x.dim() > 1 else ()
         if objective.shape not in ((), starts):
             rest = f", or ({starts[0]},): one number per start" if starts else ""
@@ -69,11 +99,11 @@ def geometric(start: float, end: float, steps: int) -> Callable[[int], float]:
         start, end: temperatures, units of reward.
         steps: outer steps until `end` is reached.
     """
-    for name, value in (("start", start), ("end", end)):
-        if not value > 0:
-            raise TemperatureError(f"{name} is {value!r}", allowed="(0, inf)")
-    if steps < 1:
-        raise OptionError(f"steps is {steps!r}", allowed="1 or more")
+    ends: tuple[tuple[str, Any], ...] = (("start", start), ("end", end))
+    for name, value in ends:
+        if not (isinstance(value, Real) and 0 < float(value) < math.inf):
+            raise TemperatureError(f"{name} is {value!r}", allowed="positive and finite")
+    steps = check_count("steps", steps)
 
     def schedule(step: int) -> float:
         return float(start * (end / start) ** min(step / steps, 1.0))
@@ -81,8 +111,29 @@ def geometric(start: float, end: float, steps: int) -> Callable[[int], float]:
     return schedule
 
 
+def check_schedule(temperature: Temperature) -> Temperature:
+    """A temperature as it is given: a number that is one, or a schedule, read step by step."""
+    if not callable(temperature):
+        validation.check_temperature(temperature)
+    return temperature
+
+
 def temperature_at(temperature: Temperature, step: int) -> float | Tensor:
-    return temperature(step) if callable(temperature) else temperature
+    """τ at an outer step, positive and finite."""
+    if not callable(temperature):
+        validation.check_temperature(temperature)
+        return temperature
+    found = temperature(step)
+    try:
+        validation.check_temperature(found)
+    except BirlError as error:
+        raise type(error)(
+            error.what,
+            where=f"outer step {step} of the schedule" + (error.where and f", {error.where}"),
+            allowed=error.allowed,
+            fix=error.fix,
+        ) from None
+    return found
 
 
 def direct_gradient(
@@ -94,3 +145,30 @@ def direct_gradient(
     return list(
         torch.autograd.grad(objective.sum(), inputs, allow_unused=True, retain_graph=retain)
     )
+
+
+def evaluate_at(
+    problem: BilevelProblem,
+    x: Tensor,
+    temperature: float | Tensor,
+    initial: Tensor | None = None,
+    step: int | None = None,
+) -> tuple[Tensor, Solution]:
+    """φ and the solution at the leaf x, refused where φ is not finite or the lower level does not
+    depend on x.
+    """
+    mdp = problem.model(x)
+    check_lower(vars(mdp).values(), x)
+    solution = solve(mdp, temperature=temperature, initial=initial)
+    objective = problem.judge(x, solution)
+    check_objective(objective, step)
+    return objective, solution
+
+
+def hypergradient(objective: Tensor, x: Tensor, step: int | None = None) -> Tensor:
+    """∇φ of the sum over starts, finite; refused where φ does not depend on x."""
+    gradient = direct_gradient(objective, [x])[0]
+    if gradient is None:
+        raise no_path()
+    check_gradient(gradient, step)
+    return gradient

@@ -12,7 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from birl_ext.errors import DiscountError, OptionError
+from birl_ext.agents.agent import check_discount
+from birl_ext.bilevel.guards import check_count
+from birl_ext.errors import OptionError
 from birl_ext.preferences.loss import RewardFunction
 from birl_ext.preferences.reward_model import RewardModel
 
@@ -114,8 +116,8 @@ class OneStep(_StepByStep):
     ) -> None:
         if actions is None and generator is None:
             raise OptionError("neither actions nor generator is given", fix="give one of them")
-        self.actions = actions
-        self.samples = samples
+        self.actions = None if actions is None else check_count("actions", actions)
+        self.samples = check_count("samples", samples)
         self.generator = generator
 
     def steps_of(
@@ -167,13 +169,9 @@ class FullHorizon(_StepByStep):
     """
 
     def __init__(self, simulator: Simulator, *, discount: float, steps: int) -> None:
-        if not 0 <= discount < 1:
-            raise DiscountError(f"discount is {discount!r}", allowed="[0, 1)")
-        if steps < 1:
-            raise OptionError(f"steps is {steps!r}", allowed="1 or more")
         self.simulator = simulator
-        self.discount = discount
-        self.steps = steps
+        self.discount = check_discount(discount)
+        self.steps = check_count("steps", steps)
 
     def steps_of(
         self, reward: RewardFunction, follower: Follower, where: Tensor, chosen: Tensor

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from birl_ext import validation
 from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.target import snapshot
+from birl_ext.bilevel.guards import check_count, check_number, make_optimiser, take_step
 from birl_ext.bilevel.score import OneStep, Score
-from birl_ext.bilevel.trajectory import Baseline, trajectory_surrogate
-from birl_ext.errors import NonFiniteResultError, OptionError
+from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
+from birl_ext.errors import GradientError, NonFiniteResultError, OptionError
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import (
     Steps,
@@ -113,8 +115,7 @@ def _sum(one: Tensor | None, other: Tensor | None, factor: float) -> Tensor | No
 def _check_stale(stale: str, limit: float) -> None:
     if stale not in _STALE:
         raise OptionError(f"stale is {stale!r}", allowed=", ".join(map(repr, _STALE)))
-    if not limit > 1:
-        raise OptionError(f"limit is {limit!r}", allowed="more than 1")
+    check_number("limit", limit, 1.0, above=True, infinite=True)
 
 
 class SoBiRL:
@@ -160,25 +161,20 @@ class SoBiRL:
         indirect_limit: float = math.inf,
         lead: int = 0,
     ) -> None:
-        if not 0 <= noise < 1:
-            raise OptionError(f"noise is {noise!r}", allowed="[0, 1)")
-        if not indirect_limit >= 0:
-            raise OptionError(f"indirect_limit is {indirect_limit!r}", allowed="0 or more")
-        if lead < 0:
-            raise OptionError(f"lead is {lead!r}", allowed="0 or more")
         _check_stale(stale, limit)
+        check_baseline(baseline)
         members_of(reward)  # refuses an ensemble inside another model
         self.reward = reward
         self.parameters = list(reward.parameters())
-        self.optimiser = optimiser(self.parameters)
+        self.optimiser = make_optimiser(optimiser, self.parameters)
         self.score = score
-        self.noise = noise
+        self.noise = check_number("noise", noise, below=1.0)
         self.baseline: Baseline = baseline
         self.stale: Stale = stale
         self.limit = limit
         self.weigh_loss = weigh_loss
-        self.indirect_limit = indirect_limit
-        self.lead = lead
+        self.indirect_limit = check_number("indirect_limit", indirect_limit, infinite=True)
+        self.lead = check_count("lead", lead, 0)
         self.steps = 0
 
     def step(self, pairs: Pairs, follower: Any, *, temperature: float) -> Outcome:
@@ -195,11 +191,27 @@ class SoBiRL:
 
         Raises:
             OptionError: there is no pair, or no step after the lead.
-            NonFiniteResultError: loss or gradient is NaN or infinite; nothing is changed then.
+            TemperatureError: τ is not positive and finite.
+            GradientError: neither loss nor score depends on a parameter that is not frozen.
+            NonFiniteResultError: loss, gradient or the new parameters are NaN or infinite. After
+                any error the parameters are what they were.
         """
+        validation.check_temperature(temperature)
         if not len(pairs):
             raise OptionError("there are no pairs", allowed="1 or more")
         pairs.after(self.lead)  # refuses a lead that leaves nothing
+        outcomes: list[Outcome] = []
+
+        def closure() -> float:
+            outcomes.append(self._prepare(pairs, follower, temperature))
+            return outcomes[-1].loss
+
+        take_step(self.optimiser, self.parameters, closure)
+        self.steps += 1
+        return outcomes[0]
+
+    def _prepare(self, pairs: Pairs, follower: Any, temperature: float) -> Outcome:
+        """Set the gradient of each parameter at its present value."""
         found = self._evaluated(pairs, follower)
         margin = found.margin
         loss = own = bradley_terry(margin, pairs.label, self.noise)
@@ -208,7 +220,7 @@ class SoBiRL:
             own = bradley_terry(found.margins, pairs.label, self.noise).sum(0)
         weight = self._weight(pairs, found.log_prob).to(loss)
         direct = ((weight if self.weigh_loss else 1.0) * own).sum() / len(loss)
-        gradient = self._gradient(direct, retain_graph=found.score is not None)
+        gradient = self._gradient("the loss", direct, retain_graph=found.score is not None)
         share = 0.0
         if found.score is not None:
             # (1/n) Σ w (l − b) h/τ, whose gradient is the score's part
@@ -219,7 +231,7 @@ class SoBiRL:
                 baseline=self.baseline,
                 weight=weight,
             )
-            part = self._gradient(indirect)
+            part = self._gradient("the score", indirect)
             share = _norm(part)
             cut = min(1.0, self.indirect_limit * _norm(gradient) / share) if share else 1.0
             share *= cut
@@ -233,8 +245,6 @@ class SoBiRL:
             )
         for parameter, one in zip(self.parameters, gradient, strict=True):
             parameter.grad = one
-        self.optimiser.step()
-        self.steps += 1
         return Outcome(
             loss=value,
             accuracy=float(accuracy(margin, pairs.label)),
@@ -244,12 +254,21 @@ class SoBiRL:
             effective=float(weight.sum().square() / weight.square().sum().clamp(min=1e-12)),
         )
 
-    def _gradient(self, value: Tensor, *, retain_graph: bool = False) -> Sequence[Tensor | None]:
+    def _gradient(
+        self, name: str, value: Tensor, *, retain_graph: bool = False
+    ) -> Sequence[Tensor | None]:
         """Of each parameter; None where it is frozen or not in use."""
         live = [p for p in self.parameters if p.requires_grad]
-        if not (live and value.requires_grad):
-            return [None] * len(self.parameters)
-        found = torch.autograd.grad(value, live, retain_graph=retain_graph, allow_unused=True)
+        found: Sequence[Tensor | None] = ()
+        if live and value.requires_grad:
+            found = torch.autograd.grad(value, live, retain_graph=retain_graph, allow_unused=True)
+        if all(part is None for part in found):
+            raise GradientError(
+                f"{name} does not depend on any of the reward's parameters",
+                allowed="a part made by torch from parameters that require a gradient",
+                fix="release a layer by requires_grad_(), or compute reward and score without "
+                "detach and no_grad",
+            )
         parts = iter(found)
         return [next(parts) if p.requires_grad else None for p in self.parameters]
 

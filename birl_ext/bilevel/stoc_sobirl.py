@@ -16,12 +16,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from birl_ext import validation
 from birl_ext.agents.agent import check_discount
 from birl_ext.agents.finite import FiniteFollower, FiniteSimulator, Paths
 from birl_ext.bilevel.adaptation import AdaptedReward, path_log_probability
+from birl_ext.bilevel.guards import (
+    check_count,
+    check_lower,
+    check_objective,
+    check_start,
+    make_optimiser,
+    take_step,
+)
+from birl_ext.bilevel.problem import hypergradient
 from birl_ext.bilevel.score import FullHorizon
-from birl_ext.bilevel.trajectory import Baseline, trajectory_surrogate
-from birl_ext.errors import OptionError, TemperatureError
+from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
+from birl_ext.errors import OptionError
 from birl_ext.preferences.loss import RewardFunction
 
 __all__ = ["Effort", "Outcome", "SampledProblem", "StocSoBiRL"]
@@ -46,6 +56,10 @@ class SampledProblem:
     steps: int = 1
     transition: Callable[[Tensor], Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("paths", "steps"):
+            check_count(name, getattr(self, name))
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -63,8 +77,7 @@ class Effort:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
-                raise OptionError(f"{name} is {value!r}", allowed="1 or more")
+            check_count(name, value)
 
     @classmethod
     def for_accuracy(
@@ -125,35 +138,55 @@ class StocSoBiRL:
         effort: Effort,
         baseline: Baseline = "others",
     ) -> None:
-        if not temperature > 0:
-            raise TemperatureError(f"temperature is {temperature!r}", allowed="(0, inf)")
+        validation.check_temperature(temperature)
+        check_baseline(baseline)
         self.problem = problem
         self.simulator = simulator
-        self.x = x.detach().clone().requires_grad_()
+        self.x = check_start(x).requires_grad_()
         self.discount = check_discount(discount)
         self.temperature = temperature
-        self.optimiser = optimiser([self.x])
+        self.optimiser = make_optimiser(optimiser, [self.x])
         self.effort = effort
         self.baseline: Baseline = baseline
         self.q = torch.zeros(simulator.states, simulator.actions, dtype=torch.float64)
         self.steps = 0
 
     def step(self) -> Outcome:
-        """One outer step."""
-        before = self.simulator.samples
-        objective, gradient = self.hypergradient()
-        self.x.grad = gradient
-        self.optimiser.step()
+        """One outer step.
+
+        Raises:
+            GradientError: reward and transition do not depend on x, or loss or gradient is not
+                finite.
+            NonFiniteResultError: the optimiser would make x infinite or NaN. After any error x, Q
+                and the generator are what they were.
+        """
+        before, q, drawn = self.simulator.samples, self.q.clone(), self.simulator.state_dict()
+        found: list[tuple[float, Tensor]] = []
+
+        def closure() -> float:
+            found.append(self.hypergradient())
+            self.x.grad = found[-1][1]
+            return found[-1][0]
+
+        try:
+            take_step(self.optimiser, [self.x], closure)
+        except BaseException:
+            self.q.copy_(q)
+            self.simulator.load_state_dict(drawn)
+            raise
         self.steps += 1
+        objective, gradient = found[0]
         return Outcome(objective, float(gradient.norm()), self.simulator.samples - before)
 
     def hypergradient(self) -> tuple[float, Tensor]:
         """φ and ∇φ, estimated at the present x, after the lower level's update."""
         effort, problem, simulator = self.effort, self.problem, self.simulator
-        table = problem.reward(self.x)
+        table = validation.as_floating("reward", problem.reward(self.x))
         if simulator.mask is not None:
             table = torch.where(simulator.mask, table, 0.0)
+        validation.check_reward(table)
         law = None if problem.transition is None else problem.transition(self.x)
+        check_lower([table, law], self.x)
         if law is not None:
             simulator.adapt(law)
         self._learn(table.detach())
@@ -191,8 +224,8 @@ class StocSoBiRL:
             baseline=self.baseline,
             path=moved,
         )
-        (gradient,) = torch.autograd.grad(surrogate, self.x)
-        return float(surrogate.detach()), gradient
+        check_objective(surrogate, self.steps)
+        return float(surrogate.detach()), hypergradient(surrogate, self.x, self.steps)
 
     def _learn(self, reward: Tensor) -> None:
         """Synchronous soft Q-learning from the warm start."""

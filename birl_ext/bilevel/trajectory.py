@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from birl_ext.errors import OptionError, ShapeError, TemperatureError
+from birl_ext import validation
+from birl_ext.errors import OptionError, ShapeError
 
-__all__ = ["Baseline", "trajectory_surrogate"]
+__all__ = ["Baseline", "check_baseline", "trajectory_surrogate"]
 
 Baseline = Literal["others", "none"]
 
@@ -43,8 +44,9 @@ def trajectory_surrogate(
 
     Source: (M16), (M17); Yang, Gao and Yuan (2025), SoBiRL.
     """
-    if not temperature > 0:
-        raise TemperatureError(f"temperature is {temperature!r}", allowed="(0, inf)")
+    validation.check_temperature(temperature)
+    for name, tensor in (("loss", loss), ("score", score)):
+        validation.as_floating(name, tensor)
     if loss.dim() != 1 or score.shape != loss.shape:
         raise ShapeError(
             f"loss has shape {tuple(loss.shape)}, score {tuple(score.shape)}",
@@ -52,8 +54,7 @@ def trajectory_surrogate(
         )
     if path is not None and path.shape != loss.shape:
         raise ShapeError(f"path has shape {tuple(path.shape)}", allowed=f"{tuple(loss.shape)}")
-    if baseline not in ("others", "none"):
-        raise OptionError(f"baseline is {baseline!r}", allowed="'others' or 'none'")
+    check_baseline(baseline)
     share = torch.ones_like(loss) if weight is None else weight.detach()
     fixed = loss.detach()
     if baseline == "others" and len(loss) > 1:
@@ -61,6 +62,12 @@ def trajectory_surrogate(
     likelihood = score / temperature if path is None else path + score / temperature
     indirect = share * fixed * (likelihood - likelihood.detach())
     return (share * loss + indirect).mean()
+
+
+def check_baseline(baseline: Baseline) -> None:
+    """Raise OptionError unless it is one of the two."""
+    if baseline not in ("others", "none"):
+        raise OptionError(f"baseline is {baseline!r}", allowed="'others' or 'none'")
 
 
 def _mean_of_others(loss: Tensor, weight: Tensor) -> Tensor:

@@ -10,8 +10,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from birl_ext.bilevel.problem import BilevelProblem
-from birl_ext.errors import OptionError
+from birl_ext import validation
+from birl_ext.bilevel.guards import (
+    check_gradient,
+    check_number,
+    check_objective,
+    check_seed,
+    check_start,
+    make_optimiser,
+    no_path,
+    reaches,
+    take_step,
+)
+from birl_ext.bilevel.problem import BilevelProblem, evaluate_at
 
 __all__ = ["Outcome", "ZeroOrder"]
 
@@ -36,9 +47,13 @@ class ZeroOrder:
         problem: the two levels.
         x: start, (d,), or (M, d) for many starts at once; copied.
         temperature: τ, units of reward.
-        optimiser: from a list of parameters to any torch optimiser that asks once per step.
+        optimiser: from a list of parameters to any torch optimiser; one that asks again gets
+            another direction.
         radius: u, units of x.
         seed: of the directions.
+
+    Both levels must lead to x in autograd's graph, although nothing is differentiated: that tells
+    an objective that ignores x from one that is flat.
 
     Source: Nesterov and Spokoiny (2017).
     """
@@ -53,23 +68,42 @@ class ZeroOrder:
         radius: float,
         seed: int = 0,
     ) -> None:
-        if not radius > 0:
-            raise OptionError(f"radius is {radius!r}", allowed="more than 0")
+        validation.check_temperature(temperature)
         self.problem = problem
-        self.x = x.detach().clone().requires_grad_()
+        self.x = check_start(x).requires_grad_()
         self.temperature = temperature
-        self.optimiser = optimiser([self.x])
-        self.radius = radius
-        self.generator = torch.Generator().manual_seed(seed)
+        self.radius = check_number("radius", radius, above=True)
+        self.generator = torch.Generator().manual_seed(check_seed(seed))
+        self.optimiser = make_optimiser(optimiser, [self.x])
         self.steps = 0
+        self._traced = False
 
     def step(self) -> Outcome:
-        """One outer step on x."""
-        objective, gradient = self.estimate()
-        self.x.grad = gradient
-        self.optimiser.step()
+        """One outer step on x.
+
+        Raises:
+            GradientError: either level does not depend on x, or φ is not finite.
+            NonFiniteResultError: the optimiser would make x infinite or NaN. After any error x and
+                the generator are what they were.
+        """
+        outcomes: list[Outcome] = []
+
+        def closure() -> float:
+            if not self._traced:
+                self._check_paths()
+            objective, gradient = self.estimate()
+            self.x.grad = gradient
+            outcomes.append(Outcome(objective, gradient.norm(dim=-1)))
+            return float(objective.sum())
+
+        kept = self.generator.get_state()
+        try:
+            take_step(self.optimiser, [self.x], closure)
+        except BaseException:
+            self.generator.set_state(kept)
+            raise
         self.steps += 1
-        return Outcome(objective, gradient.norm(dim=-1))
+        return outcomes[0]
 
     def estimate(self) -> tuple[Tensor, Tensor]:
         """φ, exactly, and ∇φ̂ at the present x."""
@@ -80,7 +114,18 @@ class ZeroOrder:
             there = self.problem.objective(
                 x + self.radius * direction, self.temperature, solution.value
             )
-        return here, ((there - here) / self.radius).unsqueeze(-1) * direction
+        for objective in (here, there):
+            check_objective(objective, self.steps)
+        gradient = ((there - here) / self.radius).unsqueeze(-1) * direction
+        check_gradient(gradient, self.steps)
+        return here, gradient
+
+    def _check_paths(self) -> None:
+        """Refuse an objective that does not depend on x; once, as it costs a solve of its own."""
+        objective, _ = evaluate_at(self.problem, self.x, self.temperature, step=self.steps)
+        if not reaches([objective], self.x):
+            raise no_path()
+        self._traced = True
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, as a snapshot."""

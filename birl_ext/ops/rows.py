@@ -1,10 +1,10 @@
 """Linear algebra over the rows P(·|s,a) of a transition: dense or CSR, differentiable, in plain
 PyTorch.
 
-Rows are read as P/σ with σ = Σ_t P(t|s,a), so that the derivative with respect to P is the one on
-the tangent of the simplex; a row with σ = 0 has no continuation. Shapes: dense `data` (N, S, A, S);
-CSR `data` (N, nnz) with `crow` (S·A + 1,) and `col` (nnz,). G problems share each of the N
-transitions. Vectors are float64.
+Rows are read as P/σ with σ = Σ_t P(t|s,a), so that the derivative with respect to P is that of
+P ↦ f(P/σ), orthogonal to each row; a row with σ = 0 has no continuation. Shapes: dense `data`
+(N, S, A, S); CSR `data` (N, nnz) with `crow` (S·A + 1,) and `col` (nnz,). G problems share each of
+the N transitions. Vectors are float64.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from birl_ext.functional import evaluate, occupancy
 from birl_ext.mdp import DenseMDP, SparseMDP
 from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
+from birl_ext.validation import check_memory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,13 +112,14 @@ class FourRoomsConfig:
     """Of the starts and of the noise."""
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        above = {"temperature": 0, "starts": 0, "steps": 3, "learning_rate": 0, "spread": 0}
-        for name, low in above.items():
-            if not getattr(self, name) > low:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}", allowed=f"more than {low}")
-        if not self.heat >= 1:
-            raise ConfigError(f"heat is {self.heat!r}", allowed="1 or more")
+        check_settings(
+            self,
+            least={"heat": 1, "gradient_noise": 0},
+            above={"temperature": 0, "starts": 0, "steps": 3, "learning_rate": 0, "spread": 0},
+            most={"spread": 1e6, "heat": 1e6},
+        )
+        # per start two walkers of 104 cells and 4 moves, in some twenty tables
+        check_memory(f"{self.starts} starts", 20 * 2 * 104 * 4 * self.starts, fix="lower starts")
 
 
 def moves(noise: Noise) -> Tensor:
@@ -250,9 +252,9 @@ class FourRoomsJob:
     """Maximise the upper value by Adam on exact hyper-gradients, all starts in one batch.
 
     The objective is flat where the walker is nearly deterministic, and full of local maxima (maths
-    section 6). A start cools from a temperature of its own to λ within its first rung, and at the
-    end of a rung only the best quarter of the starts goes on: most of the work is spent on those
-    that lead, most of the steps as well.
+    section 7, "Small temperatures"). A start cools from a temperature of its own to λ within its
+    first rung, and at the end of a rung only the best quarter of the starts goes on: most of the
+    work is spent on those that lead, most of the steps as well.
     """
 
     def __init__(self, config: FourRoomsConfig) -> None:

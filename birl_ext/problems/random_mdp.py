@@ -13,6 +13,7 @@ from birl_ext.bilevel import BilevelProblem, MSoBiRL
 from birl_ext.mdp import DenseMDP
 from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
+from birl_ext.validation import check_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,10 +31,10 @@ class RandomMDPConfig:
     """Number of upper-level variables."""
     discount: float = 0.5
     temperature: float = 1.0
-    mode: Literal["contracting", "published", "exact"] = "contracting"
+    mode: Literal["exact", "published"] = "exact"
     """"published" takes N plain sweeps and one adjoint step per outer step, as in the paper."""
     learning_rate: float | None = None
-    """Outer step size; by default 0.008 in the published mode and 0.05 in the others."""
+    """Outer step size; by default 0.008 in the published mode and 0.05 in the exact one."""
     sweeps: int = 10
     sweep_tol: float = 1e-6
     adjoint_rate: float = 0.5
@@ -43,7 +44,20 @@ class RandomMDPConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self, infinite=("target",))
+        check_settings(
+            self,
+            least=dict.fromkeys(("states", "actions", "dimension", "sweeps", "max_steps"), 1)
+            | {"discount": 0, "sweep_tol": 0},
+            above={"temperature": 0, "learning_rate": 0, "adjoint_rate": 0},
+            below={"discount": 1},
+            infinite=("target",),
+        )
+        states, actions, dimension = self.states, self.actions, self.dimension
+        check_memory(
+            f"a problem of {states} states, {actions} actions and dimension {dimension}",
+            2 * states**2 * actions + dimension**2,
+            fix="lower states, actions or dimension",
+        )
 
 
 def random_mdp_problem(config: RandomMDPConfig) -> tuple[BilevelProblem, Tensor]:
@@ -89,7 +103,9 @@ class RandomMDPJob:
         self.config = config
         problem, start = random_mdp_problem(config)
         published = config.mode == "published"
-        rate = config.learning_rate or (8e-3 if published else 5e-2)
+        rate = config.learning_rate
+        if rate is None:
+            rate = 8e-3 if published else 5e-2
         self.algorithm = MSoBiRL(
             problem,
             start,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from birl_ext.errors import ConfigError
@@ -12,14 +12,25 @@ from birl_ext.runs.config import suggestion
 
 __all__ = ["check_settings"]
 
-_MOST_SEED = 2**64 - 1  # what a torch.Generator takes; gymnasium and NumPy take any from 0
+_MOST = 2**53  # the next integer is no float
+_SEEDS = 2**64  # what a torch.Generator takes; gymnasium and NumPy take any from 0
 
 
-def check_settings(config: Any, *, infinite: Collection[str] = ()) -> None:
-    """Refuse choices that are none, numbers that are not finite, and seeds out of range.
+def check_settings(
+    config: Any,
+    *,
+    least: Mapping[str, float] = {},
+    above: Mapping[str, float] = {},
+    most: Mapping[str, float] = {},
+    below: Mapping[str, float] = {},
+    infinite: Collection[str] = (),
+) -> None:
+    """Refuse choices that are none, and numbers that are not finite or out of their range.
 
     Args:
         config: a dataclass with a field `seed`, of which fields annotated as `Literal` are choices.
+        least, above, most, below: setting → the bound it must meet, or must not reach. A setting
+            that is None is not looked at.
         infinite: the settings that may be an infinity.
 
     Raises:
@@ -35,10 +46,31 @@ def check_settings(config: Any, *, infinite: Collection[str] = ()) -> None:
                 allowed=", ".join(choices),
                 fix=suggestion(str(value), choices),
             )
-        if isinstance(value, float) and not math.isfinite(value):
-            if field.name not in infinite:
-                raise ConfigError(f"{field.name} is {value!r}", allowed="finite numbers")
-            if math.isnan(value):
-                raise ConfigError(f"{field.name} is nan", allowed="numbers, inf among them")
-    if not 0 <= config.seed <= _MOST_SEED:
+        if isinstance(value, float) and not _sound(value, field.name in infinite):
+            allowed = "finite numbers, 0 or 1e-100 to 1e100 in size: others overflow in products"
+            if field.name in infinite:
+                allowed = "numbers, inf among them"
+            raise ConfigError(f"{field.name} is {value!r}", allowed=allowed)
+        if isinstance(value, int) and abs(value) > _MOST and field.name != "seed":
+            raise ConfigError(f"{field.name} is {value!r}", allowed="integers up to 2⁵³ in size")
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ConfigError(f"{field.name} is {value!r}", allowed="text in UTF-8") from None
+    if not 0 <= config.seed < _SEEDS:
         raise ConfigError(f"seed is {config.seed!r}", allowed="0 to 2⁶⁴ − 1")
+    for bounds, words, met in (
+        (least, "{} or more", lambda value, bound: value >= bound),
+        (above, "more than {}", lambda value, bound: value > bound),
+        (most, "{} or less", lambda value, bound: value <= bound),
+        (below, "less than {}", lambda value, bound: value < bound),
+    ):
+        for name, bound in bounds.items():
+            value = getattr(config, name)
+            if value is not None and not met(value, bound):
+                raise ConfigError(f"{name} is {value!r}", allowed=words.format(bound))
+
+
+def _sound(value: float, infinite: bool) -> bool:
+    return not math.isnan(value) if infinite else value == 0 or 1e-100 <= abs(value) <= 1e100

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from birl_ext.bilevel import BilevelProblem, MSoBiRL, ZeroOrder
-from birl_ext.errors import ConfigError
 from birl_ext.functional import evaluate, occupancy, solve
 from birl_ext.mdp import DenseMDP
 from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
+from birl_ext.validation import check_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,11 +63,14 @@ class TaxesConfig:
     """Of the random directions."""
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        above = {"temperature": 0, "steps": 0, "learning_rate": 0, "radius": 0, "cells": 1}
-        for name, low in above.items():
-            if not getattr(self, name) > low:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}", allowed=f"more than {low}")
+        check_settings(
+            self,
+            above={"temperature": 0, "steps": 0, "learning_rate": 0, "radius": 0, "cells": 1},
+        )
+        actions = HOURS * (GOODS * (PIECES - 1) + 1)
+        # P and as much again while it is made, and the values of every pair
+        need = actions * self.cells * (3 * self.cells + 10)
+        check_memory(f"an economy of {self.cells} cells", need, fix="lower cells")
 
 
 class TaxEconomy:

@@ -55,6 +55,7 @@ class Checkpoint(NamedTuple):
         seconds: time the run had used, over all its sessions.
         config: the plain config of the run.
         versions: package -> version that wrote it.
+        metrics: digest of the metrics up to that step; empty where none was kept.
         state: the job's state, tensors on the CPU.
     """
 
@@ -63,6 +64,7 @@ class Checkpoint(NamedTuple):
     seconds: float
     config: dict[str, Any]
     versions: dict[str, str]
+    metrics: str
     state: dict[str, Any]
 
 
@@ -87,6 +89,7 @@ class CheckpointStore:
         config: Mapping[str, Any],
         versions: Mapping[str, str],
         seconds: float = 0.0,
+        metrics: str = "",
     ) -> Path:
         """Write one checkpoint; when this returns it survives a crash, and not before.
 
@@ -100,12 +103,13 @@ class CheckpointStore:
             "seconds": seconds,
             "config": dict(config),
             "versions": dict(versions),
+            "metrics": metrics,
             "state": _encode(state, "", tensors),
         }
         temporary = self.folder / f"{_TEMPORARY}new"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
+            self.tidy()
             temporary.mkdir()
             files = {}
             with _DurableFile(temporary / TENSORS) as file:
@@ -122,11 +126,12 @@ class CheckpointStore:
             temporary.rename(final)
             _sync_directory(self.folder)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointWriteError(
                 f"the checkpoint of step {step} was not written: {error.strerror or error}",
                 where=str(self.folder),
             ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         self._prune()
         return final
 
@@ -173,6 +178,11 @@ class CheckpointStore:
         matches = [(m, p) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name))]
         return [p for m, p in sorted(matches, key=lambda x: (-int(x[0][1]), -int(x[0][2])))]
 
+    def tidy(self) -> None:
+        """Remove what a kill left half written or half removed."""
+        for path in self.folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
     def _free_name(self, step: int) -> Path:
         # A damaged checkpoint of the same step may lie there: never write over anything.
         taken = [int(p.name.rpartition(".")[2]) for p in self.paths() if _step(p) == step]
@@ -190,11 +200,6 @@ class CheckpointStore:
                 continue
             shutil.rmtree(doomed, ignore_errors=True)
         self._damaged.clear()
-
-    def _remove_leftovers(self) -> None:
-        for path in self.folder.iterdir():
-            if path.name.startswith(_TEMPORARY):
-                shutil.rmtree(path)
 
 
 def _step(path: Path) -> int:
@@ -277,6 +282,7 @@ def _read(path: Path) -> Checkpoint:
             seconds=float(document["seconds"]),
             config=dict(document["config"]),
             versions=dict(document["versions"]),
+            metrics=str(document.get("metrics", "")),
             state=_decode(document["state"], tensors),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from birl_ext.errors import ConfigError, FileFormatError
+from birl_ext.errors import ConfigError, FileFormatError, JobError
 from birl_ext.runs import toml
 from birl_ext.runs.config import from_plain, read_toml
 from birl_ext.runs.job import Metrics
@@ -124,24 +126,55 @@ class RunDirectory:
         """The rows of metrics.jsonl; a torn last line is left out, null reads as NaN.
 
         Raises:
-            FileFormatError: a line is not a JSON object.
+            FileFormatError: a line is not the row of its step.
         """
-        rows: list[Metrics] = []
+        return [self._row(line, step) for step, line in enumerate(self._lines(), 1)]
+
+    def recorded(self, steps: int, digest: str) -> bytes:
+        """The lines of the first steps, which a checkpoint was written after.
+
+        Args:
+            steps: how many.
+            digest: `MetricsWriter.digest` then; empty if the checkpoint does not hold it.
+
+        Raises:
+            FileFormatError: they are not all there, or not as they were written.
+        """
+        lines = self._lines()[:steps]
+        for step, line in enumerate(lines, 1):
+            self._row(line, step)
+        found = b"".join(line + b"\n" for line in lines)
+        if len(lines) < steps:
+            raise self._altered(
+                f"the metrics hold {len(lines)} rows, the newest checkpoint is of step {steps}"
+            )
+        if digest and hashlib.sha256(found).hexdigest() != digest:
+            raise self._altered(f"the metrics of steps 1 to {steps} are not those written")
+        return found
+
+    def _lines(self) -> list[bytes]:
         if not self.metrics_path.exists():
-            return rows
-        for number, line in enumerate(self.metrics_path.read_text().splitlines(keepends=True), 1):
-            if not line.endswith("\n"):
-                break
-            try:
-                row = json.loads(line)
-                rows.append({k: math.nan if v is None else v for k, v in row.items()})
-            except (ValueError, AttributeError):
-                raise FileFormatError(
-                    "a line of the metrics is not a JSON object",
-                    where=f"{self.metrics_path}, line {number}",
-                    fix="remove the line",
-                ) from None
-        return rows
+            return []
+        return self.metrics_path.read_bytes().split(b"\n")[:-1]
+
+    def _row(self, line: bytes, step: int) -> Metrics:
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or row.get("step") != step:
+                raise ValueError
+            return {name: math.nan if x is None else float(x) for name, x in row.items()}
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            raise self._altered(
+                f"a line of the metrics is not the row of step {step}", f", line {step}"
+            ) from None
+
+    def _altered(self, what: str, line: str = "") -> FileFormatError:
+        return FileFormatError(
+            what,
+            where=f"{self.metrics_path}{line}",
+            fix="restore the file from a copy, or start the run again: birl run --config "
+            f"{shlex.quote(str(self.config_path))}",
+        )
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json at one stroke."""
@@ -178,15 +211,27 @@ class MetricsWriter:
     Args:
         directory: the run.
         after: rows of later steps are dropped first, since a resumed run writes them again.
+        digest: of the rows up to there, when the checkpoint of that step was written.
+
+    Raises:
+        FileFormatError: the rows up to there are not all there, or not as they were written.
     """
 
-    def __init__(self, directory: RunDirectory, *, after: int) -> None:
-        rows = [row for row in directory.history() if row["step"] <= after]
-        _replace(directory.metrics_path, "".join(map(_line, rows)))
+    def __init__(self, directory: RunDirectory, *, after: int, digest: str = "") -> None:
+        kept = directory.recorded(after, digest)
+        _replace(directory.metrics_path, kept.decode())
+        self._hash = hashlib.sha256(kept)
         self._file: IO[str] = directory.metrics_path.open("a")
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the rows so far, by which a checkpoint knows them again."""
+        return self._hash.hexdigest()
+
     def append(self, row: Mapping[str, float]) -> None:
-        self._file.write(_line(row))
+        line = json.dumps(plain(row), allow_nan=False) + "\n"
+        self._hash.update(line.encode())
+        self._file.write(line)
         self._file.flush()
 
     def sync(self) -> None:
@@ -197,21 +242,28 @@ class MetricsWriter:
         self._file.close()
 
 
-def plain(value: Any) -> Any:
-    """Strict JSON: tensors as lists, numbers that are not finite as null."""
+def plain(value: Any, where: str = "summary") -> Any:
+    """Strict JSON: tensors as lists, numbers that are not finite as null.
+
+    Raises:
+        JobError: something has no form in it; names the place.
+    """
     if hasattr(value, "tolist"):  # tensors, NumPy arrays and scalars
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
-
-
-def _line(row: Mapping[str, float]) -> str:
-    return json.dumps(plain(row), allow_nan=False) + "\n"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise JobError(
+        f"a summary cannot hold a {type(value).__name__}",
+        where=where,
+        allowed="numbers, strings, tensors, None, and dicts and lists of them",
+        fix="return plain values from summary()",
+    )
 
 
 def _partial(path: Path) -> Path:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+from birl_ext.errors import JobError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -11,7 +15,7 @@ if TYPE_CHECKING:
 
     from birl_ext.runs.directory import RunDirectory
 
-__all__ = ["Job", "Metrics", "Problem", "State", "WritesFiles"]
+__all__ = ["Job", "Metrics", "Problem", "State", "WritesFiles", "checked_metrics", "require_job"]
 
 Metrics: TypeAlias = "dict[str, float]"
 """One row of metrics.jsonl: ``step`` and whatever the job's `Job.step` returned."""
@@ -46,7 +50,7 @@ class Job(Protocol):
         """Whether no step is left to take."""
 
     def step(self) -> Mapping[str, float]:
-        """Take one outer step and return its metrics; the key ``step`` is added by the run."""
+        """Take one outer step and return its metrics, numbers; the run adds the key ``step``."""
 
     def state_dict(self) -> Mapping[str, State]:
         """Everything the next step depends on."""
@@ -58,7 +62,8 @@ class Job(Protocol):
         """The result: ``parameters``, ``objective``, ``gradient_norm``, ``error_bound``, extras.
 
         Values are numbers, strings, tensors, or nested dicts and lists of them. Scalars at the top
-        level are shown in the table that ends a run.
+        level are shown in the table that ends a run. If ``converged`` or ``identified`` is among
+        them and false, `birl run` says so and its exit status is 1.
         """
 
     def figures(
@@ -105,3 +110,70 @@ class Problem(NamedTuple):
 
     summary: str
     """One line for ``birl run --help``."""
+
+
+def require_job(job: Any) -> None:
+    """Refuse, before the first step, what does not keep the contract of `Job`.
+
+    Raises:
+        JobError: names what is missing, or of another kind.
+    """
+    name = type(job).__name__
+    for part in ("step", "state_dict", "load_state_dict", "summary", "figures"):
+        if not callable(getattr(job, part, None)):
+            raise JobError(f"{name}.{part} is no method", fix=f"define it: see Job.{part}")
+    config, steps = getattr(job, "config", None), getattr(job, "total_steps", None)
+    seed = getattr(config, "seed", None)
+    for what, value, right, allowed in (
+        ("config", config, dataclasses.is_dataclass(config), "the dataclass it was built from"),
+        ("config.seed", seed, _is_int(seed), "an integer: a field `seed: int = 0`"),
+        ("total_steps", steps, _is_int(steps), "an integer, as a property"),
+        ("done", None, hasattr(job, "done"), "a bool, as a property"),
+    ):
+        if not right:
+            raise JobError(f"{name}.{what} is {value!r}", allowed=allowed, fix="define it")
+
+
+def checked_metrics(found: Any, job: Job) -> Metrics:
+    """What a step returned, as numbers.
+
+    Raises:
+        JobError: it is no mapping from names to numbers, or has an entry `step` itself.
+    """
+    where = f"{type(job).__name__}.step"
+    if not isinstance(found, Mapping):
+        raise JobError(
+            f"a step returned {type(found).__name__}",
+            where=where,
+            allowed="a mapping from names to numbers",
+            fix="return a dict of the step's metrics",
+        )
+    for name in found:
+        if not isinstance(name, str) or name == "step":
+            raise JobError(
+                f"a metric is called {name!r}",
+                where=where,
+                allowed="strings other than 'step', which the run adds",
+                fix="rename the metric",
+            )
+    return {name: _number(name, value, where) for name, value in found.items()}
+
+
+def _number(name: str, value: Any, where: str) -> float:
+    if not isinstance(value, (str, bytes, bytearray)):
+        try:
+            return float(value)  # of a tensor or an array of one element too
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+        except (TypeError, ValueError, RuntimeError):
+            pass
+    raise JobError(
+        f"the metric {name!r} is {value!r:.200}",
+        where=where,
+        allowed="a number, or a tensor or an array of one",
+        fix="return float(…) of it, or leave it out",
+    )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

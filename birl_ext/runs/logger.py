@@ -25,7 +25,7 @@ class Logger(Protocol):
 
 
 class OpenLogger(Protocol):
-    """Opens a logger of a run, such as `birl_ext.runs.directory.MetricsWriter`."""
+    """Opens a logger of a run, such as `birl_ext.runs.tensorboard.TensorBoardWriter`."""
 
     def __call__(self, directory: RunDirectory, *, after: int) -> Logger:
         """Rows of steps later than `after` are void: a resumed run writes them again."""
@@ -33,16 +33,16 @@ class OpenLogger(Protocol):
 
 @contextlib.contextmanager
 def open_loggers(
-    openers: Sequence[OpenLogger], directory: RunDirectory, *, after: int
+    metrics: Logger, openers: Sequence[OpenLogger], directory: RunDirectory, *, after: int
 ) -> Iterator[Logger]:
-    """All of them as one logger."""
+    """`metrics` and those that are opened, as one logger; all are closed in the end."""
     with contextlib.ExitStack() as stack:
-        yield _Several(
-            [
+        opened = [stack.enter_context(contextlib.closing(metrics))]
+        for open_logger in openers:
+            opened.append(
                 stack.enter_context(contextlib.closing(open_logger(directory, after=after)))
-                for open_logger in openers
-            ]
-        )
+            )
+        yield _Several(opened)
 
 
 class _Several:

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from birl_ext.errors import CheckpointIncompatibleError, MissingDependencyError
-from birl_ext.runs.checkpoint import CheckpointStore
+from birl_ext.errors import CheckpointIncompatibleError, JobError, MissingDependencyError
+from birl_ext.runs.checkpoint import Checkpoint, CheckpointStore
 from birl_ext.runs.config import differences, to_plain
 from birl_ext.runs.directory import MetricsWriter, RunDirectory, plain
-from birl_ext.runs.job import Job, WritesFiles
+from birl_ext.runs.job import Job, WritesFiles, checked_metrics, require_job
 from birl_ext.runs.logger import OpenLogger, open_loggers
 from birl_ext.runs.pace import Pace
 from birl_ext.runs.progress import progress
@@ -69,7 +69,10 @@ def run(
         CheckpointIncompatibleError: the checkpoint belongs to another configuration.
         CheckpointCorruptError: there are checkpoints and none verifies.
         CheckpointWriteError: the last checkpoint could not be written; earlier ones are intact.
+        FileFormatError: the metrics before the checkpoint were altered or cut short.
+        JobError: the job does not keep its contract.
     """
+    require_job(job)
     pace = Pace(checkpoint_every, checkpoint_minutes)
     if changed := differences(directory.config, to_plain(job.config)):
         raise CheckpointIncompatibleError(
@@ -77,18 +80,22 @@ def run(
         )
     store = CheckpointStore(directory.checkpoints)
     with directory.lock(), _attached(job, directory):
-        step, seconds = restore(job, store) if store.paths() else (0, 0.0)
+        store.tidy()
+        found = restore(job, store) if store.paths() else None
+        step, seconds, digest = (
+            (found.step, found.seconds, found.metrics) if found else (0, 0.0, "")
+        )
         clock = Clock(seconds)
-        openers: list[OpenLogger] = [MetricsWriter, *loggers]
+        metrics = MetricsWriter(directory, after=step, digest=digest)
         with (
-            open_loggers(openers, directory, after=step) as logger,
+            open_loggers(metrics, loggers, directory, after=step) as logger,
             stop_requests() as stop,
             progress(directory.problem, total=job.total_steps, completed=step) as report,
         ):
-            saved = step if store.paths() else None
-            saver = Saver(job, store, logger, clock, pace, saved=saved)
+            saved = step if found else None
+            saver = Saver(job, store, logger, metrics, clock, pace, saved=saved)
             while not job.done and not stop:
-                values = {name: float(value) for name, value in job.step().items()}
+                values = checked_metrics(job.step(), job)
                 step += 1
                 logger.append({"step": step, **values})
                 report(step, values)
@@ -115,8 +122,8 @@ def _attached(job: Job, directory: RunDirectory) -> Iterator[None]:
         job.detach()
 
 
-def restore(job: Job, store: CheckpointStore) -> tuple[int, float]:
-    """Give the job its newest intact checkpoint; return the steps and the seconds behind it."""
+def restore(job: Job, store: CheckpointStore) -> Checkpoint:
+    """Give the job its newest intact checkpoint, and return that."""
     found = store.load(to_plain(job.config))
     changed = [
         f"{name} {found.versions.get(name, 'absent')} -> {version}"
@@ -130,7 +137,7 @@ def restore(job: Job, store: CheckpointStore) -> tuple[int, float]:
             stacklevel=2,
         )
     job.load_state_dict(found.state)
-    return found.step, found.seconds
+    return found
 
 
 def summarise(
@@ -144,7 +151,14 @@ def summarise(
         "seconds": seconds,
         "versions": versions(),
     }
-    return dict(plain({**common, **job.summary()}))
+    found = job.summary()
+    if not isinstance(found, Mapping):
+        raise JobError(
+            f"{type(job).__name__}.summary returned {type(found).__name__}",
+            allowed="a mapping from names to values",
+            fix="return a dict",
+        )
+    return dict(plain({**common, **found, **common}))
 
 
 def draw_figures(
@@ -156,6 +170,12 @@ def draw_figures(
         The paths written, and the names that could not be drawn because matplotlib is missing.
     """
     figures = job.figures(directory.history(), summary)
+    if not isinstance(figures, Mapping) or not all(map(callable, figures.values())):
+        raise JobError(
+            f"{type(job).__name__}.figures returned {figures!r:.200}",
+            allowed="a mapping from names to functions that draw",
+            fix="return a dict of functions without arguments; {} for no figures",
+        )
     try:
         from birl_ext.runs import plots
     except MissingDependencyError:

@@ -8,6 +8,7 @@ import warnings
 from birl_ext.errors import CheckpointWriteError
 from birl_ext.runs.checkpoint import CheckpointStore
 from birl_ext.runs.config import to_plain
+from birl_ext.runs.directory import MetricsWriter
 from birl_ext.runs.job import Job
 from birl_ext.runs.logger import Logger
 from birl_ext.runs.pace import Pace
@@ -38,6 +39,7 @@ class Saver:
         job: whose state is written.
         store: where to.
         logger: what must be on the disk before a checkpoint.
+        metrics: whose digest is kept with it.
         clock: of the run.
         pace: when one is due.
         saved: step of the checkpoint that is there already, or None.
@@ -48,12 +50,14 @@ class Saver:
         job: Job,
         store: CheckpointStore,
         logger: Logger,
+        metrics: MetricsWriter,
         clock: Clock,
         pace: Pace,
         *,
         saved: int | None,
     ) -> None:
-        self._job, self._store, self._logger, self._clock = job, store, logger, clock
+        self._job, self._store, self._clock = job, store, clock
+        self._logger, self._metrics = logger, metrics
         self._pace, self._saved = pace, saved
         self._tried, self._tried_at, self._cost = saved or 0, clock.seconds, 0.0
 
@@ -70,6 +74,7 @@ class Saver:
                 config=to_plain(self._job.config),
                 versions=versions(),
                 seconds=started,
+                metrics=self._metrics.digest,
             )
         finally:
             self._tried, self._tried_at = step, self._clock.seconds

@@ -1,7 +1,7 @@
 // The decisions of one fixed-point iteration: certificate, stopping, and which step comes next.
 // Scalars only, executed by one thread of the team (Team::decide); the vectors are the kernel's.
 //
-// The rules are those of solve_cpu.cpp for small problems: value iteration with the constant mode
+// The rules are those of certificate.h and lane_solver.h: value iteration with the constant mode
 // deflated, and Newton's method with an elimination once the measured contraction of the half-span
 // predicts more sweeps than Newton costs.
 #pragma once

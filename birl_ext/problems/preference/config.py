@@ -118,20 +118,29 @@ class PreferenceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self, infinite=("indirect_limit", "limit", "threshold"))
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", allowed="1 or more")
-        for name in _AT_LEAST_ZERO:
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"{name} is {value}", allowed="0 or more")
+        check_settings(
+            self,
+            least=_LEAST,
+            above=dict.fromkeys(
+                ("learning_rate", "reward_rate", "timeout", "temperature", "target_rate"), 0
+            )
+            | {"entropy_share": 0, "limit": 1},
+            most={"target_rate": 1},
+            below={"discount": 1, "entropy_share": 1, "noise": 1},
+            infinite=("indirect_limit", "limit", "threshold"),
+        )
         for name in ("environment_steps", "learning_starts"):
             value = getattr(self, name)
             if value is not None and value % self.environments:
                 raise ConfigError(
                     f"{name} is {value}",
                     allowed=f"a multiple of environments, {self.environments}",
+                )
+        for name in ("fragment", "lead"):
+            if getattr(self, name) > self.recent:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}",
+                    allowed=f"up to recent, {self.recent}: no more steps are kept",
                 )
         if self.labels < self.initial_labels:
             raise ConfigError(
@@ -140,15 +149,6 @@ class PreferenceConfig:
             )
         if any(width < 1 for width in self.hidden):
             raise ConfigError(f"hidden is {self.hidden}", allowed="widths of 1 or more")
-        if not 0 < self.entropy_share < 1:
-            raise ConfigError(f"entropy_share is {self.entropy_share}", allowed="(0, 1)")
-        if self.episode_steps is not None and self.episode_steps < 1:
-            raise ConfigError(f"episode_steps is {self.episode_steps}", allowed="1 or more")
-        for name in ("learning_rate", "reward_rate", "timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}", allowed="more than 0")
-        if not self.limit > 1:
-            raise ConfigError(f"limit is {self.limit}", allowed="more than 1")
         if self.query == "disagreement" and self.members < 2:
             raise ConfigError(
                 f"members is {self.members}",
@@ -162,31 +162,39 @@ class PreferenceConfig:
         return self.environment_steps if self.learning_starts is None else self.learning_starts
 
 
-_AT_LEAST_ONE = (
-    "horizon",
-    "fragment",
-    "recent",
-    "candidates",
-    "pairs",
-    "rounds",
-    "environment_steps",
-    "environments",
-    "update_every",
-    "batch_size",
-    "replay",
-    "target_period",
-    "members",
-    "pair_batch",
-    "evaluation_episodes",
-    "evaluate_every",
-)
-_AT_LEAST_ZERO = (
-    "indirect_limit",
-    "lead",
-    "hypergradient_after",
-    "initial_labels",
-    "learning_starts",
-    "initial_epochs",
-    "reward_steps",
-    "video_every",
+_LEAST = dict.fromkeys(
+    (
+        "horizon",
+        "fragment",
+        "recent",
+        "candidates",
+        "pairs",
+        "rounds",
+        "environment_steps",
+        "environments",
+        "episode_steps",
+        "update_every",
+        "batch_size",
+        "replay",
+        "target_period",
+        "members",
+        "pair_batch",
+        "evaluation_episodes",
+        "evaluate_every",
+    ),
+    1,
+) | dict.fromkeys(
+    (
+        "indirect_limit",
+        "lead",
+        "hypergradient_after",
+        "initial_labels",
+        "learning_starts",
+        "initial_epochs",
+        "reward_steps",
+        "video_every",
+        "discount",
+        "noise",
+    ),
+    0,
 )

@@ -27,13 +27,12 @@ from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.buffer import PreferenceBuffer
 from birl_ext.preferences.fit import evaluate, fit
 from birl_ext.preferences.fragments import Pairs, draw
-from birl_ext.preferences.schedule import QuerySchedule
 from birl_ext.preferences.teachers import TEACHERS, ScriptedTeacher
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.gridworld import GRIDWORLD, draw_worlds
 from birl_ext.problems.preference.parts import (
     Generators,
-    check_device,
+    check_sizes,
     environment_options,
     environment_source,
     make_agent,
@@ -44,6 +43,7 @@ from birl_ext.problems.preference.parts import (
     make_score,
 )
 from birl_ext.problems.preference.recorder import Recorder
+from birl_ext.runs.device import check_device
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
@@ -66,6 +66,7 @@ class PreferenceJob:
     def __init__(self, config: PreferenceConfig) -> None:
         self.config = config
         check_device(config.device)
+        self.schedule = check_sizes(config)
         if config.video_every:
             film_writer()  # before the run, not when the first film is due
         registered = _registration(config)
@@ -76,7 +77,7 @@ class PreferenceJob:
         self._collector = Collector(
             self._environments, self.agent, seed=config.seed, random_steps=config.random_steps
         )
-        self._replay = make_replay(config)
+        self._replay = make_replay(config, spaces)
         self.reward = make_reward(config, spaces, draws)
         self.teacher = ScriptedTeacher(
             dataclasses.replace(TEACHERS[config.teacher], sign_only=config.sign_only), draws.next()
@@ -89,9 +90,6 @@ class PreferenceJob:
         self._score, self._features = score, features
         self.learner = make_learner(config, self.reward, score)
         self.answers = PreferenceBuffer(config.pairs, config.device)
-        self.schedule = QuerySchedule(
-            config.schedule, config.rounds, config.labels, config.initial_labels
-        )
         self._query = make_query(config, self.reward)
         self._recorder = Recorder(config.environments, keep=config.recent)
         self._draws = draws

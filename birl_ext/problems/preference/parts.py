@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -35,15 +36,17 @@ from birl_ext.errors import ConfigError
 from birl_ext.preferences.last_layer import LastLayer
 from birl_ext.preferences.queries import Disagreement, Entropy, Query, Uniform
 from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, RewardNetwork
+from birl_ext.preferences.schedule import QuerySchedule
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.gridworld import GRIDWORLD, gridworld_mdp
+from birl_ext.validation import check_memory
 
 if TYPE_CHECKING:
     import gymnasium
 
 __all__ = [
     "Generators",
-    "check_device",
+    "check_sizes",
     "environment_options",
     "environment_source",
     "make_agent",
@@ -91,16 +94,30 @@ def environment_options(config: PreferenceConfig) -> dict[str, Any]:
     return {} if steps is None else {"max_episode_steps": steps}
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that is not there, or is none to learn on."""
-    fix = "use cpu, or what `birl doctor` lists"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ConfigError(f"device is {name!r}", allowed="cpu, cuda, cuda:1, …", fix=fix)
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"device is {name!r}: {reason}", fix=fix) from None
+def check_sizes(config: PreferenceConfig) -> QuerySchedule:
+    """Refuse what no memory holds, whatever the environment, before anything is made.
+
+    Returns:
+        How the questions are spread over the rounds, which takes room for each.
+    """
+
+    def check(numbers: int, *names: str) -> None:
+        what = " and ".join(f"{name} {getattr(config, name)}" for name in names)
+        check_memory(what, numbers, fix=f"lower {' or '.join(names)}")
+
+    check(16 * config.rounds, "rounds")
+    check(10_000 * config.environments, "environments")
+    check(10_000 * config.members, "members")
+    check(16 * sum(map(math.prod, pairwise((1, *config.hidden, 1)))), "hidden")
+    check(config.batch_size, "batch_size")
+    schedule = QuerySchedule(config.schedule, config.rounds, config.labels, config.initial_labels)
+    most = max(schedule.counts[0] + config.initial_labels, *schedule.counts)
+    each = 2 * (config.fragment + config.lead)
+    if config.query == "uniform":
+        check(most * each, "labels", "fragment", "lead")
+    else:
+        check(most * each * config.candidates, "labels", "fragment", "lead", "candidates")
+    return schedule
 
 
 class _Learned(TypedDict):
@@ -160,10 +177,15 @@ def make_agent(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> A
     )
 
 
-def make_replay(config: PreferenceConfig) -> ReplayBuffer | FrameReplay:
+def make_replay(config: PreferenceConfig, spaces: Spaces) -> ReplayBuffer | FrameReplay:
     """One that holds each frame once, where observations are known to be stacks of frames."""
     # Atari's are, by its preprocessing; others may be the colours of one picture.
-    kind = FrameReplay if is_atari(config.env) else ReplayBuffer
+    stacked = is_atari(config.env)
+    shape = spaces.observation_shape
+    size = math.prod(shape[stacked:]) * spaces.observation_dtype.itemsize * (1 if stacked else 2)
+    what = f"a replay of {config.replay} transitions"
+    check_memory(what, config.replay * size, fix="lower replay", width=1)
+    kind = FrameReplay if stacked else ReplayBuffer
     return kind(config.replay, device=config.device)
 
 

@@ -1,0 +1,272 @@
+"""What every algorithm refuses, by name and value, before the upper-level variable is touched.
+
+Whether an objective depends on x is a question to the graph of autograd, never to the value of a
+gradient: zero is what a stationary point has.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from birl_ext import validation
+from birl_ext.errors import (
+    BirlError,
+    GradientError,
+    NonFiniteInputError,
+    NonFiniteResultError,
+    OptionError,
+)
+
+__all__ = [
+    "check_count",
+    "check_gradient",
+    "check_lower",
+    "check_number",
+    "check_objective",
+    "check_seed",
+    "check_start",
+    "make_optimiser",
+    "no_path",
+    "reaches",
+    "take_step",
+]
+
+_T = TypeVar("_T", bound=Tensor)
+
+
+# Options
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """A whole number from `least` on."""
+    try:
+        if not isinstance(value, bool) and operator.index(value) >= least:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise OptionError(f"{name} is {value!r}", allowed=f"a whole number, {least} or more")
+
+
+def check_seed(seed: Any) -> int:
+    """A seed that a torch.Generator takes."""
+    try:
+        if 0 <= operator.index(seed) < 2**64:
+            return operator.index(seed)
+    except TypeError:
+        pass
+    raise OptionError(f"seed is {seed!r}", allowed="a whole number, 0 to 2⁶⁴ − 1")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    least: float = 0.0,
+    *,
+    above: bool = False,
+    below: float = math.inf,
+    infinite: bool = False,
+) -> float:
+    """A number in [least, below), without `least` itself if `above`, with inf if `infinite`."""
+    number = math.nan
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
+        number = float(value)
+    low = number > least if above else number >= least
+    if low and (number < below or (infinite and number == math.inf)):
+        return number
+    opening, closing = "(" if above else "[", "]" if infinite else ")"
+    raise OptionError(
+        f"{name} is {value!r}", allowed=f"a number in {opening}{least:g}, {below:g}{closing}"
+    )
+
+
+def check_start(x: Any) -> Tensor:
+    """A copy of x, without a graph: floating, finite."""
+    start = validation.as_floating("x", x).detach()
+    _require_finite(start, "x", NonFiniteInputError, allowed="finite numbers")
+    return start.clone()
+
+
+def make_optimiser(
+    optimiser: Callable[[Iterable[_T]], Optimizer], parameters: Sequence[_T]
+) -> Optimizer:
+    """What `optimiser` makes of the parameters, if it will move them."""
+    allowed = "a function from parameters to a torch.optim.Optimizer over them"
+    fix = "pass e.g. optimiser=lambda p: torch.optim.Adam(p, lr=1e-2)"
+    if not callable(optimiser):
+        raise OptionError(f"optimiser is {_kind(optimiser)}", allowed=allowed, fix=fix)
+    try:
+        made = optimiser(parameters)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, BirlError):
+            raise
+        what = f"optimiser raised {_sentence(error)}"
+        raise OptionError(what, allowed=allowed, fix=fix) from error
+    if not isinstance(made, Optimizer):
+        raise OptionError(f"optimiser returned {_kind(made)}", allowed=allowed, fix=fix)
+    _require_held(made, parameters)
+    return made
+
+
+def _require_held(optimiser: Optimizer, parameters: Sequence[Tensor]) -> None:
+    ours = {id(parameter) for parameter in parameters}
+    if not any(id(held) in ours for group in optimiser.param_groups for held in group["params"]):
+        raise OptionError(
+            f"the {type(optimiser).__name__} of `optimiser` steps other tensors than it was given",
+            allowed="the parameters themselves, not copies of them",
+            fix="pass e.g. optimiser=lambda p: torch.optim.Adam(p, lr=1e-2)",
+        )
+
+
+# A step
+
+
+def take_step(
+    optimiser: Optimizer, parameters: Sequence[Tensor], closure: Callable[[], float]
+) -> None:
+    """One step of the optimiser; after any error the parameters are to the bit what they were.
+
+    Args:
+        optimiser: over these parameters.
+        parameters: x, one tensor or several.
+        closure: sets their gradients and returns φ; may be asked several times.
+    """
+    _require_held(optimiser, parameters)
+    before = [parameter.detach().clone() for parameter in parameters]
+    name = f"the {type(optimiser).__name__} of `optimiser`"
+    asked, ours = 0, False
+
+    def watched() -> float:
+        nonlocal asked, ours
+        asked, ours = asked + 1, True
+        objective = closure()
+        ours = False
+        return objective
+
+    try:
+        try:
+            optimiser.step(watched)
+        except Exception as error:
+            if ours or isinstance(error, BirlError):
+                raise
+            raise OptionError(
+                f"{name} raised {_sentence(error)}",
+                allowed="an optimiser whose step takes a closure",
+            ) from error
+        if not asked:
+            raise OptionError(
+                f"{name} did not ask for a gradient",
+                allowed="an optimiser whose step calls its closure",
+                fix="call the closure in `step`, under torch.enable_grad()",
+            )
+        for parameter in parameters:
+            _require_finite(
+                parameter,
+                f"after a step of {name} x",
+                NonFiniteResultError,
+                fix="lower the learning rate",
+            )
+    except BaseException:
+        with torch.no_grad():
+            for parameter, was in zip(parameters, before, strict=True):
+                parameter.copy_(was)
+        raise
+
+
+# Levels
+
+
+def check_objective(objective: Tensor, step: int | None = None) -> None:
+    """Refuse a φ, scalar or one per start, that is not finite."""
+    _require_finite(
+        objective,
+        "the objective that `upper` returned",
+        GradientError,
+        where=_outer(step),
+        allowed="finite numbers",
+        fix="look in `upper` for a root, logarithm or quotient outside its domain at this x",
+    )
+
+
+def check_gradient(
+    gradient: Tensor, step: int | None = None, name: str = "the hyper-gradient"
+) -> None:
+    """Refuse a hyper-gradient that is not finite, or whose norm is not."""
+    for what, tensor in ((name, gradient), (f"the norm of {name}", gradient.double().norm())):
+        _require_finite(
+            tensor,
+            what,
+            GradientError,
+            where=_outer(step),
+            allowed="finite numbers",
+            fix="look for an infinite slope in `upper` or `lower`, raise the temperature, or lower "
+            "`adjoint_rate` in the published mode",
+        )
+
+
+def check_lower(tensors: Iterable[Any], x: Tensor) -> None:
+    """Refuse a lower level none of whose tensors depends on x."""
+    if not reaches(tensors, x):
+        raise GradientError(
+            "the lower level does not depend on x: no tensor of what `lower` returned leads to it",
+            allowed="a reward, transition, reference or discount made from x by torch",
+            fix="compute it from the x that `lower` is given, without detach, no_grad or NumPy",
+        )
+
+
+def no_path() -> GradientError:
+    """The error of an objective that does not depend on x."""
+    return GradientError(
+        "the objective does not depend on x, neither directly nor through the solution",
+        allowed="a φ made from x or from the Solution by torch",
+        fix="compute it from what `upper` is given, without detach, no_grad, NumPy or argmax",
+    )
+
+
+def reaches(tensors: Iterable[Any], x: Tensor) -> bool:
+    """Whether the graph of any of the tensors leads to the leaf x."""
+    found = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    if any(tensor is x for tensor in found):
+        return True
+    pending = [tensor.grad_fn for tensor in found if tensor.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if getattr(node, "variable", None) is x:
+            return True
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return False
+
+
+def _require_finite(
+    tensor: Tensor, name: str, error: type[BirlError], *, where: str = "", **words: str
+) -> None:
+    bad = ~torch.isfinite(tensor.detach())
+    if bad.any():
+        place = tuple(bad.nonzero()[0].tolist())
+        value = float(tensor.detach()[place])
+        entry = "[" + ", ".join(map(str, place)) + "]" if place else ""
+        spot = ", ".join(part for part in (where, entry and f"entry {entry}") if part)
+        raise error(f"{name} is {value:g}", where=spot, **words)
+
+
+def _outer(step: int | None) -> str:
+    return "" if step is None else f"outer step {step}"
+
+
+def _kind(value: Any) -> str:
+    return f"{value!r}" if isinstance(value, Real | str | None) else f"a {type(value).__name__}"
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).rstrip('.')}"
