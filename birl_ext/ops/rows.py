@@ -43,6 +43,11 @@ class Rows(NamedTuple):
         return self.data.dim() == 4
 
     @property
+    def longest(self) -> int:
+        """The most entries of a row that are stored."""
+        return self.states if self.dense else int(self.crow.diff().amax())
+
+    @property
     def _row(self) -> Tensor:
         """Row index s·A + a of each stored entry, (nnz,)."""
         rows = torch.arange(self.states * self.actions, device=self.crow.device)
