@@ -23,6 +23,7 @@ from birl_ext.errors import (
     BackendUnavailableError,
     DeviceError,
     DtypeError,
+    IllConditionedWarning,
     ShapeError,
 )
 from birl_ext.solution import INFO, Rigour
@@ -30,6 +31,7 @@ from birl_ext.solution import INFO, Rigour
 __all__ = [
     "available",
     "build_info",
+    "check_condition",
     "policy_solve",
     "reason",
     "report",
@@ -41,6 +43,7 @@ __all__ = [
     "sweep",
 ]
 
+LARGEST_CONDITION = 1e6  # beyond it a derivative has fewer than ten digits
 MODULES = {"cpu": "_cpu", "cuda": "_cuda"}
 
 
@@ -152,8 +155,8 @@ def report() -> dict[str, dict[str, Any]]:
     return entries
 
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""V, Q, Q − V, π, log π, info and status."""
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""V, Q, Q − V, π, log π, info, status, and V without the constant in `info`."""
 
 
 class Call:
@@ -260,21 +263,24 @@ class Call:
         n, g, s, a = problem[1:5]
         axes = (n, g) if batch is None else tuple(batch)
         value = self.new(*axes, s)
+        relative = torch.empty_like(value)
         q = torch.empty((*axes, s, a), dtype=self.storage, device=self.device)
         advantage, policy, log_policy = (
             torch.empty_like(q),
             torch.empty_like(q),
             torch.empty_like(q),
         )
-        info = self.new(*axes, INFO)
+        info = self.new(*axes, INFO + s)
         status = torch.empty(axes, dtype=torch.int64, device=self.device)
         if status.numel() != n * g:
             raise ShapeError(f"batch is {axes}", allowed=f"axes of {n * g} problems")
-        outputs = (value, q, advantage, policy, log_policy, info, status)
+        outputs = (value, q, advantage, policy, log_policy, info, status, relative)
         arguments = (
             *problem,
             self.at("initial", initial, (n, g, s)),
-            *(output.data_ptr() for output in outputs),
+            value.data_ptr(),
+            relative.data_ptr(),
+            *(output.data_ptr() for output in outputs[1:7]),
             method,
             tol,
             max_iterations,
@@ -361,8 +367,9 @@ def solve(
         validate: a `Rigour`, what to check of the rows of P.
 
     Returns:
-        V (*B, S) float64; Q, Q − V, π and log π (*B, S, A) in transition's dtype; info (*B, 9)
-        float64, see `Info`; and a `Status` (*B), int64.
+        V (*B, S) float64; Q, Q − V, π and log π (*B, S, A) in transition's dtype; info (*B, 9 + S)
+        float64, see `Info`; a `Status` (*B), int64; and V − `Info.OFFSET` (*B, S), which keeps the
+        digits that a large constant takes from V.
 
     Raises: as for `sweep`.
 
@@ -394,9 +401,10 @@ def solve_plain(
     *batch, states, actions = shape = reward.shape
     double = torch.float64
     value = torch.empty(shape[:-1], dtype=double)
+    relative = torch.empty_like(value)
     q, advantage = torch.empty_like(reward), torch.empty_like(reward)
     policy, log_policy = torch.empty_like(reward), torch.empty_like(reward)
-    info = torch.empty((*batch, INFO), dtype=double)
+    info = torch.empty((*batch, INFO + states), dtype=double)
     status = torch.empty(batch, dtype=torch.int64)
     failed: int = (
         _backends["cpu"]
@@ -417,6 +425,7 @@ def solve_plain(
             temperature,
             0,
             value.data_ptr(),
+            relative.data_ptr(),
             q.data_ptr(),
             advantage.data_ptr(),
             policy.data_ptr(),
@@ -430,7 +439,7 @@ def solve_plain(
             torch.get_num_threads(),
         )
     )
-    return (value, q, advantage, policy, log_policy, info, status), failed
+    return (value, q, advantage, policy, log_policy, info, status, relative), failed
 
 
 def solve_vjp(
@@ -448,7 +457,8 @@ def solve_vjp(
     Args:
         transition, crow, col: as for `sweep`; with numbers for γ and τ in axes (*B, S, A, S).
         discount, temperature: (N, G) float64; or numbers, and a problem for every transition.
-        solution: value, advantage, policy, info and status, as `solve` returned them in axes *B.
+        solution: V − `Info.OFFSET`, advantage, policy, info and status, as `solve` returned them in
+            axes *B.
         bars: cotangents of V, Q, Q − V, π and log π, like these; None is zero.
         needs: which derivatives are wanted: of transition, reward, log_reference, discount and
             temperature.
@@ -457,11 +467,11 @@ def solve_vjp(
         The cotangents that are wanted, in that order: like transition; (*B, S, A) in its dtype;
         (*B, S, A) float64; (N, G) and (N, G) float64. NaN where status is not zero.
 
-    Raises: as for `sweep`.
+    Raises: as for `sweep`. Warns: IllConditionedWarning.
 
-    Source: (M10)-(M12).
+    Source: (M10)-(M12), (M19), (M20).
     """
-    value, advantage, policy, info, status = solution
+    relative, advantage, policy, info, status = solution
     axes, table = status.shape, policy.shape
     s, a = table[-2:]
     n, g, models = status.numel(), 1, axes
@@ -478,7 +488,7 @@ def solve_vjp(
     )
     if status.numel() != n * g:
         raise ShapeError(f"status has shape {axes}", allowed=f"axes of {n * g} problems")
-    _cpu(call).solve_vjp(
+    condition, problem = _cpu(call).solve_vjp(
         call.dtype,
         n,
         g,
@@ -489,17 +499,24 @@ def solve_vjp(
         call.at("temperature", temperature, (n, g))
         if isinstance(temperature, Tensor)
         else temperature,
-        call.at("value", value, table[:-1]),
+        call.at("value", relative, table[:-1]),
         call.at("advantage", advantage, table, call.storage),
         call.at("policy", policy, table, call.storage),
-        call.at("info", info, (*axes, INFO)),
+        call.at("info", info, (*axes, INFO + s)),
         call.at("status", status, axes, torch.int64),
         call.at("cotangent of V", bars[0], table[:-1]),
         *[0 if bar is None else call.at("cotangent", bar, table, call.storage) for bar in bars[1:]],
         *[0 if tensor is None else tensor.data_ptr() for tensor in wanted],
         torch.get_num_threads(),
     )
+    check_condition(condition, problem)
     return wanted
+
+
+def check_condition(condition: float, problem: int) -> None:
+    """Warn where rounding costs a derivative more than it may: see IllConditionedWarning."""
+    if condition > LARGEST_CONDITION:
+        warnings.warn(IllConditionedWarning(condition, problem), stacklevel=2)
 
 
 def policy_solve(

@@ -141,6 +141,11 @@ class Flat(NamedTuple):
             return nothing, nothing
         return self.crow, self.col
 
+    @property
+    def available(self) -> Tensor | None:
+        """(N, G, S, A) bool, False where an action is masked; None without mask or reference."""
+        return self.log_reference > -torch.inf if self.log_reference.ndim > 1 else None
+
 
 _ABSENT: dict[torch.dtype, Tensor] = {}
 

@@ -27,6 +27,7 @@ __all__ = [
     "EnvironmentFailureError",
     "FileFormatError",
     "GradientError",
+    "IllConditionedWarning",
     "InitialDistributionError",
     "InvalidMDPError",
     "JobError",
@@ -256,6 +257,27 @@ class BackendFallbackWarning(UserWarning):
     """A compiled module could not be used; the PyTorch path computes the same answers, slower."""
 
 
+class IllConditionedWarning(UserWarning):
+    """Rounding in a derivative is magnified by `condition`: near a discount of one the process has
+    parts that it hardly ever leaves.
+
+    Attributes:
+        condition: by how much, estimated; about 16 − log₁₀(condition) digits are right.
+        problem: the flat index of the worst problem in the batch.
+    """
+
+    def __init__(self, condition: float, problem: int) -> None:
+        super().__init__(condition, problem)
+        self.condition, self.problem = condition, problem
+
+    def __str__(self) -> str:
+        return (
+            f"ill-conditioned: derivatives of problem {self.problem} of the batch magnify rounding "
+            f"by {self.condition:.1g}: the process hardly moves between some of its states. "
+            "Fix: use a smaller discount, or solve these parts apart"
+        )
+
+
 class FileFormatError(BirlError, ValueError):
     code = "BIRL-E701"
     meaning = "a file is missing, truncated, or not of the expected form"
@@ -327,7 +349,7 @@ class JobError(BirlError, TypeError):
 
 class EnvironmentFailureError(BirlError, RuntimeError):
     code = "BIRL-E901"
-    meaning = "an environment raised, died, hung, or returned numbers that are not finite"
+    meaning = "an environment raised, died, hung, or returned what it has not declared"
     remedy = "mend the environment; the seed and the action reproduce the failure"
 
 

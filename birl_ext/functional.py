@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, SupportsFloat, overload
 
 import torch
@@ -286,7 +287,9 @@ def bellman(
     )
     if trust is not None:
         image, policy = image * trust[..., None], policy * trust[..., None, None]
-    q = _masked(advantage + image.unsqueeze(-1), flat)
+    q = advantage + image.unsqueeze(-1)
+    if (available := flat.available) is not None:
+        q, policy = q.where(available, -torch.inf), policy.where(available, 0.0)
     restore = flat.layout.restore
     return restore(image.to(dtype)), restore(q.to(dtype)), restore(policy.to(dtype))
 
@@ -336,7 +339,7 @@ def evaluate(
     validation.check_devices({"transition": flat.transition, "policy": policy})
     pi = _checked(policy, flat, reward, validate)
     gain = (pi * flat.reward.double()).sum(-1)
-    value = _policy_system(flat, pi, gain, False, validate, backend)
+    value = _policy_system(_policy_solve.discounted_sum, flat, pi, gain, validate, backend)
     return flat.layout.restore(value.to(flat.reward.dtype))
 
 
@@ -412,8 +415,7 @@ def occupancy(
     if validate == "full" and validation.is_concrete(initial_distribution):
         validation.check_initial_distribution(initial_distribution)
     start = flat.layout.grouped(initial_distribution.double(), 1)
-    mass = (1 - flat.discount).unsqueeze(-1) * start
-    share = _policy_system(flat, pi, mass, True, validate, backend)
+    share = _policy_system(_policy_solve.discounted_visits, flat, pi, start, validate, backend)
     return flat.layout.restore(share.to(flat.reward.dtype))
 
 
@@ -433,24 +435,20 @@ def _checked(policy: Tensor, flat: Flat, model: Tensor | MDP, validate: validati
 
 
 def _policy_system(
+    system: Callable[..., tuple[Tensor, Tensor]],
     flat: Flat,
     policy: Tensor,
     rhs: Tensor,
-    transpose: bool,
     validate: validation.Level,
     backend: BackendName,
 ) -> Tensor:
-    """(I − γP_π)⁻¹ b or its transpose, for b (N, G, S)."""
-    solution: Tensor
-    solution, residual = _policy_solve.policy_solve(
+    """A system of `ops.policy_solve` for one right-hand side (N, G, S)."""
+    solution, residual = system(
         flat.transition,
         *flat.pattern,
         policy,
         flat.discount,
         rhs.unsqueeze(2),
-        transpose,
-        0.0,
-        0,
         _backend(backend, flat.reward.device),
     )
     trust = _trust(flat.discount)
@@ -569,10 +567,9 @@ def _flat(
 
 
 def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
-    value, q, advantage, policy, log_policy, info, status = outputs
-    q, log_policy = _masked(q, flat), _masked(log_policy, flat)
-    advantage = _masked(advantage, flat, 0.0)
-    solution = _solution((value, q, advantage, policy, log_policy, info, status))
+    solution = _solution(outputs)
+    if (available := flat.available) is not None:
+        solution = solution.closed(available.reshape(solution.q.shape))
     if flat.layout.order is None:  # the op has put its outputs into the caller's axes
         return solution
     return Solution._make(map(flat.layout.restore, solution))
@@ -611,14 +608,6 @@ def _too_tight(tol: float | None, rounded: float) -> StagnatedError:
 
 def _any(status: Tensor) -> bool:
     return bool(status.item() if status.numel() == 1 else status.any())
-
-
-def _masked(table: Tensor, flat: Flat, value: float = -torch.inf) -> Tensor:
-    """`value` where no action is available, with a gradient of exactly zero there."""
-    if flat.log_reference.dim() == 1:
-        return table
-    available = (flat.log_reference > -torch.inf).reshape(table.shape)
-    return table.where(available, value)
 
 
 def _backend(name: str, device: torch.device) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["INFO", "Info", "Kernel", "Method", "Rigour", "Solution", "Status"]
+__all__ = ["INFO", "Info", "Kernel", "Method", "Rigour", "Solution", "Status", "info_table"]
 
 
 class Method(IntEnum):
@@ -22,7 +23,7 @@ class Method(IntEnum):
 
 
 class Info(IntEnum):
-    """What a solver says of each problem: the columns of `Solution.info`."""
+    """What a solver says of each problem: the first columns of `Solution.info`."""
 
     RESIDUAL = 0
     ERROR_BOUND = 1
@@ -35,7 +36,21 @@ class Info(IntEnum):
     KERNEL = 8  # the `Kernel` that solved the problem
 
 
-INFO = len(Info)
+INFO = len(Info)  # columns before the bounds of the states
+EPS = torch.finfo(torch.float64).eps
+
+
+def info_table(
+    shape: Sequence[int], states: int, device: torch.device, **columns: Tensor | float
+) -> Tensor:
+    """`Solution.info` of the problems of a batch: the columns named, in lower case, and zeros; the
+    bounds of the states are that of the problem.
+    """
+    info = torch.zeros((*shape, INFO + states), dtype=torch.float64, device=device)
+    for name, values in columns.items():
+        info[..., Info[name.upper()]] = values
+    info[..., INFO:] = info[..., Info.ERROR_BOUND, None]
+    return info
 
 
 class Kernel(IntEnum):
@@ -114,7 +129,7 @@ class Solution(NamedTuple):
     advantage: Tensor
     """Q* − V*, (*B, S, A), free of the cancellation of subtracting the two; 0 where masked."""
     info: Tensor
-    """What the solver certified and counted, (*B, 9) float64: see the properties."""
+    """What the solver certified and counted, (*B, 9 + S) float64: see the properties."""
     status: Tensor
     """A `Status` per problem, (*B,) int64; 0 is success."""
 
@@ -129,11 +144,22 @@ class Solution(NamedTuple):
         return self.info[..., Info.ERROR_BOUND] + _rounding(self.value, 1)
 
     @property
+    def error_bounds(self) -> Tensor:
+        """Certified bound on |value − V*| of each state, (*B, S); none above `error_bound`.
+
+        They differ where values differ so much in size that each state was certified by itself.
+        """
+        rounded = _rounding(self.value.unsqueeze(-1), 1)
+        return self.info[..., INFO:] + rounded
+
+    @property
     def log_policy_error_bound(self) -> Tensor:
         """Certified bound on max |log_policy − log π*|, (*B,), dimensionless (M7)."""
         none = self.log_policy == -torch.inf
         seen = self.log_policy.where(~none, 0.0)
         change = 2 * self.info[..., Info.ERROR_BOUND] / self.info[..., Info.TEMPERATURE]
+        # of actions far from being taken, whose Q has a larger rounding than the value
+        change = change + 4 * EPS * seen.detach().double().abs().amax((-2, -1))
         # not masked, where the advantage is 0, but too small for the dtype
         overflowed = (none & (self.advantage != 0)).flatten(-2).any(-1)
         return (change + _rounding(seen, 2)).masked_fill(overflowed, torch.inf)
@@ -145,12 +171,24 @@ class Solution(NamedTuple):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """Names of the kernels that solved the batch, each once, in the order of `Kernel`.
+        """Names of the kernels that solved the batch, each once, in the order of `Kernel`; none for
+        an approximate solution, which nothing has solved.
 
         Reads `info`: on a GPU it waits for the solution.
         """
         used = set(self.info[..., Info.KERNEL].flatten().tolist())
         return tuple(kernel.name for kernel in Kernel if kernel in used)
+
+    def closed(self, available: Tensor) -> Solution:
+        """The same, but what flows back into an entry where no action is `available`, (*B, S, A),
+        flows no further, whatever its derivative: log π, say, has none at 0.
+        """
+        return self._replace(
+            q=self.q.where(available, -torch.inf),
+            policy=self.policy.where(available, 0.0),
+            log_policy=self.log_policy.where(available, -torch.inf),
+            advantage=self.advantage.where(available, 0.0),
+        )
 
 
 def _rounding(table: Tensor, event: int) -> Tensor | float:

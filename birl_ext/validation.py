@@ -85,7 +85,7 @@ def check_level(validate: str) -> None:
 
 def is_concrete(*tensors: Tensor | float | None) -> bool:
     """Whether every tensor holds numbers that may be read now without breaking a trace."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
@@ -97,7 +97,15 @@ def is_concrete(*tensors: Tensor | float | None) -> bool:
             return False
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+    proxy = torch._C._TorchDispatchModeKey.PROXY
+    return not (
+        torch._C._get_dispatch_mode(proxy) is not None
+        # a trace before the dispatcher watches Python functions too
+        or (
+            torch._C._len_torch_function_stack()
+            and torch._ops._get_dispatch_mode_pre_dispatch(proxy) is not None  # type: ignore[no-untyped-call]
+        )
+    )
 
 
 # Dtypes and devices

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "core/common.h"
 
@@ -12,9 +13,25 @@ namespace birl {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kLeast = std::numeric_limits<double>::denorm_min();
 
 // Passes after which Newton's method with elimination makes way for value iteration.
 constexpr Index kMostNewton = 1000;
+
+// Values that many times the typical one do not set the scale of `tol` for the others.
+constexpr double kOutlier = 100.0;
+
+// The lower quartile of |V|, but τ where that is more.
+inline double typical_size(std::vector<double> sizes, double temperature) {
+  const auto quartile = sizes.begin() + static_cast<std::ptrdiff_t>(sizes.size() / 4);
+  std::nth_element(sizes.begin(), quartile, sizes.end());
+  return std::max(*quartile, temperature);
+}
+
+// A start that V* cannot be as large as is no nearer to it; NaN and infinities stay.
+inline double within(double start, double most) {
+  return std::isfinite(start) ? std::clamp(start, -most, most) : start;
+}
 
 struct Certificate {
   // Of the problem:
@@ -24,6 +41,7 @@ struct Certificate {
   bool continues = true;                                 // every available row
   double log_actions = 0.0;
   double additions = 0.0;  // dependent additions in the row sums P·W and σ and in that over actions
+  double long_sum = 0.0;   // rounding of what the latter has beyond that, per unit of temperature
   double tol = 0.0;        // relative; 0: as far as rounding allows
   double relative_target = 0.0;  // half-span at which the bound meets it, per unit of value
   // Of the last sweep, made at V = c + W:
@@ -40,6 +58,7 @@ struct Certificate {
         horizon(1.0 / (1.0 - discount_)),
         log_actions(std::log(static_cast<double>(actions))),
         additions(row_additions + 0.5 * static_cast<double>(std::min<Index>(actions, 64))),
+        long_sum(0.5 * kEps * static_cast<double>(std::max<Index>(actions - 64, 0))),
         tol(tol_),
         relative_target(tol_ * (1.0 - discount_) / std::max(discount_, 0.1)) {}
 
@@ -63,21 +82,57 @@ struct Certificate {
   // that costs the others their digits, and near γ = 1 the steps go in circles.
   double step_share() const { return continues ? std::clamp(0.0, low, high) : 0.0; }
 
+  // What the soft maximum adds to the size of its arguments.
+  double soft() const { return temperature * (1.0 + log_actions + largest_reference); }
+
   // Size of the numbers whose rounding enters δ.
   double scale() const {
     const double span = 2.0 * std::max(std::abs(least), std::abs(most));
-    return largest_reward + span + (1.0 - discount) * std::abs(c) +
-           temperature * (1.0 + log_actions + largest_reference);
+    return size(span, (1.0 - discount) * std::abs(c), std::max(std::abs(low), std::abs(high)));
   }
 
   // Rounding error of one component of δ: 8 units for the handful of operations after the sums, and
   // half an ulp for each dependent addition in them.
-  double rounding() const { return (8.0 + additions) * kEps * scale(); }
+  double rounding() const {
+    return (8.0 + additions) * std::max(kEps * scale(), kLeast) + long_sum * temperature;
+  }
 
   double error_bound() const { return (discount * half_span() + rounding()) * horizon; }
 
+  // In units of which `tol` is meant. A reward that is taken is hardly larger.
   double largest_value() const {
-    return std::max(std::max(std::abs(lowest), std::abs(highest)), largest_reward);
+    return std::max(std::max(std::abs(lowest), std::abs(highest)), temperature);
+  }
+
+  // Whether the numbers of the last sweep were of the size of what it hands out: from a start far
+  // off, what looks converged only drowns.
+  bool settled() const {
+    const double largest = std::max(std::abs(lowest), std::abs(highest));
+    const double span = continues ? highest - lowest : 2.0 * largest;
+    return scale() <= 8.0 * size(span, (1.0 - discount) * largest, 0.0);
+  }
+
+  // No value is larger than that.
+  double largest_possible() const {
+    return horizon * (largest_reward + temperature * (log_actions + largest_reference));
+  }
+
+  // Whether values differ so much in size that small ones lose digits in the rounding of large
+  // ones, or would be judged by the tolerance of those. `image` is of the last sweep.
+  bool drowns(const double* image, Index states) const {
+    if (converged()) {
+      if (kOutlier * least_size(image, states) >= largest_value()) return false;
+      std::vector<double> sizes(states);
+      for (Index s = 0; s < states; ++s) sizes[s] = std::abs(image[s] + offset());
+      return kOutlier * typical_size(std::move(sizes), temperature) < largest_value();
+    }
+    constexpr double kDigits = 1e-12, kFold = 6.0;
+    const double smallest = least_size(image, states) + soft(), largest = scale();
+    if (!(largest > kFold * kFold * smallest && error_bound() > kDigits * smallest)) return false;
+    double sum = 0.0;  // a mean that a value of zero by chance does not decide
+    for (Index s = 0; s < states; ++s)
+      sum += std::sqrt(largest / (std::abs(image[s] + offset()) + soft()));
+    return sum > kFold * static_cast<double>(states);
   }
 
   // Passes of so many sweeps each within which the half-span falls by a tenth if it still falls:
@@ -100,6 +155,23 @@ struct Certificate {
     if (tol == 0.0) return rest;
     return std::max(relative_target * largest_value(), rest);
   }
+
+ private:
+  // min |V|
+  double least_size(const double* image, Index states) const {
+    if (lowest > 0.0) return lowest;
+    if (highest < 0.0) return -highest;
+    double smallest = kInf;
+    for (Index s = 0; s < states; ++s) smallest = std::min(smallest, std::abs(image[s] + offset()));
+    return smallest;
+  }
+
+  // Of the rewards only those count that are taken: rounding of an action without weight does not
+  // reach the soft maximum, and one with weight has r + γPW near it.
+  double size(double span, double constant, double change) const {
+    const double values = span + constant + soft();
+    return values + std::min(largest_reward, values + change);
+  }
 };
 
 // Tells when the half-span has come down as far as rounding lets it.
@@ -114,8 +186,12 @@ class Progress {
     if (since_best_ == 0) best_ = half;
     at_rounding_level_ = half <= floor && since_best_ > 0;
     const double level = contracts ? std::max(8.0, 2.0 * certificate.horizon) : 8.0;
-    return half <= kEps * certificate.scale() || (half <= floor && since_best_ >= patience) ||
-           (half <= level * floor && since_best_ >= 10 * patience);
+    const bool ended = half <= kEps * certificate.scale() ||
+                       (half <= floor && since_best_ >= patience) ||
+                       (half <= level * floor && since_best_ >= 10 * patience);
+    if (!ended || certificate.settled()) return ended;
+    *this = {};
+    return false;
   }
 
   // Whether a jittering half-span tells nothing of the contraction any more.

@@ -19,6 +19,18 @@
 
 namespace birl {
 
+class SlowPivots {
+ public:
+  void add(double inverse_pivot) {
+    second_ = std::max(second_, std::min(first_, inverse_pivot));
+    first_ = std::max(first_, inverse_pivot);
+  }
+  double condition() const { return second_; }
+
+ private:
+  double first_ = 0.0, second_ = 0.0;  // the largest reciprocals
+};
+
 class Elimination {
  public:
   explicit Elimination(Index n)
@@ -78,6 +90,15 @@ class Elimination {
     const EliminationKernels& kernel = kernels().elimination;
     (transpose ? kernel.solve_transpose : kernel.solve)(magnitudes_.data(), n_, stride_,
                                                         inverse_pivot_.data(), x);
+  }
+
+  // How much a solution whose mass along the slow mode is known (M20) magnifies what rounding does
+  // to the right-hand side, by the pivots: the smallest is the slow mode's own, and a second one as
+  // small is a part of the chain that is hardly ever left.
+  double condition() const {
+    SlowPivots slow;
+    for (Index i = 0; i < n_; ++i) slow.add(inverse_pivot_[i]);
+    return slow.condition();
   }
 
  private:

@@ -14,6 +14,7 @@
 #include "outcome.h"
 #include "policy_matrix.h"
 #include "policy_system.h"
+#include "refinement.h"
 
 namespace birl {
 
@@ -63,7 +64,7 @@ class GeneralSolver {
       begin();
       outcome = iterate();
     }
-    if (defect_.status == Status::kConverged) {
+    if (defect_.status == Status::kConverged && !refined(out, outcome)) {
       outcome.offset = certificate_.offset();
       write(outcome.offset, out);
       if (overflows(certificate_, problem, out, model_->states * model_->actions))
@@ -77,22 +78,31 @@ class GeneralSolver {
   void write(double offset, const Tables<Real>& out) {
     const Index S = model_->states, A = model_->actions;
     log_policy_.resize(S * A);
-    double* const advantage = q_.data();  // takes the place of q'
     kernels().soft_maximum({S, A, q_.data(), problem_.log_reference, problem_.temperature,
-                            next_.data(), policy_.data(), log_policy_.data(), advantage,
+                            next_.data(), policy_.data(), log_policy_.data(), nullptr,
                             scratch_[0].soft_maximum.data()});
-    for (Index s = 0; s < S; ++s) {
-      const double value = next_[s] + offset;
-      out.value[s] = value;
-      for (Index row = s * A; row < (s + 1) * A; ++row)
-        out.q[row] = static_cast<Real>(advantage[row] + value);
-    }
-    const auto store = [](const std::vector<double>& table, Real* to) {
-      std::transform(table.begin(), table.end(), to, [](double x) { return static_cast<Real>(x); });
+    hand_out(problem_, S, A, q_.data(), next_.data(), policy_.data(), log_policy_.data(), offset,
+             out);
+  }
+
+  // Hands out what sweeps that round each state by itself find from here, where that matters.
+  bool refined(const Tables<Real>& out, Outcome& outcome) {
+    const bool ended = outcome.status == Status::kConverged || outcome.status == Status::kStagnated;
+    if (!ended || !certificate_.drowns(next_.data(), model_->states)) return false;
+    if (!refinement_)
+      refinement_ = std::make_unique<Refinement<Model>>(*model_, request_, team_, interrupt_);
+    const auto evaluate = [&](const std::vector<double>& policy, std::vector<double>& x) {
+      for (std::size_t row = 0; row < policy.size(); ++row)
+        weight_[row] = policy[row] * inverse_sum_[row];
+      form_matrix();
+      products_ += sum_of_products(x, kMostProducts);
     };
-    store(q_, out.advantage);
-    store(policy_, out.policy);
-    store(log_policy_, out.log_policy);
+    weight_.resize(inverse_sum_.size());
+    const bool done = refinement_->run(*model_, problem_, inverse_sum_.data(), certificate_,
+                                       certificate_.rounding(), certificate_.offset(), next_.data(),
+                                       evaluate, out, outcome);
+    outcome.products = products_;
+    return done;
   }
 
   void begin() {
@@ -115,7 +125,9 @@ class GeneralSolver {
       certificate_.continues = certificate_.continues && inverse_sum_[row] != 0.0;
     }
     if (initial_) {
-      std::copy(initial_, initial_ + S, w_.begin());
+      const double most = certificate_.largest_possible();
+      std::transform(initial_, initial_ + S, w_.begin(),
+                     [&](double start) { return within(start, most); });
       centre();
     }
     from_zero_ = initial_ == nullptr;
@@ -235,13 +247,17 @@ class GeneralSolver {
   void ensure_matrix() {
     if (matrix_ready_) return;
     make_weight();
+    form_matrix();
+    matrix_ready_ = true;
+  }
+
+  void form_matrix() {
     make_matrix();
     const Index S = model_->states, chunk = model_->chunk();
     team_.run((S + chunk - 1) / chunk, 2.0 * model_->work(), [&](Index item, int worker) {
       const Index s0 = item * chunk, s1 = std::min(S, s0 + chunk);
       matrix_->form_rows(*model_, weight_.data(), s0, s1, rows_[worker].data());
     });
-    matrix_ready_ = true;
   }
 
   // ---- iteration --------------------------------------------------------------------------------
@@ -477,9 +493,16 @@ class GeneralSolver {
   // Truncated policy evaluation Σ_j (γP_π)^j δ, 20 to 120 terms, until the terms' span is a tenth.
   void modified_policy() {
     ensure_matrix();
+    std::vector<double> x = right_side(middle());
+    products_ += sum_of_products(x, 20);
+    accept_step(x, middle());
+  }
+
+  // x := Σ_j (γP_π)^j x, at least so many terms; how many.
+  Index sum_of_products(std::vector<double>& x, Index fewest) {
     const PolicyOperator<Matrix> op(*matrix_, problem_.discount, false, false, 1, team_,
                                     interrupt_);
-    std::vector<double> term = right_side(middle()), next(term.size()), x = term;
+    std::vector<double> term = x, next(term.size());
     const auto spread_of_term = [&] {
       Columns low, high;
       op.range(term.data(), low, high);
@@ -494,10 +517,9 @@ class GeneralSolver {
       ++j;
       if (j % 10 != 0) continue;
       const double now = spread_of_term();
-      if (j >= 20 && (now <= 0.1 * start || now <= 0.1 * certificate_.target())) break;
+      if (j >= fewest && (now <= 0.1 * start || now <= 0.1 * certificate_.target())) break;
     }
-    products_ += j;
-    accept_step(x, middle());
+    return j;
   }
 
   double spread(const std::vector<double>& x) const {
@@ -525,6 +547,7 @@ class GeneralSolver {
   std::vector<SweepScratch<Model>> scratch_;
   std::vector<std::vector<double>> rows_;
   std::unique_ptr<Matrix> matrix_;
+  std::unique_ptr<Refinement<Model>> refinement_;
   std::unique_ptr<Elimination> elimination_;
 
   Mode mode_ = Mode::kAuto;

@@ -385,9 +385,8 @@ void soft_maximum(const SoftMaximum& m) {
   const Index A = m.actions;
   constexpr double kHuge = __builtin_huge_val();
   constexpr double kLargest = 1.7976931348623157e308;
-  double inverse = 1.0 / m.temperature;
-  inverse =
-      inverse > kLargest ? kLargest : inverse;    // a subnormal τ must not turn 0·(1/τ) into NaN
+  const double inverse = 1.0 / m.temperature;
+  const bool tiny = inverse > kLargest;           // of a subnormal τ there is no 1/τ
   double* const top = m.scratch;                  // max_a q over available actions
   double* const total = top + kSoftMaximumBlock;  // Σ_a e, then its logarithm
   double* const x = total + kSoftMaximumBlock;
@@ -403,7 +402,10 @@ void soft_maximum(const SoftMaximum& m) {
         const double candidate = reference && reference[a] == -kHuge ? -kHuge : q[a];
         best = candidate > best || candidate != candidate ? candidate : best;
       }
-      for (Index a = s * A; a < s * A + A; ++a) x[a] = (q[a] - best) * inverse;
+      if (tiny)
+        for (Index a = s * A; a < s * A + A; ++a) x[a] = (q[a] - best) / m.temperature;
+      else
+        for (Index a = s * A; a < s * A + A; ++a) x[a] = (q[a] - best) * inverse;
       if (reference) {
         double peak = -kHuge;
         for (Index a = s * A; a < s * A + A; ++a) {

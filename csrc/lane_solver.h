@@ -10,6 +10,7 @@
 #include "elimination.h"
 #include "lanes.h"
 #include "outcome.h"
+#include "refinement.h"
 
 namespace birl {
 
@@ -74,7 +75,13 @@ class LaneSolver {
     Defect defect = pack(problem);
     if (defect.status == Status::kConverged) defect = transition_defect_;
     if (defect.status != Status::kConverged) return defect;
+    outcome = {};
     start(initial);
+    // Of a subnormal τ there is no 1/τ, which the kernels of lanes.h want.
+    if (!(1.0 / problem_.temperature < kInf)) {
+      value_.assign(value_.size(), 0.0);
+      if (refined(kInf, 0.0, value_.data(), out, outcome)) return {};
+    }
     for (Index count = 1;; ++count) {
       if (phase_ == kSingle)
         sweep_single();
@@ -83,9 +90,15 @@ class LaneSolver {
       if (count % 64 == 0) interrupt_.check();
     }
     const double offset = certificate_.offset();
+    const bool ended = status_ == Status::kConverged || status_ == Status::kStagnated;
+    if (ended && certificate_.drowns(image_.data(), states_)) {
+      outcome.passes = passes_;
+      if (refined(certificate_.rounding(), offset, image_.data(), out, outcome)) return {};
+      status_ = outcome.status;
+    }
     lane_kernels<Real>().result({states_, actions_, q_.data(), image_.data(), reference(),
-                                 problem_.temperature, offset, out.value, out.q, out.advantage,
-                                 out.policy, out.log_policy, scratch_.data()});
+                                 problem_.temperature, offset, out.value, out.relative, out.q,
+                                 out.advantage, out.policy, out.log_policy, scratch_.data()});
     if (overflows(certificate_, problem, out, states_ * actions_)) status_ = Status::kNonFinite;
     outcome = {status_, certificate_.half_span(), certificate_.error_bound(), passes_, 0, offset};
     return {};
@@ -103,6 +116,17 @@ class LaneSolver {
                             !(problem.temperature > 0.0 && problem.temperature < kInf);
     if (!suspicious) return {};
     return problem_defect(problem, request_.validate, states_, actions_);
+  }
+
+  bool refined(double coarse, double c, const double* value, const Tables<Real>& out,
+               Outcome& outcome) {
+    if (!refinement_) {
+      refinement_ = std::make_unique<Refinement<Model>>(*model_, request_, alone_, interrupt_);
+      row_inverse_.resize(states_ * actions_);
+    }
+    lane_kernels<Real>().unpack(inverse_sum_.data(), states_, actions_, row_inverse_.data());
+    return refinement_->run(*model_, problem_, row_inverse_.data(), certificate_, coarse, c, value,
+                            nullptr, out, outcome);
   }
 
   const double* reference() const {
@@ -142,8 +166,9 @@ class LaneSolver {
     at_zero_ = initial == nullptr;
     centre_ = 0.0;
     if (initial) {
+      const double most = certificate_.largest_possible();
       for (std::size_t s = 0; s < value_.size(); ++s)
-        value_[s] = initial[std::min<Index>(static_cast<Index>(s), states_ - 1)];
+        value_[s] = within(initial[std::min<Index>(static_cast<Index>(s), states_ - 1)], most);
       const auto ends = std::minmax_element(value_.begin(), value_.end());
       take(*ends.first, *ends.second);
     }
@@ -322,6 +347,8 @@ class LaneSolver {
   }
 
   void to_single() {
+    // A sweep in double writes fewer lanes than one in single reads.
+    std::fill(value_.begin() + states_, value_.end(), value_[states_ - 1]);
     std::transform(value_.begin(), value_.end(), single_work_.begin(),
                    [](double x) { return static_cast<float>(x); });
     round_centre();
@@ -390,6 +417,7 @@ class LaneSolver {
   Index passes_ = 0, switched_at_ = 0;
   Index ahead_ = 0;  // bytes of the transition to come asked for already
 
+  std::unique_ptr<Refinement<Model>> refinement_;
   std::unique_ptr<Elimination> elimination_;
   std::vector<double> table_, policy_, row_inverse_, step_, soft_maximum_;
 };

@@ -643,7 +643,10 @@ void result(const LaneResult<Real>& m) {
     }
     double values[L];
     store<Double>(values, value);
-    for (Index lane = 0; lane < L && s + lane < S; ++lane) m.value[s + lane] = values[lane];
+    for (Index lane = 0; lane < L && s + lane < S; ++lane) {
+      m.value[s + lane] = values[lane];
+      m.relative[s + lane] = m.image[s + lane];
+    }
     if ((s + L) % W != 0 && s + L < S) continue;
     const Index first = s / W * W, count = S - first < W ? S - first : W;
     Real* const out[4] = {m.q, m.advantage, m.policy, m.log_policy};

@@ -126,9 +126,9 @@ int sweep(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Poi
 Index solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
             Pointer col, Index nnz, Pointer reward, Pointer log_reference,
             const py::object& discount, const py::object& temperature, Pointer initial,
-            Pointer value_out, Pointer q_out, Pointer advantage_out, Pointer policy_out,
-            Pointer log_policy_out, Pointer info_out, Pointer status_out, Index method, double tol,
-            Index max_iterations, Index validate, int threads) {
+            Pointer value_out, Pointer relative_out, Pointer q_out, Pointer advantage_out,
+            Pointer policy_out, Pointer log_policy_out, Pointer info_out, Pointer status_out,
+            Index method, double tol, Index max_iterations, Index validate, int threads) {
   if (method < 0 || method > 4) throw py::value_error("method: expected 0 to 4");
   if (validate < 0 || validate > 2) throw py::value_error("validate: expected 0 to 2");
   const PerProblem discounts(discount, N, G), temperatures(temperature, N, G);
@@ -136,6 +136,7 @@ Index solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, P
                                        log_reference, discounts.pointer(), temperatures.pointer());
   const birl::Solve request{at<const double>(initial),
                             at<double>(value_out),
+                            at<double>(relative_out),
                             at<void>(q_out),
                             at<void>(advantage_out),
                             at<void>(policy_out),
@@ -152,17 +153,17 @@ Index solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, P
                        [](Index status) { return status != 0; });
 }
 
-int solve_vjp(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
-              Pointer col, Index nnz, const py::object& discount, const py::object& temperature,
-              Pointer value, Pointer advantage, Pointer policy, Pointer info, Pointer status,
-              Pointer value_bar, Pointer q_bar, Pointer advantage_bar, Pointer policy_bar,
-              Pointer log_policy_bar, Pointer transition_bar, Pointer reward_bar,
-              Pointer log_reference_bar, Pointer discount_bar, Pointer temperature_bar,
-              int threads) {
+py::tuple solve_vjp(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
+                    Pointer col, Index nnz, const py::object& discount,
+                    const py::object& temperature, Pointer relative, Pointer advantage,
+                    Pointer policy, Pointer info, Pointer status, Pointer value_bar, Pointer q_bar,
+                    Pointer advantage_bar, Pointer policy_bar, Pointer log_policy_bar,
+                    Pointer transition_bar, Pointer reward_bar, Pointer log_reference_bar,
+                    Pointer discount_bar, Pointer temperature_bar, int threads) {
   const PerProblem discounts(discount, N, G), temperatures(temperature, N, G);
   const birl::Batch batch = make_batch(dtype, N, G, S, A, transition, crow, col, nnz, 0, 0,
                                        discounts.pointer(), temperatures.pointer());
-  const birl::SolveVjp request{at<const double>(value),       at<const void>(advantage),
+  const birl::SolveVjp request{at<const double>(relative),    at<const void>(advantage),
                                at<const void>(policy),        at<const double>(info),
                                at<const Index>(status),       at<const double>(value_bar),
                                at<const void>(q_bar),         at<const void>(advantage_bar),
@@ -170,8 +171,9 @@ int solve_vjp(int dtype, Index N, Index G, Index S, Index A, Pointer transition,
                                at<void>(transition_bar),      at<void>(reward_bar),
                                at<double>(log_reference_bar), at<double>(discount_bar),
                                at<double>(temperature_bar),   threads};
-  run([&](birl::Interrupt& interrupt) { birl::solve_vjp(batch, request, interrupt); });
-  return 0;
+  birl::Conditioning worst;
+  run([&](birl::Interrupt& interrupt) { worst = birl::solve_vjp(batch, request, interrupt); });
+  return py::make_tuple(worst.condition, worst.problem);
 }
 
 Index policy_solve(int dtype, Index N, Index G, Index K, Index S, Index A, Pointer transition,

@@ -117,15 +117,16 @@ std::size_t solve_workspace(int dtype, Index N, Index G, Index S, Index A, Point
 
 int solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
           Pointer col, Index nnz, Pointer reward, Pointer log_reference, Pointer discount,
-          Pointer temperature, Pointer initial, Pointer value_out, Pointer q_out,
-          Pointer advantage_out, Pointer policy_out, Pointer log_policy_out, Pointer info_out,
-          Pointer status_out, Index method, double tol, Index max_iterations, Index validate,
-          bool large, Pointer pattern_crow, Pointer pattern_col, Pointer pattern_slot,
-          Pointer workspace, Pointer stream, int device) {
+          Pointer temperature, Pointer initial, Pointer value_out, Pointer relative_out,
+          Pointer q_out, Pointer advantage_out, Pointer policy_out, Pointer log_policy_out,
+          Pointer info_out, Pointer status_out, Index method, double tol, Index max_iterations,
+          Index validate, bool large, Pointer pattern_crow, Pointer pattern_col,
+          Pointer pattern_slot, Pointer workspace, Pointer stream, int device) {
   const DeviceBatch batch = batch_of(dtype, N, G, S, A, transition, crow, col, nnz, reward,
                                      log_reference, discount, temperature);
   const birl::DeviceSolve request{at<const double>(initial),
                                   at<double>(value_out),
+                                  at<double>(relative_out),
                                   at<void>(q_out),
                                   at<void>(advantage_out),
                                   at<void>(policy_out),

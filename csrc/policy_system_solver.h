@@ -68,10 +68,13 @@ class PolicySystem {
   }
 
   Matrix& matrix() { return matrix_; }
+  bool eliminated() const { return factored_; }
 
   // Solves for K right-hand sides (K,S); returns how many residuals missed the tolerance, or the
-  // rounding level where that is higher.
-  Index solve(Index right_sides, const double* b, double* out, double* residual_out) {
+  // rounding level where that is higher. `mass` (K), for the transposed system: the Σ d x that is
+  // known of the solution, d = A1, where b only has it up to rounding (M20).
+  Index solve(Index right_sides, const double* b, double* out, double* residual_out,
+              const double* mass = nullptr) {
     deflate_ = std::all_of(closed_.begin(), closed_.end(), [](char closed) { return closed != 0; });
     first_ = first_method();
     const Index S = model_.states;
@@ -80,6 +83,7 @@ class PolicySystem {
       used_ = std::min(right_sides - k, kMostTogether);
       columns_ = used_ == 1 ? 1 : (used_ <= 4 ? 4 : kMostColumns);
       products_ = 0;
+      mass_ = mass ? mass + k : nullptr;
       failed += solve_block(b + k * S, out + k * S, residual_out + k);
       // Factors serve all that are left, and take about as long as S products with one of them.
       const Index left = right_sides - k - used_;
@@ -87,6 +91,7 @@ class PolicySystem {
           products_ * left > S)
         first_ = kDirect;
     }
+    if (mass) settle_mass(right_sides, out, mass);
     return failed;
   }
 
@@ -157,6 +162,36 @@ class PolicySystem {
     return std::count(open.begin(), open.end(), true);
   }
 
+  // x += α A⁻ᵀ1 such that Σ d x is the mass: rounding leaves an error along the slow mode. Products
+  // that take constants off keep the mass they started with.
+  void settle_mass(Index right_sides, double* out, const double* mass) {
+    if (deflate_ && !factored_) return;
+    const Index S = model_.states;
+    std::vector<double> slow;
+    for (Index k = 0; k < right_sides; ++k) {
+      double* const x = out + k * S;
+      double left = mass[k], size = 0.0, unit = 0.0;
+      for (Index s = 0; s < S; ++s) {
+        left -= defect_[s] * x[s];
+        size += defect_[s] * std::abs(x[s]);
+      }
+      // Without factors the slow mode costs as much as x did.
+      if (!std::isfinite(left) || (!factored_ && std::abs(left) <= 1e-10 * size)) continue;
+      if (slow.empty()) {
+        slow.assign(S, 1.0);
+        if (factored_) {
+          elimination_->solve(slow.data(), true);
+        } else {
+          const std::vector<double> ones(S, 1.0);
+          double residual;
+          solve(1, ones.data(), slow.data(), &residual);
+        }
+      }
+      for (Index s = 0; s < S; ++s) unit += defect_[s] * slow[s];
+      for (Index s = 0; s < S; ++s) x[s] += left / unit * slow[s];
+    }
+  }
+
   static bool any(const Flags& flags) { return std::count(flags.begin(), flags.end(), true) > 0; }
 
   // The part of the solution along the slow mode is known beforehand: the constant that carries the
@@ -169,6 +204,7 @@ class PolicySystem {
       sum[i % columns_] += rhs_[i];
       size[i % columns_] += std::abs(rhs_[i]);
     }
+    for (Index w = 0; w < used_ && mass_; ++w) sum[w] = mass_[w];
     for (Index w = 0; w < columns_; ++w) {
       const double parts = options_.transpose ? size[w] : static_cast<double>(model_.states);
       scale[w] = size[w] > 0.0 ? sum[w] / (1.0 - discount_) / parts : 0.0;
@@ -384,6 +420,7 @@ class PolicySystem {
   Index columns_ = 1, used_ = 0;  // of the block at work; those in use come first
   Index products_ = 0;            // with the block, in Krylov methods
   Columns size_{};                // ‖b‖
+  const double* mass_ = nullptr;  // of the columns in use
   std::vector<double> weight_, defect_;
   std::vector<double> rhs_, x_, best_, correction_, residual_, shifted_, term_, next_;
   std::vector<char> closed_;  // whether all that leaves a state arrives somewhere

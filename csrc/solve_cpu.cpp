@@ -46,7 +46,7 @@ void solve_all(const Batch& batch, const Solve& request, ModelOf&& model_of, Tea
       if (defect.status != Status::kConverged)
         report<Real>(request, i, defect, batch.temperature[i], Solver::kKernel, S, A);
       else
-        report(request, i, outcome, batch.temperature[i], Solver::kKernel);
+        report(request, i, outcome, batch.temperature[i], Solver::kKernel, S);
     }
   });
 }

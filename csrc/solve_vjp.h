@@ -9,10 +9,10 @@ namespace birl {
 // Tables (N,G,S,A) are in the type of P and r, everything else is double. A cotangent that is null
 // is zero; a derivative that is null is not wanted.
 struct SolveVjp {
-  const double* value;  // (N,G,S)
+  const double* relative;  // (N,G,S): V without the constant kOffset of info
   const void* advantage;
   const void* policy;
-  const double* info;       // (N,G,kInfo)
+  const double* info;       // (N,G,kInfo + S)
   const Index* status;      // (N,G); where it is not zero, derivatives are NaN
   const double* value_bar;  // (N,G,S)
   const void* q_bar;
@@ -27,6 +27,12 @@ struct SolveVjp {
   int threads;
 };
 
-void solve_vjp(const Batch& batch, const SolveVjp& request, Interrupt& interrupt);
+struct Conditioning {
+  double condition = 0.0;  // the largest of the systems solved by elimination, see Elimination
+  Index problem = 0;       // whose it is
+};
+
+// Where 1 − γ is not tiny no condition can be large, and none is looked for.
+Conditioning solve_vjp(const Batch& batch, const SolveVjp& request, Interrupt& interrupt);
 
 }  // namespace birl

@@ -17,11 +17,13 @@ namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr Index kLanes = LaneElimination::kLanes;
+constexpr double kTinyGap = 1e-6;  // 1 − γ, above which no pivot is small
 
 // What is known of the problem at work: (S,A) or (S) numbers each.
 struct Slot {
   std::vector<double> probability, score, q, source, flow, inverse_sum, scaled;
   std::vector<double> own_weight, own_expected, own_relative;
+  double inflow = 0.0;
   // What the cotangent of P consists of: γ r̄/σ, Σ P W/σ and W. The slot's own, or kept by the rule.
   double *weight = nullptr, *expected = nullptr, *relative = nullptr;
 
@@ -70,8 +72,7 @@ class Rule {
       fail(i, slot);
       return false;
     }
-    const double offset = offset_of(i);
-    for (Index s = 0; s < S_; ++s) slot.relative[s] = request_.value[i * S_ + s] - offset;
+    std::copy_n(request_.relative + i * S_, S_, slot.relative);
     vjp_kernels().rows<Real>().fold(tables(i, slot));
     return true;
   }
@@ -83,6 +84,18 @@ class Rule {
       slot.scaled[j] = gamma * slot.q[j] * slot.inverse_sum[j];
   }
 
+  // Σ d λ of the flow λ with d the row sums of I − γP_π (M20): what rounding in the source would
+  // multiply by 1/(1 − γ) is known from the cotangents.
+  double mass(Index i, const Slot& slot) const {
+    double total = slot.inflow;
+    if (pulls()) {
+      const double rest = 1.0 - batch_.discount[i];
+      for (Index j = 0; j < pairs_; ++j)
+        total -= (slot.inverse_sum[j] == 0.0 ? 1.0 : rest) * slot.q[j];
+    }
+    return total;
+  }
+
   // All that follows from the flow; the cotangent of P apart.
   void close(Index i, Slot& slot) const {
     VjpOutputs<Real> out{};
@@ -90,6 +103,7 @@ class Rule {
     out.inverse_sum = slot.inverse_sum.data();
     out.expected = slot.expected;
     out.offset = offset_of(i);
+    out.inflow = slot.inflow;
     if (request_.reward_bar) out.reward_bar = static_cast<Real*>(request_.reward_bar) + i * pairs_;
     if (request_.transition_bar) out.weight = slot.weight;
     if (request_.log_reference_bar) out.log_reference_bar = request_.log_reference_bar + i * pairs_;
@@ -109,7 +123,7 @@ class Rule {
   }
 
  private:
-  double offset_of(Index i) const { return request_.info[i * kInfo + kOffset]; }
+  double offset_of(Index i) const { return request_.info[i * (kInfo + batch_.states) + kOffset]; }
 
   VjpTables<Real> tables(Index i, Slot& slot) const {
     const auto at = [&](const void* table) {
@@ -129,7 +143,8 @@ class Rule {
             slot.probability.data(),
             slot.score.data(),
             slot.q.data(),
-            slot.source.data()};
+            slot.source.data(),
+            &slot.inflow};
   }
 
   void fail(Index i, Slot& slot) const {
@@ -195,10 +210,17 @@ class LaneSpace {
   Aligned<double> numbers_;
 };
 
+// The worst of what one worker has seen; ties to the first problem, whoever solved it.
+void note(Conditioning& worst, double condition, Index problem) {
+  if (condition > worst.condition || (condition == worst.condition && problem < worst.problem))
+    worst = {condition, problem};
+}
+
 struct LaneWorker {
   std::vector<Slot> slots;
   LaneSpace space;
   std::vector<double> row, pulled;
+  Conditioning worst;
 
   LaneWorker(Index lanes, Index S, Index A)
       : slots(lanes, Slot(S, S * A)), space(S), row(S), pulled(S) {}
@@ -211,6 +233,7 @@ void solve_lanes(const Batch& batch, Rule<Real>& rule, LaneWorker& mine, Index f
   const Index S = batch.states, A = batch.actions, G = batch.problems;
   LaneSpace& space = mine.space;
   bool opened[kLanes] = {};
+  double mass[kLanes] = {};
   bool full = count == kLanes;
   for (Index lane = 0; lane < count; ++lane) {
     opened[lane] = rule.open(first + lane, mine.slots[lane]);
@@ -241,13 +264,19 @@ void solve_lanes(const Batch& batch, Rule<Real>& rule, LaneWorker& mine, Index f
     }
     for (Index s = 0; s < S; ++s)
       space.unknown()[s * kLanes + lane] = slot.source[s] + mine.pulled[s];
+    mass[lane] = rule.mass(i, slot);
   }
   vjp_kernels().lanes.solve_transpose(S, space.matrix(), space.defect(), space.inverse_pivot(),
-                                      space.unknown());
+                                      space.unknown(), mass);
   for (Index lane = 0; lane < count; ++lane) {
     Slot& slot = mine.slots[lane];
     if (opened[lane]) {
       for (Index s = 0; s < S; ++s) slot.flow[s] = space.unknown()[s * kLanes + lane];
+      if (1.0 - batch.discount[first + lane] < kTinyGap) {
+        SlowPivots slow;
+        for (Index s = 0; s < S; ++s) slow.add(space.inverse_pivot()[s * kLanes + lane]);
+        note(mine.worst, slow.condition(), first + lane);
+      }
       rule.close(first + lane, slot);
     }
     if (rule.writes() && !rule.deferred()) rule.write_transition(first + lane, 0, S, slot);
@@ -283,8 +312,9 @@ class SystemWorker {
       const double tol = sizeof(Real) == 4 ? 1e-9 * (1.0 - gamma) : 0.0;
       System system(model, *matrix_, elimination_, gamma, {true, 0, tol, 0}, team_, interrupt_);
       read(model, rule, i, system);
+      const double mass = rule.mass(i, slot_);
       double residual;
-      if (system.solve(1, slot_.source.data(), slot_.flow.data(), &residual) > 0) {
+      if (system.solve(1, slot_.source.data(), slot_.flow.data(), &residual, &mass) > 0) {
         // Rounding may miss its level by little. The error of the flow, relative to the most that
         // it can be, is the residual over the source: beyond this it would be seen in float32.
         double size = 0.0;
@@ -292,6 +322,7 @@ class SystemWorker {
         if (!(residual <= 1e-6 * size))
           std::fill(slot_.flow.begin(), slot_.flow.end(), std::numeric_limits<double>::quiet_NaN());
       }
+      if (1.0 - gamma < kTinyGap) note(worst_, condition(system), i);
       rule.close(i, slot_);
     }
     if (!rule.writes() || rule.deferred()) return;
@@ -299,6 +330,8 @@ class SystemWorker {
       rule.write_transition(i, c * chunk, std::min(S, (c + 1) * chunk), slot_);
     });
   }
+
+  const Conditioning& worst() const { return worst_; }
 
  private:
   // The only reading of P: σ, P W, P_π, and what the cotangent of Q sends back to V.
@@ -334,6 +367,22 @@ class SystemWorker {
       for (Index t = 0; t < S; ++t) slot_.source[t] += pulled_[part * S + t];
   }
 
+  // By the pivots, or without them by what becomes of a right-hand side without mass.
+  double condition(System& system) const {
+    if (system.eliminated()) return elimination_->condition();
+    const Index S = batch_.states;
+    std::vector<double> probe(S), found(S);
+    double mean = 0.0, size = 0.0, grown = 0.0, residual;
+    for (Index s = 0; s < S; ++s) mean += probe[s] = std::sin(12.9898 * static_cast<double>(s));
+    mean /= static_cast<double>(S);
+    for (double& x : probe) size += std::abs(x -= mean);
+    const double mass = 0.0;
+    system.solve(1, probe.data(), found.data(), &residual, &mass);
+    if (system.eliminated()) return elimination_->condition();
+    for (const double x : found) grown += std::abs(x);
+    return grown / size;
+  }
+
   // One state while its rows of P are in the first-level cache.
   void read_state(const Model& model, const Rule<Real>& rule, Index i, System& system, Index s,
                   double* row, double* pulled) {
@@ -357,19 +406,21 @@ class SystemWorker {
   std::vector<std::vector<double>> rows_;
   std::unique_ptr<typename System::Matrix> matrix_;
   std::unique_ptr<Elimination> elimination_;
+  Conditioning worst_;
 };
 
 }  // namespace
 
-void solve_vjp(const Batch& batch, const SolveVjp& request, Interrupt& interrupt) {
+Conditioning solve_vjp(const Batch& batch, const SolveVjp& request, Interrupt& interrupt) {
   const Index S = batch.states, A = batch.actions, total = batch.total();
   const Index bytes = batch.transitions * (batch.sparse() ? batch.nnz : S * A * S) *
                       static_cast<Index>(batch.is_double ? sizeof(double) : sizeof(float));
   if (total == 0) {  // transitions without problems
     if (request.transition_bar && bytes > 0) std::memset(request.transition_bar, 0, bytes);
-    return;
+    return {};
   }
   if (request.transition_bar) prefer_huge_pages(request.transition_bar, bytes);
+  Conditioning worst;
   with_models(batch, [&](auto model_of) {
     using Model = decltype(model_of(0));
     using Real = typename Model::Real;
@@ -386,6 +437,8 @@ void solve_vjp(const Batch& batch, const SolveVjp& request, Interrupt& interrupt
         const Index first = block * kLanes;
         solve_lanes(batch, rule, *workers[worker], first, std::min(kLanes, total - first));
       });
+      for (const auto& worker : workers)
+        if (worker) note(worst, worker->worst.condition, worker->worst.problem);
     } else {
       std::unique_ptr<PolicyPattern> pattern;
       if (batch.sparse())
@@ -404,6 +457,8 @@ void solve_vjp(const Batch& batch, const SolveVjp& request, Interrupt& interrupt
         outer.run(total, work * static_cast<double>(total), one);
       else
         for (Index i = 0; i < total; ++i) one(i, 0);
+      for (const auto& worker : workers)
+        if (worker) note(worst, worker->worst().condition, worker->worst().problem);
     }
     if (!rule.deferred()) return;
     const Index chunk = model_of(0).chunk(), chunks = (S + chunk - 1) / chunk;
@@ -413,6 +468,7 @@ void solve_vjp(const Batch& batch, const SolveVjp& request, Interrupt& interrupt
                 rule.write_deferred(item / chunks, s0, std::min(S, s0 + chunk));
               });
   });
+  return worst;
 }
 
 }  // namespace birl

@@ -67,6 +67,12 @@ void fold(const VjpTables<Real>& m) {
     for (Index i = 0; i < entries; ++i) q[i] = 0.0;
   if (m.advantage_bar)
     for (Index i = 0; i < entries; ++i) q[i] += static_cast<double>(m.advantage_bar[i]);
+  double inflow = 0.0;
+  if (m.value_bar)
+    for (Index s = 0; s < m.states; ++s) inflow += m.value_bar[s];
+  if (m.q_bar)
+    for (Index i = 0; i < entries; ++i) inflow += static_cast<double>(m.q_bar[i]);
+  *m.inflow = inflow;
   // What flows into Q − V leaves V; what flows into Q itself does not.
   for (Index s = 0; s < m.states; ++s) {
     double outflow = 0.0;
@@ -108,9 +114,20 @@ void finish(const VjpTables<Real>& m, const VjpOutputs<Real>& out) {
   if (out.weight)
     for (Index i = 0; i < entries; ++i) out.weight[i] = m.discount * w[i] * out.inverse_sum[i];
   if (out.discount_bar) {
-    double total = 0.0;
+    double most = 0.0;  // likely is the end nowhere
+    for (Index s = 0; s < m.states; ++s) {
+      double stopping = 0.0;
+      for (Index i = s * A; i < s * A + A; ++i)
+        if (out.inverse_sum[i] == 0.0) stopping += pi[i];
+      most = stopping > most ? stopping : most;
+    }
+    // The constant moves with γ by itself: only what is left of it passes through w (M20).
+    const double leaving = (1.0 - m.discount) + m.discount * most;
+    const double goes_on = out.offset * (m.discount * most / leaving);
+    const double ends = -out.offset / leaving;
+    double total = out.inflow * (out.offset / leaving);
     for (Index i = 0; i < entries; ++i)
-      total += w[i] * (out.expected[i] + (out.inverse_sum[i] == 0.0 ? 0.0 : out.offset));
+      total += w[i] * (out.expected[i] + (out.inverse_sum[i] == 0.0 ? ends : goes_on));
     *out.discount_bar = total;
   }
 }
@@ -262,7 +279,7 @@ constexpr Index kLanes = LaneElimination::kLanes;
 typedef double Lane __attribute__((vector_size(8 * kLanes), aligned(8)));
 
 void lane_solve_transpose(Index n, double* entries, double* defects, double* inverse_pivots,
-                          double* unknowns) {
+                          double* unknowns, const double* mass) {
   Lane* const a = reinterpret_cast<Lane*>(entries);
   Lane* const d = reinterpret_cast<Lane*>(defects);
   Lane* const inverse = reinterpret_cast<Lane*>(inverse_pivots);
@@ -285,11 +302,16 @@ void lane_solve_transpose(Index n, double* entries, double* defects, double* inv
       for (j = k + 1; j < n; ++j) below[j] += multiplier * row[j];
     }
   }
-  for (Index i = 0; i < n; ++i) {
+  Lane
+      left;  // of the mass: the last unknown is what the others leave of it, not a small difference
+  __builtin_memcpy(&left, mass, sizeof left);
+  for (Index i = 0; i < n - 1; ++i) {
     const Lane top = x[i] * inverse[i];
     x[i] = top;
-    for (Index j = i + 1; j < n; ++j) x[j] += a[i * n + j] * top;
+    left -= d[i] * top;
+    for (Index j = i + 1; j < n - 1; ++j) x[j] += a[i * n + j] * top;
   }
+  x[n - 1] = left * inverse[n - 1];
   for (Index i = n - 1; i > 0; --i)
     for (Index j = 0; j < i; ++j) x[j] += a[i * n + j] * x[i];
 }

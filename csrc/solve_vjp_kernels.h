@@ -17,6 +17,7 @@ struct VjpTables {
   double* score;        // cotangent of log π at fixed Q and V; only where that is not zero
   double* q;            // cotangent of Q
   double* source;       // (S): cotangent of V
+  double* inflow;       // one number: Σ V̄ + Σ Q̄, what is asked of V itself
 };
 
 // What is wanted of one problem, (S,A) unless said otherwise; a null one is not.
@@ -25,7 +26,7 @@ struct VjpOutputs {
   const double* flow;         // (S): λ, the cotangent of TV
   const double* inverse_sum;  // 1/σ, zero where nothing follows
   const double* expected;     // Σ_t P W / σ
-  double offset;              // V = offset + W
+  double offset, inflow;      // V = offset + W; see VjpTables
   Real* reward_bar;
   double* weight;  // γ r̄ / σ
   double* log_reference_bar;
@@ -39,8 +40,9 @@ struct LaneElimination {
   static constexpr Index kLanes = 8;
   static constexpr Index kLaneStates = 32;
   // Factors |off-diagonals| a (n,n,kLanes) with row defects d (n,kLanes), in place, and solves the
-  // transposed systems for x (n,kLanes).
-  void (*solve_transpose)(Index n, double* a, double* defect, double* inverse_pivot, double* x);
+  // transposed systems for x (n,kLanes), of which Σ d x = mass (kLanes) is known (M20).
+  void (*solve_transpose)(Index n, double* a, double* defect, double* inverse_pivot, double* x,
+                          const double* mass);
 };
 
 template <class Real>

@@ -81,8 +81,8 @@ def gpu(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(_native, "sweep", _native_cuda.sweep)
     monkeypatch.setattr(_native, "solve", _native_cuda.solve)
 
-    def policy_solve(*data, transpose, method, tol):
-        return *_native_cuda.policy_solve(*data, transpose=transpose, tol=tol), 0
+    def policy_solve(*data, transpose):
+        return *_native_cuda.policy_solve(*data, transpose=transpose), 0
 
     monkeypatch.setattr(_native, "policy_solve", policy_solve)
     # The GPU has no fused backward of its own; its outer product is a kernel.

@@ -19,9 +19,8 @@ from torch.autograd import gradcheck
 
 import birl_ext
 from birl_ext.mdp import DenseMDP, SparseMDP
-from birl_ext.ops import _backends
+from birl_ext.ops import _backends, policy_solve
 from birl_ext.ops.bellman import bellman as bellman_op
-from birl_ext.ops.policy_solve import policy_solve as policy_solve_op
 from birl_ext.ops.solve import solve as solve_op
 from birl_ext.reference import multiprecision
 from birl_ext.reference.float64 import Oracle
@@ -354,16 +353,13 @@ def op_under_test(
         inputs = dense_inputs(reference)
         crow = col = torch.empty(0, dtype=torch.int64)
     code = CODES[backend]
-    if op in ("policy_solve", "policy_solve_transposed"):
+    if op in ("discounted_sum", "discounted_visits"):
+        system = getattr(policy_solve, op)
         names = ("transition", "policy", "discount", "rhs")
 
         def call(transition: Tensor, *rest: Tensor) -> Any:
             policy = rest[0] / rest[0].sum(-1, keepdim=True)
-            transposed = op.endswith("transposed")
-            out = policy_solve_op(
-                transition, crow, col, policy, *rest[1:], transposed, 0.0, 0, code
-            )
-            return out[0]
+            return system(transition, crow, col, policy, *rest[1:], code)[0]
     else:
         names = ("transition", "reward", "log_reference", "discount", "temperature")
         names += ("value",) if op == "bellman" else ()
@@ -388,8 +384,8 @@ OPS = [
     ("bellman", True),
     ("solve", False),
     ("solve", True),
-    ("policy_solve", False),
-    ("policy_solve_transposed", False),
+    ("discounted_sum", False),
+    ("discounted_visits", False),
 ]
 
 

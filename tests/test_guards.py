@@ -351,6 +351,12 @@ def test_a_reward_that_is_nan_is_named_as_such(make: Any) -> None:
     assert_refused(NonFiniteInputError, "reward is nan", make, BilevelProblem(broken, upper))
 
 
+def test_levels_are_functions() -> None:
+    for levels in ((None, upper), (lower, 1.0), (BASE, upper)):
+        with pytest.raises(OptionError, match=r"(lower|upper) is a "):
+            BilevelProblem(*levels)
+
+
 def test_a_path_is_a_question_to_the_graph() -> None:
     x = torch.zeros(3, requires_grad=True)
     other = torch.zeros(3, requires_grad=True)

@@ -17,6 +17,7 @@ from closeness import assert_close
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import birl_ext
@@ -28,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch.*"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning"),
 ]
 
 STATES, ACTIONS, SWEEPS = 3, 2, 90  # 0.6⁹⁰ < 1e-19
@@ -102,16 +104,16 @@ class Subject(NamedTuple):
 
     def scalars(self) -> tuple[Function, Function]:
         """Both composed with a scalar that has curvature of its own."""
-
-        def summed(function: Function) -> Function:
-            def scalar(*inputs: Tensor) -> Tensor:
-                out = function(*inputs)
-                weight = torch.linspace(0.5, 1.5, out.shape[-1], dtype=out.dtype)
-                return (weight * out * (1 + out)).sum()
-
-            return scalar
-
         return summed(self.ours), summed(self.plain)
+
+
+def summed(function: Function) -> Function:
+    def scalar(*inputs: Tensor) -> Tensor:
+        out = function(*inputs)
+        weight = torch.linspace(0.5, 1.5, out.shape[-1], dtype=out.dtype)
+        return (weight * out * (1 + out)).sum()
+
+    return scalar
 
 
 def joined(parts: Any) -> Tensor:
@@ -320,8 +322,11 @@ def test_finite_differences(name: str, check: str) -> None:
     CHECKS[check](of.ours, tuple(x.clone().requires_grad_() for x in of.inputs))
 
 
+COMPILER = {"backend": "aot_eager"}
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, backend="aot_eager")
+    return torch.compile(function, fullgraph=True, **COMPILER)  # type: ignore[call-overload]
 
 
 COMPILED: dict[str, tuple[str, Callable[[Function, Function, tuple[Tensor, ...]], Any]]] = {
@@ -359,32 +364,135 @@ def test_compiled_higher_transforms(nested: str) -> None:
     assert_agree(got, want, f"compiled {nested}")
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
-def test_export_survives_a_file(name: str) -> None:
-    class Wrapped(torch.nn.Module):
-        def forward(self, *inputs: Tensor) -> Tensor:
-            return subject(name).ours(*inputs)
+# Graphs of ops, which keep nothing of the Python that made them
 
-    of = subject(name)
-    program = torch.export.export(Wrapped(), of.inputs)
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
+def exported(f: Function, x: tuple[Tensor, ...], **options: Any) -> torch.export.ExportedProgram:
+    return torch.export.export(Wrapped(f), x, **options)
+
+
+def from_a_file(save: Callable[..., None], load: Callable[..., Any], graph: Any) -> Any:
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    save(graph, buffer)
     buffer.seek(0)
-    loaded = torch.export.load(buffer).module()
-    other = tuple(1.01 * x for x in of.inputs)  # not the inputs that it was traced with
-    assert_agree(loaded(*other), of.plain(*other), f"export of {name}")
+    return load(buffer)
+
+
+GRAPHS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
+    "export": lambda f, x: exported(f, x).module(),
+    "export-strict": lambda f, x: exported(f, x, strict=True).module(),
+    "export-file": lambda f, x: from_a_file(
+        torch.export.save, torch.export.load, exported(f, x)
+    ).module(),
+    "export-decomposed": lambda f, x: exported(f, x).run_decompositions().module(),
+    "make_fx": lambda f, x: make_fx(f)(*x),
+    "make_fx-symbolic": lambda f, x: make_fx(
+        f, tracing_mode="symbolic", _allow_non_fake_inputs=True
+    )(*x),
+    "make_fx-pre-dispatch": lambda f, x: make_fx(f, pre_dispatch=True)(*x),
+    "trace-file": lambda f, x: from_a_file(
+        torch.jit.save, torch.jit.load, torch.jit.trace(Wrapped(f), x)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        *((how, "solve") for how in GRAPHS),
+        *(("export-decomposed", name) for name in SUBJECTS[1:]),
+        *(("make_fx", name) for name in SUBJECTS[1:]),
+    ],
+)
+def test_a_graph_of_ops_keeps_the_gradient(how: str, name: str) -> None:
+    """Values and gradients at inputs that it was not made with."""
+    of = subject(name)
+    graph = GRAPHS[how](of.ours, of.inputs)
+    other = tuple(1.01 * x for x in of.inputs)
+    assert_agree(graph(*other), of.plain(*other), f"{how} of {name}")
+    got = by_backward(graph, summed(graph), other)
+    assert_agree(got, by_backward(of.plain, of.scalars()[1], other), f"gradient of {how} of {name}")
+
+
+def restricted() -> Function:
+    """With numbers for γ and τ, a mask, an end and a reference."""
+    rows, weights = draw(STATES, ACTIONS, STATES).softmax(-1), draw(STATES, ACTIONS).exp()
+    mask, terminal = torch.ones(STATES, ACTIONS) > 0, torch.arange(STATES) == STATES - 1
+    mask[0, 1] = mask[-1, 1] = False
+    options: dict[str, Any] = {"mask": mask, "terminal": terminal, "reference": weights}
+
+    def found(reward: Tensor) -> Tensor:
+        got = birl_ext.solve(reward, rows, discount=0.6, temperature=0.5, **options)
+        return torch.cat((got.value.flatten(), got.policy.flatten()))
+
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", GRAPHS)
+def test_a_graph_of_a_restricted_problem_keeps_the_gradient(how: str) -> None:
+    eager, inputs = restricted(), (draw(2, STATES, ACTIONS),)
+    graph = GRAPHS[how](eager, inputs)
+    other = (1.01 * inputs[0],)
+    got, want = (by_backward(f, summed(f), other) for f in (graph, eager))
+    assert_agree(got, want, how)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_of_any_size_keeps_the_gradient(strict: bool) -> None:
+    def policy(reward: Tensor, logits: Tensor) -> Tensor:
+        return birl_ext.solve(reward, logits.softmax(-1), discount=0.6, temperature=0.5).policy
+
+    any_size = {i: torch.export.Dim.AUTO for i in range(3)}
+    program = exported(
+        policy,
+        (draw(2, STATES, ACTIONS), draw(STATES, ACTIONS, STATES)),
+        dynamic_shapes={"inputs": (any_size, any_size)},
+        strict=strict,
+    )
+    for graph in (program.module(), program.run_decompositions().module()):
+        for count, states, actions in ((3, STATES, ACTIONS), (2, 7, 4)):
+            other = draw(count, states, actions), draw(states, actions, states)
+            got, want = (by_backward(f, summed(f), other) for f in (graph, policy))
+            assert_agree(got, want, f"{count} of {states} states")
+
+
+@pytest.mark.parametrize(
+    ("transform", "name"),
+    [
+        *((how, "solve") for how in (*TRANSFORMS, *(f"compiled-{how}" for how in COMPILED))),
+        *((how, name) for how in ("vmap-of-grad", "hessian") for name in SUBJECTS[1:3]),
+    ],
+)
+def test_the_bare_ops_pass_every_transform(transform: str, name: str) -> None:
+    of = subject(name)
+    bare = make_fx(of.ours)(*of.inputs)
+    eager, apply = transform, TRANSFORMS.get(transform)
+    if apply is None:
+        eager, apply = COMPILED[transform.removeprefix("compiled-")]
+    want = TRANSFORMS[eager](of.plain, of.scalars()[1], of.inputs)
+    assert_agree(apply(bare, summed(bare), of.inputs), want, f"{transform} of {name}, bare")
 
 
 @pytest.mark.slow
 # the cache on disk does not know when an op changes the shape of what it returns
 @torch._inductor.config.patch(fx_graph_cache=False)
 @torch._functorch.config.patch(enable_autograd_cache=False)
-def test_inductor() -> None:
-    """The default compiler, forward and backward."""
-    of = subject("solve")
-    ours, plain = of.scalars()
-    got = by_backward(of.ours, torch.compile(ours, fullgraph=True), of.inputs)
-    assert_agree(got, by_backward(of.plain, plain, of.inputs), "inductor")
+@pytest.mark.parametrize("transform", COMPILED)
+def test_inductor(transform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default compiler."""
+    monkeypatch.setitem(COMPILER, "backend", "inductor")
+    test_compiled("solve", transform)
 
 
 # vmap over some of the inputs only: each choice takes another path through (N, G)
@@ -591,9 +699,10 @@ def raw_arguments(op: str, sparse: bool) -> tuple[Any, ...]:
     rows = torch.stack([on_pattern(one) for one in logits]) if sparse else logits.softmax(-1)
     discount = torch.full((n, g), 0.6, dtype=torch.float64)
     table = draw(n, g, STATES, ACTIONS)
-    if op == "policy_solve":
+    if op in ("push", "flow"):
         policy, rhs = table.softmax(-1), draw(n, g, 2, STATES)
-        return (rows, crow, col, policy, discount, rhs, True, 0.0, 0, 0)
+        mass = (rhs.sum(-1) / (1 - discount.unsqueeze(-1)),) if op == "flow" else ()
+        return (rows, crow, col, policy, discount, rhs, *mass, True, 0)
     log_reference = 0.1 * table
     data = (rows, crow, col, table, log_reference, discount, 0.5 + 0 * discount)
     if op == "bellman":
@@ -602,13 +711,18 @@ def raw_arguments(op: str, sparse: bool) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize("op", ["bellman", "solve", "policy_solve"])
+@pytest.mark.parametrize("op", ["bellman", "solve", "push", "flow"])
 def test_opcheck(op: str, sparse: bool) -> None:
-    """Schema, aliasing, fake tensors, and tracing with symbolic shapes."""
+    """Schema, aliasing, derivatives, fake tensors, and tracing with symbolic shapes."""
     torch.library.opcheck(
         getattr(torch.ops.birl_ext, op).default,
         raw_arguments(op, sparse),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        test_utils=(
+            "test_schema",
+            "test_autograd_registration",
+            "test_faketensor",
+            "test_aot_dispatch_dynamic",
+        ),
     )
 
 

@@ -13,21 +13,23 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.util import Finalize
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from birl_ext.agents.declared import Declared, Misfit
 from birl_ext.agents.pixels import is_atari, register_atari
 from birl_ext.agents.spaces import Spaces, read_spaces
 from birl_ext.agents.transitions import Transitions
 from birl_ext.errors import (
     BirlError,
+    DtypeError,
     EnvironmentFailureError,
     MissingDependencyError,
     OptionError,
@@ -46,7 +48,8 @@ except ImportError:
 
 __all__ = ["Environments", "Step", "episode_seed", "make_environments", "registration"]
 
-_START, _FAILURE = "birl_start", "birl_failure"  # in `options` and in `info`
+_START = "birl_start"  # in `options`
+_FAILURE, _ROUNDED = "birl_failure", "birl_rounded"  # in `info`
 _GRACE = 5.0  # seconds a killed worker is waited for
 
 
@@ -139,7 +142,7 @@ def make_environments(
     if not timeout > 0:
         raise OptionError(f"timeout is {timeout!r}", allowed="more than 0, in seconds")
     builders = [
-        functools.partial(_build, source, dict(options or {}), seed, i, os.getpid())
+        functools.partial(_build, source, name, dict(options or {}), seed, i, os.getpid())
         for i in range(count)
     ]
     mode = AutoresetMode.SAME_STEP
@@ -159,7 +162,7 @@ def make_environments(
             f"building {name!r} needs a package: {error}",
             fix='pip install "birl_ext[rl]" brings those of Atari, MuJoCo and classic control',
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise EnvironmentFailureError(
             f"building raised {type(error).__name__}: {error}", where=f"environment {name!r}"
         ) from error
@@ -172,6 +175,7 @@ class Environments:
     `make_environments` builds one. A vector environment of one's own works in all three autoreset
     modes, with two limits: a resumed run starts new episodes in it, and the seed in the message of
     a failure is that of the first one. A worker that hangs is noticed in an AsyncVectorEnv only.
+    What it returns is checked, not what it made it from: gymnasium's own cast observations first.
 
     Args:
         vector: a gymnasium vector environment.
@@ -206,6 +210,7 @@ class Environments:
         self._closed = False
         self._waiting = False  # for workers to answer
         self._observation: Tensor | None = None
+        self._rounded = False  # a number was, and that has been said
         self._starting = np.zeros(self.count, dtype=bool)  # NEXT_STEP: where the next step resets
         self.episodes = [0] * self.count
         self._actions: list[list[Any]] = []
@@ -217,6 +222,10 @@ class Environments:
         except OptionError:
             self.close()
             raise
+        self._last = Declared(vector.single_observation_space)
+        # Ours look at each answer where it is given, before gymnasium casts it.
+        count = None if self.repeatable else self.count
+        self._every = None if count is None else Declared(vector.single_observation_space, count)
 
     @property
     def observation(self) -> Tensor:
@@ -242,8 +251,9 @@ class Environments:
 
         Raises:
             ShapeError: it is not.
+            DtypeError: floats where actions are indices.
             EnvironmentFailureError: one of them raised, died, did not answer in time, or returned
-                NaN or an infinity. All are closed then.
+                what it has not declared, see `Declared`. All are closed then.
         """
         before = self.observation
         if action.shape != (self.count, *self.spaces.action_shape):
@@ -251,39 +261,39 @@ class Environments:
                 f"action has shape {tuple(action.shape)}",
                 allowed=str((self.count, *self.spaces.action_shape)),
             )
+        if action.is_floating_point() and self.spaces.actions is not None:
+            raise DtypeError(
+                f"action has dtype {action.dtype}",
+                allowed="integers, where actions are indices",
+                fix="convert it",
+            )
         space = self._vector.single_action_space
         given = action.detach().cpu().numpy().astype(space.dtype)
         if isinstance(space, gymnasium.spaces.Box):
             given = given.clip(space.low, space.high)  # its edges in float32 may lie beyond them
         found, reward, terminated, truncated, info = self._call("step", given)
-        self._raise_reported(info, given, ended=terminated | truncated)
         kept = ~self._starting
         ended = (terminated | truncated) & kept
         after = np.array(found)  # it may write the next ones into the same array
-        if self._mode is AutoresetMode.SAME_STEP:
-            for i in ended.nonzero()[0]:
-                after[i] = info["final_obs"][i]
-        # As tensors: what the environment's own dtype can hold may be infinite in float32.
-        following = self._tensor(after)
-        with np.errstate(over="ignore"):
-            reward = np.array(reward, dtype=np.float32)
-        self._check_finite("observation", following.numpy(), given)
-        self._check_finite("reward", reward, given)
+        if self._mode is AutoresetMode.SAME_STEP and ended.any():
+            for i in ended.nonzero()[0].tolist():
+                with self._named(given, i):
+                    after[i] = self._last.observation(info["final_obs"][i])
         self._count(given, kept, ended)
         if self._mode is AutoresetMode.DISABLED and ended.any():
             fresh, _ = self._call("reset", None, options={"reset_mask": ended})
             found = np.where(ended.reshape(-1, *[1] * (after.ndim - 1)), fresh, found)
         self._starting = ended & (self._mode is AutoresetMode.NEXT_STEP)
+        following = self._tensor(after)
         self._observation = following
         if ended.any() and self._mode is not AutoresetMode.NEXT_STEP:
             self._observation = self._tensor(np.array(found))
-            self._check_finite("observation", self._observation.numpy(), None)
         transitions = Transitions(
             before,
             torch.from_numpy(given).to(self.spaces.action_dtype),
             following,
             torch.from_numpy(np.array(terminated, dtype=np.bool_)),
-            torch.from_numpy(reward),
+            torch.from_numpy(np.array(reward, dtype=np.float32)),
         )
         return Step(transitions, torch.from_numpy(kept), torch.from_numpy(ended))
 
@@ -299,7 +309,7 @@ class Environments:
         if self._observation is None:
             self.reset()
         try:
-            pictures = list(self._vector.render() or [None])
+            found = [np.asarray(picture) for picture in self._vector.render() or [None]]
         except gymnasium.error.DependencyNotInstalled as error:
             raise MissingDependencyError(
                 f"drawing {self.name!r} needs a package: {error}", fix='pip install "birl_ext[rl]"'
@@ -311,7 +321,6 @@ class Environments:
                 fix="mend its render(); MuJoCo without a screen needs MUJOCO_GL=egl and a library "
                 "of it, such as libegl1 with libegl-mesa0",
             ) from error
-        found = [np.asarray(picture) for picture in pictures]
         for picture in found:
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
                 what = f"{picture.dtype} {picture.shape}" if picture.ndim else str(picture)
@@ -375,10 +384,15 @@ class Environments:
         if self._closed:
             return
         self._closed = True
-        if self._workers is None:
+        if self._workers is not None:
+            said = _end(self._workers, patience=self.timeout)
+        elif self.repeatable:
+            said = [environment.finish() for environment in cast(Any, self._vector).envs]
             self._vector.close()
         else:
-            _end(self._workers, patience=self.timeout)
+            said = [_said(self._vector.close)]
+        for words in filter(None, said):  # the work is done: no reason to lose it
+            warnings.warn(f"{self.name!r}: closing raised {words}", stacklevel=2)
 
     def __enter__(self) -> Environments:
         return self
@@ -394,12 +408,10 @@ class Environments:
         self._starting = np.zeros(self.count, dtype=bool)
         if self.repeatable:
             start = list(zip(episodes, actions, strict=True))
-            observation, info = self._call("reset", None, options={_START: start})
+            observation, _ = self._call("reset", None, options={_START: start})
         else:
-            observation, info = self._call("reset", None, seed=self.seed_of(0))
-        self._raise_reported(info, None, ended=np.zeros(self.count, dtype=bool))
+            observation, _ = self._call("reset", None, seed=self.seed_of(0))
         self._observation = self._tensor(np.array(observation))
-        self._check_finite("observation", self._observation.numpy(), None)
 
     def _count(self, given: Any, kept: Any, ended: Any) -> None:
         for i in range(self.count):
@@ -421,32 +433,53 @@ class Environments:
             raise EnvironmentFailureError(
                 "the environments are closed", where=f"{self.name!r}", fix="make new ones"
             )
-        workers = self._workers
-        try:
-            if workers is None:
-                return (
-                    self._vector.step(given) if method == "step" else self._vector.reset(**keywords)
-                )
-            with warnings.catch_warnings():
-                # gymnasium repeats an error of a worker as a warning, before it raises it
-                warnings.simplefilter("ignore")
-                self._waiting = True
+        with self._named(given):
+            answer = self._asked(method, given, **keywords)
+            if self._every is not None:
+                info = answer[-1]
                 if method == "step":
-                    workers.step_async(given)
-                    answer: Any = workers.step_wait(timeout=self.timeout)
+                    answer = (*self._every.step(answer), info)
                 else:
-                    workers.reset_async(**keywords)
-                    # Steps that are played again take their time: a second each, at most.
-                    played = max(self._lengths, default=0)
-                    answer = workers.reset_wait(self.timeout + played * min(self.timeout, 1.0))
-                self._waiting = False
-                return answer
-        except Exception as error:
-            failure = self._diagnose(error, given)
+                    answer = (self._every.reset(answer), info)
+        ended = answer[2] | answer[3] if method == "step" else np.zeros(self.count, dtype=bool)
+        self._raise_reported(answer[-1], given, ended=ended)
+        return answer
+
+    def _asked(self, method: str, given: Any, **keywords: Any) -> Any:
+        workers = self._workers
+        if workers is None:
+            return self._vector.step(given) if method == "step" else self._vector.reset(**keywords)
+        with warnings.catch_warnings():
+            # gymnasium repeats an error of a worker as a warning, before it raises it
+            warnings.simplefilter("ignore")
+            self._waiting = True
+            if method == "step":
+                workers.step_async(given)
+                answer: Any = workers.step_wait(timeout=self.timeout)
+            else:
+                workers.reset_async(**keywords)
+                # Steps that are played again take their time: a second each, at most.
+                played = max(self._lengths, default=0)
+                answer = workers.reset_wait(self.timeout + played * min(self.timeout, 1.0))
+            self._waiting = False
+            return answer
+
+    @contextlib.contextmanager
+    def _named(self, given: Any, index: int | None = None) -> Iterator[None]:
+        """Whatever an environment raises or returns wrongly inside has its name."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            if isinstance(error, Misfit):
+                what, allowed, fix = error.args
+                row = index if error.row is None else error.row
+                failure = self._failure(what, row, given, allowed, fix)
+            else:
+                failure = self._diagnose(error, given)
             self._abort()
             raise failure from error
 
-    def _diagnose(self, error: Exception, given: Any) -> EnvironmentFailureError:
+    def _diagnose(self, error: BaseException, given: Any) -> EnvironmentFailureError:
         if self._workers is not None:
             silent = []
             for i, process in enumerate(self._workers.processes):
@@ -467,34 +500,29 @@ class Environments:
 
     def _raise_reported(self, info: Mapping[str, Any], given: Any, *, ended: Any) -> None:
         """Raise what a wrapped environment reported in place of an answer."""
-        if _FAILURE not in info:
-            return
-        index = int(np.flatnonzero(info[f"_{_FAILURE}"])[0])
-        what = str(info[_FAILURE][index])
-        if ended[index]:  # it was the start of the next episode that failed
-            self.episodes[index] += 1
-            given = None
-        failure = self._failure(what, index, given)
-        self._abort()
-        raise failure
-
-    def _check_finite(self, what: str, found: Any, given: Any) -> None:
-        if found.dtype.kind != "f":
-            return
-        finite = np.isfinite(found)
-        if not finite.all():
-            index = int(np.flatnonzero(~finite.reshape(self.count, -1).all(-1))[0])
-            entries = np.asarray(found[index]).reshape(-1)
-            value = entries[~np.isfinite(entries)][0]
-            failure = self._failure(f"its {what} is {value}", index, given)
+        if _FAILURE in info:
+            index = int(np.flatnonzero(info[f"_{_FAILURE}"])[0])
+            what, allowed, fix = info[_FAILURE][index]
+            if ended[index]:  # it was the start of the next episode that failed
+                self.episodes[index] += 1
+                given = None
+            failure = self._failure(what, index, given, allowed, fix)
             self._abort()
             raise failure
+        words = "" if self._every is None else self._every.rounded or self._last.rounded
+        if _ROUNDED in info:
+            words = next(filter(None, info[_ROUNDED]))
+        if words and not self._rounded:
+            self._rounded = True
+            warnings.warn(f"{self.name!r}: {words}", stacklevel=4)
 
-    def _failure(self, what: str, index: int | None, given: Any) -> EnvironmentFailureError:
+    def _failure(
+        self, what: str, index: int | None, given: Any, allowed: str = "", fix: str = ""
+    ) -> EnvironmentFailureError:
         if index is None:
             action = "" if given is None else f", actions {given.tolist()}"
             where = f"one of {self.count} of {self.name!r}, seed {self.seed}{action}"
-            return EnvironmentFailureError(what, where=where)
+            return EnvironmentFailureError(what, where=where, allowed=allowed, fix=fix)
         seed = self.seed_of(index) if self.repeatable else self.seed
         where = f"environment {index} of {self.name!r}, seed {seed}, "
         where += (
@@ -502,7 +530,7 @@ class Environments:
             if given is None
             else f"step {self._lengths[index]}, action {given[index].tolist()}"
         )
-        return EnvironmentFailureError(what, where=where)
+        return EnvironmentFailureError(what, where=where, allowed=allowed, fix=fix)
 
     def _abort(self) -> None:
         """End everything at once; a worker that hangs is not asked."""
@@ -510,8 +538,7 @@ class Environments:
             return
         self._closed, self._waiting = True, False
         if self._workers is None:
-            with contextlib.suppress(Exception):
-                self._vector.close()
+            _said(self._vector.close)
         else:
             _end(self._workers)
 
@@ -534,16 +561,28 @@ class _Workers(AsyncVectorEnv):
         _end(self, patience=0.0 if terminate else _GRACE if timeout is None else timeout)
 
 
-def _end(workers: AsyncVectorEnv, *, patience: float = 0.0) -> None:
-    """Ask the workers to close, unless `patience` is 0, and kill those not gone by then."""
+def _end(workers: AsyncVectorEnv, *, patience: float = 0.0) -> list[str | None]:
+    """Ask the workers to close, unless `patience` is 0, and kill those not gone by then.
+
+    Returns:
+        What ours say about closing, see `_Episodes.finish`.
+    """
     # A vector environment that could not be built may have neither.
     pipes = [pipe for pipe in getattr(workers, "parent_pipes", []) if pipe is not None]
     processes = getattr(workers, "processes", [])
+    said: list[str | None] = []
     if patience:
+        ours = isinstance(workers, _Workers)
         for pipe in pipes:
             with contextlib.suppress(OSError):  # it has died
+                if ours:
+                    pipe.send(("_call", ("finish", (), {})))
                 pipe.send(("close", None))
         ends = time.monotonic() + patience
+        for pipe in pipes if ours else []:
+            with contextlib.suppress(OSError, EOFError):
+                if pipe.poll(max(0.0, ends - time.monotonic())):
+                    said.append(pipe.recv()[0])
         for process in processes:
             process.join(max(0.0, ends - time.monotonic()))
     _kill(processes)
@@ -552,6 +591,7 @@ def _end(workers: AsyncVectorEnv, *, patience: float = 0.0) -> None:
     if pipes:
         workers.error_queue.close()
     workers.closed = True
+    return said
 
 
 def _kill(processes: list[Any]) -> None:
@@ -589,17 +629,19 @@ def _name(source: str | EnvSpec | Callable[[], gymnasium.Env[Any, Any]]) -> str:
 
 
 class _Episodes(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Seeds every episode, plays one again, and reports an exception as data.
+    """Seeds every episode, plays one again, checks answers, and reports what is wrong as data.
 
-    Exceptions are data because of the road from a worker: gymnasium pickles them, keeps the last
-    one only, and forgets which environment it was.
+    As data because of the road from a worker: gymnasium casts observations, pickles exceptions,
+    keeps the last one only, and forgets which environment it was.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], seed: int, index: int) -> None:
         super().__init__(env)
+        self._declared = Declared(env.observation_space)
         self._seed = seed
         self._index = index
         self._episode = -1
+        self._finished = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -610,30 +652,58 @@ class _Episodes(gymnasium.Wrapper[Any, Any, Any, Any]):
             self._episode, actions = options[_START][self._index]
         try:
             drawn = episode_seed(self._seed, self._index, self._episode)
-            observation, _ = self.env.reset(seed=drawn)
+            observation = self._declared.reset(self.env.reset(seed=drawn))
             for action in actions:
-                observation = self.env.step(action)[0]
-        except Exception as error:
-            return self._blank(), {_FAILURE: f"it raised {type(error).__name__}: {error}"}
-        return observation, {}
+                observation = self._declared.step(self.env.step(action))[0]
+        except (Exception, SystemExit) as error:
+            return self._blank(), {_FAILURE: _words(error)}
+        return observation, self._info()
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
-            observation, reward, terminated, truncated, _ = self.env.step(action)
-            # Copied: an environment may write its next episode into the same array.
-            seen = np.array(observation)
-            return seen, float(reward), bool(terminated), bool(truncated), {}
-        except Exception as error:
-            what = f"it raised {type(error).__name__}: {error}"
-            return self._blank(), 0.0, False, False, {_FAILURE: what}
+            return *self._declared.step(self.env.step(action)), self._info()
+        except (Exception, SystemExit) as error:
+            return self._blank(), 0.0, False, False, {_FAILURE: _words(error)}
+
+    def finish(self) -> str | None:
+        """Close it; returns what it raised at that."""
+        if self._finished:
+            return None
+        self._finished = True
+        return _said(super().close)
+
+    def close(self) -> None:
+        self.finish()
+
+    def _info(self) -> dict[str, Any]:
+        # In every step from then on: the last one of an episode has its info elsewhere.
+        return {_ROUNDED: self._declared.rounded} if self._declared.rounded else {}
 
     def _blank(self) -> Any:
         space = self.observation_space
         return np.zeros(space.shape or (), space.dtype)
 
 
+def _words(error: BaseException) -> tuple[str, str, str]:
+    """What went wrong, what is allowed, and a fix, of a failure."""
+    if isinstance(error, Misfit):
+        what, allowed, fix = error.args
+        return what, allowed, fix
+    return f"it raised {type(error).__name__}: {error}", "", ""
+
+
+def _said(close: Callable[[], None]) -> str | None:
+    """What is raised by closing."""
+    try:
+        close()
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def _build(
     source: str | EnvSpec | Callable[[], gymnasium.Env[Any, Any]],
+    name: str,
     options: dict[str, Any],
     seed: int,
     index: int,
@@ -647,9 +717,10 @@ def _build(
             signal.signal(number, _leave)
     if isinstance(source, str) and is_atari(source):
         register_atari(source)
-    if callable(source):
-        return _Episodes(source(**options), seed, index)
-    return _Episodes(gymnasium.make(source, **options), seed, index)
+    made = source(**options) if callable(source) else gymnasium.make(source, **options)
+    # Here, before gymnasium looks for room for observations that are not supported.
+    read_spaces(made.observation_space, made.action_space, name)
+    return _Episodes(made, seed, index)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from birl_ext.agents.declared import Declared, Misfit
 from birl_ext.agents.paths import Paths, Policy, follow
 from birl_ext.agents.simulators import CartPole, DynamicsSimulator, Pendulum
 from birl_ext.agents.spaces import Spaces
@@ -95,6 +96,7 @@ class RestoredSimulator:
         self.generator = generator
         self.samples = 0
         self._copies = [build() for _ in range(copies)]
+        self._declared = Declared(self._copies[0].observation_space)
         self.observation_shape = tuple(self._copies[0].observation_space.shape or ())
 
     def continuations(
@@ -108,7 +110,7 @@ class RestoredSimulator:
             steps: of each path.
 
         Raises:
-            EnvironmentFailureError: an environment raised, or returned NaN or an infinity.
+            EnvironmentFailureError: an environment raised, or returned what it has not declared.
         """
         size = len(self._copies)
         parts = []
@@ -152,14 +154,9 @@ class RestoredSimulator:
             for i in alive.nonzero().squeeze(-1).tolist():
                 environment = used[i]
                 given = actions[i].astype(environment.action_space.dtype)
-                with _named("a step", environment):
-                    after[i], _, ended[i], _, _ = environment.step(given)
-                if not np.isfinite(after[i]).all():
-                    raise EnvironmentFailureError(
-                        f"observation is {after[i].tolist()}",
-                        where=f"{_name(environment)}, action {given.tolist()}, restored from "
-                        f"{observation[i].tolist()}",
-                    )
+                where = f", action {given.tolist()}, restored from {observation[i].tolist()}"
+                with _named("a step", environment, where):
+                    after[i], _, ended[i], _ = self._declared.step(environment.step(given))
             self.samples += int(alive.sum())
             return torch.from_numpy(after).to(here), torch.from_numpy(ended).to(here.device)
 
@@ -167,13 +164,18 @@ class RestoredSimulator:
 
 
 @contextmanager
-def _named(what: str, environment: Environment) -> Iterator[None]:
-    """Whatever an environment raises inside gets a name."""
+def _named(what: str, environment: Environment, where: str = "") -> Iterator[None]:
+    """Whatever an environment raises or returns wrongly inside gets a name."""
     try:
         yield
-    except Exception as error:
+    except Misfit as error:
+        wrong, allowed, fix = error.args
         raise EnvironmentFailureError(
-            f"{what} raised {type(error).__name__}: {error}", where=_name(environment)
+            wrong, where=_name(environment) + where, allowed=allowed, fix=fix
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise EnvironmentFailureError(
+            f"{what} raised {type(error).__name__}: {error}", where=_name(environment) + where
         ) from error
 
 

@@ -68,7 +68,7 @@ def read_spaces(observation: Any, action: Any, name: str) -> Spaces:
     """The spaces of an environment.
 
     Raises:
-        OptionError: they are not supported.
+        OptionError: they are not supported. The wrapper that it names works for them.
     """
     count = None
     if isinstance(observation, spaces.Discrete) and observation.start == 0:
@@ -83,16 +83,50 @@ def read_spaces(observation: Any, action: Any, name: str) -> Spaces:
         raise OptionError(
             f"the observation space of {name!r} is {observation}",
             allowed="Box with one or more axes, none of them empty, or Discrete from 0",
-            fix="wrap it, e.g. in gymnasium.wrappers.FlattenObservation",
+            fix=f"wrap it: {_observation_wrapper(observation)}",
         )
     if isinstance(action, spaces.Discrete) and action.start == 0:
         return Spaces(shape, dtype, count, (), int(action.n), None, None)
-    if isinstance(action, spaces.Box) and len(action.shape) == 1 and action.shape[0]:
+    if _is_float_box(action) and len(action.shape) == 1 and action.shape[0]:
         low, high = (torch.tensor(edge, dtype=torch.float32) for edge in (action.low, action.high))
         if bool((low.isfinite() & high.isfinite() & (low < high)).all()):
             return Spaces(shape, dtype, count, action.shape, None, low, high)
     raise OptionError(
         f"the action space of {name!r} is {action}",
-        allowed="Discrete from 0, or a Box (d,) with d > 0 and finite edges",
-        fix="wrap it, e.g. in gymnasium.wrappers.RescaleAction or TransformAction",
+        allowed="Discrete from 0, or a Box (d,) of floats with d > 0 and finite edges",
+        fix=f"wrap it: {_action_wrapper(action)}",
+    )
+
+
+def _is_float_box(space: Any) -> bool:
+    return isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
+
+
+def _observation_wrapper(space: Any) -> str:
+    """What shows numbers in place of a space that is not supported."""
+    if space.is_np_flattenable and spaces.flatdim(space):
+        return "gymnasium.wrappers.FlattenObservation(env)"
+    return (
+        "gymnasium.wrappers.TransformObservation(env, function, gymnasium.spaces.Box(low, high)), "
+        "where function makes an array between low and high of an observation"
+    )
+
+
+def _action_wrapper(space: Any) -> str:
+    """What takes numbers or indices in place of a space that is not supported.
+
+    Integers are no floats that are rounded: a density over a box says nothing about them.
+    """
+    if _is_float_box(space) and bool((space.low < space.high).all()) and 0 not in space.shape:
+        finite = bool((np.abs([space.low, space.high]) <= np.finfo(np.float32).max).all())
+        box = (
+            "gymnasium.spaces.flatten_space(env.action_space)), of one axis"
+            if finite
+            else "gymnasium.spaces.Box(low, high)), where low and high are finite and of one axis"
+        )
+        flat = "lambda a: gymnasium.spaces.unflatten(env.action_space, a)"
+        return f"gymnasium.wrappers.TransformAction(env, {flat}, {box}"
+    return (
+        "gymnasium.wrappers.TransformAction(env, lambda k: choices[k], "
+        "gymnasium.spaces.Discrete(len(choices))), where choices are actions of its own"
     )

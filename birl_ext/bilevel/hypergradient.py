@@ -25,7 +25,7 @@ from birl_ext.bilevel.problem import (
     hypergradient,
 )
 from birl_ext.errors import OptionError
-from birl_ext.ops._backends import AUTO
+from birl_ext.ops import _backends
 from birl_ext.ops.bellman import (
     Cotangents,
     Point,
@@ -33,7 +33,7 @@ from birl_ext.ops.bellman import (
     parameter_cotangents,
 )
 from birl_ext.ops.rows import Rows, widened
-from birl_ext.solution import Solution
+from birl_ext.solution import Solution, info_table
 
 __all__ = ["HypergradientReport", "Linearisation", "hypergradient_report", "linearise"]
 
@@ -348,7 +348,7 @@ def exact_value(flat: Flat, solution: Solution) -> SweptValue:
 def _exact_flow(at: Linearisation) -> Tensor:
     point = at.point
     flow: Tensor
-    flow, _ = torch.ops.birl_ext.policy_solve(
+    flow, _ = _backends.policy_solve(
         point.rows.data,
         point.rows.crow,
         point.rows.col,
@@ -356,9 +356,7 @@ def _exact_flow(at: Linearisation) -> Tensor:
         point.discount,
         at.source.unsqueeze(2),
         True,
-        0.0,
-        0,
-        AUTO,
+        _backends.AUTO,
     )
     return flow.squeeze(2)
 
@@ -414,7 +412,7 @@ def _direct_error(
     """What the errors of the solution do to ∂f/∂x itself, per start: zero if f has no terms in both
     x and the solution.
     """
-    x, solution = at.x, at.solution
+    x, solution = at.x, _closed(at.solution, at.flat)
     none = torch.zeros(starts, dtype=torch.float64, device=x.device)
     objective = problem.judge(x, solution)
     if smoothness == math.inf or not objective.requires_grad:
@@ -432,7 +430,7 @@ def _direct_error(
         "policy": at.policy_shift(),
         "log_policy": relative.unsqueeze(-1).expand_as(at.point.policy),
     }
-    leaves = [getattr(solution, name) for name in moved]
+    leaves = [getattr(at.solution, name) for name in moved]
 
     def slopes(entry: Tensor) -> list[Tensor | None]:
         if not entry.requires_grad:
@@ -481,7 +479,6 @@ def _leaves(flat: Flat, swept: SweptValue) -> tuple[Solution, list[Tensor]]:
     q = leaf(swept.advantage + swept.value.unsqueeze(-1))
     policy, log_policy = leaf(swept.policy), leaf(swept.log_policy)
     error = swept.error
-    absent = torch.zeros_like(error)
     solution = Solution(
         value=value,
         q=q,
@@ -489,8 +486,21 @@ def _leaves(flat: Flat, swept: SweptValue) -> tuple[Solution, list[Tensor]]:
         log_policy=log_policy,
         advantage=advantage,
         info=restore(
-            torch.stack((error, error, *(absent,) * 4, flat.temperature.detach(), absent), -1)
+            info_table(
+                error.shape,
+                value.shape[-1],
+                error.device,
+                residual=error,
+                error_bound=error,
+                temperature=flat.temperature.detach(),
+                kernel=torch.nan,
+            )
         ),
-        status=restore(absent.long()),
+        status=restore(torch.zeros_like(error, dtype=torch.int64)),
     )
-    return solution, [value, q, policy, log_policy, advantage]
+    return _closed(solution, flat), [value, q, policy, log_policy, advantage]
+
+
+def _closed(solution: Solution, flat: Flat) -> Solution:
+    available = flat.available
+    return solution if available is None else solution.closed(flat.layout.restore(available))

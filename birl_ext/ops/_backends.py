@@ -13,7 +13,7 @@ from torch import Tensor
 from birl_ext import _native, _native_cuda, errors, validation
 from birl_ext.ops import _torch
 from birl_ext.ops.rows import Data, Rows
-from birl_ext.solution import INFO, Status
+from birl_ext.solution import Info, Status
 
 __all__ = [
     "AUTO",
@@ -44,7 +44,7 @@ def bellman(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def solve(*arguments: Any) -> tuple[Tensor, ...]:
-    """The op `solve`; its arguments are those of the schema in `ops/solve.py`."""
+    """The op `solve`; its arguments and results are those of the schema in `ops/solve.py`."""
     data, (initial, *options, strict, backend) = Data(*arguments[:7]), arguments[7:]
     if strict and _capturing(data.transition):
         raise errors.OptionError(
@@ -70,18 +70,18 @@ def solve(*arguments: Any) -> tuple[Tensor, ...]:
             _stand_in(error, backend)
     if outputs is None:
         outputs = _torch.solve(data, initial, *options)
-    if strict and bool(outputs[-1].any()):
+    if strict and bool(outputs[6].any()):
         raise failure(
             outputs, data.transition, data.crow, data.col, data.reward, lambda flat: (flat,)
         )
-    return outputs
+    return *outputs, outputs[5][..., Info.OFFSET].clone()
 
 
 def solve_vjp(
     saved: Any, bars: Sequence[Tensor | None], needs: Sequence[bool], backend: int
 ) -> tuple[Tensor | None, ...] | None:
     """`ops.solve.pull_back` by compiled code; None where there is none for it."""
-    transition, crow, col, discount, temperature, *solution = saved
+    transition, crow, col, discount, temperature, *solution, _ = saved
     if not (transition.is_cpu and _compiled(transition.device, backend)):
         return None
     sparse = transition.dim() == 2
@@ -108,10 +108,9 @@ def policy_solve(
     discount: Tensor,
     rhs: Tensor,
     transpose: bool,
-    tol: float,
-    method: int,
     backend: int,
 ) -> tuple[Tensor, Tensor]:
+    """(I − γP_π)⁻¹b or its transpose (N, G, K, S), and the residual; NaN where not solved."""
     sparse = transition.dim() == 2
     data = (
         transition.contiguous(),
@@ -123,19 +122,18 @@ def policy_solve(
     )
     if _compiled(transition.device, backend):
         if transition.is_cpu:
-            options: dict[str, Any] = {"transpose": transpose, "method": method, "tol": tol}
-            x, residual, failed = _native.policy_solve(*data, **options)
+            x, residual, failed = _native.policy_solve(*data, transpose=transpose)
             if not failed:
                 return x, residual
-            return _torch.settle(transition, crow, col, policy, discount, rhs, transpose, tol, x)
+            return _torch.settle(transition, crow, col, policy, discount, rhs, transpose, 0.0, x)
         try:
-            x, residual = _native_cuda.policy_solve(*data, transpose=transpose, tol=tol)
+            x, residual = _native_cuda.policy_solve(*data, transpose=transpose)
         except _native_cuda.LaunchError as error:
             _stand_in(error, backend)
         else:
             if _solved(x):
                 return x, residual
-    return _torch.policy_solve(transition, crow, col, policy, discount, rhs, transpose, tol, method)
+    return _torch.policy_solve(transition, crow, col, policy, discount, rhs, transpose, 0.0, 0)
 
 
 class _CompiledRows(Rows):
@@ -225,11 +223,11 @@ def failure(
         outputs: what the op `solve` returned.
         locate: from the flat index n·G + g to the caller's batch index.
     """
-    info, status = outputs[5].reshape(-1, INFO), outputs[6].flatten()
+    info, status = outputs[5].flatten(0, -2), outputs[6].flatten()
     failed = status.nonzero().flatten()
     first = int(failed[0])
     code = Status(int(status[first]))
-    _, bound, passes, place, value, *_ = info[first].tolist()
+    _, bound, passes, place, value = info[first, :5].tolist()
     batch = locate(first)
     if code >= Status.ROW_SUM:
         sparse = transition.dim() == 2

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ __all__ = [
     "LIBRARY",
     "PLAIN",
     "Function",
+    "are_ordinary",
     "are_plain",
+    "below_autograd",
     "fold",
     "in_graph",
     "is_first_order",
     "nobody_listens",
+    "register_derivative",
     "to_lanes",
 ]
 
@@ -44,6 +47,8 @@ class Function(torch.autograd.Function):
     outer derivative in forward mode would silently be zero: here the rule runs one level below.
     """
 
+    op: ClassVar[str]
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "jvp" in cls.__dict__:
@@ -53,8 +58,26 @@ class Function(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return custom_function_call(cls, *args)
+        if torch._C._is_tracing():  # the op, which can be saved, at sizes that are numbers
+            sizes = (tuple(map(int, x)) if isinstance(x, tuple) else x for x in args)
+            return getattr(torch.ops.birl_ext, cls.op)(*sizes)
         base: Any = super(torch.autograd.Function, cls)
         return base.apply(*unwrap_dead_wrappers(args))
+
+
+def register_derivative(op: str, rule: type[Function]) -> None:
+    """Give the bare op the derivative of its Function: an exported or traced graph holds the op
+    alone. A level of functorch is met before the dispatcher has entered it, as by `apply` itself.
+    """
+    rule.op = op
+    for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):
+        LIBRARY.impl(op, rule.apply, key)
+
+
+def below_autograd(op: str, *args: Any) -> Any:
+    """The bare op from inside its Function, whose derivative it must not ask for again."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.birl_ext, op)(*args)
 
 
 def _one_level_below(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,12 +158,16 @@ class _DynamoWatch(importlib.abc.MetaPathFinder):
 
 
 def are_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether an op may be computed at once: real tensors, and nobody listens to the dispatcher.
+    """Whether an op may be computed at once: ordinary tensors, and nobody listens to the
+    dispatcher.
 
     The dispatcher costs more than the arithmetic of a small problem.
     """
-    if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
-        return False
+    return not _watched() and are_ordinary(tensors)
+
+
+def are_ordinary(tensors: Sequence[Tensor]) -> bool:
+    """Whether all hold their own numbers: no subclass, not mapped, not lazily negated or zero."""
     batched = torch._C._functorch.is_legacy_batchedtensor
     # tensors that are negated lazily or zero without memory are resolved by the dispatcher too
     return all(
@@ -152,11 +179,17 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
 def nobody_listens() -> bool:
     """Whether no transform, mode, trace or forward derivative follows what is computed now."""
     return not (
+        _watched() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def _watched() -> bool:
+    """Whether a compiler, a trace or a mode wants to see every op."""
+    return bool(
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_function_stack()  # a trace before the dispatcher is one of these
     )
 
 

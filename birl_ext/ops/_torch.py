@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops.rows import Data, Rows
-from birl_ext.solution import INFO, Info, Kernel, Method, Rigour, Status
+from birl_ext.solution import Info, Kernel, Method, Rigour, Status, info_table
 from birl_ext.validation import row_sum_tolerance
 
 __all__ = ["bellman", "policy_solve", "settle", "solve"]
@@ -123,8 +123,15 @@ def solve(
     active = status == 0
     done_value, done_offset = value.clone(), offset.clone()
     table = [torch.full_like(problem.reward, torch.nan) for _ in range(3)]
-    info = torch.zeros((*gamma.shape, INFO), dtype=torch.float64, device=gamma.device)
-    info[..., Info.PLACE], info[..., Info.CULPRIT] = place, culprit
+    info = info_table(
+        gamma.shape,
+        states,
+        gamma.device,
+        place=place,
+        culprit=culprit,
+        temperature=problem.temperature,
+        kernel=Kernel.TORCH,
+    )
     best = torch.full_like(gamma, math.inf)
     stalled = torch.zeros_like(status)
     inner_total = 0
@@ -208,12 +215,13 @@ def solve(
 
     bad = (status >= 10) | (status == int(Status.NON_FINITE))
     absolute = torch.where(bad.unsqueeze(-1), torch.nan, absolute)
+    done_value = torch.where(bad.unsqueeze(-1), torch.nan, done_value)
     done_offset = torch.where(bad, torch.nan, done_offset)
     table = [torch.where(bad[..., None, None], torch.nan, entry) for entry in (q, *table)]
     info[..., :3] = torch.where(bad.unsqueeze(-1), torch.nan, info[..., :3])
-    info[..., Info.TEMPERATURE], info[..., Info.OFFSET] = problem.temperature, done_offset
-    info[..., Info.KERNEL] = Kernel.TORCH
-    outputs = (absolute, *(entry.to(reward.dtype) for entry in table), info, status)
+    info[..., Info.OFFSET] = done_offset
+    tables = (entry.to(reward.dtype) for entry in table)
+    outputs = (absolute, *tables, info, status, done_value)
     # cloned, so that the caller owns what it gets and may write to it
     return tuple(x.reshape((*batch, *x.shape[2:])).clone() for x in outputs)
 
@@ -287,6 +295,11 @@ class _PolicySystem(NamedTuple):
 
     def eliminate(self, rhs: Tensor) -> Tensor:
         factors = _factor(self.rows, self.weight, self.discount)
+        if rhs.shape[2] <= 4:  # one by one: then no bit depends on how many threads there are
+            return torch.cat([self._refined(factors, one) for one in rhs.split(1, 2)], 2)
+        return self._refined(factors, rhs)
+
+    def _refined(self, factors: tuple[Tensor, Tensor], rhs: Tensor) -> Tensor:
         x = _back_substitute(factors, rhs, self.transpose)
         return x + _back_substitute(factors, rhs - self.product(x), self.transpose)
 

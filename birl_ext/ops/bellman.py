@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, in_graph, to_lanes
+from birl_ext.ops._registry import (
+    LIBRARY,
+    Function,
+    are_plain,
+    below_autograd,
+    fold,
+    in_graph,
+    register_derivative,
+    to_lanes,
+)
 from birl_ext.ops.rows import Rows
 
 __all__ = ["bellman"]
@@ -51,8 +60,10 @@ class Point(NamedTuple):
     rows: Rows
     discount: Tensor  # (N, G)
     temperature: Tensor  # (N, G)
-    value: Tensor  # (N, G, S), up to `offset`
-    offset: Tensor | None  # (N, G): the value is offset + value
+    value: Tensor  # (N, G, S): V, or W of V = c + W
+    carried: (
+        Tensor | None
+    )  # (N, G, S, A): what c adds to PW as a factor of dγ; None where V is whole
     advantage: Tensor  # Q − TV, (N, G, S, A)
     policy: Tensor  # (N, G, S, A)
 
@@ -117,9 +128,7 @@ def parameter_cotangents(
         scale = point.rows.scale()
         expected = point.rows.apply(point.value) * scale
         if needs_discount:
-            ahead = expected
-            if point.offset is not None:
-                ahead = ahead + point.offset[..., None, None] * (scale > 0)
+            ahead = expected if point.carried is None else expected + point.carried
             discount_bar = (weight * ahead).sum((-1, -2))
         if needs_transition:
             scaled = point.gamma * weight * scale
@@ -153,9 +162,8 @@ def backup_tangent(
             moved = rows_dot.apply(point.value) * scale - expected * (rows_dot.sums() * scale)
             q_dot = q_dot + point.gamma * moved
         if discount_dot is not None:
-            if point.offset is not None:
-                expected = expected + point.offset[..., None, None] * (scale > 0)
-            q_dot = q_dot + discount_dot[..., None, None] * expected
+            ahead = expected if point.carried is None else expected + point.carried
+            q_dot = q_dot + discount_dot[..., None, None] * ahead
     inner = q_dot if log_reference_dot is None else q_dot + point.tau * log_reference_dot
     value_dot = (point.policy * inner).sum(-1)
     if temperature_dot is not None:
@@ -186,7 +194,7 @@ class Bellman(Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         if are_plain(args[:8]):
             return _backends.bellman(*args)
-        outputs: tuple[Tensor, ...] = torch.ops.birl_ext.bellman(*args)
+        outputs: tuple[Tensor, ...] = below_autograd("bellman", *args)
         return outputs
 
     @staticmethod
@@ -263,6 +271,9 @@ class Bellman(Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         lanes, axis = fold(args[:8], in_dims[:8], info.batch_size)
         return to_lanes(Bellman.apply(*lanes, args[8]), axis, info.batch_size)
+
+
+register_derivative("bellman", Bellman)
 
 
 @in_graph

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from birl_ext import _native
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import PLAIN, are_plain, is_first_order, nobody_listens
+from birl_ext.ops._registry import PLAIN, are_ordinary, is_first_order, nobody_listens
 from birl_ext.ops.solve import Saved, pull_back, resolved
+from birl_ext.solution import Info
 
 __all__ = ["solve"]
 
@@ -36,16 +37,16 @@ class PlainSolve(torch.autograd.Function):
         validate: int,
     ) -> tuple[Any, ...]:
         outputs, failed = _native.solve_plain(reward, transition, discount, temperature, validate)
-        value, _, advantage, policy, _, info, status = outputs
+        _, _, advantage, policy, _, info, status, relative = outputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(info, status)
-        ctx.save_for_backward(transition, value, advantage, policy, info, status)
+        ctx.save_for_backward(transition, relative, advantage, policy, info, status)
         ctx.scalars = discount, temperature
         return (*outputs, failed)
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
-        bars = bars[:5]
+        bars = (*bars[:5], bars[7], None)
         if all(bar is None for bar in bars):
             return (None,) * 5
         bars = resolved(bars)
@@ -53,7 +54,8 @@ class PlainSolve(torch.autograd.Function):
         wanted, needed = ctx.needs_input_grad[:2]
         needs = (needed, wanted, False, False, False)
         # what was saved was plain; what arrives may be mapped, negated lazily, …
-        if is_first_order() and are_plain([bar for bar in bars if bar is not None]):
+        plain = bars[5] is None and is_first_order()
+        if plain and are_ordinary([bar for bar in bars if bar is not None]):
             transition_bar, reward_bar, *_ = _native.solve_vjp(
                 saved[0],
                 None,
@@ -61,7 +63,7 @@ class PlainSolve(torch.autograd.Function):
                 discount,
                 temperature,
                 saved[1:],
-                [None if bar is None else bar.contiguous() for bar in bars],
+                [None if bar is None else bar.contiguous() for bar in bars[:5]],
                 needs,
             )
         else:
@@ -76,7 +78,7 @@ def _general(
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The rule in operations that can be differentiated again, in the normal form (N, 1)."""
-    transition, value, advantage, policy, info, status = tensors
+    transition, relative, advantage, policy, info, status = tensors
     discount, temperature = (
         torch.full((status.numel(), 1), number, dtype=torch.float64) for number in scalars
     )
@@ -89,11 +91,12 @@ def _general(
         nothing,
         discount,
         temperature,
-        value,
+        relative,
         advantage,
         policy,
         info,
         status,
+        info[..., Info.OFFSET],
     )
     transition_bar, reward_bar, *_ = pull_back(saved, bars, needs, _backends.AUTO)
     return (
@@ -142,12 +145,13 @@ def solve(
         and transition.layout is torch.strided
         and reward.is_contiguous()
         and transition.is_contiguous()
-        and are_plain((reward, transition))
+        and are_ordinary((reward, transition))
         and _native.available("cpu")
     ):
         return None
     if torch.is_grad_enabled() and (reward.requires_grad or transition.requires_grad):
         apply: Any = super(torch.autograd.Function, PlainSolve).apply
         *outputs, failed = apply(reward, transition, discount, temperature, validate)
-        return Outcome(tuple(outputs), failed)
-    return Outcome(*_native.solve_plain(reward, transition, discount, temperature, validate))
+        return Outcome(tuple(outputs[:7]), failed)
+    outputs, failed = _native.solve_plain(reward, transition, discount, temperature, validate)
+    return Outcome(outputs[:7], failed)

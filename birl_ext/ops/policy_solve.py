@@ -1,182 +1,199 @@
-"""The policy system (I − γP_π) x = b and its transpose: op, derivatives, vmap rule."""
+"""Linear systems with M = I − γP_π and its transpose, the constant mode kept apart from the rest.
+
+M maps the constant 1 to d = 1 − γ + γ·(what ends), which is tiny near γ = 1: a solution then is a
+large constant and a small remainder, and one number for both would round the remainder away. So x
+= M⁻¹b is handed out as x = W + g/D with Mw + κg = b (M19), and the transposed system is told Σκλ,
+which a sum over its right-hand side only has up to rounding (M20). D is the largest entry of d and
+κ = d/D: where every row continues D = 1 − γ and κ = 1, and no derivative of κ is left.
+
+Each derivative of either system is again a system of the two kinds.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from birl_ext._native import check_condition
 from birl_ext.ops import _backends
-from birl_ext.ops._registry import LIBRARY, Function, are_plain, fold, in_graph, to_lanes
+from birl_ext.ops._registry import (
+    LIBRARY,
+    Function,
+    are_plain,
+    below_autograd,
+    fold,
+    in_graph,
+    register_derivative,
+    to_lanes,
+)
 from birl_ext.ops.rows import Rows
 
-__all__ = ["policy_solve"]
-
-LIBRARY.define(
-    "policy_solve(Tensor transition, Tensor crow, Tensor col, Tensor policy, Tensor discount, "
-    "Tensor rhs, bool transpose, float tol, int method, int backend) -> (Tensor, Tensor)"
-)
+__all__ = ["Exits", "Flow", "Push", "discounted_sum", "discounted_visits"]
 
 
-@torch.library.register_fake("birl_ext::policy_solve")
-def _(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    policy: Tensor,
-    discount: Tensor,
-    rhs: Tensor,
-    transpose: bool,
-    tol: float,
-    method: int,
-    backend: int,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rhs, memory_format=torch.contiguous_format), rhs.new_empty(
-        rhs.shape[:-1]
-    )
+class Exits(NamedTuple):
+    """Where the process leaves, in units of D = 1 − γ + γ·most.
 
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("policy_solve", _backends.policy_solve, _key)
-
-
-class PolicySolve(Function):
-    """x = (I − γP_π)⁻¹ b, or with the transpose; every derivative is again a solve with the same
-    matrix.
-
-    Shapes: transition as in Rows; policy (N, G, S, A); discount (N, G); rhs and x (N, G, K, S).
-    With A = I − γP_π and x̄ the cotangent of x: b̄ = A⁻ᵀ x̄ and M̄ = γ u wᵀ for M = P_π, where (u,
-    w) = (b̄, x), or (x, b̄) for the transposed system.
+    `most` is a constant to derivatives: solutions do not depend on D. Each quantity is written so
+    that nothing cancels, neither in it nor in its derivatives, whether `most` is zero or one.
     """
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        if are_plain(args[:6]):
-            return _backends.policy_solve(*args)
-        outputs: tuple[Tensor, Tensor] = torch.ops.birl_ext.policy_solve(*args)
-        return outputs
+    ends: Tensor  # (N, 1, S, A) bool: nothing follows
+    stopping: Tensor  # (N, G, S), probability of an end
+    most: Tensor  # (N, G), its largest
+    discount: Tensor  # (N, G)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        transition, crow, col, policy, discount, _, *ctx.options = inputs
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(transition, crow, col, policy, discount, output[0])
-        ctx.save_for_forward(transition, crow, col, policy, discount, output[0])
+    @classmethod
+    def of(cls, scale: Tensor, policy: Tensor, discount: Tensor, closed: bool) -> Exits:
+        """From 1/σ and π. What π misses of one by more than rounding ends too; to derivatives,
+        unless `closed`, whatever it misses.
+        """
+        ends = scale == 0
+        leaving, going = (policy * ends).sum(-1), (policy * ~ends).sum(-1)
+        rounding = 4 * policy.shape[-1] * torch.finfo(torch.float64).eps
+        missing = (leaving + going - 1).abs() > rounding
+        stopping = torch.where(missing, 1 - going, leaving)
+        if not closed:
+            stopping = stopping.detach() - (going - going.detach())
+        return cls(ends, stopping, stopping.detach().amax(-1), discount)
 
-    @staticmethod
-    def backward(ctx: Any, x_bar: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        transition, crow, col, policy, discount, x = ctx.saved_tensors
-        transpose, *options = ctx.options
-        if x_bar is None:
-            return (None,) * 10
-        rhs_bar, _ = PolicySolve.apply(
-            transition, crow, col, policy, discount, x_bar, not transpose, *options
+    @property
+    def largest(self) -> Tensor:
+        """D, (N, G)."""
+        return (1 - self.discount) + self.discount * self.most
+
+    def share(self) -> Tensor:
+        """κ = d/D, (N, G, S)."""
+        gamma = self.discount.unsqueeze(-1)
+        return ((1 - gamma) + gamma * self.stopping) / self.largest.unsqueeze(-1)
+
+    def rest(self) -> Tensor:
+        """(1 − γ)/D, (N, G): one where every row continues."""
+        largest = self.largest
+        near = 1 - self.discount * self.most / largest
+        return torch.where(self.most <= 1 - self.discount, near, (1 - self.discount) / largest)
+
+    def leave(self) -> Tensor:
+        """(1 − γσ)/D with σ = 0 where the process ends, else 1: (N, G, S, A)."""
+        ending = (1 / self.largest)[..., None, None]
+        return torch.where(self.ends, ending, self.rest()[..., None, None])
+
+    def relief(self) -> Tensor:
+        """σ − (1 − γσ)/D, (N, G, S, A): zero where every row continues."""
+        largest = self.largest
+        ending = (-1 / largest)[..., None, None]
+        return torch.where(
+            self.ends, ending, (self.discount * self.most / largest)[..., None, None]
         )
-        needs_transition, needs_policy, needs_discount = (
-            ctx.needs_input_grad[i] for i in (0, 3, 4)
+
+
+class _System(NamedTuple):
+    """M of N·G problems; vectors are (N, G, K, S), numbers for each of them (N, G, K)."""
+
+    rows: Rows
+    policy: Tensor
+    discount: Tensor
+    closed: bool
+    backend: int
+
+    @classmethod
+    def of(cls, tensors: tuple[Any, ...], closed: bool, backend: int) -> _System:
+        transition, crow, col, policy, discount = tensors
+        states, actions = policy.shape[-2:]
+        rows = Rows(transition, crow, col, states, actions)
+        return cls(rows, policy, discount, closed, backend)
+
+    def exits(self, scale: Tensor) -> Exits:
+        return Exits.of(scale, self.policy, self.discount, self.closed)
+
+    def solve(self, rhs: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
+        """M⁻¹b or M⁻ᵀb in one number each, and its residual."""
+        rows = self.rows
+        return _backends.policy_solve(
+            rows.data, rows.crow, rows.col, self.policy, self.discount, rhs, transpose, self.backend
         )
+
+    def moves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """1/σ, and of κ the derivatives with respect to γ (N, G, S) and to π (N, G, S, A)."""
+        scale = self.rows.scale()
+        exits = self.exits(scale)
+        largest = exits.largest
+        by_discount = (exits.stopping - exits.most.unsqueeze(-1)) / largest.square().unsqueeze(-1)
+        slope = (self.discount / largest)[..., None, None]
+        # where Σπ stays one, what ends tells how much goes on
+        with_end, without = (slope, 0.0) if self.closed else (0.0, -slope)
+        by_policy = torch.where(exits.ends, with_end, without)
+        return scale, by_discount, by_policy
+
+    def cotangents(
+        self, u: Tensor, w: Tensor, gain: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Cotangents of P, π and γ in −uᵀ(dM w + dκ g)."""
         transition_bar = policy_bar = discount_bar = None
-        if needs_transition or needs_policy or needs_discount:
-            u, w = (x, rhs_bar) if transpose else (rhs_bar, x)
-            rows = Rows(transition, crow, col, policy.shape[-2], policy.shape[-1])
-            scale = rows.scale()
-            expected = _apply(rows, scale, w)  # (N, G, K, S, A)
-            flow = u.unsqueeze(-1) * expected
-            if needs_policy:
-                policy_bar = discount[..., None, None] * flow.sum(2)
-            if needs_discount:
-                discount_bar = (policy.unsqueeze(2) * flow).sum((2, 3, 4))
-            if needs_transition:
-                weight = (discount[..., None, None] * policy * scale).unsqueeze(2) * u.unsqueeze(-1)
-                transition_bar = rows.outer(
-                    _as_group(weight), _as_group(w), (weight * expected).sum((1, 2))
-                )
-        return (
-            transition_bar,
-            None,
-            None,
-            policy_bar,
-            discount_bar,
-            rhs_bar,
-            None,
-            None,
-            None,
-            None,
-        )
+        if not any(needs):
+            return None, None, None
+        scale, by_discount, by_policy = self.moves()
+        expected = self.apply(scale, w)  # (N, G, K, S, A)
+        visits = u.unsqueeze(-1) * expected
+        drift = (gain.unsqueeze(-1) * u).sum(2)
+        gamma = self.discount[..., None, None]
+        if needs[0]:
+            weight = (gamma * self.policy * scale).unsqueeze(2) * u.unsqueeze(-1)
+            transition_bar = self.rows.outer(
+                _as_group(weight), _as_group(w), (weight * expected).sum((1, 2))
+            )
+        if needs[1]:
+            policy_bar = gamma * visits.sum(2) - drift.unsqueeze(-1) * by_policy
+        if needs[2]:
+            discount_bar = (self.policy.unsqueeze(2) * visits).sum((2, 3, 4))
+            discount_bar = discount_bar - (drift * by_discount).sum(-1)
+        return transition_bar, policy_bar, discount_bar
 
-    @staticmethod
-    def jvp(
-        ctx: Any,
-        transition_dot: Tensor | None,
-        _crow: None,
-        _col: None,
-        policy_dot: Tensor | None,
-        discount_dot: Tensor | None,
-        rhs_dot: Tensor | None,
-        *_: None,
-    ) -> tuple[Tensor, None]:
-        transition, crow, col, policy, discount, x = ctx.saved_tensors
-        transpose = ctx.options[0]
-        rows = Rows(transition, crow, col, policy.shape[-2], policy.shape[-1])
-        rhs = torch.zeros_like(x) if rhs_dot is None else rhs_dot
-        if not (transition_dot is None and policy_dot is None and discount_dot is None):
-            scale = rows.scale()
-            gamma = discount[..., None, None]
-            pi = policy.unsqueeze(2)
+    def tangents(
+        self, dots: tuple[Any, ...], x: Tensor, transpose: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """−dM x, or −dMᵀx, and dκ (N, G, S)."""
+        transition_dot, _, _, policy_dot, discount_dot = dots
+        if transition_dot is None and policy_dot is None and discount_dot is None:
+            return None
+        scale, by_discount, by_policy = self.moves()
+        gamma, pi = self.discount[..., None, None], self.policy.unsqueeze(2)
+        weight_dot = torch.zeros_like(pi)
+        share_dot = torch.zeros_like(self.policy[..., 0])
+        if policy_dot is not None:
+            weight_dot = weight_dot + gamma.unsqueeze(2) * policy_dot.unsqueeze(2)
+            share_dot = share_dot + (by_policy * policy_dot).sum(-1)
+        if discount_dot is not None:
+            weight_dot = weight_dot + discount_dot[..., None, None, None] * pi
+            share_dot = share_dot + by_discount * discount_dot.unsqueeze(-1)
+        if transpose:
+            visits = x.unsqueeze(-1)
+            moved = self.pull(scale, visits * weight_dot)
+        else:
+            expected = self.apply(scale, x)
+            moved = (weight_dot * expected).sum(-1)
+        if transition_dot is not None:
+            rows_dot = self.rows.with_data(transition_dot)
+            drift = (rows_dot.sums() * scale).unsqueeze(2)
+            going = self._replace(rows=rows_dot)
             if transpose:
-                mass = x.unsqueeze(-1)  # enters every row (s, a)
-                if policy_dot is not None:
-                    rhs = rhs + gamma * _pull(rows, scale, mass * policy_dot.unsqueeze(2))
-                if discount_dot is not None:
-                    rhs = rhs + discount_dot[..., None, None] * _pull(rows, scale, mass * pi)
-                if transition_dot is not None:
-                    rows_dot = rows.with_data(transition_dot)
-                    drift = (rows_dot.sums() * scale).unsqueeze(2)
-                    moved = _pull(rows_dot, scale, mass * pi) - _pull(
-                        rows, scale, mass * pi * drift
-                    )
-                    rhs = rhs + gamma * moved
+                weight = gamma.unsqueeze(2) * pi * visits
+                moved = moved + going.pull(scale, weight) - self.pull(scale, weight * drift)
             else:
-                expected = _apply(rows, scale, x)
-                if policy_dot is not None:
-                    rhs = rhs + gamma * (policy_dot.unsqueeze(2) * expected).sum(-1)
-                if discount_dot is not None:
-                    rhs = rhs + discount_dot[..., None, None] * (pi * expected).sum(-1)
-                if transition_dot is not None:
-                    rows_dot = rows.with_data(transition_dot)
-                    drift = (rows_dot.sums() * scale).unsqueeze(2)
-                    moved = _apply(rows_dot, scale, x) - expected * drift
-                    rhs = rhs + gamma * (pi * moved).sum(-1)
-        x_dot, _ = PolicySolve.apply(transition, crow, col, policy, discount, rhs, *ctx.options)
-        return x_dot, None
+                change = going.apply(scale, x) - expected * drift
+                moved = moved + gamma * (pi * change).sum(-1)
+        return moved, share_dot
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        size, tensors, options = info.batch_size, args[:6], args[6:]
-        dims = in_dims[:6]
-        if (
-            dims[0] is None and dims[3] is None and dims[4] is None
-        ):  # only right-hand sides: more columns
-            rhs = tensors[5].movedim(dims[5], 2)
-            shape = rhs.shape
-            x, residual = PolicySolve.apply(*tensors[:5], rhs.flatten(2, 3), *options)
-            return (x.unflatten(2, shape[2:4]), residual.unflatten(2, shape[2:4])), (2, 2)
-        lanes, axis = fold(tensors, dims, size)
-        outputs = PolicySolve.apply(*lanes, *options)
-        return to_lanes(outputs, axis, size)
+    def apply(self, scale: Tensor, vector: Tensor) -> Tensor:
+        """Σ_t P v / σ for K vectors per problem: (N, G, K, S) → (N, G, K, S, A)."""
+        ahead = self.rows.apply(_as_group(vector))
+        return ahead.reshape(*vector.shape, self.rows.actions) * scale.unsqueeze(2)
 
-
-def _apply(rows: Rows, scale: Tensor, vector: Tensor) -> Tensor:
-    """Σ_t P v / σ for K vectors per problem: (N, G, K, S) → (N, G, K, S, A)."""
-    ahead = rows.apply(_as_group(vector))
-    return ahead.reshape(*vector.shape, rows.actions) * scale.unsqueeze(2)
-
-
-def _pull(rows: Rows, scale: Tensor, weight: Tensor) -> Tensor:
-    """Σ_{s,a} w P(t|s,a) / σ for K weights per problem: (N, G, K, S, A) → (N, G, K, S)."""
-    return rows.pull(_as_group(weight * scale.unsqueeze(2))).reshape(weight.shape[:-1])
+    def pull(self, scale: Tensor, weight: Tensor) -> Tensor:
+        """Σ_{s,a} w P(t|s,a) / σ for K weights per problem: (N, G, K, S, A) → (N, G, K, S)."""
+        return self.rows.pull(_as_group(weight * scale.unsqueeze(2))).reshape(weight.shape[:-1])
 
 
 def _as_group(columns: Tensor) -> Tensor:
@@ -185,20 +202,249 @@ def _as_group(columns: Tensor) -> Tensor:
     return columns.reshape(shape[0], shape[1] * shape[2], *shape[3:])
 
 
+def _ones(rhs: Tensor) -> Tensor:
+    return rhs.new_ones((*rhs.shape[:2], 1, rhs.shape[3]))
+
+
+def _why(slow: Tensor, slow_residual: Tensor, residual: Tensor) -> Tensor:
+    """The residual that tells why a solution is NaN: the slow mode's if that was not solved."""
+    return torch.where(slow.isnan().any(-1), slow_residual, residual)
+
+
+TINY_GAP = 1e-6  # 1 − γ, above which no condition is large
+
+LIBRARY.define(
+    "push(Tensor transition, Tensor crow, Tensor col, Tensor policy, Tensor discount, "
+    "Tensor rhs, bool closed, int backend) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "flow(Tensor transition, Tensor crow, Tensor col, Tensor policy, Tensor discount, "
+    "Tensor rhs, Tensor mass, bool closed, int backend) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("birl_ext::push")
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rhs = args[5]
+    numbers = rhs.new_empty(rhs.shape[:-1])
+    return rhs.new_empty(rhs.shape), numbers, torch.empty_like(numbers)
+
+
+@torch.library.register_fake("birl_ext::flow")
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    rhs = args[5]
+    return rhs.new_empty(rhs.shape), rhs.new_empty(rhs.shape[:-1])
+
+
+def _push(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, rhs, closed, backend = args
+    system = _System.of(tuple(tensors), closed, backend)
+    exits = system.exits(system.rows.scale())
+    share = exits.share().unsqueeze(2)
+    slow, slow_residual = system.solve(_ones(rhs), True)
+    _check_condition(system, slow, share)
+    level = (slow * rhs).sum(-1) / (slow * share).sum(-1)
+    x, residual = system.solve(rhs - level.unsqueeze(-1) * share, False)
+    # where the process is most, W is zero: at a state that matters to the others
+    busiest = slow.argmax(-1, keepdim=True).expand(*x.shape[:-1], 1)
+    middle = x.gather(-1, busiest)
+    gain = level + middle.squeeze(-1) * exits.largest.unsqueeze(-1)
+    return x - middle, gain, _why(slow, slow_residual, residual)
+
+
+def _check_condition(system: _System, slow: Tensor, share: Tensor) -> None:
+    """Warn where an arbitrary right-hand side without mass has an answer out of all proportion."""
+    if slow.is_cuda or not bool((1 - system.discount < TINY_GAP).any()):
+        return
+    probe = torch.arange(slow.shape[-1], dtype=torch.float64).mul(12.9898).sin().expand_as(slow)
+    probe = probe - probe.mean(-1, keepdim=True)
+    x, _ = system.solve(probe, True)
+    x = x - (share * x).sum(-1, keepdim=True) / (share * slow).sum(-1, keepdim=True) * slow
+    condition = x.abs().sum((2, 3)) / probe.abs().sum((2, 3)).clamp(min=1e-300)
+    worst = condition.nan_to_num(0.0).flatten().max(0)
+    check_condition(float(worst.values), int(worst.indices))
+
+
+def _flow(*args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, rhs, mass, closed, backend = args
+    system = _System.of(tuple(tensors), closed, backend)
+    share = system.exits(system.rows.scale()).share().unsqueeze(2)
+    both, residual = system.solve(torch.cat([rhs, _ones(rhs)], 2), True)
+    x, slow = both[:, :, :-1], both[:, :, -1:]
+    _check_condition(system, slow, share)
+    # What is nowhere negative has its digits entry by entry, zeros too: only its size is set.
+    positive = (rhs >= 0).all(-1) & (mass > 0)
+    along = torch.where(positive.unsqueeze(-1), x, slow)
+    left = mass - (share * x).sum(-1)
+    step = left / (share * along).sum(-1)
+    return x + step.unsqueeze(-1) * along, _why(slow, residual[:, :, -1:], residual[:, :, :-1])
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("push", _push, _key)
+    LIBRARY.impl("flow", _flow, _key)
+
+
+class Push(Function):
+    """(W, g) and a residual: MW + κg = b, so that x = W + g/D is M⁻¹b.
+
+    Shapes: transition as in Rows; policy (N, G, S, A); discount (N, G); b and W (N, G, K, S); g
+    and the residual (N, G, K). W + k with g − kD is the same solution: what is made of the two
+    must not tell them apart. With `closed` a tangent of π sums to zero.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        if are_plain(args[:6]):
+            return _push(*args)
+        outputs: tuple[Tensor, ...] = below_autograd("push", *args)
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, _, ctx.closed, ctx.backend = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*tensors, *output[:2])
+        ctx.save_for_forward(*tensors, *output[:2])
+
+    @staticmethod
+    def backward(
+        ctx: Any, x_bar: Tensor | None, gain_bar: Tensor | None, _: Tensor | None
+    ) -> tuple[Any, ...]:
+        *tensors, x, gain = ctx.saved_tensors
+        if x_bar is None and gain_bar is None:
+            return (None,) * 8
+        x_bar = torch.zeros_like(x) if x_bar is None else x_bar
+        gain_bar = torch.zeros_like(gain) if gain_bar is None else gain_bar
+        system = _System.of(tuple(tensors), ctx.closed, ctx.backend)
+        rhs_bar, _ = Flow.apply(*tensors, x_bar, gain_bar, ctx.closed, ctx.backend)
+        needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4))
+        transition_bar, policy_bar, discount_bar = system.cotangents(rhs_bar, x, gain, needs)
+        return transition_bar, None, None, policy_bar, discount_bar, rhs_bar, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> tuple[Tensor, Tensor, None]:
+        *tensors, x, gain = ctx.saved_tensors
+        rhs = torch.zeros_like(x) if dots[5] is None else dots[5]
+        system = _System.of(tuple(tensors), ctx.closed, ctx.backend)
+        moved = system.tangents(dots[:5], x, False)
+        if moved is not None:
+            rhs = rhs + moved[0] - gain.unsqueeze(-1) * moved[1].unsqueeze(2)
+        x_dot, gain_dot, _ = Push.apply(*tensors, rhs, ctx.closed, ctx.backend)
+        return x_dot, gain_dot, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return _mapped(Push, info.batch_size, in_dims, args, sides=1)
+
+
+class Flow(Function):
+    """λ and a residual: Mᵀλ = b and Σ_s κ(s)λ(s) = m, one and the same where m = Σb/D exactly.
+
+    Shapes as for `Push`, m (N, G, K). Rounding leaves in M⁻ᵀb an error along the slow mode, which
+    m takes off.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        if are_plain(args[:7]):
+            return _flow(*args)
+        outputs: tuple[Tensor, ...] = below_autograd("flow", *args)
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, _, _, ctx.closed, ctx.backend = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, output[0])
+        ctx.save_for_forward(*tensors, output[0])
+
+    @staticmethod
+    def backward(ctx: Any, x_bar: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        *tensors, x = ctx.saved_tensors
+        if x_bar is None:
+            return (None,) * 9
+        system = _System.of(tuple(tensors), ctx.closed, ctx.backend)
+        rhs_bar, gain, _ = Push.apply(*tensors, x_bar, ctx.closed, ctx.backend)
+        needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4))
+        transition_bar, policy_bar, discount_bar = system.cotangents(x, rhs_bar, gain, needs)
+        return transition_bar, None, None, policy_bar, discount_bar, rhs_bar, gain, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> tuple[Tensor, None]:
+        *tensors, x = ctx.saved_tensors
+        rhs = torch.zeros_like(x) if dots[5] is None else dots[5]
+        mass = torch.zeros_like(x[..., 0]) if dots[6] is None else dots[6]
+        system = _System.of(tuple(tensors), ctx.closed, ctx.backend)
+        moved = system.tangents(dots[:5], x, True)
+        if moved is not None:
+            rhs = rhs + moved[0]
+            mass = mass - (moved[1].unsqueeze(2) * x).sum(-1)
+        x_dot, _ = Flow.apply(*tensors, rhs, mass, ctx.closed, ctx.backend)
+        return x_dot, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return _mapped(Flow, info.batch_size, in_dims, args, sides=2)
+
+
+register_derivative("push", Push)
+register_derivative("flow", Flow)
+
+
+def _mapped(
+    rule: type[Function], size: int, dims: tuple[int | None, ...], args: tuple[Any, ...], sides: int
+) -> tuple[Any, Any]:
+    tensors, options = args[: 5 + sides], args[5 + sides :]
+    if dims[0] is None and dims[3] is None and dims[4] is None:  # right-hand sides: more columns
+        columns = [
+            (
+                side.unsqueeze(2).expand(*side.shape[:2], size, *side.shape[2:])
+                if dim is None
+                else side.movedim(dim, 2)
+            ).flatten(2, 3)
+            for side, dim in zip(tensors[5:], dims[5:], strict=False)
+        ]
+        outputs = rule.apply(*tensors[:5], *columns, *options)
+        return tuple(x.unflatten(2, (size, x.shape[2] // size)) for x in outputs), (2,) * len(
+            outputs
+        )
+    lanes, axis = fold(tensors, dims[: 5 + sides], size)
+    return to_lanes(rule.apply(*lanes, *options), axis, size)
+
+
 @in_graph
-def policy_solve(
+def discounted_sum(
     transition: Tensor,
     crow: Tensor,
     col: Tensor,
     policy: Tensor,
     discount: Tensor,
     rhs: Tensor,
-    transpose: bool,
-    tol: float,
-    method: int,
     backend: int,
 ) -> tuple[Tensor, Tensor]:
-    """(I − γP_π) x = b or its transpose: x (N, G, K, S) and its residual (N, G, K)."""
-    return PolicySolve.apply(
-        transition, crow, col, policy, discount, rhs, transpose, tol, method, backend
-    )
+    """M⁻¹b (N, G, K, S) and its residual (N, G, K)."""
+    tensors = (transition, crow, col, policy, discount)
+    x, gain, residual = Push.apply(*tensors, rhs, False, backend)
+    exits = Exits.of(Rows(*tensors[:3], *policy.shape[-2:]).scale(), policy, discount, False)
+    return x + (gain / exits.largest.unsqueeze(-1)).unsqueeze(-1), residual
+
+
+@in_graph
+def discounted_visits(
+    transition: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    policy: Tensor,
+    discount: Tensor,
+    start: Tensor,
+    backend: int,
+) -> tuple[Tensor, Tensor]:
+    """(1 − γ)M⁻ᵀρ (N, G, K, S) and its residual (N, G, K)."""
+    tensors = (transition, crow, col, policy, discount)
+    exits = Exits.of(Rows(*tensors[:3], *policy.shape[-2:]).scale(), policy, discount, False)
+    rhs = (1 - discount)[..., None, None] * start
+    mass = exits.rest().unsqueeze(-1) * start.sum(-1)
+    return Flow.apply(*tensors, rhs, mass, False, backend)

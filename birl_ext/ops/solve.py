@@ -14,10 +14,13 @@ from birl_ext.ops import _backends
 from birl_ext.ops._registry import (
     LIBRARY,
     Function,
+    are_ordinary,
     are_plain,
+    below_autograd,
     fold,
     in_graph,
     is_first_order,
+    register_derivative,
     to_lanes,
 )
 from birl_ext.ops.bellman import (
@@ -27,9 +30,9 @@ from birl_ext.ops.bellman import (
     parameter_cotangents,
     policy_tangent,
 )
-from birl_ext.ops.policy_solve import PolicySolve
+from birl_ext.ops.policy_solve import Exits, Flow, Push
 from birl_ext.ops.rows import Rows, widened
-from birl_ext.solution import INFO, Info
+from birl_ext.solution import info_table
 
 __all__ = ["Saved", "pull_back", "solve"]
 
@@ -37,7 +40,7 @@ LIBRARY.define(
     "solve(Tensor transition, Tensor crow, Tensor col, Tensor reward, Tensor log_reference, "
     "Tensor discount, Tensor temperature, Tensor initial, SymInt[] batch, int method, "
     "float tol, int max_iterations, int validate, bool strict, int backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -65,7 +68,8 @@ def _(
         return reward.new_empty((*batch, *event), dtype=dtype)
 
     tables = tuple(new(states, actions, dtype=reward.dtype) for _ in range(4))
-    return new(states), *tables, new(INFO), new(dtype=torch.int64)
+    info = info_table(batch, states, reward.device)
+    return new(states), *tables, info, new(dtype=torch.int64), new(states), new()
 
 
 for _key in ("CPU", "CUDA"):
@@ -80,28 +84,33 @@ class Saved(NamedTuple):
     col: Tensor
     discount: Tensor  # (N, G)
     temperature: Tensor
-    value: Tensor
+    relative: Tensor  # W
     advantage: Tensor
     policy: Tensor
     info: Tensor
     status: Tensor
+    constant: Tensor  # c: V = c + W
 
-    def point(self) -> tuple[Point, Tensor]:
-        """The solution in axes (N, G), and (N, G, 1) with 1 where it can be trusted, else NaN."""
+    def point(self) -> tuple[Point, Exits, Tensor]:
+        """The solution in axes (N, G), its exits, and (N, G, 1) with 1 where it can be trusted,
+        else NaN.
+        """
         n, g = self.discount.shape
         s, a = self.policy.shape[-2:]
-        offset = self.info[..., Info.OFFSET].reshape(n, g)
+        rows = Rows(self.transition, self.crow, self.col, s, a)
+        policy = widened(self.policy.reshape(n, g, s, a))
+        exits = Exits.of(rows.scale(), policy, self.discount, True)
         trust = torch.where(self.status.reshape(n, g) == 0, 1.0, torch.nan).double().unsqueeze(-1)
         point = Point(
-            Rows(self.transition, self.crow, self.col, s, a),
+            rows,
             self.discount,
             self.temperature,
-            self.value.reshape(n, g, s) - offset.unsqueeze(-1),  # the constant mode cancels
-            offset,
+            self.relative.reshape(n, g, s),
+            self.constant.reshape(n, g, 1, 1) * exits.relief(),
             self.advantage.reshape(n, g, s, a).double(),
-            widened(self.policy.reshape(n, g, s, a)),
+            policy,
         )
-        return point, trust
+        return point, exits, trust
 
 
 def resolved(tensors: Sequence[Any]) -> tuple[Any, ...]:
@@ -115,61 +124,70 @@ def pull_back(
     """Cotangents of transition, reward (N, G, S, A), log_reference, discount and temperature.
 
     Args:
-        bars: cotangents of V, Q, Q − V, π and log π in axes *B; None is zero.
+        bars: cotangents of V, Q, Q − V, π, log π, W and c in axes *B; None is zero.
         needs: which of the results are wanted.
 
     One compiled call where nothing is to be derived from it again, else differentiable operations.
+
+        v̄ = V̄ + W̄ + Σ_a (γPᵀĀ − Ā),   m = (ΣV̄ + c̄)/D − Σ Ā (1 − γσ)/D,   Mᵀλ = v̄,   Σκλ = m
+
+    with Ā what the tables make of the cotangent of Q − V, and (D, κ) of `Exits`.
     """
     bars, saved = resolved(bars), Saved(*resolved(saved))
-    plain = is_first_order() and are_plain([*saved, *(bar for bar in bars if bar is not None)])
-    if plain:
-        wanted = _backends.solve_vjp(saved, bars, needs, backend)
+    plain = is_first_order() and are_ordinary([*saved, *(bar for bar in bars if bar is not None)])
+    *tables, relative_bar, constant_bar = bars
+    if plain and relative_bar is None and constant_bar is None:
+        wanted = _backends.solve_vjp(saved, tables, needs, backend)
         if wanted is not None:
             return wanted
-    point, trust = saved.point()
+    point, exits, trust = saved.point()
     if plain:
         point = point._replace(rows=_backends.first_order(point.rows, backend))
     shape = point.policy.shape
     value_bar = None if bars[0] is None else bars[0].reshape(shape[:-1])
     q_bar, advantage_bar, policy_bar, log_policy_bar = (
-        None if bar is None else bar.reshape(shape).double() for bar in bars[1:]
+        None if bar is None else bar.reshape(shape).double() for bar in tables[1:]
     )
     if q_bar is not None:  # Q = (Q − V) + V
         advantage_bar = q_bar if advantage_bar is None else advantage_bar + q_bar
         inflow = q_bar.sum(-1)
         value_bar = inflow if value_bar is None else value_bar + inflow
+    asked = torch.zeros_like(point.discount) if value_bar is None else value_bar.sum(-1)
+    if constant_bar is not None:
+        asked = asked + constant_bar.reshape(asked.shape)
+    if relative_bar is not None:
+        own = relative_bar.reshape(shape[:-1])
+        value_bar = own if value_bar is None else value_bar + own
     folded = fold_cotangents(point, value_bar, advantage_bar, policy_bar, log_policy_bar)
     source = torch.zeros_like(point.value) if folded.value is None else folded.value
+    mass = asked / exits.largest
     if folded.q is not None:
         pulled = point.rows.pull(folded.q * point.rows.scale())
         source = source + point.discount.unsqueeze(-1) * pulled
-    flow = _linear_solve(point, source * trust, True, backend)
-    transition_bar, *others, weight = parameter_cotangents(
-        point, folded, flow, (needs[0], needs[2], needs[3], needs[4])
+        mass = mass - (folded.q * exits.leave()).sum((-1, -2))
+    mass = (mass.unsqueeze(-1) * trust).squeeze(-1)
+    flow, _ = Flow.apply(
+        *_system(point), (source * trust).unsqueeze(2), mass.unsqueeze(2), True, backend
     )
+    transition_bar, reference_bar, discount_bar, temperature_bar, weight = parameter_cotangents(
+        point, folded, flow.squeeze(2), (needs[0], needs[2], needs[3], needs[4])
+    )
+    if discount_bar is not None:
+        discount_bar = discount_bar + asked * saved.constant.reshape(asked.shape) / exits.largest
     reward_bar = weight.to(point.rows.data.dtype) if needs[1] else None
-    return (transition_bar, reward_bar, *others)
+    return transition_bar, reward_bar, reference_bar, discount_bar, temperature_bar
 
 
-def _linear_solve(point: Point, rhs: Tensor, transpose: bool, backend: int) -> Tensor:
+def _system(point: Point) -> tuple[Tensor, ...]:
     rows = point.rows
-    solution, _ = PolicySolve.apply(
-        rows.data,
-        rows.crow,
-        rows.col,
-        point.policy,
-        point.discount,
-        rhs.unsqueeze(2),
-        transpose,
-        0.0,
-        0,
-        backend,
-    )
-    return solution.squeeze(2)
+    return rows.data, rows.crow, rows.col, point.policy, point.discount
 
 
 class Solve(Function):
-    """(V, Q, Q − V, π, log π, info, status) at the fixed point.
+    """(V, Q, Q − V, π, log π, info, status, W, c) at the fixed point, V = c + W (M18).
+
+    Derivatives have W and c as unknowns, so that a large constant costs them no digits; the two
+    are outputs for the derivatives of derivatives.
 
     An element that failed has NaN derivatives, never wrong ones.
     """
@@ -178,24 +196,25 @@ class Solve(Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         if are_plain(args[:8]):
             return _backends.solve(*args)
-        outputs: tuple[Tensor, ...] = torch.ops.birl_ext.solve(*args)
+        outputs: tuple[Tensor, ...] = below_autograd("solve", *args)
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         transition, crow, col, _, _, discount, temperature, _, ctx.batch, *_, ctx.backend = inputs
-        value, _, advantage, policy, _, info, status = output
+        _, _, advantage, policy, _, info, status, relative, constant = output
         saved = Saved(
             transition,
             crow,
             col,
             discount,
             temperature,
-            value,
+            relative,
             advantage,
             policy,
             info,
             status,
+            constant,
         )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(info, status)
@@ -207,26 +226,39 @@ class Solve(Function):
         if all(bar is None for bar in bars):
             return (None,) * 15
         needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6))
-        transition_bar, *others = pull_back(Saved(*ctx.saved_tensors), bars[:5], needs, ctx.backend)
+        transition_bar, *others = pull_back(
+            Saved(*ctx.saved_tensors), (*bars[:5], *bars[7:]), needs, ctx.backend
+        )
         return (transition_bar, None, None, *others, *(None,) * 8)
 
     @staticmethod
     def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
         transition_dot, _, _, reward_dot, reference_dot, discount_dot, temperature_dot = inputs[:7]
         saved = Saved(*ctx.saved_tensors)
-        point, trust = saved.point()
+        point, exits, trust = saved.point()
         q_dot, source, scale = backup_tangent(
             point, transition_dot, reward_dot, reference_dot, discount_dot, temperature_dot
         )
-        value_dot = _linear_solve(point, source * trust, False, ctx.backend)
-        q_dot = q_dot + point.gamma * point.rows.apply(value_dot) * scale
-        advantage_dot = q_dot - value_dot.unsqueeze(-1)
+        columns, gains, _ = Push.apply(
+            *_system(point), (source * trust).unsqueeze(2), True, ctx.backend
+        )
+        relative_dot, gain = columns.squeeze(2), gains.squeeze(2)
+        ahead = point.gamma * point.rows.apply(relative_dot) * scale
+        advantage_dot = q_dot + ahead - relative_dot.unsqueeze(-1)
+        advantage_dot = advantage_dot - gain[..., None, None] * exits.leave()
+        constant_dot = gain / exits.largest
+        if discount_dot is not None:
+            constant = saved.constant.reshape(gain.shape)
+            constant_dot = constant_dot + discount_dot * constant / exits.largest
+        value_dot = relative_dot + constant_dot.unsqueeze(-1)
+        q_dot = advantage_dot + value_dot.unsqueeze(-1)
         policy_dot, log_policy_dot = policy_tangent(
             point, advantage_dot, reference_dot, temperature_dot
         )
         tables = (q_dot, advantage_dot, policy_dot, log_policy_dot)
         dots = (value_dot, *(dot.to(point.rows.data.dtype) for dot in tables))
-        return *(dot.reshape((*ctx.batch, *dot.shape[2:])) for dot in dots), None, None
+        dots = (*dots, None, None, relative_dot, constant_dot)
+        return tuple(None if x is None else x.reshape((*ctx.batch, *x.shape[2:])) for x in dots)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -238,6 +270,9 @@ class Solve(Function):
             x.movedim(axis, 0).reshape((info.batch_size, *batch, *x.shape[3:])) for x in outputs
         )
         return own, (0,) * len(own)
+
+
+register_derivative("solve", Solve)
 
 
 @in_graph
@@ -264,7 +299,7 @@ def solve(
 
     The inputs have axes (N, G); `batch` are the caller's axes, of N·G problems in the same order.
     """
-    return Solve.apply(
+    outputs: tuple[Tensor, ...] = Solve.apply(
         transition,
         crow,
         col,
@@ -281,3 +316,4 @@ def solve(
         strict,
         backend,
     )
+    return outputs[:7]

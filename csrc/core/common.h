@@ -52,7 +52,8 @@ enum class Kernel : Index {
 enum class Rigour : Index { kOff, kOrEnding, kStochastic };
 
 // Columns of `info`: half-span of δ, bound on ‖V − V*‖∞, passes over P, place and value of an
-// invalid input, products of inner solvers, temperature, a constant near the value, and a Kernel.
+// invalid input, products of inner solvers, temperature, a constant near the value, and a Kernel;
+// behind them, for each state, the bound on |V − V*|.
 constexpr Index kInfo = 9;
 constexpr Index kOffset = 7;  // the column of that constant
 

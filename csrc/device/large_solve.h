@@ -464,7 +464,10 @@ class LargeSolving {
           maximum.measure(g);
           g.each([&](int lane) {
             const double value = values[s] + offset;
-            if (lane == 0) request_.value[item_ * S_ + s] = value;
+            if (lane == 0) {
+              request_.value[item_ * S_ + s] = value;
+              request_.relative[item_ * S_ + s] = values[s];
+            }
             for (Index a = lane; a < A_; a += Group::kLanes) {
               const double exponent = maximum.exponent(a);
               const double advantage = maximum.masked(a) ? 0.0 : maximum.q[a] - values[s];
@@ -524,7 +527,8 @@ class LargeSolving {
     const double nan = kInf - kInf;
     team_.local([&](Block& block) {
       block.spread([&](Index first, Index stride) {
-        for (Index s = first; s < S_; s += stride) request_.value[item_ * S_ + s] = nan;
+        for (Index s = first; s < S_; s += stride)
+          request_.value[item_ * S_ + s] = request_.relative[item_ * S_ + s] = nan;
         for (Index row = first; row < S_ * A_; row += stride) {
           put(request_.q, row, nan);
           put(request_.advantage, row, nan);

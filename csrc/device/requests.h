@@ -8,6 +8,7 @@ namespace birl {
 struct DeviceSolve {
   const double* initial;  // (N,G,S) or null
   double* value;          // (N,G,S)
+  double* relative;       // (N,G,S): value − the constant kOffset of info
   void* q;                // (N,G,S,A), as the next three in the type of P and r
   void* advantage;
   void* policy;

@@ -29,7 +29,7 @@ struct SolveArguments {
   const double* discount;       // (N,G)
   const double* temperature;    // (N,G)
   const double* initial;        // (N,G,S) or null
-  double* value;                // (N,G,S)
+  double *value, *relative;     // (N,G,S): value = offset + relative
   Real* q;                      // (N,G,S,A), as the next three
   Real* advantage;
   Real* policy;
@@ -256,7 +256,8 @@ class Solving {
     const Real nan = static_cast<Real>(kInf - kInf);
     team_.phase([&](Thread t) {
       const Index first = item_ * S_ * A_;
-      for (int s = t.rank; s < S_; s += t.count) given_.value[item_ * S_ + s] = nan;
+      for (int s = t.rank; s < S_; s += t.count)
+        given_.value[item_ * S_ + s] = given_.relative[item_ * S_ + s] = nan;
       for (Index i = first + t.rank; i < first + S_ * A_; i += t.count)
         given_.q[i] = given_.advantage[i] = given_.policy[i] = given_.log_policy[i] = nan;
       if (t.rank != 0) return;
@@ -422,8 +423,10 @@ class Solving {
     const SoftMaximum soft{m_.q, reference_, A_, temperature_};
     team_.phase([&](Thread t) {
       const double offset = m_.control->offset();
-      for (int s = t.rank; s < S_; s += t.count)
+      for (int s = t.rank; s < S_; s += t.count) {
         given_.value[item_ * S_ + s] = m_.image[s] + offset;
+        given_.relative[item_ * S_ + s] = m_.image[s];
+      }
       for (int row = t.rank; row < S_ * A_; row += t.count) {
         const int s = row / A_;
         const Index at = item_ * S_ * A_ + row;

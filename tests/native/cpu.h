@@ -42,12 +42,13 @@ inline birl::Interrupt never() {
 
 template <class Real>
 struct Solution {
-  std::vector<double> value, info;
+  std::vector<double> value, relative, info;
   std::vector<Real> q, advantage, policy, log_policy;
   std::vector<Index> status;
 
   explicit Solution(const Case<Real>& c)
       : value(c.items() * c.S),
+        relative(value.size()),
         info(c.items() * birl::kInfo),
         q(c.items() * c.table()),
         advantage(q.size()),
@@ -72,16 +73,16 @@ Bytes bytes_of(const Tables&... tables) {
 }
 template <class Real>
 Bytes bits(const Solution<Real>& s) {
-  return bytes_of(s.value, s.info, s.q, s.advantage, s.policy, s.log_policy, s.status);
+  return bytes_of(s.value, s.relative, s.info, s.q, s.advantage, s.policy, s.log_policy, s.status);
 }
 
 template <class Real>
 void solve(const Case<Real>& c, bool sparse, Index method, int threads, Solution<Real>& out) {
   birl::Interrupt interrupt = never();
   birl::solve(batch_of(c, sparse),
-              {nullptr, out.value.data(), out.q.data(), out.advantage.data(), out.policy.data(),
-               out.log_policy.data(), out.info.data(), out.status.data(), method, 0.0, 0,
-               birl::Rigour::kOrEnding, threads},
+              {nullptr, out.value.data(), out.relative.data(), out.q.data(), out.advantage.data(),
+               out.policy.data(), out.log_policy.data(), out.info.data(), out.status.data(), method,
+               0.0, 0, birl::Rigour::kOrEnding, threads},
               interrupt);
 }
 

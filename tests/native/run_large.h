@@ -64,6 +64,7 @@ auto with_kernel(const Case<Real>& c, const HostPattern* pattern, Solution<Real>
                  const SolveOptions& how, const double* initial, Body&& body) {
   const birl::DeviceSolve request{initial,
                                   out.value.data(),
+                                  out.relative.data(),
                                   out.q.data(),
                                   out.advantage.data(),
                                   out.policy.data(),

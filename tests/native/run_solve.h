@@ -13,12 +13,13 @@ using namespace birl::device;
 
 template <class Real>
 struct Solution {
-  std::vector<double> value, info;
+  std::vector<double> value, relative, info;
   std::vector<Real> q, advantage, policy, log_policy;
   std::vector<Index> status;
 
   explicit Solution(const Case<Real>& c)
       : value(c.items() * c.S, -7.0),
+        relative(value),
         info(c.items() * birl::kInfo, -7.0),
         q(c.items() * c.table(), Real(-7)),
         advantage(q),
@@ -67,9 +68,9 @@ SolveKernel<Home> solve_kernel(const Home& home, const Case<Real>& c, Solution<R
                                bool direct = true) {
   return {home,
           {c.G, c.reward.data(), c.log_reference.empty() ? nullptr : c.log_reference.data(),
-           c.discount.data(), c.temperature.data(), initial, out.value.data(), out.q.data(),
-           out.advantage.data(), out.policy.data(), out.log_policy.data(), out.info.data(),
-           out.status.data(), how, birl::Kernel::kCudaBlock, direct, true, true}};
+           c.discount.data(), c.temperature.data(), initial, out.value.data(), out.relative.data(),
+           out.q.data(), out.advantage.data(), out.policy.data(), out.log_policy.data(),
+           out.info.data(), out.status.data(), how, birl::Kernel::kCudaBlock, direct, true, true}};
 }
 
 template <class Home, class Real = typename Home::Real>
