@@ -464,11 +464,14 @@ def _not_drawn(directory: RunDirectory, names: Sequence[str]) -> str:
     )
 
 
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+
+
 def _out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed; torch says so of a device by a class, of a CPU in words."""
-    words = str(error)
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or "can't allocate memory" in words or "not enough memory" in words
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error) for words in _NO_MEMORY)
 
 
 def _reader_left() -> bool:
