@@ -31,7 +31,6 @@ from birl_ext.ops import bellman as _bellman
 from birl_ext.ops import plain as _plain
 from birl_ext.ops import policy_solve as _policy_solve
 from birl_ext.ops import solve as _solve
-from birl_ext.ops.rows import widened
 from birl_ext.solution import Method, Rigour, Solution, Status
 
 __all__ = ["bellman", "evaluate", "occupancy", "solve"]
@@ -310,7 +309,7 @@ def evaluate(
 
     Args:
         policy: π, (*B, S, A), probabilities; nothing behind the mask of an MDP object. Read as
-            π/Σπ where it misses one by rounding.
+            π/Σπ, by derivatives too: they are those along the simplex.
         reward: g, (*B, S, A); or an MDP object, whose reward, transition, discount and terminal are
             used.
         transition: P, (*B, S, A, S).
@@ -359,7 +358,7 @@ def occupancy(
 
     Args:
         policy: π, (*B, S, A), probabilities; nothing behind the mask of an MDP object. Read as
-            π/Σπ where it misses one by rounding.
+            π/Σπ, by derivatives too: they are those along the simplex.
         transition: P, (*B, S, A, S); or an MDP object.
         discount: γ in [0, 1).
         initial_distribution: ρ, (*B, S); may be left out if an MDP object has one.
@@ -420,18 +419,15 @@ def occupancy(
 
 
 def _checked(policy: Tensor, flat: Flat, model: Tensor | MDP, validate: validation.Level) -> Tensor:
-    """π in float64, (N, G, …), read as π/Σπ where `check_policy` accepts Σπ; see `widened`."""
+    """π/Σπ in float64, (N, G, …)."""
     _require_shape("policy", policy, tuple(flat.reward.shape[-2:]))
-    if validate != "full":
-        return flat.layout.grouped(widened(policy), 2)
-    if not validation.is_concrete(policy):
-        tolerance = validation.row_sum_tolerance(policy.dtype, policy.shape[-1])
-        return flat.layout.grouped(widened(policy, tolerance), 2)
-    forbidden = None
-    if not isinstance(model, Tensor) and validation.is_concrete(model.mask, model.terminal):
-        forbidden = model.forbidden()
-    mass = validation.check_policy(policy.detach(), forbidden).unsqueeze(-1)
-    return flat.layout.grouped(policy.double() / mass, 2)
+    if validate == "full" and validation.is_concrete(policy):
+        forbidden = None
+        if not isinstance(model, Tensor) and validation.is_concrete(model.mask, model.terminal):
+            forbidden = model.forbidden()
+        validation.check_policy(policy.detach(), forbidden)
+    wide = policy.double()
+    return flat.layout.grouped(wide / wide.sum(-1, keepdim=True), 2)
 
 
 def _policy_system(

@@ -471,10 +471,9 @@ def check_initial(initial: Tensor) -> None:
     _check_finite("initial", initial, allowed="finite numbers", fix="give a finite start, or none")
 
 
-def check_policy(policy: Tensor, forbidden: Tensor | None = None) -> Tensor:
+def check_policy(policy: Tensor, forbidden: Tensor | None = None) -> None:
     """Raise PolicyError unless π, (*B, S, A), is a probability distribution over the actions of
-    every state, with nothing on those that are `forbidden`, (*B, S, A) bool. Returns Σπ, (*B, S),
-    float64.
+    every state, with nothing on those that are `forbidden`, (*B, S, A) bool.
     """
     bad = ~(policy >= 0)  # NaN fails too; an infinity fails the sum
     if bad.any():
@@ -502,7 +501,6 @@ def check_policy(policy: Tensor, forbidden: Tensor | None = None) -> Tensor:
             allowed="0 there",
             fix="set it to zero there and normalise over the last axis",
         )
-    return total
 
 
 # The second line of defence: what the ops found

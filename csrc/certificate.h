@@ -126,7 +126,7 @@ struct Certificate {
       for (Index s = 0; s < states; ++s) sizes[s] = std::abs(image[s] + offset());
       return kOutlier * typical_size(std::move(sizes), temperature) < largest_value();
     }
-    constexpr double kDigits = 1e-12, kFold = 6.0;
+    constexpr double kDigits = 1e-12, kFold = 5.0;
     const double smallest = least_size(image, states) + soft(), largest = scale();
     if (!(largest > kFold * kFold * smallest && error_bound() > kDigits * smallest)) return false;
     double sum = 0.0;  // a mean that a value of zero by chance does not decide

@@ -62,20 +62,17 @@ class Refinement {
       centre();
       sweep();
       const double worst = measure();
-      if (count == 0 && !coarser(coarse)) return false;
-      if (count == 0) outcome.status = Status::kConverged;
+      if (count == 0 && !(finite_ && coarser(coarse))) return false;
       ++outcome.passes;
       if (!finite_) break;
       since_best = worst < 0.5 * best ? 0 : since_best + 1;
       best = std::min(best, worst);
-      if (settled || since_best >= (worst <= 8.0 ? 4 : 30)) break;
+      if (settled || since_best >= (worst <= kNear ? 4 : 30 + S_)) break;
       settled = worst <= 1.0;
-      if (out_of(outcome.passes) || count >= most(evaluate)) {
-        if (!settled) outcome.status = Status::kMaxIterations;
-        break;
-      }
+      if (out_of(outcome.passes) || count >= most(evaluate)) break;
       advance(evaluate, count);
     }
+    outcome.status = best <= kNear ? Status::kConverged : Status::kMaxIterations;
     outcome.residual = certificate_.half_span();
     outcome.offset = problem_.discount * c_;
     hand_out(problem_, S_, A_, q_.data(), image_.data(), policy_.data(), log_policy_.data(),
@@ -97,6 +94,7 @@ class Refinement {
  private:
   static constexpr Index kEliminated = 512;  // states; most where products do not suffice:
   static constexpr Index kEliminatedAtLast = 2500;
+  static constexpr double kNear = 8.0;  // units of rounding, where nothing more may be gained
 
   bool out_of(Index passes) const {
     return request_.max_iterations > 0 && passes >= request_.max_iterations;
@@ -248,17 +246,21 @@ class Refinement {
 
   // Twice (I − γP_π)⁻¹ of `own`.
   void guess(const std::vector<double>& own) {
-    trial_ = own;
-    if (S_ <= kEliminated) {
+    if (S_ <= kEliminated || !by_products(own, S_ <= kEliminatedAtLast ? 50 : 400)) {
+      if (S_ > kEliminatedAtLast) return;
+      trial_ = own;
       factor();
       elimination_->solve(trial_.data(), false);
       for (double& e : trial_) e *= 2.0;
-      return;
     }
+  }
+
+  bool by_products(const std::vector<double>& own, int most) {
     // With v = Σ_{j<k} (γP_π)^j own and (γP_π)^k own <= ρ own, it is at most v/(1 − ρ).
+    trial_ = own;
     std::vector<double> term = own;
     double expected = 1.0;  // γ^k, which ρ is where all are of a size
-    for (int k = 1; k <= 400; ++k) {
+    for (int k = 1; k <= most; ++k) {
       look_ahead(term, ahead_);
       double ratio = 0.0;
       for (Index s = 0; s < S_; ++s) {
@@ -270,10 +272,11 @@ class Refinement {
       expected *= problem_.discount;
       if (1.0 - ratio >= 0.25 * (1.0 - expected)) {
         for (double& e : trial_) e *= 2.0 / (1.0 - ratio);
-        return;
+        return true;
       }
       for (Index s = 0; s < S_; ++s) trial_[s] += term[s];
     }
+    return false;
   }
 
   // Whether |δ| + ρ + τ log Σ π exp(γPe/τ) <= e, its own rounding included.

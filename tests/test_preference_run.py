@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +47,11 @@ from birl_ext.runs.config import from_plain, read_toml, to_plain
 from birl_ext.runs.directory import RunDirectory
 from birl_ext.runs.loop import run
 from birl_ext.runs.versions import versions
+
+# Eight steps of a pole that stands look alike to all teachers but the noisy one.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*found any fragment better than another:UserWarning"
+)
 
 CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "preference").glob("*.toml"))
 GRID = "birl_ext/Gridworld-v0"
@@ -296,7 +302,59 @@ def test_reward_accuracy_is_that_of_the_batches_with_a_strict_answer(
 
 def test_a_teacher_that_skips_names_the_setting_where_rewards_are_negative() -> None:
     with pytest.raises(ConfigError, match=r"teacher is skip, .*at Pendulum-v1 .*--teacher"):
-        make_job(env="Pendulum-v1", teacher="skip").step()
+        make_job(env="Pendulum-v1", teacher="skip")  # before the first step
+
+
+def test_the_round_that_is_played_in_advance_is_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean that is judged beforehand is the one that the first questions are asked at, with
+    random actions and with those of the agent."""
+    told: list[float] = []
+    plain = PreferenceJob._mean_reward
+
+    def noted(*given: Any) -> float:
+        told.append(plain(*given))
+        return told[-1]
+
+    monkeypatch.setattr(PreferenceJob, "_mean_reward", noted)
+    for changes in ({"env": GRID}, {"env": GRID, "learning_starts": 400}):
+        told.clear()
+        make_job(teacher="skip", environment_steps=800, **changes).step()
+        assert len(told) == 2
+        assert told[0] == told[1] > 0
+    told.clear()
+    make_job(teacher="skip", env="Pendulum-v1", labels=0, initial_labels=0)  # nobody is asked
+    make_job(env="Pendulum-v1")
+    assert not told
+
+
+class Clouded(CartPoleEnv):
+    """Its reward is the same everywhere."""
+
+    def step(self, action: Any) -> Any:
+        observation, _, terminated, truncated, info = super().step(action)
+        return observation, 0.0, terminated, truncated, info
+
+
+@pytest.mark.filterwarnings("default:.*found any fragment better than another:UserWarning")
+def test_answers_that_carry_nothing_are_said_to() -> None:
+    gymnasium.register("Clouded-v0", Clouded, max_episode_steps=50)
+    words = "Clouded-v0: the oracle teacher has not found any fragment better than another"
+    try:
+        job = make_job(env="Clouded-v0", teacher="oracle")
+        with pytest.warns(UserWarning, match="all 27 answers are ties"):
+            row = job.step()
+        with pytest.warns(UserWarning, match=words):
+            job.step()
+        assert (row["answers"], row["strict_answers"]) == (27, 0)
+        assert job.summary()["strict_answers"] == 0 < len(job.answers)
+        job = make_job(env=GRID, teacher="oracle", fragment=20, environment_steps=800)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            row = job.step()
+        label = job.answers.everything().label
+        assert row["strict_answers"] == (label != 0.5).sum() > 0
+    finally:
+        gymnasium.registry.pop("Clouded-v0")
 
 
 @pytest.mark.parametrize("algorithm", ["sobirl", "drlhf"])

@@ -14,13 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from birl_ext.ops._refinement import drowns, refine
 from birl_ext.ops.rows import Data, Rows
-from birl_ext.solution import Info, Kernel, Method, Rigour, Status, info_table
+from birl_ext.solution import INFO, Info, Kernel, Method, Rigour, Status, info_table
 from birl_ext.validation import row_sum_tolerance
 
 __all__ = ["bellman", "policy_solve", "settle", "solve"]
 
 EPS = torch.finfo(torch.float64).eps
+LEAST = 5e-324  # no smaller number is positive
 TINY = torch.finfo(torch.float64).tiny  # below, numbers have fewer digits
 SPARSE_DIRECT_STATES = 200  # above, products with few entries per row beat a dense LU
 DIRECT_STATES = 1500  # above, an LU of (I − γP_π) costs more than the Krylov products it saves
@@ -52,21 +54,42 @@ class Problem(NamedTuple):
     def continues(self) -> Tensor:
         return self.scale > 0
 
+    @property
+    def available(self) -> Tensor | None:
+        """(N, G, S, A); None is everywhere."""
+        return None if self.log_reference is None else self.log_reference > -math.inf
+
+    def one(self, n: int, g: int) -> Problem:
+        own = slice(n, n + 1), slice(g, g + 1)
+        reference = None if self.log_reference is None else self.log_reference[own]
+        return Problem(
+            self.rows.with_data(self.rows.data[own[0]]),
+            self.scale[own[0]],
+            self.reward[own],
+            reference,
+            self.discount[own],
+            self.temperature[own],
+        )
+
     def sweep(self, value: Tensor, offset: Tensor) -> Sweep:
         gamma, tau = self.discount[..., None, None], self.temperature[..., None, None]
         ahead = self.rows.apply(value) * self.scale
         ended = torch.where(self.continues, 0.0, 1.0)
         q = self.reward + gamma * (ahead - ended * offset[..., None, None])
-        logits = q / tau
-        if self.log_reference is not None:
-            logits = logits + self.log_reference
+        available = self.available
+        if available is None or self.log_reference is None:
+            top = q.amax(-1, keepdim=True)
+            logits = (q - top) / tau
+        else:
+            top = torch.where(available, q, -math.inf).amax(-1, keepdim=True)
+            logits = torch.where(available, (q - top) / tau + self.log_reference, -math.inf)
         log_total = torch.logsumexp(logits, -1, keepdim=True)
         log_policy = logits - log_total
         policy = torch.softmax(logits, -1)
-        image = tau * log_total
+        image = top + tau * log_total
         advantage = q - image
-        if self.log_reference is not None:
-            advantage = torch.where(self.log_reference > -math.inf, advantage, 0.0)
+        if available is not None:
+            advantage = torch.where(available, advantage, 0.0)
         return Sweep(image.squeeze(-1), advantage, policy, log_policy)
 
     def policy_product(self, weight: Tensor, vector: Tensor) -> Tensor:
@@ -106,18 +129,32 @@ def solve(
 
     gamma = data.discount
     one_minus = 1 - gamma
-    continuing = problem.continues.flatten(1).all(-1, keepdim=True).expand_as(gamma)
-    top_reward = problem.reward.abs().amax((-1, -2))
-    if problem.log_reference is not None:
-        seen = torch.where(problem.log_reference > -math.inf, problem.reward, 0.0)
-        top_reward = seen.abs().amax((-1, -2))
-    entropy_scale = problem.temperature * (1 + math.log(actions))
-    rounding = 8 + math.log2(states + 1)  # a dot product of S terms, a few more for the log-sum-exp
+    available = problem.available
+    rows_go_on, seen = problem.continues, problem.reward.abs()
+    largest_reference = torch.zeros_like(gamma)
+    if available is not None and problem.log_reference is not None:
+        rows_go_on, seen = rows_go_on | ~available, torch.where(available, seen, 0.0)
+        weights = torch.where(available, problem.log_reference.abs(), 0.0)
+        largest_reference = weights.amax((-1, -2))
+    continuing = rows_go_on.flatten(2).all(-1).expand_as(gamma)
+    top_reward = seen.amax((-1, -2))
+    soft = problem.temperature * (1 + math.log(actions) + largest_reference)
+    rounding = 8 + math.log2(states + 1)  # what a product of S terms and a soft maximum are off by
+    # and what they can be off by: half an ulp for each addition
+    certain = 8 + problem.rows.longest / 2 + actions / 2
+
+    def scale_of(span: Tensor, value: Tensor, constant: Tensor, change: Tensor) -> Tensor:
+        """Size of the numbers whose rounding enters δ; a reward counts where it is taken."""
+        base = span + one_minus * constant + torch.where(continuing, 0.0, value) + soft
+        return base + torch.minimum(top_reward, base + change)
 
     value = torch.zeros(reward.shape[:-1], dtype=torch.float64, device=reward.device)
     offset = torch.zeros_like(gamma)
     if initial.dim() > 1:
-        offset = (initial.amax(-1) + initial.amin(-1)) / 2
+        # a start that V* cannot be as large as is no nearer to it
+        most = ((top_reward + soft) / one_minus).unsqueeze(-1)
+        initial = torch.where(initial.isfinite(), initial.clamp(-most, most), initial)
+        offset = initial.amax(-1) / 2 + initial.amin(-1) / 2
         value = initial - offset.unsqueeze(-1)
 
     active = status == 0
@@ -133,8 +170,8 @@ def solve(
         kernel=Kernel.TORCH,
     )
     best = torch.full_like(gamma, math.inf)
-    stalled = torch.zeros_like(status)
-    inner_total = 0
+    stalled, sizes = torch.zeros_like(status), torch.zeros_like(gamma)
+    inner_total = torch.zeros_like(gamma)
 
     for passes in range(1, limit + 1):
         step = problem.sweep(value, offset)
@@ -145,25 +182,30 @@ def solve(
         high = torch.where(continuing, high, high.clamp(min=0))
         middle = torch.where(continuing, (low + high) / 2, 0.0)
         half = torch.where(continuing, (high - low) / 2, torch.maximum(-low, high))
-        magnitude = (
-            top_reward
-            + (value.amax(-1) - value.amin(-1))
-            + one_minus * offset.abs()
-            + torch.where(continuing, 0.0, offset.abs())
-            + entropy_scale
-        )
-        unit = rounding * EPS * magnitude
-        bound = (gamma * half + unit) / one_minus
+        span = value.amax(-1) - value.amin(-1)
+        change = torch.maximum(low.abs(), high.abs())
+        magnitude = scale_of(span, offset.abs(), offset.abs(), change)
+        unit = rounding * (EPS * magnitude).clamp(min=LEAST)
+        bound = (gamma * half + certain / rounding * unit) / one_minus
         least, most = step.image.amin(-1), step.image.amax(-1)
         anchor = (most + least) / 2
         constant = gamma * offset + anchor + torch.where(gamma > 0, gamma / one_minus, 0.0) * middle
         # of the value that this pass hands out, not of the one it started from
-        size = torch.maximum(constant.abs() + (most - least) / 2, top_reward)
+        largest = constant.abs() + (most - least) / 2
+        size = torch.maximum(largest, problem.temperature)
+        after = scale_of(most - least, largest, largest, torch.zeros_like(gamma))
+        drowned = magnitude > 8 * after  # in a start far off: what looks converged is not
         finite = torch.isfinite(half) & torch.isfinite(size) & torch.isfinite(constant)
-        stuck = half > best / 2
+        # a sweep's residual falls by a tenth within some sweeps unless rounding keeps it up
+        by_sweeps = {Method.VALUE_ITERATION: 1, Method.POLICY_ITERATION: SWEEPS_PER_POLICY}
+        sweeps = by_sweeps.get(Method(method))
+        patience = 2 + torch.floor(0.11 / one_minus / sweeps) if sweeps else 3
+        stuck = half > (0.9 if sweeps else 0.5) * best
         stalled = torch.where(stuck, stalled + 1, 0)
         best = torch.minimum(best, torch.where(finite, half, math.inf))
-        at_floor = (half <= unit / 2) | ((half <= 100 * unit) & (stalled >= 3))
+        at_floor = (half <= unit / 2) | ((half <= 100 * unit) & (stalled >= patience))
+        at_floor &= ~drowned
+        best = torch.where(drowned, math.inf, best)
         reached = (bound <= tol * size) if tol > 0 else at_floor
         hopeless = at_floor & ~reached
         finished = active & (reached | hopeless | ~finite)
@@ -185,7 +227,8 @@ def solve(
             info[..., Info.RESIDUAL] = half.where(finished, info[..., Info.RESIDUAL])
             info[..., Info.ERROR_BOUND] = bound.where(finished, info[..., Info.ERROR_BOUND])
             info[..., Info.PASSES].masked_fill_(finished, passes)
-            info[..., Info.PRODUCTS].masked_fill_(finished, inner_total)
+            sizes = torch.where(finished, magnitude, sizes)
+            info[..., Info.PRODUCTS] = inner_total.where(finished, info[..., Info.PRODUCTS])
             active = active & ~finished
         if not bool(active.any()):
             break
@@ -193,7 +236,7 @@ def solve(
         if automatic and method == Method.POLICY_ITERATION and passes >= HAND_OVER:
             method = Method.NEWTON if problem.rows.states <= DIRECT_STATES else Method.KRYLOV
         if method == Method.VALUE_ITERATION:
-            move, inner = _deflated(delta, middle, gamma, one_minus), 0
+            move, inner = _deflated(delta, middle, gamma, one_minus), torch.zeros_like(gamma)
         else:
             weight = step.policy * problem.scale
             move, inner = _improve(problem, weight, delta, continuing, method, passes)
@@ -204,7 +247,37 @@ def solve(
         value = value - recentre.unsqueeze(-1)
         offset = offset + recentre
 
+    info[..., INFO:] = info[..., Info.ERROR_BOUND].unsqueeze(-1)
     absolute = done_value + done_offset.unsqueeze(-1)
+    ended = (status == int(Status.CONVERGED)) | (status == int(Status.STAGNATED))
+    bound = info[..., Info.ERROR_BOUND]
+    met = (bound <= tol * torch.maximum(absolute.abs().amax(-1), problem.temperature)) & (tol > 0)
+    lost = ended & drowns(absolute, problem.temperature, soft, sizes, bound, met)
+    for n, g in lost.nonzero().tolist():
+        at = (slice(n, n + 1), slice(g, g + 1))
+        used = int(info[n, g, Info.PASSES])
+        fine = refine(
+            problem.one(n, g),
+            done_value[at],
+            done_offset[at],
+            soft=soft[at],
+            units=4 + certain,
+            continuing=bool(continuing[n, g]),
+            coarse=float(certain * EPS * sizes[n, g]),
+            invert=_inverse(problem.one(n, g)) if states <= DIRECT_STATES else None,
+            tol=tol,
+            budget=limit - used if max_iterations else 1000,
+        )
+        if fine is None:
+            continue
+        done_value[at], done_offset[at] = fine.sweep.image, fine.offset
+        for entry, new in zip(table, fine.sweep[1:], strict=True):
+            entry[at] = new
+        info[n, g, Info.RESIDUAL], info[n, g, INFO:] = fine.residual[0, 0], fine.bounds[0, 0]
+        info[n, g, Info.ERROR_BOUND] = fine.bounds.amax()
+        info[n, g, Info.PASSES] = used + fine.passes
+        status[n, g] = int(fine.status)
+        absolute[at] = done_value[at] + done_offset[at].unsqueeze(-1)
     q = table[0] + absolute.unsqueeze(-1)
     seen = torch.maximum(q.abs(), table[0].abs())
     if problem.log_reference is not None:
@@ -218,7 +291,8 @@ def solve(
     done_value = torch.where(bad.unsqueeze(-1), torch.nan, done_value)
     done_offset = torch.where(bad, torch.nan, done_offset)
     table = [torch.where(bad[..., None, None], torch.nan, entry) for entry in (q, *table)]
-    info[..., :3] = torch.where(bad.unsqueeze(-1), torch.nan, info[..., :3])
+    for columns in (info[..., :3], info[..., INFO:]):
+        columns.masked_fill_(bad.unsqueeze(-1), torch.nan)
     info[..., Info.OFFSET] = done_offset
     tables = (entry.to(reward.dtype) for entry in table)
     outputs = (absolute, *tables, info, status, done_value)
@@ -321,7 +395,7 @@ class _PolicySystem(NamedTuple):
 
     def _products(self, rhs: Tensor, tol: float, limit: int) -> Tensor:
         start = _start(rhs, self.weight, self.discount, self.transpose)
-        return _bicgstab(self.product, rhs, start, tol, limit)
+        return _bicgstab(self.product, rhs, start, tol, limit)[0]
 
     def size(self, vector: Tensor) -> Tensor:
         return vector.abs().sum(-1) if self.transpose else vector.abs().amax(-1)
@@ -331,8 +405,7 @@ class _PolicySystem(NamedTuple):
 
     def unsolved(self, rhs: Tensor, x: Tensor, residual: Tensor, tol: float) -> Tensor:
         """(N, G, K), whether the residual is above both the tolerance and what rounding leaves."""
-        longest = self.rows.states if self.rows.dense else self.rows.crow.diff().amax()
-        units = 128 + longest / 4 + self.rows.actions
+        units = 128 + self.rows.longest / 4 + self.rows.actions
         size = self.size(rhs)
         floor = units * EPS * (size + 2 * self.size(x)) + TINY
         level = torch.maximum(tol * size, floor)
@@ -379,12 +452,13 @@ def _deflated(delta: Tensor, middle: Tensor, gamma: Tensor, one_minus: Tensor) -
 
 def _improve(
     problem: Problem, weight: Tensor, delta: Tensor, continuing: Tensor, method: int, passes: int
-) -> tuple[Tensor, int]:
-    """Newton's step (I − γP_π)⁻¹ δ (M9), exactly or by the products that `method` allows."""
+) -> tuple[Tensor, Tensor]:
+    """Newton's step (I − γP_π)⁻¹ δ (M9), exactly or by the products that `method` allows, and how
+    many those were.
+    """
     gamma = problem.discount.unsqueeze(-1)
     if method == Method.NEWTON:
-        factors = _factor(problem.rows, weight, problem.discount)
-        return _back_substitute(factors, delta.unsqueeze(2), False).squeeze(2), 1
+        return _inverse(problem)(weight, delta), torch.ones_like(problem.discount)
     if method == Method.KRYLOV:
         rhs = delta.unsqueeze(2)
 
@@ -396,13 +470,25 @@ def _improve(
         # tighten with the passes: exact steps converge from anywhere, loose ones need not
         forcing = max(10.0 ** -(1 + passes / 2), 1e-13)
         start = _start(rhs, weight, problem.discount, False)
-        return _bicgstab(product, rhs, start, forcing, 400).squeeze(2), 400
+        x, products = _bicgstab(product, rhs, start, forcing, 400)
+        return x.squeeze(2), products.squeeze(2)
     term, total = delta, delta
     for _ in range(SWEEPS_PER_POLICY):
         term = gamma * problem.policy_product(weight, term)
         total = total + term
     tail = (term.amax(-1) + term.amin(-1)) / 2 * problem.discount / (1 - problem.discount)
-    return total + torch.where(continuing, tail, 0.0).unsqueeze(-1), SWEEPS_PER_POLICY
+    move = total + torch.where(continuing, tail, 0.0).unsqueeze(-1)
+    return move, torch.full_like(problem.discount, SWEEPS_PER_POLICY)
+
+
+def _inverse(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
+    """(weight, x) ↦ (I − γP_π)⁻¹x, by elimination."""
+
+    def inverse(weight: Tensor, x: Tensor) -> Tensor:
+        factors = _factor(problem.rows, weight, problem.discount)
+        return _back_substitute(factors, x.unsqueeze(2), False).squeeze(2)
+
+    return inverse
 
 
 def _factor(rows: Rows, weight: Tensor, discount: Tensor) -> tuple[Tensor, Tensor]:
@@ -411,7 +497,12 @@ def _factor(rows: Rows, weight: Tensor, discount: Tensor) -> tuple[Tensor, Tenso
     # an invalid element must not stop the batch: its NaN would make LAPACK refuse
     usable = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
     eye = torch.eye(rows.states, dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.lu_factor(torch.where(usable, matrix, eye))
+    matrix = torch.where(usable, matrix, eye)
+    lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
+    singular = info > 0  # 1 − γ is gone in rounding: so may as much again
+    if bool(singular.any()):
+        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix + EPS * singular[..., None, None] * eye)
+    return lu, pivots
 
 
 def _back_substitute(factors: tuple[Tensor, Tensor], rhs: Tensor, transpose: bool) -> Tensor:
@@ -430,9 +521,9 @@ def _start(rhs: Tensor, weight: Tensor, discount: Tensor, transpose: bool) -> Te
 
 def _bicgstab(
     product: Callable[[Tensor], Tensor], rhs: Tensor, start: Tensor, tol: float, limit: int
-) -> Tensor:
-    """Batched BiCGStab on the last axis; a lane that has converged or broken down keeps its best
-    iterate.
+) -> tuple[Tensor, Tensor]:
+    """Batched BiCGStab on the last axis, and the products of each lane; one that has converged
+    keeps its best iterate, whatever the others still need.
     """
     x = start
     residual = rhs - product(x)
@@ -440,8 +531,9 @@ def _bicgstab(
     rho = (shadow * residual).sum(-1, keepdim=True)
     goal = tol * rhs.norm(dim=-1, keepdim=True)
     best, best_norm = x, residual.norm(dim=-1, keepdim=True)
+    products = torch.ones_like(best_norm)
+    active = best_norm > goal
     for _ in range(limit):
-        active = best_norm > goal
         if not bool(active.any()):
             break
         image = product(direction)
@@ -454,13 +546,15 @@ def _bicgstab(
         x = x + alpha * direction + omega * half
         residual = half - omega * half_image
         norm = residual.norm(dim=-1, keepdim=True)
-        better = norm < best_norm
+        better = active & (norm < best_norm)
         best, best_norm = torch.where(better, x, best), torch.where(better, norm, best_norm)
+        products = products + 2 * active
+        active = active & (best_norm > goal)
         rho_next = (shadow * residual).sum(-1, keepdim=True)
         beta = _ratio(rho_next, rho) * _ratio(alpha, omega)
         direction = residual + beta * (direction - omega * image)
         rho = rho_next
-    return best
+    return best, products.squeeze(-1)
 
 
 def _ratio(top: Tensor, bottom: Tensor) -> Tensor:

@@ -46,17 +46,10 @@ class Exits(NamedTuple):
     discount: Tensor  # (N, G)
 
     @classmethod
-    def of(cls, scale: Tensor, policy: Tensor, discount: Tensor, closed: bool) -> Exits:
-        """From 1/σ and π. What π misses of one by more than rounding ends too; to derivatives,
-        unless `closed`, whatever it misses.
-        """
+    def of(cls, scale: Tensor, policy: Tensor, discount: Tensor) -> Exits:
+        """From 1/σ and π, which sums to one."""
         ends = scale == 0
-        leaving, going = (policy * ends).sum(-1), (policy * ~ends).sum(-1)
-        rounding = 4 * policy.shape[-1] * torch.finfo(torch.float64).eps
-        missing = (leaving + going - 1).abs() > rounding
-        stopping = torch.where(missing, 1 - going, leaving)
-        if not closed:
-            stopping = stopping.detach() - (going - going.detach())
+        stopping = (policy * ends).sum(-1)
         return cls(ends, stopping, stopping.detach().amax(-1), discount)
 
     @property
@@ -95,18 +88,17 @@ class _System(NamedTuple):
     rows: Rows
     policy: Tensor
     discount: Tensor
-    closed: bool
     backend: int
 
     @classmethod
-    def of(cls, tensors: tuple[Any, ...], closed: bool, backend: int) -> _System:
+    def of(cls, tensors: tuple[Any, ...], backend: int) -> _System:
         transition, crow, col, policy, discount = tensors
         states, actions = policy.shape[-2:]
         rows = Rows(transition, crow, col, states, actions)
-        return cls(rows, policy, discount, closed, backend)
+        return cls(rows, policy, discount, backend)
 
     def exits(self, scale: Tensor) -> Exits:
-        return Exits.of(scale, self.policy, self.discount, self.closed)
+        return Exits.of(scale, self.policy, self.discount)
 
     def solve(self, rhs: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
         """M⁻¹b or M⁻ᵀb in one number each, and its residual."""
@@ -122,9 +114,7 @@ class _System(NamedTuple):
         largest = exits.largest
         by_discount = (exits.stopping - exits.most.unsqueeze(-1)) / largest.square().unsqueeze(-1)
         slope = (self.discount / largest)[..., None, None]
-        # where Σπ stays one, what ends tells how much goes on
-        with_end, without = (slope, 0.0) if self.closed else (0.0, -slope)
-        by_policy = torch.where(exits.ends, with_end, without)
+        by_policy = torch.where(exits.ends, slope, 0.0)  # as Σπ stays one
         return scale, by_discount, by_policy
 
     def cotangents(
@@ -215,11 +205,11 @@ TINY_GAP = 1e-6  # 1 − γ, above which no condition is large
 
 LIBRARY.define(
     "push(Tensor transition, Tensor crow, Tensor col, Tensor policy, Tensor discount, "
-    "Tensor rhs, bool closed, int backend) -> (Tensor, Tensor, Tensor)"
+    "Tensor rhs, int backend) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "flow(Tensor transition, Tensor crow, Tensor col, Tensor policy, Tensor discount, "
-    "Tensor rhs, Tensor mass, bool closed, int backend) -> (Tensor, Tensor)"
+    "Tensor rhs, Tensor mass, int backend) -> (Tensor, Tensor)"
 )
 
 
@@ -237,8 +227,8 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _push(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, rhs, closed, backend = args
-    system = _System.of(tuple(tensors), closed, backend)
+    *tensors, rhs, backend = args
+    system = _System.of(tuple(tensors), backend)
     exits = system.exits(system.rows.scale())
     share = exits.share().unsqueeze(2)
     slow, slow_residual = system.solve(_ones(rhs), True)
@@ -246,7 +236,7 @@ def _push(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     level = (slow * rhs).sum(-1) / (slow * share).sum(-1)
     x, residual = system.solve(rhs - level.unsqueeze(-1) * share, False)
     # where the process is most, W is zero: at a state that matters to the others
-    busiest = slow.argmax(-1, keepdim=True).expand(*x.shape[:-1], 1)
+    busiest = slow.abs().argmax(-1, keepdim=True).expand(*x.shape[:-1], 1)
     middle = x.gather(-1, busiest)
     gain = level + middle.squeeze(-1) * exits.largest.unsqueeze(-1)
     return x - middle, gain, _why(slow, slow_residual, residual)
@@ -266,8 +256,8 @@ def _check_condition(system: _System, slow: Tensor, share: Tensor) -> None:
 
 
 def _flow(*args: Any) -> tuple[Tensor, Tensor]:
-    *tensors, rhs, mass, closed, backend = args
-    system = _System.of(tuple(tensors), closed, backend)
+    *tensors, rhs, mass, backend = args
+    system = _System.of(tuple(tensors), backend)
     share = system.exits(system.rows.scale()).share().unsqueeze(2)
     both, residual = system.solve(torch.cat([rhs, _ones(rhs)], 2), True)
     x, slow = both[:, :, :-1], both[:, :, -1:]
@@ -290,7 +280,7 @@ class Push(Function):
 
     Shapes: transition as in Rows; policy (N, G, S, A); discount (N, G); b and W (N, G, K, S); g
     and the residual (N, G, K). W + k with g − kD is the same solution: what is made of the two
-    must not tell them apart. With `closed` a tangent of π sums to zero.
+    must not tell them apart. π sums to one, and its tangents to zero.
     """
 
     @staticmethod
@@ -302,7 +292,7 @@ class Push(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, _, ctx.closed, ctx.backend = inputs
+        *tensors, _, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*tensors, *output[:2])
@@ -314,24 +304,24 @@ class Push(Function):
     ) -> tuple[Any, ...]:
         *tensors, x, gain = ctx.saved_tensors
         if x_bar is None and gain_bar is None:
-            return (None,) * 8
+            return (None,) * 7
         x_bar = torch.zeros_like(x) if x_bar is None else x_bar
         gain_bar = torch.zeros_like(gain) if gain_bar is None else gain_bar
-        system = _System.of(tuple(tensors), ctx.closed, ctx.backend)
-        rhs_bar, _ = Flow.apply(*tensors, x_bar, gain_bar, ctx.closed, ctx.backend)
+        system = _System.of(tuple(tensors), ctx.backend)
+        rhs_bar, _ = Flow.apply(*tensors, x_bar, gain_bar, ctx.backend)
         needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4))
         transition_bar, policy_bar, discount_bar = system.cotangents(rhs_bar, x, gain, needs)
-        return transition_bar, None, None, policy_bar, discount_bar, rhs_bar, None, None
+        return transition_bar, None, None, policy_bar, discount_bar, rhs_bar, None
 
     @staticmethod
     def jvp(ctx: Any, *dots: Any) -> tuple[Tensor, Tensor, None]:
         *tensors, x, gain = ctx.saved_tensors
         rhs = torch.zeros_like(x) if dots[5] is None else dots[5]
-        system = _System.of(tuple(tensors), ctx.closed, ctx.backend)
+        system = _System.of(tuple(tensors), ctx.backend)
         moved = system.tangents(dots[:5], x, False)
         if moved is not None:
             rhs = rhs + moved[0] - gain.unsqueeze(-1) * moved[1].unsqueeze(2)
-        x_dot, gain_dot, _ = Push.apply(*tensors, rhs, ctx.closed, ctx.backend)
+        x_dot, gain_dot, _ = Push.apply(*tensors, rhs, ctx.backend)
         return x_dot, gain_dot, None
 
     @staticmethod
@@ -355,7 +345,7 @@ class Flow(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, _, _, ctx.closed, ctx.backend = inputs
+        *tensors, _, _, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*tensors, output[0])
@@ -365,24 +355,24 @@ class Flow(Function):
     def backward(ctx: Any, x_bar: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         *tensors, x = ctx.saved_tensors
         if x_bar is None:
-            return (None,) * 9
-        system = _System.of(tuple(tensors), ctx.closed, ctx.backend)
-        rhs_bar, gain, _ = Push.apply(*tensors, x_bar, ctx.closed, ctx.backend)
+            return (None,) * 8
+        system = _System.of(tuple(tensors), ctx.backend)
+        rhs_bar, gain, _ = Push.apply(*tensors, x_bar, ctx.backend)
         needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4))
         transition_bar, policy_bar, discount_bar = system.cotangents(x, rhs_bar, gain, needs)
-        return transition_bar, None, None, policy_bar, discount_bar, rhs_bar, gain, None, None
+        return transition_bar, None, None, policy_bar, discount_bar, rhs_bar, gain, None
 
     @staticmethod
     def jvp(ctx: Any, *dots: Any) -> tuple[Tensor, None]:
         *tensors, x = ctx.saved_tensors
         rhs = torch.zeros_like(x) if dots[5] is None else dots[5]
         mass = torch.zeros_like(x[..., 0]) if dots[6] is None else dots[6]
-        system = _System.of(tuple(tensors), ctx.closed, ctx.backend)
+        system = _System.of(tuple(tensors), ctx.backend)
         moved = system.tangents(dots[:5], x, True)
         if moved is not None:
             rhs = rhs + moved[0]
             mass = mass - (moved[1].unsqueeze(2) * x).sum(-1)
-        x_dot, _ = Flow.apply(*tensors, rhs, mass, ctx.closed, ctx.backend)
+        x_dot, _ = Flow.apply(*tensors, rhs, mass, ctx.backend)
         return x_dot, None
 
     @staticmethod
@@ -427,8 +417,8 @@ def discounted_sum(
 ) -> tuple[Tensor, Tensor]:
     """M⁻¹b (N, G, K, S) and its residual (N, G, K)."""
     tensors = (transition, crow, col, policy, discount)
-    x, gain, residual = Push.apply(*tensors, rhs, False, backend)
-    exits = Exits.of(Rows(*tensors[:3], *policy.shape[-2:]).scale(), policy, discount, False)
+    x, gain, residual = Push.apply(*tensors, rhs, backend)
+    exits = Exits.of(Rows(*tensors[:3], *policy.shape[-2:]).scale(), policy, discount)
     return x + (gain / exits.largest.unsqueeze(-1)).unsqueeze(-1), residual
 
 
@@ -444,7 +434,7 @@ def discounted_visits(
 ) -> tuple[Tensor, Tensor]:
     """(1 − γ)M⁻ᵀρ (N, G, K, S) and its residual (N, G, K)."""
     tensors = (transition, crow, col, policy, discount)
-    exits = Exits.of(Rows(*tensors[:3], *policy.shape[-2:]).scale(), policy, discount, False)
+    exits = Exits.of(Rows(*tensors[:3], *policy.shape[-2:]).scale(), policy, discount)
     rhs = (1 - discount)[..., None, None] * start
     mass = exits.rest().unsqueeze(-1) * start.sum(-1)
-    return Flow.apply(*tensors, rhs, mass, False, backend)
+    return Flow.apply(*tensors, rhs, mass, backend)

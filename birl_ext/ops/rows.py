@@ -43,6 +43,11 @@ class Rows(NamedTuple):
         return self.data.dim() == 4
 
     @property
+    def longest(self) -> int:
+        """The most entries of a row that are stored."""
+        return self.states if self.dense else int(self.crow.diff().amax())
+
+    @property
     def _row(self) -> Tensor:
         """Row index s·A + a of each stored entry, (nnz,)."""
         rows = torch.arange(self.states * self.actions, device=self.crow.device)
@@ -129,19 +134,16 @@ class Rows(NamedTuple):
         return table.reshape(*table.shape[:-1], self.states, self.actions)
 
 
-def widened(policy: Tensor, tolerance: float | None = None) -> Tensor:
-    """π in float64, summing to one again where it missed one by at most the tolerance: by default
-    the rounding of a dtype narrower than that. To a derivative the sum is a constant.
+def widened(policy: Tensor) -> Tensor:
+    """The policy of a solution in float64, summing to one where a narrower dtype misses that. To a
+    derivative the sum is a constant.
 
     I − γP_π would take what is missing for a leak, and 1/(1 − γ) would magnify it.
     """
-    if tolerance is None:
-        if policy.dtype == torch.float64:
-            return policy
-        tolerance = 4 * policy.shape[-1] * torch.finfo(policy.dtype).eps
+    if policy.dtype == torch.float64:
+        return policy
     wide = policy.double()
-    mass = wide.detach().sum(-1, keepdim=True)
-    return wide / torch.where((mass - 1).abs() <= tolerance, mass, 1.0)
+    return wide / wide.detach().sum(-1, keepdim=True)
 
 
 def _joined(table: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ struct LargeControl : SolveControl {
     if (options.tol > 0.0 && error_bound() <= options.tol * largest) return end(Status::kConverged);
     since_best = half < 0.9 * best ? 0 : since_best + 1;
     if (since_best == 0) best = half;
-    if (half <= kEps * scale() || (half <= floor && since_best >= patience()) ||
-        (half <= level(!forms_matrix()) * floor && since_best >= 10 * patience()))
+    if (at_end(half <= kEps * scale() || (half <= floor && since_best >= patience()) ||
+               (half <= level(!forms_matrix()) * floor && since_best >= 10 * patience())))
       return end(options.tol > 0.0 ? Status::kStagnated : Status::kConverged);
     if (out_of_passes()) return end(Status::kMaxIterations);
     if (!forms_matrix()) return LargeStep::kAcceptSweep;

@@ -237,6 +237,15 @@ class LargeSolving {
 
   // Supposes that every row continues; the first pass tells.
   BIRL_DEVICE void begin(const FirstLook& first) {
+    const double most = largest_possible(first.largest_reward, first.largest_reference, A_,
+                                         temperature(), discount());
+    const bool far = request_.initial && !(-most <= first.low && first.high <= most);
+    if (far)
+      team_.step([&](Block& block) {
+        block.spread([&](Index at, Index stride) {
+          for (Index s = at; s < S_; s += stride) image(0)[s] = within(image(0)[s], most);
+        });
+      });
     team_.decide([&](Block& block) {
       LargeControl& c = block.chip.control;
       c.options = {request_.method, request_.tol, request_.max_iterations, request_.validate};
@@ -249,10 +258,10 @@ class LargeSolving {
       c.additions = 0.0;
       c.continues = true;
       c.direct = false;
-      c.start_low = first.low;
-      c.start_high = first.high;
+      c.start_low = far ? within(first.low, most) : first.low;
+      c.start_high = far ? within(first.high, most) : first.high;
       c.start();
-      c.centre(first.low, first.high);
+      c.centre(c.start_low, c.start_high);
       return 0;
     });
   }
@@ -479,9 +488,10 @@ class LargeSolving {
           });
         }
       });
-      block.spread([&](Index first, Index) {
-        if (first != 0) return;
+      block.spread([&](Index first, Index stride) {
         const LargeControl& c = block.chip.control;
+        write_bounds(first, stride, c.error_bound());
+        if (first != 0) return;
         request_.status[item_] = static_cast<Index>(c.verdict(!batch_.is_double));
         write_info(c.half_span(), c.error_bound(), c.passes, {0, 0.0}, c.products, offset);
       });
@@ -535,6 +545,7 @@ class LargeSolving {
           put(request_.policy, row, nan);
           put(request_.log_policy, row, nan);
         }
+        write_bounds(first, stride, nan);
         if (first != 0) return;
         request_.status[item_] = static_cast<Index>(verdict);
         const Reading rows = reading(block);
@@ -548,9 +559,16 @@ class LargeSolving {
     });
   }
 
+  BIRL_DEVICE double* info() const { return request_.info + item_ * (kInfo + S_); }
+
+  // The bounds of the states, which are all the same.
+  BIRL_DEVICE void write_bounds(Index first, Index stride, double bound) const {
+    for (Index s = first; s < S_; s += stride) info()[kInfo + s] = bound;
+  }
+
   BIRL_DEVICE void write_info(double residual, double bound, Index passes, const Culprit& wrong,
                               Index products, double offset) const {
-    double* const info = request_.info + item_ * kInfo;
+    double* const info = this->info();
     info[0] = residual;
     info[1] = bound;
     info[2] = static_cast<double>(passes);

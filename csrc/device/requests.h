@@ -13,7 +13,7 @@ struct DeviceSolve {
   void* advantage;
   void* policy;
   void* log_policy;
-  double* info;          // (N,G,kInfo)
+  double* info;          // (N,G,kInfo + S)
   Index* status;         // (N,G)
   Index method;          // 0 auto, 1 value iteration; 2, 3, 4 are Newton with an elimination
   double tol;            // relative and certified; 0: as far as rounding allows

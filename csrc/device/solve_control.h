@@ -14,6 +14,7 @@ namespace birl::device {
 
 constexpr double kEps = 2.220446049250313e-16;
 constexpr double kInf = __builtin_huge_val();
+constexpr double kLeast = 4.9406564584124654e-324;
 
 BIRL_DEVICE double smaller(double x, double y) { return y < x ? y : x; }
 BIRL_DEVICE double larger(double x, double y) { return y > x ? y : x; }
@@ -23,6 +24,18 @@ BIRL_DEVICE bool is_finite(double x) { return x - x == 0.0; }
 // log x for finite x > 0
 BIRL_DEVICE double log_positive(double x) {
   return x >= 1.0 ? log_from_one(x) : -log_from_one(1.0 / x);
+}
+
+// No value is larger than that.
+BIRL_DEVICE double largest_possible(double reward, double reference, Index actions,
+                                    double temperature, double discount) {
+  const double entropy = log_from_one(static_cast<double>(actions)) + reference;
+  return (reward + temperature * entropy) / (1.0 - discount);
+}
+
+// A start that V* cannot be as large as is no nearer to it; NaN and infinities stay.
+BIRL_DEVICE double within(double start, double most) {
+  return is_finite(start) ? smaller(larger(start, -most), most) : start;
 }
 
 enum class Mode : int { kValueIteration, kNewton };
@@ -71,7 +84,7 @@ struct SolveControl {
   // the iterate
   double c, low, high;  // W lies in [low, high]
   SweepRange range;     // of the last sweep
-  double largest;       // magnitude of the value that it hands out, or of a reward
+  double largest;       // magnitude of the value that it hands out, or τ
   double middle;        // what to take off the next W, so that c carries the constant mode
   // the iteration
   Mode mode;
@@ -120,17 +133,26 @@ struct SolveControl {
   // The constant of the solution handed out, tw + offset.
   BIRL_DEVICE double offset() const { return discount * c + shift(); }
 
-  // Size of the numbers whose rounding enters δ.
+  // Size of the numbers whose rounding enters δ, as in certificate.h.
   BIRL_DEVICE double scale() const {
-    const double span = 2.0 * larger(magnitude(low), magnitude(high));
-    return largest_reward + span + (1.0 - discount) * magnitude(c) +
-           temperature * (1.0 + log_from_one(actions) + largest_reference);
+    return size(2.0 * larger(magnitude(low), magnitude(high)), magnitude(c),
+                larger(magnitude(range.delta_low), magnitude(range.delta_high)));
   }
 
   // Rounding error of one component of δ: units of eps·scale as in certificate.h, 8 for the
-  // operations after the row sums, and the dependent additions of row sums and soft maximum.
+  // operations after the row sums, and the dependent additions of row sums and soft maximum. Of a
+  // subnormal τ there is no 1/τ, and no bound.
   BIRL_DEVICE double rounding() const {
-    return (8.0 + additions + 0.5 * smaller(actions, 64.0)) * kEps * scale();
+    if (!is_finite(1.0 / temperature)) return kInf;
+    const double beyond = 0.5 * kEps * larger(actions - 64.0, 0.0) * temperature;
+    return (8.0 + additions + 0.5 * smaller(actions, 64.0)) * larger(kEps * scale(), kLeast) +
+           beyond;
+  }
+
+  // Whether the numbers of the last sweep were of the size of what it hands out.
+  BIRL_DEVICE bool settled() const {
+    const double span = continues ? range.image_high - range.image_low : 2.0 * largest;
+    return scale() <= 8.0 * size(span, largest, 0.0);
   }
 
   BIRL_DEVICE double error_bound() const {
@@ -143,7 +165,7 @@ struct SolveControl {
     const double constant = offset();
     largest = larger(
         larger(magnitude(range.image_low + constant), magnitude(range.image_high + constant)),
-        largest_reward);
+        temperature);
   }
 
   // How the iteration ended for a value handed out in single or in double precision.
@@ -203,7 +225,23 @@ struct SolveControl {
     return contracts ? larger(8.0, 2.0 / (1.0 - discount)) : 8.0;
   }
 
+ protected:
+  // From a start far off, what looks like the end only drowns.
+  BIRL_DEVICE bool at_end(bool seems) {
+    if (!seems || settled()) return seems;
+    best = kInf;
+    since_best = 0;
+    return false;
+  }
+
  private:
+  // A reward counts where it is taken.
+  BIRL_DEVICE double size(double span, double constant, double change) const {
+    const double values = span + (1.0 - discount) * constant +
+                          temperature * (1.0 + log_from_one(actions) + largest_reference);
+    return values + smaller(largest_reward, values + change);
+  }
+
   BIRL_DEVICE Step stop(Status reason) {
     status = reason;
     return Step::kStop;
@@ -215,9 +253,10 @@ struct SolveControl {
   }
 
   // At the rounding level: nothing is left, or nothing more is gained.
-  BIRL_DEVICE bool exhausted(double half, double floor) const {
-    return half <= kEps * scale() || (half <= floor && since_best >= patience()) ||
-           (half <= level(mode == Mode::kValueIteration) * floor && since_best >= 10 * patience());
+  BIRL_DEVICE bool exhausted(double half, double floor) {
+    return at_end(
+        half <= kEps * scale() || (half <= floor && since_best >= patience()) ||
+        (half <= level(mode == Mode::kValueIteration) * floor && since_best >= 10 * patience()));
   }
 
   // Sweeps within which the half-span falls by a tenth if it still falls: γ^n <= 0.9.

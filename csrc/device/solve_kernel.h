@@ -34,7 +34,7 @@ struct SolveArguments {
   Real* advantage;
   Real* policy;
   Real* log_policy;
-  double* info;   // (N,G,kInfo)
+  double* info;   // (N,G,kInfo + S)
   Index* status;  // (N,G)
   SolveOptions options;
   Kernel kernel;                     // what `info` will call this one
@@ -260,6 +260,7 @@ class Solving {
         given_.value[item_ * S_ + s] = given_.relative[item_ * S_ + s] = nan;
       for (Index i = first + t.rank; i < first + S_ * A_; i += t.count)
         given_.q[i] = given_.advantage[i] = given_.policy[i] = given_.log_policy[i] = nan;
+      write_bounds(t, nan);
       if (t.rank != 0) return;
       double culprit = 0.0;
       const Index place = locate(verdict, found, culprit);
@@ -302,11 +303,13 @@ class Solving {
 
   BIRL_DEVICE void begin(const Findings& found) {
     const double* const initial = given_.initial ? given_.initial + item_ * S_ : nullptr;
+    const double most = largest_possible(found.largest_reward, found.largest_reference, A_,
+                                         temperature_, discount_);
     const SweepRange start = team_.template reduce<SweepRange>(
         [&](Thread t) {
           SweepRange range = SweepRange::nothing();
           for (int s = t.rank; s < S_; s += t.count) {
-            m_.image[s] = initial ? initial[s] : 0.0;
+            m_.image[s] = initial ? within(initial[s], most) : 0.0;
             range.add(0.0, m_.image[s]);
           }
           for (int s = S_ + t.rank; s < kernel_.home.padded(); s += t.count) m_.w[s] = 0.0;
@@ -437,16 +440,24 @@ class Solving {
         given_.policy[at] = static_cast<Real>(m_.e[row] / m_.total[s]);
         given_.log_policy[at] = static_cast<Real>(soft.exponent(row) - log_from_one(m_.total[s]));
       }
-      if (t.rank != 0) return;
       const SolveControl& control = *m_.control;
+      write_bounds(t, control.error_bound());
+      if (t.rank != 0) return;
       given_.status[item_] = static_cast<Index>(control.verdict(sizeof(Real) == 4));
       write_info(control.half_span(), control.error_bound(), control.passes, 0, 0.0, offset);
     });
   }
 
+  BIRL_DEVICE double* info() const { return given_.info + item_ * (kInfo + S_); }
+
+  // The bounds of the states, which are all the same.
+  BIRL_DEVICE void write_bounds(Thread t, double bound) {
+    for (int s = t.rank; s < S_; s += t.count) info()[kInfo + s] = bound;
+  }
+
   BIRL_DEVICE void write_info(double residual, double bound, Index passes, Index place,
                               double culprit, double offset) {
-    double* const info = given_.info + item_ * kInfo;
+    double* const info = this->info();
     info[0] = residual;
     info[1] = bound;
     info[2] = static_cast<double>(passes);

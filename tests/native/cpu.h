@@ -49,14 +49,17 @@ struct Solution {
   explicit Solution(const Case<Real>& c)
       : value(c.items() * c.S),
         relative(value.size()),
-        info(c.items() * birl::kInfo),
+        info(c.items() * (birl::kInfo + c.S)),
         q(c.items() * c.table()),
         advantage(q.size()),
         policy(q.size()),
         log_policy(q.size()),
-        status(c.items()) {}
+        status(c.items()),
+        width(birl::kInfo + c.S) {}
 
-  double bound(Index item) const { return info[item * birl::kInfo + 1]; }
+  double bound(Index item) const { return info[item * width + 1]; }
+
+  Index width;  // of a row of info
 };
 
 // Every number of every table, one after the other.

@@ -20,14 +20,17 @@ struct Solution {
   explicit Solution(const Case<Real>& c)
       : value(c.items() * c.S, -7.0),
         relative(value),
-        info(c.items() * birl::kInfo, -7.0),
+        info(c.items() * (birl::kInfo + c.S), -7.0),
         q(c.items() * c.table(), Real(-7)),
         advantage(q),
         policy(q),
         log_policy(q),
-        status(c.items(), -7) {}
+        status(c.items(), -7),
+        width(birl::kInfo + c.S) {}
 
-  const double* row(Index item) const { return info.data() + item * birl::kInfo; }
+  const double* row(Index item) const { return info.data() + item * width; }
+
+  Index width;  // of a row
 };
 
 template <class T>
