@@ -202,6 +202,16 @@ def test_tensorboard_is_written_when_asked_for(birl):
     assert Path("a/metrics.jsonl").read_bytes() == Path("b/metrics.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_result_is_printed_whatever_the_terminal_can_show(encoding):
+    """The name of the directory here, which is no text."""
+    words = ["run", "fake", "--steps", "1", "--no-figures", "--out", "\u03b8\udcff"]
+    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    done = subprocess.run([*BIRL, *words], capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.endswith("\u03b8\\udcff\n".encode(encoding, "backslashreplace"))
+
+
 def test_the_default_directory(birl):
     birl("run", "fake", "--steps", "1", "--no-figures")
     (path,) = Path("runs").iterdir()

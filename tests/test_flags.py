@@ -183,7 +183,6 @@ def test_any_option_of_solve(word: str, capfd: Any) -> None:
         ["bench", "--threads=-1"],
         ["bench", "--threads=99999999999999999999"],
         ["bench", "--seconds=nan"],
-        ["bench", "--seconds=-1"],
         ["bench", "none_such"],
         ["doctor", "more"],
         ["plot"],

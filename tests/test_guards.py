@@ -177,7 +177,11 @@ def test_schedules_are_checked_at_every_step(make: Any, last: Any, kind: Any) ->
 @pytest.mark.parametrize("make", [exact, published])
 def test_a_temperature_too_small_for_a_gradient_is_refused(make: Any) -> None:
     assert_refused(
-        GradientError, "gradient is", make, BilevelProblem(lower, upper), temperature=1e-320
+        GradientError,
+        "(gradient|returned) is",
+        make,
+        BilevelProblem(lower, upper),
+        temperature=1e-320,
     )
 
 

@@ -199,7 +199,7 @@ def check_gradient(
     gradient: Tensor, step: int | None = None, name: str = "the hyper-gradient"
 ) -> None:
     """Refuse a hyper-gradient that is not finite, or whose norm is not."""
-    norm = gradient.double().norm()
+    norm = gradient.detach().double().norm()
     if math.isfinite(norm):
         return
     for what, tensor in ((name, gradient), (f"the norm of {name}", norm)):
