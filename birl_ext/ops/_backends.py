@@ -223,7 +223,7 @@ def failure(
         outputs: what the op `solve` returned.
         locate: from the flat index n·G + g to the caller's batch index.
     """
-    info, status = outputs[5].flatten(0, -2), outputs[6].flatten()
+    info, status = outputs[5].reshape(-1, outputs[5].shape[-1]), outputs[6].flatten()
     failed = status.nonzero().flatten()
     first = int(failed[0])
     code = Status(int(status[first]))
@@ -236,7 +236,7 @@ def failure(
             int(place),
             value,
             shape=(reward.shape[-2], reward.shape[-1]),
-            dtype=transition.dtype,
+            transition=transition,
             batch=batch,
             crow=crow if sparse else None,
             col=col if sparse else None,

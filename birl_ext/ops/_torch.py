@@ -16,7 +16,7 @@ from torch import Tensor
 
 from birl_ext.ops.rows import Data, Rows
 from birl_ext.solution import Info, Kernel, Method, Rigour, Status, info_table
-from birl_ext.validation import row_sum_tolerance
+from birl_ext.validation import below_zero, row_sum_tolerance
 
 __all__ = ["bellman", "policy_solve", "settle", "solve"]
 
@@ -411,7 +411,9 @@ def _factor(rows: Rows, weight: Tensor, discount: Tensor) -> tuple[Tensor, Tenso
     # an invalid element must not stop the batch: its NaN would make LAPACK refuse
     usable = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
     eye = torch.eye(rows.states, dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.lu_factor(torch.where(usable, matrix, eye))
+    # nor a singular one, whose solution is not finite
+    lu, pivots, _ = torch.linalg.lu_factor_ex(torch.where(usable, matrix, eye))
+    return lu, pivots
 
 
 def _back_substitute(factors: tuple[Tensor, Tensor], rhs: Tensor, transpose: bool) -> Tensor:
@@ -495,7 +497,8 @@ def _inspect(problem: Problem, transition: Tensor, validate: int) -> tuple[Tenso
     entries = problem.rows.data.flatten(1).unsqueeze(1)
     if validate and entries.shape[-1]:
         mark(~torch.isfinite(entries), entries, Status.NON_FINITE_TRANSITION)
-        mark(entries < 0, entries, Status.NEGATIVE_PROBABILITY)
+        lowest = -below_zero(transition.dtype, problem.rows.states)
+        mark(entries < lowest, entries, Status.NEGATIVE_PROBABILITY)
     if validate:
         sums = problem.rows.sums().flatten(2)
         slack = row_sum_tolerance(transition.dtype, problem.rows.states)

@@ -25,6 +25,12 @@ BIRL_DEVICE double log_positive(double x) {
   return x >= 1.0 ? log_from_one(x) : -log_from_one(1.0 / x);
 }
 
+// How far below zero a probability may lie, as in validate.h.
+template <class Real>
+BIRL_DEVICE double below_zero(Index states) {
+  return static_cast<double>(states) * (sizeof(Real) == 4 ? 1.1920928955078125e-7 : kEps);
+}
+
 enum class Mode : int { kValueIteration, kNewton };
 enum class Step : int { kStop, kAcceptSweep, kNewton };
 
