@@ -7,12 +7,10 @@ once.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, SupportsFloat, TypeVar, cast, overload
+from typing import Any, Literal, SupportsFloat, overload
 
 import torch
 from torch import Tensor
@@ -36,6 +34,7 @@ from birl_ext.ops import bellman as _bellman
 from birl_ext.ops import plain as _plain
 from birl_ext.ops import policy_solve as _policy_solve
 from birl_ext.ops import solve as _solve
+from birl_ext.ops._torch import RETRY_STATES
 from birl_ext.ops.rows import widened
 from birl_ext.solution import Method, Rigour, Solution, Status
 
@@ -53,27 +52,6 @@ _METHODS = {
     "policy-iteration": Method.POLICY_ITERATION,
 }
 _ON_FAIL = ("raise", "status")
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _within_memory(function: F) -> F:
-    """Where memory runs out, SizeLimitError says so."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except (MemoryError, RuntimeError) as error:
-            given = [*args, *kwargs.values()]
-            models = [vars(x).values() for x in given if isinstance(x, (DenseMDP, SparseMDP))]
-            shortage = validation.shortage(error, itertools.chain(given, *models))
-            if shortage is None:
-                raise
-            raise shortage from error
-
-    return cast(F, call)
 
 
 @overload
@@ -110,7 +88,7 @@ def solve(
 ) -> Solution: ...
 
 
-@_within_memory
+@validation.within_memory
 def solve(
     reward: Tensor | MDP,
     transition: Tensor | None = None,
@@ -219,9 +197,10 @@ def solve(
         isinstance(max_iterations, SupportsFloat)
         and 1 <= float(max_iterations) < 2**63
         and float(max_iterations).is_integer()
+        and not isinstance(max_iterations, bool)
     ):
         raise OptionError(
-            f"max_iterations is {max_iterations!r}", allowed="a whole number, 1 or more, or None"
+            f"max_iterations is {max_iterations!r}", allowed="1 or more and whole, or None"
         )
     if method == "newton":
         states = flat.reward.shape[-2]
@@ -276,7 +255,7 @@ def solve(
     return solution
 
 
-@_within_memory
+@validation.within_memory
 def bellman(
     value: Tensor,
     reward: Tensor | MDP,
@@ -347,7 +326,7 @@ def bellman(
     return restore(image.to(dtype)), restore(q.to(dtype)), restore(policy.to(dtype))
 
 
-@_within_memory
+@validation.within_memory
 def evaluate(
     policy: Tensor,
     reward: Tensor | MDP,
@@ -397,7 +376,7 @@ def evaluate(
     return flat.layout.restore(value.to(flat.reward.dtype))
 
 
-@_within_memory
+@validation.within_memory
 def occupancy(
     policy: Tensor,
     transition: Tensor | MDP,
@@ -498,20 +477,18 @@ def _policy_system(
     backend: BackendName,
 ) -> Tensor:
     """A system of `ops.policy_solve` for one right-hand side (N, G, S)."""
-    trust, discount = _trust(flat.discount, validate=validate), flat.discount
-    if trust is not None:
-        discount = discount.where(trust == 1, 0.0)  # at γ = 1, say, there may be no solution
     solution, residual = system(
         flat.transition,
         *flat.pattern,
         policy,
-        discount,
+        flat.discount,
         rhs.unsqueeze(2),
         _backend(backend, flat.reward.device),
     )
     # on a GPU the look would make the host wait
     if validation.is_concrete(solution) and not (validate == "off" and solution.is_cuda):
         _require_solved(solution.detach(), residual, flat)
+    trust = _trust(flat.discount, validate=validate)
     if trust is not None:
         solution = solution * trust[..., None, None]
     return solution.squeeze(2)
@@ -538,13 +515,16 @@ def _require_solved(solution: Tensor, residual: Tensor, flat: Flat) -> None:
     unsolved = (solution.isnan().any(-1) & residual.isfinite()).squeeze(-1)
     if not bool(unsolved.any()):
         return
-    first = int(unsolved.flatten().to(torch.uint8).argmax())
+    first, states = int(unsolved.flatten().to(torch.uint8).argmax()), flat.reward.shape[-2]
     batch = flat.layout.locate(first)
     raise NotConvergedError(
         f"policy system not solved: its residual is {float(residual.flatten()[first]):.3g}",
         where=f"batch {batch}" if batch else "",
         fix="use a smaller discount: the policy mixes too slowly for products, and "
-        f"{flat.reward.shape[-2]} states are too many to eliminate",
+        f"{states} states are too many to eliminate"
+        if states > RETRY_STATES
+        else "use a discount below one, and a policy and a transition that sum to one: the system "
+        "is singular",
     )
 
 
@@ -605,7 +585,8 @@ def _flat(
         if regularised:
             _tell_of_ends(reward)
         return reward.flatten(temperature, batch)
-    assert transition is not None and discount is not None
+    assert transition is not None
+    assert discount is not None
     validation.check_level(validate)
     reward = validation.as_floating("reward", reward)
     transition = validation.as_floating("transition", transition)

@@ -181,6 +181,8 @@ class _MDP:
 
     def _promote(self) -> None:
         """Half precision becomes float32; the discount becomes a float or stays a tensor."""
+        for name in ("mask", "terminal"):
+            validation.check_flags(name, getattr(self, name))
         for name in ("reward", self._entries, "reference", "initial_distribution"):
             if (tensor := getattr(self, name)) is not None:
                 self._set(**{name: validation.as_floating(name, tensor)})
@@ -357,6 +359,7 @@ class DenseMDP(_MDP):
     log_reference: Tensor = field(init=False)
     batch_shape: tuple[int, ...] = field(init=False)
 
+    @validation.within_memory
     def __post_init__(self, validate: Level) -> None:
         validation.check_level(validate)
         self._promote()
@@ -441,6 +444,7 @@ class SparseMDP(_MDP):
     log_reference: Tensor = field(init=False)
     batch_shape: tuple[int, ...] = field(init=False)
 
+    @validation.within_memory
     def __post_init__(self, validate: Level) -> None:
         validation.check_level(validate)
         self._promote()

@@ -10,11 +10,12 @@ range; a transition or a policy that is no distribution is not found out there.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sized
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sized
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ __all__ = [
     "check_dense_shapes",
     "check_devices",
     "check_discount",
+    "check_flags",
     "check_initial",
     "check_initial_distribution",
     "check_level",
@@ -67,11 +69,14 @@ __all__ = [
     "check_temperature",
     "is_concrete",
     "row_sum_tolerance",
-    "shortage",
     "status_error",
+    "within_memory",
 ]
 
 Level = Literal["full", "cheap", "off"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T", Tensor, Tensor | None)
 
 _LEVELS = ("full", "cheap", "off")
 _HALF = (torch.float16, torch.bfloat16)
@@ -117,9 +122,6 @@ def is_concrete(*tensors: Tensor | float | None) -> bool:
 # Dtypes and devices
 
 
-T = TypeVar("T", Tensor, Tensor | None)
-
-
 def as_tensor(name: str, tensor: T) -> T:
     """The tensor, or None, as it is; DtypeError for anything else, and for tensors that hold their
     numbers in another way.
@@ -127,7 +129,9 @@ def as_tensor(name: str, tensor: T) -> T:
     if tensor is None:
         return tensor
     if not isinstance(tensor, Tensor):
-        options = "" if hasattr(tensor, "dtype") else ", dtype=torch.float64"
+        flags = name in ("mask", "terminal")
+        kind = "torch.bool" if flags else "torch.float64"
+        options = "" if hasattr(tensor, "dtype") and not flags else f", dtype={kind}"
         raise DtypeError(
             f"{name} is a {type(tensor).__name__}",
             allowed="a torch.Tensor",
@@ -168,6 +172,15 @@ def as_floating(name: str, tensor: Tensor) -> Tensor:
         allowed="float32, float64; float16 and bfloat16 are promoted to float32",
         fix=f"pass {name}.to(torch.float64)",
     )
+
+
+def check_flags(name: str, flags: Tensor | None) -> None:
+    """Raise DtypeError unless `flags` is a tensor of bool, or None."""
+    as_tensor(name, flags)
+    if flags is not None and flags.dtype != torch.bool:
+        raise DtypeError(
+            f"{name} is {_short(flags.dtype)}", allowed="a bool tensor", fix=f"pass {name} != 0"
+        )
 
 
 def as_number(name: str, value: float | Tensor) -> float | Tensor:
@@ -230,19 +243,38 @@ def check_memory(
         )
 
 
-def shortage(error: BaseException, tensors: Iterable[Any]) -> SizeLimitError | None:
-    """The error of the catalogue, if memory could not be had; `tensors` are what was worked on."""
-    text = str(error)
-    asked = re.search(r"allocate (\d+) bytes|allocate ([\d.]+) GiB", text, re.IGNORECASE)
-    if not (asked or isinstance(error, MemoryError) or "bad_alloc" in text):
-        return None
-    if asked and asked[1]:
-        needed = f"{int(asked[1])} bytes more"
-    elif asked:
-        needed = f"{round(float(asked[2]) * 2**30)} bytes more"
+def within_memory(function: F) -> F:
+    """Where memory runs out, SizeLimitError says so, with the bytes."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            shortage = _shortage(error, [*args, *kwargs.values()])
+            if shortage is None:
+                raise
+            raise shortage from error
+
+    return cast(F, call)
+
+
+_ASKED = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGT]iB)", re.IGNORECASE)
+_UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def _shortage(error: BaseException, given: list[Any]) -> SizeLimitError | None:
+    """The error of the catalogue, if memory could not be had for what was `given`."""
+    asked = _ASKED.search(str(error))
+    if asked:
+        needed = f"{round(float(asked[1]) * _UNITS[asked[2][0].lower()])} bytes more"
+    elif isinstance(error, MemoryError):
+        for model in [x for x in given if hasattr(x, "__dict__") and not isinstance(x, Tensor)]:
+            given = [*given, *vars(model).values()]
+        size = sum(x.numel() * x.itemsize for x in given if isinstance(x, Tensor))
+        needed = f"more than the {size} bytes of its tensors"
     else:
-        given = [t for t in tensors if isinstance(t, Tensor)]
-        needed = f"more than the {sum(t.numel() * t.itemsize for t in given)} bytes of its tensors"
+        return None
     return SizeLimitError(
         f"the problem needs {needed}",
         allowed="what memory is free",
@@ -343,12 +375,9 @@ def check_state_shapes(
         ("mask", mask, (states, actions), "S, A"),
         ("terminal", terminal, (states,), "S"),
     ):
-        if flags is None:
-            continue
-        if not isinstance(flags, Tensor) or flags.dtype != torch.bool:
-            got = _short(flags.dtype) if isinstance(flags, Tensor) else type(flags).__name__
-            raise DtypeError(f"{name} is {got}", allowed="a bool tensor", fix=f"pass {name} != 0")
-        _check_event_shape(name, flags, shape, letters)
+        check_flags(name, flags)
+        if flags is not None:
+            _check_event_shape(name, flags, shape, letters)
     if reference is not None:
         _check_event_shape("reference", reference, (states, actions), "S, A")
     if initial_distribution is not None:
@@ -469,7 +498,7 @@ def check_rows(transition: Tensor, continuing: Tensor | None) -> None:
             raise error(value, _place(batch, state=state, action=action, next_state=following))
     (*batch, state, action), value = _first(_bad_rows(fine, continuing), total)
     where = _place(batch, state=state, action=action)
-    raise _row_sum_error(value, where, transition, states)
+    raise _row_sum_error(value, where, transition.dtype, states, transition)
 
 
 def check_crow_col(crow: Tensor, col: Tensor, states: int) -> None:
@@ -530,7 +559,7 @@ def check_sparse_rows(
         raise error(value, where)
     (*batch, state, action), value = _first(_bad_rows(fine, continuing), total)
     where = _place(batch, state=state, action=action)
-    raise _row_sum_error(value, where, values, states)
+    raise _row_sum_error(value, where, values.dtype, states)
 
 
 def check_actions(mask: Tensor, terminal: Tensor | None) -> None:
@@ -627,7 +656,8 @@ def status_error(
     value: float,
     *,
     shape: tuple[int, int],
-    transition: Tensor,
+    dtype: torch.dtype,
+    transition: Tensor | None = None,
     batch: tuple[int, ...] = (),
     crow: Tensor | None = None,
     col: Tensor | None = None,
@@ -639,7 +669,8 @@ def status_error(
         location: its info[3], a flat index inside that problem.
         value: its info[4], the offending number.
         shape: (S, A).
-        transition: P, as the op was given it.
+        dtype: dtype of reward and transition.
+        transition: P, where a message may say more of it.
         batch: index of the problem in the caller's batch axes.
         crow: row pointers of a sparse transition.
         col: next states of a sparse transition.
@@ -655,7 +686,7 @@ def status_error(
         return (_negative_error if status == 11 else _probability_error)(value, where)
     row_place = _place(batch, state=location // actions, action=location % actions)
     if status == 10:
-        return _row_sum_error(value, row_place, transition, states)
+        return _row_sum_error(value, row_place, dtype, states, transition)
     if status == 13:
         return _reward_error(value, row_place)
     if status == 17:
@@ -669,11 +700,11 @@ def status_error(
     raise ValueError(f"status {status} does not describe an input")
 
 
-def _row_sum_error(value: float, where: str, transition: Tensor, states: int) -> BirlError:
-    dtype = transition.dtype
+def _row_sum_error(
+    value: float, where: str, dtype: torch.dtype, states: int, dense: Tensor | None = None
+) -> BirlError:
     tolerance = row_sum_tolerance(dtype, states)
-    shape = tuple(transition.shape[-3:])
-    order = _order(transition, shape) if shape[::2] == (states, states) else ""
+    order = "" if dense is None else _order(dense, tuple(dense.shape[-3:]))
     if order:
         fix = f"pass {order}, whose rows sum to one"
     elif abs(value) <= tolerance:

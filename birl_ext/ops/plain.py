@@ -130,7 +130,7 @@ def solve(
     Plain are: strided, contiguous CPU tensors (*B, S, A) and (*B, S, A, S) of float32 or float64
     with the same batch axes, numbers γ and τ in range, eager mode, and a compiled module.
     """
-    if type(temperature) is int:
+    if type(temperature) is int and temperature < 2**53:
         temperature = float(temperature)
     if not (
         type(reward) in PLAIN
