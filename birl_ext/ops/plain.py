@@ -37,7 +37,9 @@ class PlainSolve(torch.autograd.Function):
         temperature: float,
         validate: int,
     ) -> tuple[Any, ...]:
-        outputs, failed = _native.solve_plain(reward, transition, discount, temperature, validate)
+        outputs, failed = _native.solve_plain(
+            reward, transition, discount, temperature, validate, derivable=True
+        )
         _, _, advantage, policy, _, info, status, relative = outputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(info, status)
@@ -164,5 +166,7 @@ def solve(
         apply: Any = super(torch.autograd.Function, PlainSolve).apply
         *outputs, failed = apply(reward, transition, discount, temperature, validate)
         return Outcome(tuple(outputs[:7]), failed, reward, transition)
-    outputs, failed = _native.solve_plain(reward, transition, discount, temperature, validate)
+    outputs, failed = _native.solve_plain(
+        reward, transition, discount, temperature, validate, derivable=False
+    )
     return Outcome(outputs[:7], failed, reward, transition)
