@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import os
 import select
 import shlex
@@ -123,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         open; 2 after an error; 128 + signal if a signal stopped the run.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a result is no reason to fail
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if words else 2
@@ -464,11 +467,14 @@ def _not_drawn(directory: RunDirectory, names: Sequence[str]) -> str:
     )
 
 
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+
+
 def _out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed; torch says so of a device by a class, of a CPU in words."""
-    words = str(error)
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or "can't allocate memory" in words or "not enough memory" in words
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error) for words in _NO_MEMORY)
 
 
 def _reader_left() -> bool:

@@ -327,7 +327,7 @@ class AnswerLogRecoveryWarning(UserWarning):
 
 class UninformativeDataError(BirlError, ValueError):
     code = "BIRL-E707"
-    meaning = "data determine no estimate: their likelihood has no maximum"
+    meaning = "data from which the parameters cannot be estimated"
     remedy = "add observations that tell the parameters apart"
 
 

@@ -1,7 +1,8 @@
 """Learn a reward from demonstrations: maximum-entropy inverse reinforcement learning.
 
 An expert with an unknown reward r(s,a) = features(s,a)·w acts in a known random MDP. We see 200 of
-its walks of 20 steps and maximise their likelihood over w, through the planner.
+its walks of 20 steps and maximise their likelihood over w, through the planner. The inverse of the
+Hessian gives standard errors: of the likelihood of all steps, their sum, and not their mean.
 """
 
 import torch
@@ -29,20 +30,27 @@ def main() -> None:
     weights = torch.zeros(FEATURES, requires_grad=True)
     optimiser = torch.optim.LBFGS([weights], max_iter=50, line_search_fn="strong_wolfe")
 
-    def negative_log_likelihood() -> torch.Tensor:
+    def negative_log_likelihood(w: torch.Tensor) -> torch.Tensor:
+        return -(counts * planner(features @ w).log_policy).sum()
+
+    def mean_loss() -> torch.Tensor:  # per step, as line searches like it
         optimiser.zero_grad()
-        loss = -(counts * planner(features @ weights).log_policy).sum() / counts.sum()
+        loss = negative_log_likelihood(weights) / counts.sum()
         loss.backward()
         return loss
 
-    before = optimiser.step(negative_log_likelihood).item()
-    after = negative_log_likelihood().item()
-    gap = float((planner(features @ weights.detach()).policy - expert).abs().max())
+    before = optimiser.step(mean_loss).item()
+    after = mean_loss().item()
+    learned = weights.detach()
+    hessian = torch.autograd.functional.hessian(negative_log_likelihood, learned)
+    errors = torch.linalg.inv(hessian).diagonal().sqrt()
+    gap = float((planner(features @ learned).policy - expert).abs().max())
     print(f"loss {before:.4f} -> {after:.4f}; learned policy within {gap:.3f} of the expert's")
-    print("true weights   ", true_weights.tolist())
-    print("learned weights", weights.tolist())
+    for true, found, error in zip(true_weights, learned, errors, strict=True):
+        print(f"weight {true:7.4f}, learned {found:7.4f} ± {error:.4f}")
     assert after < before
     assert gap < 0.1
+    assert ((learned - true_weights).abs() < 4 * errors).all()
 
 
 if __name__ == "__main__":

@@ -196,6 +196,9 @@ RIGHT: list[tuple[Any, Any]] = [
     (FLOATS, np.array([0.5, 0, 0], np.float16)),
     (Box(np.float32(0.1), np.float32(0.3), (1,)), np.array([0.1])),  # below the edge as float64
     (Box(0, 1, (1,), np.float32), np.array([1 + 1e-7, -1e-7])[:1]),  # rounded, as by a wrapper
+    (Box(-9, 9, (1,), np.longdouble), np.array([0.25], np.longdouble)),
+    (Box(-9, 9, (1,), np.float16), np.array([0.25])),
+    (Box(0, 9, (1,), np.uint16), np.array([7])),
     (Box(-np.inf, np.inf, (2,), np.float64), np.array([1e6 + 0.1, -1e-30])),
     (FRAME, np.full((1, 2, 2), 255)),
     (FRAME, np.full((1, 2, 2), 255, np.uint8)),
@@ -221,7 +224,7 @@ def test_what_fits_is_kept(at: int) -> None:
                 for _ in range(at):
                     step = environments.step(torch.tensor([0]))
                     found = step.transitions.next_observation
-            want = torch.from_numpy(np.asarray(shown)).to(found.dtype)
+            want = torch.from_numpy(np.asarray(shown, np.float64)).to(found.dtype)
             assert torch.equal(found[0], want), (space, shown)
             assert at == 0 or (float(step.transitions.reward), bool(step.ended)) == (2.0, at == 3)
             seen.append(found)
@@ -477,6 +480,25 @@ def test_a_wrapper_that_is_named_for_a_dtype_works() -> None:
         for _ in range(2):
             shown = environments.step(torch.tensor([0])).transitions.next_observation
     assert shown.flatten().tolist() == [0.5] * 4
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_what_an_environment_does_to_an_action_stays_there(parallel: bool) -> None:
+    class Scales(Script):
+        action_space = Box(-1, 1, (1,))
+
+        def step(self, action: Any) -> Any:
+            action *= 2
+            self.shown = action.astype(np.float64)
+            return self.shown, 0.0, False, False, {}
+
+    with make_environments(lambda: Scales(ANY, -1, {}), parallel=parallel) as environments:
+        step = environments.step(torch.tensor([[0.25]]))
+        assert step.transitions.action.tolist() == [[0.25]]
+        assert step.transitions.next_observation.tolist() == [[0.5]]
+        state = environments.state_dict()
+        environments.load_state_dict(state)
+        assert state["actions"][0].tolist() == environments.state_dict()["actions"][0].tolist()
 
 
 def test_actions_are_not_cut_to_indices() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_close, assert_same_bits
+from mpmath import mp
 from torch import Tensor
 
 import birl_ext
@@ -25,8 +26,11 @@ from birl_ext.bilevel import (
 )
 from birl_ext.bilevel.hypergradient import SweptValue, _exact_flow, linearise
 from birl_ext.mdp import DenseMDP
-from birl_ext.ops._backends import AUTO
+from birl_ext.ops._backends import AUTO, TORCH
+from birl_ext.ops.certificate import sweep_rounding
+from birl_ext.ops.rows import Data
 from birl_ext.problems.bus import bus_problem, load_bus_data
+from birl_ext.reference import multiprecision
 from birl_ext.solution import Solution
 
 S, A, D = 4, 3, 5
@@ -393,6 +397,52 @@ def test_every_outcome_bounds_its_own_error(where: str) -> None:
         assert error <= float(relative), f"problem {seed}: {error:.6g}, bound {float(relative):.6g}"
         tight.append(error / float(relative))
     assert max(tight) > 0.05
+
+
+def test_the_rounding_of_a_sweep_is_bounded() -> None:
+    """δ = TV − V against fifty digits: large V, large r, tiny μ, masked actions, large S and A."""
+    ratios = []
+    for seed in range(80):
+        rng = np.random.default_rng(seed)
+        states, actions = ((1, 1), (3, 2), (40, 3), (5, 40))[seed % 4]
+        transition = rng.dirichlet(np.ones(states), (states, actions))
+        reward = rng.normal(size=(states, actions)) * 10.0 ** rng.integers(-3, 6)
+        value = rng.normal(size=states) * 10.0 ** rng.integers(-3, 6) + rng.choice((0.0, 1e6))
+        tau, gamma = 10.0 ** rng.integers(-3, 4), rng.choice((0.0, 0.5, 0.999))
+        reference = mask = None
+        if seed % 3 == 1:
+            reference = rng.uniform(size=(states, actions)) * 10.0 ** rng.choice((0, -200))
+        if seed % 3 == 2:
+            mask = rng.uniform(size=(states, actions)) < 0.7
+            mask[:, 0] = True
+        options = {"reference": reference, "mask": mask}
+        tensors = {k: None if v is None else torch.from_numpy(v) for k, v in options.items()}
+        mdp = DenseMDP(torch.from_numpy(reward), torch.from_numpy(transition), gamma, **tensors)
+        flat = mdp.flatten(tau)
+        data = Data(
+            flat.transition,
+            *flat.pattern,
+            flat.reward,
+            flat.log_reference,
+            flat.discount,
+            flat.temperature,
+        )
+        given = torch.from_numpy(value).reshape(1, 1, -1)
+        problem = multiprecision.Problem.of(
+            reward, transition, discount=gamma, temperature=tau, **options
+        )
+        with mp.workdps(multiprecision.DIGITS):
+            exact = multiprecision._bellman(
+                problem, multiprecision._normalised(problem), [mp.mpf(v) for v in value]
+            ).value
+            for backend in (AUTO, TORCH):
+                image = torch.ops.birl_ext.bellman(*data, given, backend)[0].flatten()
+                off = [
+                    float(abs(mp.mpf(a) - b)) for a, b in zip(image.tolist(), exact, strict=True)
+                ]
+                ratios.append(max(off) / float(sweep_rounding(data, given)))
+    assert max(ratios) <= 1
+    assert max(ratios) > 0.01
 
 
 def test_the_certificate_holds_where_a_policy_underflows() -> None:

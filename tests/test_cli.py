@@ -202,6 +202,16 @@ def test_tensorboard_is_written_when_asked_for(birl):
     assert Path("a/metrics.jsonl").read_bytes() == Path("b/metrics.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_result_is_printed_whatever_the_terminal_can_show(encoding):
+    """The name of the directory here, which is no text."""
+    words = ["run", "fake", "--steps", "1", "--no-figures", "--out", "\u03b8\udcff"]
+    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    done = subprocess.run([*BIRL, *words], capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.endswith("\u03b8\\udcff\n".encode(encoding, "backslashreplace"))
+
+
 def test_the_default_directory(birl):
     birl("run", "fake", "--steps", "1", "--no-figures")
     (path,) = Path("runs").iterdir()
@@ -297,6 +307,54 @@ def test_a_bar_on_a_terminal_and_silence_elsewhere(birl):
     assert "2/2" in shown
     assert "objective" in shown
     assert b"\x1b" not in out
+
+
+@pytest.mark.parametrize("word", ["converged", "identified"])
+def test_a_result_that_is_none_is_status_1_and_said(birl, monkeypatch, word):
+    summary = fake_problem.FakeJob.summary
+    monkeypatch.setattr(
+        fake_problem.FakeJob, "summary", lambda job: {**summary(job), word: job.config.seed > 0}
+    )
+    words = ["run", "fake", "--steps", "2", "--no-figures", "--out"]
+    status, out, err = birl(*words, "a")
+    assert (status, err) == (1, f"birl: no result to rely on: not {word}\n")
+    assert re.search(rf"^  {word} +False$", out, re.MULTILINE)
+    assert birl("run", "--resume", "a", "--no-figures")[0] == 1
+    status, out, err = birl(*words, "b", "--seed", "1")
+    assert (status, err) == (0, "")
+    assert re.search(rf"^  {word} +True$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [["run", "--resume", "a"], ["plot", "a"]], ids=" ".join)
+def test_metrics_that_were_shortened_are_noticed(birl, command):
+    birl("run", "fake", "--steps", "4", "--out", "a", "--no-figures")
+    path = Path("a/metrics.jsonl")
+    path.write_bytes(path.read_bytes().partition(b"\n")[0] + b"\n")
+    status, out, err = birl(*command)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "BIRL-E701 the metrics hold 1 rows, the newest checkpoint is of step 4" in err
+    remedy = "birl run --config a/config.toml"
+    assert err.endswith(f"start the run again: {remedy}\n")
+    assert birl(*remedy.split()[1:], "--out", "b", "--no-figures")[0] == 0
+
+
+def test_a_job_that_keeps_no_contract_is_refused_before_it_has_a_directory(birl, monkeypatch):
+    monkeypatch.setattr(fake_problem.FakeJob, "figures", None)
+    status, out, err = birl("run", "fake", "--steps", "2", "--out", "a")
+    assert (status, out) == (2, "")
+    assert err == "birl: BIRL-E803 FakeJob.figures is no method. Fix: define it: see Job.figures\n"
+    assert not Path("a").exists()
+
+
+@pytest.mark.parametrize("numbers", [2**50, 2**62])
+def test_too_little_memory_is_one_line(birl, monkeypatch, numbers):
+    def large(job: fake_problem.FakeJob) -> None:
+        torch.empty(numbers, dtype=torch.float64)
+
+    monkeypatch.setattr(fake_problem.FakeJob, "step", large)
+    status, out, err = birl("run", "fake", "--out", "a")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("birl: BIRL-E304 there is too little memory")
 
 
 # Missing packages
@@ -413,5 +471,12 @@ def test_solve_writes_value_policy_and_certificate(birl):
         assert torch.equal(got[name], getattr(want, name)), name
     status, *_ = birl("solve", "--mdp", "mdp.npz", "--temperature", "-1")
     assert status == 2
+    words = ["solve", "--mdp", "mdp.npz", "--temperature", "1"]
+    for device in ("bogus", "meta", "cuda:99", "cpu:x", ""):
+        status, out, err = birl(*words, "--device", device)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"BIRL-E801 device is {device!r}" in err
+    status, _, err = birl(*words, "--out", "nowhere/x.npz")
+    assert (status, "--out is nowhere/x.npz" in err) == (2, True)
     assert birl("solve", "--mdp", "mdp.npz", "--temperature", "1", "--out", "x.safetensors")[0] == 0
     assert Path("x.safetensors").exists()

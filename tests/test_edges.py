@@ -181,7 +181,7 @@ def test_a_huge_temperature_gives_the_uniform_policy(temperature: float, backend
     plain = birl_ext.evaluate(uniform, reward, transition, discount=0.9, backend=backend)
     want = temperature * math.log(4) / (1 - 0.9) + plain
     drift = 100 / temperature  # second-order term of the log-sum-exp
-    assert_close(got.value, want, bound=4 * EPS * want.abs().max() + drift, label="value")
+    assert_close(got.value, want, bound=8 * EPS * want.abs().max() + drift, label="value")
     assert_close(got.policy, uniform, bound=20 / temperature + EPS, label="policy")
     # Q − V does not drown in τ log A: what is left of it is resolved in units of τ
     centred = got.advantage / temperature + math.log(4)

@@ -4,8 +4,12 @@ code, and a message with the place, the value and a remedy.
 
 from __future__ import annotations
 
+import copy
 import math
+import multiprocessing
+import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -824,3 +828,77 @@ def test_the_table_of_the_readme_is_the_catalogue() -> None:
     if not listed:
         pytest.skip("README.md has no table of errors yet")
     assert listed == list(CATALOGUE)
+
+
+# Copies and processes
+
+
+def instance(cls: type[errors.BirlError]) -> errors.BirlError:
+    """An error with every part, with notes, and with what its class adds."""
+    error = cls("x is 3", where="batch 1", allowed="up to 2", fix="take 2; then go on")
+    error.add_note("a note")
+    if isinstance(error, errors.SolveError):
+        reward = model()["reward"].requires_grad_()
+        error.solution = solve(reward=reward)  # with a graph, which no other process can have
+    if isinstance(error, errors.UndeterminedError):
+        error.direction = (1.0, -0.5)
+    return error
+
+
+def assert_same_error(got: BaseException, want: errors.BirlError) -> None:
+    assert type(got) is type(want)
+    assert isinstance(got, errors.BirlError)
+    assert str(got) == str(want)
+    assert str(got).count(want.code) == 1
+    assert got.args == want.args
+    assert vars(got).keys() == vars(want).keys()
+    for name, value in vars(want).items():
+        found = getattr(got, name)
+        if name != "solution" or value is None:
+            assert found == value, name
+            continue
+        for part, expected in zip(found, value, strict=True):
+            assert torch.equal(part, expected)
+    assert getattr(got, "msg", None) == getattr(want, "msg", None)  # of an ImportError
+
+
+@pytest.mark.parametrize("code", CATALOGUE)
+def test_an_error_is_the_same_after_any_copy(code: str) -> None:
+    want = instance(CATALOGUE[code])
+    copies = [copy.copy(want), copy.deepcopy(want)]
+    copies += [
+        pickle.loads(pickle.dumps(want, protocol))
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    ]
+    copies.append(pickle.loads(pickle.dumps(copies[-1])))
+    for got in copies:
+        assert_same_error(got, want)
+    assert getattr(copies[0], "solution", None) is getattr(want, "solution", None)
+
+
+def test_errors_cross_the_border_of_a_process_that_has_ended() -> None:
+    """Tensors too, which torch would fetch from the process that sent them."""
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    sent = [instance(cls) for cls in CATALOGUE.values()]
+    sent.sort(key=lambda error: isinstance(error, errors.SolveError))  # one with tensors is last
+
+    def work() -> None:
+        for error in sent:
+            queue.put(error)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside torch's idle threads
+        process = context.Process(target=work)
+        process.start()
+    got = [queue.get() for _ in sent[:-1]]
+    process.join()
+    got.append(queue.get())
+    for error, want in zip(got, sent, strict=True):
+        assert_same_error(error, want)
+
+
+def test_a_failed_solve_keeps_its_solution() -> None:
+    with pytest.raises(errors.NotConvergedError) as caught:
+        solve(discount=0.999, max_iterations=1, method="value-iteration")
+    assert_same_error(pickle.loads(pickle.dumps(caught.value)), caught.value)

@@ -55,7 +55,7 @@ def call(entry: str, n: int, g: int, k: int, s: int, a: int, crow: int = 0, nnz:
     if entry == "sweep":
         module.sweep(*model, *[0] * 9, 1)
     elif entry == "solve":
-        module.solve(*model, *[0] * 12, 0, 0.0, 0, 0, 1)
+        module.solve(*model, *[0] * 13, 0, 0.0, 0, 0, 1)
     elif entry == "solve_vjp":
         module.solve_vjp(*model, *[0] * 17, 1)
     else:

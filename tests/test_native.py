@@ -181,6 +181,7 @@ class Solved:
     log_policy: np.ndarray
     info: np.ndarray
     status: np.ndarray
+    relative: np.ndarray
     raw: list[bytes]
 
 

@@ -586,6 +586,36 @@ def test_members_see_orders_of_their_own_and_every_pair_once():
     assert seen[0] != seen[1] != seen[2] != seen[0]
 
 
+def test_answers_that_are_all_ties_are_said_to_carry_nothing():
+    first, second, _ = linear_pairs(20)
+    label = torch.full((20,), 0.5)
+    reward = RewardNetwork.mlp(3, seeded(), actions=2)
+    optimiser = torch.optim.Adam(reward.parameters())
+    with pytest.warns(UserWarning, match="all 20 answers are ties"):
+        found = fit(reward, Pairs(first, second, label), optimiser, seeded())
+    assert math.isnan(found.training.accuracy)
+    label[7] = 1.0  # and one that is none is enough
+    fit(reward, Pairs(first, second, label), optimiser, seeded())
+
+
+def test_the_buffer_counts_the_answers_that_are_no_ties():
+    buffer = PreferenceBuffer(5)
+    assert buffer.strict == 0
+    first, second, _ = linear_pairs(4)
+    for labels, strict in (
+        ([0.5, 0.5, math.nan, 0.5], 0),
+        ([1.0, 0.5, 0.0, math.nan], 2),  # the first of the three ties has made room
+        ([0.5, 0.25, 0.5, 0.5], 2),
+        ([0.5, 0.5, 0.5, 0.5], 0),
+    ):
+        buffer.append(first, second, torch.tensor(labels))
+        want = int((buffer.everything().label != 0.5).sum())
+        assert buffer.strict == want == strict
+        other = PreferenceBuffer(5)
+        other.load_state_dict(buffer.state_dict())
+        assert other.strict == strict
+
+
 @pytest.mark.parametrize(
     "around", [NormalisedReward, lambda inner: RewardEnsemble([inner])], ids=["scaled", "nested"]
 )

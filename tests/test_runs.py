@@ -28,6 +28,8 @@ from birl_ext.errors import (
     CheckpointIncompatibleError,
     CheckpointWriteError,
     ConfigError,
+    FileFormatError,
+    JobError,
     NotConvergedError,
 )
 from birl_ext.runs import loop, plots, toml
@@ -253,6 +255,217 @@ def test_metrics_are_strict_json_and_a_torn_line_is_left_out(tmp_path):
     assert [row["step"] for row in history] == [1, 2, 3]
     MetricsWriter(directory, after=2).close()
     assert directory.metrics_path.read_text().splitlines() == lines[:2]
+
+
+DAMAGES = {
+    "cut in the middle": lambda data: data[: len(data) // 2],
+    "cut after a line": lambda data: b"".join(data.splitlines(keepends=True)[:-2]),
+    "empty": lambda data: b"",
+    "gone": None,
+    "without its first line": lambda data: data.partition(b"\n")[2],
+    "a digit more": lambda data: data.replace(b'"objective": ', b'"objective": 1', 1),
+    "a space more": lambda data: data.replace(b": ", b":  ", 1),
+    "a line twice": lambda data: data.partition(b"\n")[0] + b"\n" + data,
+    "two lines exchanged": lambda data: b"".join(sorted(data.splitlines(keepends=True))[::-1]),
+    "a row without its step": lambda data: data.replace(b'"step": 2, ', b"", 1),
+    "a step that is text": lambda data: data.replace(b'"step": 2', b'"step": "2"', 1),
+    "a metric that is text": lambda data: data.replace(b'"gradient": ', b'"gradient": "x', 1),
+    "no object": lambda data: data.replace(data.partition(b"\n")[0], b"[1]", 1),
+    "no JSON": lambda data: data.replace(b"{", b"", 1),
+    "no text": lambda data: b"\xff\xfe" + data,
+    "zeros": lambda data: bytes(len(data)),
+    "deeply nested": lambda data: b"[" * 100_000 + data,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_metrics_are_noticed_at_resume(tmp_path, damage):
+    job, directory = start(tmp_path / "run", steps=12)
+    loop.run(signal_at(job, 8, signal.SIGTERM), directory)
+    whole, change = directory.metrics_path.read_bytes(), DAMAGES[damage]
+    directory.metrics_path.unlink()
+    if change is not None:
+        assert change(whole) != whole
+        directory.metrics_path.write_bytes(change(whole))
+    job, directory = again(tmp_path / "run")
+    before = directory.metrics_path.read_bytes() if change is not None else None
+    with pytest.raises(FileFormatError, match=r"BIRL-E701 .*metrics.*Fix: restore the file"):
+        loop.run(job, directory)
+    assert job.taken == 8, "a step was taken"
+    assert before == (directory.metrics_path.read_bytes() if change is not None else None)
+    directory.metrics_path.write_bytes(whole)
+    assert loop.run(*again(tmp_path / "run")).step == 12
+
+
+def test_any_byte_of_the_metrics_counts(tmp_path):
+    """Flipped one at a time; a line's end may be torn off beyond the checkpoint alone."""
+    job, directory = start(tmp_path / "run", steps=4)
+    loop.run(signal_at(job, 2, signal.SIGTERM), directory)
+    whole = directory.metrics_path.read_bytes()
+    digest = CheckpointStore(directory.checkpoints).load().metrics
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << (place % 8)
+        directory.metrics_path.write_bytes(changed)
+        with pytest.raises(FileFormatError):
+            directory.recorded(2, digest)
+
+
+def test_rows_beyond_the_checkpoint_may_be_anything(tmp_path, uninterrupted):
+    """What a power cut left of them is void, as they are written again."""
+    path = tmp_path / "run"
+    job, directory = start(path, steps=12)
+    loop.run(signal_at(job, 5, signal.SIGTERM), directory)
+    with directory.metrics_path.open("ab") as file:
+        file.write(b'{"step": 9}\nrubbish\n\0\0\0')
+    loop.run(*again(path))
+    assert fingerprint(path) == uninterrupted
+
+
+def test_a_checkpoint_from_before_there_were_digests_is_resumed(tmp_path, uninterrupted):
+    path = tmp_path / "run"
+    job, directory = start(path, steps=12)
+    loop.run(signal_at(job, 5, signal.SIGTERM), directory)
+    store = CheckpointStore(directory.checkpoints)
+    found = store.load()
+    store.save(found.state, step=5, config=found.config, versions=found.versions)
+    directory.metrics_path.write_bytes(directory.metrics_path.read_bytes())
+    loop.run(*again(path))
+    assert fingerprint(path) == uninterrupted
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path):
+    """Also where the run had ended and nothing is saved any more."""
+    path = tmp_path / "run"
+    loop.run(*start(path, steps=2))
+    for name in (".partial-new", ".partial-step-00000001.0"):
+        (path / "checkpoints" / name).mkdir()
+        (path / "checkpoints" / name / "tensors.pt").write_bytes(b"half")
+    loop.run(*again(path))
+    assert os.listdir(path / "checkpoints") == ["step-00000002.0"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError])
+def test_a_save_that_fails_leaves_nothing_half_written(tmp_path, monkeypatch, error):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save({"x": torch.zeros(3)}, step=1, config={}, versions={})
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises((error, CheckpointWriteError)):
+        store.save({"x": torch.zeros(3)}, step=2, config={}, versions={})
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000001.0"]
+
+
+# The contract of a job
+
+
+@dataclasses.dataclass(frozen=True)
+class Seedless:
+    steps: int = 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": Seedless()}, r"Broken\.config\.seed is None .*an integer"),
+        ({"config": FakeConfig(seed=True)}, r"Broken\.config\.seed is True"),
+        ({"config": FakeConfig(seed="1")}, r"Broken\.config\.seed is '1'"),
+        ({"config": {"seed": 1}}, r"Broken\.config is \{'seed': 1\} .*dataclass"),
+        ({"total_steps": "3"}, r"Broken\.total_steps is '3' .*an integer"),
+        *(
+            ({name: None}, rf"Broken\.{name} is no method.*Fix: define it")
+            for name in ("step", "state_dict", "load_state_dict", "summary", "figures")
+        ),
+    ],
+    ids=str,
+)
+def test_a_job_without_its_parts_is_refused_before_the_first_step(tmp_path, change, message):
+    _, directory = start(tmp_path / "run")
+
+    class Broken(FakeJob):
+        def __init__(self) -> None:
+            super().__init__(FakeConfig())
+
+        def __getattribute__(self, name: str) -> Any:
+            return change[name] if name in change else super().__getattribute__(name)
+
+    with pytest.raises(JobError, match=f"BIRL-E803 {message}"):
+        loop.run(Broken(), directory)
+    assert not directory.metrics_path.exists()
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "a step returned NoneType"),
+        ([1.0], "a step returned list"),
+        ({"x": "1.5"}, "the metric 'x' is '1.5'"),
+        ({"x": None}, "the metric 'x' is None"),
+        ({"x": torch.zeros(2)}, "the metric 'x' is tensor"),
+        ({"x": np.zeros((1, 2))}, "the metric 'x' is array"),
+        ({"x": 1 + 2j}, "the metric 'x' is "),
+        ({"x": [1.0]}, r"the metric 'x' is \[1\.0\]"),
+        ({1: 1.0}, "a metric is called 1"),
+        ({"step": 7}, "a metric is called 'step'"),
+    ],
+    ids=str,
+)
+def test_metrics_that_are_no_numbers_are_refused_by_name(tmp_path, found, message):
+    job, directory = start(tmp_path / "run", steps=3)
+    job.step = lambda: found
+    with pytest.raises(JobError, match=rf"BIRL-E803 {message}.*at FakeJob\.step .*Fix: "):
+        loop.run(job, directory)
+    assert directory.history() == []
+
+
+def test_metrics_may_be_any_number(tmp_path):
+    job, directory = start(tmp_path / "run", steps=1)
+    take = job.step
+    row = {"a": 1, "b": True, "c": torch.ones(1), "d": np.float32(0.5), "e": 10**400, "f": math.nan}
+    job.step = lambda: {**take(), **row}
+    loop.run(job, directory)
+    (kept,) = directory.history()
+    assert [kept[name] for name in "abcd"] == [1, 1, 1, 0.5]
+    assert math.isnan(kept["e"])
+    assert math.isnan(kept["f"])
+
+
+@pytest.mark.parametrize(
+    ("summary", "message"),
+    [
+        (None, "FakeJob.summary returned NoneType"),
+        ({"a": {"b": [1, object()]}}, r"a summary cannot hold a object at summary\.a\.b\[1\]"),
+        ({"a": {1, 2}}, r"a summary cannot hold a set at summary\.a"),
+    ],
+    ids=str,
+)
+def test_a_summary_that_is_no_data_is_refused_by_name(tmp_path, summary, message):
+    job, directory = start(tmp_path / "run", steps=1)
+    job.summary = lambda: summary
+    with pytest.raises(JobError, match=f"BIRL-E803 {message}"):
+        loop.run(job, directory)
+    assert not directory.summary_path.exists()
+    assert CheckpointStore(directory.checkpoints).load().step == 1
+
+
+def test_a_summary_cannot_replace_what_every_run_reports(tmp_path):
+    job, directory = start(tmp_path / "run", steps=1, seed=3)
+    job.summary = lambda: {"seed": 9, "seconds": "long", "objective": 1.0}
+    found = loop.run(job, directory).summary
+    assert (found["seed"], found["objective"]) == (3, 1.0)
+    assert isinstance(found["seconds"], float)
+
+
+@pytest.mark.parametrize("figures", [None, ["objective"], {"objective": "a picture"}], ids=str)
+def test_figures_that_cannot_be_drawn_are_refused_by_name(tmp_path, figures):
+    job, directory = start(tmp_path / "run", steps=1)
+    summary = loop.run(job, directory).summary
+    job.figures = lambda *_: figures
+    with pytest.raises(JobError, match=r"BIRL-E803 FakeJob\.figures returned"):
+        loop.draw_figures(job, directory, summary)
 
 
 def test_only_one_process_at_a_time(tmp_path):

@@ -119,7 +119,8 @@ def make_environments(
             cannot be resumed.
         count: n.
         seed: of everything random in them, 0 or more.
-        parallel: one process each; otherwise all in this one, where nothing can end a hang.
+        parallel: one process each; otherwise all in this one, where nothing can end a hang and a
+            crash is its own.
         timeout: seconds a worker may take for a step, a reset or closing; building it is not
             covered.
         options: keyword arguments of the environment.
@@ -222,6 +223,7 @@ class Environments:
         except OptionError:
             self.close()
             raise
+        self._dtype = torch.empty(0, dtype=self.spaces.observation_dtype).numpy().dtype
         self._last = Declared(vector.single_observation_space)
         # Ours look at each answer where it is given, before gymnasium casts it.
         count = None if self.repeatable else self.count
@@ -271,7 +273,8 @@ class Environments:
         given = action.detach().cpu().numpy().astype(space.dtype)
         if isinstance(space, gymnasium.spaces.Box):
             given = given.clip(space.low, space.high)  # its edges in float32 may lie beyond them
-        found, reward, terminated, truncated, info = self._call("step", given)
+        # A copy: an environment may scale or clip it in place.
+        found, reward, terminated, truncated, info = self._call("step", given.copy())
         kept = ~self._starting
         ended = (terminated | truncated) & kept
         after = np.array(found)  # it may write the next ones into the same array
@@ -425,7 +428,7 @@ class Environments:
                     self._actions[i].append(given[i].copy())  # the caller has the array too
 
     def _tensor(self, observation: Any) -> Tensor:
-        return torch.from_numpy(observation).to(self.spaces.observation_dtype)
+        return torch.from_numpy(observation.astype(self._dtype, copy=False))
 
     def _call(self, method: str, given: Any, **keywords: Any) -> Any:
         """`step` or `reset` of the vector environment; whatever goes wrong has a name."""
@@ -654,7 +657,7 @@ class _Episodes(gymnasium.Wrapper[Any, Any, Any, Any]):
             drawn = episode_seed(self._seed, self._index, self._episode)
             observation = self._declared.reset(self.env.reset(seed=drawn))
             for action in actions:
-                observation = self._declared.step(self.env.step(action))[0]
+                observation = self._declared.step(self.env.step(action.copy()))[0]
         except (Exception, SystemExit) as error:
             return self._blank(), {_FAILURE: _words(error)}
         return observation, self._info()

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib
 import itertools
+import math
 import shlex
 import sys
 import time
@@ -178,8 +179,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "birl bench") -> in
     kind = check_device(options.device).type
     if options.threads < 0 or options.threads > _MOST_THREADS:
         parser.error(f"--threads is {options.threads}; give 0 to {_MOST_THREADS}")
-    if options.seconds is not None and not options.seconds >= 0:
-        parser.error(f"--seconds is {options.seconds}; give 0 or more")
+    if options.seconds is not None and math.isnan(options.seconds):
+        parser.error("--seconds is nan; give a number")
     folder = options.out or Path("benchmarks") / "results"
     stem = f"{kind}_{machine.today()}" + ("_quick" if options.quick else "")
     return run(

@@ -199,7 +199,10 @@ def check_gradient(
     gradient: Tensor, step: int | None = None, name: str = "the hyper-gradient"
 ) -> None:
     """Refuse a hyper-gradient that is not finite, or whose norm is not."""
-    for what, tensor in ((name, gradient), (f"the norm of {name}", gradient.double().norm())):
+    norm = gradient.detach().double().norm()
+    if math.isfinite(norm):
+        return
+    for what, tensor in ((name, gradient), (f"the norm of {name}", norm)):
         _require_finite(
             tensor,
             what,
@@ -251,9 +254,9 @@ def reaches(tensors: Iterable[Any], x: Tensor) -> bool:
 def _require_finite(
     tensor: Tensor, name: str, error: type[BirlError], *, where: str = "", **words: str
 ) -> None:
-    bad = ~torch.isfinite(tensor.detach())
-    if bad.any():
-        place = tuple(bad.nonzero()[0].tolist())
+    finite = torch.isfinite(tensor.detach())
+    if not finite.all():
+        place = tuple((~finite).nonzero()[0].tolist())
         value = float(tensor.detach()[place])
         entry = "[" + ", ".join(map(str, place)) + "]" if place else ""
         spot = ", ".join(part for part in (where, entry and f"entry {entry}") if part)

@@ -19,7 +19,7 @@ from birl_ext.bilevel.guards import (
     check_objective,
     no_path,
 )
-from birl_ext.errors import BirlError, DtypeError, ShapeError, TemperatureError
+from birl_ext.errors import BirlError, DtypeError, OptionError, ShapeError, TemperatureError
 from birl_ext.functional import solve
 from birl_ext.mdp import DenseMDP, SparseMDP
 from birl_ext.solution import Solution
@@ -45,6 +45,11 @@ class BilevelProblem:
 
     lower: Callable[[Tensor], DenseMDP | SparseMDP]
     upper: Callable[[Tensor, Solution], Tensor]
+
+    def __post_init__(self) -> None:
+        for name, level in vars(self).items():
+            if not callable(level):
+                raise OptionError(f"{name} is a {type(level).__name__}", allowed="a function")
 
     def objective(
         self, x: Tensor, temperature: float | Tensor, initial: Tensor | None = None

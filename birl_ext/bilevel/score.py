@@ -95,8 +95,8 @@ class OneStep(_StepByStep):
 
         h = Σ_h [ r(s_h, a_h) − Σ_a π(a|s_h) r(s_h, a) ]
 
-    Bias at most 2γ sup‖∇r‖/(1 − γ) per step (times 1/τ in the hyper-gradient). Exactly zero where
-    the reward depends on the state alone: use another estimator there.
+    Bias at most 2γ sup‖∇r‖/(1 − γ) per step (times E|l|/τ in the hyper-gradient of a loss l).
+    Exactly zero where the reward depends on the state alone: use another estimator there.
 
     Args:
         actions: A, where actions are discrete and the expectation is summed; None draws `samples`
@@ -155,8 +155,8 @@ class FullHorizon(_StepByStep):
         h = Σ_h Σ_{k<K} γᵏ [ r(s⁺_k, a⁺_k) − r(s⁰_k, a⁰_k) ],
         (s⁺_0, a⁺_0) = (s_h, a_h);  s⁰_0 = s_h, a⁰_0 ~ π
 
-    Bias at most 2γᴷ sup‖∇r‖/(1 − γ) per step (times 1/τ in the hyper-gradient). The fragment's own
-    continuation would not do for the first: it is not independent of the loss of the fragment.
+    Bias at most 2γᴷ sup‖∇r‖/(1 − γ) per step (times E|l|/τ in the hyper-gradient of a loss l). The
+    fragment's own continuation would not do for the first: it is not independent of its loss.
     Where a⁰_0 = a_h, both paths have one law, and their difference is replaced by its mean, zero:
     a step then costs the more variance the less likely its action was.
 

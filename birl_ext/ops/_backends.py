@@ -223,7 +223,7 @@ def failure(
         outputs: what the op `solve` returned.
         locate: from the flat index n·G + g to the caller's batch index.
     """
-    info, status = outputs[5].flatten(0, -2), outputs[6].flatten()
+    info, status = outputs[5].reshape(-1, outputs[5].shape[-1]), outputs[6].flatten()
     failed = status.nonzero().flatten()
     first = int(failed[0])
     code = Status(int(status[first]))

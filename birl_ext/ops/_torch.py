@@ -497,7 +497,12 @@ def _factor(rows: Rows, weight: Tensor, discount: Tensor) -> tuple[Tensor, Tenso
     # an invalid element must not stop the batch: its NaN would make LAPACK refuse
     usable = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
     eye = torch.eye(rows.states, dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.lu_factor(torch.where(usable, matrix, eye))
+    matrix = torch.where(usable, matrix, eye)
+    lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
+    singular = info > 0  # 1 − γ is gone in rounding: so may as much again
+    if bool(singular.any()):
+        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix + EPS * singular[..., None, None] * eye)
+    return lu, pivots
 
 
 def _back_substitute(factors: tuple[Tensor, Tensor], rhs: Tensor, transpose: bool) -> Tensor:

@@ -236,7 +236,7 @@ def _push(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     level = (slow * rhs).sum(-1) / (slow * share).sum(-1)
     x, residual = system.solve(rhs - level.unsqueeze(-1) * share, False)
     # where the process is most, W is zero: at a state that matters to the others
-    busiest = slow.argmax(-1, keepdim=True).expand(*x.shape[:-1], 1)
+    busiest = slow.abs().argmax(-1, keepdim=True).expand(*x.shape[:-1], 1)
     middle = x.gather(-1, busiest)
     gain = level + middle.squeeze(-1) * exits.largest.unsqueeze(-1)
     return x - middle, gain, _why(slow, slow_residual, residual)

@@ -36,6 +36,14 @@ class PreferenceBuffer:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def strict(self) -> int:
+        """Pairs of which one side was found better: the others are ties."""
+        if self._ring is None:
+            return 0
+        places = torch.arange(self.added - self._count, self.added) % self.capacity
+        return int((self._ring.label[places.to(self.device)] != 0.5).sum())
+
     def append(self, first: Fragments, second: Fragments, label: Tensor) -> int:
         """Keep the pairs that were answered; those labelled NaN were not.
 

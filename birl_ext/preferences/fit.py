@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -77,6 +78,8 @@ def fit(
             without a smaller loss on them, and the parameters of the best pass are kept.
         patience: see `validation`.
 
+    Answers that are all ties carry nothing; a warning says so.
+
     Raises:
         NonFiniteResultError: a loss is NaN or infinite, that on the validation pairs included; no
             step was taken on it.
@@ -94,6 +97,12 @@ def fit(
     for name, value in numbers.items():
         if value < 1:
             raise OptionError(f"{name} is {value!r}", allowed="1 or more")
+    if bool((pairs.label == 0.5).all()):
+        warnings.warn(
+            f"all {len(pairs)} answers are ties: none has found any fragment better than another, "
+            "and a reward that is the same everywhere explains them best",
+            stacklevel=2,
+        )
     members = members_of(reward)
     best = _Best(patience)
     for epoch in range(1, epochs + 1):

@@ -179,9 +179,7 @@ def _require_header(path: str, name: str, line: int, cells: list[str]) -> None:
     elif sorted(lower) == sorted(columns):
         fix = f"put the columns in the order {expected}, the numbers with their names"
     elif others:
-        fix = (
-            f"this is the table of {others[0]}: give it as such, on the command line --{others[0]}"
-        )
+        fix = f"give it as {others[0]}, which it is, on the command line --{others[0]}"
     elif separator:
         fix = f"separate the columns by commas, not by {separator!r}"
     elif set(columns) < set(lower):
@@ -257,9 +255,7 @@ def _require_information(decisions: Tensor, parameters: int) -> None:
         fix = f"add months in which engines are {then} below state {last}"
         fix += f" or {first} above state {start}"
     elif len(seen) < parameters:
-        what = (
-            f"the counts hold months in {len(seen)} states, and there are {parameters} parameters"
-        )
+        what = f"the counts hold months in {len(seen)} states, for {parameters} parameters"
         allowed, fix = f"{parameters} states or more", "choose a cost of fewer parameters"
         fix += ", on the command line --cost linear"
     if what:
@@ -446,12 +442,14 @@ class BusJob:
 
         figure, axes = plots.new_figure()
         bins = 5
-        states = torch.arange(len(self.data.decisions), dtype=torch.float64).split(bins)
-        grouped = torch.stack([part.sum(0) for part in self.data.decisions.split(bins)])
+        decisions = self.data.decisions
+        parts = [slice(first, first + bins) for first in range(0, len(decisions), bins)]
+        grouped = torch.stack([decisions[part].sum(0) for part in parts])
         months = grouped.sum(-1)
         seen = months > 0
         unit = 1 if self.config.counts else 5  # thousand miles of a bin of the shipped data
-        centre = unit * torch.stack([part.mean() for part in states])[seen]
+        odometer = unit * torch.arange(len(decisions), dtype=torch.float64)
+        centre = torch.stack([odometer[part].mean() for part in parts])[seen]
         rate = (grouped[:, REPLACE] / months.clamp(min=1))[seen]
         # Wilson's interval: sensible for rates near 0 from few months
         low, high = _wilson(rate, months[seen])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -61,10 +62,10 @@ def check_settings(
     if not 0 <= config.seed < _SEEDS:
         raise ConfigError(f"seed is {config.seed!r}", allowed="0 to 2⁶⁴ − 1")
     for bounds, words, met in (
-        (least, "{} or more", lambda value, bound: value >= bound),
-        (above, "more than {}", lambda value, bound: value > bound),
-        (most, "{} or less", lambda value, bound: value <= bound),
-        (below, "less than {}", lambda value, bound: value < bound),
+        (least, "{} or more", operator.ge),
+        (above, "more than {}", operator.gt),
+        (most, "{} or less", operator.le),
+        (below, "less than {}", operator.lt),
     ):
         for name, bound in bounds.items():
             value = getattr(config, name)

@@ -134,7 +134,10 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     elif origin is dict and isinstance(value, Mapping):
         return {key: _typed(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            pass
     elif hint is Path and isinstance(value, str):
         return Path(value)
     elif hint in (bool, int, str, type(None)) and type(value) is hint:

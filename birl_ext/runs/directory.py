@@ -23,6 +23,7 @@ from birl_ext.runs.job import Metrics
 __all__ = ["MetricsWriter", "RunDirectory", "default_path", "plain"]
 
 CONFIG = "config.toml"
+_METRIC = (int, float, type(None))
 
 
 def default_path(problem: str) -> Path:
@@ -160,13 +161,13 @@ class RunDirectory:
     def _row(self, line: bytes, step: int) -> Metrics:
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or row.get("step") != step:
-                raise ValueError
-            return {name: math.nan if x is None else float(x) for name, x in row.items()}
-        except (ValueError, TypeError, OverflowError, RecursionError):
-            raise self._altered(
-                f"a line of the metrics is not the row of step {step}", f", line {step}"
-            ) from None
+            if row["step"] == step and all(isinstance(x, _METRIC) for x in row.values()):
+                return {name: math.nan if x is None else x for name, x in row.items()}
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        raise self._altered(
+            f"a line of the metrics is not the row of step {step}", f", line {step}"
+        )
 
     def _altered(self, what: str, line: str = "") -> FileFormatError:
         return FileFormatError(

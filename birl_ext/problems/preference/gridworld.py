@@ -152,7 +152,7 @@ def draw_worlds(reward: Tensor, policy: Tensor, *, title: str) -> Figure:
 
     Args:
         reward: learned, (S, A); shown is its mean under the policy, shifted and scaled to [0, 1],
-            since preferences fix neither.
+            since answers leave the shift open, and an oracle's the scale too.
         policy: π, (S, A).
     """
     from birl_ext.runs import plots

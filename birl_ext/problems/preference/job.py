@@ -77,7 +77,7 @@ class PreferenceJob:
         self._collector = Collector(
             self._environments, self.agent, seed=config.seed, random_steps=config.random_steps
         )
-        self._replay = make_replay(config, spaces)
+        self._replay = make_replay(config)
         self.reward = make_reward(config, spaces, draws)
         self.teacher = ScriptedTeacher(
             dataclasses.replace(TEACHERS[config.teacher], sign_only=config.sign_only), draws.next()
@@ -104,6 +104,8 @@ class PreferenceJob:
         self._seconds = dict.fromkeys(("environment", "update", "reward"), 0.0)
         self._log: AnswerLog | None = None
         self._videos: Path | None = None
+        if self.teacher.rule.skip_share and config.initial_labels + self.schedule.counts[0]:
+            self._play_first_round()
 
     def attach(self, directory: RunDirectory) -> None:
         """Keep answers and videos there; a log of the same run is checked and continued."""
@@ -190,6 +192,32 @@ class PreferenceJob:
             timeout=self.config.timeout,
         )
 
+    def _play_first_round(self) -> None:
+        """In advance, for the mean reward that the teacher will see in it.
+
+        Raises:
+            ConfigError: it cannot answer by that.
+        """
+        config = self.config
+        seen = Recorder(config.environments, keep=config.recent)
+        with self._make_environments(config.environments, config.seed) as own:
+            source = Collector(own, self.agent, seed=config.seed, random_steps=config.random_steps)
+            for _ in range(config.environment_steps // config.environments):
+                seen.record(source.collect(1))
+        self._mean_reward(seen)
+
+    def _mean_reward(self, seen: Recorder) -> float:
+        """True reward per step, where the teacher can answer by it."""
+        mean = seen.mean_reward(sign_only=self.config.sign_only)
+        if mean < 0 and self.teacher.rule.skip_share:
+            raise ConfigError(
+                f"teacher is {self.config.teacher}, and the mean true reward per step {mean:.4g}",
+                where=self.config.env,
+                allowed="0 or more: below it no share of the mean tells poor fragments from good",
+                fix="choose another teacher, on the command line --teacher",
+            )
+        return mean
+
     def _passed(self, found: float) -> bool:
         return self._threshold is not None and found >= self._threshold
 
@@ -250,7 +278,7 @@ class PreferenceJob:
         config, device = self.config, self.config.device
         self._answered = 0
         if not count:
-            return {"answers": float(self.answers.added), "foretold": math.nan}
+            return self._told(math.nan)
         episodes = self._recorder.episodes()
         many = count if config.query == "uniform" else count * config.candidates
         first, second = (
@@ -261,26 +289,32 @@ class PreferenceJob:
             first.after(config.lead), second.after(config.lead), count, self._sampling
         )
         first, second = first.select(chosen), second.select(chosen)
-        mean = self._recorder.mean_reward(sign_only=config.sign_only)
-        if mean < 0 and self.teacher.rule.skip_share:
-            raise ConfigError(
-                f"teacher is {config.teacher}, and the mean true reward per step {mean:.4g}",
-                where=config.env,
-                allowed="0 or more: below it no share of the mean tells poor fragments from good",
-                fix="choose another teacher, on the command line --teacher",
-            )
-        self.teacher.observe(mean)
+        self.teacher.observe(self._mean_reward(self._recorder))
         label = self.teacher(first.after(config.lead), second.after(config.lead))
         asked = Pairs(first, second, label).after(config.lead)  # what the teacher sees
         if self._log is not None:
             self._log.record(asked)
         self._asked += count
         self._answered = self.answers.append(first, second, label)
+        if self._round and not self.answers.strict:  # in the first round the first fit says so
+            warnings.warn(
+                f"{config.env}: the {config.teacher} teacher has not found any fragment better "
+                "than another yet: all answers are ties or withheld, and carry nothing. Longer "
+                "fragments (--fragment) may differ",
+                stacklevel=2,
+            )
         known = asked.select(~label.isnan())
         foretold = math.nan
         if len(known) and self._round:  # in the first round there is no reward yet
             foretold = evaluate(self.reward, known).accuracy
-        return {"answers": float(self.answers.added), "foretold": foretold}
+        return self._told(foretold)
+
+    def _told(self, foretold: float) -> dict[str, float]:
+        return {
+            "answers": float(self.answers.added),
+            "strict_answers": float(self.answers.strict),  # of those kept, without ties
+            "foretold": foretold,
+        }
 
     def _first_fit(self) -> None:
         if len(self.answers) and self.config.initial_epochs:
@@ -359,6 +393,7 @@ class PreferenceJob:
             "objective": self._return,
             "labels": self._asked,
             "labels_to_threshold": self._labels_to_threshold,
+            "strict_answers": self.answers.strict,
             "environment_steps": self._collector.transitions,
             **{f"share of time, {name}": s / total for name, s in self._seconds.items()},
         }

@@ -110,9 +110,11 @@ def check_sizes(config: PreferenceConfig) -> QuerySchedule:
     check(10_000 * config.members, "members")
     check(16 * sum(map(math.prod, pairwise((1, *config.hidden, 1)))), "hidden")
     check(config.batch_size, "batch_size")
+    check(config.replay, "replay")
     schedule = QuerySchedule(config.schedule, config.rounds, config.labels, config.initial_labels)
     most = max(schedule.counts[0] + config.initial_labels, *schedule.counts)
     each = 2 * (config.fragment + config.lead)
+    check(config.pairs * each, "pairs", "fragment", "lead")
     if config.query == "uniform":
         check(most * each, "labels", "fragment", "lead")
     else:
@@ -177,15 +179,10 @@ def make_agent(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> A
     )
 
 
-def make_replay(config: PreferenceConfig, spaces: Spaces) -> ReplayBuffer | FrameReplay:
+def make_replay(config: PreferenceConfig) -> ReplayBuffer | FrameReplay:
     """One that holds each frame once, where observations are known to be stacks of frames."""
     # Atari's are, by its preprocessing; others may be the colours of one picture.
-    stacked = is_atari(config.env)
-    shape = spaces.observation_shape
-    size = math.prod(shape[stacked:]) * spaces.observation_dtype.itemsize * (1 if stacked else 2)
-    what = f"a replay of {config.replay} transitions"
-    check_memory(what, config.replay * size, fix="lower replay", width=1)
-    kind = FrameReplay if stacked else ReplayBuffer
+    kind = FrameReplay if is_atari(config.env) else ReplayBuffer
     return kind(config.replay, device=config.device)
 
 
