@@ -9,6 +9,7 @@
 - company: an element of a batch is the same alone, bit for bit on a compiled backend.
 - masks: no cotangent from behind a mask goes anywhere.
 - threads: their number changes no bit.
+- raising: on_fail="raise" and "status" tell the same.
 - certificates: both backends certify one sweep alike.
 
 Tolerance of a derivative of the policy or its logarithm, with A = Q − V: 1e-9·max|dA|/τ, and
@@ -37,6 +38,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext import Status, _native
+from birl_ext.errors import IllConditionedWarning, SolveError
 from birl_ext.solution import Info, Solution
 
 BACKENDS = ["torch"] if _native.reason("cpu") else ["cpu", "torch"]
@@ -45,6 +47,7 @@ TABLES = ("value", "q", "advantage", "policy", "log_policy")
 FIRST, SECOND = 1e-9, 1e-6  # what is asked of derivatives, see above
 ROUNDINGS = 100  # c above
 ILL = 1e5  # κ from which a problem counts as ill-conditioned
+SURELY_WELL, SURELY_ILL = 1e4, 1e8  # below, no IllConditionedWarning may come; above, one must
 TORCH_PASSES = 300  # a pass of the PyTorch backend takes a millisecond
 
 Array = np.ndarray
@@ -95,9 +98,10 @@ def check(seed: int) -> Outcome:
     shown = [drawn.indices()[i] for i in rng.permutation(len(drawn.indices()))[:SHOWN]]
     models = {index: model(drawn, index) for index in shown}
     truths = {index: exact.solve(one) for index, one in models.items()}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated")
+        warnings.simplefilter("always", IllConditionedWarning)
         for backend in BACKENDS:
             try:
                 found = solved(drawn, backend)
@@ -112,14 +116,18 @@ def check(seed: int) -> Outcome:
                 ("masks", masks, "mask" in drawn.arrays),
                 ("threads", threads, part == 0 and backend == "cpu"),
                 ("certificates", certificates, part in (1, 2) and backend == "torch"),
+                ("raising", raising, part in (3, 4)),
                 ("gradients", gradients, drawn.tame and bool((found.status == 0).all())),
             ):
                 if not wanted:
                     continue
+                heard.clear()
                 try:
                     look(drawn, shown, models, truths, backend, rng, outcome)
                 except Exception as error:
                     outcome.fail(f"{name} raised {backend}", f"{type(error).__name__}: {error}")
+                if name == "gradients":
+                    conditions(drawn, models[shown[0]], [one.message for one in heard], outcome)
     return outcome
 
 
@@ -139,13 +147,19 @@ def model(drawn: Drawn, index: Index) -> exact.Model:
 def solved(
     drawn: Drawn, backend: str, given: dict[str, Any] | None = None, **changes: Any
 ) -> Solution:
-    """`birl_ext.solve` of a batch, of the drawn tensors or of others in their place."""
+    """`birl_ext.solve` of a batch, of the drawn tensors or of others in their place.
+
+    Every other seed says "auto" for "cpu", which for plain calls is another way to the same bits.
+    """
     arguments, keywords = draw.problem(drawn, draw.tensors(drawn) if given is None else given)
     options = {k: v for k, v in drawn.options.items() if k != "validate"} | changes
     slow = options["method"] in ("value-iteration", "policy-iteration")
     if backend == "torch" and slow and (options["max_iterations"] or math.inf) > TORCH_PASSES:
         options["max_iterations"] = TORCH_PASSES
-    return birl_ext.solve(*arguments, **keywords, **options, on_fail="status", backend=backend)
+    name = "auto" if backend == "cpu" and drawn.seed % 2 else backend
+    return birl_ext.solve(
+        *arguments, **keywords, **{"on_fail": "status", "backend": name} | options
+    )
 
 
 # ---- values -------------------------------------------------------------------------------------
@@ -281,7 +295,8 @@ def bar(
     theirs = np.abs(policy.ravel() - np.array([float(x) for x in truth.policy])).max()
     # a policy in the dtype cannot be nearer than its rounding
     outcome.hold(f"bar of policy {where}", errors["policy"].max(), 10 * theirs + 8 * eps, label)
-    scale = np.where(want == 0, 1.0, np.abs(want))
+    entropy = tau * (1 + math.log(drawn.actions) + np.abs(log_mu[open_]).max())
+    scale = np.maximum(np.abs(want), entropy)
     numpy_error = (np.abs(value - want) / scale).max()
     ours = (errors["value"] / scale).max()
     outcome.hold(f"bar of value {where}", ours, 10 * numpy_error + 8 * eps, label)
@@ -301,14 +316,12 @@ def leaves(drawn: Drawn) -> dict[str, Tensor]:
 
 
 def pulled(
-    drawn: Drawn, backend: str, weights: dict[str, Tensor], names: tuple[str, ...] | None = None
+    drawn: Drawn, backend: str, weights: dict[str, Tensor]
 ) -> tuple[Solution, dict[str, Tensor]]:
     """The solution, and the gradients of its tables times `weights`."""
     given = leaves(drawn)
     found = solved(drawn, backend, given)
     inputs = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.requires_grad}
-    if names is not None:
-        inputs = {k: inputs[k] for k in names}
     outputs = [getattr(found, name) for name in weights]
     bars = torch.autograd.grad(outputs, list(inputs.values()), list(weights.values()))
     found = Solution._make(part.detach() for part in found)
@@ -397,18 +410,22 @@ def masks(
     seen = torch.stack(
         [torch.from_numpy(draw.available(drawn.element(index))) for index in drawn.indices()]
     ).reshape(*drawn.batch, drawn.states, drawn.actions)
-    spoilt = {
-        name: weight if name == "value" else weight.masked_fill(~seen, rng.choice([np.nan, np.inf]))
-        for name, weight in weights.items()
-    }
+    given = leaves(drawn)
+    found = solved(drawn, backend, given)
+    inputs = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.requires_grad}
     for name in ("q", "policy", "log_policy", "advantage"):
-        _, clean = pulled(drawn, backend, {name: weights[name]})
-        _, dirty = pulled(drawn, backend, {name: spoilt[name]})
+        spoilt = weights[name].masked_fill(~seen, rng.choice([np.nan, np.inf]))
+        clean, dirty = (
+            torch.autograd.grad(
+                getattr(found, name), list(inputs.values()), weight, retain_graph=True
+            )
+            for weight in (weights[name], spoilt)
+        )
         outcome.count("masks")
-        for leaf, bar_ in clean.items():
-            if not same(bar_, dirty[leaf]):
-                words = difference(bar_, dirty[leaf])
-                outcome.fail(f"masks {backend}", f"{leaf} by {name}: {words}")
+        for leaf, one, other in zip(inputs, clean, dirty, strict=True):
+            if not same(one, other):
+                words = f"{leaf} by {name}: {difference(one, other)}"
+                outcome.fail(f"masks {backend}", words)
 
 
 def threads(
@@ -436,6 +453,33 @@ def threads(
     for name, left, right in pairs:
         if not same(left, right):
             outcome.fail("threads", f"{name} differs, {difference(left, right)}")
+
+
+def raising(
+    drawn: Drawn,
+    shown: list[Index],
+    models: dict[Index, exact.Model],
+    truths: dict[Index, exact.Answer],
+    backend: str,
+    rng: np.random.Generator,
+    outcome: Outcome,
+) -> None:
+    """on_fail="raise" raises where a status is not 0, with the same solution, and nowhere else."""
+    found = solved(drawn, backend)
+    try:
+        again = solved(drawn, backend, on_fail="raise")
+    except SolveError as error:
+        again = error.solution
+        if bool((found.status == 0).all()):
+            outcome.fail(f"raising {backend}", f"{error}")
+    else:
+        if not bool((found.status == 0).all()):
+            outcome.fail(f"raising {backend}", f"silent, though the status is {found.status}")
+    outcome.count("raising")
+    for name in (*TABLES, "info", "status"):
+        if not same(getattr(found, name), getattr(again, name)):
+            words = difference(getattr(found, name), getattr(again, name))
+            outcome.fail(f"raising {backend}", f"{name} differs, {words}")
 
 
 def certificates(
@@ -474,6 +518,23 @@ def certificates(
 
 
 # ---- gradients ----------------------------------------------------------------------------------
+
+
+def conditions(drawn: Drawn, one: exact.Model, heard: list[Any], outcome: Outcome) -> None:
+    """An ill-conditioned problem is said to be so, and no other is."""
+    kappa, _ = exact.condition(one, exact.solve(one).policy)
+    if kappa > SURELY_ILL:
+        outcome.count("conditions, ill")
+        if not heard:
+            outcome.fail("conditions", f"κ is {kappa:.3g}, and nothing is said")
+    if heard:
+        batch = [model(drawn, index) for index in drawn.indices()]
+        kappa = max(exact.condition(each, exact.solve(each).policy)[0] for each in batch)
+        outcome.count("conditions, said")
+        if kappa < SURELY_WELL:
+            said = max(one.condition for one in heard)
+            outcome.fail("conditions", f"said to be {said:.3g}, and κ is {kappa:.3g}")
+
 
 INPUTS = ("reward", "transition", "reference", "discount", "temperature")
 OUTPUTS = (*TABLES, "occupancy", "evaluate")
