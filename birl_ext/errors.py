@@ -48,6 +48,7 @@ __all__ = [
     "SparseFormatError",
     "StagnatedError",
     "TemperatureError",
+    "TerminalChoiceWarning",
     "UndeterminedError",
     "UninformativeDataError",
     "catalogue",
@@ -111,7 +112,7 @@ class InvalidMDPError(BirlError, ValueError):
 class NonStochasticError(InvalidMDPError):
     code = "BIRL-E101"
     meaning = "a row of the transition does not sum to one"
-    remedy = "normalise the row, or mark the state in `terminal` if the process ends there"
+    remedy = "normalise the row"
 
 
 class NegativeProbabilityError(InvalidMDPError):
@@ -319,6 +320,10 @@ class AnswerLogWriteError(BirlError, RuntimeError):
     code = "BIRL-E706"
     meaning = "an answer could not be written; those before it are intact"
     remedy = "make room on the disk, open the log again and give the answer again"
+
+
+class TerminalChoiceWarning(UserWarning):
+    """A terminal state keeps the entropy of a choice that leads nowhere."""
 
 
 class AnswerLogRecoveryWarning(UserWarning):

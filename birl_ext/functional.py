@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, SupportsFloat, overload
 
@@ -15,15 +16,17 @@ import torch
 from torch import Tensor
 
 from birl_ext import validation
-from birl_ext.batching import Flat, absent, flatten
+from birl_ext.batching import Flat, Layout, absent, flatten
 from birl_ext.errors import (
     BackendUnavailableError,
+    BirlError,
     NonFiniteResultError,
     NotConvergedError,
     OptionError,
     ShapeError,
     SolveError,
     StagnatedError,
+    TerminalChoiceWarning,
 )
 from birl_ext.mdp import DenseMDP, SparseMDP
 from birl_ext.ops import _backends
@@ -31,6 +34,7 @@ from birl_ext.ops import bellman as _bellman
 from birl_ext.ops import plain as _plain
 from birl_ext.ops import policy_solve as _policy_solve
 from birl_ext.ops import solve as _solve
+from birl_ext.ops._torch import RETRY_STATES
 from birl_ext.solution import Method, Rigour, Solution, Status
 
 __all__ = ["bellman", "evaluate", "occupancy", "solve"]
@@ -83,6 +87,7 @@ def solve(
 ) -> Solution: ...
 
 
+@validation.within_memory
 def solve(
     reward: Tensor | MDP,
     transition: Tensor | None = None,
@@ -115,7 +120,9 @@ def solve(
         reference: μ, (*B, S, A), positive weights; None is μ ≡ 1 (plain entropy). Normalised: KL to
             a reference.
         mask: (*B, S, A) bool, True where the action is available; None is everywhere.
-        terminal: (*B, S) bool, True where the process ends: r is paid, nothing follows.
+        terminal: (*B, S) bool, True where the process ends: r is paid, nothing follows. Its choice
+            of an action still has an entropy: without a mask V = r + τ log A there, for r the same
+            for all actions. Where all actions are masked, V = 0.
         initial: V₀, (*B, S), a warm start. No gradient.
         method: "auto" chooses per shape and discount; see docs/solvers.md.
         tol: certified relative error asked of the value, in units of max(‖V‖∞, ‖r‖∞); None: as far
@@ -154,11 +161,26 @@ def solve(
         and max_iterations is None
     ):
         outcome = _unprepared(reward, transition, discount, temperature)
-        if outcome is not None and (outcome.failed == 0 or on_fail == "status"):
-            return _solution(outcome.outputs)
-    flat = _flat(reward, transition, discount, temperature, reference, mask, terminal, validate)
+        if outcome is not None:
+            solution = _solution(outcome.outputs)
+            if outcome.failed == 0 or on_fail == "status":
+                return solution
+            raise _failure(solution, outcome.outputs, *outcome.problem)
+    flat = _flat(
+        reward,
+        transition,
+        discount,
+        temperature,
+        reference,
+        mask,
+        terminal,
+        validate,
+        regularised=True,
+    )
     guess = absent(torch.float64, flat.reward)
     if initial is not None:
+        initial = validation.as_floating("initial", initial)
+        validation.check_devices({"reward": flat.reward, "initial": initial})
         _require_shape("initial", initial, (flat.reward.shape[-2],))
         _require_batch("initial", tuple(initial.shape[:-1]), flat.layout.batch_shape)
         guess = flat.layout.grouped(initial.detach().double(), 1)
@@ -166,12 +188,19 @@ def solve(
         raise _unknown("on_fail", on_fail, _ON_FAIL)
     if method not in _METHODS:
         raise _unknown("method", method, tuple(_METHODS))
-    if tol is not None and not (isinstance(tol, SupportsFloat) and float(tol) >= 0):
-        raise OptionError(f"tol is {tol!r}", allowed="0 or more, or None")
+    if tol is not None:
+        if not (isinstance(tol, SupportsFloat) and float(tol) >= 0):
+            raise OptionError(f"tol is {tol!r}", allowed="0 or more, or None")
+        tol = float(tol)
     if max_iterations is not None and not (
-        isinstance(max_iterations, SupportsFloat) and 1 <= float(max_iterations) < 2**63
+        isinstance(max_iterations, SupportsFloat)
+        and 1 <= float(max_iterations) < 2**63
+        and float(max_iterations).is_integer()
+        and not isinstance(max_iterations, bool)
     ):
-        raise OptionError(f"max_iterations is {max_iterations!r}", allowed="1 or more, or None")
+        raise OptionError(
+            f"max_iterations is {max_iterations!r}", allowed="1 or more and whole, or None"
+        )
     if method == "newton":
         states = flat.reward.shape[-2]
         validation.check_memory(
@@ -215,17 +244,17 @@ def solve(
         outputs = (*outputs[:-1], status.masked_fill(status == 0, int(Status.STAGNATED)))
     solution = _assemble(flat, outputs)
     if raising and concrete and _any(outputs[-1]):
-        error = _backends.failure(outputs, flat.transition, *index, flat.reward, flat.layout.locate)
+        data = (flat.transition, *index, flat.reward, flat.layout)
+        error = _failure(solution, outputs, *data)
         if out_of_reach and isinstance(error, StagnatedError):
-            error = _too_tight(tol, rounded)
+            error = _too_tight(tol, rounded, solution)
         if initial is not None and isinstance(error, NonFiniteResultError):
             validation.check_initial(initial)
-        if isinstance(error, SolveError):
-            error.solution = solution
         raise error
     return solution
 
 
+@validation.within_memory
 def bellman(
     value: Tensor,
     reward: Tensor | MDP,
@@ -259,6 +288,7 @@ def bellman(
 
     Source: (M1), (M2), (M3).
     """
+    value = validation.as_floating("value", value)
     flat = _flat(
         reward,
         transition,
@@ -270,10 +300,12 @@ def bellman(
         validate,
         value.shape[:-1],
         read=True,
+        regularised=True,
     )
+    validation.check_devices({"reward": flat.reward, "value": value})
     _require_shape("value", value, (flat.reward.shape[-2],))
     dtype = flat.reward.dtype
-    trust = _trust(flat.discount, flat.temperature)
+    trust = _trust(flat.discount, flat.temperature, validate=validate)
     image, advantage, policy, _ = _bellman.bellman(
         flat.transition,
         *flat.pattern,
@@ -293,6 +325,7 @@ def bellman(
     return restore(image.to(dtype)), restore(q.to(dtype)), restore(policy.to(dtype))
 
 
+@validation.within_memory
 def evaluate(
     policy: Tensor,
     reward: Tensor | MDP,
@@ -342,6 +375,7 @@ def evaluate(
     return flat.layout.restore(value.to(flat.reward.dtype))
 
 
+@validation.within_memory
 def occupancy(
     policy: Tensor,
     transition: Tensor | MDP,
@@ -447,20 +481,22 @@ def _policy_system(
         rhs.unsqueeze(2),
         _backend(backend, flat.reward.device),
     )
-    trust = _trust(flat.discount)
-    if trust is not None:
-        solution = solution * trust[..., None, None]
     # on a GPU the look would make the host wait
     if validation.is_concrete(solution) and not (validate == "off" and solution.is_cuda):
         _require_solved(solution.detach(), residual, flat)
+    trust = _trust(flat.discount, validate=validate)
+    if trust is not None:
+        solution = solution * trust[..., None, None]
     return solution.squeeze(2)
 
 
-def _trust(discount: Tensor, temperature: Tensor | None = None) -> Tensor | None:
+def _trust(
+    discount: Tensor, temperature: Tensor | None = None, *, validate: validation.Level
+) -> Tensor | None:
     """(N, G), 1 where γ and τ lie in their range and NaN elsewhere; None where the border has read
     them.
     """
-    if validation.is_concrete(discount, temperature):
+    if validate != "off" and validation.is_concrete(discount, temperature):
         return None
     fine = (discount >= 0) & (discount < 1)
     if temperature is not None:
@@ -475,13 +511,16 @@ def _require_solved(solution: Tensor, residual: Tensor, flat: Flat) -> None:
     unsolved = (solution.isnan().any(-1) & residual.isfinite()).squeeze(-1)
     if not bool(unsolved.any()):
         return
-    first = int(unsolved.flatten().to(torch.uint8).argmax())
+    first, states = int(unsolved.flatten().to(torch.uint8).argmax()), flat.reward.shape[-2]
     batch = flat.layout.locate(first)
     raise NotConvergedError(
         f"policy system not solved: its residual is {float(residual.flatten()[first]):.3g}",
         where=f"batch {batch}" if batch else "",
         fix="use a smaller discount: the policy mixes too slowly for products, and "
-        f"{flat.reward.shape[-2]} states are too many to eliminate",
+        f"{states} states are too many to eliminate"
+        if states > RETRY_STATES
+        else "use a discount below one, and a policy and a transition that sum to one: the system "
+        "is singular",
     )
 
 
@@ -497,11 +536,13 @@ def _flat(
     batch: tuple[int, ...] = (),
     *,
     read: bool = False,
+    regularised: bool = False,
 ) -> Flat:
     """Tensors or an MDP object, checked once, in the normal form of the ops.
 
-    `read` is for ops that do not check the numbers themselves in their first pass. A tensor that a
-    transform has wrapped keeps nobody from reading the others.
+    `read` is for ops that do not check the numbers themselves in their first pass, `regularised`
+    for those in which a choice has an entropy. A tensor that a transform has wrapped keeps nobody
+    from reading the others.
     """
     if isinstance(reward, (DenseMDP, SparseMDP)):
         extras = {
@@ -517,17 +558,14 @@ def _flat(
                     f"{name} was given beside an MDP object",
                     fix=f"use mdp.replace({name}=…)",
                 )
-        scalars = read and validate != "off"
-        validation.check_temperature(temperature, data=scalars)
-        return reward.flatten(temperature, batch)
-    if transition is None or discount is None:
+    elif transition is None or discount is None:
         raise OptionError(
             f"{'transition' if transition is None else 'discount'} is missing",
             allowed="reward, transition and discount, or an MDP object",
             fix="pass it, or wrap the problem in DenseMDP(reward, transition, discount)",
         )
-    if not (reference is None and mask is None and terminal is None):
-        mdp = DenseMDP(
+    elif not (reference is None and mask is None and terminal is None):
+        reward = DenseMDP(
             reward,
             transition,
             discount,
@@ -536,11 +574,24 @@ def _flat(
             reference=reference,
             validate=validate,
         )
-        return _flat(mdp, None, None, temperature, None, None, None, validate, batch, read=read)
+    if isinstance(reward, (DenseMDP, SparseMDP)):
+        temperature = validation.as_number("temperature", temperature)
+        validation.check_devices({"reward": reward.reward, "temperature": temperature})
+        validation.check_temperature(temperature, data=read and validate != "off")
+        if regularised:
+            _tell_of_ends(reward)
+        return reward.flatten(temperature, batch)
+    assert transition is not None
+    assert discount is not None
     validation.check_level(validate)
-    if validate != "off":
-        reward = validation.as_floating("reward", reward)
-        transition = validation.as_floating("transition", transition)
+    reward = validation.as_floating("reward", reward)
+    transition = validation.as_floating("transition", transition)
+    discount = validation.as_number("discount", discount)
+    temperature = validation.as_number("temperature", temperature)
+    checked = validate != "off"
+    validation.check_discount(discount, data=read and checked)
+    validation.check_temperature(temperature, data=read and checked)
+    if checked:
         validation.check_dense_shapes(reward, transition)
         validation.check_same_dtype({"reward": reward, "transition": transition})
         validation.check_devices(
@@ -552,14 +603,28 @@ def _flat(
             }
         )
         reading = read and validate == "full"
-        validation.check_discount(discount, data=read)
-        validation.check_temperature(temperature, data=read)
         if reading and validation.is_concrete(reward):
             validation.check_reward(reward)
         if reading and validation.is_concrete(transition):
             validation.check_rows(transition, None)
     no_reference = absent(torch.float64, reward)
     return flatten(reward, transition, no_reference, discount, temperature, batch=batch)
+
+
+_told: set[str] = set()
+
+
+def _tell_of_ends(mdp: MDP) -> None:
+    """Warn, once, of a terminal state with a choice."""
+    if mdp.free_ends and not _told:
+        _told.add("ends")
+        warnings.warn(
+            "a terminal state has a choice of actions and keeps its entropy: without a reward it "
+            "is worth τ log A, not 0. Fix: where its end is worth nothing, set `mask` to False for "
+            "all its actions; where its reward is meant, for all but one",
+            TerminalChoiceWarning,
+            stacklevel=5,
+        )
 
 
 def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
@@ -582,6 +647,7 @@ def _unprepared(
         return _plain.solve(reward, transition, discount, temperature, Rigour.STOCHASTIC)
     if not (transition is discount is reward.mask is reward.reference is None):
         return None
+    _tell_of_ends(reward)
     # rows may be zero where the process ends
     rigour = Rigour.STOCHASTIC if reward.terminal is None else Rigour.OR_ENDING
     return _plain.solve(reward.reward, reward.transition, reward.discount, temperature, rigour)
@@ -594,11 +660,30 @@ def _solution(outputs: tuple[Tensor, ...]) -> Solution:
     return Solution(value, q, policy, log_policy, advantage, info, status)
 
 
-def _too_tight(tol: float | None, rounded: float) -> StagnatedError:
+def _failure(
+    solution: Solution,
+    outputs: tuple[Tensor, ...],
+    transition: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    reward: Tensor,
+    layout: Layout,
+) -> BirlError:
+    """The error of the first problem that failed; one of the solver holds the best iterate."""
+    error = _backends.failure(outputs, transition, crow, col, reward, layout.locate)
+    if isinstance(error, SolveError):
+        error.solution = solution
+    return error
+
+
+def _too_tight(
+    tol: float | None, rounded: float, solution: Solution | None = None
+) -> StagnatedError:
     return StagnatedError(
         f"tol is {tol!r}, but values handed out in float32 are known no better than {rounded:.2g}",
         allowed=f"above {rounded:.2g}",
         fix="loosen `tol`, or pass float64 tensors",
+        solution=solution,
     )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from birl_ext.errors import BirlError, FileFormatError, MissingDependencyError
 
-__all__ = ["MAX_BYTES", "read_tensors", "write_tensors"]
+__all__ = ["FOREIGN", "MAX_BYTES", "read_tensors", "write_tensors"]
 
 MAX_BYTES = 2**34
 """Default cap on the decompressed size of a file: 16 GiB."""
@@ -37,6 +37,10 @@ _NPY_HEADER = re.compile(
     rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n"
 )
 _SUFFIXES = (".npz", ".safetensors")
+FOREIGN = (
+    "write it again with save(); of another program's file, load the arrays with that program and "
+    "build DenseMDP(reward, transition, discount) or SparseMDP of them"
+)
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
@@ -49,7 +53,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -
         MissingDependencyError: .safetensors without the package.
     """
     target = Path(path)
-    suffix = _suffix(target)
+    suffix = _suffix(target, "choose a name that ends in .npz")
     package = _safetensors() if suffix == ".safetensors" else None
     # Copies: safetensors refuses views of one storage, such as a reward that is also the reference.
     plain = {
@@ -87,7 +91,7 @@ def read_tensors(
         MissingDependencyError: .safetensors without the package.
     """
     source = Path(path)
-    suffix = _suffix(source)
+    suffix = _suffix(source, FOREIGN)
     if not source.is_file():
         raise FileFormatError(f"{source} is not a file", fix="check the path")
     read = _read_npz if suffix == ".npz" else _read_safetensors
@@ -189,12 +193,10 @@ def _safetensors() -> ModuleType:
     return safetensors
 
 
-def _suffix(path: Path) -> str:
+def _suffix(path: Path, fix: str) -> str:
     if path.suffix not in _SUFFIXES:
         raise FileFormatError(
-            f"{path.name} has extension {path.suffix!r}",
-            allowed=" or ".join(_SUFFIXES),
-            fix="rename the file; pickles (.pt, .pkl, .npy of objects) are never read",
+            f"{path.name} has extension {path.suffix!r}", allowed=" or ".join(_SUFFIXES), fix=fix
         )
     return path.suffix
 
@@ -214,9 +216,7 @@ def _unknown_member(path: Path, name: str, names: Collection[str]) -> FileFormat
 
 
 def _malformed(path: Path, what: str, allowed: str = "", fix: str = "") -> FileFormatError:
-    return FileFormatError(
-        f"{path.name} {what}", allowed=allowed, fix=fix or "write it again with save()"
-    )
+    return FileFormatError(f"{path.name} {what}", allowed=allowed, fix=fix or FOREIGN)
 
 
 def _umask() -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from birl_ext import batching, validation
 from birl_ext.errors import DtypeError, FileFormatError, ShapeError, SparseFormatError
-from birl_ext.io import MAX_BYTES, read_tensors, write_tensors
+from birl_ext.io import FOREIGN, MAX_BYTES, read_tensors, write_tensors
 from birl_ext.validation import Level
 
 __all__ = ["DenseMDP", "SparseMDP", "load"]
@@ -38,6 +38,8 @@ class _MDP:
     initial_distribution: Tensor | None
     log_reference: Tensor
     batch_shape: tuple[int, ...]
+    free_ends = False
+    """Whether a terminal state was seen whose choice has an entropy."""
 
     # Sizes
 
@@ -73,6 +75,8 @@ class _MDP:
         if validate == "full" and changes.keys() & {"crow", "col"}:
             return dataclasses.replace(self, **changes, validate="full")  # type: ignore[type-var]
         new = dataclasses.replace(self, **changes, validate="off" if validate == "off" else "cheap")  # type: ignore[type-var]
+        if not changes.keys() & {"mask", "terminal", "reference"}:
+            new._set(free_ends=self.free_ends)
         if validate == "full":
             new._check_data(frozenset(changes))
         return new
@@ -177,10 +181,13 @@ class _MDP:
 
     def _promote(self) -> None:
         """Half precision becomes float32; the discount becomes a float or stays a tensor."""
+        for name in ("mask", "terminal"):
+            validation.check_flags(name, getattr(self, name))
         for name in ("reward", self._entries, "reference", "initial_distribution"):
             if (tensor := getattr(self, name)) is not None:
                 self._set(**{name: validation.as_floating(name, tensor)})
         self._set(discount=validation.as_number("discount", self.discount))
+        validation.check_discount(self.discount, data=False)
 
     def _check_form(self) -> None:
         """Shapes, dtypes, devices, numbers: all that can be checked without reading data."""
@@ -199,6 +206,11 @@ class _MDP:
         masks = changed & {"mask", "terminal"}
         if self.mask is not None and masks and concrete(self.mask, self.terminal):
             validation.check_actions(self.mask, self.terminal)
+        ends = None if self.reference is not None else self.terminal
+        seen = self.actions > 1 and masks | changed & {"reference"}
+        if ends is not None and seen and concrete(self.mask, ends):
+            free = ends if self.mask is None else ends & (self.mask.sum(-1) > 1)
+            self._set(free_ends=bool(free.any()))
         if "reward" in changed and concrete(self.reward):
             validation.check_reward(self.reward)
         if masks or self._entries in changed:
@@ -347,6 +359,7 @@ class DenseMDP(_MDP):
     log_reference: Tensor = field(init=False)
     batch_shape: tuple[int, ...] = field(init=False)
 
+    @validation.within_memory
     def __post_init__(self, validate: Level) -> None:
         validation.check_level(validate)
         self._promote()
@@ -368,7 +381,7 @@ class DenseMDP(_MDP):
         keep = present.nonzero().squeeze(-1)
         counts = present.reshape(-1, self.states).sum(-1)
         crow = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-        return SparseMDP(
+        sparse = SparseMDP(
             self.reward,
             flat[..., keep],
             crow,
@@ -377,6 +390,8 @@ class DenseMDP(_MDP):
             **{name: getattr(self, name) for name in _OPTIONAL},
             validate="cheap",
         )
+        sparse._set(free_ends=self.free_ends)
+        return sparse
 
     def _check_rows(self) -> None:
         validation.check_rows(self.transition, self._continuing())
@@ -429,6 +444,7 @@ class SparseMDP(_MDP):
     log_reference: Tensor = field(init=False)
     batch_shape: tuple[int, ...] = field(init=False)
 
+    @validation.within_memory
     def __post_init__(self, validate: Level) -> None:
         validation.check_level(validate)
         self._promote()
@@ -461,7 +477,7 @@ class SparseMDP(_MDP):
             raise SparseFormatError(
                 f"transition is {got}", allowed="torch.sparse_csr", fix="call to_sparse_csr() on it"
             )
-        states, actions = reward.shape[-2:]
+        states, actions = validation.as_floating("reward", reward).shape[-2:]
         if tuple(transition.shape) != (states * actions, states):
             raise ShapeError(
                 f"transition has shape {tuple(transition.shape)}",
@@ -476,7 +492,7 @@ class SparseMDP(_MDP):
         cls, transition: Any, reward: Tensor, discount: float | Tensor, **options: Any
     ) -> Self:
         """From a SciPy sparse matrix (S·A, S), or a list of A matrices (S, S), one per action."""
-        states, actions = reward.shape[-2:]
+        states, actions = validation.as_floating("reward", reward).shape[-2:]
         matrices = list(transition) if isinstance(transition, Sequence) else [transition]
         per_action = isinstance(transition, Sequence)
         want = (states, states) if per_action else (states * actions, states)
@@ -487,6 +503,12 @@ class SparseMDP(_MDP):
                 fix="give one (S, S) matrix per action",
             )
         for matrix in matrices:
+            if not hasattr(matrix, "tocsr"):
+                raise SparseFormatError(
+                    f"transition holds a {type(matrix).__name__}",
+                    allowed="SciPy sparse matrices",
+                    fix="pass scipy.sparse.csr_array(matrix) for each dense matrix",
+                )
             if tuple(matrix.shape) != want:
                 raise ShapeError(
                     f"transition has shape {tuple(matrix.shape)}",
@@ -510,13 +532,15 @@ class SparseMDP(_MDP):
         flat = self.values.new_zeros((*batch, self.states * self.actions * self.states))
         flat = flat.index_add(-1, self.rows() * self.states + self.col, self.values)
         shape = (*batch, self.states, self.actions, self.states)
-        return DenseMDP(
+        dense = DenseMDP(
             self.reward,
             flat.reshape(shape),
             self.discount,
             **{name: getattr(self, name) for name in _OPTIONAL},
             validate="cheap",
         )
+        dense._set(free_ends=self.free_ends)
+        return dense
 
     def _check_rows(self) -> None:
         validation.check_sparse_rows(
@@ -558,7 +582,7 @@ def load(
         raise FileFormatError(
             f"{os.fspath(path)} has format {found}",
             allowed=str(_FORMAT),
-            fix="write it again with save()",
+            fix=FOREIGN,
         )
     for kind, own in kinds.items():
         if required | own <= tensors.keys() <= required | own | set(_OPTIONAL):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from birl_ext.errors import OptionError, TemperatureError
+from birl_ext import validation
+from birl_ext.errors import OptionError
 from birl_ext.functional import solve
 from birl_ext.solution import Solution
 
@@ -25,19 +26,26 @@ class SoftPlanner(nn.Module):
         discount: γ in [0, 1), per step.
         temperature: τ > 0, units of reward: its value, or its start if it is learned.
         transition: P, (*B, S, A, S), kept as a buffer; None: given at each call.
-        learn_temperature: make log τ a parameter.
-        options: further keyword arguments of `birl_ext.solve`, such as mask, terminal, method, tol.
+        learn_temperature: make log τ a parameter, (1,), in the dtype of the transition, by default
+            that of new modules.
+        mask, terminal, reference, initial: as in `birl_ext.solve`, kept as buffers.
+        options: further keyword arguments of `birl_ext.solve`, such as method and tol.
 
     Shapes: reward (*B, S, A) → Solution with value (*B, S) and policy (*B, S, A).
 
-    Converted to another dtype, log τ stays float64 and P is never narrower than float32; a widened
-    P is divided by its row sums, as by `DenseMDP.to`.
+    Converted to another dtype, a learned log τ follows, as every parameter does. One that is not
+    learned stays float64, and P is never narrower than float32; a widened P is divided by its row
+    sums, as by `DenseMDP.to`.
 
     Gradients: reward, transition, temperature; see `birl_ext.solve`.
     """
 
     log_temperature: Tensor
     transition: Tensor | None
+    mask: Tensor | None
+    terminal: Tensor | None
+    reference: Tensor | None
+    initial: Tensor | None
 
     def __init__(
         self,
@@ -46,19 +54,33 @@ class SoftPlanner(nn.Module):
         temperature: float,
         transition: Tensor | None = None,
         learn_temperature: bool = False,
+        mask: Tensor | None = None,
+        terminal: Tensor | None = None,
+        reference: Tensor | None = None,
+        initial: Tensor | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise TemperatureError(f"temperature is {temperature!r}", allowed="(0, inf)")
+        validation.check_temperature(temperature)
         self.discount = discount
         self.options = options
-        start = torch.tensor(math.log(temperature), dtype=torch.float64)
+        buffers = {
+            "transition": transition,
+            "mask": mask,
+            "terminal": terminal,
+            "reference": reference,
+            "initial": initial,
+        }
+        validation.check_flags("mask", mask)
+        validation.check_flags("terminal", terminal)
+        for name, buffer in buffers.items():
+            self.register_buffer(name, validation.as_tensor(name, buffer))
+        start = torch.tensor([math.log(temperature)], dtype=torch.float64)
         if learn_temperature:
-            self.log_temperature = nn.Parameter(start)
+            dtype = torch.get_default_dtype() if transition is None else transition.dtype
+            self.log_temperature = nn.Parameter(start.to(dtype))
         else:
             self.register_buffer("log_temperature", start)
-        self.register_buffer("transition", transition)
 
     def forward(self, reward: Tensor, transition: Tensor | None = None) -> Solution:
         """Solve for rewards (*B, S, A); a transition given here takes the place of the buffer."""
@@ -73,16 +95,21 @@ class SoftPlanner(nn.Module):
             reward,
             given,
             discount=self.discount,
-            temperature=self.log_temperature.exp(),
+            temperature=self.log_temperature.double().exp().squeeze(0),
+            mask=self.mask,
+            terminal=self.terminal,
+            reference=self.reference,
+            initial=self.initial,
             **self.options,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftPlanner:
-        exact, rows = (self.log_temperature, self.log_temperature.grad), self.transition
+        rows = self.transition
+        exact = None if isinstance(self.log_temperature, nn.Parameter) else self.log_temperature
 
         def convert(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if any(tensor is one for one in exact):
+            if tensor is exact:
                 return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
             if tensor is not rows or moved.dtype == tensor.dtype:
                 return moved
@@ -95,6 +122,16 @@ class SoftPlanner(nn.Module):
 
         super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """State dicts of the time when log τ was 0-d hold no mask and the like."""
+        key = f"{prefix}log_temperature"
+        former = state_dict.get(key)
+        if isinstance(former, Tensor) and former.dim() == 0:
+            state_dict[key] = former.reshape(1).to(self.log_temperature.dtype)
+            for name, buffer in self.named_buffers(prefix.removesuffix("."), recurse=False):
+                state_dict.setdefault(name, buffer)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         temperature = float(self.log_temperature.detach().exp())

@@ -10,13 +10,17 @@ range; a transition or a policy that is no distribution is not found out there.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Mapping
-from typing import Any, Literal
+import re
+from collections.abc import Callable, Mapping, Sized
+from typing import Any, Literal, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 from birl_ext.errors import (
     BirlError,
@@ -41,12 +45,15 @@ __all__ = [
     "Level",
     "as_floating",
     "as_number",
+    "as_tensor",
+    "below_zero",
     "broadcast_batches",
     "check_actions",
     "check_crow_col",
     "check_dense_shapes",
     "check_devices",
     "check_discount",
+    "check_flags",
     "check_initial",
     "check_initial_distribution",
     "check_level",
@@ -63,9 +70,13 @@ __all__ = [
     "is_concrete",
     "row_sum_tolerance",
     "status_error",
+    "within_memory",
 ]
 
 Level = Literal["full", "cheap", "off"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T", Tensor, Tensor | None)
 
 _LEVELS = ("full", "cheap", "off")
 _HALF = (torch.float16, torch.bfloat16)
@@ -111,14 +122,45 @@ def is_concrete(*tensors: Tensor | float | None) -> bool:
 # Dtypes and devices
 
 
-def as_floating(name: str, tensor: Tensor) -> Tensor:
-    """The tensor in float32 or float64; half precision is promoted to float32, all else refused."""
+def as_tensor(name: str, tensor: T) -> T:
+    """The tensor, or None, as it is; DtypeError for anything else, and for tensors that hold their
+    numbers in another way.
+    """
+    if tensor is None:
+        return tensor
     if not isinstance(tensor, Tensor):
+        options = "" if hasattr(tensor, "dtype") else ", dtype=torch.float64"
         raise DtypeError(
             f"{name} is a {type(tensor).__name__}",
-            allowed="torch.Tensor of float32 or float64",
-            fix=f"pass torch.as_tensor({name})",
+            allowed="a torch.Tensor",
+            fix=f"pass torch.as_tensor({name}{options})",
         )
+    if isinstance(tensor, MaskedTensor):
+        raise DtypeError(
+            f"{name} is a MaskedTensor",
+            allowed="a dense torch.Tensor",
+            fix=f"pass {name}.get_data(), and its mask as the argument `mask`",
+        )
+    if tensor.is_nested:
+        raise DtypeError(
+            f"{name} is a nested tensor",
+            allowed="a dense torch.Tensor",
+            fix="call the function once for each of its parts, or pad them to one size",
+        )
+    if tensor.layout is not torch.strided:
+        sparse = name == "transition"
+        raise DtypeError(
+            f"{name} has layout {_short(tensor.layout)}",
+            allowed="a dense torch.Tensor" + (", or a SparseMDP" if sparse else ""),
+            fix=f"pass {name}.to_dense()"
+            + (", or build SparseMDP.from_torch of its CSR form (S·A, S)" if sparse else ""),
+        )
+    return tensor
+
+
+def as_floating(name: str, tensor: Tensor) -> Tensor:
+    """The tensor in float32 or float64; half precision is promoted to float32, all else refused."""
+    as_tensor(name, tensor)
     if tensor.dtype in _STORAGE:
         return tensor
     if tensor.dtype in _HALF:
@@ -128,6 +170,21 @@ def as_floating(name: str, tensor: Tensor) -> Tensor:
         allowed="float32, float64; float16 and bfloat16 are promoted to float32",
         fix=f"pass {name}.to(torch.float64)",
     )
+
+
+def check_flags(name: str, flags: Tensor | None) -> None:
+    """Raise DtypeError unless `flags` is a tensor of bool, or None."""
+    if flags is not None and not isinstance(flags, Tensor):
+        raise DtypeError(
+            f"{name} is {type(flags).__name__}",
+            allowed="a bool tensor",
+            fix=f"pass torch.as_tensor({name}, dtype=torch.bool)",
+        )
+    as_tensor(name, flags)
+    if flags is not None and flags.dtype != torch.bool:
+        raise DtypeError(
+            f"{name} is {_short(flags.dtype)}", allowed="a bool tensor", fix=f"pass {name} != 0"
+        )
 
 
 def as_number(name: str, value: float | Tensor) -> float | Tensor:
@@ -190,13 +247,98 @@ def check_memory(
         )
 
 
+def within_memory(function: F) -> F:
+    """Where memory runs out, SizeLimitError says so, with the bytes."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            shortage = _shortage(error, [*args, *kwargs.values()])
+            if shortage is None:
+                raise
+            raise shortage from error
+
+    return cast(F, call)
+
+
+_ASKED = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGT]iB)", re.IGNORECASE)
+_UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def _shortage(error: BaseException, given: list[Any]) -> SizeLimitError | None:
+    """The error of the catalogue, if memory could not be had for what was `given`."""
+    asked = _ASKED.search(str(error))
+    if asked:
+        needed = f"{round(float(asked[1]) * _UNITS[asked[2][0].lower()])} bytes more"
+    elif isinstance(error, MemoryError):
+        for model in [x for x in given if hasattr(x, "__dict__") and not isinstance(x, Tensor)]:
+            given = [*given, *vars(model).values()]
+        size = sum(x.numel() * x.itemsize for x in given if isinstance(x, Tensor))
+        needed = f"more than the {size} bytes of its tensors"
+    else:
+        return None
+    return SizeLimitError(
+        f"the problem needs {needed}",
+        allowed="what memory is free",
+        fix="solve it in smaller batches, in float32, or as a SparseMDP",
+    )
+
+
 # Shapes
 
 
 def check_dense_shapes(reward: Tensor, transition: Tensor) -> None:
     """Raise ShapeError unless reward is (*B, S, A) and transition (*B, S, A, S), S, A > 0."""
     states, actions = _states_and_actions(reward)
-    _check_event_shape("transition", transition, (states, actions, states), "S, A, S")
+    want, found = (states, actions, states), tuple(transition.shape[-3:])
+    if found == want:
+        return
+    if found == (actions, states, actions) and states != actions:
+        raise ShapeError(
+            f"reward has shape {tuple(reward.shape)}",
+            allowed=f"(*B, S, A) = (*B, {actions}, {states}), by the transition",
+            fix="pass reward.transpose(-2, -1)",
+        )
+    fix = "let the last axes of transition agree with reward (*B, S, A)"
+    if sorted(found) == sorted(want):
+        fix = f"pass {_order(transition, want)}"
+    raise ShapeError(
+        f"transition has shape {tuple(transition.shape)}",
+        allowed=f"(*B, S, A, S) = (*B, {states}, {actions}, {states})",
+        fix=fix,
+    )
+
+
+# how P(t|s,a) is read from arrays whose last axes come in another order
+_ORDERS = (
+    "transpose(-3, -2)",  # (A, S, S): a, s, t
+    "transpose(-2, -1)",  # (S, S, A): s, t, a
+    "movedim(-3, -1)",  # (S, S, A): t, s, a
+    "movedim(-1, -3)",  # (A, S, S): a, t, s
+    "transpose(-3, -1)",  # (S, A, S): t, a, s
+)
+
+
+def _order(transition: Tensor, shape: tuple[int, ...]) -> str:
+    """The expression that brings the axes into order: the first after which all rows sum to one,
+    else the first that gives this shape; empty where none does.
+    """
+    fitting = ""
+    for order in _ORDERS:
+        method, axes = order.rstrip(")").split("(")
+        moved: Tensor = getattr(transition, method)(*map(int, axes.split(",")))
+        if tuple(moved.shape[-3:]) != shape:
+            continue
+        expression = f"transition.{order}"
+        fitting = fitting or expression
+        if is_concrete(transition):
+            total = moved.sum(-1, dtype=torch.float64)
+            tolerance = row_sum_tolerance(transition.dtype, shape[0])
+            if ((total - 1).abs() <= tolerance).all():
+                return expression
+    return fitting if tuple(transition.shape[-3:]) != shape else ""
 
 
 def check_sparse_shapes(reward: Tensor, values: Tensor, crow: Tensor, col: Tensor) -> None:
@@ -237,12 +379,9 @@ def check_state_shapes(
         ("mask", mask, (states, actions), "S, A"),
         ("terminal", terminal, (states,), "S"),
     ):
-        if flags is None:
-            continue
-        if not isinstance(flags, Tensor) or flags.dtype != torch.bool:
-            got = _short(flags.dtype) if isinstance(flags, Tensor) else type(flags).__name__
-            raise DtypeError(f"{name} is {got}", allowed="a bool tensor", fix=f"pass {name} != 0")
-        _check_event_shape(name, flags, shape, letters)
+        check_flags(name, flags)
+        if flags is not None:
+            _check_event_shape(name, flags, shape, letters)
     if reference is not None:
         _check_event_shape("reference", reference, (states, actions), "S, A")
     if initial_distribution is not None:
@@ -321,7 +460,12 @@ def check_temperature(temperature: float | Tensor, *, data: bool = True) -> None
 
 def row_sum_tolerance(dtype: torch.dtype, states: int) -> float:
     """How far from one a row of P may sum: the user's own rounding plus that of S additions."""
-    return _ROW_SUM_TOLERANCE[dtype] + states * torch.finfo(dtype).eps
+    return _ROW_SUM_TOLERANCE[dtype] + below_zero(dtype, states)
+
+
+def below_zero(dtype: torch.dtype, terms: int) -> float:
+    """How far below zero a probability may lie: what is left of one after S subtractions."""
+    return terms * torch.finfo(dtype).eps
 
 
 def check_reward(reward: Tensor) -> None:
@@ -345,19 +489,20 @@ def check_rows(transition: Tensor, continuing: Tensor | None) -> None:
     states = transition.shape[-1]
     total = transition.sum(-1, dtype=torch.float64)
     tolerance = row_sum_tolerance(transition.dtype, states)
-    fine = ((total - 1).abs() <= tolerance) & (transition.amin(-1) >= 0)
+    least = -below_zero(transition.dtype, states)
+    fine = ((total - 1).abs() <= tolerance) & (transition.amin(-1) >= least)
     if _all_fine(fine, continuing):
         return
     for bad, error in (
         (~torch.isfinite(transition), _probability_error),
-        (transition < 0, _negative_error),
+        (transition < least, _negative_error),
     ):
         if bad.any():
             (*batch, state, action, following), value = _first(bad, transition)
             raise error(value, _place(batch, state=state, action=action, next_state=following))
     (*batch, state, action), value = _first(_bad_rows(fine, continuing), total)
     where = _place(batch, state=state, action=action)
-    raise _row_sum_error(value, where, transition.dtype, states)
+    raise _row_sum_error(value, where, transition.dtype, states, transition)
 
 
 def check_crow_col(crow: Tensor, col: Tensor, states: int) -> None:
@@ -406,7 +551,7 @@ def check_sparse_rows(
     total = total.index_add(-1, rows, values.to(torch.float64))
     total = total.reshape(*values.shape[:-1], states, actions)
     fine = (total - 1).abs() <= row_sum_tolerance(values.dtype, states)
-    wrong = ~((values >= 0) & torch.isfinite(values))
+    wrong = ~((values >= -below_zero(values.dtype, states)) & torch.isfinite(values))
     if not wrong.any() and _all_fine(fine, continuing):
         return
     if wrong.any():
@@ -446,7 +591,7 @@ def check_reference(reference: Tensor, available: Tensor | None) -> None:
 def check_initial_distribution(initial: Tensor) -> None:
     """Raise unless ρ, (*B, S), is a probability vector."""
     _check_finite("initial_distribution", initial, allowed="finite numbers in [0, 1]")
-    bad = initial < 0
+    bad = initial < -below_zero(initial.dtype, initial.shape[-1])
     if bad.any():
         (*batch, state), value = _first(bad, initial)
         raise InitialDistributionError(
@@ -475,7 +620,8 @@ def check_policy(policy: Tensor, forbidden: Tensor | None = None) -> None:
     """Raise PolicyError unless π, (*B, S, A), is a probability distribution over the actions of
     every state, with nothing on those that are `forbidden`, (*B, S, A) bool.
     """
-    bad = ~(policy >= 0)  # NaN fails too; an infinity fails the sum
+    least = -below_zero(policy.dtype, policy.shape[-1])
+    bad = ~(policy >= least)  # NaN fails too; an infinity fails the sum
     if bad.any():
         (*batch, state, action), value = _first(bad, policy)
         raise PolicyError(
@@ -513,6 +659,7 @@ def status_error(
     *,
     shape: tuple[int, int],
     dtype: torch.dtype,
+    transition: Tensor | None = None,
     batch: tuple[int, ...] = (),
     crow: Tensor | None = None,
     col: Tensor | None = None,
@@ -525,6 +672,7 @@ def status_error(
         value: its info[4], the offending number.
         shape: (S, A).
         dtype: dtype of reward and transition.
+        transition: P, where a message may say more of it.
         batch: index of the problem in the caller's batch axes.
         crow: row pointers of a sparse transition.
         col: next states of a sparse transition.
@@ -540,7 +688,7 @@ def status_error(
         return (_negative_error if status == 11 else _probability_error)(value, where)
     row_place = _place(batch, state=location // actions, action=location % actions)
     if status == 10:
-        return _row_sum_error(value, row_place, dtype, states)
+        return _row_sum_error(value, row_place, dtype, states, transition)
     if status == 13:
         return _reward_error(value, row_place)
     if status == 17:
@@ -554,9 +702,31 @@ def status_error(
     raise ValueError(f"status {status} does not describe an input")
 
 
-def _row_sum_error(value: float, where: str, dtype: torch.dtype, states: int) -> BirlError:
-    allowed = f"1 ± {row_sum_tolerance(dtype, states):.3g} for {_short(dtype)}"
-    return NonStochasticError(f"transition row sums to {value:.12g}", where=where, allowed=allowed)
+def _row_sum_error(
+    value: float, where: str, dtype: torch.dtype, states: int, dense: Tensor | None = None
+) -> BirlError:
+    tolerance = row_sum_tolerance(dtype, states)
+    order = "" if dense is None else _order(dense, tuple(dense.shape[-3:]))
+    if order:
+        fix = f"pass {order}, whose rows sum to one"
+    elif abs(value) <= tolerance:
+        fix = (
+            "if the state lacks this action, set `mask` to False there; "
+            "if the process ends there, mark the state in `terminal`"
+        )
+    elif value < 1:
+        fix = (
+            "normalise the row if it should sum to one; if the process ends there with the rest, "
+            "send the rest to an absorbing state that is True in `terminal` and False in `mask`"
+        )
+    else:
+        fix = "normalise the row"
+    return NonStochasticError(
+        f"transition row sums to {value:.12g}",
+        where=where,
+        allowed=f"1 ± {tolerance:.3g} for {_short(dtype)}",
+        fix=fix,
+    )
 
 
 def _negative_error(value: float, where: str) -> BirlError:
@@ -598,13 +768,19 @@ def _temperature_error(value: float, where: str) -> BirlError:
 
 
 def _number(name: str, value: Any) -> float:
+    """What stands for one number: ints, Fractions, arrays without axes; neither flags nor text."""
     try:
-        if not isinstance(value, str):
+        if not isinstance(value, (str, bool, np.bool_)) and not getattr(value, "ndim", 0):
             return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
+    several = isinstance(value, Sized) and not isinstance(value, str)
     raise DtypeError(
-        f"{name} is {value!r}", allowed="a number or a tensor", fix=f"pass {name} as a float"
+        f"{name} is {value!r}",
+        allowed="a number or a tensor",
+        fix=f"pass torch.as_tensor({name}, dtype=torch.float64)"
+        if several
+        else f"pass {name} as a float",
     )
 
 
@@ -651,5 +827,5 @@ def _place(
     return ", ".join(parts)
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _short(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")

@@ -40,11 +40,16 @@ Defect problem_defect(const Problem<Real>& problem, Rigour rigour, Index states,
   return {};
 }
 
+// What S subtractions leave of one: how far below zero a probability may lie.
+template <class Real>
+double below_zero(Index states) {
+  return static_cast<double>(states) * std::numeric_limits<Real>::epsilon();
+}
+
 // Rounding of single precision data, and of their sum, is no mistake.
 template <class Real>
 double row_sum_tolerance(Index states) {
-  return (sizeof(Real) == 4 ? 1e-5 : 1e-8) +
-         static_cast<double>(states) * std::numeric_limits<Real>::epsilon();
+  return (sizeof(Real) == 4 ? 1e-5 : 1e-8) + below_zero<Real>(states);
 }
 
 // Status codes 10 to 12, from row sums and row minima. Only a transition that fails is searched.
@@ -52,15 +57,16 @@ template <class Model>
 Defect transition_defect(const Model& model, Rigour rigour, const double* sum,
                          const double* least) {
   const double tolerance = row_sum_tolerance<typename Model::Real>(model.states);
+  const double lowest = -below_zero<typename Model::Real>(model.states);
   for (Index row = 0; row < model.states * model.actions; ++row) {
-    if (std::isfinite(sum[row]) && least[row] >= 0.0 &&
+    if (std::isfinite(sum[row]) && least[row] >= lowest &&
         ((sum[row] == 0.0 && rigour == Rigour::kOrEnding) || std::abs(sum[row] - 1.0) <= tolerance))
       continue;
     for (Index k = 0; k < model.count(); ++k)
       if (!std::isfinite(model.values[k]))
         return {Status::kNonFiniteProbability, k, static_cast<double>(model.values[k])};
     for (Index k = 0; k < model.count(); ++k)
-      if (model.values[k] < 0)
+      if (model.values[k] < lowest)
         return {Status::kNegativeProbability, k, static_cast<double>(model.values[k])};
     return {Status::kRowSum, row, sum[row]};
   }

@@ -237,6 +237,7 @@ def failure(
             value,
             shape=(reward.shape[-2], reward.shape[-1]),
             dtype=transition.dtype,
+            transition=None if sparse else transition,
             batch=batch,
             crow=crow if sparse else None,
             col=col if sparse else None,
@@ -245,8 +246,10 @@ def failure(
         Status.STAGNATED: (errors.StagnatedError, "stagnated"),
         Status.NON_FINITE: (errors.NonFiniteResultError, "overflowed"),
     }.get(code, (errors.NotConvergedError, "not converged"))
+    what, fix = f"{story}: certified error {bound:.3g} after {passes:.0f} passes", ""
+    if code == Status.NON_FINITE and not bool(
+        transition.isfinite().all() & reward.isfinite().all()
+    ):
+        what, fix = "a number given is not finite", 'use validate="full", which says where'
     others = f"{len(failed)} of {status.numel()} problems, the first in batch {batch}"
-    return kind(
-        f"{story}: certified error {bound:.3g} after {passes:.0f} passes",
-        where=others if batch else "",
-    )
+    return kind(what, where=others if batch else "", fix=fix)

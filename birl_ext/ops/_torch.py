@@ -17,7 +17,7 @@ from torch import Tensor
 from birl_ext.ops._refinement import drowns, refine
 from birl_ext.ops.rows import Data, Rows
 from birl_ext.solution import INFO, Info, Kernel, Method, Rigour, Status, info_table
-from birl_ext.validation import row_sum_tolerance
+from birl_ext.validation import below_zero, row_sum_tolerance
 
 __all__ = ["bellman", "policy_solve", "settle", "solve"]
 
@@ -499,7 +499,8 @@ def _factor(rows: Rows, weight: Tensor, discount: Tensor) -> tuple[Tensor, Tenso
     eye = torch.eye(rows.states, dtype=matrix.dtype, device=matrix.device)
     matrix = torch.where(usable, matrix, eye)
     lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
-    singular = info > 0  # 1 − γ is gone in rounding: so may as much again
+    # nor a singular one: where 1 − γ is gone in rounding, so may as much again
+    singular = (info > 0) & (discount < 1)
     if bool(singular.any()):
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix + EPS * singular[..., None, None] * eye)
     return lu, pivots
@@ -589,7 +590,8 @@ def _inspect(problem: Problem, transition: Tensor, validate: int) -> tuple[Tenso
     entries = problem.rows.data.flatten(1).unsqueeze(1)
     if validate and entries.shape[-1]:
         mark(~torch.isfinite(entries), entries, Status.NON_FINITE_TRANSITION)
-        mark(entries < 0, entries, Status.NEGATIVE_PROBABILITY)
+        lowest = -below_zero(transition.dtype, problem.rows.states)
+        mark(entries < lowest, entries, Status.NEGATIVE_PROBABILITY)
     if validate:
         sums = problem.rows.sums().flatten(2)
         slack = row_sum_tolerance(transition.dtype, problem.rows.states)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from birl_ext import _native
+from birl_ext.batching import Layout, absent, layout
 from birl_ext.ops import _backends
 from birl_ext.ops._registry import PLAIN, are_ordinary, is_first_order, nobody_listens
 from birl_ext.ops.solve import Saved, pull_back, resolved
@@ -36,7 +37,9 @@ class PlainSolve(torch.autograd.Function):
         temperature: float,
         validate: int,
     ) -> tuple[Any, ...]:
-        outputs, failed = _native.solve_plain(reward, transition, discount, temperature, validate)
+        outputs, failed = _native.solve_plain(
+            reward, transition, discount, temperature, validate, derivable=True
+        )
         _, _, advantage, policy, _, info, status, relative = outputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(info, status)
@@ -106,10 +109,19 @@ def _general(
 
 
 class Outcome(NamedTuple):
-    """What `ops.solve.solve` returns, and how many problems failed."""
+    """What `ops.solve.solve` returns, how many problems failed, and of which data."""
 
     outputs: tuple[Tensor, ...]
     failed: int
+    reward: Tensor
+    transition: Tensor
+
+    @property
+    def problem(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Layout]:
+        """transition, crow, col, reward and layout, for a message."""
+        nothing = absent(torch.int64, self.reward)
+        axes = layout(tuple(self.transition.shape[:-3]))
+        return self.transition, nothing, nothing, self.reward, axes
 
 
 def solve(
@@ -120,7 +132,7 @@ def solve(
     Plain are: strided, contiguous CPU tensors (*B, S, A) and (*B, S, A, S) of float32 or float64
     with the same batch axes, numbers γ and τ in range, eager mode, and a compiled module.
     """
-    if type(temperature) is int:
+    if type(temperature) is int and temperature < 2**53:
         temperature = float(temperature)
     if not (
         type(reward) in PLAIN
@@ -130,6 +142,7 @@ def solve(
         and 0.0 <= discount < 1.0
         and 0.0 < temperature < float("inf")
         and nobody_listens()
+        and not (reward.is_nested or transition.is_nested)  # which have no shape
     ):
         return None
     shape, dtype = reward.shape, reward.dtype
@@ -152,6 +165,8 @@ def solve(
     if torch.is_grad_enabled() and (reward.requires_grad or transition.requires_grad):
         apply: Any = super(torch.autograd.Function, PlainSolve).apply
         *outputs, failed = apply(reward, transition, discount, temperature, validate)
-        return Outcome(tuple(outputs[:7]), failed)
-    outputs, failed = _native.solve_plain(reward, transition, discount, temperature, validate)
-    return Outcome(outputs[:7], failed)
+        return Outcome(tuple(outputs[:7]), failed, reward, transition)
+    outputs, failed = _native.solve_plain(
+        reward, transition, discount, temperature, validate, derivable=False
+    )
+    return Outcome(outputs[:7], failed, reward, transition)

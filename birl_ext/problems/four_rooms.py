@@ -178,6 +178,7 @@ class FourRooms:
             DISCOUNT,
             terminal=self.goals.bool(),
         ).to_sparse()
+        self.mdp._set(free_ends=False)  # the entropy of a choice at a goal is meant
 
     def incentive(self, w: Tensor) -> Tensor:
         """c(s) = −0.2·softmax(w)_s without the slack, (*M, S)."""

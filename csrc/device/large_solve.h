@@ -326,12 +326,14 @@ class LargeSolving {
         PassRange::join);
   }
 
+  BIRL_DEVICE double spare() const {
+    return batch_.is_double ? below_zero<double>(S_) : below_zero<float>(S_);
+  }
+
   // 1/σ, zero without continuation, NaN where that is not allowed.
   BIRL_DEVICE double inverse(double sum, double negative) const {
     if (request_.validate != Rigour::kOff) {
-      const double tolerance = batch_.is_double
-                                   ? 1e-8 + static_cast<double>(S_) * kEps
-                                   : 1e-5 + static_cast<double>(S_) * 1.1920928955078125e-7;
+      const double tolerance = (batch_.is_double ? 1e-8 : 1e-5) + spare();
       const bool ends = sum == 0.0 && request_.validate == Rigour::kOrEnding;
       if (negative != 0.0 || !(ends || magnitude(sum - 1.0) <= tolerance)) return kInf - kInf;
     }
@@ -524,7 +526,7 @@ class LargeSolving {
       sum += p;
       if (!is_finite(p))
         found.non_finite = Findings::first(found.non_finite, k);
-      else if (p < 0.0)
+      else if (p < -spare())
         found.negative = Findings::first(found.negative, k);
     }
     if (row < found.row) {

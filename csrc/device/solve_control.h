@@ -38,6 +38,12 @@ BIRL_DEVICE double within(double start, double most) {
   return is_finite(start) ? smaller(larger(start, -most), most) : start;
 }
 
+// How far below zero a probability may lie, as in validate.h.
+template <class Real>
+BIRL_DEVICE double below_zero(Index states) {
+  return static_cast<double>(states) * (sizeof(Real) == 4 ? 1.1920928955078125e-7 : kEps);
+}
+
 enum class Mode : int { kValueIteration, kNewton };
 enum class Step : int { kStop, kAcceptSweep, kNewton };
 

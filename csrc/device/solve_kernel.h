@@ -209,16 +209,16 @@ class Solving {
     const double sum = entries.sum();
     m_.inverse_sum[row] = sum == 0.0 ? 0.0 : 1.0 / sum;
     found.longest = entries.count() > found.longest ? entries.count() : found.longest;
+    const double spare = below_zero<Real>(S_);
     bool signs_right = true;
     entries.scan([&](int i, Real p) {
       if (!(p - p == Real(0)))
         found.non_finite = Findings::first(found.non_finite, entries.start + i);
-      else if (p < Real(0))
+      else if (p < -spare)
         found.negative = Findings::first(found.negative, entries.start + i);
-      signs_right = signs_right && p >= Real(0);
+      signs_right = signs_right && p >= -spare;
     });
-    constexpr bool single = sizeof(Real) == 4;
-    const double tolerance = (single ? 1e-5 : 1e-8) + S_ * (single ? 1.1920928955078125e-7 : kEps);
+    const double tolerance = (sizeof(Real) == 4 ? 1e-5 : 1e-8) + spare;
     const bool ends = sum == 0.0 && given_.options.validate == Rigour::kOrEnding;
     if (!(signs_right && is_finite(sum) && (ends || magnitude(sum - 1.0) <= tolerance)) &&
         row < found.row) {

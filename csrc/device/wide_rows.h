@@ -10,6 +10,7 @@
 // Vectors of kRight columns lie column by column of a state, x[t·kRight + c].
 #pragma once
 
+#include "device/solve_control.h"
 #include "device/wide_layer.h"
 #include "device/wide_pattern.h"
 
@@ -75,6 +76,7 @@ BIRL_DEVICE bool rows_aligned(const Real* first, Index n) {
 template <bool kProducts, bool kInspect, class Real>
 BIRL_DEVICE void lane_sums(const Real* const (&row)[2], bool aligned_rows, Index n, int lane,
                            const Shifted& of, double* part) {
+  const double lowest = -below_zero<Real>(n);
 #if defined(__CUDACC__)
 #pragma unroll(kInspect || sizeof(Real) == 8 ? 1 : 2)
 #endif
@@ -107,7 +109,7 @@ BIRL_DEVICE void lane_sums(const Real* const (&row)[2], bool aligned_rows, Index
         if (kProducts) part[r] += static_cast<double>(p[r][j]) * w[j];
         if (!kInspect) continue;
         part[2 * kProducts + r] += static_cast<double>(p[r][j]);
-        part[2 * kProducts + 2 + r] += p[r][j] < Real(0) ? 1.0 : 0.0;
+        part[2 * kProducts + 2 + r] += p[r][j] < lowest ? 1.0 : 0.0;
       }
     }
   }
@@ -284,6 +286,7 @@ struct CsrWide {
     BIRL_DEVICE void rows(Index first, Index last, const Shifted& x, Take&& take) {
       constexpr int kSums = (kProducts ? 1 : 0) + (kInspect ? 2 : 0);
       const Index row1 = last * home_.actions;
+      const double lowest = -below_zero<Real>(home_.states);
       block_.template groups<kLanes>([&](const auto& g) {
         for (Index row = first * home_.actions + g.rank; row < row1; row += g.count) {
           double sums[kSums];
@@ -294,7 +297,7 @@ struct CsrWide {
               if (kProducts) part[0] += p * (x.x[home_.col[k]] - x.shift);
               if (!kInspect) continue;
               part[kSums - 2] += p;
-              part[kSums - 1] += p < 0.0 ? 1.0 : 0.0;
+              part[kSums - 1] += p < lowest ? 1.0 : 0.0;
             }
           });
           g.each([&](int lane) {
