@@ -16,7 +16,7 @@ Tolerance of a derivative of the policy or its logarithm, with A = Q − V: 1e-9
 1e-6·(max|dA|/τ)² at second order, with max|d log π| in place of max|dA|/τ if that is larger. Never
 less than what one rounding of the right side makes, c·ε·κN/τ
 (at second order with its square), where κ = `exact.condition` and N is the size of what drives the
-change: dr + d(γP)W, τ dμ/μ, dτ log A. A problem with κ > 1e5 is ill-conditioned: another factor κ,
+change: dr + d(γP)W, τ dμ/μ, dτ log A. A problem with κ > 1e6 is ill-conditioned: another factor κ,
 for a system that is known to ε has a solution that is known to εκ. How often either decides is
 counted.
 """
@@ -45,8 +45,8 @@ BACKENDS = ["torch"] if _native.reason("cpu") else ["cpu", "torch"]
 SHOWN = 3  # elements of a batch that are compared with the oracle
 TABLES = ("value", "q", "advantage", "policy", "log_policy")
 FIRST, SECOND = 1e-9, 1e-6  # what is asked of derivatives, see above
-ROUNDINGS = 100  # c above
-ILL = 1e5  # κ from which a problem counts as ill-conditioned
+ROUNDINGS = 4  # c above
+ILL = 1e6  # κ from which a problem counts as ill-conditioned
 SURELY_WELL, SURELY_ILL = 1e4, 1e8  # below, no IllConditionedWarning may come; above, one must
 TORCH_PASSES = 300  # a pass of the PyTorch backend takes a millisecond
 
@@ -246,7 +246,7 @@ def values(
     limited |= backend == "torch" and slow
     floor = 2.0**-53 * size / gap  # what a value can be known to
     if tol and status == Status.CONVERGED:
-        asked = tol * max(np.abs(exact_value).max(), np.abs(own["reward"].ravel()[open_]).max())
+        asked = tol * max(np.abs(exact_value).max(), temperature)
         outcome.hold(f"tol {where}", bound, 1.01 * asked + 4 * eps * largest, label)
     within = tol and tol > 4 * eps and tol * np.abs(exact_value).max() > 1e3 * floor
     if within and status == Status.STAGNATED:
@@ -761,7 +761,7 @@ def truth_along(
         if name in ("policy", "log_policy", "advantage"):
             unit = tau if name == "advantage" else 1.0
             units[name] = size * unit, size**2 * unit
-            floors[name] = driven * unit, driven**2 * unit
+            floors[name] = max(driven * unit, one_), max(driven**2 * unit, two)
         elif name in ("value", "q"):
             units[name] = max(one_, size * tau), max(two, size**2 * tau * mass)
             floors[name] = ill * max(one_, mass * drive), max(ill * two, driven**2 * tau * mass)
