@@ -460,7 +460,7 @@ def _checked(policy: Tensor, flat: Flat, model: Tensor | MDP, validate: validati
         if not isinstance(model, Tensor) and validation.is_concrete(model.mask, model.terminal):
             forbidden = model.forbidden()
         validation.check_policy(policy.detach(), forbidden)
-    wide = policy.double()
+    wide = policy.double().contiguous()  # the bits of a sum depend on the layout
     return flat.layout.grouped(wide / wide.sum(-1, keepdim=True), 2)
 
 
@@ -478,7 +478,7 @@ def _policy_system(
         *flat.pattern,
         policy,
         flat.discount,
-        rhs.unsqueeze(2),
+        rhs.contiguous().unsqueeze(2),
         _backend(backend, flat.reward.device),
     )
     # on a GPU the look would make the host wait
