@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from birl_ext import validation
-from birl_ext.batching import Flat, Layout, absent, flatten
+from birl_ext.batching import Flat, Layout, absent, flatten, layout
 from birl_ext.errors import (
     BackendUnavailableError,
     BirlError,
@@ -165,7 +165,9 @@ def solve(
             solution = _solution(outcome.outputs)
             if outcome.failed == 0 or on_fail == "status":
                 return solution
-            raise _failure(solution, outcome.outputs, *outcome.problem)
+            data, nothing = outcome.transition, absent(torch.int64, outcome.transition)
+            axes = layout(tuple(data.shape[:-3]))
+            raise _failure(solution, outcome.outputs, data, nothing, nothing, outcome.reward, axes)
     flat = _flat(
         reward,
         transition,
