@@ -246,8 +246,7 @@ def solve(
         outputs = (*outputs[:-1], status.masked_fill(status == 0, int(Status.STAGNATED)))
     solution = _assemble(flat, outputs)
     if raising and concrete and _any(outputs[-1]):
-        data = (flat.transition, *index, flat.reward, flat.layout)
-        error = _failure(solution, outputs, *data)
+        error = _failure(solution, outputs, flat.transition, *index, flat.reward, flat.layout)
         if out_of_reach and isinstance(error, StagnatedError):
             error = _too_tight(tol, rounded, solution)
         if initial is not None and isinstance(error, NonFiniteResultError):
