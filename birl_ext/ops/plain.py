@@ -1,7 +1,7 @@
 """`solve` for tensors that need no preparation: a short way to the same kernel and the same bits.
 
 On a small problem the general way (checks, normal form, dispatcher) takes ten times as long as the
-arithmetic. Whatever is unusual returns None here and goes there; so do errors.
+arithmetic. Whatever is unusual returns None here and goes there.
 """
 
 from __future__ import annotations
