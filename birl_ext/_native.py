@@ -385,8 +385,14 @@ def solve(
 
 
 def solve_plain(
-    reward: Tensor, transition: Tensor, discount: float, temperature: float, validate: int
-) -> tuple[tuple[Tensor, ...], int]:
+    reward: Tensor,
+    transition: Tensor,
+    discount: float,
+    temperature: float,
+    validate: int,
+    *,
+    derivable: bool,
+) -> tuple[tuple[Any, ...], int]:
     """`solve` without its checks and options, for one reward per transition and numbers γ and τ.
 
     Args:
@@ -394,6 +400,7 @@ def solve_plain(
         transition: (*B, S, A, S), as the reward.
         discount, temperature: for all problems.
         validate: a `Rigour`.
+        derivable: whether the last output is wanted, which derivatives need; else it is None.
 
     Returns:
         What `solve` returns, and how many problems failed.
@@ -401,7 +408,7 @@ def solve_plain(
     *batch, states, actions = shape = reward.shape
     double = torch.float64
     value = torch.empty(shape[:-1], dtype=double)
-    relative = torch.empty_like(value)
+    relative = torch.empty_like(value) if derivable else None
     q, advantage = torch.empty_like(reward), torch.empty_like(reward)
     policy, log_policy = torch.empty_like(reward), torch.empty_like(reward)
     info = torch.empty((*batch, INFO + states), dtype=double)
@@ -425,7 +432,7 @@ def solve_plain(
             temperature,
             0,
             value.data_ptr(),
-            relative.data_ptr(),
+            0 if relative is None else relative.data_ptr(),
             q.data_ptr(),
             advantage.data_ptr(),
             policy.data_ptr(),

@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 128 + signal.SIGPIPE
             if os.environ.get("BIRL_DEBUG"):
                 raise
-            _say(" ".join(str(error).split()))
+            _say(" ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split()))
             return 2
         except (MemoryError, RuntimeError) as error:
             if os.environ.get("BIRL_DEBUG") or not _out_of_memory(error):

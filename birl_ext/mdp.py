@@ -327,7 +327,8 @@ class DenseMDP(_MDP):
         discount: γ in [0, 1), per step; a number or a tensor (*B).
         mask: (*B, S, A) bool, True where the action is available; None means everywhere.
         terminal: (*B, S) bool, True where the process ends after the reward is paid. A terminal
-            state with no available action is worth zero. Its batch axes belong to P: a batch of
+            state with no available action is worth zero; one with a choice keeps the entropy of
+            it, τ log A where all actions pay the same. Its batch axes belong to P: a batch of
             terminals with a shared P makes a batch of P.
         reference: μ, (*B, S, A), positive weights of the actions; need not be normalised; None
             means μ ≡ 1, plain entropy regularisation.

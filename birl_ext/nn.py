@@ -71,6 +71,8 @@ class SoftPlanner(nn.Module):
             "reference": reference,
             "initial": initial,
         }
+        validation.check_flags("mask", mask)
+        validation.check_flags("terminal", terminal)
         for name, buffer in buffers.items():
             self.register_buffer(name, validation.as_tensor(name, buffer))
         start = torch.tensor([math.log(temperature)], dtype=torch.float64)

@@ -129,9 +129,7 @@ def as_tensor(name: str, tensor: T) -> T:
     if tensor is None:
         return tensor
     if not isinstance(tensor, Tensor):
-        flags = name in ("mask", "terminal")
-        kind = "torch.bool" if flags else "torch.float64"
-        options = "" if hasattr(tensor, "dtype") and not flags else f", dtype={kind}"
+        options = "" if hasattr(tensor, "dtype") else ", dtype=torch.float64"
         raise DtypeError(
             f"{name} is a {type(tensor).__name__}",
             allowed="a torch.Tensor",
@@ -176,6 +174,12 @@ def as_floating(name: str, tensor: Tensor) -> Tensor:
 
 def check_flags(name: str, flags: Tensor | None) -> None:
     """Raise DtypeError unless `flags` is a tensor of bool, or None."""
+    if flags is not None and not isinstance(flags, Tensor):
+        raise DtypeError(
+            f"{name} is {type(flags).__name__}",
+            allowed="a bool tensor",
+            fix=f"pass torch.as_tensor({name}, dtype=torch.bool)",
+        )
     as_tensor(name, flags)
     if flags is not None and flags.dtype != torch.bool:
         raise DtypeError(

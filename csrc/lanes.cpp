@@ -645,7 +645,7 @@ void result(const LaneResult<Real>& m) {
     store<Double>(values, value);
     for (Index lane = 0; lane < L && s + lane < S; ++lane) {
       m.value[s + lane] = values[lane];
-      m.relative[s + lane] = m.image[s + lane];
+      if (m.relative) m.relative[s + lane] = m.image[s + lane];
     }
     if ((s + L) % W != 0 && s + L < S) continue;
     const Index first = s / W * W, count = S - first < W ? S - first : W;

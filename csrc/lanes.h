@@ -47,7 +47,7 @@ struct LaneResult {
   const double* image;                        // and its image
   const double* log_reference;                // packed, or null
   double temperature, offset;                 // V = image + offset
-  double *value, *relative;                   // (S): V, and the image alone
+  double *value, *relative;                   // (S): V; the image alone, or null
   Real *q, *advantage, *policy, *log_policy;  // (S,A)
   double* scratch;                            // 6·width·A numbers
 };

@@ -18,15 +18,16 @@ struct Outcome {
 // Where one problem's results go: the tables in the type of P and r.
 template <class Real>
 struct Tables {
-  double *value, *relative;                   // (S): value = offset + relative
+  double *value, *relative;                   // (S): value = offset + relative, or null
   Real *q, *advantage, *policy, *log_policy;  // (S,A)
 };
 
 template <class Real>
 Tables<Real> tables_at(const Solve& request, Index i, Index S, Index A) {
   const auto at = [&](void* table) { return static_cast<Real*>(table) + i * S * A; };
-  return {request.value + i * S, request.relative + i * S, at(request.q),
-          at(request.advantage), at(request.policy),       at(request.log_policy)};
+  return {request.value + i * S, request.relative ? request.relative + i * S : nullptr,
+          at(request.q),         at(request.advantage),
+          at(request.policy),    at(request.log_policy)};
 }
 
 // The tables from q', the soft maximum of it, and the policy; V = image + offset.
@@ -37,7 +38,7 @@ void hand_out(const Problem<Real>& problem, Index S, Index A, const double* q, c
   for (Index s = 0; s < S; ++s) {
     const double value = image[s] + offset;
     out.value[s] = value;
-    out.relative[s] = image[s];
+    if (out.relative) out.relative[s] = image[s];
     for (Index row = s * A; row < (s + 1) * A; ++row) {
       const bool masked = problem.log_reference && problem.log_reference[row] == -kInf;
       const double advantage = masked ? 0.0 : q[row] - image[s];
@@ -92,7 +93,7 @@ void report(const Solve& request, Index i, const Defect& defect, double temperat
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   const Tables<Real> out = tables_at<Real>(request, i, S, A);
   std::fill_n(out.value, S, nan);
-  std::fill_n(out.relative, S, nan);
+  if (out.relative) std::fill_n(out.relative, S, nan);
   for (Real* table : {out.q, out.advantage, out.policy, out.log_policy})
     std::fill_n(table, S * A, static_cast<Real>(nan));
   report(request, i, {defect.status, nan, nan, 0, 0, nan}, temperature, kernel, S);

@@ -9,7 +9,7 @@ namespace birl {
 struct Solve {
   const double* initial;  // (N,G,S) or null
   double* value;          // (N,G,S)
-  double* relative;       // (N,G,S): value − the constant kOffset of info, with digits of its own
+  double* relative;       // (N,G,S): value − the constant kOffset of info, to full digits; or null
   void* q;                // (N,G,S,A), as the next three in the type of P and r
   void* advantage;        // q − value, from the relative form and so more exact
   void* policy;

@@ -1,8 +1,9 @@
-"""SoftPlanner in other dtypes: its temperature and its transition stay what they were."""
+"""SoftPlanner as a module: dtypes, parameters, buffers, state dicts."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -30,16 +31,87 @@ def test_a_widened_planner_solves() -> None:
     torch.testing.assert_close(solution.value, want.value, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_narrowed_planner_keeps_its_temperature(dtype: torch.dtype, learn: bool) -> None:
-    layer = planner(torch.float64, learn_temperature=learn)
-    if learn:
-        layer(REWARD).value.sum().backward()
-    layer = layer.to(dtype)
+def test_a_narrowed_planner_keeps_its_temperature(dtype: torch.dtype) -> None:
+    layer = planner(torch.float64).to(dtype)
     assert layer.log_temperature.item() == math.log(0.1)
-    assert isinstance(layer.log_temperature, torch.nn.Parameter) == learn
     assert layer.transition is not None
     assert layer.transition.dtype == torch.float32
-    layer(REWARD.to(dtype)).value.sum().backward() if learn else layer(REWARD.to(dtype))
-    assert not learn or layer.log_temperature.grad.dtype == torch.float64
+    assert layer(REWARD.to(dtype)).value.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_learned_temperature_is_a_parameter_like_any_other(dtype: torch.dtype) -> None:
+    """One axis, and the dtype of its module: sharded and compiled optimisers take nothing else."""
+    network = torch.nn.Sequential(
+        torch.nn.Linear(3, 2, dtype=dtype), planner(dtype, learn_temperature=True)
+    )
+    features = torch.linspace(-1, 1, 15, dtype=dtype).reshape(5, 3)
+    network(features).value.sum().backward()
+    for parameter in network.parameters():
+        assert parameter.dim() >= 1
+        assert parameter.dtype == dtype
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == dtype
+        assert parameter.grad.abs().sum() > 0
+    flat = torch.nn.utils.parameters_to_vector(network.parameters())
+    assert flat.dtype == dtype
+    torch.nn.utils.vector_to_parameters(1.1 * flat, network.parameters())
+    assert network(features).value.dtype == dtype
+    narrow = network.to(torch.bfloat16)
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    assert narrow[1](REWARD.bfloat16()).value.isfinite().all()
+
+
+def restricted(**options: Any) -> SoftPlanner:
+    transition = planner(torch.float64).transition
+    mask = torch.ones(5, 2, dtype=torch.bool)
+    mask[0, 1] = mask[4, 0] = False
+    return SoftPlanner(
+        discount=0.9,
+        temperature=0.1,
+        transition=transition,
+        mask=mask,
+        terminal=torch.arange(5) == 4,
+        reference=torch.linspace(0.5, 1, 10, dtype=torch.float64).reshape(5, 2),
+        initial=torch.zeros(5, dtype=torch.float64),
+        **options,
+    )
+
+
+def test_what_restricts_a_planner_moves_and_is_stored_with_it() -> None:
+    layer = restricted()
+    names = {"transition", "mask", "terminal", "reference", "initial", "log_temperature"}
+    assert set(layer.state_dict()) == names
+    other = restricted()
+    with torch.no_grad():
+        for buffer in other.buffers():
+            buffer.zero_()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(REWARD).policy, layer(REWARD).policy)
+    assert all(buffer.is_meta for buffer in restricted().to("meta").buffers())
+    single = layer.float()
+    assert single.mask is not None
+    assert single.mask.dtype == torch.bool
+    assert single(REWARD.float()).policy.dtype == torch.float32
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("learn", [False, True])
+def test_former_state_dicts_are_read(learn: bool, assign: bool) -> None:
+    """Those in which log τ has no axis and is float64, and which hold no mask and the like."""
+    layer = torch.nn.Sequential(restricted(learn_temperature=learn))
+    state = {"0.log_temperature": torch.tensor(math.log(0.3), dtype=torch.float64)}
+    state["0.transition"] = layer[0].transition.flip(0)
+    layer.load_state_dict(state, assign=assign)
+    assert layer[0].log_temperature.shape == (1,)
+    want = restricted()
+    want.log_temperature.fill_(math.log(0.3))
+    want.transition = state["0.transition"]
+    torch.testing.assert_close(layer(REWARD).value, want(REWARD).value, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["transition", "mask", "terminal", "reference", "initial"])
+def test_what_is_no_tensor_is_refused(name: str) -> None:
+    with pytest.raises(birl_ext.errors.DtypeError, match=f"E302 {name} is"):
+        SoftPlanner(discount=0.9, temperature=0.1, **{name: [1.0, 0.0]})

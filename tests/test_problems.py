@@ -26,6 +26,7 @@ from birl_ext.errors import (
     UninformativeDataError,
 )
 from birl_ext.problems import PROBLEMS
+from birl_ext.problems import bus as bus_module
 from birl_ext.problems.bus import BusConfig, BusData, BusJob, bus_problem, load_bus_data
 from birl_ext.problems.random_mdp import RandomMDPConfig, RandomMDPJob, random_mdp_problem
 
@@ -550,6 +551,33 @@ def test_costs_that_the_data_leave_open_have_no_standard_errors(
     assert summary["standard_errors"] is None
     if not summary["identified"]:
         assert summary["undetermined"].keys() == set(job.names)
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.9, 0.99])
+@pytest.mark.parametrize("cost", ["linear", "sqrt", "hyperbolic"])
+def test_a_likelihood_that_only_flattens_out_has_not_converged(
+    cost: str, discount: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Separable data, had they not been refused: φ falls towards 0 for ever, by less and less."""
+    monkeypatch.setattr(bus_module, "_require_information", lambda *given: None)
+    job = bus_of(tmp_path, [(50, 0)] * 10 + [(0, 5)] * 10, cost=cost, discount=discount)
+    with contextlib.suppress(UndeterminedError):
+        finished(job)
+        assert job.summary()["objective"] < 1e-6
+        assert job.summary()["converged"] is False
+        assert job.summary()["standard_errors"] is None
+
+
+def test_a_decrement_alone_is_no_convergence() -> None:
+    """Where one more step would still move the choices, whatever it does to φ."""
+    job = BusJob(BusConfig())
+    finished(job)
+    best = job.newton.x
+    for shift, converged in ((1e-6, True), (0.1, False)):
+        job.newton.x, job.newton.decrement = best + shift, 0.0
+        assert job.summary()["converged"] is converged
+        assert job.summary()["identified"]
+        assert (job.summary()["standard_errors"] is not None) is converged
 
 
 @pytest.mark.parametrize("seed", range(8))

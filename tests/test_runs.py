@@ -342,7 +342,8 @@ def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path):
         (path / "checkpoints" / name).mkdir()
         (path / "checkpoints" / name / "tensors.pt").write_bytes(b"half")
     loop.run(*again(path))
-    assert os.listdir(path / "checkpoints") == ["step-00000002.0"]
+    names = ["step-00000000.0", "step-00000002.0"]
+    assert sorted(os.listdir(path / "checkpoints")) == names
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError])
@@ -528,9 +529,13 @@ def test_a_job_that_raises_lets_go_of_its_files(tmp_path):
     job, directory = start(tmp_path / "run", steps=6)
     job = FilingJob(job.config)
     job.step = lambda: 1 / 0
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as raised:
         loop.run(job, directory)
     assert job.detached == 1
+    (note,) = raised.value.__notes__
+    assert note.endswith(f"checkpoint of step 0: birl run --resume {directory.path}")
+    loop.run(*again(directory.path))  # as it says
+    assert len(directory.history()) == 6
 
 
 def test_a_job_may_write_files_of_its_own(tmp_path):

@@ -1,7 +1,7 @@
 """`solve` for tensors that need no preparation: a short way to the same kernel and the same bits.
 
 On a small problem the general way (checks, normal form, dispatcher) takes ten times as long as the
-arithmetic. Whatever is unusual returns None here and goes there; so do errors.
+arithmetic. Whatever is unusual returns None here and goes there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from birl_ext import _native
-from birl_ext.batching import Layout, absent, layout
 from birl_ext.ops import _backends
 from birl_ext.ops._registry import PLAIN, are_ordinary, is_first_order, nobody_listens
 from birl_ext.ops.solve import Saved, pull_back, resolved
@@ -37,7 +36,9 @@ class PlainSolve(torch.autograd.Function):
         temperature: float,
         validate: int,
     ) -> tuple[Any, ...]:
-        outputs, failed = _native.solve_plain(reward, transition, discount, temperature, validate)
+        outputs, failed = _native.solve_plain(
+            reward, transition, discount, temperature, validate, derivable=True
+        )
         _, _, advantage, policy, _, info, status, relative = outputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(info, status)
@@ -114,13 +115,6 @@ class Outcome(NamedTuple):
     reward: Tensor
     transition: Tensor
 
-    @property
-    def problem(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Layout]:
-        """transition, crow, col, reward and layout, for a message."""
-        nothing = absent(torch.int64, self.reward)
-        axes = layout(tuple(self.transition.shape[:-3]))
-        return self.transition, nothing, nothing, self.reward, axes
-
 
 def solve(
     reward: Any, transition: Any, discount: Any, temperature: Any, validate: int
@@ -164,5 +158,7 @@ def solve(
         apply: Any = super(torch.autograd.Function, PlainSolve).apply
         *outputs, failed = apply(reward, transition, discount, temperature, validate)
         return Outcome(tuple(outputs[:7]), failed, reward, transition)
-    outputs, failed = _native.solve_plain(reward, transition, discount, temperature, validate)
+    outputs, failed = _native.solve_plain(
+        reward, transition, discount, temperature, validate, derivable=False
+    )
     return Outcome(outputs[:7], failed, reward, transition)

@@ -51,7 +51,8 @@ def run(
     """Run a job to its end, or until a signal, from its newest checkpoint if it has one.
 
     A signal ends the run after the step at work, with a checkpoint; a second Ctrl-C ends it at
-    once, with the checkpoint before. A job that raises leaves its last checkpoint too.
+    once, with the checkpoint before. A job that raises leaves its last checkpoint too, and a note
+    on its error says which.
 
     Args:
         job: built from ``directory.config``.
@@ -94,8 +95,10 @@ def run(
         ):
             saved = step if found else None
             saver = Saver(job, store, logger, metrics, clock, pace, saved=saved)
+            saver.save(step)  # for a first step that fails
             while not job.done and not stop:
-                values = checked_metrics(job.step(), job)
+                with _told_where(saver, directory):
+                    values = checked_metrics(job.step(), job)
                 step += 1
                 logger.append({"step": step, **values})
                 report(step, values)
@@ -107,6 +110,19 @@ def run(
         summary = summarise(job, directory, step=step, seconds=clock.seconds)
         directory.write_summary(summary)
         return Outcome(step, summary, None)
+
+
+@contextlib.contextmanager
+def _told_where(saver: Saver, directory: RunDirectory) -> Iterator[None]:
+    """A step that fails tells from which checkpoint the run can go on."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"The run can go on from its checkpoint of step {saver.saved}: "
+            f"birl run --resume {directory.path}"
+        )
+        raise
 
 
 @contextlib.contextmanager

@@ -61,6 +61,11 @@ class Saver:
         self._pace, self._saved = pace, saved
         self._tried, self._tried_at, self._cost = saved or 0, clock.seconds, 0.0
 
+    @property
+    def saved(self) -> int | None:
+        """Step of the newest checkpoint."""
+        return self._saved
+
     def save(self, step: int) -> None:
         """Write one, unless this step has one."""
         if step == self._saved:

@@ -286,7 +286,8 @@ struct CsrWide {
     BIRL_DEVICE void rows(Index first, Index last, const Shifted& x, Take&& take) {
       constexpr int kSums = (kProducts ? 1 : 0) + (kInspect ? 2 : 0);
       const Index row1 = last * home_.actions;
-      const double lowest = -below_zero<Real>(home_.states);
+      const double lowest = -(home_.values.is_double ? below_zero<double>(home_.states)
+                                                     : below_zero<float>(home_.states));
       block_.template groups<kLanes>([&](const auto& g) {
         for (Index row = first * home_.actions + g.rank; row < row1; row += g.count) {
           double sums[kSums];

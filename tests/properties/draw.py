@@ -124,18 +124,20 @@ def available(arrays: dict[str, Array]) -> Array:
 
 
 def tensors(drawn: Drawn) -> dict[str, Any]:
-    """The arrays as tensors: float data in the dtype, γ and τ in float64, numbers where there is
-    one for all.
+    """The arrays as tensors: float data in the dtype, γ and τ in float64 or ("narrow") in the
+    dtype, numbers where there is one for all, unless that is a tensor too ("0-d").
     """
     found: dict[str, Any] = {}
     for name, array in drawn.arrays.items():
         if name == "gap":
             continue
-        if name in ("discount", "temperature") and array.ndim == 0:
+        scalar = name in ("discount", "temperature")
+        if scalar and array.ndim == 0 and "0-d" not in drawn.traits:
             found[name] = float(array)
-        else:
-            tensor = torch.from_numpy(np.array(array))
-            found[name] = tensor.to(drawn.dtype) if name in FLOATING else tensor
+            continue
+        tensor = torch.from_numpy(np.array(array))
+        narrow = scalar and "narrow" in drawn.traits
+        found[name] = tensor.to(drawn.dtype) if name in FLOATING or narrow else tensor
     return found
 
 
@@ -186,6 +188,20 @@ def draw(seed: int) -> Drawn:
         traits.add("unreachable pay")
         arrays["reward"][..., -1, :] += 10.0 ** rng.uniform(6, 15)
     _choices(rng, tame, batch, own, (states, actions), arrays, traits)
+    if rng.random() < 0.15:
+        traits.add("unnormalised")  # by as much as is taken for rounding
+        sums = arrays["transition"].shape[:-1]
+        arrays["transition"] = arrays["transition"] * (
+            1 + rng.uniform(-0.9, 0.9, (*sums, 1)) * (1e-6 if dtype == torch.float32 else 1e-9)
+        )
+    if rng.random() < 0.2:
+        traits.add("0-d")
+    if dtype == torch.float32 and rng.random() < 0.2 and not traits & {"subnormal τ", "huge τ"}:
+        traits.add("narrow")
+        arrays["discount"] = np.minimum(arrays["discount"], 1 - 2.0**-20).astype(np.float32)
+        arrays["discount"] = arrays["discount"].astype(np.float64)
+        arrays["temperature"] = arrays["temperature"].astype(np.float32).astype(np.float64)
+        arrays["gap"] = 1.0 - arrays["discount"]
     for name in FLOATING:
         if name in arrays:
             exact = torch.from_numpy(arrays[name]).to(dtype).double().numpy()

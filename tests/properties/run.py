@@ -65,10 +65,12 @@ def run(chosen: list[int], jobs: int, command: str) -> dict[str, Any]:
     started = told = time.perf_counter()
     worst: dict[str, tuple[float, int]] = {}
     counts: Counter[str] = Counter()
+    tried: Counter[str] = Counter()
     failures: dict[str, list[dict[str, Any]]] = {}
     slowest = (0.0, -1)
     for done, (outcome, seconds) in enumerate(outcomes(chosen, jobs), 1):
         counts.update(outcome.counts)
+        tried.update(outcome.tried)
         slowest = max(slowest, (seconds, outcome.seed))
         for name, ratio in outcome.worst.items():
             worst[name] = max(worst.get(name, (0.0, -1)), (ratio, outcome.seed))
@@ -91,9 +93,14 @@ def run(chosen: list[int], jobs: int, command: str) -> dict[str, Any]:
         "slowest": {"seed": slowest[1], "seconds": round(slowest[0], 2)},
         "seeds": len(chosen),
         "counts": dict(sorted(counts.items())),
-        "worst": {
-            name: {"ratio": float(f"{ratio:.3g}"), "seed": seed}
-            for name, (ratio, seed) in sorted(worst.items())
+        "promises": {
+            kind: {
+                "tried": times,
+                "failed": len(failures.get(kind, ())),
+                "worst": float(f"{worst[kind][0]:.3g}") if kind in worst else None,
+                "seed": worst[kind][1] if kind in worst else None,
+            }
+            for kind, times in sorted(tried.items())
         },
         "failures": {kind: known for kind, known in sorted(failures.items())},
     }
@@ -125,9 +132,10 @@ def summary(report: dict[str, Any]) -> Iterator[str]:
     yield "counted: " + ", ".join(
         f"{k} {v}" for k, v in counts.items() if not k.startswith("kind ")
     )
-    yield "worst error over what is allowed:"
-    for name, one in report["worst"].items():
-        yield f"  {name}: {one['ratio']:.3g} (seed {one['seed']})"
+    yield "worst error over what is allowed, and how often that was compared:"
+    for name, one in report["promises"].items():
+        worst = "" if one["worst"] is None else f"{one['worst']:.3g} (seed {one['seed']}), "
+        yield f"  {name}: {worst}{one['tried']} times"
     for kind, known in report["failures"].items():
         some = ", ".join(str(one["seed"]) for one in known[:SHOWN])
         yield f"FAILED {kind}: {len(known)} seeds, {some}"
