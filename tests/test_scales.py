@@ -154,21 +154,24 @@ def test_a_start_that_is_not_finite_is_refused() -> None:
 
 
 def test_a_warm_float32_problem_is_the_same_in_company() -> None:
+    """Neighbours of other sizes leave nothing behind in the lanes beyond the last state."""
     for seed in range(12):
         random = torch.Generator().manual_seed(seed)
-        states = 3 + seed
-        reward = torch.rand(6, states, 3, generator=random)
+        states = 3 + seed % 8
+        size = 10.0 ** torch.randint(-1, 7, (6, 1, 1), generator=random)
+        reward = torch.rand(6, states, 3, generator=random) * size
         transition = torch.rand(6, states, 3, states, generator=random).softmax(-1)
-        sizes = 10.0 ** torch.randint(-2, 8, (6, 1), generator=random)
-        initial = torch.randn(6, states, generator=random) * sizes
+        initial = torch.randn(6, states, generator=random) * size[..., 0] * 10
         options: dict[str, Any] = {"discount": 0.95, "temperature": 0.2, "on_fail": "status"}
         for method in ("auto", "value-iteration"):
-            whole = birl_ext.solve(reward, transition, initial=initial, method=method, **options)
-            for i in range(6):
-                data = reward[i].clone(), transition[i].clone()
-                alone = birl_ext.solve(*data, initial=initial[i].clone(), method=method, **options)
-                assert torch.equal(alone.value, whole.value[i])
-                assert alone.iterations == whole.iterations[i]
+            for tol in (None, 1e-4):
+                options |= {"method": method, "tol": tol}
+                whole = birl_ext.solve(reward, transition, initial=initial, **options)
+                for i in range(6):
+                    data = reward[i].clone(), transition[i].clone()
+                    alone = birl_ext.solve(*data, initial=initial[i].clone(), **options)
+                    assert torch.equal(alone.value, whole.value[i])
+                    assert alone.iterations == whole.iterations[i]
 
 
 # ---- PyTorch backend ----------------------------------------------------------------------------
@@ -191,24 +194,26 @@ def test_a_masked_action_does_not_cost_the_constant_mode(method: str) -> None:
 
 def test_on_torch_a_neighbour_changes_no_passes() -> None:
     random = torch.Generator().manual_seed(0)
-    for states in (5, 20):
+    for states in (9, 20):
         size = 10.0 ** torch.randint(-2, 6, (5, 1, 1), generator=random)
         reward = torch.randn(5, states, 3, generator=random, dtype=torch.float64) * size
         transition = torch.rand(5, states, 3, states, generator=random, dtype=torch.float64) ** 6
         transition /= transition.sum(-1, keepdim=True)
         mask = torch.rand(5, states, 3, generator=random) < 0.7
         mask[..., 0] = True
+        start = 100 * size[..., 0] * torch.randn(5, states, generator=random, dtype=torch.float64)
+        start[::2] = 0
+        given = {"mask": mask, "initial": start}
         for method in ("auto", "newton-krylov", "policy-iteration", "value-iteration"):
             options: dict[str, Any] = {
-                **{"discount": 0.95, "temperature": 0.2, "method": method},
+                **{"discount": 0.9, "temperature": 0.2, "method": method},
                 **{"backend": "torch", "on_fail": "status"},
             }
-            whole = birl_ext.solve(reward, transition, mask=mask, **options)
+            whole = birl_ext.solve(reward, transition, **given, **options)
             for i in range(5):
-                alone = birl_ext.solve(
-                    reward[i].clone(), transition[i].clone(), mask=mask[i].clone(), **options
-                )
-                assert alone.iterations == whole.iterations[i]
+                own = {name: x[i].clone() for name, x in given.items()}
+                alone = birl_ext.solve(reward[i].clone(), transition[i].clone(), **own, **options)
+                assert alone.iterations == whole.iterations[i], (states, method)
                 assert alone.status == whole.status[i]
                 both = alone.error_bounds + whole.error_bounds[i]
                 assert ((alone.value - whole.value[i]).abs() <= both).all()
