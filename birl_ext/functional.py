@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from birl_ext import validation
-from birl_ext.batching import Flat, Layout, absent, flatten
+from birl_ext.batching import Flat, Layout, absent, flatten, layout
 from birl_ext.errors import (
     BackendUnavailableError,
     BirlError,
@@ -165,7 +165,9 @@ def solve(
             solution = _solution(outcome.outputs)
             if outcome.failed == 0 or on_fail == "status":
                 return solution
-            raise _failure(solution, outcome.outputs, *outcome.problem)
+            data, nothing = outcome.transition, absent(torch.int64, outcome.transition)
+            axes = layout(tuple(data.shape[:-3]))
+            raise _failure(solution, outcome.outputs, data, nothing, nothing, outcome.reward, axes)
     flat = _flat(
         reward,
         transition,
@@ -244,8 +246,7 @@ def solve(
         outputs = (*outputs[:-1], status.masked_fill(status == 0, int(Status.STAGNATED)))
     solution = _assemble(flat, outputs)
     if raising and concrete and _any(outputs[-1]):
-        data = (flat.transition, *index, flat.reward, flat.layout)
-        error = _failure(solution, outputs, *data)
+        error = _failure(solution, outputs, flat.transition, *index, flat.reward, flat.layout)
         if out_of_reach and isinstance(error, StagnatedError):
             error = _too_tight(tol, rounded, solution)
         if initial is not None and isinstance(error, NonFiniteResultError):
@@ -460,7 +461,7 @@ def _checked(policy: Tensor, flat: Flat, model: Tensor | MDP, validate: validati
         if not isinstance(model, Tensor) and validation.is_concrete(model.mask, model.terminal):
             forbidden = model.forbidden()
         validation.check_policy(policy.detach(), forbidden)
-    wide = policy.double()
+    wide = policy.double().contiguous()  # the bits of a sum depend on the layout
     return flat.layout.grouped(wide / wide.sum(-1, keepdim=True), 2)
 
 
@@ -478,7 +479,7 @@ def _policy_system(
         *flat.pattern,
         policy,
         flat.discount,
-        rhs.unsqueeze(2),
+        rhs.contiguous().unsqueeze(2),
         _backend(backend, flat.reward.device),
     )
     # on a GPU the look would make the host wait

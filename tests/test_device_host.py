@@ -532,3 +532,28 @@ def test_programs(tmp_path: Path) -> None:
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("states", [1, 7, 33])
+def test_derivatives_near_a_discount_of_one(gpu: ModuleType, states: int) -> None:
+    generator = torch.Generator().manual_seed(states)
+    rows = torch.rand(states, 2, states, generator=generator, dtype=torch.float64)
+    rows = rows / rows.sum(-1, keepdim=True)
+    reward = torch.rand(states, 2, generator=generator, dtype=torch.float64).requires_grad_()
+    for gap in (1e-4, 1e-12):
+        discount = torch.tensor(1 - gap, dtype=torch.float64, requires_grad=True)
+
+        def slopes(backend: str, discount: torch.Tensor = discount) -> list[torch.Tensor]:
+            got = birl_ext.solve(reward, rows, discount=discount, temperature=0.1, backend=backend)
+            loss = got.policy.square().sum()
+            first = torch.autograd.grad(loss, (reward, discount), create_graph=True)
+            if states == 1:  # nothing to derive again
+                return [one.detach() for one in first]
+            second = torch.autograd.grad(first[0].square().sum() + first[1], (reward, discount))
+            return [one.detach() for one in (*first, *second)]
+
+        found = slopes("auto")
+        assert abs(float(found[0].sum())) < 1e-11
+        for got, want in zip(found, slopes("torch"), strict=True):
+            scale = 1 + float(want.abs().max())
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10 * scale)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from birl_ext import _native
-from birl_ext.batching import Layout, absent, layout
 from birl_ext.ops import _backends
 from birl_ext.ops._registry import PLAIN, are_ordinary, is_first_order, nobody_listens
 from birl_ext.ops.solve import Saved, pull_back, resolved
@@ -115,13 +114,6 @@ class Outcome(NamedTuple):
     failed: int
     reward: Tensor
     transition: Tensor
-
-    @property
-    def problem(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Layout]:
-        """transition, crow, col, reward and layout, for a message."""
-        nothing = absent(torch.int64, self.reward)
-        axes = layout(tuple(self.transition.shape[:-3]))
-        return self.transition, nothing, nothing, self.reward, axes
 
 
 def solve(
