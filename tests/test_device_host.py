@@ -534,6 +534,36 @@ def test_programs(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
+@pytest.mark.parametrize(("states", "actions", "kernel"), KERNELS)
+def test_one_pass_certifies_what_pytorch_does(
+    gpu: ModuleType, states: int, actions: int, kernel: Kernel
+) -> None:
+    reward, transition = problem(states, actions, torch.float64)
+    options = {"discount": 0.99, "temperature": 0.1, "initial": reward[..., 0].clone()}
+    once = {"max_iterations": 1, "on_fail": "status"}
+    found = birl_ext.solve(reward, transition, **options, **once)
+    truth = birl_ext.solve(reward, transition, **options, **once, backend="torch")
+    assert found.info[..., Info.KERNEL].unique().tolist() == [kernel]
+    torch.testing.assert_close(found.error_bound, truth.error_bound, rtol=0.01, atol=0.0)
+    assert torch.equal(found.error_bounds, found.error_bound.unsqueeze(-1).expand_as(found.value))
+
+
+@pytest.mark.parametrize("states", [5, 17, 40])
+def test_wild_starts_and_penalties_nobody_takes(gpu: ModuleType, states: int) -> None:
+    reward, transition = problem(states, 3, torch.float64)
+    options = {"discount": 0.99, "temperature": 0.1}
+    plain = birl_ext.solve(reward, transition, **options)
+    for size in (1e18, -1e18, 1e300, -1e300):
+        initial = torch.full_like(reward[..., 0], size)
+        found = birl_ext.solve(reward, transition, initial=initial, **options)
+        assert bool((found.error_bound <= 4 * plain.error_bound).all())
+        assert bool(((found.value - plain.value).abs().amax(-1) <= 2 * plain.error_bound).all())
+    reward[..., 0] = -1e12
+    found = birl_ext.solve(reward, transition, **options)
+    want = birl_ext.solve(reward[..., 1:], transition[..., 1:, :], **options)
+    torch.testing.assert_close(found.policy[..., 1:], want.policy, rtol=0.0, atol=1e-11)
+
+
 @pytest.mark.parametrize("states", [1, 7, 33])
 def test_derivatives_near_a_discount_of_one(gpu: ModuleType, states: int) -> None:
     generator = torch.Generator().manual_seed(states)

@@ -526,6 +526,11 @@ def _bicgstab(
     """Batched BiCGStab on the last axis, and the products of each lane; one that has converged
     keeps its best iterate, whatever the others still need.
     """
+    # squares of very small and very large numbers have no place among doubles
+    power = torch.frexp(rhs.abs().amax(-1, keepdim=True)).exponent
+    unit = torch.ldexp(torch.ones_like(rhs[..., :1]), power)
+    unit = torch.where((unit > 0) & torch.isfinite(unit), unit, 1.0)
+    rhs, start = rhs / unit, start / unit
     x = start
     residual = rhs - product(x)
     shadow, direction = residual, residual
@@ -555,7 +560,7 @@ def _bicgstab(
         beta = _ratio(rho_next, rho) * _ratio(alpha, omega)
         direction = residual + beta * (direction - omega * image)
         rho = rho_next
-    return best, products.squeeze(-1)
+    return best * unit, products.squeeze(-1)
 
 
 def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
