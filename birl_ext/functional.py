@@ -125,8 +125,8 @@ def solve(
             for all actions. Where all actions are masked, V = 0.
         initial: V₀, (*B, S), a warm start. No gradient.
         method: "auto" chooses per shape and discount; see docs/solvers.md.
-        tol: certified relative error asked of the value, in units of max(‖V‖∞, ‖r‖∞); None: as far
-            as rounding allows.
+        tol: certified relative error asked of the value, in units of max(‖V‖∞, τ), to which values
+            far beyond the others do not belong; None: as far as rounding allows.
         max_iterations: most passes over P; None: enough for the method.
         on_fail: "raise", or "status": return the best iterate; where status ≠ 0 its gradient is
             NaN.
@@ -135,7 +135,8 @@ def solve(
         backend: "auto", "torch", "cpu" or "cuda".
 
     Returns:
-        Solution. Its `error_bound` is never below ‖value − V*‖∞.
+        Solution. Its `error_bound` is never below ‖value − V*‖∞, nor its `error_bounds` below any
+            state's error.
 
     Raises:
         InvalidMDPError, ParameterError, ShapeError, DtypeError, DeviceError: the input, with its

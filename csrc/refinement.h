@@ -163,7 +163,9 @@ class Refinement {
       for (Index row = s * A_; row < (s + 1) * A_; ++row)
         blur_[row] = kEps * (units * blur_[row] + 4.0 * (std::abs(q_[row]) + image));
       const double own = image + size_[s] + constant + certificate_.soft();
-      floor_[s] = 8.0 * std::max(kEps * own, kLeast) + certificate_.long_sum * tau;
+      // The last part is for those that look at this state: so no Q is off by more than its bound.
+      floor_[s] = 8.0 * std::max(kEps * own, kLeast) + certificate_.long_sum * tau +
+                  kEps * units * size_[s];
       rounding_[s] = floor_[s] + excess(s, [&](Index row) { return blur_[row]; });
       worst = std::max(worst, std::abs(delta_[s]) / rounding_[s]);
     }

@@ -93,7 +93,8 @@ class _Refinement:
         own = image + value.abs() + self.gap * offset.abs().unsqueeze(-1) + self.soft.unsqueeze(-1)
         floor = 8 * (EPS * own).clamp(min=LEAST)
         actions = step.policy.shape[-1]
-        floor = floor + 0.5 * EPS * actions * self.tau
+        # the last part is for those that look at a state: so no Q is off by more than its bound
+        floor = floor + 0.5 * EPS * actions * self.tau + EPS * self.units * value.abs()
         return blur, floor, floor + self.excess(step, blur)
 
 
