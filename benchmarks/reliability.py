@@ -1,6 +1,6 @@
 """How often does what is promised not hold? Random problems, damaged files and killed runs.
 
-    python benchmarks/reliability.py [--seeds 0:20000] [--changes 4000] --out FILE
+    python benchmarks/reliability.py [--seeds 0:11000] [--changes 4000] --out FILE
 
 Runs tests/properties/run.py, tests/test_damage.py and tests/test_kill.py, one after the other, and
 keeps their figures; docs/reliability.md shows them.
@@ -125,7 +125,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", default="0:20000")
+    parser.add_argument("--seeds", default="0:11000")
     parser.add_argument("--changes", type=int, default=4000)
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
