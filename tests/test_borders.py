@@ -359,9 +359,9 @@ def test_a_plain_call_that_fails_is_solved_once(monkeypatch: pytest.MonkeyPatch)
     plain, general = _native.solve_plain, _backends.solve
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             calls.append(function)
-            return function(*args)
+            return function(*args, **options)
 
         return call
 

@@ -441,7 +441,7 @@ def test_metrics_may_be_any_number(tmp_path):
         ({"a": {"b": [1, object()]}}, r"a summary cannot hold a object at summary\.a\.b\[1\]"),
         ({"a": {1, 2}}, r"a summary cannot hold a set at summary\.a"),
     ],
-    ids=str,
+    ids=["none", "object", "set"],
 )
 def test_a_summary_that_is_no_data_is_refused_by_name(tmp_path, summary, message):
     job, directory = start(tmp_path / "run", steps=1)
