@@ -156,7 +156,7 @@ PARTS: list[tuple[dict[str, Any], str]] = [
     ({"reward": -(10**400)}, "its reward is an integer of 1329 bits at"),
     ({"reward": 10**5000}, "its reward is an integer of 16610 bits at"),
     ({"reward": [10**5000]}, "its reward is too long to print, a list"),
-    ({"observation": [10**400, 0.0, 1.0]}, "its observation is no array"),
+    ({"observation": [10**400, 0.0, 1.0]}, "0...0000000000000000000, 0.0, 1.0], a list"),
     ({"terminated": 1}, "its terminated is 1, a int"),
     ({"terminated": np.array([True])}, "its terminated is array([ True]), a ndarray"),
     ({"terminated": np.array(1)}, "its terminated is array(1), a ndarray"),

@@ -94,7 +94,7 @@ class Declared:
             Misfit: it is not what was declared.
         """
         found = _numbers("observation", given, self._shape, self._space)
-        if self._holds_all and found.dtype == self._dtype:  # frames
+        if self._holds_all and found.dtype == self._dtype and found.dtype in _EXACT:  # frames
             return found.copy()
         held = found
         if self._dtype.kind == "f":
