@@ -263,9 +263,7 @@ def test_plot_draws_the_same_figures_again(birl):
     assert [path.read_bytes() for path in paths] == before
 
 
-@pytest.mark.parametrize(
-    "summary", [{"objective": "x", "parameters": 3}, {"parameters": 3}], ids=str
-)
+@pytest.mark.parametrize("problem", [{}, {"problem": "fake"}, {"problem": "other"}], ids=str)
 def test_a_summary_of_something_else_is_refused_by_name(birl, problem):
     birl("run", "fake", "--steps", "3", "--out", "a", "--no-figures")
     Path("a/summary.json").write_text(json.dumps(problem | {"parameters": 3}))

@@ -117,7 +117,7 @@ def run(
 
 @contextlib.contextmanager
 def _told_where(saver: Saver, directory: RunDirectory) -> Iterator[None]:
-    """A step that fails tells of the newest checkpoint; not that the step will succeed from there."""
+    """A step that fails tells of the newest checkpoint; from there it may fail again."""
     try:
         yield
     except Exception as error:
