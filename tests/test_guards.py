@@ -21,6 +21,7 @@ from birl_ext.bilevel import (
     hypergradient_report,
 )
 from birl_ext.bilevel.guards import reaches
+from birl_ext.bilevel.newton import _undetermined
 from birl_ext.bilevel.sobirl import DRLHF, SoBiRL
 from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
 from birl_ext.errors import (
@@ -727,6 +728,41 @@ def test_badly_scaled_parameters_are_still_determined() -> None:
     )
     want = torch.linalg.inv(well) / scale / scale.unsqueeze(-1)
     assert_close(algorithm.covariance() / want, torch.ones(3, 3).double(), bound=1e-9, label="Σ")
+
+
+@pytest.mark.parametrize("unit", [1e-12, 3e-8, 1e-8, 1e7, 1e8, 1e12])
+def test_units_of_x_far_apart_make_no_hessian_singular(unit: float) -> None:
+    moves = torch.full((2, 2, 2), 0.5, dtype=torch.float64)
+    problem = BilevelProblem(
+        lambda x: DenseMDP(x[0] * torch.eye(2, dtype=torch.float64), moves, 0.9),
+        lambda x, found: (x[0] - 1) ** 2 + (unit * x[1] - 1) ** 2 + 0 * found.policy.sum(),
+    )
+    algorithm = DampedNewton(problem, torch.zeros(2, dtype=torch.float64), temperature=1.0)
+    outcome = algorithm.step()
+    assert outcome.decrement == pytest.approx(4, rel=1e-9)
+    for _ in range(10):
+        algorithm.step()
+    units = torch.tensor([1.0, unit], dtype=torch.float64)
+    one = torch.eye(2, dtype=torch.float64)
+    assert_close(algorithm.x * units, torch.ones(2).double(), bound=1e-6, label="minimiser")
+    covariance = algorithm.covariance() * units * units.unsqueeze(-1)
+    assert_close(covariance, one / 2, bound=1e-9, label="Σ")
+
+
+def test_correlated_parameters_in_far_units_have_their_covariance() -> None:
+    scale = torch.tensor([1.0, 1e-9, 1e9]).double()
+    well = torch.tensor([[2.0, 0.5, 0.1], [0.5, 1.0, 0.3], [0.1, 0.3, 1.5]]).double()
+    start = torch.zeros(3, dtype=torch.float64)
+    matrix = (well * scale * scale.unsqueeze(-1)).tolist()
+    algorithm = DampedNewton(form(matrix), start, temperature=1.0)
+    want = torch.linalg.inv(well) / scale / scale.unsqueeze(-1)
+    assert_close(algorithm.covariance() / want, torch.ones(3, 3).double(), bound=1e-9, label="Σ")
+
+
+def test_a_curvature_that_is_rounding_is_no_other_unit() -> None:
+    rounding = torch.tensor([[1.0, 1e-17], [0.0, 1e-17]], dtype=torch.float64)
+    found = _undetermined(rounding, torch.tensor([0.0, 1.0]).double())
+    assert found is not None and found.singular and found.sloping
 
 
 def test_the_covariance_of_a_mean_is_that_of_the_sum() -> None:
