@@ -14,6 +14,7 @@ from birl_ext import validation
 from birl_ext.bilevel.guards import (
     check_count,
     check_gradient,
+    check_kind,
     check_number,
     check_start,
     no_path,
@@ -57,10 +58,9 @@ class DampedNewton:
     def __init__(
         self, problem: BilevelProblem, x: Tensor, *, temperature: float, damping: float = 1e-2
     ) -> None:
+        check_kind("problem", problem, BilevelProblem)
         self.problem = problem
-        self.x = check_start(x)
-        if self.x.dim() != 1 or not len(self.x):
-            raise ShapeError(f"x has shape {tuple(x.shape)}", allowed="(d,)")
+        self.x = check_start(x, vector=True)
         validation.check_temperature(temperature)
         self.temperature = temperature
         self.damping = check_number("damping", damping)
