@@ -459,7 +459,7 @@ def test_zero_order_differences_are_one_per_start(shape: tuple[int, ...]) -> Non
     _, gradient = algorithm.estimate()
     algorithm.generator.set_state(kept)
     z = torch.randn(shape, generator=algorithm.generator, dtype=torch.float64)
-    want = total(z).reshape(*starts, *[1] * (len(shape) - len(starts))) * z
+    want = total(z).reshape((*starts, *[1] * (len(shape) - len(starts)))) * z
     assert_close(gradient, want, bound=1e-9, label="estimate")
     algorithm.generator.set_state(kept)
     norm = want.reshape(*starts, -1).norm(dim=-1)
