@@ -18,7 +18,6 @@ from birl_ext.errors import IllConditionedWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 BACKENDS = ["cpu", "torch"] if birl_ext.ops._backends.unavailable("cpu") == "" else ["torch"]
-FIELDS = {"transition": "rows"}  # what the oracle calls them
 NAMES = ("reward", "transition", "reference", "discount", "temperature")
 
 
@@ -93,7 +92,7 @@ def test_first_and_second_derivatives(states: int, backend: str) -> None:
             key: float(value) if value.dim() == 0 else value.numpy() for key, value in data.items()
         }
         model = exact.Model.of(numbers.pop("reward"), numbers.pop("transition"), **numbers)
-        wanted = exact.slopes(model, {FIELDS.get(name, name): shift.numpy()}, truth)
+        wanted = exact.slopes(model, {name: shift.numpy()}, truth)
         unit = np.abs(wanted.first["advantage"]).max() / tau
         if name in ("temperature", "reference"):  # they move the policy by themselves too
             unit = max(unit, np.abs(wanted.first["policy"]).max())

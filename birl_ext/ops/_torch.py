@@ -187,6 +187,7 @@ def solve(
     stalled, sizes = torch.zeros_like(status), torch.zeros_like(gamma)
     inner_total = torch.zeros_like(gamma)
 
+    stuck = torch.zeros_like(status, dtype=torch.bool)
     for passes in range(1, limit + 1):
         step = problem.sweep(value, offset)
         delta = step.image - value - (one_minus * offset).unsqueeze(-1)
@@ -253,7 +254,7 @@ def solve(
             move, inner = _deflated(delta, middle, gamma, one_minus), torch.zeros_like(gamma)
         else:
             weight = step.policy * problem.scale
-            move, inner = _improve(problem, weight, delta, continuing, method, passes)
+            move, inner = _improve(problem, weight, delta, continuing, method, passes, stuck)
         inner_total += inner
         move = torch.where(active.unsqueeze(-1), move, 0.0)
         value = value + move
@@ -467,10 +468,17 @@ def _deflated(delta: Tensor, middle: Tensor, gamma: Tensor, one_minus: Tensor) -
 
 
 def _improve(
-    problem: Problem, weight: Tensor, delta: Tensor, continuing: Tensor, method: int, passes: int
+    problem: Problem,
+    weight: Tensor,
+    delta: Tensor,
+    continuing: Tensor,
+    method: int,
+    passes: int,
+    stuck: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Newton's step (I − γP_π)⁻¹ δ (M9), exactly or by the products that `method` allows, and how
-    many those were.
+    many those were. Problems (N, G) that Krylov's method has left `stuck`, which this marks, are
+    eliminated from then on where that fits.
     """
     gamma = problem.discount.unsqueeze(-1)
     if method == Method.NEWTON:
@@ -488,7 +496,16 @@ def _improve(
         # tighten with the passes: exact steps converge from anywhere, loose ones need not
         forcing = max(10.0 ** -(1 + passes / 2), 1e-13)
         start = _start(rhs, weight, problem.discount, False)
-        x, products = _bicgstab(product, rhs, start, forcing, 400)
+        held = stuck[..., None, None]
+        side, start = rhs.masked_fill(held, 0.0), start.masked_fill(held, 0.0)
+        x, products = _bicgstab(product, side, start, forcing, 400)
+        left = (side - product(x)).norm(dim=-1)
+        if problem.rows.states <= DIRECT_STATES:
+            stuck |= ~(left <= 0.5 * side.norm(dim=-1)).squeeze(2)  # NaN too
+            if bool(stuck.any()):
+                factors = _factor(problem.rows, weight, problem.discount)
+                exact = _back_substitute(factors, rhs, False)
+                x = torch.where(stuck[..., None, None], exact, x)
         return x.squeeze(2), products.squeeze(2)
     term, total = delta, delta
     for _ in range(SWEEPS_PER_POLICY):
