@@ -17,7 +17,8 @@ namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr Index kLanes = LaneElimination::kLanes;
-constexpr double kTinyGap = 1e-6;  // 1 − γ, above which no pivot is small
+constexpr double kSmallGap = 1e-3;  // 1 − γ, above which the mass of a flow has its digits anyway
+constexpr double kTinyGap = 1e-6;   // and above which no pivot is small
 
 // What is known of the problem at work: (S,A) or (S) numbers each.
 struct Slot {
@@ -191,12 +192,14 @@ class Rule {
 class LaneSpace {
  public:
   explicit LaneSpace(Index states)
-      : states_(states), numbers_(kLanes * (states * states + 3 * states)) {}
+      : states_(states), numbers_(kLanes * (states * states + 5 * states)) {}
 
   double* matrix() { return numbers_.data(); }
   double* defect() { return matrix() + kLanes * states_ * states_; }
   double* unknown() { return defect() + kLanes * states_; }
   double* inverse_pivot() { return unknown() + kLanes * states_; }
+  double* given_defect() { return inverse_pivot() + kLanes * states_; }  // not eliminated
+  double* slow() { return given_defect() + kLanes * states_; }
 
   // Lanes without a problem hold the identity.
   void clear() {
@@ -234,6 +237,7 @@ void solve_lanes(const Batch& batch, Rule<Real>& rule, LaneWorker& mine, Index f
   LaneSpace& space = mine.space;
   bool opened[kLanes] = {};
   double mass[kLanes] = {};
+  bool small[kLanes] = {};
   bool full = count == kLanes;
   for (Index lane = 0; lane < count; ++lane) {
     opened[lane] = rule.open(first + lane, mine.slots[lane]);
@@ -265,13 +269,25 @@ void solve_lanes(const Batch& batch, Rule<Real>& rule, LaneWorker& mine, Index f
     for (Index s = 0; s < S; ++s)
       space.unknown()[s * kLanes + lane] = slot.source[s] + mine.pulled[s];
     mass[lane] = rule.mass(i, slot);
+    small[lane] = 1.0 - gamma < kSmallGap;
   }
-  vjp_kernels().lanes.solve_transpose(S, space.matrix(), space.defect(), space.inverse_pivot(),
-                                      space.unknown(), mass);
+  const LaneElimination& lanes = vjp_kernels().lanes;
+  const bool any_small = std::count(small, small + kLanes, true) > 0;
+  if (any_small) std::copy_n(space.defect(), kLanes * S, space.given_defect());
+  lanes.solve_transpose(S, space.matrix(), space.defect(), space.inverse_pivot(), space.unknown());
+  const auto take_flows = [&](bool which) {
+    for (Index lane = 0; lane < count; ++lane)
+      if (opened[lane] && small[lane] == which)
+        for (Index s = 0; s < S; ++s) mine.slots[lane].flow[s] = space.unknown()[s * kLanes + lane];
+  };
+  take_flows(false);
+  if (any_small) {
+    lanes.settle_mass(S, space.matrix(), space.given_defect(), mass, space.slow(), space.unknown());
+    take_flows(true);
+  }
   for (Index lane = 0; lane < count; ++lane) {
     Slot& slot = mine.slots[lane];
     if (opened[lane]) {
-      for (Index s = 0; s < S; ++s) slot.flow[s] = space.unknown()[s * kLanes + lane];
       if (1.0 - batch.discount[first + lane] < kTinyGap) {
         SlowPivots slow;
         for (Index s = 0; s < S; ++s) slow.add(space.inverse_pivot()[s * kLanes + lane]);

@@ -279,7 +279,7 @@ constexpr Index kLanes = LaneElimination::kLanes;
 typedef double Lane __attribute__((vector_size(8 * kLanes), aligned(8)));
 
 void lane_solve_transpose(Index n, double* entries, double* defects, double* inverse_pivots,
-                          double* unknowns, const double* mass) {
+                          double* unknowns) {
   Lane* const a = reinterpret_cast<Lane*>(entries);
   Lane* const d = reinterpret_cast<Lane*>(defects);
   Lane* const inverse = reinterpret_cast<Lane*>(inverse_pivots);
@@ -302,18 +302,33 @@ void lane_solve_transpose(Index n, double* entries, double* defects, double* inv
       for (j = k + 1; j < n; ++j) below[j] += multiplier * row[j];
     }
   }
-  Lane
-      left;  // of the mass: the last unknown is what the others leave of it, not a small difference
-  __builtin_memcpy(&left, mass, sizeof left);
-  for (Index i = 0; i < n - 1; ++i) {
+  for (Index i = 0; i < n; ++i) {
     const Lane top = x[i] * inverse[i];
     x[i] = top;
-    left -= d[i] * top;
-    for (Index j = i + 1; j < n - 1; ++j) x[j] += a[i * n + j] * top;
+    for (Index j = i + 1; j < n; ++j) x[j] += a[i * n + j] * top;
   }
-  x[n - 1] = left * inverse[n - 1];
   for (Index i = n - 1; i > 0; --i)
     for (Index j = 0; j < i; ++j) x[j] += a[i * n + j] * x[i];
+}
+
+void lane_settle_mass(Index n, const double* entries, const double* defects, const double* mass,
+                      double* slow, double* unknowns) {
+  const Lane* const a = reinterpret_cast<const Lane*>(entries);
+  const Lane* const d = reinterpret_cast<const Lane*>(defects);
+  Lane* const z = reinterpret_cast<Lane*>(slow);
+  Lane* const x = reinterpret_cast<Lane*>(unknowns);
+  for (Index i = 0; i < n - 1; ++i) z[i] = Lane{};
+  z[n - 1] = Lane{} + 1.0;
+  for (Index i = n - 1; i > 0; --i)
+    for (Index j = 0; j < i; ++j) z[j] += a[i * n + j] * z[i];
+  Lane left, unit = Lane{};
+  __builtin_memcpy(&left, mass, sizeof left);
+  for (Index i = 0; i < n; ++i) {
+    left -= d[i] * x[i];
+    unit += d[i] * z[i];
+  }
+  const Lane step = left / unit;
+  for (Index i = 0; i < n; ++i) x[i] += step * z[i];
 }
 
 template <class Real>
@@ -324,6 +339,7 @@ constexpr VjpRowKernels<Real> kRows = {fold<Real>, finish<Real>, moments<Real>, 
 
 // Found by dispatch.cpp through its declaration there.
 extern const VjpKernels kVjpTable;
-const VjpKernels kVjpTable = {kRows<float>, kRows<double>, {lane_solve_transpose}};
+const VjpKernels kVjpTable = {
+    kRows<float>, kRows<double>, {lane_solve_transpose, lane_settle_mass}};
 
 }  // namespace birl::BIRL_ISA

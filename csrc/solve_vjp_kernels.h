@@ -40,9 +40,13 @@ struct LaneElimination {
   static constexpr Index kLanes = 8;
   static constexpr Index kLaneStates = 32;
   // Factors |off-diagonals| a (n,n,kLanes) with row defects d (n,kLanes), in place, and solves the
-  // transposed systems for x (n,kLanes), of which Σ d x = mass (kLanes) is known (M20).
-  void (*solve_transpose)(Index n, double* a, double* defect, double* inverse_pivot, double* x,
-                          const double* mass);
+  // transposed systems for x (n,kLanes).
+  void (*solve_transpose)(Index n, double* a, double* defect, double* inverse_pivot, double* x);
+  // With the factors: x += α z such that Σ d x = mass (kLanes), z (n,kLanes) what one start leads
+  // to (M20). Rounding leaves an error along it, which 1/(1 − γ) magnifies. d as before the
+  // factoring.
+  void (*settle_mass)(Index n, const double* a, const double* defect, const double* mass, double* z,
+                      double* x);
 };
 
 template <class Real>

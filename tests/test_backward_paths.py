@@ -1,6 +1,6 @@
 """The compiled backward of `solve` and the differentiable one are two paths to the same numbers.
 
-`create_graph=True` takes the differentiable path, which the fifty-digit oracle has proved; without
+`create_graph=True` takes the differentiable path, which the oracle of 512 bits has proved; without
 it a plain CPU problem takes the compiled one.
 """
 

@@ -29,6 +29,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FOUR_ROOMS = sorted((ROOT / "benchmarks" / "results").glob("four_rooms_*.json"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 PREFERENCES = sorted((ROOT / "benchmarks" / "results").glob("preference_*.json"))
+RELIABILITY = sorted((ROOT / "benchmarks" / "results").glob("reliability_*.json"))
 TAXES = sorted((ROOT / "benchmarks" / "results").glob("taxes_*.json"))
 # what torch itself says while it traces
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -159,6 +160,16 @@ def test_the_tables_of_preference_runs_are_those_measured(task: str) -> None:
     table = runpy.run_path(str(ROOT / "benchmarks" / "preference_table.py"))["table"](report, task)
     found = between((ROOT / "docs" / "preferences.md").read_text(), f"{task} table")
     assert found.strip() == table, f"docs/preferences.md should contain\n\n{table}"
+
+
+@pytest.mark.skipif(not RELIABILITY, reason="no stored figures of reliability")
+def test_the_figures_of_reliability_are_those_measured() -> None:
+    report = json.loads(RELIABILITY[-1].read_text())
+    page = runpy.run_path(str(ROOT / "benchmarks" / "reliability.py"))
+    table = page["table"](report)
+    found = between((ROOT / "docs" / "reliability.md").read_text(), "figures")
+    assert found.strip() == table, f"docs/reliability.md should contain\n\n{table}"
+    assert not report["properties"]["failures"]
 
 
 def test_every_command_and_problem_is_in_the_readme() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import mpmath
 import numpy as np
 import pytest
 from cases import SMALL, Case, problems
-from mpmath import mpf
+from flint import arb, ctx
+from oracle import exact
+from oracle.exact import Cotangents, Model
 
-from birl_ext.reference import float64, multiprecision
-from birl_ext.reference.multiprecision import Cotangents, Problem
+from birl_ext.reference import float64
 
 EPS = np.finfo(np.float64).eps
 
@@ -30,10 +30,10 @@ def near(got: np.ndarray, want: np.ndarray, bound: float) -> bool:
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_float64_agrees_with_fifty_digits(case: Case) -> None:
+def test_float64_agrees_with_512_bits(case: Case) -> None:
     arguments = one(case)
     got = float64.solve(**arguments)
-    want = multiprecision.solve(Problem.of(**arguments)).floats()
+    want = exact.solve(Model.of(**arguments)).floats()
     size = 1 + np.abs(want.value).max()
     bound = 8 * case.states * EPS * size / (1 - case.discount)
     assert near(got.value, want.value, bound)
@@ -43,32 +43,36 @@ def test_float64_agrees_with_fifty_digits(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_fifty_digits_satisfy_the_bellman_equation(case: Case) -> None:
+def test_512_bits_satisfy_the_bellman_equation(case: Case) -> None:
     """V(s) = τ log Σ μ exp(Q/τ), checked in the form Σ_a μ exp((Q − V)/τ) = 1, from the inputs."""
     arguments = one(case)
-    exact = multiprecision.solve(Problem.of(**arguments))
+    answer = exact.solve(Model.of(**arguments))
+    assert answer.error < 1e-100
     terminal = arguments["terminal"]
     mask, reference = arguments["mask"], arguments["reference"]
-    with mpmath.workdps(50):
+    with ctx.workprec(512):
         for s in range(case.states):
+            own = slice(s * case.actions, (s + 1) * case.actions)
+            policy, log_policy = answer.policy[own], answer.log_policy[own]
             ends = terminal is not None and terminal[s]
             if ends and mask is not None:  # in these cases such a state has no action at all
-                assert exact.value[s] == 0
-                assert exact.policy[s] == [1, *[0] * (case.actions - 1)]
+                assert answer.value[s] == 0
+                assert policy == [1, *[0] * (case.actions - 1)]
                 continue
-            total = mpf(0)
+            total = arb(0)
             for a in range(case.actions):
                 if mask is not None and not mask[s, a]:
-                    assert exact.log_policy[s][a] is None
+                    assert log_policy[a] is None
                     continue
-                row = [mpf(float(p)) for p in arguments["transition"][s, a]]
-                ahead = 0 if ends else mpmath.fdot(row, exact.value) / mpmath.fsum(row)
-                q = mpf(float(arguments["reward"][s, a])) + mpf(case.discount) * ahead
-                weight = mpf(1) if reference is None else mpf(float(reference[s, a]))
-                weight *= mpmath.exp((q - exact.value[s]) / mpf(case.temperature))
-                assert abs(weight - exact.policy[s][a]) < mpf(10) ** -44
+                row = [arb(float(p)) for p in arguments["transition"][s, a]]
+                mean = sum((p * v for p, v in zip(row, answer.value, strict=True)), arb(0))
+                ahead = arb(0) if ends else mean / sum(row, arb(0))
+                q = arb(float(arguments["reward"][s, a])) + arb(case.discount) * ahead
+                weight = arb(1) if reference is None else arb(float(reference[s, a]))
+                weight *= ((q - answer.value[s]) / arb(case.temperature)).exp()
+                assert abs(weight - policy[a]) < 1e-100
                 total += weight
-            assert abs(total - 1) < mpf(10) ** -44
+            assert abs(total - 1) < 1e-100
 
 
 def test_closed_form_of_one_state() -> None:
@@ -79,8 +83,27 @@ def test_closed_form_of_one_state() -> None:
     assert float64.solve(reward, [[[1.0], [1.0]]], **arguments).value[0] == pytest.approx(
         want, 1e-13
     )
-    problem = Problem.of(reward, [[[1.0], [1.0]]], **arguments)
-    assert float(multiprecision.solve(problem).value[0]) == pytest.approx(want, rel=1e-13)
+    model = Model.of(reward, [[[1.0], [1.0]]], **arguments)
+    assert float(exact.solve(model).value[0]) == pytest.approx(want, rel=1e-13)
+
+
+def differences(model: Model, arguments: dict, cotangents: Cotangents, name: str) -> np.ndarray:
+    """dL by every entry of one input, by differences."""
+
+    def objective(_: Model, answer: exact.Answer) -> dict:
+        total = arb(0)
+        for field in ("value", "q", "policy", "log_policy"):
+            if (weights := getattr(cotangents, field)) is not None:
+                pairs = zip(np.ravel(weights).tolist(), getattr(answer, field), strict=True)
+                total += sum((arb(w) * x for w, x in pairs if x is not None), arb(0))
+        return {"L": [total]}
+
+    found = np.zeros(np.shape(arguments[name]))
+    for place in np.ndindex(found.shape):
+        step = np.zeros(found.shape)
+        step[place] = 1.0
+        found[place] = exact.slopes(model, {name: step}, objective).first["L"][0]
+    return found
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -88,36 +111,36 @@ def test_adjoint_equals_differences(case: Case) -> None:
     case = dataclasses.replace(case, states=min(case.states, 3))
     rng = np.random.default_rng(case.seed)
     shape = (case.states, case.actions)
-    problem = Problem.of(**one(case))
+    arguments = one(case)
+    model = Model.of(**arguments)
     cotangents = Cotangents(
         rng.normal(size=case.states), *(rng.normal(size=shape) for _ in range(3))
     )
-    exact = multiprecision.adjoint(problem, cotangents)
-    rough = multiprecision.differences(problem, cotangents)
-    for name, ours, theirs in zip(exact._fields, exact.floats(), rough.floats(), strict=True):
+    for name, ours in exact.gradients(model, cotangents)._asdict().items():
+        if arguments[name] is None:
+            continue
         # with one action nothing moves the policy; with one state there is one distribution
         assert np.abs(ours).max() > 0 or 1 in shape, name
-        assert near(ours, theirs, 1e-15 * (1 + np.abs(theirs).max())), name
-    # Not only after rounding: the distance is that of the differences, far below float64.
-    assert abs(exact.discount - rough.discount) < 1e-20 * (1 + abs(rough.discount))
-    assert abs(exact.temperature - rough.temperature) < 1e-20 * (1 + abs(rough.temperature))
+        theirs = differences(model, arguments, cotangents, name)
+        # two ways in 512 bits: what is left is the rounding to float64
+        assert near(ours, theirs, 4e-16 * np.abs(theirs).max() + 1e-70), name
 
 
 @pytest.mark.parametrize("field", ["value", "q", "policy", "log_policy"])
 def test_each_cotangent_alone_has_the_right_gradient(field: str) -> None:
-    problem = Problem.of(**one(Case(states=3, actions=2, mask=True, terminal=True, seed=3)))
+    arguments = one(Case(states=3, actions=2, mask=True, terminal=True, reference=True, seed=3))
+    model = Model.of(**arguments)
     weights = np.arange(1.0, 4.0) if field == "value" else np.arange(1.0, 7.0).reshape(3, 2)
-    exact = multiprecision.adjoint(problem, Cotangents(**{field: weights}))
-    rough = multiprecision.differences(problem, Cotangents(**{field: weights}))
-    for ours, theirs in zip(exact.floats(), rough.floats(), strict=True):
-        assert near(ours, theirs, 1e-15 * (1 + np.abs(theirs).max()))
+    cotangents = Cotangents(**{field: weights})
+    for name, ours in exact.gradients(model, cotangents)._asdict().items():
+        theirs = differences(model, arguments, cotangents, name)
+        assert near(ours, theirs, 4e-16 * np.abs(theirs).max() + 1e-70), name
 
 
 def test_transition_gradient_keeps_row_sums() -> None:
-    problem = Problem.of(**one(Case(terminal=True, seed=4)))
-    gradient = multiprecision.adjoint(problem, Cotangents(value=np.ones(6))).floats()[1]
-    rows = np.array([[[float(p) for p in row] for row in state] for state in problem.transition])
-    assert np.abs((gradient * rows).sum(-1)).max() < 1e-14
+    arguments = one(Case(terminal=True, seed=4))
+    gradient = exact.gradients(Model.of(**arguments), Cotangents(value=np.ones(6))).transition
+    assert np.abs((gradient * arguments["transition"]).sum(-1)).max() < 1e-14
     assert (gradient[-1] == 0).all()
     assert (np.abs(gradient[:-1]).max(-1) > 0).all()
 
@@ -173,14 +196,14 @@ def test_evaluate_with_entropy_gives_the_soft_value() -> None:
 
 def test_values_behind_the_mask_and_in_terminal_rows_are_not_read() -> None:
     arguments = one(Case(mask=True, terminal=True, reference=True, seed=6))
-    want = float64.solve(**arguments), multiprecision.solve(Problem.of(**arguments)).floats()
+    want = float64.solve(**arguments), exact.solve(Model.of(**arguments)).floats()
     dirty = dict(arguments)
     hidden = ~arguments["mask"]
     for name in ("reward", "reference"):
         dirty[name] = np.where(hidden, np.nan, arguments[name])
     rows = (hidden | arguments["terminal"][:, None])[..., None]
     dirty["transition"] = np.where(rows, np.nan, arguments["transition"])
-    got = float64.solve(**dirty), multiprecision.solve(Problem.of(**dirty)).floats()
+    got = float64.solve(**dirty), exact.solve(Model.of(**dirty)).floats()
     for ours, theirs in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
         assert np.array_equal(ours, theirs)
 
@@ -191,7 +214,7 @@ def test_rows_are_read_as_ratios() -> None:
     double = {**arguments, "transition": 2 * arguments["transition"]}
     for solve in (
         lambda given: float64.solve(**given),
-        lambda given: multiprecision.solve(Problem.of(**given)).floats(),
+        lambda given: exact.solve(Model.of(**given)).floats(),
     ):
         for ours, theirs in zip(solve(double), solve(arguments), strict=True):
             assert np.array_equal(ours, theirs)

@@ -10,6 +10,7 @@ import torch
 from cases import FLOATS, SMALL, WARP, Case, cases, oracle, problems
 from closeness import assert_close
 from hypothesis import given
+from oracle import exact
 from torch import Tensor
 
 import birl_ext
@@ -17,7 +18,7 @@ from birl_ext import _native
 from birl_ext.errors import NotConvergedError
 from birl_ext.mdp import DenseMDP, SparseMDP
 from birl_ext.ops import _backends, _torch
-from birl_ext.reference import float64, multiprecision
+from birl_ext.reference import float64
 from birl_ext.solution import Solution, Status
 
 BACKENDS = ["torch", *([] if _backends.unavailable("cpu") else ["cpu"])]
@@ -333,14 +334,10 @@ def test_batched_masks_terminals_and_references_broadcast() -> None:
         assert_close(got.policy, want.policy, bound=1e-11, label=f"{form} policy")
 
 
-def exact(arguments: dict[str, Any]) -> float64.Oracle:
-    return multiprecision.solve(multiprecision.Problem.of(**arguments)).floats()
-
-
 def assert_certified(got: Solution, mdp: DenseMDP, temperature: float, label: object) -> None:
-    """The bounds hold against fifty digits, with no slack but the rounding of the comparison."""
+    """The bounds hold against 512 bits, with no slack but the rounding of the comparison."""
     for index, arguments in problems(mdp, temperature):
-        want = exact(arguments)
+        want = exact.solve(exact.Model.of(**arguments)).floats()
         ulp = 2.3e-16 * np.abs(want.value).max()
         bound = float(got.error_bound[index]) + ulp
         assert_close(got.value[index], want.value, bound=bound, label=f"{label} value {index}")

@@ -23,7 +23,7 @@ __all__ = ["OUTLIER", "Refined", "drowns", "refine", "typical_size"]
 EPS = torch.finfo(torch.float64).eps
 LEAST = 5e-324
 OUTLIER = 100.0  # values that many times the typical one do not set the scale of `tol` for others
-DIGITS, FOLD = 1e-12, 5.0
+DIGITS, FOLD = 1e-12, 100.0
 NEAR = 8.0  # units of rounding, where nothing more may be gained
 PRODUCTS = 120  # of a step, and 400 for the certificate, where there are too many states for an LU
 
@@ -40,9 +40,9 @@ class Refined(NamedTuple):
 
 
 def typical_size(value: Tensor, temperature: Tensor) -> Tensor:
-    """The lower quartile of |V|, but τ where that is more, (N, G)."""
-    quartile = value.abs().kthvalue(value.shape[-1] // 4 + 1, dim=-1).values
-    return torch.maximum(quartile, temperature)
+    """What a sixteenth of all |V| do not exceed, but τ where that is more, (N, G)."""
+    low = value.abs().kthvalue((value.shape[-1] - 1) // 16 + 1, dim=-1).values
+    return torch.maximum(low, temperature)
 
 
 def drowns(
@@ -56,9 +56,7 @@ def drowns(
     by_tolerance = OUTLIER * typical_size(value, temperature) < largest
     own = size + soft.unsqueeze(-1)
     smallest = own.amin(-1)
-    apart = (scale > FOLD**2 * smallest) & (bound > DIGITS * smallest)
-    # a mean that a value of zero by chance does not decide
-    apart &= (scale.unsqueeze(-1) / own).sqrt().mean(-1) > FOLD
+    apart = (scale > FOLD * smallest) & (bound > DIGITS * smallest)
     return torch.where(met, by_tolerance, apart)
 
 

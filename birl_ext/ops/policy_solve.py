@@ -263,9 +263,10 @@ def _flow(*args: Any) -> tuple[Tensor, Tensor]:
     x, slow = both[:, :, :-1], both[:, :, -1:]
     _check_condition(system, slow, share)
     # What is nowhere negative has its digits entry by entry, zeros too: only its size is set.
-    positive = (rhs >= 0).all(-1) & (mass > 0)
+    total = (share * x).sum(-1)
+    positive = (rhs >= 0).all(-1) & (mass > 0) & (total > 0)
     along = torch.where(positive.unsqueeze(-1), x, slow)
-    left = mass - (share * x).sum(-1)
+    left = mass - total
     step = left / (share * along).sum(-1)
     return x + step.unsqueeze(-1) * along, _why(slow, residual[:, :, -1:], residual[:, :, :-1])
 

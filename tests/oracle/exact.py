@@ -2,7 +2,8 @@
 
 Floats are taken as the exact rationals they are; a row of P counts as P/ΣP. The solution comes by
 Newton's method from zero, and the bound on its error from the balls of one last sweep. Derivatives
-are central differences with a step of 2⁻¹³⁰, so that no formula of the package is used again.
+are central differences with a step of 2⁻¹³⁰ (`slopes`), so that no formula of the package is used
+again; `gradients` has all of them at once by one transposed solve, and is held to the differences.
 Needs python-flint.
 """
 
@@ -31,6 +32,7 @@ class Model:
         reward: r, S·A numbers.
         rows: P as given, (S·A × S); zero rows do not continue.
         reference: μ, S·A numbers, None where no action is available.
+        free: where there is an action whose reward can be changed, (S, A) bool.
         discount: γ.
         temperature: τ.
         actions: A.
@@ -40,6 +42,7 @@ class Model:
     reward: list[Any]
     rows: Any
     reference: list[Any]
+    free: Array
     discount: Any
     temperature: Any
     actions: int
@@ -48,60 +51,72 @@ class Model:
     @classmethod
     def of(
         cls,
-        reward: Array,
-        transition: Array,
+        reward: Any,
+        transition: Any,
         *,
         discount: float,
         temperature: float,
-        mask: Array | None = None,
-        terminal: Array | None = None,
-        reference: Array | None = None,
+        mask: Any = None,
+        terminal: Any = None,
+        reference: Any = None,
     ) -> Model:
         """From arrays (S, A), (S, A, S), (S, A), (S,), (S, A); what lies behind a mask is unread.
 
         A terminal state without an action has one that pays nothing.
         """
-        states, actions = reward.shape
-        available = np.ones((states, actions), bool) if mask is None else mask.copy()
-        ends = np.zeros(states, bool) if terminal is None else terminal
-        closed = ends & ~available.any(1)
-        pays, weights = reward.astype(float), np.ones((states, actions))
-        if reference is not None:
-            weights = reference.astype(float)
-        pays[closed], weights[closed], available[closed, 0] = 0.0, 1.0, True
-        rows = np.where((available & ~ends[:, None])[..., None], transition, 0.0).astype(float)
-        pays = np.where(available, pays, 0.0)
+        pays = np.array(reward, dtype=float)
+        states, actions = pays.shape
+        ends = np.zeros(states, bool) if terminal is None else np.asarray(terminal)
+        free = np.ones((states, actions), bool) if mask is None else np.array(mask)
+        available = free.copy()
+        available[ends & ~free.any(1), 0] = True
+        weights = np.ones(free.shape) if reference is None else np.array(reference, dtype=float)
+        pays, weights = np.where(free, pays, 0.0), np.where(free, weights, 1.0)
+        goes_on = (available & ~ends[:, None])[..., None]
+        rows = np.where(goes_on, np.asarray(transition, dtype=float), 0.0)
         scale = max(1.0, float(np.abs(pays).max())) / (1.0 - discount)
         bits = BITS + max(0, int(np.log2(scale) - np.log2(temperature)))
-        open_ = available.ravel()
+        pairs = zip(weights.ravel().tolist(), available.ravel(), strict=True)
         return cls(
             [arb(x) for x in pays.ravel().tolist()],
             arb_mat(states * actions, states, [arb(x) for x in rows.ravel().tolist()]),
-            [
-                arb(w) if fine else None
-                for w, fine in zip(weights.ravel().tolist(), open_, strict=True)
-            ],
+            [arb(weight) if there else None for weight, there in pairs],
+            free,
             arb(float(discount)),
             arb(float(temperature)),
             actions,
             bits,
         )
 
-    def moved(self, direction: Mapping[str, Array], step: Any) -> Model:
-        """Every input that `direction` names, moved by `step` times its array."""
+    def moved(self, direction: Mapping[str, Any], step: Any) -> Model:
+        """Inputs (reward, transition, reference, discount, temperature) moved by `step` times their
+        array in `direction`, where they can be changed.
+        """
         changes: dict[str, Any] = {}
         for name, array in direction.items():
-            flat = np.asarray(array, dtype=float).ravel().tolist()
-            old = getattr(self, name)
+            shift = np.asarray(array, dtype=float)
             if name in ("discount", "temperature"):
-                changes[name] = (old + step * flat[0]).mid()
-            elif name == "rows":
-                shift = arb_mat(old.nrows(), old.ncols(), flat) * step
-                changes[name] = (old + shift).mid()
+                changes[name] = (getattr(self, name) + step * float(shift.item())).mid()
+            elif name == "transition":
+                states = self.rows.ncols()
+                goes_on = np.array([any(x != 0 for x in row) for row in self.rows.tolist()])
+                shift = np.where(goes_on[:, None], shift.reshape(-1, states), 0.0)
+                moved = arb_mat(*shift.shape, shift.ravel().tolist()) * step
+                changes["rows"] = (self.rows + moved).mid()
             else:
-                pairs = zip(old, flat, strict=True)
+                shift = np.where(self.free, shift, 0.0).ravel()
+                pairs = zip(getattr(self, name), shift.tolist(), strict=True)
                 changes[name] = [None if x is None else (x + step * d).mid() for x, d in pairs]
         return replace(self, **changes)
+
+
+class Rounded(NamedTuple):
+    """An answer in float64: value (S), the others (S, A); −inf, and a policy of 0, where masked."""
+
+    value: Array
+    q: Array
+    policy: Array
+    log_policy: Array
 
 
 class Answer(NamedTuple):
@@ -116,6 +131,12 @@ class Answer(NamedTuple):
     log_policy: list[Any]
     policy: list[Any]
     error: float
+
+    def floats(self) -> Rounded:
+        """Rounded to float64."""
+        tables = (self.q, self.policy, self.log_policy)
+        shape = len(self.value), -1
+        return Rounded(floats(self.value), *(floats(table).reshape(shape) for table in tables))
 
 
 def solve(model: Model, start: list[Any] | None = None) -> Answer:
@@ -143,6 +164,12 @@ def solve(model: Model, start: list[Any] | None = None) -> Answer:
             step = system.solve(right, algorithm="approx")
             value = [(old + step[s, 0]).mid() for s, old in enumerate(value)]
     raise ArithmeticError(f"Newton's method did not converge in {SWEEPS} steps")
+
+
+def sweep(model: Model, value: list[Any]) -> Answer:
+    """TV as the value, with Q, Q − TV, log π and π at V."""
+    with ctx.workprec(model.bits):
+        return _sweep(model, _normalised(model), value)
 
 
 def evaluate(model: Model, policy: list[Any], gain: list[Any]) -> list[Any]:
@@ -210,6 +237,89 @@ def slopes(
             first[name] = _floats([(b - a) / (2 * step) for a, _, b in triples])
             second[name] = _floats([(a - 2 * m + b) / (step * step) for a, m, b in triples])
         return Slopes(at, first, second)
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """Coefficients of L = Σ cV·V + Σ cQ·Q + Σ cπ·π + Σ cl·log π; None is zero, masked is unread."""
+
+    value: Array | None = None
+    q: Array | None = None
+    policy: Array | None = None
+    log_policy: Array | None = None
+
+
+class Gradients(NamedTuple):
+    """dL with respect to each input, rounded to float64, zero where it cannot be changed.
+
+    That of the transition is the derivative through P/ΣP, which keeps every row's sum.
+    """
+
+    reward: Array
+    transition: Array
+    discount: Array
+    temperature: Array
+    reference: Array
+
+
+def gradients(model: Model, cotangents: Cotangents) -> Gradients:
+    """All derivatives of L by one transposed solve, with log π = log μ + (Q − V)/τ."""
+    with ctx.workprec(model.bits):
+        answer, rows = solve(model), _normalised(model)
+        states, actions, gamma, tau = len(rows), model.actions, model.discount, model.temperature
+        count = states * actions
+        there = [weight is not None for weight in model.reference]
+
+        def read(weights: Array | None, size: int) -> list[Any]:
+            if weights is None:
+                return [arb(0)] * size
+            given = np.asarray(weights, dtype=float).ravel()
+            fine = there if len(given) == count and weights is not cotangents.value else True
+            return [arb(x) for x in np.where(fine, given, 0.0).tolist()]
+
+        on_log = [
+            own + on_policy * pi
+            for own, on_policy, pi in zip(
+                read(cotangents.log_policy, count),
+                read(cotangents.policy, count),
+                answer.policy,
+                strict=True,
+            )
+        ]
+        on_q = [q + log / tau for q, log in zip(read(cotangents.q, count), on_log, strict=True)]
+        value = arb_mat(states, 1, answer.value)
+        ahead: list[Any] = []
+        right = read(cotangents.value, states)
+        for s, block in enumerate(rows):
+            own = slice(s * actions, (s + 1) * actions)
+            ahead += (block * value).entries()
+            right[s] -= sum(on_log[own], arb(0)) / tau
+            pulled = (arb_mat(1, actions, on_q[own]) * block * gamma).entries()
+            right = [old + new for old, new in zip(right, pulled, strict=True)]
+        system = _system(model, rows, answer.policy).transpose()
+        weight = _refined(system, arb_mat(states, 1, [x.mid() for x in right]))
+        reward, reference = [arb(0)] * count, [arb(0)] * count
+        transition = [[arb(0)] * states for _ in range(count)]
+        by_discount, by_temperature = arb(0), arb(0)
+        for row in (i for i in range(count) if there[i]):
+            mu, mass = model.reference[row], weight[row // actions] * answer.policy[row]
+            gain = answer.log_policy[row] - mu.log()  # (Q − V)/τ
+            flow = on_q[row] + mass
+            reward[row], reference[row] = flow, (on_log[row] + tau * mass) / mu
+            by_discount += flow * ahead[row]
+            by_temperature -= (on_log[row] / tau + mass) * gain
+            total = sum((model.rows[row, t] for t in range(states)), arb(0))
+            if total != 0:
+                share = gamma * flow / total
+                transition[row] = [share * (v - ahead[row]) for v in answer.value]
+        shape = states, actions
+        return Gradients(
+            np.where(model.free, floats(reward).reshape(shape), 0.0),
+            np.array([floats(row) for row in transition]).reshape(*shape, states),
+            np.array(float(by_discount)),
+            np.array(float(by_temperature)),
+            np.where(model.free, floats(reference).reshape(shape), 0.0),
+        )
 
 
 def floats(numbers: list[Any], absent: float = -np.inf) -> Array:

@@ -153,7 +153,7 @@ def certificates(scene: Scene) -> None:
     options = {"method": "value-iteration", "max_iterations": 1, "tol": None}
     one, other = (solved(scene.drawn, name, **options) for name in BACKENDS)
     for index in scene.shown:
-        residual = float(one.residual[index])
+        residual = float(scene.drawn.element(index)["discount"]) * float(one.residual[index])
         largest = max(
             float(np.abs(exact.floats(scene.truths[index].q, 0.0)).max()),
             float(one.value[index].double().abs().max()),

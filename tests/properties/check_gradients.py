@@ -218,19 +218,12 @@ class Wanted:
 def wanted(drawn: Drawn, index: Index, path: Line, one: exact.Model) -> Wanted:
     """Central differences."""
     own = drawn.element(index)
-    open_ = draw.available(own)
-    ends = own.get("terminal", np.zeros(drawn.states, bool))
-    free = open_ & ~(ends[:, None] & ~own.get("mask", np.ones(open_.shape, bool)))
+    free = one.free
     pays = np.where(free, path.gain[index].double().numpy(), 0.0).ravel()
-    moves: dict[str, Array] = {}
-    for name, shift in path.direction.items():
-        mine = shift[index] if shift.ndim > draw.EVENT[name] and index else shift
-        if name == "transition":
-            moves["rows"] = np.where((open_ & ~ends[:, None])[..., None], mine, 0.0)
-        elif name in ("reward", "reference"):
-            moves[name] = np.where(free, mine, 0.0)
-        else:
-            moves[name] = np.atleast_1d(mine)
+    moves = {
+        name: shift[index] if shift.ndim > draw.EVENT[name] and index else shift
+        for name, shift in path.direction.items()
+    }
 
     def found(at: exact.Model, answer: exact.Answer) -> dict[str, list[Any]]:
         tables: dict[str, list[Any]] = {
@@ -248,15 +241,16 @@ def wanted(drawn: Drawn, index: Index, path: Line, one: exact.Model) -> Wanted:
 
     def largest(name: str, by: Any = 1.0) -> float:
         """Of a move."""
-        return float(np.abs(moves[name] / by).max(initial=0.0)) if name in moves else 0.0
+        return float(np.abs(moves[name] / by).max()) if name in moves else 0.0
 
     # N: the right side as it stands in the equations before anything cancels
-    tau, whole = float(own["temperature"]), not ends.any()
+    tau, whole = float(own["temperature"]), not own.get("terminal", np.zeros(1)).any()
     log_mu = np.abs(np.log(own["reference"][free])) if "reference" in own else np.zeros(1)
     entropy = 1 + math.log(drawn.actions) + float(log_mu.max(initial=0.0))
     reward = float(np.abs(own["reward"][free]).max(initial=0.0))
-    rows = np.abs(moves["rows"]).sum(-1).max() if "rows" in moves else 0.0
-    flow = rows + largest("discount")
+    flow = largest("discount")
+    if "transition" in moves:
+        flow += float(np.abs(moves["transition"]).sum(-1).max())
     level = reward + spread(slopes.at["value"], whole)
     drive = (
         largest("reward")

@@ -106,10 +106,10 @@ def check(seed: int) -> Outcome:
     drawn, outcome = draw.draw(seed), Outcome(seed)
     rng = np.random.default_rng([seed, 1])
     indices = drawn.indices()
-    outcome.counts["problems"] += len(indices)
     for trait in ("tame" if drawn.tame else "wild", drawn.chain, drawn.form, *drawn.traits):
         outcome.counts[f"kind {trait}"] += 1
     shown = [indices[i] for i in rng.permutation(len(indices))[:SHOWN]]
+    outcome.counts["problems"] += len(shown)
     models = {index: model(drawn, index) for index in shown}
     truths = {index: exact.solve(one) for index, one in models.items()}
     part, memory = seed % 10, {}

@@ -145,7 +145,7 @@ def summary(report: dict[str, Any]) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=seeds, default="0:2000", help="a:b, or one, or a,b,c")
+    parser.add_argument("--seeds", type=seeds, default="0:800", help="a:b, or one, or a,b,c")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     chosen = parser.parse_args()
