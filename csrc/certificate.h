@@ -42,6 +42,7 @@ struct Certificate {
   double log_actions = 0.0;
   double additions = 0.0;  // dependent additions in the row sums P·W and σ and in that over actions
   double long_sum = 0.0;   // rounding of what the latter has beyond that, per unit of temperature
+  double underflow = 0.0;  // what a value below the normal numbers loses where it is handed out
   double tol = 0.0;        // relative; 0: as far as rounding allows
   double relative_target = 0.0;  // half-span at which the bound meets it, per unit of value
   // Of the last sweep, made at V = c + W:
@@ -143,7 +144,7 @@ struct Certificate {
   // Whether those are worth waiting for where Newton's method did not end.
   bool sweeps_end() const { return most_sweeps() <= 1000000; }
 
-  bool converged() const { return tol > 0.0 && error_bound() <= tol * largest_value(); }
+  bool converged() const { return tol > 0.0 && error_bound() + underflow <= tol * largest_value(); }
 
   // Half-span at which iteration ends, as far as it can be told now.
   double target() const {

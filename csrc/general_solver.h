@@ -115,6 +115,7 @@ class GeneralSolver {
     delta_.resize(S);
     certificate_ =
         Certificate(problem_.discount, problem_.temperature, A, model_->additions(), request_.tol);
+    certificate_.underflow = kUnderflow<Real>;
     for (Index row = 0; row < rows; ++row) {
       const double reference = problem_.log_reference ? problem_.log_reference[row] : 0.0;
       if (reference == -kInf) continue;

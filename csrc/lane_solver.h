@@ -153,6 +153,7 @@ class LaneSolver {
     certificate_ = Certificate(problem_.discount, problem_.temperature, actions_,
                                0.5 * static_cast<double>(states_) + 2.0,  // two partial sums
                                request_.tol);
+    certificate_.underflow = kUnderflow<Real>;
     certificate_.largest_reward = packed_.largest_reward;
     certificate_.largest_reference = packed_.largest_reference;
     certificate_.continues = packed_.continues;

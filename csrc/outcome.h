@@ -15,6 +15,10 @@ struct Outcome {
   const double* bounds = nullptr;  // (S) of each state; null: all are error_bound
 };
 
+// Half of the smallest number in which values are handed out, if that is not what computes them.
+template <class Real>
+constexpr double kUnderflow = sizeof(Real) == 4 ? 0x1p-150 : 0.0;
+
 // Where one problem's results go: the tables in the type of P and r.
 template <class Real>
 struct Tables {

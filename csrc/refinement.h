@@ -313,7 +313,7 @@ class Refinement {
       if (size <= kOutlier * typical) unit = std::max(unit, size);
     bool met = true;
     for (Index s = 0; s < S_; ++s)
-      met = met && bound_[s] <= request_.tol * std::max(sizes[s], unit);
+      met = met && bound_[s] + certificate_.underflow <= request_.tol * std::max(sizes[s], unit);
     if (met)
       outcome.status = Status::kConverged;
     else if (outcome.status != Status::kMaxIterations)

@@ -142,6 +142,7 @@ def refine(
     coarse: float,
     eliminates: bool,
     tol: float,
+    underflow: float,
     budget: int,
 ) -> Refined | None:
     """From V = offset + value of one problem, (1, 1, S), where a solver ended whose rounding was
@@ -152,6 +153,7 @@ def refine(
         units: of rounding, in a row's product.
         continuing: whether every available row continues.
         eliminates: whether there are few enough states for that.
+        underflow: what a value below the normal numbers loses where it is handed out.
         budget: most passes.
     """
     own = _Refinement(problem, soft, units, continuing)
@@ -205,7 +207,7 @@ def refine(
         typical = typical_size(size, problem.temperature).unsqueeze(-1)
         unit = torch.where(size <= OUTLIER * typical, size, 0.0).amax(-1, keepdim=True)
         unit = torch.maximum(unit, typical)
-        if bool((bounds <= tol * torch.maximum(size, unit)).all()):
+        if bool((bounds + underflow <= tol * torch.maximum(size, unit)).all()):
             status = Status.CONVERGED
         elif status == Status.CONVERGED:
             status = Status.STAGNATED

@@ -28,6 +28,7 @@ SPARSE_DIRECT_STATES = 200  # above, products with few entries per row beat a de
 DIRECT_STATES = 1500  # above, an LU of (I − γP_π) costs more than the Krylov products it saves
 RETRY_STATES = 8192  # above, the S² numbers of an LU, a GiB with its copies, are too many to try
 REFINED_STATES = 512  # above, the last sweeps of values that differ much in size take products
+GIVE_UP = 30  # passes after which Newton's method has no use for Krylov methods
 HAND_OVER = 150  # passes after which modified policy iteration has met slow mixing
 SWEEPS_PER_POLICY = 40  # of modified policy iteration: between the 20 and 60 that suit grids
 
@@ -157,6 +158,9 @@ def solve(
     # and what they can be off by: half an ulp for each addition
     certain = 8 + problem.rows.longest / 2 + actions / 2
 
+    # what a value below the normal numbers loses where it is handed out
+    underflow = 2.0**-150 if reward.dtype == torch.float32 else 0.0
+
     def scale_of(span: Tensor, value: Tensor, constant: Tensor, change: Tensor) -> Tensor:
         """Size of the numbers whose rounding enters δ; a reward counts where it is taken."""
         base = span + one_minus * constant + torch.where(continuing, 0.0, value) + soft
@@ -221,7 +225,7 @@ def solve(
         at_floor = (half <= unit / 2) | ((half <= 100 * unit) & (stalled >= patience))
         at_floor &= ~drowned
         best = torch.where(drowned, math.inf, best)
-        reached = (bound <= tol * size) if tol > 0 else at_floor
+        reached = (bound + underflow <= tol * size) if tol > 0 else at_floor
         hopeless = at_floor & ~reached
         finished = active & (reached | hopeless | ~finite)
         if passes == limit:
@@ -250,6 +254,8 @@ def solve(
 
         if automatic and method == Method.POLICY_ITERATION and passes >= HAND_OVER:
             method = Method.NEWTON if problem.rows.states <= DIRECT_STATES else Method.KRYLOV
+        if method == Method.KRYLOV and passes >= GIVE_UP and states <= DIRECT_STATES:
+            method = Method.NEWTON
         if method == Method.VALUE_ITERATION:
             move, inner = _deflated(delta, middle, gamma, one_minus), torch.zeros_like(gamma)
         else:
@@ -266,7 +272,8 @@ def solve(
     absolute = done_value + done_offset.unsqueeze(-1)
     ended = (status == int(Status.CONVERGED)) | (status == int(Status.STAGNATED))
     bound = info[..., Info.ERROR_BOUND]
-    met = (bound <= tol * torch.maximum(absolute.abs().amax(-1), problem.temperature)) & (tol > 0)
+    most = torch.maximum(absolute.abs().amax(-1), problem.temperature)
+    met = (bound + underflow <= tol * most) & (tol > 0)
     lost = ended & drowns(absolute, problem.temperature, soft, sizes, bound, met)
     stuck = (status == int(Status.STAGNATED)) & (states <= REFINED_STATES)
     lost |= stuck  # of which an elimination may make more than the method at hand
@@ -283,6 +290,7 @@ def solve(
             coarse=math.inf if stuck[n, g] else float(certain * EPS * sizes[n, g]),
             eliminates=states <= REFINED_STATES,
             tol=tol,
+            underflow=underflow,
             budget=limit - used if max_iterations else 1000,
         )
         if fine is None:

@@ -161,7 +161,10 @@ def certificates(scene: Scene) -> None:
         )
         apart = float((one.value[index] - other.value[index]).double().abs().max())
         same_vector = apart <= 1e-6 * residual
-        above = residual > 1e4 * torch.finfo(scene.drawn.dtype).eps * largest
+        above = (
+            residual * float(scene.drawn.element(index)["discount"])
+            > 1e4 * torch.finfo(scene.drawn.dtype).eps * largest
+        )
         both = all(int(x.status[index]) == Status.MAX_ITERATIONS for x in (one, other))
         if same_vector and above and both:
             bounds = [float(x.info[index][Info.ERROR_BOUND]) for x in (one, other)]

@@ -89,7 +89,7 @@ def element(scene: Scene, index: Index, found: Solution) -> None:
         asked = tol * max(np.abs(want).max(), temperature)
         outcome.hold(f"tol {where}", bound, 1.01 * asked + 4 * eps * largest + tiny, label)
     if tol and status == Status.STAGNATED:
-        within = tol > 4 * eps and tol * np.abs(want).max() > 1e3 * floor
+        within = tol > 4 * eps and tol * np.abs(want).max() > max(1e3 * floor, tiny)
         outcome.expect(f"status {where}", not within, f"{label}: tol {tol:.3g} is within reach")
     if tol or limited(drawn, scene.backend) or extreme:
         return
