@@ -19,7 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from birl_ext.errors import BirlError, ConfigError, MissingDependencyError, SizeLimitError
+from birl_ext.errors import (
+    BirlError,
+    ConfigError,
+    FileFormatError,
+    MissingDependencyError,
+    SizeLimitError,
+)
 from birl_ext.runs.pace import Pace
 
 if TYPE_CHECKING:
@@ -315,6 +321,7 @@ def _plot(words: list[str]) -> int:
     config = from_plain(problem.config, directory.config, where=where)
     store = CheckpointStore(directory.checkpoints)
     if not store.paths():
+        directory.check_unstarted()
         raise ConfigError(
             "the run has no checkpoint yet",
             where=str(directory.path),
@@ -323,10 +330,18 @@ def _plot(words: list[str]) -> int:
     job = problem.job(config)
     found = restore(job, store)
     directory.recorded(found.step, found.metrics)
-    summary = directory.read_summary() or summarise(
-        job, directory, step=found.step, seconds=found.seconds
-    )
-    written, missing = draw_figures(job, directory, summary)
+    stored = directory.read_summary()
+    summary = stored or summarise(job, directory, step=found.step, seconds=found.seconds)
+    try:
+        written, missing = draw_figures(job, directory, summary)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if not stored or isinstance(error, BirlError) or _out_of_memory(error):
+            raise
+        raise FileFormatError(
+            f"the figures cannot be drawn from the summary: {type(error).__name__} {error}",
+            where=str(directory.summary_path),
+            fix="remove the file and plot again; it is computed from the checkpoint then",
+        ) from error
     if missing:
         raise MissingDependencyError(
             f"figures need matplotlib: {', '.join(missing)}", fix='pip install "birl_ext[viz]"'
@@ -338,7 +353,8 @@ def _plot(words: list[str]) -> int:
 
 def _solve(words: list[str]) -> int:
     options: SolveOptions = _cli(SolveOptions, "birl solve", SolveOptions.__doc__ or "", words)
-    target = options.out or options.mdp.with_suffix(".solution.npz")
+    # Not with_suffix, which refuses "." and "/" by itself
+    target = options.out or options.mdp.parent / f"{options.mdp.stem}.solution.npz"
 
     import birl_ext
     from birl_ext.io import write_tensors

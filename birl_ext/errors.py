@@ -332,7 +332,7 @@ class AnswerLogRecoveryWarning(UserWarning):
 
 class UninformativeDataError(BirlError, ValueError):
     code = "BIRL-E707"
-    meaning = "data from which the parameters cannot be estimated"
+    meaning = "data that leave an estimate without a maximum or a parameter without influence"
     remedy = "add observations that tell the parameters apart"
 
 

@@ -189,10 +189,11 @@ def solve(
         guess = flat.layout.grouped(initial.detach().double(), 1)
     if on_fail not in _ON_FAIL:
         raise _unknown("on_fail", on_fail, _ON_FAIL)
-    if method not in _METHODS:
+    if not (isinstance(method, str) and method in _METHODS):
         raise _unknown("method", method, tuple(_METHODS))
     if tol is not None:
-        if not (isinstance(tol, SupportsFloat) and float(tol) >= 0):
+        known = isinstance(tol, SupportsFloat) and not isinstance(tol, bool)
+        if not (known and 0 <= float(tol) < math.inf):
             raise OptionError(f"tol is {tol!r}", allowed="0 or more, or None")
         tol = float(tol)
     if max_iterations is not None and not (

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from birl_ext import batching, validation
-from birl_ext.errors import DtypeError, FileFormatError, ShapeError, SparseFormatError
+from birl_ext.errors import (
+    DtypeError,
+    FileFormatError,
+    NonStochasticError,
+    ShapeError,
+    SparseFormatError,
+)
 from birl_ext.io import FOREIGN, MAX_BYTES, read_tensors, write_tensors
 from birl_ext.validation import Level
 
@@ -75,11 +81,24 @@ class _MDP:
         if validate == "full" and changes.keys() & {"crow", "col"}:
             return dataclasses.replace(self, **changes, validate="full")  # type: ignore[type-var]
         new = dataclasses.replace(self, **changes, validate="off" if validate == "off" else "cheap")  # type: ignore[type-var]
+        if validate == "cheap" and not changes.keys() & {"transition", "values"}:
+            self._check_opened(new)
         if not changes.keys() & {"mask", "terminal", "reference"}:
             new._set(free_ends=self.free_ends)
         if validate == "full":
             new._check_data(frozenset(changes))
         return new
+
+    def _check_opened(self, new: Self) -> None:
+        """Raise NonStochasticError where actions open up whose rows the former mask has emptied."""
+        if self.mask is None or not validation.is_concrete(self.mask, new.mask):
+            return
+        opened = ~self.mask if new.mask is None else new.mask & ~self.mask
+        if bool(opened.any()):
+            raise NonStochasticError(
+                "the mask opens actions whose rows the former mask has emptied",
+                fix="give the transition too",
+            )
 
     def to(self, *targets: torch.device | str | torch.dtype) -> Self:
         """A copy on another device, in another dtype, or both: ``mdp.to("cuda", torch.float32)``.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from birl_ext import validation
-from birl_ext.errors import OptionError
+from birl_ext.errors import OptionError, ShapeError
 from birl_ext.functional import solve
 from birl_ext.solution import Solution
 
@@ -62,6 +62,14 @@ class SoftPlanner(nn.Module):
     ) -> None:
         super().__init__()
         validation.check_temperature(temperature)
+        shape = torch.as_tensor(temperature).shape
+        if shape.numel() != 1:
+            raise ShapeError(
+                f"temperature has shape {tuple(shape)}",
+                allowed="one number for all problems",
+            )
+        if transition is not None:
+            transition = validation.as_floating("transition", transition)
         self.discount = discount
         self.options = options
         buffers = {

@@ -196,4 +196,5 @@ def _rounding(table: Tensor, event: int) -> Tensor | float:
     if table.dtype == torch.float64:
         return 0.0
     largest = table.detach().double().abs().flatten(-event).amax(-1)
-    return torch.finfo(table.dtype).eps / 2 * largest
+    limits = torch.finfo(table.dtype)
+    return limits.eps / 2 * torch.clamp(largest, min=limits.smallest_normal)

@@ -322,10 +322,10 @@ _ORDERS = (
 
 
 def _order(transition: Tensor, shape: tuple[int, ...]) -> str:
-    """The expression that brings the axes into order: the first after which all rows sum to one,
-    else the first that gives this shape; empty where none does.
+    """The expressions that bring the axes into order: those after which all rows sum to one, else
+    the first that gives this shape; empty where none does.
     """
-    fitting = ""
+    fitting, stochastic = "", []
     for order in _ORDERS:
         method, axes = order.rstrip(")").split("(")
         moved: Tensor = getattr(transition, method)(*map(int, axes.split(",")))
@@ -337,7 +337,9 @@ def _order(transition: Tensor, shape: tuple[int, ...]) -> str:
             total = moved.sum(-1, dtype=torch.float64)
             tolerance = row_sum_tolerance(transition.dtype, shape[0])
             if ((total - 1).abs() <= tolerance).all():
-                return expression
+                stochastic.append(expression)
+    if stochastic:  # several where S = A: which axis is the state, the numbers do not tell
+        return " or ".join(stochastic)
     return fitting if tuple(transition.shape[-3:]) != shape else ""
 
 

@@ -181,22 +181,26 @@ class Refinement {
   template <class At>
   double excess(Index s, At&& at) const {
     const double tau = problem_.temperature;
-    const auto masked = [&](Index row) {
-      return problem_.log_reference && problem_.log_reference[row] == -kInf;
+    const double* const reference = problem_.log_reference;
+    const auto weight = [&](Index row) {  // τ log (π exp(x/τ))
+      return (q_[row] - image_[s]) + at(row) + (reference ? tau * reference[row] : 0.0);
     };
-    double sum = 0.0, peak = 0.0;
+    double sum = 0.0, peak = -kInf;
     for (Index row = s * A_; row < (s + 1) * A_; ++row) {
-      if (masked(row)) continue;
+      if (reference && reference[row] == -kInf) continue;
       const double x = at(row) / tau;
-      if (!(x < kInf)) return kInf;
-      peak = std::max(peak, log_policy_[row] + x);
-      sum += x < 1.0 ? policy_[row] * std::expm1(x) : std::exp(log_policy_[row] + x);
+      if (x < 1.0) {
+        sum += policy_[row] * std::expm1(x);
+      } else {
+        peak = std::max(peak, weight(row));
+        sum += std::exp(weight(row) / tau) - policy_[row];
+      }
     }
-    if (peak < 700.0) return tau * std::log1p(sum);
+    if (peak < 700.0 * tau) return tau * std::log1p(sum);
     sum = 0.0;
     for (Index row = s * A_; row < (s + 1) * A_; ++row)
-      if (!masked(row)) sum += std::exp(log_policy_[row] + at(row) / tau - peak);
-    return tau * (peak + std::log(sum));
+      if (!(reference && reference[row] == -kInf)) sum += std::exp((weight(row) - peak) / tau);
+    return peak + tau * std::log(sum);
   }
 
   void factor() {
@@ -253,9 +257,14 @@ class Refinement {
       trial_ = own;
       factor();
       elimination_->solve(trial_.data(), false);
-      for (double& e : trial_) e *= 2.0;
+      // Where most of it comes from afar, twice is no margin for the rounding of holds().
+      for (Index s = 0; s < S_; ++s) trial_[s] = 2.0 * own[s] + 8.0 * (slack() - 1.0) * trial_[s];
+      elimination_->solve(trial_.data(), false);
     }
   }
+
+  // For the rounding of holds().
+  double slack() const { return 1.0 + 4.0 * kEps * (8.0 + certificate_.additions); }
 
   bool by_products(const std::vector<double>& own, int most) {
     // With v = Σ_{j<k} (γP_π)^j own and (γP_π)^k own <= ρ own, it is at most v/(1 − ρ).
@@ -284,10 +293,10 @@ class Refinement {
   // Whether |δ| + ρ + τ log Σ π exp(γPe/τ) <= e, its own rounding included.
   bool holds(const std::vector<double>& e) {
     look_ahead(e, ahead_);
-    const double slack = 1.0 + 4.0 * kEps * (8.0 + certificate_.additions);
     for (Index s = 0; s < S_; ++s) {
-      const double change = excess(s, [&](Index row) { return blur_[row] + slack * ahead_[row]; });
-      if (!((std::abs(delta_[s]) + floor_[s] + change) * slack <= e[s])) return false;
+      const double change =
+          excess(s, [&](Index row) { return blur_[row] + slack() * ahead_[row]; });
+      if (!((std::abs(delta_[s]) + floor_[s] + change) * slack() <= e[s])) return false;
     }
     return true;
   }

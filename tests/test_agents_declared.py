@@ -25,6 +25,7 @@ from gymnasium.spaces import (
 )
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from birl_ext.agents.declared import Declared
 from birl_ext.agents.environment import Environments, make_environments
 from birl_ext.agents.restored import RestoredSimulator
 from birl_ext.errors import DtypeError, EnvironmentFailureError, OptionError
@@ -151,6 +152,11 @@ PARTS: list[tuple[dict[str, Any], str]] = [
     ({"reward": np.array([1.0])}, "its reward has shape (1,)"),
     ({"reward": np.zeros(0)}, "its reward has shape (0,)"),
     ({"reward": 1 + 2j}, "its reward is (1+2j), a complex"),
+    ({"reward": 10**39}, "its reward is 1e+39 at"),
+    ({"reward": -(10**400)}, "its reward is an integer of 1329 bits at"),
+    ({"reward": 10**5000}, "its reward is an integer of 16610 bits at"),
+    ({"reward": [10**5000]}, "its reward is too long to print, a list"),
+    ({"observation": [10**400, 0.0, 1.0]}, "0...0000000000000000000, 0.0, 1.0], a list"),
     ({"terminated": 1}, "its terminated is 1, a int"),
     ({"terminated": np.array([True])}, "its terminated is array([ True]), a ndarray"),
     ({"terminated": np.array(1)}, "its terminated is array(1), a ndarray"),
@@ -229,6 +235,37 @@ def test_what_fits_is_kept(at: int) -> None:
             assert at == 0 or (float(step.transitions.reward), bool(step.ended)) == (2.0, at == 3)
             seen.append(found)
         assert torch.equal(seen[0], seen[-1])
+
+
+@pytest.mark.parametrize(
+    ("number", "becomes"),
+    [
+        (2**53 + 1, "9007199254740992.0"),
+        (-(2**53) - 1, "-9007199254740992.0"),
+        (2**63 - 1, "9.223372036854776e+18"),
+        (-(2**63), ""),
+        (2**64 - 1, "1.8446744073709552e+19"),
+        (2**64 + 1, "1.8446744073709552e+19"),
+        (10**20, "1.0000000200408773e+20"),
+        (2**100, ""),
+        (np.longdouble(2) ** 53 + 1, "9007199254740992.0"),
+    ],
+    ids=str,
+)
+def test_no_whole_number_is_rounded_in_silence(number: Any, becomes: str) -> None:
+    declared = Declared(ANY)
+    reward = declared.step((np.zeros(1), number, False, False, {}))[1]
+    assert reward == float(number)
+    assert declared.rounded == (
+        f"its reward {number} becomes {becomes}, in float32" if becomes else ""
+    )
+    for dtype in (np.int64, np.uint64):
+        space: Any = Box(np.iinfo(dtype).min, np.iinfo(dtype).max, (2,), dtype)
+        if space.low[0] <= number <= space.high[0] and isinstance(number, int):
+            declared = Declared(space)
+            assert declared.observation(np.array([0, number], dtype))[1] == number
+            assert becomes in declared.rounded
+            assert bool(becomes) == bool(declared.rounded)
 
 
 @contextmanager

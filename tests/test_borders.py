@@ -21,6 +21,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext import DenseMDP, SparseMDP, _native, errors, functional
+from birl_ext.nn import SoftPlanner
 from birl_ext.ops import _backends
 
 S, A = 4, 3
@@ -393,3 +394,49 @@ def test_the_remedy_for_a_file_of_another_program(name: str, tmp_path: Path) -> 
         birl_ext.mdp.load(other)
     with pytest.raises(errors.FileFormatError, match=r"ends in \.npz"):
         DenseMDP(R, P, 0.5).save(path)
+
+
+def test_orders_that_the_numbers_do_not_tell_apart_are_all_named() -> None:
+    """With as many actions as states the last axis is known and the first two are not."""
+    rows = torch.rand(3, 3, 3, dtype=torch.float64).softmax(-1)
+    reward = torch.rand(3, 3, dtype=torch.float64)
+    for given, right in (
+        (rows.permute(1, 2, 0).contiguous(), "transition.movedim(-1, -3)"),
+        (rows.permute(2, 1, 0).contiguous(), "transition.transpose(-3, -1)"),
+    ):
+        with pytest.raises(errors.NonStochasticError) as raised:
+            birl_ext.solve(reward, given, discount=0.9, temperature=0.3)
+        assert right in str(raised.value)
+        assert " or transition." in str(raised.value)
+
+
+def test_a_mask_that_opens_emptied_rows_is_refused() -> None:
+    rows = torch.rand(3, 2, 3, dtype=torch.float64).softmax(-1)
+    mask = torch.tensor([[True, False], [True, True], [True, True]])
+    mdp = birl_ext.DenseMDP(torch.rand(3, 2, dtype=torch.float64), rows, 0.9, mask=mask)
+    wider = torch.ones(3, 2, dtype=torch.bool)
+    for changes in ({"mask": wider}, {"mask": None}):
+        for level in ("full", "cheap"):
+            with pytest.raises(errors.NonStochasticError):
+                mdp.replace(**changes, validate=level)
+    mdp.replace(mask=wider, transition=rows, validate="cheap")
+    narrower = mask & torch.tensor([[True, True], [True, False], [True, True]])
+    mdp.replace(mask=narrower, validate="cheap")
+
+
+def test_options_of_the_wrong_kind_are_named() -> None:
+    rows = torch.rand(3, 2, 3, dtype=torch.float64).softmax(-1)
+    problem = (torch.rand(3, 2, dtype=torch.float64), rows)
+    for options in ({"method": ["newton"]}, {"tol": True}, {"tol": float("inf")}):
+        with pytest.raises(errors.OptionError):
+            birl_ext.solve(*problem, discount=0.9, temperature=0.3, **options)
+    with pytest.raises(errors.ShapeError, match="temperature"):
+        SoftPlanner(discount=0.9, temperature=torch.tensor([0.3, 0.2]))
+    SoftPlanner(discount=0.9, temperature=torch.tensor([0.3]))
+    with pytest.raises(errors.DtypeError, match="transition"):
+        SoftPlanner(
+            discount=0.9,
+            temperature=0.3,
+            transition=torch.zeros(3, 2, 3, dtype=torch.int64),
+            learn_temperature=True,
+        )

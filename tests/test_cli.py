@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +115,8 @@ FORBIDDEN = 'problem = "fake"\n[config]\nsize = 200\nrate = 2\nsteps = 1\n'
         (["run", "fake", "--out", "full"], "not empty"),
         (["plot", "full"], "not a run directory"),
         (["solve", "--mdp", "absent.npz", "--temperature", "1"], "absent.npz is not a file"),
+        *((["solve", "--temperature", "1", "--mdp", mdp], "E701") for mdp in ("", ".", "/", "..")),
+        (["bench", "tiny_call", "--out", "/dev/null/x"], "E801 .* at /dev/null/x.*another --out"),
         (["run", "fake", "--fail-at", "3"], "did not converge"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -257,6 +261,33 @@ def test_plot_draws_the_same_figures_again(birl):
     assert status == 0
     assert sorted(map(Path, out.split())) == paths
     assert [path.read_bytes() for path in paths] == before
+
+
+@pytest.mark.parametrize("problem", [{}, {"problem": "fake"}, {"problem": "other"}], ids=str)
+def test_a_summary_of_something_else_is_refused_by_name(birl, problem):
+    birl("run", "fake", "--steps", "3", "--out", "a", "--no-figures")
+    Path("a/summary.json").write_text(json.dumps(problem | {"parameters": 3}))
+    status, out, err = birl("plot", "a")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    what = "figures cannot be drawn from" if problem.get("problem") == "fake" else "summary is not"
+    assert err.startswith(f"birl: BIRL-E701 the {what} ")
+    assert "at a/summary.json" in err
+    Path("a/summary.json").unlink()  # as it says
+    assert birl("plot", "a")[0] == 0
+
+
+@pytest.mark.parametrize("command", [["run", "--resume", "a"], ["plot", "a"]], ids=" ".join)
+def test_rows_without_a_checkpoint_are_refused_and_kept(birl, command):
+    birl("run", "fake", "--steps", "4", "--out", "a", "--no-figures")
+    before = Path("a/metrics.jsonl").read_bytes()
+    shutil.rmtree("a/checkpoints")
+    status, out, err = birl(*command)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "BIRL-E702 the metrics hold 4 rows, and there is no checkpoint at a/checkpoints" in err
+    assert Path("a/metrics.jsonl").read_bytes() == before
+    remedy = "birl run --config a/config.toml"
+    assert err.endswith(f"{remedy}\n")
+    assert birl(*remedy.split()[1:], "--out", "b", "--no-figures")[0] == 0
 
 
 @pytest.mark.filterwarnings("default")

@@ -21,6 +21,7 @@ from birl_ext.bilevel import (
     hypergradient_report,
 )
 from birl_ext.bilevel.guards import reaches
+from birl_ext.bilevel.newton import _undetermined
 from birl_ext.bilevel.sobirl import DRLHF, SoBiRL
 from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
 from birl_ext.errors import (
@@ -399,6 +400,9 @@ OPTIONS = [
     (exact, "noise", NAN),
     (exact, "noise", INF),
     (exact, "noise", "loud"),
+    (exact, "noise", True),
+    (exact, "seed", True),
+    (zero_order, "seed", False),
     (published, "sweeps", 1.5),
     (published, "sweeps", 0),
     (published, "sweeps", -3),
@@ -429,6 +433,37 @@ OPTIONS = [
 @pytest.mark.parametrize(("make", "name", "value"), OPTIONS)
 def test_options_are_named(make: Any, name: str, value: Any) -> None:
     assert_refused(OptionError, f"{name} is ", make, BilevelProblem(lower, upper), **{name: value})
+
+
+@every
+@pytest.mark.parametrize("problem", [None, (lower, upper)], ids=["None", "tuple"])
+def test_problems_are_named(make: Any, problem: Any) -> None:
+    assert_refused(OptionError, "problem is .*allowed: a BilevelProblem", make, problem)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 2), (2, 2), (3, 2, 2), (2, 2, 2)])
+def test_zero_order_differences_are_one_per_start(shape: tuple[int, ...]) -> None:
+    """Z along the first axis: (φ(x + uZ) − φ(x))/u is its inner product with each start's slope."""
+    starts = shape[:1] if len(shape) > 1 else ()
+    size = torch.arange(1.0, 1 + math.prod(shape), dtype=torch.float64).reshape(shape)
+
+    def total(x: Tensor) -> Tensor:
+        return (size * x).reshape(*starts, -1).sum(-1)
+
+    def bottom(x: Tensor) -> DenseMDP:
+        return BASE.replace(reward=BASE.reward + 0 * x.sum())
+
+    problem = BilevelProblem(bottom, lambda x, _: total(x))
+    algorithm = zero_order(problem, torch.zeros(shape, dtype=torch.float64))
+    kept = algorithm.generator.get_state()
+    _, gradient = algorithm.estimate()
+    algorithm.generator.set_state(kept)
+    z = torch.randn(shape, generator=algorithm.generator, dtype=torch.float64)
+    want = total(z).reshape((*starts, *[1] * (len(shape) - len(starts)))) * z
+    assert_close(gradient, want, bound=1e-9, label="estimate")
+    algorithm.generator.set_state(kept)
+    norm = want.reshape(*starts, -1).norm(dim=-1)
+    assert_close(algorithm.step().gradient_norm, norm, bound=1e-9, label="norm")
 
 
 def test_the_mode_that_is_gone_names_the_one_to_use() -> None:
@@ -472,6 +507,9 @@ OPTIMISERS = {
     "class returned": (lambda p: torch.optim.SGD, "optimiser returned a type"),
     "refused": (lambda p: torch.optim.SGD(p, lr=-1.0), "raised ValueError: Invalid learning rate"),
     "arguments": (lambda p: torch.optim.SGD(p, rate=1.0), "optimiser raised TypeError"),
+    "failed": (lambda p: {}["adam"], "optimiser raised KeyError"),
+    "no such": (lambda p: torch.optim.Eve(p), "optimiser raised AttributeError"),
+    "broken": (lambda p: torch.zeros(2) @ torch.zeros(3), "optimiser raised RuntimeError"),
     "another tensor": (
         lambda p: sgd([torch.zeros(8, dtype=torch.float64, requires_grad=True)]),
         "SGD of `optimiser` steps other tensors",
@@ -505,6 +543,52 @@ def test_a_step_to_infinity_is_taken_back(make: Any) -> None:
         BilevelProblem(lower, steep),
         optimiser=lambda p: torch.optim.SGD(p, lr=1e308),
     )
+
+
+@optimised
+def test_a_step_to_where_the_levels_fail_is_named(make: Any) -> None:
+    """x stays finite; its square, which `lower` takes, does not."""
+    problem = BilevelProblem(lambda x: lower(x.square().square()), upper)
+    algorithm = make(problem, optimiser=lambda p: torch.optim.SGD(p, lr=1e90))
+    algorithm.step()
+    words = r"BIRL-E403 steps of the SGD .* made ‖x‖ .*e\+.*Fix: lower the learning rate"
+    with pytest.raises(NonFiniteResultError, match=words):
+        algorithm.step()
+
+
+def test_a_step_that_failed_leaves_the_optimiser_as_it_was() -> None:
+    """Taken again, it ends with the bits of a run in which nothing failed."""
+    fails = [False]
+
+    class Late(torch.optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            found = super().step(closure)
+            if fails[0]:
+                raise RuntimeError("too late")
+            return found
+
+    runs = [
+        exact(BilevelProblem(lower, upper), optimiser=lambda p: Late(p, lr=0.1)) for _ in range(2)
+    ]
+    for k in range(3):
+        for run in runs:
+            if run is runs[0]:
+                fails[0] = True
+                with pytest.raises(OptionError, match="too late"):
+                    run.step()
+                fails[0] = False
+            run.step()
+        assert_same_bits(runs[0].x, runs[1].x, label=f"x after step {k}")
+
+
+@pytest.mark.parametrize("make", [exact, published])
+def test_only_the_published_mode_has_an_adjoint_rate_to_lower(make: Any) -> None:
+    def steep(x: Tensor, solution: Any) -> Tensor:
+        return upper(x, solution) + (x - x.detach()).abs().sqrt().sum()
+
+    with pytest.raises(GradientError, match="Fix: look for") as caught:
+        make(BilevelProblem(lower, steep)).step()
+    assert ("adjoint_rate" in str(caught.value)) == (make is published)
 
 
 @optimised
@@ -585,7 +669,7 @@ def test_every_certified_error_is_positive_and_no_nan(make: Any) -> None:
 # Reports
 
 
-@pytest.mark.parametrize("smoothness", [0.0, 0, -1.0, NAN, -INF, "smooth", None])
+@pytest.mark.parametrize("smoothness", [0.0, 0, -1.0, NAN, -INF, "smooth", None, True])
 def test_a_smoothness_that_is_none_is_refused(smoothness: Any) -> None:
     problem = BilevelProblem(lower, upper)
     for report in (
@@ -729,6 +813,43 @@ def test_badly_scaled_parameters_are_still_determined() -> None:
     assert_close(algorithm.covariance() / want, torch.ones(3, 3).double(), bound=1e-9, label="Σ")
 
 
+@pytest.mark.parametrize("unit", [1e-12, 3e-8, 1e-8, 1e7, 1e8, 1e12])
+def test_units_of_x_far_apart_make_no_hessian_singular(unit: float) -> None:
+    moves = torch.full((2, 2, 2), 0.5, dtype=torch.float64)
+    problem = BilevelProblem(
+        lambda x: DenseMDP(x[0] * torch.eye(2, dtype=torch.float64), moves, 0.9),
+        lambda x, found: (x[0] - 1) ** 2 + (unit * x[1] - 1) ** 2 + 0 * found.policy.sum(),
+    )
+    algorithm = DampedNewton(problem, torch.zeros(2, dtype=torch.float64), temperature=1.0)
+    outcome = algorithm.step()
+    assert outcome.decrement == pytest.approx(4, rel=1e-9)
+    for _ in range(10):
+        algorithm.step()
+    units = torch.tensor([1.0, unit], dtype=torch.float64)
+    one = torch.eye(2, dtype=torch.float64)
+    assert_close(algorithm.x * units, torch.ones(2).double(), bound=1e-6, label="minimiser")
+    covariance = algorithm.covariance() * units * units.unsqueeze(-1)
+    assert_close(covariance, one / 2, bound=1e-9, label="Σ")
+
+
+def test_correlated_parameters_in_far_units_have_their_covariance() -> None:
+    scale = torch.tensor([1.0, 1e-9, 1e9]).double()
+    well = torch.tensor([[2.0, 0.5, 0.1], [0.5, 1.0, 0.3], [0.1, 0.3, 1.5]]).double()
+    start = torch.zeros(3, dtype=torch.float64)
+    matrix = (well * scale * scale.unsqueeze(-1)).tolist()
+    algorithm = DampedNewton(form(matrix), start, temperature=1.0)
+    want = torch.linalg.inv(well) / scale / scale.unsqueeze(-1)
+    assert_close(algorithm.covariance() / want, torch.ones(3, 3).double(), bound=1e-9, label="Σ")
+
+
+def test_a_curvature_that_is_rounding_is_no_other_unit() -> None:
+    rounding = torch.tensor([[1.0, 1e-17], [0.0, 1e-17]], dtype=torch.float64)
+    found = _undetermined(rounding, torch.tensor([0.0, 1.0]).double())
+    assert found is not None
+    assert found.singular
+    assert found.sloping
+
+
 def test_the_covariance_of_a_mean_is_that_of_the_sum() -> None:
     """A normal sample of 500, known variance 4: the mean's standard error is 2/√500."""
     sample = torch.randn(500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -761,9 +882,11 @@ def sampled(
     problem, simulator, _, start = sampled_random_mdp(
         RandomMDPConfig(states=4, actions=3, dimension=5)
     )
-    own = SampledProblem(
-        reward or problem.reward, loss or problem.loss, problem.paths, problem.steps
-    )
+    own = options.pop("problem", ...)
+    if own is ...:
+        own = SampledProblem(
+            reward or problem.reward, loss or problem.loss, problem.paths, problem.steps
+        )
     settings: dict[str, Any] = {
         "discount": 0.5,
         "temperature": 1.0,
@@ -785,6 +908,23 @@ SAMPLED = {
     "copy": ({"optimiser": OPTIMISERS["a copy"][0]}, OptionError, "steps other tensors"),
     "number": ({"optimiser": 0.1}, OptionError, "optimiser is 0.1"),
     "deaf optimiser": ({"optimiser": OPTIMISERS["deaf"][0]}, OptionError, "did not ask"),
+    "matrix": ({"x": torch.zeros(5, 2).double()}, ShapeError, r"x has shape \(5, 2\)"),
+    "number of x": ({"x": torch.tensor(0.5)}, ShapeError, r"x has shape \(\)"),
+    "wide": ({"reward": lambda x: x.sum() * torch.ones(4, 7)}, ShapeError, "reward has shape"),
+    "state reward": ({"reward": lambda x: x.sum() * torch.ones(4)}, ShapeError, "reward has shape"),
+    "effort": ({"effort": 4}, OptionError, "effort is 4"),
+    "problem": ({"problem": None}, OptionError, "problem is None"),
+    "pair": ({"problem": (lower, upper)}, OptionError, "problem is a tuple"),
+    "own words": (
+        {"reward": lambda x: torch.zeros(4, 3).double()},
+        GradientError,
+        "what `reward` and `transition` returned",
+    ),
+    "own loss": (
+        {"loss": lambda x, paths: x.sum() * NAN * torch.ones(4)},
+        GradientError,
+        "`loss` returned",
+    ),
     "baseline": ({"baseline": "median"}, OptionError, "baseline is 'median'"),
 }
 

@@ -341,6 +341,8 @@ def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path):
     for name in (".partial-new", ".partial-step-00000001.0"):
         (path / "checkpoints" / name).mkdir()
         (path / "checkpoints" / name / "tensors.pt").write_bytes(b"half")
+    (path / "checkpoints/.partial-foo").touch()
+    (path / "checkpoints/.partial-link").symlink_to(path)
     loop.run(*again(path))
     names = ["step-00000000.0", "step-00000002.0"]
     assert sorted(os.listdir(path / "checkpoints")) == names
@@ -533,7 +535,9 @@ def test_a_job_that_raises_lets_go_of_its_files(tmp_path):
         loop.run(job, directory)
     assert job.detached == 1
     (note,) = raised.value.__notes__
-    assert note.endswith(f"checkpoint of step 0: birl run --resume {directory.path}")
+    assert note.startswith("The newest checkpoint is of step 0; ")
+    assert note.endswith(f": birl run --resume {directory.path}")
+    assert "go on" not in note, "the same step may fail again"
     loop.run(*again(directory.path))  # as it says
     assert len(directory.history()) == 6
 

@@ -341,3 +341,32 @@ def test_every_bound_holds_on_a_thousand_problems(part: int) -> None:
 def distances(found: torch.Tensor, truth: list[Any]) -> Array:
     pairs = zip(found.double().tolist(), truth, strict=True)
     return np.array([float((arb(x) - y).abs_upper()) for x, y in pairs])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("states", "factor", "small"),
+    [(50, 3e4, 1), (50, 3e3, 2), (200, 1e5, 1), (16, 2e3, 1), (50, 1e9, 10)],
+)
+def test_few_states_with_small_values_keep_their_digits(
+    states: int, factor: float, small: int, backend: str
+) -> None:
+    """However few they are: those of the small states alone, which never touch the others. `tol` is
+    theirs too where they are a sixteenth of all.
+    """
+    rng = np.random.default_rng(states)
+    rows = rng.random((states, 3, states))
+    rows[:small, :, small:] = 0
+    rows[small:, :, :small] = 0
+    rows /= rows.sum(-1, keepdims=True)
+    reward = rng.random((states, 3))
+    reward[small:] *= factor
+    options: dict[str, Any] = {"discount": 0.9, "temperature": 0.5, "backend": backend}
+    alone = birl_ext.solve(
+        torch.tensor(reward[:small]), torch.tensor(rows[:small, :, :small].copy()), **options
+    )
+    for tol in (None, 1e-6) if small >= states / 16 else (None,):
+        found = birl_ext.solve(torch.tensor(reward), torch.tensor(rows), tol=tol, **options)
+        allowed = 1e-14 if tol is None else 4 * tol
+        assert float((found.policy[:small] - alone.policy).abs().max()) <= 10 * allowed
+        assert float((found.value[:small] / alone.value - 1).abs().max()) <= allowed

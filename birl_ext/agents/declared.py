@@ -94,7 +94,7 @@ class Declared:
             Misfit: it is not what was declared.
         """
         found = _numbers("observation", given, self._shape, self._space)
-        if self._holds_all and found.dtype == self._dtype:  # frames
+        if self._holds_all and found.dtype == self._dtype and found.dtype in _EXACT:  # frames
             return found.copy()
         held = found
         if self._dtype.kind == "f":
@@ -126,13 +126,20 @@ class Declared:
     def _reward(self, given: Any) -> Any:
         if isinstance(given, float) and (not given or 1e-30 < abs(given) < 1e6) and not self._lead:
             return given  # the usual one, soon
+        exact = given
+        if isinstance(given, int):  # NumPy has no dtype for a large one
+            try:
+                given = float(given)
+            except OverflowError:
+                what = f"its reward is an integer of {given.bit_length()} bits"
+                raise Misfit(what, "finite in float32") from None
         found = _numbers("reward", given, self._lead, "one number")
         wrong = ~np.isfinite(_rounded(found, np.dtype(np.float32)))
         if wrong.any():
             at = _first(wrong)
             what = f"its reward is {found[at]}"
             raise Misfit(what, "finite in float32", row=at[0] if at else None)
-        self._note_rounding("reward", found)
+        self._note_rounding("reward", np.asarray(exact))
         return found if self._lead else float(found)
 
     def _flag(self, name: str, given: Any) -> Any:
@@ -141,7 +148,7 @@ class Declared:
         found = np.asarray(given)
         if found.dtype != np.bool_ or found.shape != self._lead:
             raise Misfit(
-                f"its {name} is {reprlib.repr(given)}, a {type(given).__name__}",
+                f"its {name} is {_shown(given)}, a {type(given).__name__}",
                 f"booleans, shape {self._lead}",
                 f"return bool({name})",
             )
@@ -152,8 +159,11 @@ class Declared:
             return
         held = found.astype(np.float32)
         vanished = np.count_nonzero(held) < np.count_nonzero(found)
-        if vanished or np.abs(found).max() > 2**22:
-            lost = np.abs(held - found.astype(np.float64)) > np.minimum(0.49, np.abs(found) / 2)
+        if vanished or np.abs(held).max() > 2**22:
+            if found.dtype.kind in "iuO":  # as Python's numbers, which compare exactly
+                lost = np.asarray(held.astype(object) != found.astype(object))
+            else:
+                lost = np.abs(held - found) > np.minimum(0.49, np.abs(found) / 2)
             if lost.any():
                 at = _first(lost)
                 self.rounded = f"its {name} {found[at]} becomes {held[at]}, in float32"
@@ -185,10 +195,10 @@ def _numbers(name: str, given: Any, shape: tuple[int, ...], allowed: Any) -> NDA
     """Numbers in this shape; `allowed` is of the message."""
     try:
         found = np.asarray(given)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise Misfit(f"its {name} is no array: {error}", str(allowed)) from error
     if found.dtype.kind not in "biuf":
-        what = f"its {name} is {reprlib.repr(given)}, a {type(given).__name__}"
+        what = f"its {name} is {_shown(given)}, a {type(given).__name__}"
         raise Misfit(what, str(allowed))
     if found.shape != shape:
         raise Misfit(
@@ -197,6 +207,14 @@ def _numbers(name: str, given: Any, shape: tuple[int, ...], allowed: Any) -> NDA
             "return float(reward)" if name == "reward" else "return the shape that is declared",
         )
     return found
+
+
+def _shown(given: Any) -> str:
+    """A short repr."""
+    try:
+        return reprlib.repr(given)
+    except ValueError:  # an integer of more digits than Python prints
+        return "too long to print"
 
 
 def _rounded(found: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -9,6 +9,7 @@ import itertools
 import math
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from birl_ext.benchmarks import machine, report, requirements
 from birl_ext.benchmarks.harness import Plan
 from birl_ext.benchmarks.rivals import torch_dense
+from birl_ext.errors import ConfigError
 from birl_ext.runs.device import check_device
 
 __all__ = ["CASES", "ON_REQUEST", "question", "run"]
@@ -73,8 +75,12 @@ def run(
 
     Returns:
         0; 1 if an answer of ours was wrong; 130 if interrupted.
+
+    Raises:
+        ConfigError: the folder of `out` cannot be made or written; before anything is measured.
     """
     plan = _plan(device, threads, quick)
+    _check_folder(out.parent)
     chosen = list(names) or [one for one in CASES if one not in ON_REQUEST[plan.device.type]]
     document = machine.header(command, plan.device, plan.threads, quick)
     document |= {"ceilings": {}, "requirements": [], "cases": []}
@@ -112,6 +118,18 @@ def _plan(device: str, threads: int, quick: bool) -> Plan:
         torch.set_num_threads(threads)
     plan = Plan(target, torch.get_num_threads(), quick, tell=_tell)
     return dataclasses.replace(plan, seconds=0.01, samples=(1, 2)) if quick else plan
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"the results cannot be written: {error.strerror}",
+            where=str(folder),
+            fix="choose another --out",
+        ) from error
 
 
 def _run_case(name: str, prefix: str, plan: Plan, document: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ gradient: zero is what a stationary point has.
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -23,11 +24,13 @@ from birl_ext.errors import (
     NonFiniteInputError,
     NonFiniteResultError,
     OptionError,
+    ShapeError,
 )
 
 __all__ = [
     "check_count",
     "check_gradient",
+    "check_kind",
     "check_lower",
     "check_number",
     "check_objective",
@@ -40,6 +43,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T", bound=Tensor)
+_HUGE = 1e15  # ‖x‖ at which 1 is rounding: no error there is about the levels alone
 
 
 # Options
@@ -58,7 +62,7 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
 def check_seed(seed: Any) -> int:
     """A seed that a torch.Generator takes."""
     try:
-        if 0 <= operator.index(seed) < 2**64:
+        if not isinstance(seed, bool) and 0 <= operator.index(seed) < 2**64:
             return operator.index(seed)
     except TypeError:
         pass
@@ -76,7 +80,8 @@ def check_number(
 ) -> float:
     """A number in [least, below), without `least` itself if `above`, with inf if `infinite`."""
     number = math.nan
-    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if real or (isinstance(value, Tensor) and value.numel() == 1 and value.dtype != torch.bool):
         number = float(value)
     low = number > least if above else number >= least
     if low and (number < below or (infinite and number == math.inf)):
@@ -87,9 +92,21 @@ def check_number(
     )
 
 
-def check_start(x: Any) -> Tensor:
-    """A copy of x, without a graph: floating, finite."""
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """An instance of the class."""
+    if not isinstance(value, kind):
+        raise OptionError(
+            f"{name} is {_kind(value)}",
+            allowed=f"a {kind.__name__}",
+            fix=f"pass {name}={kind.__name__}(...)",
+        )
+
+
+def check_start(x: Any, *, vector: bool = False) -> Tensor:
+    """A copy of x, without a graph: floating, finite; (d,) if `vector`."""
     start = validation.as_floating("x", x).detach()
+    if vector and (start.dim() != 1 or not len(start)):
+        raise ShapeError(f"x has shape {tuple(start.shape)}", allowed="(d,)")
     _require_finite(start, "x", NonFiniteInputError, allowed="finite numbers")
     return start.clone()
 
@@ -104,9 +121,9 @@ def make_optimiser(
         raise OptionError(f"optimiser is {_kind(optimiser)}", allowed=allowed, fix=fix)
     try:
         made = optimiser(parameters)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, BirlError):
-            raise
+    except BirlError:
+        raise
+    except Exception as error:
         what = f"optimiser raised {_sentence(error)}"
         raise OptionError(what, allowed=allowed, fix=fix) from error
     if not isinstance(made, Optimizer):
@@ -129,24 +146,38 @@ def _require_held(optimiser: Optimizer, parameters: Sequence[Tensor]) -> None:
 
 
 def take_step(
-    optimiser: Optimizer, parameters: Sequence[Tensor], closure: Callable[[], float]
+    optimiser: Optimizer, parameters: Sequence[Tensor], closure: Callable[[], float], step: int
 ) -> None:
-    """One step of the optimiser; after any error the parameters are to the bit what they were.
+    """One step of the optimiser; after any error the parameters are to the bit what they were, and
+    the optimiser is too.
 
     Args:
         optimiser: over these parameters.
         parameters: x, one tensor or several.
         closure: sets their gradients and returns φ; may be asked several times.
+        step: steps taken before this one.
     """
     _require_held(optimiser, parameters)
     before = [parameter.detach().clone() for parameter in parameters]
+    state = {held: copy.deepcopy(kept) for held, kept in optimiser.state.items()}
+    groups = [dict(group) for group in optimiser.param_groups]
     name = f"the {type(optimiser).__name__} of `optimiser`"
     asked, ours = 0, False
 
     def watched() -> float:
         nonlocal asked, ours
         asked, ours = asked + 1, True
-        objective = closure()
+        try:
+            objective = closure()
+        except BirlError as error:
+            size = max(float(x.detach().double().norm()) for x in parameters)
+            if (step or asked > 1) and size > _HUGE:
+                raise NonFiniteResultError(
+                    f"steps of {name} have made ‖x‖ {size:.3g}, and there: {error.what}",
+                    where=error.where,
+                    fix="lower the learning rate",
+                ) from error
+            raise
         ours = False
         return objective
 
@@ -177,28 +208,47 @@ def take_step(
         with torch.no_grad():
             for parameter, was in zip(parameters, before, strict=True):
                 parameter.copy_(was)
+        optimiser.state.clear()
+        optimiser.state.update(state)
+        for group, held in zip(optimiser.param_groups, groups, strict=True):
+            group.update(held)
         raise
 
 
 # Levels
 
 
-def check_objective(objective: Tensor, step: int | None = None) -> None:
-    """Refuse a φ, scalar or one per start, that is not finite."""
+def check_objective(objective: Tensor, step: int | None = None, upper: str = "upper") -> None:
+    """Refuse a φ, scalar or one per start, that is not finite; `upper` is its function's name."""
     _require_finite(
         objective,
-        "the objective that `upper` returned",
+        f"the objective that `{upper}` returned",
         GradientError,
         where=_outer(step),
         allowed="finite numbers",
-        fix="look in `upper` for a root, logarithm or quotient outside its domain at this x",
+        fix=f"look in `{upper}` for a root, logarithm or quotient outside its domain at this x",
     )
 
 
 def check_gradient(
-    gradient: Tensor, step: int | None = None, name: str = "the hyper-gradient"
+    gradient: Tensor,
+    step: int | None = None,
+    name: str = "the hyper-gradient",
+    *,
+    levels: str = "`upper` or `lower`",
+    published: bool = False,
 ) -> None:
-    """Refuse a hyper-gradient that is not finite, or whose norm is not."""
+    """Refuse a hyper-gradient that is not finite, or whose norm is not.
+
+    Args:
+        gradient: any shape.
+        step: the outer step.
+        name: what it is.
+        levels: the functions that it is made of.
+        published: whether `adjoint_rate` took part in it.
+    """
+    remedies = [f"look for an infinite slope in {levels}", "raise the temperature"]
+    fix = ", or ".join([*remedies, "lower `adjoint_rate`"] if published else remedies)
     norm = gradient.detach().double().norm()
     if math.isfinite(norm):
         return
@@ -209,18 +259,22 @@ def check_gradient(
             GradientError,
             where=_outer(step),
             allowed="finite numbers",
-            fix="look for an infinite slope in `upper` or `lower`, raise the temperature, or lower "
-            "`adjoint_rate` in the published mode",
+            fix=fix,
         )
 
 
-def check_lower(tensors: Iterable[Any], x: Tensor) -> None:
-    """Refuse a lower level none of whose tensors depends on x."""
+def check_lower(
+    tensors: Iterable[Any],
+    x: Tensor,
+    lower: str = "`lower`",
+    parts: str = "reward, transition, reference or discount",
+) -> None:
+    """Refuse a lower level none of whose tensors depends on x; `lower` names its functions."""
     if not reaches(tensors, x):
         raise GradientError(
-            "the lower level does not depend on x: no tensor of what `lower` returned leads to it",
-            allowed="a reward, transition, reference or discount made from x by torch",
-            fix="compute it from the x that `lower` is given, without detach, no_grad or NumPy",
+            f"the lower level does not depend on x: no tensor of what {lower} returned leads to it",
+            allowed=f"a {parts} made from x by torch",
+            fix=f"compute it from the x that {lower} is given, without detach, no_grad or NumPy",
         )
 
 

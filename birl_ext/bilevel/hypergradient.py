@@ -324,7 +324,8 @@ def _lipschitz(smoothness: Any) -> float:
     """The constant declared: 0 of what is linear."""
     if smoothness == "linear":
         return 0.0
-    if not (isinstance(smoothness, Real) and float(smoothness) > 0):
+    real = isinstance(smoothness, Real) and not isinstance(smoothness, bool)
+    if not (real and float(smoothness) > 0):
         raise OptionError(
             f"smoothness is {smoothness!r}",
             allowed='"linear", or a Lipschitz constant, more than 0',

@@ -17,6 +17,7 @@ from birl_ext.batching import Flat
 from birl_ext.bilevel.guards import (
     check_count,
     check_gradient,
+    check_kind,
     check_number,
     check_seed,
     check_start,
@@ -127,6 +128,7 @@ class MSoBiRL:
                     allowed=", ".join(map(repr, _MODES)) if name == "mode" else "nothing",
                     fix='use mode="exact", which is faster, and leave `max_inner` out' * gone,
                 )
+        check_kind("problem", problem, BilevelProblem)
         self.problem = problem
         self.x = check_start(x).requires_grad_()
         self.temperature = check_schedule(temperature)
@@ -169,7 +171,7 @@ class MSoBiRL:
 
         kept = self._inner()
         try:
-            take_step(self.optimiser, [self.x], closure)
+            take_step(self.optimiser, [self.x], closure, self.steps)
         except BaseException:
             self._restore_inner(kept)
             raise
@@ -246,7 +248,7 @@ class MSoBiRL:
         else:
             at, flow, error = self._estimate(tau)
             phi, gradient = at.objective, at.gradient(flow)
-            check_gradient(gradient, self.steps)
+            check_gradient(gradient, self.steps, published=True)
         norm = gradient.double().reshape(*phi.shape, -1).norm(dim=-1)
         missed = not bool((error <= self.accuracy).all())
         sweeps, products = self._counts

@@ -14,6 +14,7 @@ from birl_ext import validation
 from birl_ext.bilevel.guards import (
     check_count,
     check_gradient,
+    check_kind,
     check_number,
     check_start,
     no_path,
@@ -57,10 +58,9 @@ class DampedNewton:
     def __init__(
         self, problem: BilevelProblem, x: Tensor, *, temperature: float, damping: float = 1e-2
     ) -> None:
+        check_kind("problem", problem, BilevelProblem)
         self.problem = problem
-        self.x = check_start(x)
-        if self.x.dim() != 1 or not len(self.x):
-            raise ShapeError(f"x has shape {tuple(x.shape)}", allowed="(d,)")
+        self.x = check_start(x, vector=True)
         validation.check_temperature(temperature)
         self.temperature = temperature
         self.damping = check_number("damping", damping)
@@ -76,17 +76,17 @@ class DampedNewton:
             UndeterminedError: φ is linear along a direction; or nothing but a direction in which H
                 is singular or indefinite is left to step along. After any error x is what it was.
         """
-        objective, gradient, hessian, passes, bound = self._expand()
-        undetermined = _undetermined(hessian, gradient)
+        objective, gradient, raw, passes, bound = self._expand()
+        undetermined = _undetermined(raw, gradient)
         if undetermined is not None and undetermined.sloping:
             raise undetermined.error()
-        hessian = (hessian + hessian.mT) / 2
-        # a tiny curvature must not let its variable run away
-        diagonal = hessian.diagonal().abs()
-        scale = torch.diag(diagonal.clamp(min=1e-12 * float(diagonal.max()) + 1e-300))
+        hessian = (raw + raw.mT) / 2
+        unit = _units(raw)
+        scale = torch.diag(unit.square())
         self.decrement = float("inf")
         if undetermined is None:
-            self.decrement = float(gradient @ torch.linalg.solve(hessian, gradient))
+            slope = gradient / unit
+            self.decrement = float(slope @ torch.linalg.solve(_per_unit(hessian, unit), slope))
         outcome = NewtonOutcome(
             float(objective), float(gradient.norm()), self.decrement, self.damping, passes, bound
         )
@@ -136,8 +136,9 @@ class DampedNewton:
         undetermined = _undetermined(hessian, gradient)
         if undetermined is not None:
             raise undetermined.error()
-        covariance: Tensor = torch.linalg.inv((hessian + hessian.mT) / 2) / count
-        return covariance
+        unit = _units(hessian)
+        inverse: Tensor = torch.linalg.inv(_per_unit((hessian + hessian.mT) / 2, unit))
+        return _per_unit(inverse, unit) / count
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -213,20 +214,36 @@ class _Undetermined(NamedTuple):
         )
 
 
+def _units(hessian: Tensor) -> Tensor:
+    """√|diag H|, (d,), the size of a step along each variable, whatever its units are.
+
+    A curvature far below the largest is taken for zero, with the unit of the largest, where it is
+    not positive or no larger than what its row misses of symmetry: it would let its variable run
+    away. Another one is only of other units.
+    """
+    diagonal = hessian.diagonal()
+    largest = diagonal.abs().max()
+    if largest == 0:
+        largest = hessian.abs().max()
+    if largest == 0:
+        largest = torch.ones_like(largest)
+    rounding = (hessian - hessian.mT).abs().amax(-1)
+    none = (diagonal <= 1e3 * rounding) & (diagonal.abs() <= 1e-15 * largest)
+    return torch.where(none, largest, diagonal.abs()).sqrt()
+
+
+def _per_unit(matrix: Tensor, unit: Tensor) -> Tensor:
+    return matrix / unit / unit.unsqueeze(-1)
+
+
 def _undetermined(hessian: Tensor, gradient: Tensor) -> _Undetermined | None:
     """The direction of least curvature, unless H is positive definite beyond its rounding.
 
     Read with a unit diagonal, so that the units of x do not matter. How far H misses symmetry says
     how much of it is rounding.
     """
-    diagonal = hessian.diagonal().abs()
-    largest = diagonal.max()
-    if largest == 0:
-        largest = hessian.abs().max()
-    if largest == 0:
-        largest = torch.ones_like(largest)
-    unit = torch.where(diagonal > 1e-15 * largest, diagonal, largest).sqrt()
-    scaled = hessian / unit / unit.unsqueeze(-1)
+    unit = _units(hessian)
+    scaled = _per_unit(hessian, unit)
     values, vectors = torch.linalg.eigh((scaled + scaled.mT) / 2)
     noise = 1e-12 * len(hessian) + 8 * float((scaled - scaled.mT).abs().max())
     least = float(values[0])

@@ -170,10 +170,12 @@ def evaluate_at(
     return objective, solution
 
 
-def hypergradient(objective: Tensor, x: Tensor, step: int | None = None) -> Tensor:
+def hypergradient(
+    objective: Tensor, x: Tensor, step: int | None = None, levels: str = "`upper` or `lower`"
+) -> Tensor:
     """∇φ of the sum over starts, finite; refused where φ does not depend on x."""
     gradient = direct_gradient(objective, [x])[0]
     if gradient is None:
         raise no_path()
-    check_gradient(gradient, step)
+    check_gradient(gradient, step, levels=levels)
     return gradient

@@ -206,7 +206,7 @@ class SoBiRL:
             outcomes.append(self._prepare(pairs, follower, temperature))
             return outcomes[-1].loss
 
-        take_step(self.optimiser, self.parameters, closure)
+        take_step(self.optimiser, self.parameters, closure, self.steps)
         self.steps += 1
         return outcomes[0]
 

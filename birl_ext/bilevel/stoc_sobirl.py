@@ -22,6 +22,7 @@ from birl_ext.agents.finite import FiniteFollower, FiniteSimulator, Paths
 from birl_ext.bilevel.adaptation import AdaptedReward, path_log_probability
 from birl_ext.bilevel.guards import (
     check_count,
+    check_kind,
     check_lower,
     check_objective,
     check_start,
@@ -31,7 +32,7 @@ from birl_ext.bilevel.guards import (
 from birl_ext.bilevel.problem import hypergradient
 from birl_ext.bilevel.score import FullHorizon
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
-from birl_ext.errors import OptionError
+from birl_ext.errors import OptionError, ShapeError
 from birl_ext.preferences.loss import RewardFunction
 
 __all__ = ["Effort", "Outcome", "SampledProblem", "StocSoBiRL"]
@@ -140,9 +141,12 @@ class StocSoBiRL:
     ) -> None:
         validation.check_temperature(temperature)
         check_baseline(baseline)
+        check_kind("problem", problem, SampledProblem)
+        check_kind("simulator", simulator, FiniteSimulator)
+        check_kind("effort", effort, Effort)
         self.problem = problem
         self.simulator = simulator
-        self.x = check_start(x).requires_grad_()
+        self.x = check_start(x, vector=True).requires_grad_()
         self.discount = check_discount(discount)
         self.temperature = temperature
         self.optimiser = make_optimiser(optimiser, [self.x])
@@ -169,7 +173,7 @@ class StocSoBiRL:
             return found[-1][0]
 
         try:
-            take_step(self.optimiser, [self.x], closure)
+            take_step(self.optimiser, [self.x], closure, self.steps)
         except BaseException:
             self.q.copy_(q)
             self.simulator.load_state_dict(drawn)
@@ -181,12 +185,20 @@ class StocSoBiRL:
     def hypergradient(self) -> tuple[float, Tensor]:
         """φ and ∇φ, estimated at the present x, after the lower level's update."""
         effort, problem, simulator = self.effort, self.problem, self.simulator
+        check_kind("effort", effort, Effort)  # it may have been replaced
         table = validation.as_floating("reward", problem.reward(self.x))
+        shape = (simulator.states, simulator.actions)
+        if table.shape != shape:
+            raise ShapeError(
+                f"reward has shape {tuple(table.shape)}",
+                allowed=f"(S, A) = {shape}, those of the simulator",
+                fix="return a number for each state and action from `reward`",
+            )
         if simulator.mask is not None:
             table = torch.where(simulator.mask, table, 0.0)
         validation.check_reward(table)
         law = None if problem.transition is None else problem.transition(self.x)
-        check_lower([table, law], self.x)
+        check_lower([table, law], self.x, "`reward` and `transition`", "reward or transition")
         if law is not None:
             simulator.adapt(law)
         self._learn(table.detach())
@@ -224,8 +236,11 @@ class StocSoBiRL:
             baseline=self.baseline,
             path=moved,
         )
-        check_objective(surrogate, self.steps)
-        return float(surrogate.detach()), hypergradient(surrogate, self.x, self.steps)
+        check_objective(surrogate, self.steps, "loss")
+        gradient = hypergradient(
+            surrogate, self.x, self.steps, levels="`loss`, `reward` or `transition`"
+        )
+        return float(surrogate.detach()), gradient
 
     def _learn(self, reward: Tensor) -> None:
         """Synchronous soft Q-learning from the warm start."""

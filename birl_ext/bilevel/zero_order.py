@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from birl_ext import validation
 from birl_ext.bilevel.guards import (
     check_gradient,
+    check_kind,
     check_number,
     check_objective,
     check_seed,
@@ -69,6 +70,7 @@ class ZeroOrder:
         seed: int = 0,
     ) -> None:
         validation.check_temperature(temperature)
+        check_kind("problem", problem, BilevelProblem)
         self.problem = problem
         self.x = check_start(x).requires_grad_()
         self.temperature = temperature
@@ -93,12 +95,13 @@ class ZeroOrder:
                 self._check_paths()
             objective, gradient = self.estimate()
             self.x.grad = gradient
-            outcomes.append(Outcome(objective, gradient.norm(dim=-1)))
+            norm = gradient.reshape(*objective.shape, -1).norm(dim=-1)
+            outcomes.append(Outcome(objective, norm))
             return float(objective.sum())
 
         kept = self.generator.get_state()
         try:
-            take_step(self.optimiser, [self.x], closure)
+            take_step(self.optimiser, [self.x], closure, self.steps)
         except BaseException:
             self.generator.set_state(kept)
             raise
@@ -116,7 +119,9 @@ class ZeroOrder:
             )
         for objective in (here, there):
             check_objective(objective, self.steps)
-        gradient = ((there - here) / self.radius).unsqueeze(-1) * direction
+        slope = (there - here) / self.radius  # one per start, along the first axis of x
+        axes = (*slope.shape, *[1] * (x.dim() - slope.dim()))
+        gradient = slope.reshape(axes) * direction
         check_gradient(gradient, self.steps)
         return here, gradient
 

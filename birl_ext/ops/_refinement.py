@@ -23,7 +23,7 @@ __all__ = ["OUTLIER", "Refined", "drowns", "refine", "typical_size"]
 EPS = torch.finfo(torch.float64).eps
 LEAST = 5e-324
 OUTLIER = 100.0  # values that many times the typical one do not set the scale of `tol` for others
-DIGITS, FOLD = 1e-12, 5.0
+DIGITS, FOLD = 1e-12, 100.0
 NEAR = 8.0  # units of rounding, where nothing more may be gained
 PRODUCTS = 120  # of a step, and 400 for the certificate, where there are too many states for an LU
 
@@ -40,9 +40,9 @@ class Refined(NamedTuple):
 
 
 def typical_size(value: Tensor, temperature: Tensor) -> Tensor:
-    """The lower quartile of |V|, but τ where that is more, (N, G)."""
-    quartile = value.abs().kthvalue(value.shape[-1] // 4 + 1, dim=-1).values
-    return torch.maximum(quartile, temperature)
+    """What a sixteenth of all |V| do not exceed, but τ where that is more, (N, G)."""
+    low = value.abs().kthvalue((value.shape[-1] - 1) // 16 + 1, dim=-1).values
+    return torch.maximum(low, temperature)
 
 
 def drowns(
@@ -56,9 +56,7 @@ def drowns(
     by_tolerance = OUTLIER * typical_size(value, temperature) < largest
     own = size + soft.unsqueeze(-1)
     smallest = own.amin(-1)
-    apart = (scale > FOLD**2 * smallest) & (bound > DIGITS * smallest)
-    # a mean that a value of zero by chance does not decide
-    apart &= (scale.unsqueeze(-1) / own).sqrt().mean(-1) > FOLD
+    apart = (scale > FOLD * smallest) & (bound > DIGITS * smallest)
     return torch.where(met, by_tolerance, apart)
 
 
@@ -75,16 +73,51 @@ class _Refinement:
         )
 
     def ahead(self, vector: Tensor) -> Tensor:
-        return self.reach * self.problem.rows.apply(vector)
+        return self.reach * self.problem.ahead(vector)
 
     def excess(self, step: Sweep, x: Tensor) -> Tensor:
         """τ log Σ_a π exp(x/τ) for x >= 0: exact where it is small, and where it is large."""
-        x = x / self.tau.unsqueeze(-1)
-        power = torch.where(self.available, step.log_policy + x, -math.inf)
-        small = torch.where(x < 1, step.policy * torch.expm1(x.clamp(max=1)), power.exp())
-        total = torch.where(self.available, small, 0.0).sum(-1)
-        large = torch.logsumexp(power, -1)
-        return self.tau * torch.where(power.amax(-1) < 700, torch.log1p(total), large)
+        tau = self.tau.unsqueeze(-1)
+        weight = step.advantage + x  # τ log (π exp(x/τ))
+        if self.problem.log_reference is not None:
+            weight = weight + tau * self.problem.log_reference
+        weight = torch.where(self.available, weight, -math.inf)
+        near = (x < tau) & self.available
+        growth = (weight / tau).exp() - step.policy
+        total = torch.where(near, step.policy * torch.expm1(x / tau), growth)
+        peak = torch.where(near, -math.inf, weight).amax(-1, keepdim=True)
+        far = peak + tau * ((weight - peak) / tau).exp().sum(-1, keepdim=True).log()
+        close = tau * torch.log1p(total.sum(-1, keepdim=True))
+        return torch.where(peak < 700 * tau, close, far).squeeze(-1)
+
+    def inverse(self, step: Sweep) -> Callable[[Tensor], Tensor]:
+        """x ↦ (I − γP_π)⁻¹x by the elimination of csrc/elimination.h, which subtracts nothing: each
+        state's result is as exact as what it reaches.
+        """
+        problem, states = self.problem, self.problem.rows.states
+        weight = step.policy * problem.scale
+        ahead = (problem.discount[..., None, None] * problem.rows.policy_matrix(weight))[0, 0]
+        stops = torch.where(problem.continues, 0.0, step.policy).sum(-1)[0, 0]
+        gap = self.gap[0, 0]
+        defect = gap + (1 - gap) * stops
+        pivots = []
+        for k in range(states):
+            pivots.append(defect[k] + ahead[k, k + 1 :].sum())
+            lower = ahead[k + 1 :, k] / pivots[k]
+            ahead[k + 1 :, k] = lower
+            ahead[k + 1 :, k + 1 :] += lower.unsqueeze(1) * ahead[k, k + 1 :]
+            defect[k + 1 :] += lower * defect[k]
+
+        def inverse(x: Tensor) -> Tensor:
+            x = x.clone()
+            flat = x[0, 0]
+            for k in range(states):
+                flat[k + 1 :] += ahead[k + 1 :, k] * flat[k]
+            for k in reversed(range(states)):
+                flat[k] = (flat[k] + (ahead[k, k + 1 :] * flat[k + 1 :]).sum()) / pivots[k]
+            return x
+
+        return inverse
 
     def measure(self, step: Sweep, q: Tensor, value: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
         """Rounding of q, of δ without that, and of δ."""
@@ -107,7 +140,7 @@ def refine(
     units: float,
     continuing: bool,
     coarse: float,
-    invert: Callable[[Tensor, Tensor], Tensor] | None,
+    eliminates: bool,
     tol: float,
     budget: int,
 ) -> Refined | None:
@@ -118,7 +151,7 @@ def refine(
         soft: τ(1 + log A + max |log μ|), (1, 1).
         units: of rounding, in a row's product.
         continuing: whether every available row continues.
-        invert: (weight, x) ↦ (I − γP_π)⁻¹x; None where there are too many states.
+        eliminates: whether there are few enough states for that.
         budget: most passes.
     """
     own = _Refinement(problem, soft, units, continuing)
@@ -149,10 +182,10 @@ def refine(
         if settled or since_best >= (4 if worst <= NEAR else 30 + states) or passes >= budget:
             break
         settled = worst <= 1
-        weight = step.policy * problem.scale
-        if invert is not None:
-            value = value + invert(weight, delta)
+        if eliminates:
+            value = value + own.inverse(step)(delta)
             continue
+        weight = step.policy * problem.scale
         # the constant mode at once, as one state sees it whose rounding is least
         clear = rounding.argmin(-1, keepdim=True)
         seen = delta.gather(-1, clear)
@@ -165,7 +198,7 @@ def refine(
     status = Status.CONVERGED if best <= NEAR else Status.MAX_ITERATIONS
     if not finite:
         status = Status.NON_FINITE
-    bounds = _certify(own, step, delta, blur, floor, rounding, invert)
+    bounds = _certify(own, step, delta, blur, floor, rounding, eliminates)
     constant = problem.discount * offset
     if tol > 0 and finite:
         size = (step.image + constant.unsqueeze(-1)).abs()
@@ -188,14 +221,18 @@ def _certify(
     blur: Tensor,
     floor: Tensor,
     rounding: Tensor,
-    invert: Callable[[Tensor, Tensor], Tensor] | None,
+    eliminates: bool,
 ) -> Tensor:
     """e with |δ| + ρ + τ log Σ_a π exp(γPe/τ) <= e, which is then no less than |V − V*|."""
     source = delta.abs() + rounding
     uniform = (source.amax(-1, keepdim=True) / own.gap * (1 + 1e-9)).expand_as(source)
-    weight = step.policy * own.problem.scale
     slack = 1 + 4 * EPS * (8 + own.units)
-    guess = 2 * invert(weight, source).abs() if invert else _by_products(own, weight, source)
+    if eliminates:
+        inverse = own.inverse(step)
+        # where most of it comes from afar, twice is no margin for rounding
+        guess = inverse(2 * source + 8 * (slack - 1) * inverse(source))
+    else:
+        guess = _by_products(own, step, source)
     for _ in range(3):
         change = own.excess(step, blur + slack * own.ahead(guess))
         if bool(((delta.abs() + floor + change) * slack <= guess).all()):
@@ -204,9 +241,9 @@ def _certify(
     return uniform
 
 
-def _by_products(own: _Refinement, weight: Tensor, source: Tensor) -> Tensor:
+def _by_products(own: _Refinement, step: Sweep, source: Tensor) -> Tensor:
     """With v = Σ_{j<k} (γP_π)^j x and (γP_π)^k x <= ρx, (I − γP_π)⁻¹x is at most v/(1 − ρ)."""
-    gamma = own.problem.discount.unsqueeze(-1)
+    gamma, weight = own.problem.discount.unsqueeze(-1), step.policy * own.problem.scale
     total = term = source
     expected = 1.0
     for _ in range(400):

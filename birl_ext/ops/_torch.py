@@ -27,6 +27,7 @@ TINY = torch.finfo(torch.float64).tiny  # below, numbers have fewer digits
 SPARSE_DIRECT_STATES = 200  # above, products with few entries per row beat a dense LU
 DIRECT_STATES = 1500  # above, an LU of (I − γP_π) costs more than the Krylov products it saves
 RETRY_STATES = 8192  # above, the S² numbers of an LU, a GiB with its copies, are too many to try
+REFINED_STATES = 512  # above, the last sweeps of values that differ much in size take products
 HAND_OVER = 150  # passes after which modified policy iteration has met slow mixing
 SWEEPS_PER_POLICY = 40  # of modified policy iteration: between the 20 and 60 that suit grids
 
@@ -73,7 +74,7 @@ class Problem(NamedTuple):
 
     def sweep(self, value: Tensor, offset: Tensor) -> Sweep:
         gamma, tau = self.discount[..., None, None], self.temperature[..., None, None]
-        ahead = self.rows.apply(value) * self.scale
+        ahead = self.ahead(value) * self.scale
         ended = torch.where(self.continues, 0.0, 1.0)
         q = self.reward + gamma * (ahead - ended * offset[..., None, None])
         available = self.available
@@ -94,7 +95,20 @@ class Problem(NamedTuple):
 
     def policy_product(self, weight: Tensor, vector: Tensor) -> Tensor:
         """P_π v with weight = π/σ, (N, G, S)."""
-        return (weight * self.rows.apply(vector)).sum(-1)
+        return (weight * self.ahead(vector)).sum(-1)
+
+    def ahead(self, vector: Tensor) -> Tensor:
+        """Σ_t P(t|s,a) v(t), (N, G, S, A)."""
+        return _one_by_one(self.rows.apply, vector)
+
+
+def _one_by_one(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """The same for the problems (N, G) of a batch one after the other where they share P: BLAS adds
+    up several in another order than one, and one would hang on its neighbours.
+    """
+    if batch.shape[1] == 1 or not batch.is_cpu:
+        return function(batch)
+    return torch.cat([function(one) for one in batch.split(1, 1)], 1)
 
 
 def _problem(data: Data) -> Problem:
@@ -202,7 +216,7 @@ def solve(
         patience = 2 + torch.floor(0.11 / one_minus / sweeps) if sweeps else 3
         stuck = half > (0.9 if sweeps else 0.5) * best
         stalled = torch.where(stuck, stalled + 1, 0)
-        best = torch.minimum(best, torch.where(finite, half, math.inf))
+        best = torch.where(stuck, best, half)
         at_floor = (half <= unit / 2) | ((half <= 100 * unit) & (stalled >= patience))
         at_floor &= ~drowned
         best = torch.where(drowned, math.inf, best)
@@ -253,6 +267,8 @@ def solve(
     bound = info[..., Info.ERROR_BOUND]
     met = (bound <= tol * torch.maximum(absolute.abs().amax(-1), problem.temperature)) & (tol > 0)
     lost = ended & drowns(absolute, problem.temperature, soft, sizes, bound, met)
+    stuck = (status == int(Status.STAGNATED)) & (states <= REFINED_STATES)
+    lost |= stuck  # of which an elimination may make more than the method at hand
     for n, g in lost.nonzero().tolist():
         at = (slice(n, n + 1), slice(g, g + 1))
         used = int(info[n, g, Info.PASSES])
@@ -263,8 +279,8 @@ def solve(
             soft=soft[at],
             units=4 + certain,
             continuing=bool(continuing[n, g]),
-            coarse=float(certain * EPS * sizes[n, g]),
-            invert=_inverse(problem.one(n, g)) if states <= DIRECT_STATES else None,
+            coarse=math.inf if stuck[n, g] else float(certain * EPS * sizes[n, g]),
+            eliminates=states <= REFINED_STATES,
             tol=tol,
             budget=limit - used if max_iterations else 1000,
         )
@@ -458,7 +474,9 @@ def _improve(
     """
     gamma = problem.discount.unsqueeze(-1)
     if method == Method.NEWTON:
-        return _inverse(problem)(weight, delta), torch.ones_like(problem.discount)
+        factors = _factor(problem.rows, weight, problem.discount)
+        x = _back_substitute(factors, delta.unsqueeze(2), False).squeeze(2)
+        return x, torch.ones_like(problem.discount)
     if method == Method.KRYLOV:
         rhs = delta.unsqueeze(2)
 
@@ -481,18 +499,8 @@ def _improve(
     return move, torch.full_like(problem.discount, SWEEPS_PER_POLICY)
 
 
-def _inverse(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
-    """(weight, x) ↦ (I − γP_π)⁻¹x, by elimination."""
-
-    def inverse(weight: Tensor, x: Tensor) -> Tensor:
-        factors = _factor(problem.rows, weight, problem.discount)
-        return _back_substitute(factors, x.unsqueeze(2), False).squeeze(2)
-
-    return inverse
-
-
 def _factor(rows: Rows, weight: Tensor, discount: Tensor) -> tuple[Tensor, Tensor]:
-    matrix = -discount[..., None, None] * rows.policy_matrix(weight)
+    matrix = -discount[..., None, None] * _one_by_one(rows.policy_matrix, weight)
     matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
     # an invalid element must not stop the batch: its NaN would make LAPACK refuse
     usable = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]

@@ -289,7 +289,7 @@ def solve(
     strict: bool,
     backend: int,
 ) -> tuple[Tensor, ...]:
-    """V, Q, Q − V, π, log π, info (…, 9) and status, in axes `batch`.
+    """V, Q, Q − V, π, log π, info (…, 9 + S) and status, in axes `batch`.
 
     V and info are float64, the four tables in the dtype of reward and transition.
 

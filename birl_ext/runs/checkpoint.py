@@ -13,6 +13,7 @@ the disk damaged it later, which the hashes show. Hashes prove integrity, not or
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -181,7 +182,11 @@ class CheckpointStore:
     def tidy(self) -> None:
         """Remove what a kill left half written or half removed."""
         for path in self.folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def _free_name(self, step: int) -> Path:
         # A damaged checkpoint of the same step may lie there: never write over anything.

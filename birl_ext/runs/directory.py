@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from birl_ext.errors import ConfigError, FileFormatError, JobError
+from birl_ext.errors import CheckpointCorruptError, ConfigError, FileFormatError, JobError
 from birl_ext.runs import toml
 from birl_ext.runs.config import from_plain, read_toml
 from birl_ext.runs.job import Metrics
@@ -153,6 +153,20 @@ class RunDirectory:
             raise self._altered(f"the metrics of steps 1 to {steps} are not those written")
         return found
 
+    def check_unstarted(self) -> None:
+        """Of a run without checkpoints, whose first one is written before its first step.
+
+        Raises:
+            CheckpointCorruptError: it has taken steps.
+        """
+        if rows := len(self._lines()):
+            raise CheckpointCorruptError(
+                f"the metrics hold {rows} rows, and there is no checkpoint",
+                where=str(self.checkpoints),
+                fix="restore the checkpoints from a copy, or start the run again in a new "
+                f"directory: birl run --config {shlex.quote(str(self.config_path))}",
+            )
+
     def _lines(self) -> list[bytes]:
         if not self.metrics_path.exists():
             return []
@@ -189,9 +203,9 @@ class RunDirectory:
             summary = json.loads(self.summary_path.read_text())
         except ValueError:
             summary = None
-        if not isinstance(summary, dict):
+        if not isinstance(summary, dict) or summary.get("problem") != self.problem:
             raise FileFormatError(
-                "the summary is not a JSON object",
+                f"the summary is not a JSON object of a run of {self.problem!r}",
                 where=str(self.summary_path),
                 fix="remove the file; it is written again when the run is resumed",
             )

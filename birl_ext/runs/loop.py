@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import sys
 import threading
@@ -68,7 +69,7 @@ def run(
     Raises:
         ConfigError: steps and minutes between checkpoints, or an impossible number of either.
         CheckpointIncompatibleError: the checkpoint belongs to another configuration.
-        CheckpointCorruptError: there are checkpoints and none verifies.
+        CheckpointCorruptError: there are checkpoints and none verifies, or steps and none is there.
         CheckpointWriteError: the last checkpoint could not be written; earlier ones are intact.
         FileFormatError: the metrics before the checkpoint were altered or cut short.
         JobError: the job does not keep its contract.
@@ -83,6 +84,8 @@ def run(
     with directory.lock(), _attached(job, directory):
         store.tidy()
         found = restore(job, store) if store.paths() else None
+        if found is None:
+            directory.check_unstarted()
         step, seconds, digest = (
             (found.step, found.seconds, found.metrics) if found else (0, 0.0, "")
         )
@@ -114,13 +117,13 @@ def run(
 
 @contextlib.contextmanager
 def _told_where(saver: Saver, directory: RunDirectory) -> Iterator[None]:
-    """A step that fails tells from which checkpoint the run can go on."""
+    """A step that fails tells of the newest checkpoint; from there it may fail again."""
     try:
         yield
     except Exception as error:
         error.add_note(
-            f"The run can go on from its checkpoint of step {saver.saved}: "
-            f"birl run --resume {directory.path}"
+            f"The newest checkpoint is of step {saver.saved}; what failed is tried again from "
+            f"there with: birl run --resume {shlex.quote(str(directory.path))}"
         )
         raise
 
