@@ -87,7 +87,7 @@ def element(scene: Scene, index: Index, found: Solution) -> None:
     floor = 2.0**-53 * size / gap  # what a value can be known to
     if tol and status == Status.CONVERGED:
         asked = tol * max(np.abs(want).max(), temperature)
-        outcome.hold(f"tol {where}", bound, 1.01 * asked + 4 * eps * largest, label)
+        outcome.hold(f"tol {where}", bound, 1.01 * asked + 4 * eps * largest + tiny, label)
     if tol and status == Status.STAGNATED:
         within = tol > 4 * eps and tol * np.abs(want).max() > 1e3 * floor
         outcome.expect(f"status {where}", not within, f"{label}: tol {tol:.3g} is within reach")
