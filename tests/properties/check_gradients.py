@@ -2,8 +2,8 @@
 
 Tolerance for the policy and its logarithm, with A = Q − V: 1e-9·max|dA|/τ, and 1e-6·(max|dA|/τ)²
 at second order, with max|d log π| in place of max|dA|/τ if that is larger; for a value, an
-occupancy and an evaluation also of their own derivatives. Never less than what four roundings of
-the right side make, 4ε·κN/τ (at second order with the square), where κ = `exact.condition` and N is
+occupancy and an evaluation also of their own derivatives. Never less than what eight roundings of
+the right side make, 8ε·κN/τ (at second order with the square), where κ = `exact.condition` and N is
 the size of what drives the change: dr, d(γP)·W, τ dμ/μ, dτ·log A, times 1 + (|r| + |W|)/τ, for a
 policy is known to ε of that. A problem with κ > 1e6 is ill-conditioned, and a system that is known
 to ε then has a solution that is known to εκ: there another factor κ. How often either decides is
@@ -35,7 +35,7 @@ INPUTS = ("reward", "transition", "reference", "discount", "temperature")
 OUTPUTS = (*TABLES, "occupancy", "evaluate")
 MODES = ("reverse reverse", "forward reverse", "forward forward")
 ASKED = (1e-9, 1e-6)  # at first and second order
-ROUNDINGS = 4
+ROUNDINGS = 8
 ILL = 1e6  # κ from which a problem counts as ill-conditioned
 SURELY_WELL, SURELY_ILL = 1e4, 1e8  # below, no IllConditionedWarning may come; above, one must
 
@@ -205,6 +205,7 @@ class Wanted:
         units: by output, sizes at first and second order, a share of which is asked for.
         floors: likewise, sizes of which rounding is a share.
         condition: κ.
+        reach: the largest number on the way to a derivative, by order.
         story: the numbers behind the tolerance.
     """
 
@@ -212,6 +213,7 @@ class Wanted:
     units: dict[str, tuple[float, float]]
     floors: dict[str, tuple[float, float]]
     condition: float
+    reach: tuple[float, float]
     story: str
 
 
@@ -263,6 +265,7 @@ def wanted(drawn: Drawn, index: Index, path: Line, one: exact.Model) -> Wanted:
     driven = ill * (1 + kappa) * drive / tau
     chain = (1 + kappa) * max(driven, flow)  # of the occupancy
     gain = mass * (float(np.abs(pays).max()) + spread(slopes.at["evaluate"], whole))
+    shift = mass * largest("discount")  # of the level of an evaluation
     policy = (size, size**2), (driven, driven**2)
     value = (size * tau, size**2 * tau * mass), (mass * ill * drive, driven**2 * tau * mass)
     units, floors = {}, {}
@@ -273,14 +276,15 @@ def wanted(drawn: Drawn, index: Index, path: Line, one: exact.Model) -> Wanted:
         ("value", value, 1.0, True),
         ("q", value, 1.0, True),
         ("occupancy", ((size, size**2), (chain, chain**2)), 1.0, True),
-        ("evaluate", ((size, size**2), (chain, chain**2)), gain, True),
+        ("evaluate", ((size, size**2), (chain + shift, (chain + shift) ** 2)), gain, True),
     ):
         sizes = first[name], second[name]
         pairs = zip(unit, floor, sizes, strict=True)
         kept = [(max(u * scale, x * counts), max(f * scale, x * ill)) for u, f, x in pairs]
         units[name], floors[name] = zip(*kept, strict=True)
     story = f"κ {kappa:.2g}, max|dA|/τ {size:.2g}, κN/τ {driven:.2g}"
-    return Wanted((slopes.first, slopes.second), units, floors, kappa, story)
+    reach = mass**2 * max(1.0, gain / mass), mass**3 * max(1.0, gain / mass)
+    return Wanted((slopes.first, slopes.second), units, floors, kappa, reach, story)
 
 
 def spread(values: Array, whole: bool) -> float:
@@ -311,6 +315,9 @@ class Judge:
 
     def _hold(self, mode: str, key: str, error: float, factor: float, order: int) -> None:
         outcome, truth, where = self.scene.outcome, self.truth, self.scene.where
+        if truth.reach[order - 1] > 1e-4 * torch.finfo(self.scene.drawn.dtype).max:
+            outcome.counts[f"derivatives {where}, beyond its range"] += 1
+            return
         asked = ASKED[order - 1] * truth.units[key][order - 1]
         eps = torch.finfo(self.scene.drawn.dtype).eps
         floor = ROUNDINGS * eps * truth.floors[key][order - 1]

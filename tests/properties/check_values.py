@@ -32,7 +32,7 @@ def element(scene: Scene, index: Index, found: Solution) -> None:
     outcome.counts[f"{where} {status.name}"] += 1
     label = f"{index} {status.name}"
     limits = torch.finfo(drawn.dtype)
-    eps, tiny = limits.eps, limits.smallest_normal
+    eps, tiny = limits.eps, 2 * limits.smallest_normal
     temperature, gap = float(own["temperature"]), float(own["gap"])
     want = exact.floats(truth.value)
     largest = max(np.abs(want).max(), np.abs(exact.floats(truth.q)[open_]).max())
@@ -137,5 +137,5 @@ def bar(scene: Scene, index: Index, errors: dict[str, Array]) -> None:
     ours = {"policy": errors["policy"].max(), "value": (errors["value"] / scale).max()}
     for name, error in ours.items():
         # what is handed out in a dtype cannot be nearer than its rounding
-        most = 10 * theirs[name] + 8 * torch.finfo(scene.drawn.dtype).eps
+        most = 10 * theirs[name] + 16 * torch.finfo(scene.drawn.dtype).eps
         scene.outcome.hold(f"bar of {name} {scene.where}", error, most, str(index))
