@@ -41,7 +41,7 @@ struct RegisterRows {
   // What the compiler is told to make room for; P and some ninety others have to fit.
   static constexpr int kRegistersOfP = kStates * kRows * static_cast<int>(sizeof(Real) / 4);
   static constexpr bool kOneWarp = true;  // the team is a warp
-  static constexpr int kTeamsPerProcessor = kRegistersOfP <= 32 ? 16 : kRegistersOfP <= 64 ? 12 : 8;
+  static constexpr int kTeamsPerProcessor = kRegistersOfP <= 32 ? 12 : 8;
 
   const Real* values;  // (N, S, A, S)
   int states, actions;
@@ -149,7 +149,7 @@ template <class Real_>
 struct SharedRows {
   using Real = Real_;
   static constexpr bool kOnChip = true;
-  static constexpr int kTeamsPerProcessor = 3;
+  static constexpr int kTeamsPerProcessor = 2;
   static constexpr bool kOneWarp = false;
 
   const Real* values;  // (N, S, A, S)
