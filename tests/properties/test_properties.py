@@ -1,4 +1,4 @@
-"""Two thousand random problems; `run.py` looks at any others, with figures."""
+"""The first random problems; `run.py` looks at any others, with figures."""
 
 from __future__ import annotations
 
