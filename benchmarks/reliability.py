@@ -141,6 +141,7 @@ def main() -> int:
         options = ["--seeds", chosen.seeds, "--out", str(file)]
         failed = subprocess.run([sys.executable, script, *options], check=False).returncode
         properties = json.loads(file.read_text())
+    del properties["command"]  # names the temporary folder
     report = {
         "command": f"python benchmarks/reliability.py {' '.join(sys.argv[1:])}",
         **{key: properties.pop(key) for key in ("date", "machine", "versions", "commit")},

@@ -276,9 +276,8 @@ def test_occupancy_is_differentiable_in_the_initial_distribution(case: Case, bac
     weight = torch.randn(*mdp.batch_shape, case.states, dtype=torch.float64)
     visits = birl_ext.occupancy(policy, mdp, initial_distribution=start, backend=backend)
     (got,) = torch.autograd.grad((weight * visits).sum(), start)
-    gain = mdp.replace(
-        reward=weight.unsqueeze(-1).expand(policy.shape), mask=None, validate="cheap"
-    )
+    reward = weight.unsqueeze(-1).expand(policy.shape)
+    gain = mdp.replace(reward=reward, mask=None, validate="off")  # π is zero where rows are empty
     value = (1 - case.discount) * birl_ext.evaluate(policy, gain, backend=backend)
     want = value.reshape(-1, case.states).sum(0)  # one ρ for the whole batch
     assert_close(got, want, bound=1e-11, label=str(case))
