@@ -127,7 +127,7 @@ struct Certificate {
       for (Index s = 0; s < states; ++s) sizes[s] = std::abs(image[s] + offset());
       return kOutlier * typical_size(std::move(sizes), temperature) < largest_value();
     }
-    constexpr double kDigits = 1e-12, kFold = 100.0;
+    constexpr double kDigits = 1e-12, kFold = 16.0;
     const double smallest = least_size(image, states) + soft(), largest = scale();
     return largest > kFold * smallest && error_bound() > kDigits * smallest;
   }

@@ -174,7 +174,7 @@ class Refinement {
 
   // Whether that rounding is much more than some state's.
   bool coarser(double rounding) const {
-    return !(rounding <= 32.0 * *std::min_element(rounding_.begin(), rounding_.end()));
+    return !(rounding <= 8.0 * *std::min_element(rounding_.begin(), rounding_.end()));
   }
 
   // τ log Σ_a π exp(x/τ) of a state for x >= 0: exact where it is small, and where it is large.

@@ -24,7 +24,7 @@ constexpr double kTinyGap = 1e-6;   // and above which no pivot is small
 struct Slot {
   std::vector<double> probability, score, q, source, flow, inverse_sum, scaled;
   std::vector<double> own_weight, own_expected, own_relative;
-  double inflow = 0.0;
+  double inflow = 0.0, middle = 0.0;  // what W is given without
   // What the cotangent of P consists of: γ r̄/σ, Σ P W/σ and W. The slot's own, or kept by the rule.
   double *weight = nullptr, *expected = nullptr, *relative = nullptr;
 
@@ -73,7 +73,11 @@ class Rule {
       fail(i, slot);
       return false;
     }
-    std::copy_n(request_.relative + i * S_, S_, slot.relative);
+    // About the middle: the mass of a flow rounds, and is multiplied by W in γ̄.
+    const double* const given = request_.relative + i * S_;
+    const auto ends = std::minmax_element(given, given + S_);
+    slot.middle = 0.5 * (*ends.first + *ends.second);
+    std::transform(given, given + S_, slot.relative, [&](double w) { return w - slot.middle; });
     vjp_kernels().rows<Real>().fold(tables(i, slot));
     return true;
   }
@@ -103,7 +107,7 @@ class Rule {
     out.flow = slot.flow.data();
     out.inverse_sum = slot.inverse_sum.data();
     out.expected = slot.expected;
-    out.offset = offset_of(i);
+    out.offset = offset_of(i) + slot.middle;
     out.inflow = slot.inflow;
     if (request_.reward_bar) out.reward_bar = static_cast<Real*>(request_.reward_bar) + i * pairs_;
     if (request_.transition_bar) out.weight = slot.weight;

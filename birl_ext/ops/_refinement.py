@@ -23,7 +23,7 @@ __all__ = ["OUTLIER", "Refined", "drowns", "refine", "typical_size"]
 EPS = torch.finfo(torch.float64).eps
 LEAST = 5e-324
 OUTLIER = 100.0  # values that many times the typical one do not set the scale of `tol` for others
-DIGITS, FOLD = 1e-12, 100.0
+DIGITS, FOLD = 1e-12, 16.0
 NEAR = 8.0  # units of rounding, where nothing more may be gained
 PRODUCTS = 120  # of a step, and 400 for the certificate, where there are too many states for an LU
 
@@ -173,7 +173,7 @@ def refine(
         q = problem.reward + own.ahead(value)
         blur, floor, rounding = own.measure(step, q, value, offset)
         finite = bool(torch.isfinite(delta).all()) and bool(torch.isfinite(offset).all())
-        if not passes and not (finite and coarse > 32 * float(rounding.amin())):
+        if not passes and not (finite and coarse > 8 * float(rounding.amin())):
             return None
         passes += 1
         if not finite:

@@ -153,7 +153,8 @@ def solve(
         largest_reference = weights.amax((-1, -2))
     continuing = rows_go_on.flatten(2).all(-1).expand_as(gamma)
     top_reward = seen.amax((-1, -2))
-    soft = problem.temperature * (1 + math.log(actions) + largest_reference)
+    entropy = problem.temperature * (math.log(actions) + largest_reference)
+    soft = problem.temperature + entropy
     rounding = 8 + math.log2(states + 1)  # what a product of S terms and a soft maximum are off by
     # and what they can be off by: half an ulp for each addition
     certain = 8 + problem.rows.longest / 2 + actions / 2
@@ -170,7 +171,7 @@ def solve(
     offset = torch.zeros_like(gamma)
     if initial.dim() > 1:
         # a start that V* cannot be as large as is no nearer to it
-        most = ((top_reward + soft) / one_minus).unsqueeze(-1)
+        most = ((top_reward + entropy) / one_minus).unsqueeze(-1)
         initial = torch.where(initial.isfinite(), initial.clamp(-most, most), initial)
         offset = initial.amax(-1) / 2 + initial.amin(-1) / 2
         value = initial - offset.unsqueeze(-1)
@@ -191,7 +192,7 @@ def solve(
     stalled, sizes = torch.zeros_like(status), torch.zeros_like(gamma)
     inner_total = torch.zeros_like(gamma)
 
-    stuck = torch.zeros_like(status, dtype=torch.bool)
+    eliminated = torch.zeros_like(status, dtype=torch.bool)  # where Krylov's method was stuck
     for passes in range(1, limit + 1):
         step = problem.sweep(value, offset)
         delta = step.image - value - (one_minus * offset).unsqueeze(-1)
@@ -219,9 +220,9 @@ def solve(
         by_sweeps = {Method.VALUE_ITERATION: 1, Method.POLICY_ITERATION: SWEEPS_PER_POLICY}
         sweeps = by_sweeps.get(Method(method))
         patience = 2 + torch.floor(0.11 / one_minus / sweeps) if sweeps else 3
-        stuck = half > (0.9 if sweeps else 0.5) * best
-        stalled = torch.where(stuck, stalled + 1, 0)
-        best = torch.where(stuck, best, half)
+        slow = half > (0.9 if sweeps else 0.5) * best
+        stalled = torch.where(slow, stalled + 1, 0)
+        best = torch.where(slow, best, half)
         at_floor = (half <= unit / 2) | ((half <= 100 * unit) & (stalled >= patience))
         at_floor &= ~drowned
         best = torch.where(drowned, math.inf, best)
@@ -260,7 +261,7 @@ def solve(
             move, inner = _deflated(delta, middle, gamma, one_minus), torch.zeros_like(gamma)
         else:
             weight = step.policy * problem.scale
-            move, inner = _improve(problem, weight, delta, continuing, method, passes, stuck)
+            move, inner = _improve(problem, weight, delta, continuing, method, passes, eliminated)
         inner_total += inner
         move = torch.where(active.unsqueeze(-1), move, 0.0)
         value = value + move

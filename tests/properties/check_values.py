@@ -125,8 +125,10 @@ def bar(scene: Scene, index: Index, errors: dict[str, Array]) -> None:
     for _ in range(min(int(45 / (1 - gamma)) + 50, 5000)):
         q = pays + gamma * (flat @ value).reshape(pays.shape)
         top = q.max(1, where=open_, initial=-np.inf)
-        value = top + tau * np.log(np.exp((q - top[:, None]) / tau + log_mu).sum(1))
-    policy = np.exp((q - value[:, None]) / tau + log_mu)
+        with np.errstate(over="ignore"):  # of an exponent: −∞ then is right
+            value = top + tau * np.log(np.exp((q - top[:, None]) / tau + log_mu).sum(1))
+    with np.errstate(over="ignore"):
+        policy = np.exp((q - value[:, None]) / tau + log_mu)
     policy /= policy.sum(1, keepdims=True)
     want = exact.floats(truth.value)
     scale = np.maximum(np.abs(want), entropy(own))
