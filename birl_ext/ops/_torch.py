@@ -259,15 +259,18 @@ def solve(
             method = Method.NEWTON
         if method == Method.VALUE_ITERATION:
             move, inner = _deflated(delta, middle, gamma, one_minus), torch.zeros_like(gamma)
+            shift = inner
         else:
             weight = step.policy * problem.scale
-            move, inner = _improve(problem, weight, delta, continuing, method, passes, eliminated)
+            move, shift, inner = _improve(
+                problem, weight, delta, continuing, method, passes, eliminated
+            )
         inner_total += inner
         move = torch.where(active.unsqueeze(-1), move, 0.0)
         value = value + move
         recentre = (value.amax(-1) + value.amin(-1)) / 2
         value = value - recentre.unsqueeze(-1)
-        offset = offset + recentre
+        offset = offset + recentre + torch.where(active, shift, 0.0)
 
     info[..., INFO:] = info[..., Info.ERROR_BOUND].unsqueeze(-1)
     absolute = done_value + done_offset.unsqueeze(-1)
@@ -484,16 +487,25 @@ def _improve(
     method: int,
     passes: int,
     stuck: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Newton's step (I − γP_π)⁻¹ δ (M9), exactly or by the products that `method` allows, and how
-    many those were. Problems (N, G) that Krylov's method has left `stuck`, which this marks, are
-    eliminated from then on where that fits.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Newton's step (I − γP_π)⁻¹ δ (M9), exactly or by the products that `method` allows: a part
+    that differs by state, a constant, and how many products. Problems (N, G) that Krylov's method
+    has left `stuck`, which this marks, are eliminated from then on where that fits.
     """
-    gamma = problem.discount.unsqueeze(-1)
-    if method == Method.NEWTON:
-        factors = _factor(problem.rows, weight, problem.discount)
+    gamma, none = problem.discount.unsqueeze(-1), torch.zeros_like(problem.discount)
+
+    def eliminate() -> tuple[Tensor, Tensor]:
+        """x with x_0 = 0, and g/(1 − γ), of (I − γP_π)x + g = δ: as well conditioned as the chain,
+        however close γ is to one. Where the process may end, x with no constant.
+        """
+        factors = _factor(problem.rows, weight, problem.discount, continuing)
         x = _back_substitute(factors, delta.unsqueeze(2), False).squeeze(2)
-        return x, torch.ones_like(problem.discount)
+        level = torch.where(continuing, x[..., 0], 0.0) / (1 - problem.discount)
+        x[..., 0].masked_fill_(continuing, 0.0)
+        return x, level
+
+    if method == Method.NEWTON:
+        return *eliminate(), torch.ones_like(problem.discount)
     if method == Method.KRYLOV:
         rhs = delta.unsqueeze(2)
 
@@ -512,22 +524,27 @@ def _improve(
         if problem.rows.states <= DIRECT_STATES:
             stuck |= ~(left <= 0.5 * side.norm(dim=-1)).squeeze(2)  # NaN too
             if bool(stuck.any()):
-                factors = _factor(problem.rows, weight, problem.discount)
-                exact = _back_substitute(factors, rhs, False)
-                x = torch.where(stuck[..., None, None], exact, x)
-        return x.squeeze(2), products.squeeze(2)
+                exact, level = eliminate()
+                x = torch.where(stuck[..., None, None], exact.unsqueeze(2), x)
+                return x.squeeze(2), torch.where(stuck, level, 0.0), products.squeeze(2)
+        return x.squeeze(2), none, products.squeeze(2)
     term, total = delta, delta
     for _ in range(SWEEPS_PER_POLICY):
         term = gamma * problem.policy_product(weight, term)
         total = total + term
     tail = (term.amax(-1) + term.amin(-1)) / 2 * problem.discount / (1 - problem.discount)
     move = total + torch.where(continuing, tail, 0.0).unsqueeze(-1)
-    return move, torch.full_like(problem.discount, SWEEPS_PER_POLICY)
+    return move, none, torch.full_like(problem.discount, SWEEPS_PER_POLICY)
 
 
-def _factor(rows: Rows, weight: Tensor, discount: Tensor) -> tuple[Tensor, Tensor]:
+def _factor(
+    rows: Rows, weight: Tensor, discount: Tensor, bordered: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of I − γP_π, with ones in the first column of those `bordered`."""
     matrix = -discount[..., None, None] * _one_by_one(rows.policy_matrix, weight)
     matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    if bordered is not None:
+        matrix[..., 0].masked_fill_(bordered.unsqueeze(-1), 1.0)
     # an invalid element must not stop the batch: its NaN would make LAPACK refuse
     usable = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
     eye = torch.eye(rows.states, dtype=matrix.dtype, device=matrix.device)

@@ -202,6 +202,7 @@ def _why(slow: Tensor, slow_residual: Tensor, residual: Tensor) -> Tensor:
 
 
 TINY_GAP = 1e-6  # 1 − γ, above which no condition is large
+PROBES = torch.tensor([12.9898, 78.233, 37.719, 4.581], dtype=torch.float64)  # incommensurable
 
 LIBRARY.define(
     "push(Tensor transition, Tensor crow, Tensor col, Tensor policy, Tensor discount, "
@@ -243,14 +244,16 @@ def _push(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check_condition(system: _System, slow: Tensor, share: Tensor) -> None:
-    """Warn where an arbitrary right-hand side without mass has an answer out of all proportion."""
+    """Warn where arbitrary right-hand sides without mass have an answer out of all proportion."""
     if slow.is_cuda or not bool((1 - system.discount < TINY_GAP).any()):
         return
-    probe = torch.arange(slow.shape[-1], dtype=torch.float64).mul(12.9898).sin().expand_as(slow)
-    probe = probe - probe.mean(-1, keepdim=True)
+    # several, for one may happen to have no mass in either of two parts that are hardly ever left
+    place = torch.arange(1, slow.shape[-1] + 1, dtype=torch.float64)
+    probe = (PROBES.unsqueeze(-1) * place).sin()
+    probe = (probe - probe.mean(-1, keepdim=True)).expand(*slow.shape[:2], -1, -1)
     x, _ = system.solve(probe, True)
     x = x - (share * x).sum(-1, keepdim=True) / (share * slow).sum(-1, keepdim=True) * slow
-    condition = x.abs().sum((2, 3)) / probe.abs().sum((2, 3)).clamp(min=1e-300)
+    condition = (x.abs().sum(3) / probe.abs().sum(3).clamp(min=1e-300)).amax(2)
     worst = condition.nan_to_num(0.0).flatten().max(0)
     check_condition(float(worst.values), int(worst.indices))
 
