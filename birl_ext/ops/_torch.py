@@ -492,7 +492,7 @@ def _improve(
     that differs by state, a constant, and how many products. Problems (N, G) that Krylov's method
     has left `stuck`, which this marks, are eliminated from then on where that fits.
     """
-    gamma, none = problem.discount.unsqueeze(-1), torch.zeros_like(problem.discount)
+    gamma = problem.discount.unsqueeze(-1)
 
     def eliminate() -> tuple[Tensor, Tensor]:
         """x with x_0 = 0, and g/(1 − γ), of (I − γP_π)x + g = δ: as well conditioned as the chain,
@@ -507,34 +507,45 @@ def _improve(
     if method == Method.NEWTON:
         return *eliminate(), torch.ones_like(problem.discount)
     if method == Method.KRYLOV:
+        pinned = continuing[..., None, None]
+        held = stuck[..., None, None]
         rhs = delta.unsqueeze(2)
 
-        def product(x: Tensor) -> Tensor:
+        def image(x: Tensor) -> Tensor:
             return x - gamma.unsqueeze(2) * problem.policy_product(weight, x.squeeze(2)).unsqueeze(
                 2
             )
 
+        def apart(y: Tensor) -> Tensor:
+            """Without g, as x_0 = 0."""
+            return y - torch.where(pinned, y[..., :1], 0.0)
+
+        def product(x: Tensor) -> Tensor:
+            return apart(image(x))
+
         # tighten with the passes: exact steps converge from anywhere, loose ones need not
         forcing = max(10.0 ** -(1 + passes / 2), 1e-13)
-        start = _start(rhs, weight, problem.discount, False)
-        held = stuck[..., None, None]
-        side, start = rhs.masked_fill(held, 0.0), start.masked_fill(held, 0.0)
+        side = apart(rhs).masked_fill(held, 0.0)
+        start = _start(rhs, weight, problem.discount, False).masked_fill(held | pinned, 0.0)
         x, products = _bicgstab(product, side, start, forcing, 400)
-        left = (side - product(x)).norm(dim=-1)
+        reached = image(x)
+        level = (rhs - reached)[..., 0, 0].where(continuing, 0.0) / (1 - problem.discount)
         if problem.rows.states <= DIRECT_STATES:
+            left = (side - apart(reached)).norm(dim=-1)
             stuck |= ~(left <= 0.5 * side.norm(dim=-1)).squeeze(2)  # NaN too
             if bool(stuck.any()):
-                exact, level = eliminate()
+                exact, exact_level = eliminate()
                 x = torch.where(stuck[..., None, None], exact.unsqueeze(2), x)
-                return x.squeeze(2), torch.where(stuck, level, 0.0), products.squeeze(2)
-        return x.squeeze(2), none, products.squeeze(2)
+                level = torch.where(stuck, exact_level, level)
+        return x.squeeze(2), level, products.squeeze(2)
     term, total = delta, delta
     for _ in range(SWEEPS_PER_POLICY):
         term = gamma * problem.policy_product(weight, term)
         total = total + term
     tail = (term.amax(-1) + term.amin(-1)) / 2 * problem.discount / (1 - problem.discount)
     move = total + torch.where(continuing, tail, 0.0).unsqueeze(-1)
-    return move, none, torch.full_like(problem.discount, SWEEPS_PER_POLICY)
+    level = torch.zeros_like(problem.discount)
+    return move, level, torch.full_like(problem.discount, SWEEPS_PER_POLICY)
 
 
 def _factor(
