@@ -92,6 +92,7 @@ class LaneSolver {
     const double offset = certificate_.offset();
     const bool ended = status_ == Status::kConverged || status_ == Status::kStagnated;
     if (ended && certificate_.drowns(image_.data(), states_)) {
+      outcome.status = status_;
       outcome.passes = passes_;
       if (refined(certificate_.rounding(), offset, image_.data(), out, outcome)) return {};
       status_ = outcome.status;

@@ -68,7 +68,7 @@ class Refinement {
       since_best = worst < 0.5 * best ? 0 : since_best + 1;
       best = std::min(best, worst);
       if (settled || since_best >= (worst <= kNear ? 4 : 30 + S_)) break;
-      settled = worst <= 1.0;
+      settled = count > 0 && worst <= 1.0;  // the start has the rounding of another method
       if (out_of(outcome.passes) || count >= most(evaluate)) break;
       advance(evaluate, count);
     }

@@ -161,8 +161,6 @@ def refine(
     if not continuing:
         value, offset = value + offset.unsqueeze(-1), torch.zeros_like(offset)
     best, since_best, settled, passes = math.inf, 0, False, 0
-    if budget <= 0:
-        return None
     while True:
         if continuing:  # the value nearest to zero is the constant
             absolute = value + offset.unsqueeze(-1)
@@ -183,7 +181,7 @@ def refine(
         best = min(best, worst)
         if settled or since_best >= (4 if worst <= NEAR else 30 + states) or passes >= budget:
             break
-        settled = worst <= 1
+        settled = passes > 1 and worst <= 1  # the start has the rounding of another method
         if eliminates:
             value = value + own.inverse(step)(delta)
             continue

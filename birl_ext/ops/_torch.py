@@ -284,6 +284,10 @@ def solve(
     for n, g in lost.nonzero().tolist():
         at = (slice(n, n + 1), slice(g, g + 1))
         used = int(info[n, g, Info.PASSES])
+        if max_iterations and used >= limit:
+            if not stuck[n, g]:
+                status[n, g] = int(Status.MAX_ITERATIONS)
+            continue
         fine = refine(
             problem.one(n, g),
             done_value[at],
