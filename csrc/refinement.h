@@ -56,7 +56,7 @@ class Refinement {
     // Sweeps until every |δ| is at its rounding level, and one step more, or nothing is gained.
     double best = kInf;
     Index since_best = 0;
-    bool settled = false;
+    bool settled = false, noisy = false;
     for (Index count = 0;; ++count) {
       interrupt_.check();
       centre();
@@ -70,7 +70,8 @@ class Refinement {
       if (settled || since_best >= (worst <= kNear ? 4 : 30 + S_)) break;
       settled = count > 0 && worst <= 1.0;  // the start has the rounding of another method
       if (out_of(outcome.passes) || count >= most(evaluate)) break;
-      advance(evaluate, count);
+      noisy = noisy || since_best >= 3;
+      advance(evaluate, count, noisy);
     }
     outcome.status = best <= kNear ? Status::kConverged : Status::kMaxIterations;
     outcome.residual = certificate_.half_span();
@@ -214,9 +215,13 @@ class Refinement {
     elimination_->factor(team_, interrupt_);
   }
 
-  // V := V + (I − γP_π)⁻¹δ
-  void advance(const Evaluate& evaluate, Index count) {
+  // V := V + (I − γP_π)⁻¹δ. Where one part of a chain is hardly ever left, what is only rounding in
+  // δ there becomes a step of many times the size that others are known to: if `noisy`, it is left.
+  void advance(const Evaluate& evaluate, Index count, bool noisy) {
     trial_ = delta_;
+    if (noisy)
+      for (Index s = 0; s < S_; ++s)
+        if (std::abs(delta_[s]) <= 0.125 * rounding_[s]) trial_[s] = 0.0;
     if (direct(evaluate) || (S_ <= kEliminatedAtLast && count >= 60)) {
       factor();
       elimination_->solve(trial_.data(), false);

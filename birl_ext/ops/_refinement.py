@@ -160,7 +160,7 @@ def refine(
     gamma, states = problem.discount.unsqueeze(-1), problem.rows.states
     if not continuing:
         value, offset = value + offset.unsqueeze(-1), torch.zeros_like(offset)
-    best, since_best, settled, passes = math.inf, 0, False, 0
+    best, since_best, settled, noisy, passes = math.inf, 0, False, False, 0
     while True:
         if continuing:  # the value nearest to zero is the constant
             absolute = value + offset.unsqueeze(-1)
@@ -182,15 +182,17 @@ def refine(
         if settled or since_best >= (4 if worst <= NEAR else 30 + states) or passes >= budget:
             break
         settled = passes > 1 and worst <= 1  # the start has the rounding of another method
+        noisy = noisy or since_best >= 3  # what is only rounding then is left, as in compiled code
+        push = torch.where(delta.abs() <= 0.125 * rounding, 0.0, delta) if noisy else delta
         if eliminates:
-            value = value + own.inverse(step)(delta)
+            value = value + own.inverse(step)(push)
             continue
         weight = step.policy * problem.scale
         # the constant mode at once, as one state sees it whose rounding is least
         clear = rounding.argmin(-1, keepdim=True)
-        seen = delta.gather(-1, clear)
+        seen = push.gather(-1, clear)
         seen = torch.where((seen.abs() > rounding.gather(-1, clear)) & own.continuing, seen, 0.0)
-        term = total = delta - seen
+        term = total = push - seen
         for _ in range(PRODUCTS):
             term = gamma * problem.policy_product(weight, term)
             total = total + term

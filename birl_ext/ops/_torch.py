@@ -192,7 +192,8 @@ def solve(
     stalled, sizes = torch.zeros_like(status), torch.zeros_like(gamma)
     inner_total = torch.zeros_like(gamma)
 
-    eliminated = torch.zeros_like(status, dtype=torch.bool)  # where Krylov's method was stuck
+    # Where Krylov's method is stuck, or would be: ends that may be never reached, near γ = 1.
+    eliminated = ~continuing & (one_minus < 1e-6) & (states <= DIRECT_STATES)
     for passes in range(1, limit + 1):
         step = problem.sweep(value, offset)
         delta = step.image - value - (one_minus * offset).unsqueeze(-1)
