@@ -1,14 +1,14 @@
 # What the CPU module and its native tests are built of.
 
-# The inner loops are compiled once per instruction set and chosen at run time (csrc/kernels.h).
+# The inner loops (csrc/cpu/isa) are compiled once per instruction set and chosen at run time.
 # add_cpu_kernels(OPTIONS) sets kernel_objects; OPTIONS is an interface library, and learns whether
 # there is a choice.
 function(add_cpu_kernels options)
   set(kernel_objects)
   function(add_kernels isa)
     set(sources)
-    foreach(source kernels lanes solve_vjp_kernels block_kernels csr_kernels)
-      list(APPEND sources ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/${source}.cpp)
+    foreach(source adjoint columns dense packed sliced)
+      list(APPEND sources ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/cpu/isa/${source}.cpp)
     endforeach()
     add_library(birl_kernels_${isa} OBJECT ${sources})
     target_link_libraries(birl_kernels_${isa} PRIVATE ${options})
@@ -29,6 +29,6 @@ function(add_cpu_kernels options)
 endfunction()
 
 set(cpu_sources)
-foreach(source bellman_cpu dispatch parallel policy_system_cpu solve_cpu solve_vjp_cpu sparse_cpu)
-  list(APPEND cpu_sources ${CMAKE_CURRENT_LIST_DIR}/../csrc/${source}.cpp)
+foreach(source entry/policy_solve entry/solve entry/solve_vjp entry/sweep isa/dispatch model/sparse support/parallel)
+  list(APPEND cpu_sources ${CMAKE_CURRENT_LIST_DIR}/../csrc/cpu/${source}.cpp)
 endforeach()

@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: their bodies and their glue, run by host threads.
 
-`tests/native` compiles the kernels of csrc/device for the host, and csrc/module_cuda.cpp over them
+`tests/native` compiles the kernels of csrc/cuda for the host, and csrc/cuda/entry/module.cpp over them
 to a module `_cuda`. Here that module takes the place of the compiled one, and CPU tensors that of
 GPU tensors, so that everything but launches, streams and the hardware is exercised.
 """
@@ -478,7 +478,7 @@ def test_what_is_too_large_is_named() -> None:
 
 
 def resource_usage() -> ModuleType:
-    """csrc/device/resource_usage.py, as CI runs it."""
+    """csrc/cuda/entry/resource_usage.py, as CI runs it."""
     path = ROOT / "csrc" / "device" / "resource_usage.py"
     spec = importlib.util.spec_from_file_location("resource_usage", path)
     assert spec is not None

@@ -1,4 +1,4 @@
-"""The last sweeps of a problem whose values differ much in size, in PyTorch: csrc/refinement.h.
+"""The last sweeps of a problem whose values differ much in size, in PyTorch: csrc/cpu/solvers/refinement.h.
 
 Each state is rounded, judged and certified by itself, so that the digits of small values do not
 drown in the rounding of large ones.
@@ -91,7 +91,7 @@ class _Refinement:
         return torch.where(peak < 700 * tau, close, far).squeeze(-1)
 
     def inverse(self, step: Sweep) -> Callable[[Tensor], Tensor]:
-        """x ↦ (I − γP_π)⁻¹x by the elimination of csrc/elimination.h, which subtracts nothing: each
+        """x ↦ (I − γP_π)⁻¹x by the elimination of csrc/cpu/solvers/elimination.h, which subtracts nothing: each
         state's result is as exact as what it reaches.
         """
         problem, states = self.problem, self.problem.rows.states

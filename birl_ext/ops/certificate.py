@@ -1,4 +1,4 @@
-"""How much rounding a sweep made from Python carries: the model of csrc/certificate.h."""
+"""How much rounding a sweep made from Python carries: the model of csrc/cpu/solvers/certificate.h."""
 
 from __future__ import annotations
 

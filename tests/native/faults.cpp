@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 #include "check.h"
-#include "device/policy_solve_kernel.h"
+#include "cuda/block/policy_solve.h"
 #include "run_solve.h"
 
 namespace test {

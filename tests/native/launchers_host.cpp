@@ -1,13 +1,13 @@
-// The launchers of cuda_kernels.h over the host double: with csrc/module_cuda.cpp and
+// The launchers of cuda/entry/block.h over the host double: with csrc/cuda/entry/module.cpp and
 // stub/cuda_runtime_api.h this makes a module `_cuda` that runs the kernels on the host, through
 // the same dispatch, selection and glue as on a GPU.
-#include "bellman_cuda.h"
-#include "cuda_kernels.h"
-#include "cuda_large.h"
-#include "device/dispatch.h"
-#include "device/host_team.h"
-#include "device/host_wide_team.h"
-#include "device/large_dispatch.h"
+#include "cuda/entry/sweep.h"
+#include "cuda/entry/block.h"
+#include "cuda/entry/grid.h"
+#include "cuda/block/dispatch.h"
+#include "cuda/layer/host_team.h"
+#include "cuda/layer/host_wide_team.h"
+#include "cuda/grid/dispatch.h"
 
 namespace birl {
 

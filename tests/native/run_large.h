@@ -3,8 +3,8 @@
 
 #include <map>
 
-#include "device/host_wide_team.h"
-#include "device/large_dispatch.h"
+#include "cuda/layer/host_wide_team.h"
+#include "cuda/grid/dispatch.h"
 #include "run_solve.h"
 
 namespace test {

@@ -4,8 +4,8 @@
 #include <cstring>
 
 #include "cases.h"
-#include "device/host_team.h"
-#include "device/solve_kernel.h"
+#include "cuda/layer/host_team.h"
+#include "cuda/block/solve.h"
 
 namespace test {
 

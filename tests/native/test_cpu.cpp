@@ -1,7 +1,7 @@
 // The CPU kernels and the code around them, run for the sanitizers: every solver, odd sizes, one
 // thread and three. Values against the naive solver of cases.h; bits whatever the threads.
 #include "cpu.h"
-#include "kernels.h"
+#include "cpu/isa/dense.h"
 
 namespace test {
 namespace {

@@ -1,7 +1,7 @@
 // The policy-system kernel and the outer product against plain sums and Gaussian elimination.
 #include "check.h"
-#include "device/outer_kernel.h"
-#include "device/policy_solve_kernel.h"
+#include "cuda/block/outer.h"
+#include "cuda/block/policy_solve.h"
 #include "run_solve.h"
 #include "systems.h"
 

@@ -1,6 +1,6 @@
 // Which kernel a shape gets on which device, and that it fits there.
 #include "check.h"
-#include "device/dispatch.h"
+#include "cuda/block/dispatch.h"
 
 namespace test {
 namespace {

@@ -1,4 +1,4 @@
-// The few names of the CUDA runtime that module_cuda.cpp and the launchers' headers use, for a
+// The few names of the CUDA runtime that cuda/entry/module.cpp and the launchers' headers use, for a
 // machine without a toolkit: every device is the host.
 #pragma once
 

@@ -1,0 +1,345 @@
+// Leaf loops of solve_vjp. As cpu/isa/dense.cpp, compiled several times: nothing here may be shared.
+#include "cpu/isa/adjoint.h"
+
+namespace birl::BIRL_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 8;
+#elif defined(__AVX2__)
+constexpr int kWidth = 4;
+#else
+constexpr int kWidth = 2;
+#endif
+typedef double Vec __attribute__((vector_size(8 * kWidth)));
+typedef float Half __attribute__((vector_size(4 * kWidth)));
+typedef std::int64_t Mask __attribute__((vector_size(8 * kWidth)));
+constexpr double kLargest = 1.7976931348623157e308;
+
+inline Vec load(const double* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec load(const float* p) {
+  Half v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Vec);
+}
+inline void store(double* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store(float* p, Vec v) {
+  const Half narrow = __builtin_convertvector(v, Half);
+  __builtin_memcpy(p, &narrow, sizeof narrow);
+}
+
+// 1/τ, finite also for a subnormal τ: 0·(1/τ) must be 0.
+inline double inverse(double temperature) {
+  const double inverse = 1.0 / temperature;
+  return inverse > kLargest ? kLargest : inverse;
+}
+
+// ---- tables -------------------------------------------------------------------------------------
+
+template <class Real>
+void fold(const VjpTables<Real>& m) {
+  const Index A = m.actions, entries = m.states * A;
+  double* __restrict pi = m.probability;
+  double* __restrict q = m.q;
+  double* __restrict score = m.score;
+  for (Index i = 0; i < entries; ++i) pi[i] = static_cast<double>(m.policy[i]);
+  if (sizeof(Real) == 4)  // a rounded policy misses one, and I − γP_π would take that for a leak
+    for (Index s = 0; s < m.states; ++s) {
+      double mass = 0.0;
+      for (Index i = s * A; i < s * A + A; ++i) mass += pi[i];
+      for (Index i = s * A; i < s * A + A; ++i) pi[i] /= mass;
+    }
+  const double scale = inverse(m.temperature);
+  const bool scored = m.policy_bar || m.log_policy_bar;
+  if (m.policy_bar)
+    for (Index i = 0; i < entries; ++i) score[i] = pi[i] * static_cast<double>(m.policy_bar[i]);
+  if (m.policy_bar && m.log_policy_bar)
+    for (Index i = 0; i < entries; ++i) score[i] += static_cast<double>(m.log_policy_bar[i]);
+  else if (m.log_policy_bar)
+    for (Index i = 0; i < entries; ++i) score[i] = static_cast<double>(m.log_policy_bar[i]);
+  if (scored)
+    for (Index i = 0; i < entries; ++i) q[i] = score[i] * scale;
+  else
+    for (Index i = 0; i < entries; ++i) q[i] = 0.0;
+  if (m.advantage_bar)
+    for (Index i = 0; i < entries; ++i) q[i] += static_cast<double>(m.advantage_bar[i]);
+  double inflow = 0.0;
+  if (m.value_bar)
+    for (Index s = 0; s < m.states; ++s) inflow += m.value_bar[s];
+  if (m.q_bar)
+    for (Index i = 0; i < entries; ++i) inflow += static_cast<double>(m.q_bar[i]);
+  *m.inflow = inflow;
+  // What flows into Q − V leaves V; what flows into Q itself does not.
+  for (Index s = 0; s < m.states; ++s) {
+    double outflow = 0.0;
+    if (scored || m.advantage_bar)
+      for (Index i = s * A; i < s * A + A; ++i) outflow += q[i];
+    m.source[s] = (m.value_bar ? m.value_bar[s] : 0.0) - outflow;
+  }
+  if (m.q_bar)
+    for (Index i = 0; i < entries; ++i) q[i] += static_cast<double>(m.q_bar[i]);
+}
+
+template <class Real>
+void finish(const VjpTables<Real>& m, const VjpOutputs<Real>& out) {
+  const Index A = m.actions, entries = m.states * A;
+  const double* __restrict pi = m.probability;
+  const bool scored = m.policy_bar || m.log_policy_bar;
+  if (out.log_reference_bar)
+    for (Index s = 0; s < m.states; ++s)
+      for (Index i = s * A; i < s * A + A; ++i)
+        out.log_reference_bar[i] =
+            m.temperature * (out.flow[s] * pi[i]) + (scored ? m.score[i] : 0.0);
+  if (out.temperature_bar) {
+    // λ·H with H = −Σ_a π (Q − V)/τ, and what log π = (Q − V)/τ + log μ brings
+    double total = 0.0;
+    for (Index s = 0; s < m.states; ++s)
+      for (Index i = s * A; i < s * A + A; ++i) {
+        const double score = scored ? m.score[i] * inverse(m.temperature) : 0.0;
+        total -= (out.flow[s] * pi[i] + score) * static_cast<double>(m.advantage[i]);
+      }
+    *out.temperature_bar = total * inverse(m.temperature);
+  }
+  double* __restrict w = m.q;  // Q̄ + λπ, the cotangent of r
+  for (Index s = 0; s < m.states; ++s) {
+    const double flow = out.flow[s];
+    for (Index i = s * A; i < s * A + A; ++i) w[i] += flow * pi[i];
+  }
+  if (out.reward_bar)
+    for (Index i = 0; i < entries; ++i) out.reward_bar[i] = static_cast<Real>(w[i]);
+  if (out.weight)
+    for (Index i = 0; i < entries; ++i) out.weight[i] = m.discount * w[i] * out.inverse_sum[i];
+  if (out.discount_bar) {
+    double most = 0.0;  // likely is the end nowhere
+    for (Index s = 0; s < m.states; ++s) {
+      double stopping = 0.0;
+      for (Index i = s * A; i < s * A + A; ++i)
+        if (out.inverse_sum[i] == 0.0) stopping += pi[i];
+      most = stopping > most ? stopping : most;
+    }
+    // The constant moves with γ by itself: only what is left of it passes through w (M20).
+    const double leaving = (1.0 - m.discount) + m.discount * most;
+    const double goes_on = out.offset * (m.discount * most / leaving);
+    const double ends = -out.offset / leaving;
+    double total = out.inflow * (out.offset / leaving);
+    for (Index i = 0; i < entries; ++i)
+      total += w[i] * (out.expected[i] + (out.inverse_sum[i] == 0.0 ? ends : goes_on));
+    *out.discount_bar = total;
+  }
+}
+
+// ---- rows of P ----------------------------------------------------------------------------------
+
+// Folds kWidth vectors into one: lane i of the result is the sum of vector i.
+inline Vec lane_sums(Vec (&v)[kWidth]) {
+  Mask even, odd;
+  for (int i = 0; i < kWidth; ++i) {
+    even[i] = 2 * i;
+    odd[i] = 2 * i + 1;
+  }
+#pragma GCC unroll 4
+  for (int count = kWidth; count > 1; count /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < count / 2; ++i)
+      v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) +
+             __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
+  return v[0];
+}
+
+// Sums and products with w of kWidth/2 rows, to lanes [0, kWidth/2) and [kWidth/2, kWidth).
+template <class Real>
+inline void two_moments(const Real* p, Index cols, Index step, const double* w, double* out) {
+  constexpr int kRows = kWidth / 2;
+  Vec acc[kWidth];
+#pragma GCC unroll 8
+  for (int i = 0; i < kWidth; ++i) acc[i] = Vec{};
+  Index t = 0;
+  for (; t + kWidth <= cols; t += kWidth) {
+    const Vec x = load(w + t);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const Vec y = load(p + i * step + t);
+      acc[i] += y;
+      acc[kRows + i] += y * x;
+    }
+  }
+  store(out, lane_sums(acc));
+  for (; t < cols; ++t)
+    for (int i = 0; i < kRows; ++i) {
+      const double y = static_cast<double>(p[i * step + t]);
+      out[i] += y;
+      out[kRows + i] += y * w[t];
+    }
+}
+
+template <class Real>
+void moments(const Real* p, Index rows, Index cols, const double* w, double* inverse,
+             double* expected) {
+  constexpr int kRows = kWidth / 2;
+  double found[kWidth];
+  for (Index i0 = 0; i0 < rows; i0 += kRows) {
+    const Index count = rows - i0 < kRows ? rows - i0 : kRows;
+    if (count == kRows) {
+      two_moments(p + i0 * cols, cols, cols, w, found);
+    } else {
+      for (Index i = 0; i < count; ++i) {  // the same row several times: the same bits as above
+        double alone[kWidth];
+        two_moments(p + (i0 + i) * cols, cols, 0, w, alone);
+        found[i] = alone[0];
+        found[kRows + i] = alone[kRows];
+      }
+    }
+    for (Index i = 0; i < count; ++i) {
+      inverse[i0 + i] = inverse_row_sum(found[i]);
+      expected[i0 + i] = found[kRows + i] * inverse[i0 + i];
+    }
+  }
+}
+
+template <int Vectors, bool Both, class Real>
+inline void policy_tile(const Real* p, Index actions, Index stride, const double* weight,
+                        const double* second, double* out, double* pulled) {
+  Vec acc[Vectors], more[Vectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < Vectors; ++i) {
+    acc[i] = Vec{};
+    if (Both) more[i] = load(pulled + i * kWidth);
+  }
+  for (Index a = 0; a < actions; ++a)
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; ++i) {
+      const Vec y = load(p + a * stride + i * kWidth);
+      acc[i] += weight[a] * y;
+      if (Both) more[i] += second[a] * y;
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < Vectors; ++i) {
+    store(out + i * kWidth, acc[i]);
+    if (Both) store(pulled + i * kWidth, more[i]);
+  }
+}
+
+template <bool Both, class Real>
+inline void policy_row_of(const Real* p, Index actions, Index cols, const double* weight,
+                          const double* second, double* out, double* pulled) {
+  constexpr Index kTile = 4 * kWidth;
+  Index t = 0;
+  for (; t + kTile <= cols; t += kTile)
+    policy_tile<4, Both>(p + t, actions, cols, weight, second, out + t, pulled + t);
+  for (; t + kWidth <= cols; t += kWidth)
+    policy_tile<1, Both>(p + t, actions, cols, weight, second, out + t, pulled + t);
+  for (; t < cols; ++t) {
+    double total = 0.0, more = Both ? pulled[t] : 0.0;
+    for (Index a = 0; a < actions; ++a) {
+      const double y = static_cast<double>(p[a * cols + t]);
+      total += weight[a] * y;
+      if (Both) more += second[a] * y;
+    }
+    out[t] = total;
+    if (Both) pulled[t] = more;
+  }
+}
+
+template <class Real>
+void policy_row(const Real* p, Index actions, Index cols, const double* weight,
+                const double* second, double* out, double* pulled) {
+  if (second)
+    policy_row_of<true>(p, actions, cols, weight, second, out, pulled);
+  else
+    policy_row_of<false>(p, actions, cols, weight, weight, out, out);
+}
+
+template <class Real>
+void outer(Index rows, Index cols, Index groups, Index stride, const double* x, const double* e,
+           const double* w, Real* out) {
+  for (Index i = 0; i < rows; ++i, out += cols) {
+    Index t = 0;
+    for (; t + kWidth <= cols; t += kWidth) {
+      Vec total = x[i] * (load(w + t) - e[i]);
+      for (Index g = 1; g < groups; ++g)
+        total += x[g * stride + i] * (load(w + g * cols + t) - e[g * stride + i]);
+      store(out + t, total);
+    }
+    for (; t < cols; ++t) {
+      double total = x[i] * (w[t] - e[i]);
+      for (Index g = 1; g < groups; ++g)
+        total += x[g * stride + i] * (w[g * cols + t] - e[g * stride + i]);
+      out[t] = static_cast<Real>(total);
+    }
+  }
+}
+
+// ---- elimination, a problem per lane ------------------------------------------------------------
+
+constexpr Index kLanes = LaneElimination::kLanes;
+typedef double Lane __attribute__((vector_size(8 * kLanes), aligned(8)));
+
+void lane_solve_transpose(Index n, double* entries, double* defects, double* inverse_pivots,
+                          double* unknowns) {
+  Lane* const a = reinterpret_cast<Lane*>(entries);
+  Lane* const d = reinterpret_cast<Lane*>(defects);
+  Lane* const inverse = reinterpret_cast<Lane*>(inverse_pivots);
+  Lane* const x = reinterpret_cast<Lane*>(unknowns);
+  for (Index k = 0; k < n; ++k) {
+    const Lane* const row = a + k * n;
+    Lane pivot = d[k], odd = Lane{};
+    Index j = k + 1;
+    for (; j + 1 < n; j += 2) {
+      pivot += row[j];
+      odd += row[j + 1];
+    }
+    if (j < n) pivot += row[j];
+    inverse[k] = 1.0 / (pivot + odd);
+    for (Index i = k + 1; i < n; ++i) {
+      Lane* const below = a + i * n;
+      const Lane multiplier = below[k] * inverse[k];
+      below[k] = multiplier;
+      d[i] += multiplier * d[k];
+      for (j = k + 1; j < n; ++j) below[j] += multiplier * row[j];
+    }
+  }
+  for (Index i = 0; i < n; ++i) {
+    const Lane top = x[i] * inverse[i];
+    x[i] = top;
+    for (Index j = i + 1; j < n; ++j) x[j] += a[i * n + j] * top;
+  }
+  for (Index i = n - 1; i > 0; --i)
+    for (Index j = 0; j < i; ++j) x[j] += a[i * n + j] * x[i];
+}
+
+void lane_settle_mass(Index n, const double* entries, const double* defects, const double* mass,
+                      double* slow, double* unknowns) {
+  const Lane* const a = reinterpret_cast<const Lane*>(entries);
+  const Lane* const d = reinterpret_cast<const Lane*>(defects);
+  Lane* const z = reinterpret_cast<Lane*>(slow);
+  Lane* const x = reinterpret_cast<Lane*>(unknowns);
+  for (Index i = 0; i < n - 1; ++i) z[i] = Lane{};
+  z[n - 1] = Lane{} + 1.0;
+  for (Index i = n - 1; i > 0; --i)
+    for (Index j = 0; j < i; ++j) z[j] += a[i * n + j] * z[i];
+  Lane left, unit = Lane{};
+  __builtin_memcpy(&left, mass, sizeof left);
+  for (Index i = 0; i < n; ++i) {
+    left -= d[i] * x[i];
+    unit += d[i] * z[i];
+  }
+  const Lane step = left / unit;
+  for (Index i = 0; i < n; ++i) x[i] += step * z[i];
+}
+
+template <class Real>
+constexpr VjpRowKernels<Real> kRows = {fold<Real>, finish<Real>, moments<Real>, policy_row<Real>,
+                                       outer<Real>};
+
+}  // namespace
+
+// Found by cpu/isa/dispatch.cpp through its declaration there.
+extern const VjpKernels kVjpTable;
+const VjpKernels kVjpTable = {
+    kRows<float>, kRows<double>, {lane_solve_transpose, lane_settle_mass}};
+
+}  // namespace birl::BIRL_ISA

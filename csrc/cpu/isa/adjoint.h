@@ -1,0 +1,88 @@
+// The inner loops of solve_vjp, compiled once per instruction set as those of cpu/isa/dense.h.
+#pragma once
+
+#include "core/common.h"
+
+namespace birl {
+
+// What one problem brings and what its derivative rule makes of it, (S,A) unless said otherwise.
+template <class Real>
+struct VjpTables {
+  Index states, actions;
+  double discount, temperature;
+  const Real *policy, *advantage;
+  const double* value_bar;  // (S); a null cotangent is zero
+  const Real *q_bar, *advantage_bar, *policy_bar, *log_policy_bar;
+  double* probability;  // π in double, its rows summing to one
+  double* score;        // cotangent of log π at fixed Q and V; only where that is not zero
+  double* q;            // cotangent of Q
+  double* source;       // (S): cotangent of V
+  double* inflow;       // one number: Σ V̄ + Σ Q̄, what is asked of V itself
+};
+
+// What is wanted of one problem, (S,A) unless said otherwise; a null one is not.
+template <class Real>
+struct VjpOutputs {
+  const double* flow;         // (S): λ, the cotangent of TV
+  const double* inverse_sum;  // 1/σ, zero where nothing follows
+  const double* expected;     // Σ_t P W / σ
+  double offset, inflow;      // V = offset + W; see VjpTables
+  Real* reward_bar;
+  double* weight;  // γ r̄ / σ
+  double* log_reference_bar;
+  double* discount_bar;     // one number
+  double* temperature_bar;  // one number
+};
+
+// Systems of up to kLaneStates states, kLanes of them side by side: entry (i,j) of all is one
+// vector. The elimination of cpu/solvers/elimination.h without a sum across a vector.
+struct LaneElimination {
+  static constexpr Index kLanes = 8;
+  static constexpr Index kLaneStates = 32;
+  // Factors |off-diagonals| a (n,n,kLanes) with row defects d (n,kLanes), in place, and solves the
+  // transposed systems for x (n,kLanes).
+  void (*solve_transpose)(Index n, double* a, double* defect, double* inverse_pivot, double* x);
+  // With the factors: x += α z such that Σ d x = mass (kLanes), z (n,kLanes) what one start leads
+  // to (M20). Rounding leaves an error along it, which 1/(1 − γ) magnifies. d as before the
+  // factoring.
+  void (*settle_mass)(Index n, const double* a, const double* defect, const double* mass, double* z,
+                      double* x);
+};
+
+template <class Real>
+struct VjpRowKernels {
+  void (*fold)(const VjpTables<Real>&);
+  void (*finish)(const VjpTables<Real>&, const VjpOutputs<Real>&);
+  // inverse[i] = 1/Σ_t p[i,t], zero for an empty row, and expected[i] = inverse[i] Σ_t p[i,t] w[t]
+  void (*moments)(const Real* p, Index rows, Index cols, const double* w, double* inverse,
+                  double* expected);
+  // One state: out[t] = Σ_a weight[a] p[a,t], and if there is a second weight also
+  // pulled[t] += Σ_a second[a] p[a,t].
+  void (*policy_row)(const Real* p, Index actions, Index cols, const double* weight,
+                     const double* second, double* out, double* pulled);
+  // out[i,t] = Σ_g x[g,i] (w[g,t] − e[g,i]); rows of x and e are `stride` apart.
+  void (*outer)(Index rows, Index cols, Index groups, Index stride, const double* x,
+                const double* e, const double* w, Real* out);
+};
+
+struct VjpKernels {
+  VjpRowKernels<float> f32;
+  VjpRowKernels<double> f64;
+  LaneElimination lanes;
+
+  template <class Real>
+  const VjpRowKernels<Real>& rows() const;
+};
+template <>
+inline const VjpRowKernels<float>& VjpKernels::rows<float>() const {
+  return f32;
+}
+template <>
+inline const VjpRowKernels<double>& VjpKernels::rows<double>() const {
+  return f64;
+}
+
+// The table for the instruction set in use.
+const VjpKernels& vjp_kernels();
+
+}  // namespace birl

@@ -1,0 +1,484 @@
+// Leaf loops. This file is compiled several times with different instruction-set flags, so it must
+// instantiate nothing that another file could share: no standard containers, no std::min.
+#include "cpu/isa/dense.h"
+
+#include "core/scalar_math.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace birl::BIRL_ISA {
+namespace {
+
+// A vector of kWidth doubles, loads that widen float, and sums across lanes.
+#if defined(__AVX512F__)
+constexpr int kWidth = 8;
+typedef __m512d Vec;
+inline Vec load(const double* p) { return _mm512_loadu_pd(p); }
+inline Vec load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+inline void store(double* p, Vec v) { _mm512_storeu_pd(p, v); }
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
+inline __m256d halve(Vec v) {
+  return _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
+}
+inline __m256d pairs(Vec u, Vec v) {
+  return halve(_mm512_add_pd(_mm512_unpacklo_pd(u, v), _mm512_unpackhi_pd(u, v)));
+}
+#elif defined(__AVX2__)
+constexpr int kWidth = 4;
+typedef __m256d Vec;
+inline Vec load(const double* p) { return _mm256_loadu_pd(p); }
+inline Vec load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+inline void store(double* p, Vec v) { _mm256_storeu_pd(p, v); }
+inline void store(float* p, Vec v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
+inline __m256d pairs(Vec u, Vec v) { return _mm256_hadd_pd(u, v); }
+#else
+constexpr int kWidth = 2;
+typedef double Vec __attribute__((vector_size(16)));
+inline Vec load(const double* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec load(const float* p) {
+  return Vec{static_cast<double>(p[0]), static_cast<double>(p[1])};
+}
+inline void store(double* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store(float* p, Vec v) {
+  p[0] = static_cast<float>(v[0]);
+  p[1] = static_cast<float>(v[1]);
+}
+#endif
+constexpr int kParts = 16 / kWidth;  // sixteen lanes on every instruction set
+
+// Rows read side by side: as many as registers hold, and fewer in single precision, where fetching
+// ahead by hand is faster than what the processor fetches (measured; in double it is slower).
+template <class Real>
+constexpr int kTogether = sizeof(Real) == 4 || kWidth < 8 ? 2 : 4;
+
+// Asks for the sixteen numbers four rows below p.
+inline void fetch_below(const float* p, Index cols) { __builtin_prefetch(p + 4 * cols, 0, 3); }
+inline void fetch_below(const double*, Index) {}
+
+// min(0, p) over numbers taken sixteen at a time, in their own precision; NaN is passed over.
+template <class Real>
+struct Least {
+  static constexpr int kLength = kWidth * 8 / static_cast<int>(sizeof(Real));
+  typedef Real Numbers __attribute__((vector_size(8 * kWidth)));
+  Numbers low{};
+
+  inline __attribute__((always_inline)) void take(const Real* p) {
+#pragma GCC unroll 8
+    for (int k = 0; k < 16; k += kLength) {
+      Numbers x;
+      __builtin_memcpy(&x, p + k, sizeof x);
+      low = lesser(x, low);
+    }
+  }
+  double value() const {
+    Real smallest = 0;
+    for (int lane = 0; lane < kLength; ++lane)
+      smallest = low[lane] < smallest ? low[lane] : smallest;
+    return static_cast<double>(smallest);
+  }
+
+ private:
+  // x where x < y, else y: one instruction, which a comparison and a selection are not made into.
+#if defined(__AVX512F__)
+  static Numbers lesser(__m512 x, __m512 y) { return _mm512_min_ps(x, y); }
+  static Numbers lesser(__m512d x, __m512d y) { return _mm512_min_pd(x, y); }
+#elif defined(__AVX2__)
+  static Numbers lesser(__m256 x, __m256 y) { return _mm256_min_ps(x, y); }
+  static Numbers lesser(__m256d x, __m256d y) { return _mm256_min_pd(x, y); }
+#else
+  static Numbers lesser(Numbers x, Numbers y) { return x < y ? x : y; }
+#endif
+};
+
+// out[i] = sum of the lanes of v[i]
+#if defined(__AVX2__)
+inline __m128d fold(__m256d v) {
+  return _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+}
+inline void lane_sums(const Vec (&v)[4], double* out) {
+  _mm_storeu_pd(out, fold(pairs(v[0], v[1])));
+  _mm_storeu_pd(out + 2, fold(pairs(v[2], v[3])));
+}
+inline void lane_sums(const Vec (&v)[2], double* out) {
+  _mm_storeu_pd(out, fold(pairs(v[0], v[1])));
+}
+inline void lane_sums(const Vec (&v)[1], double* out) {
+  *out = _mm_cvtsd_f64(fold(pairs(v[0], v[0])));
+}
+#else
+template <int Rows>
+inline void lane_sums(const Vec (&v)[Rows], double* out) {
+  for (int i = 0; i < Rows; ++i) out[i] = v[i][0] + v[i][1];
+}
+#endif
+
+// Σ_{t >= t0} p w, rounded the same wherever it is inlined.
+template <class Real>
+inline double tail_product(const Real* p, Index t0, Index cols, const double* w) {
+  double tail = 0.0;
+  for (Index t = t0; t < cols; ++t) tail = __builtin_fma(static_cast<double>(p[t]), w[t], tail);
+  return tail;
+}
+
+template <int Rows, class Real>
+inline __attribute__((always_inline)) void row_products(const Real* p, Index cols, const double* w,
+                                                        double* y) {
+  Vec acc[Rows][kParts];
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) acc[i][part] = Vec{};
+  Index t = 0;
+  for (; t + 16 <= cols; t += 16) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) fetch_below(p + i * cols + t, cols);
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) {
+      const Vec x = load(w + t + part * kWidth);
+#pragma GCC unroll 4
+      for (int i = 0; i < Rows; ++i) acc[i][part] += load(p + i * cols + t + part * kWidth) * x;
+    }
+  }
+  Vec total[Rows];
+#pragma GCC unroll 4
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int half = kParts / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+      for (int part = 0; part < half; ++part) acc[i][part] += acc[i][part + half];
+    total[i] = acc[i][0];
+  }
+  lane_sums(total, y);
+  if (t < cols)
+    for (int i = 0; i < Rows; ++i) y[i] += tail_product(p + i * cols, t, cols, w);
+}
+
+template <class Real>
+void products(const Real* p, Index rows, Index cols, const double* w, double* y) {
+  Index i = 0;
+  constexpr int kRows = kTogether<Real>;
+  for (; i + kRows <= rows; i += kRows) row_products<kRows>(p + i * cols, cols, w, y + i);
+  for (; i < rows; ++i) row_products<1>(p + i * cols, cols, w, y + i);
+}
+
+// Σ_t p, min(0, min_t p), and with `Multiply` Σ_t p w, of each of `Rows` rows.
+template <bool Multiply, int Rows, class Real>
+inline __attribute__((always_inline)) void row_reductions(const Real* p, Index cols,
+                                                          const double* w, double* y, double* sum,
+                                                          double* least) {
+  Vec acc[Rows][kParts], product[Rows][kParts];
+  Least<Real> low[Rows];
+#pragma GCC unroll 4
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) acc[i][part] = product[i][part] = Vec{};
+  Index t = 0;
+  for (; t + 16 <= cols; t += 16) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) {
+      low[i].take(p + i * cols + t);
+      fetch_below(p + i * cols + t, cols);
+    }
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) {
+      Vec weight{};
+      if constexpr (Multiply) weight = load(w + t + part * kWidth);
+#pragma GCC unroll 4
+      for (int i = 0; i < Rows; ++i) {
+        const Vec x = load(p + i * cols + t + part * kWidth);
+        acc[i][part] += x;
+        if constexpr (Multiply) product[i][part] += x * weight;
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < Rows; ++i) {
+    const Real* const row = p + i * cols;
+    Vec total[1], total_product[1];
+#pragma GCC unroll 4
+    for (int half = kParts / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+      for (int part = 0; part < half; ++part) {
+        acc[i][part] += acc[i][part + half];
+        if constexpr (Multiply) product[i][part] += product[i][part + half];
+      }
+    total[0] = acc[i][0];
+    lane_sums(total, sum + i);
+    if constexpr (Multiply) {
+      total_product[0] = product[i][0];
+      lane_sums(total_product, y + i);
+      y[i] += tail_product(row, t, cols, w);
+    }
+    double smallest = low[i].value(), tail = 0.0;
+    for (Index k = t; k < cols; ++k) {
+      const double x = static_cast<double>(row[k]);
+      tail += x;
+      smallest = x < smallest ? x : smallest;
+    }
+    sum[i] += tail;
+    least[i] = smallest;
+  }
+}
+
+template <bool Multiply, class Real>
+inline void reductions(const Real* p, Index rows, Index cols, const double* w, double* y,
+                       double* sum, double* least) {
+  constexpr int kRows = kTogether<Real>;
+  Index i = 0;
+  for (; i + kRows <= rows; i += kRows)
+    row_reductions<Multiply, kRows>(p + i * cols, cols, w, y + i, sum + i, least + i);
+  for (; i < rows; ++i)
+    row_reductions<Multiply, 1>(p + i * cols, cols, w, y + i, sum + i, least + i);
+}
+
+template <class Real>
+void sums(const Real* p, Index rows, Index cols, double* sum, double* least) {
+  reductions<false>(p, rows, cols, nullptr, nullptr, sum, least);
+}
+
+template <class Real>
+void products_and_sums(const Real* p, Index rows, Index cols, const double* w, double* y,
+                       double* sum, double* least) {
+  reductions<true>(p, rows, cols, w, y, sum, least);
+}
+
+template <class Real>
+void combine(const Real* p, Index stride, Index rows, Index cols, const double* weight,
+             double* out) {
+  constexpr int kTile = 4 * kWidth;
+  Index t = 0;
+  for (; t + kTile <= cols; t += kTile) {
+    Vec acc[4];
+    for (int i = 0; i < 4; ++i) acc[i] = load(out + t + i * kWidth);
+    for (Index k = 0; k < rows; ++k) {
+      const Real* row = p + k * stride + t;
+      for (int i = 0; i < 4; ++i) acc[i] += weight[k] * load(row + i * kWidth);
+    }
+    for (int i = 0; i < 4; ++i) store(out + t + i * kWidth, acc[i]);
+  }
+  for (; t + kWidth <= cols; t += kWidth) {
+    Vec acc = load(out + t);
+    for (Index k = 0; k < rows; ++k) acc += weight[k] * load(p + k * stride + t);
+    store(out + t, acc);
+  }
+  for (; t < cols; ++t) {
+    double acc = out[t];
+    for (Index k = 0; k < rows; ++k) acc += weight[k] * static_cast<double>(p[k * stride + t]);
+    out[t] = acc;
+  }
+}
+
+template <class Real>
+void policy_row(const Real* p, Index rows, Index cols, const double* weight, const Real* ahead,
+                Real* out) {
+  constexpr int kTile = 4 * kWidth;
+  Index t = 0;
+  for (; t + kTile <= cols; t += kTile) {
+    Vec acc[4] = {Vec{}, Vec{}, Vec{}, Vec{}};
+    for (Index k = 0; k < rows; ++k) {
+      const Index at = k * cols + t;
+      if (ahead) {  // two lines of a row to come for the two that are read (one if float)
+        __builtin_prefetch(ahead + at, 0, 2);
+        __builtin_prefetch(ahead + at + kTile / 2, 0, 2);
+      }
+      for (int i = 0; i < 4; ++i) acc[i] += weight[k] * load(p + at + i * kWidth);
+    }
+    for (int i = 0; i < 4; ++i) store(out + t + i * kWidth, acc[i]);
+  }
+  for (; t < cols; ++t) {
+    double acc = 0.0;
+    for (Index k = 0; k < rows; ++k)
+      acc = __builtin_fma(weight[k], static_cast<double>(p[k * cols + t]), acc);
+    out[t] = static_cast<Real>(acc);
+  }
+}
+
+template <class Real>
+void q_values(Index rows, const Real* reward, const double* product, const double* inverse_sum,
+              double discount, double* q) {
+  for (Index i = 0; i < rows; ++i)
+    q[i] = static_cast<double>(reward[i]) + discount * (product[i] * inverse_sum[i]);
+}
+
+// y[0..n) += m x[0..n), in whole vectors: may touch up to kWidth − 1 entries more.
+inline void add_multiple(const double* x, Index n, double m, double* y) {
+  for (Index j = 0; j < n; j += kWidth) store(y + j, load(y + j) + m * load(x + j));
+}
+
+// row := row + (row[k]/pivot) · pivot row, columns (k, n); the multiplier replaces row[k].
+inline void eliminate_entry(const double* a, Index n, Index stride, Index k, double* row,
+                            double* defect, double pivot_defect, double inverse_pivot) {
+  const double multiplier = row[k] * inverse_pivot;
+  row[k] = multiplier;
+  if (multiplier == 0.0) return;
+  *defect += multiplier * pivot_defect;
+  add_multiple(a + k * stride + k + 1, n - k - 1, multiplier, row + k + 1);
+}
+
+// Pivot by pivot: the rows below one are independent of each other, so their updates overlap.
+void eliminate_block(double* a, Index n, Index stride, Index k0, Index k1, double* defect,
+                     double* inverse_pivot) {
+  for (Index k = k0; k < k1; ++k) {
+    const double* row = a + k * stride;
+    Vec acc[1] = {Vec{}};
+    for (Index j = k + 1; j < n; j += kWidth) acc[0] += load(row + j);
+    double rest;
+    lane_sums(acc, &rest);
+    inverse_pivot[k] = 1.0 / (defect[k] + rest);
+    for (Index i = k + 1; i < k1; ++i)
+      eliminate_entry(a, n, stride, k, a + i * stride, defect + i, defect[k], inverse_pivot[k]);
+  }
+}
+
+void eliminate_below(double* a, Index n, Index stride, Index k0, Index k1, Index i0, Index i1,
+                     double* defect, const double* inverse_pivot) {
+  constexpr Index kTogether = 8;  // rows; their chains of dependent multipliers overlap
+  constexpr Index kLength = EliminationKernels::kLargestBlock + EliminationKernels::kPadding;
+  double block[kTogether][kLength] = {};  // the panel's columns alone: whole vectors must not reach
+                                          // into the rest
+  const Index width = k1 - k0;
+  for (Index first = i0; first < i1; first += kTogether) {
+    const Index rows = i1 - first < kTogether ? i1 - first : kTogether;
+    for (Index r = 0; r < rows; ++r)
+      __builtin_memcpy(block[r], a + (first + r) * stride + k0, sizeof(double) * width);
+    for (Index k = k0; k < k1; ++k)
+      for (Index r = 0; r < rows; ++r)
+        eliminate_entry(a + k0 * stride + k0, width, stride, k - k0, block[r], defect + first + r,
+                        defect[k], inverse_pivot[k]);
+    for (Index r = 0; r < rows; ++r) {
+      double* row = a + (first + r) * stride;
+      __builtin_memcpy(row + k0, block[r], sizeof(double) * width);
+      combine(a + k0 * stride + k1, stride, width, n - k1, block[r], row + k1);
+    }
+  }
+}
+
+void eliminated_solve(const double* a, Index n, Index stride, const double* inverse_pivot,
+                      double* x) {
+  double product;
+  for (Index i = 1; i < n; ++i) {
+    row_products<1>(a + i * stride, i, x, &product);
+    x[i] += product;
+  }
+  for (Index i = n - 1; i >= 0; --i) {
+    row_products<1>(a + i * stride + i + 1, n - i - 1, x + i + 1, &product);
+    x[i] = (x[i] + product) * inverse_pivot[i];
+  }
+}
+
+void eliminated_solve_transpose(const double* a, Index n, Index stride, const double* inverse_pivot,
+                                double* x) {
+  for (Index i = 0; i < n; ++i) {
+    x[i] *= inverse_pivot[i];
+    combine(a + i * stride + i + 1, stride, 1, n - i - 1, x + i, x + i + 1);
+  }
+  for (Index i = n - 1; i > 0; --i) combine(a + i * stride, stride, 1, i, x + i, x);
+}
+
+// A block of states at a time, so that the exponentials form one long flat loop.
+void soft_maximum(const SoftMaximum& m) {
+  const Index A = m.actions;
+  constexpr double kHuge = __builtin_huge_val();
+  constexpr double kLargest = 1.7976931348623157e308;
+  const double inverse = 1.0 / m.temperature;
+  const bool tiny = inverse > kLargest;           // of a subnormal τ there is no 1/τ
+  double* const top = m.scratch;                  // max_a q over available actions
+  double* const total = top + kSoftMaximumBlock;  // Σ_a e, then its logarithm
+  double* const x = total + kSoftMaximumBlock;
+  const Index block = A < kSoftMaximumBlock ? kSoftMaximumBlock / A : 1;
+  for (Index s0 = 0; s0 < m.states; s0 += block) {
+    const Index states = m.states - s0 < block ? m.states - s0 : block;
+    const Index entries = states * A;
+    const double* q = m.q + s0 * A;
+    const double* reference = m.log_reference ? m.log_reference + s0 * A : nullptr;
+    for (Index s = 0; s < states; ++s) {
+      double best = -kHuge;
+      for (Index a = s * A; a < s * A + A; ++a) {
+        const double candidate = reference && reference[a] == -kHuge ? -kHuge : q[a];
+        best = candidate > best || candidate != candidate ? candidate : best;
+      }
+      if (tiny)
+        for (Index a = s * A; a < s * A + A; ++a) x[a] = (q[a] - best) / m.temperature;
+      else
+        for (Index a = s * A; a < s * A + A; ++a) x[a] = (q[a] - best) * inverse;
+      if (reference) {
+        double peak = -kHuge;
+        for (Index a = s * A; a < s * A + A; ++a) {
+          x[a] = reference[a] == -kHuge ? -kHuge : x[a] + reference[a];
+          peak = x[a] > peak ? x[a] : peak;
+        }
+        for (Index a = s * A; a < s * A + A; ++a) x[a] -= peak;
+        best += m.temperature * peak;
+      }
+      top[s] = best;
+    }
+    if (m.log_policy) __builtin_memcpy(m.log_policy + s0 * A, x, sizeof(double) * entries);
+    for (Index i = 0; i < entries; ++i) x[i] = exp_nonpositive(x[i]);
+    for (Index s = 0; s < states; ++s) {
+      double sum = 0.0;
+      for (Index a = s * A; a < s * A + A; ++a) sum += x[a];
+      total[s] = sum;
+    }
+    if (m.policy)
+      for (Index s = 0; s < states; ++s)
+        for (Index a = s * A; a < s * A + A; ++a) m.policy[s0 * A + a] = x[a] / total[s];
+    for (Index s = 0; s < states; ++s) {
+      total[s] = log_from_one(total[s]);
+      m.value[s0 + s] = top[s] + m.temperature * total[s];
+    }
+    if (m.log_policy)
+      for (Index s = 0; s < states; ++s)
+        for (Index a = s * A; a < s * A + A; ++a) m.log_policy[s0 * A + a] -= total[s];
+    if (m.advantage)
+      for (Index s = 0; s < states; ++s)
+        for (Index a = s * A; a < s * A + A; ++a)
+          m.advantage[s0 * A + a] =
+              reference && reference[a] == -kHuge ? 0.0 : q[a] - m.value[s0 + s];
+  }
+}
+
+double dot(Index n, const double* x, const double* y) {
+  double result;
+  row_products<1>(x, n, y, &result);
+  return result;
+}
+
+Range difference(Index n, const double* a, const double* b, double shift, double* d) {
+  double low = __builtin_huge_val(), high = -__builtin_huge_val(), sum = 0.0;
+  double least = low, most = high;
+  for (Index i = 0; i < n; ++i) {
+    const double x = (a[i] - b[i]) - shift;
+    d[i] = x;
+    low = x < low ? x : low;
+    high = x > high ? x : high;
+    least = a[i] < least ? a[i] : least;
+    most = a[i] > most ? a[i] : most;
+    sum += x - x;  // zero unless something is NaN or infinite
+  }
+  return {low, high, least, most, sum == 0.0};
+}
+
+}  // namespace
+
+// Found by cpu/isa/dispatch.cpp through its declaration there.
+extern const Kernels kTable;
+const Kernels kTable = {
+#define BIRL_STRING_(x) #x
+#define BIRL_STRING(x) BIRL_STRING_(x)
+    BIRL_STRING(BIRL_ISA),
+    {products<float>, sums<float>, products_and_sums<float>, combine<float>, policy_row<float>,
+     q_values<float>},
+    {products<double>, sums<double>, products_and_sums<double>, combine<double>, policy_row<double>,
+     q_values<double>},
+    soft_maximum,
+    {eliminate_block, eliminate_below, eliminated_solve, eliminated_solve_transpose},
+    dot,
+    difference,
+};
+
+}  // namespace birl::BIRL_ISA

@@ -1,0 +1,69 @@
+// Inner loops on sparse matrices, compiled once per instruction set as those of cpu/isa/dense.h.
+#pragma once
+
+#include "core/common.h"
+
+namespace birl {
+
+// A sparse matrix in slices of eight rows (SlicedLayout in cpu/model/sparse.h). Its entries stand in groups
+// of eight: one of each row of a slice, or in a slice whose rows differ much in length, eight of
+// one row.
+struct SlicedMatrix {
+  Index rows;
+  const Index* start;          // of slice i: its first group; one more than there are slices
+  const std::int32_t* ragged;  // of slice i: −1, or which one it is of those kept row by row
+  const Index* ends;           // eight for each of those: the groups at which its rows end
+  const std::int32_t* first;   // of a group: the column of its first entry if the others follow it
+                               // one by one, else −1
+  const std::int32_t* col;     // of an entry; any column if it only fills up a group
+  const double* value;         // of an entry; zero there
+};
+
+// Where the rows of P and those of P_π find each other.
+struct PolicyRows {
+  Index actions;
+  const Index* crow;           // of P, S·A + 1
+  const Index* merged_crow;    // of P_π, S + 1
+  const std::int32_t* col;     // of P_π
+  const std::uint32_t* slot;   // of an entry of P: its place in the row of P_π; of the first
+                               // action's entries only where the actions are alike
+  const unsigned char* alike;  // of a state: its actions have the same successors in the same order
+  const Index* place;          // of a merged entry: its place in the sliced matrix
+};
+
+template <class Real>
+struct CsrRowKernels {
+  // y[i] = Σ_t P(i,t) x[t] for the rows i of states [s0, s1)
+  void (*products)(const PolicyRows& rows, const Real* value, Index s0, Index s1, const double* x,
+                   double* y);
+  // Rows of P_π for states [s0, s1), into the places of a sliced matrix's values.
+  void (*form)(const PolicyRows& rows, const Real* value, Index s0, Index s1, const double* weight,
+               double* out);
+};
+
+struct CsrKernels {
+  using Multiply = void (*)(const SlicedMatrix& matrix, Index slice0, Index slice1, const double* x,
+                            double* y);
+  CsrRowKernels<float> f32;
+  CsrRowKernels<double> f64;
+  // y = Mx for the rows of slices [slice0, slice1); x and y hold 1, 4 or 8 columns interleaved
+  Multiply one, four, eight;
+
+  template <class Real>
+  const CsrRowKernels<Real>& rows() const;
+  Multiply multiply(Index columns) const {
+    return columns == 1 ? one : (columns == 4 ? four : eight);
+  }
+};
+template <>
+inline const CsrRowKernels<float>& CsrKernels::rows<float>() const {
+  return f32;
+}
+template <>
+inline const CsrRowKernels<double>& CsrKernels::rows<double>() const {
+  return f64;
+}
+
+const CsrKernels& csr_kernels();
+
+}  // namespace birl

@@ -1,0 +1,81 @@
+// τ log Σ_a μ exp(q/τ) over the actions of one state, its exponents shifted so that the largest is
+// zero; the same arithmetic as the CPU's soft_maximum (cpu/isa/dense.cpp).
+#pragma once
+
+#include "core/scalar_math.h"
+#include "cuda/layer/layer.h"
+
+namespace birl::device {
+
+// log μ of one problem; absent means zero everywhere.
+struct LogReference {
+  const double* values;
+
+  BIRL_DEVICE double operator[](int row) const { return values ? values[row] : 0.0; }
+
+  // Whether a state with rows [row, row + actions) has an action.
+  BIRL_DEVICE bool any(int row, int actions) const {
+    if (!values) return true;
+    for (int a = 0; a < actions; ++a)
+      if (values[row + a] > -__builtin_huge_val()) return true;
+    return false;
+  }
+};
+
+struct SoftMaximum {
+  const double* q;  // (S, A)
+  LogReference reference;
+  int actions;
+  double temperature;
+
+  // log μ + (q − max q)/τ, less its maximum over the state; −inf where masked.
+  BIRL_DEVICE double exponent(int row) const {
+    const int first = row / actions * actions;
+    const double best = largest_q(first), inverse = inverse_temperature();
+    const double x = scaled(row, best, inverse);
+    return reference.values ? x - peak(first, best, inverse) : x;
+  }
+
+  // tw(s), given Σ_a exp(exponent).
+  BIRL_DEVICE double value(int s, double total) const {
+    const int first = s * actions;
+    double best = largest_q(first);
+    if (reference.values) best += temperature * peak(first, best, inverse_temperature());
+    return best + temperature * log_from_one(total);
+  }
+
+ private:
+  static constexpr double kHuge = __builtin_huge_val();
+
+  // A subnormal τ must not turn 0·(1/τ) into NaN.
+  BIRL_DEVICE double inverse_temperature() const {
+    constexpr double kLargest = 1.7976931348623157e308;
+    const double inverse = 1.0 / temperature;
+    return inverse > kLargest ? kLargest : inverse;
+  }
+
+  BIRL_DEVICE double largest_q(int first) const {
+    double best = -kHuge;
+    for (int row = first; row < first + actions; ++row) {
+      const double candidate = reference[row] == -kHuge ? -kHuge : q[row];
+      best = candidate > best || candidate != candidate ? candidate : best;
+    }
+    return best;
+  }
+
+  BIRL_DEVICE double scaled(int row, double best, double inverse) const {
+    const double log_mu = reference[row];
+    return log_mu == -kHuge ? -kHuge : (q[row] - best) * inverse + log_mu;
+  }
+
+  BIRL_DEVICE double peak(int first, double best, double inverse) const {
+    double highest = -kHuge;
+    for (int row = first; row < first + actions; ++row) {
+      const double x = scaled(row, best, inverse);
+      highest = x > highest ? x : highest;
+    }
+    return highest;
+  }
+};
+
+}  // namespace birl::device

@@ -1,0 +1,54 @@
+// Launches of the policy-system and cotangent kernels (cuda/block/policy_solve.h,
+// cuda/block/outer.h).
+//
+// NOT YET RUN ON A GPU: see cuda/entry/block_solve.cu.
+#include "cuda/entry/block.h"
+#include "cuda/layer/cuda_device.h"
+#include "cuda/layer/cuda_team.cuh"
+#include "cuda/block/dispatch.h"
+
+namespace birl {
+
+using namespace device;
+
+namespace {
+
+cudaError_t check(const DeviceBatch& batch, Index right_sides, DeviceLimits& limits) {
+  if (right_sides < 0 || right_sides > kMostRows) return cudaErrorInvalidValue;
+  if (batch.states > kDirectLimit) return cudaErrorNotSupported;
+  return device::check(batch, limits);
+}
+
+}  // namespace
+
+cudaError_t policy_solve_workspace(const DeviceBatch& batch, Index right_sides,
+                                   std::size_t& bytes) {
+  DeviceLimits limits{};
+  const cudaError_t error = check(batch, right_sides, limits);
+  if (error != cudaSuccess) return error;
+  DevicePolicySolve request{};
+  request.right_sides = right_sides;
+  bytes = with_policy_solve(batch, request, limits,
+                            [](const auto&, const Grid& grid) { return grid.workspace(); });
+  return cudaSuccess;
+}
+
+cudaError_t launch_policy_solve(const DeviceBatch& batch, const DevicePolicySolve& request,
+                                void* workspace, cudaStream_t stream) {
+  DeviceLimits limits{};
+  const cudaError_t error = check(batch, request.right_sides, limits);
+  if (error != cudaSuccess) return error;
+  return with_policy_solve(batch, request, limits, [&](const auto& kernel, const Grid& grid) {
+    return launch<BlockTeam>(kernel, batch.total(), grid, workspace, stream);
+  });
+}
+
+cudaError_t launch_outer(const DeviceBatch& batch, const DeviceOuter& request,
+                         cudaStream_t stream) {
+  if (!indexable(batch)) return cudaErrorInvalidValue;
+  return with_outer(batch, request, [&](const auto& kernel, Index items, const Grid& grid) {
+    return launch<BlockTeam>(kernel, items, grid, nullptr, stream);
+  });
+}
+
+}  // namespace birl

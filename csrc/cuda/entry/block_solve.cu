@@ -1,0 +1,37 @@
+// Launches of the fixed-point kernels (cuda/block/solve.h), one instance per home of P.
+//
+// NOT YET RUN ON A GPU: it compiles for every architecture of the build, and the very same kernel
+// bodies are tested on the host (tests/native); barriers, shuffles and launches are not.
+#include <type_traits>
+
+#include "cuda/entry/block.h"
+#include "cuda/layer/cuda_device.h"
+#include "cuda/layer/cuda_team.cuh"
+#include "cuda/block/dispatch.h"
+
+namespace birl {
+
+using namespace device;
+
+cudaError_t solve_workspace(const DeviceBatch& batch, std::size_t& bytes) {
+  DeviceLimits limits{};
+  const cudaError_t error = check(batch, limits);
+  if (error != cudaSuccess) return error;
+  bytes =
+      with_solve(batch, {}, limits, [](const auto&, const Grid& grid) { return grid.workspace(); });
+  return cudaSuccess;
+}
+
+cudaError_t launch_solve(const DeviceBatch& batch, const DeviceSolve& request, void* workspace,
+                         cudaStream_t stream) {
+  DeviceLimits limits{};
+  const cudaError_t error = check(batch, limits);
+  if (error != cudaSuccess) return error;
+  return with_solve(batch, request, limits, [&](const auto& kernel, const Grid& grid) {
+    constexpr bool one_warp = std::decay_t<decltype(kernel)>::kOneWarp;
+    using Team = std::conditional_t<one_warp, WarpTeam, BlockTeam>;
+    return launch<Team>(kernel, batch.total(), grid, workspace, stream);
+  });
+}
+
+}  // namespace birl

@@ -1,0 +1,28 @@
+// Launches of the policy-system kernel for large problems (cuda/grid/policy_solve.h).
+//
+// NOT YET RUN ON A GPU: see cuda/entry/grid_solve.cu.
+#include "cuda/entry/grid.h"
+#include "cuda/grid/launch.cuh"
+
+namespace birl {
+
+using namespace device;
+
+cudaError_t large_policy_solve_workspace(const DeviceBatch& batch, const WidePattern& pattern,
+                                         Index right_sides, std::size_t& bytes) {
+  DevicePolicySolve request{};
+  request.right_sides = right_sides;
+  return with_large_policy_solve(batch, request, pattern, [&](const auto& kernel) {
+    return workspace_of(kernel, batch, bytes);
+  });
+}
+
+cudaError_t launch_large_policy_solve(const DeviceBatch& batch, const DevicePolicySolve& request,
+                                      const WidePattern& pattern, void* workspace,
+                                      cudaStream_t stream) {
+  return with_large_policy_solve(batch, request, pattern, [&](const auto& kernel) {
+    return launch_on_grid(kernel, batch, workspace, stream);
+  });
+}
+
+}  // namespace birl

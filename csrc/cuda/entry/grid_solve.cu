@@ -1,0 +1,25 @@
+// Launches of the fixed-point kernel for large problems (cuda/grid/solve.h).
+//
+// NOT YET RUN ON A GPU: it compiles for every architecture of the build, and the very same kernel
+// body is tested on the host (tests/native); barriers, shuffles and launches are not.
+#include "cuda/entry/grid.h"
+#include "cuda/grid/launch.cuh"
+
+namespace birl {
+
+using namespace device;
+
+cudaError_t large_solve_workspace(const DeviceBatch& batch, const WidePattern& pattern,
+                                  std::size_t& bytes) {
+  return with_large_solve(batch, {}, pattern,
+                          [&](const auto& kernel) { return workspace_of(kernel, batch, bytes); });
+}
+
+cudaError_t launch_large_solve(const DeviceBatch& batch, const DeviceSolve& request,
+                               const WidePattern& pattern, void* workspace, cudaStream_t stream) {
+  return with_large_solve(batch, request, pattern, [&](const auto& kernel) {
+    return launch_on_grid(kernel, batch, workspace, stream);
+  });
+}
+
+}  // namespace birl

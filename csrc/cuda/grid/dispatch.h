@@ -1,0 +1,61 @@
+// From a request to a wide kernel, as dispatch.h for one block: the same for the GPU
+// (cuda/entry/grid_solve.cu, cuda/entry/grid_policy_solve.cu) and for the host.
+#pragma once
+
+#include "cuda/block/dispatch.h"
+#include "cuda/grid/policy_solve.h"
+#include "cuda/grid/solve.h"
+
+namespace birl::device {
+
+// One block for each problem keeps the device busy once there are twice as many as processors.
+inline bool one_block_each(const DeviceBatch& batch, const DeviceLimits& limits) {
+  return batch.total() >= 2 * static_cast<Index>(limits.processors);
+}
+
+// `resident`: blocks that run at once. Each problem gets one of them, or all.
+template <class Kernel>
+WideGrid wide_grid(const Kernel& kernel, const DeviceBatch& batch, const DeviceLimits& limits,
+                   Index resident) {
+  WideGrid grid{1, 1, kWideThreads, 0};
+  const bool alone = one_block_each(batch, limits);
+  if (!alone)
+    grid.blocks = static_cast<unsigned>(resident < batch.states ? resident : batch.states);
+  grid.bytes = wide_footprint(kernel, grid.blocks);
+  if (alone) grid.teams = block_count(batch.total(), {0, grid.bytes}, limits);
+  return grid;
+}
+
+// body(home) with the home of P; of a policy's matrix, or its transpose, sparse ones need a
+// pattern.
+template <class Body>
+auto with_wide_home(const DeviceBatch& batch, const WidePattern& pattern, bool transpose,
+                    Body&& body) {
+  const Stored values{batch.transition, batch.is_double};
+  if (batch.sparse())
+    return body(
+        CsrWide{values, batch.states, batch.actions, batch.crow, batch.col, batch.nnz, pattern});
+  return body(DenseWide{values, batch.states, batch.actions, transpose});
+}
+
+template <class Body>
+auto with_large_solve(const DeviceBatch& batch, const DeviceSolve& request,
+                      const WidePattern& pattern, Body&& body) {
+  return with_wide_home(batch, pattern, false, [&](const auto& home) {
+    const Kernel name = batch.sparse() ? Kernel::kCudaGridCsr : Kernel::kCudaGrid;
+    return body(LargeSolve<std::decay_t<decltype(home)>>{home, batch, request, name});
+  });
+}
+
+template <class Body>
+auto with_large_policy_solve(const DeviceBatch& batch, const DevicePolicySolve& request,
+                             const WidePattern& pattern, Body&& body) {
+  return with_wide_home(batch, pattern, request.transpose, [&](const auto& home) {
+    using Home = std::decay_t<decltype(home)>;
+    if (request.right_sides == 1)
+      return body(LargePolicySolve<Home, 1>{home, batch.problems, batch.discount, request});
+    return body(LargePolicySolve<Home, 4>{home, batch.problems, batch.discount, request});
+  });
+}
+
+}  // namespace birl::device

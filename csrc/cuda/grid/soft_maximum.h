@@ -1,0 +1,64 @@
+// soft_maximum.h for a group of lanes: τ log Σ_a μ exp(q/τ) over the actions of one state.
+#pragma once
+
+#include "core/scalar_math.h"
+#include "cuda/layer/warp.h"
+
+namespace birl::device {
+
+struct LaneSoftMaximum {
+  const double* q;          // (A) of the state
+  const double* reference;  // (A) log μ, or null
+  Index actions;
+  double inverse;  // 1/τ
+  double best = 0.0, peak = 0.0, total = 0.0;
+
+  // A subnormal τ must not turn 0·(1/τ) into NaN.
+  BIRL_DEVICE static double inverse_of(double temperature) {
+    constexpr double kLargest = 1.7976931348623157e308;
+    const double inverse = 1.0 / temperature;
+    return inverse > kLargest ? kLargest : inverse;
+  }
+
+  BIRL_DEVICE bool masked(Index a) const { return reference && reference[a] == -kHuge; }
+
+  // log μ + (q − max q)/τ, less its maximum over the state; −inf where masked.
+  BIRL_DEVICE double exponent(Index a) const { return scaled(a) - peak; }
+
+  // tw(s), once measured.
+  BIRL_DEVICE double value(double temperature) const {
+    return best + temperature * peak + temperature * log_from_one(total);
+  }
+
+  template <class Group>
+  BIRL_DEVICE void measure(const Group& g) {
+    const auto over = [&](auto&& of) {
+      return g.template join<double>(
+          [&](int lane) {
+            double largest = -kHuge;
+            for (Index a = lane; a < actions; a += Group::kLanes) largest = higher(largest, of(a));
+            return largest;
+          },
+          higher);
+    };
+    peak = 0.0;
+    best = over([&](Index a) { return masked(a) ? -kHuge : q[a]; });
+    if (reference) peak = over([&](Index a) { return scaled(a); });
+    double sum[1];
+    g.sums(sum, [&](int lane, double (&part)[1]) {
+      for (Index a = lane; a < actions; a += Group::kLanes) part[0] += exp_nonpositive(exponent(a));
+    });
+    total = sum[0];
+  }
+
+ private:
+  static constexpr double kHuge = __builtin_huge_val();
+
+  BIRL_DEVICE double scaled(Index a) const {
+    if (masked(a)) return -kHuge;
+    const double x = (q[a] - best) * inverse;
+    return reference ? x + reference[a] : x;
+  }
+};
+
+}  // namespace birl::device
