@@ -33,15 +33,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from birl_ext.agents.collect import Collector
-from birl_ext.agents.environment import make_environments
 from birl_ext.agents.networks import Twin, head_network
-from birl_ext.agents.replay import ReplayBuffer
 from birl_ext.agents.sac_discrete import DiscreteSAC
 from birl_ext.agents.temperature import Temperature, discrete_entropy_target
-from birl_ext.agents.transitions import Transitions
 from birl_ext.benchmarks.machine import header
 from birl_ext.benchmarks.report import digits
+from birl_ext.environments.transitions import Transitions
+from birl_ext.environments.vector import make_environments
+from birl_ext.replay.buffer import ReplayBuffer
+from birl_ext.rollouts.collect import Collector
 
 BATCH = 64
 DISCOUNT = 0.99

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext.agents.finite import FiniteFollower, FiniteSimulator
 from birl_ext.benchmarks import machine
 from birl_ext.bilevel.bias_meter import exact_pair_objective
 from birl_ext.bilevel.score import FullHorizon, OneStep, Score
 from birl_ext.bilevel.trajectory import trajectory_surrogate
+from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator
 
 DISCOUNT, TEMPERATURE, STEPS = 0.8, 0.5, 2
 PAIRS = (100, 316, 1_000, 3_162, 10_000, 31_623)

@@ -26,17 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from birl_ext.agents.collect import Collector
-from birl_ext.agents.environment import make_environments
-from birl_ext.agents.simulators import CartPole, DynamicsSimulator
 from birl_ext.benchmarks import machine
 from birl_ext.bilevel.score import FullHorizon, OneStep, Score
 from birl_ext.bilevel.trajectory import trajectory_surrogate
+from birl_ext.environments.vector import make_environments
 from birl_ext.preferences.fragments import Pairs, draw
 from birl_ext.preferences.loss import bradley_terry, margins
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.job import PreferenceJob
 from birl_ext.problems.preference.recorder import Recorder
+from birl_ext.rollouts.collect import Collector
+from birl_ext.simulators.equations import CartPole, DynamicsSimulator
 
 HORIZONS = (5, 10, 20)
 PAIRS, BATCH, ENVIRONMENTS, STEPS = 1000, 64, 4, 1000

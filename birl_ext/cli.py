@@ -357,8 +357,8 @@ def _solve(words: list[str]) -> int:
     target = options.out or options.mdp.parent / f"{options.mdp.stem}.solution.npz"
 
     import birl_ext
-    from birl_ext.io import write_tensors
-    from birl_ext.mdp import load
+    from birl_ext.model.mdp import load
+    from birl_ext.model.tensor_files import write_tensors
     from birl_ext.runs.device import check_device
 
     device = check_device(options.device)

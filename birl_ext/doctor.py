@@ -64,7 +64,7 @@ def _torch_version() -> str:
 
 def _modules() -> dict[str, str]:
     try:
-        native = importlib.import_module("birl_ext._native")
+        native = importlib.import_module("birl_ext.ops.backends.native")
     except ImportError as error:
         return {"_cpu, _cuda": f"not loaded: {error}; PyTorch computes the same answers, slower"}
     found: Mapping[str, Mapping[str, Any]] = native.report()

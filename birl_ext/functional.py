@@ -15,8 +15,6 @@ from typing import Any, Literal, SupportsFloat, overload
 import torch
 from torch import Tensor
 
-from birl_ext import validation
-from birl_ext.batching import Flat, Layout, absent, flatten, layout
 from birl_ext.errors import (
     BackendUnavailableError,
     BirlError,
@@ -28,13 +26,14 @@ from birl_ext.errors import (
     StagnatedError,
     TerminalChoiceWarning,
 )
-from birl_ext.mdp import DenseMDP, SparseMDP
-from birl_ext.ops import _backends
+from birl_ext.model import checks as validation
+from birl_ext.model.layout import Flat, Layout, absent, flatten, layout
+from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.ops import bellman as _bellman
-from birl_ext.ops import plain as _plain
-from birl_ext.ops import policy_solve as _policy_solve
+from birl_ext.ops import fast, policy_solve
 from birl_ext.ops import solve as _solve
-from birl_ext.ops._torch import RETRY_STATES
+from birl_ext.ops.backends import choice
+from birl_ext.ops.backends.pytorch import RETRY_STATES
 from birl_ext.solution import Method, Rigour, Solution, Status
 
 __all__ = ["bellman", "evaluate", "occupancy", "solve"]
@@ -374,7 +373,7 @@ def evaluate(
     validation.check_devices({"transition": flat.transition, "policy": policy})
     pi = _checked(policy, flat, reward, validate)
     gain = (pi * flat.reward.double()).sum(-1)
-    value = _policy_system(_policy_solve.discounted_sum, flat, pi, gain, validate, backend)
+    value = _policy_system(policy_solve.discounted_sum, flat, pi, gain, validate, backend)
     return flat.layout.restore(value.to(flat.reward.dtype))
 
 
@@ -451,7 +450,7 @@ def occupancy(
     if validate == "full" and validation.is_concrete(initial_distribution):
         validation.check_initial_distribution(initial_distribution)
     start = flat.layout.grouped(initial_distribution.double(), 1)
-    share = _policy_system(_policy_solve.discounted_visits, flat, pi, start, validate, backend)
+    share = _policy_system(policy_solve.discounted_visits, flat, pi, start, validate, backend)
     return flat.layout.restore(share.to(flat.reward.dtype))
 
 
@@ -644,16 +643,16 @@ def _unprepared(
     transition: Tensor | None,
     discount: float | Tensor | None,
     temperature: float | Tensor,
-) -> _plain.Outcome | None:
+) -> fast.Outcome | None:
     """What `solve` finds the short way; None if it has to take the general one."""
     if not isinstance(reward, DenseMDP):
-        return _plain.solve(reward, transition, discount, temperature, Rigour.STOCHASTIC)
+        return fast.solve(reward, transition, discount, temperature, Rigour.STOCHASTIC)
     if not (transition is discount is reward.mask is reward.reference is None):
         return None
     _tell_of_ends(reward)
     # rows may be zero where the process ends
     rigour = Rigour.STOCHASTIC if reward.terminal is None else Rigour.OR_ENDING
-    return _plain.solve(reward.reward, reward.transition, reward.discount, temperature, rigour)
+    return fast.solve(reward.reward, reward.transition, reward.discount, temperature, rigour)
 
 
 def _solution(outputs: tuple[Tensor, ...]) -> Solution:
@@ -673,7 +672,7 @@ def _failure(
     layout: Layout,
 ) -> BirlError:
     """The error of the first problem that failed; one of the solver holds the best iterate."""
-    error = _backends.failure(outputs, transition, crow, col, reward, layout.locate)
+    error = choice.failure(outputs, transition, crow, col, reward, layout.locate)
     if isinstance(error, SolveError):
         error.solution = solution
     return error
@@ -696,19 +695,19 @@ def _any(status: Tensor) -> bool:
 
 def _backend(name: str, device: torch.device) -> int:
     if name == "auto":
-        return _backends.AUTO
+        return choice.AUTO
     if name == "torch":
-        return _backends.TORCH
+        return choice.TORCH
     if name not in ("cpu", "cuda"):
         raise _unknown("backend", name, ("auto", "torch", "cpu", "cuda"))
     if device.type != name:
         raise BackendUnavailableError(
             f'backend="{name}" for tensors on {device}', allowed=f'tensors on "{name}"'
         )
-    reason = _backends.unavailable(name)
+    reason = choice.unavailable(name)
     if reason:
         raise BackendUnavailableError(f'backend="{name}" is not available: {reason}')
-    return _backends.NATIVE
+    return choice.NATIVE
 
 
 def _require_shape(name: str, tensor: Tensor, event: tuple[int, ...]) -> None:

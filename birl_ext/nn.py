@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from birl_ext import validation
 from birl_ext.errors import OptionError, ShapeError
 from birl_ext.functional import solve
+from birl_ext.model import checks as validation
 from birl_ext.solution import Solution
 
 __all__ = ["SoftPlanner"]

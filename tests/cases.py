@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from birl_ext.mdp import DenseMDP
+from birl_ext.model.mdp import DenseMDP
 from birl_ext.reference import float64
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext.agents.finite import FiniteFollower, FiniteSimulator, Paths
 from birl_ext.bilevel.adaptation import AdaptedReward, path_log_probability
 from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
 from birl_ext.bilevel.score import FullHorizon
 from birl_ext.bilevel.trajectory import trajectory_surrogate
 from birl_ext.errors import DiscountError, OptionError, ShapeError
+from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator, Paths
 
 STATES, ACTIONS, STEPS, DISCOUNT, TEMPERATURE, VARIABLES = 3, 2, 2, 0.7, 0.5, 4
 HORIZON = 14  # of the continuations: γᴷ is 0.007

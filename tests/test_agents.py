@@ -17,10 +17,7 @@ from torch import Tensor, nn
 
 import birl_ext
 from birl_ext.agents.categorical import CategoricalPolicy
-from birl_ext.agents.collect import Collector
-from birl_ext.agents.environment import Environments, make_environments
 from birl_ext.agents.networks import MLP, OneHot, StateActionMLP, Twin
-from birl_ext.agents.replay import ReplayBuffer
 from birl_ext.agents.sac import SAC
 from birl_ext.agents.sac_discrete import DiscreteSAC
 from birl_ext.agents.soft_q import SoftQ
@@ -30,7 +27,8 @@ from birl_ext.agents.temperature import (
     continuous_entropy_target,
     discrete_entropy_target,
 )
-from birl_ext.agents.transitions import Transitions
+from birl_ext.environments.transitions import Transitions
+from birl_ext.environments.vector import Environments, make_environments
 from birl_ext.errors import (
     DiscountError,
     NonFiniteInputError,
@@ -39,6 +37,8 @@ from birl_ext.errors import (
     ShapeError,
     TemperatureError,
 )
+from birl_ext.replay.buffer import ReplayBuffer
+from birl_ext.rollouts.collect import Collector
 from birl_ext.runs.checkpoint import CheckpointStore
 
 Optimiser = Callable[[Iterable[Tensor]], torch.optim.Optimizer]

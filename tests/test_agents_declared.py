@@ -25,10 +25,10 @@ from gymnasium.spaces import (
 )
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from birl_ext.agents.declared import Declared
-from birl_ext.agents.environment import Environments, make_environments
-from birl_ext.agents.restored import RestoredSimulator
+from birl_ext.environments.declared import Declared
+from birl_ext.environments.vector import Environments, make_environments
 from birl_ext.errors import DtypeError, EnvironmentFailureError, OptionError
+from birl_ext.simulators.restored import RestoredSimulator
 
 # gymnasium forks its workers beside torch's idle threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

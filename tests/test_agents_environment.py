@@ -24,10 +24,10 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from processes import fork
 from torch import Tensor
 
-from birl_ext.agents.collect import Collector, Episode
-from birl_ext.agents.environment import Environments, episode_seed, make_environments
-from birl_ext.agents.evaluate import evaluate_agent
+from birl_ext.environments.vector import Environments, episode_seed, make_environments
 from birl_ext.errors import EnvironmentFailureError, MissingDependencyError, OptionError, ShapeError
+from birl_ext.rollouts.collect import Collector, Episode
+from birl_ext.rollouts.evaluate import evaluate_agent
 from birl_ext.runs.loop import stop_requests
 
 # gymnasium forks its workers beside torch's idle threads
@@ -415,7 +415,7 @@ def test_workers_end_with_the_process_that_was_killed() -> None:
 
 def test_workers_that_nobody_closed_end_with_the_process() -> None:
     code = (
-        "from birl_ext.agents.environment import make_environments\n"
+        "from birl_ext.environments.vector import make_environments\n"
         "environments = make_environments('CartPole-v1', count=2, parallel=True)\n"
         "environments.reset()\n"
     )

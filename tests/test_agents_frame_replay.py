@@ -15,12 +15,12 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.wrappers import FrameStackObservation
 from torch import Tensor
 
-import birl_ext.agents.frame_replay
-from birl_ext.agents.collect import Collection, Collector
-from birl_ext.agents.environment import make_environments
-from birl_ext.agents.frame_replay import FrameReplay
-from birl_ext.agents.replay import ReplayBuffer
+import birl_ext.replay.frames
+from birl_ext.environments.vector import make_environments
 from birl_ext.errors import DtypeError, OptionError, ShapeError, SizeLimitError
+from birl_ext.replay.buffer import ReplayBuffer
+from birl_ext.replay.frames import FrameReplay
+from birl_ext.rollouts.collect import Collection, Collector
 
 STACK = 3
 
@@ -110,7 +110,7 @@ def test_it_holds_what_the_plain_replay_holds(
     padding: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(birl_ext.agents.frame_replay, "_PIECE", 30)  # several in the longest part
+    monkeypatch.setattr(birl_ext.replay.frames, "_PIECE", 30)  # several in the longest part
     ours, plain = FrameReplay(capacity), ReplayBuffer(capacity)
     for found in film((1, 1, 6, 2, 40, 3, 70), count=count, kinds=kinds, padding=padding):
         ours.record(found)

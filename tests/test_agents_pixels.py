@@ -13,13 +13,13 @@ import torch
 from closeness import assert_same_bits
 from gymnasium.error import DependencyNotInstalled
 
-from birl_ext.agents.collect import Collector
-from birl_ext.agents.environment import make_environments
-from birl_ext.agents.frame_replay import FrameReplay
 from birl_ext.agents.networks import NatureCNN, head_network
-from birl_ext.agents.pixels import atari_environment
-from birl_ext.agents.replay import ReplayBuffer
+from birl_ext.environments.atari import atari_environment
+from birl_ext.environments.vector import make_environments
 from birl_ext.errors import EnvironmentFailureError, MissingDependencyError, OptionError
+from birl_ext.replay.buffer import ReplayBuffer
+from birl_ext.replay.frames import FrameReplay
+from birl_ext.rollouts.collect import Collector
 
 ale_py = pytest.importorskip("ale_py")
 cv2 = pytest.importorskip("cv2")

@@ -8,10 +8,10 @@ from closeness import assert_close, assert_same_bits
 from torch import Tensor, nn
 
 from birl_ext.agents.networks import MLP, NatureCNN, OneHot, StateActionMLP, Twin, head_network
-from birl_ext.agents.replay import ReplayBuffer
 from birl_ext.agents.target import Target
-from birl_ext.agents.transitions import Transitions
+from birl_ext.environments.transitions import Transitions
 from birl_ext.errors import DtypeError, OptionError, ShapeError
+from birl_ext.replay.buffer import ReplayBuffer
 
 
 def rows(first: int, count: int, dtype: torch.dtype = torch.float32) -> Transitions:

@@ -14,9 +14,9 @@ import torch
 from closeness import assert_close
 from torch import Tensor
 
-from birl_ext.agents.collect import Collector
-from birl_ext.agents.environment import make_environments
-from birl_ext.agents.evaluate import evaluate_agent
+from birl_ext.environments.vector import make_environments
+from birl_ext.rollouts.collect import Collector
+from birl_ext.rollouts.evaluate import evaluate_agent
 
 sb3 = pytest.importorskip("stable_baselines3")
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: E402

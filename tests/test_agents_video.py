@@ -16,16 +16,16 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
-from birl_ext.agents.environment import make_environments
-from birl_ext.agents.evaluate import evaluate_agent
-from birl_ext.agents.pixels import atari_environment
-from birl_ext.agents.video import record_video
+from birl_ext.environments.atari import atari_environment
+from birl_ext.environments.vector import make_environments
 from birl_ext.errors import (
     EnvironmentFailureError,
     MissingDependencyError,
     OptionError,
     RenderError,
 )
+from birl_ext.rollouts.evaluate import evaluate_agent
+from birl_ext.rollouts.video import record_video
 
 imageio = pytest.importorskip("imageio.v3")
 # imageio's reader leaves its pipes to the garbage collector

@@ -18,14 +18,13 @@ from closeness import assert_close
 from torch import Tensor
 
 import birl_ext
-from birl_ext import _native
-from birl_ext.mdp import DenseMDP, SparseMDP
-from birl_ext.ops import _backends
+from birl_ext.model.mdp import DenseMDP, SparseMDP
+from birl_ext.ops.backends import choice, native
 from birl_ext.ops.solve import solve as solve_op
 from birl_ext.solution import Solution
 
-if _native.reason("cpu"):
-    pytest.skip(f"no compiled CPU module: {_native.reason('cpu')}", allow_module_level=True)
+if native.reason("cpu"):
+    pytest.skip(f"no compiled CPU module: {native.reason('cpu')}", allow_module_level=True)
 
 # forward mode makes torch load decompositions that it still scripts
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -40,13 +39,13 @@ EVERYTHING = Case(
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every compiled backward."""
-    original, seen = _native.solve_vjp, []
+    original, seen = native.solve_vjp, []
 
     def counted(*args: Any) -> Any:
         seen.append(1)
         return original(*args)
 
-    monkeypatch.setattr(_native, "solve_vjp", counted)
+    monkeypatch.setattr(native, "solve_vjp", counted)
     return seen
 
 
@@ -257,7 +256,7 @@ def test_no_problems(problems: tuple[int, int], calls: list[int]) -> None:
     scalars = torch.full((n, g), 0.5, dtype=torch.float64)
     outputs = solve_op(
         transition, index, index, reward, nothing, scalars, scalars, nothing, (n, g),
-        0, 0.0, 0, 1, False, _backends.NATIVE,
+        0, 0.0, 0, 1, False, choice.NATIVE,
     )  # fmt: skip
     slopes = torch.autograd.grad(outputs[0].sum(), (transition, reward))
     assert len(calls) == 1

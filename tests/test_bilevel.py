@@ -16,7 +16,6 @@ from oracle import exact
 from torch import Tensor
 
 import birl_ext
-from birl_ext.batching import Flat
 from birl_ext.bilevel import (
     BilevelProblem,
     DampedNewton,
@@ -26,8 +25,9 @@ from birl_ext.bilevel import (
     hypergradient_report,
 )
 from birl_ext.bilevel.hypergradient import SweptValue, _exact_flow, linearise
-from birl_ext.mdp import DenseMDP
-from birl_ext.ops._backends import AUTO, TORCH
+from birl_ext.model.layout import Flat
+from birl_ext.model.mdp import DenseMDP
+from birl_ext.ops.backends.choice import AUTO, TORCH
 from birl_ext.ops.certificate import sweep_rounding
 from birl_ext.ops.rows import Data
 from birl_ext.problems.bus import bus_problem, load_bus_data

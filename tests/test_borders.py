@@ -20,9 +20,9 @@ from closeness import assert_close, assert_same_bits
 from torch import Tensor
 
 import birl_ext
-from birl_ext import DenseMDP, SparseMDP, _native, errors, functional
+from birl_ext import DenseMDP, SparseMDP, errors, functional
 from birl_ext.nn import SoftPlanner
-from birl_ext.ops import _backends
+from birl_ext.ops.backends import choice, native
 
 S, A = 4, 3
 P = torch.rand(S, A, S, generator=torch.Generator().manual_seed(0)).double()
@@ -357,7 +357,7 @@ def test_memory_that_runs_out_is_named_with_its_bytes() -> None:
 
 def test_a_plain_call_that_fails_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    plain, general = _native.solve_plain, _backends.solve
+    plain, general = native.solve_plain, choice.solve
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -366,8 +366,8 @@ def test_a_plain_call_that_fails_is_solved_once(monkeypatch: pytest.MonkeyPatch)
 
         return call
 
-    monkeypatch.setattr(_native, "solve_plain", counted(plain))
-    monkeypatch.setattr(_backends, "solve", counted(general))
+    monkeypatch.setattr(native, "solve_plain", counted(plain))
+    monkeypatch.setattr(choice, "solve", counted(general))
     rewards, rows = torch.stack([R, R]), torch.stack([P, P])
     rows[1, 2, 0] *= 0.5
     message = r"BIRL-E101 .* sums to 0\.5 at batch 1, state 2, action 0"
@@ -387,11 +387,11 @@ def test_the_remedy_for_a_file_of_another_program(name: str, tmp_path: Path) -> 
     path = tmp_path / name
     path.write_bytes(b"of another program")
     with pytest.raises(errors.FileFormatError, match=r"build DenseMDP\(reward, transition, disc"):
-        birl_ext.mdp.load(path)
+        birl_ext.model.mdp.load(path)
     other = tmp_path / "other.npz"
     np.savez(other, P=P.numpy(), R=R.numpy())
     with pytest.raises(errors.FileFormatError, match=r"build DenseMDP\(reward, transition, disc"):
-        birl_ext.mdp.load(other)
+        birl_ext.model.mdp.load(other)
     with pytest.raises(errors.FileFormatError, match=r"ends in \.npz"):
         DenseMDP(R, P, 0.5).save(path)
 

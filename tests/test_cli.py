@@ -23,7 +23,7 @@ import torch
 
 import birl_ext
 from birl_ext import cli, doctor
-from birl_ext.io import read_tensors
+from birl_ext.model.tensor_files import read_tensors
 
 ROOT = Path(__file__).parent.parent
 BIRL = [sys.executable, str(ROOT / "tests" / "fake_problem.py")]
@@ -464,12 +464,12 @@ def test_doctor_runs_from_a_folder(birl, monkeypatch):
 
 
 def test_doctor_says_why_a_module_did_not_load(birl, monkeypatch):
-    native = types.ModuleType("birl_ext._native")
+    native = types.ModuleType("birl_ext.ops.backends.native")
     native.report = lambda: {
         "_cpu": {"loaded": True, "reason": "", "build_info": {"version": "1.2", "isa": "avx2"}},
         "_cuda": {"loaded": False, "reason": "the driver is too old", "build_info": {}},
     }
-    monkeypatch.setitem(sys.modules, "birl_ext._native", native)
+    monkeypatch.setitem(sys.modules, "birl_ext.ops.backends.native", native)
     status, out, _ = birl("doctor")
     assert status == 0
     assert "  _cpu   loaded; version 1.2, isa avx2\n" in out

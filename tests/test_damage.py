@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from birl_ext.errors import BirlError, CheckpointFallbackWarning
-from birl_ext.mdp import DenseMDP, load
+from birl_ext.model.mdp import DenseMDP, load
 from birl_ext.runs.checkpoint import CheckpointStore
 
 KINDS = ("checkpoint", "model")

@@ -1,8 +1,8 @@
 """The CUDA kernels without a GPU: their bodies and their glue, run by host threads.
 
-`tests/native` compiles the kernels of csrc/cuda for the host, and csrc/cuda/entry/module.cpp over them
-to a module `_cuda`. Here that module takes the place of the compiled one, and CPU tensors that of
-GPU tensors, so that everything but launches, streams and the hardware is exercised.
+`tests/native` compiles the kernels of csrc/cuda for the host, and csrc/cuda/entry/module.cpp over
+them to a module `_cuda`. Here that module takes the place of the compiled one, and CPU tensors
+that of GPU tensors, so that everything but launches, streams and the hardware is exercised.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import pytest
 import torch
 
 import birl_ext
-from birl_ext import _native, _native_cuda, errors
-from birl_ext.ops import _backends
+from birl_ext import errors
+from birl_ext.ops.backends import choice, cuda, native
 from birl_ext.ops.rows import Rows
 from birl_ext.solution import Info, Kernel, Status
 
@@ -71,23 +71,23 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 @pytest.fixture
 def gpu(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """CPU tensors go to the CUDA glue, and the glue to the host double."""
-    backend = _native._Backend("cuda")
+    backend = native._Backend("cuda")
     backend._tried, backend.module = True, module
-    monkeypatch.setitem(_native._backends, "cuda", backend)
-    monkeypatch.setattr(_native_cuda, "_stream", lambda index: 0)
-    monkeypatch.setattr(_native_cuda, "_index", lambda device: 0)
+    monkeypatch.setitem(native._backends, "cuda", backend)
+    monkeypatch.setattr(cuda, "_stream", lambda index: 0)
+    monkeypatch.setattr(cuda, "_index", lambda device: 0)
     # the short way to the CPU's kernels is not for tensors on a GPU
     monkeypatch.setattr(birl_ext.functional._plain, "solve", lambda *_: None)
-    monkeypatch.setattr(_native, "sweep", _native_cuda.sweep)
-    monkeypatch.setattr(_native, "solve", _native_cuda.solve)
+    monkeypatch.setattr(native, "sweep", cuda.sweep)
+    monkeypatch.setattr(native, "solve", cuda.solve)
 
     def policy_solve(*data, transpose):
-        return *_native_cuda.policy_solve(*data, transpose=transpose), 0
+        return *cuda.policy_solve(*data, transpose=transpose), 0
 
-    monkeypatch.setattr(_native, "policy_solve", policy_solve)
+    monkeypatch.setattr(native, "policy_solve", policy_solve)
     # The GPU has no fused backward of its own; its outer product is a kernel.
-    monkeypatch.setattr(_backends, "solve_vjp", lambda *_: None)
-    monkeypatch.setattr(_backends, "first_order", lambda rows, _: _backends._CompiledRows(*rows))
+    monkeypatch.setattr(choice, "solve_vjp", lambda *_: None)
+    monkeypatch.setattr(choice, "first_order", lambda rows, _: choice._CompiledRows(*rows))
     return module
 
 
@@ -210,7 +210,7 @@ def test_outer(gpu: ModuleType, sparse: bool, dtype: torch.dtype) -> None:
     absent = torch.empty(0, dtype=torch.int64)
     rows = Rows(data, absent if crow is None else crow, absent if col is None else col, s, a)
     arguments = [x.double() for x in (weight, vector, shift)]
-    found = _native_cuda.outer(data, crow, col, *arguments)
+    found = cuda.outer(data, crow, col, *arguments)
     torch.testing.assert_close(found, rows.outer(*arguments))
 
 
@@ -220,8 +220,8 @@ def test_outer(gpu: ModuleType, sparse: bool, dtype: torch.dtype) -> None:
 @pytest.fixture
 def large(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """As `gpu`, and every problem counts as large."""
-    monkeypatch.setattr(_native_cuda, "solve_fits", lambda *_: False)
-    monkeypatch.setattr(_native_cuda, "policy_solve_fits", lambda _: False)
+    monkeypatch.setattr(cuda, "solve_fits", lambda *_: False)
+    monkeypatch.setattr(cuda, "policy_solve_fits", lambda _: False)
     return gpu
 
 
@@ -330,7 +330,7 @@ def test_large_policy_systems(
     policy /= policy.sum(-1, keepdim=True)
     discount = torch.full((1, 1), 0.999, dtype=torch.float64)
     rhs = torch.randn(1, 1, right_sides, states, generator=random, dtype=torch.float64)
-    x, residual = _native_cuda.policy_solve(*model, policy, discount, rhs, transpose=transpose)
+    x, residual = cuda.policy_solve(*model, policy, discount, rhs, transpose=transpose)
     matrix = torch.eye(states).double() - 0.999 * torch.einsum(
         "sat,sa->st", transition, policy[0, 0]
     )
@@ -363,19 +363,19 @@ def slow_system() -> tuple[torch.Tensor, ...]:
 
 def test_a_slow_system_is_no_answer(large: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     transition, policy, discount, rhs = slow_system()
-    x, residual = _native_cuda.policy_solve(transition, None, None, policy, discount, rhs)
+    x, residual = cuda.policy_solve(transition, None, None, policy, discount, rhs)
     assert bool(x.isnan().all())
     assert bool((residual > 1e-6).all())
-    assert not _backends._solved(x)
-    monkeypatch.setattr(_backends, "_capturing", lambda _: True)
-    assert _backends._solved(x)  # nothing may wait for the device then
+    assert not choice._solved(x)
+    monkeypatch.setattr(choice, "_capturing", lambda _: True)
+    assert choice._solved(x)  # nothing may wait for the device then
 
 
 @pytest.mark.parametrize("transpose", [False, True])
 def test_the_pattern_of_a_policy(transpose: bool) -> None:
     states, actions = 11, 3
     _, values, crow, col = sparse_problem(states, actions, torch.float64, ends=True)
-    pattern = _native_cuda._policy_pattern(crow, col, states, actions, transpose=transpose)
+    pattern = cuda._policy_pattern(crow, col, states, actions, transpose=transpose)
     starts, merged, slot = pattern
     summed = torch.zeros(col.numel(), dtype=torch.float64).index_add_(0, slot, values)
     count = int(starts[-1])
@@ -384,7 +384,7 @@ def test_the_pattern_of_a_policy(transpose: bool) -> None:
     assert torch.allclose(found, wanted.T if transpose else wanted)
     assert count == int((wanted != 0).sum())
     nothing = crow.new_empty(0)
-    empty = _native_cuda._policy_pattern(torch.zeros(7).long(), nothing, 3, 2, transpose=transpose)
+    empty = cuda._policy_pattern(torch.zeros(7).long(), nothing, 3, 2, transpose=transpose)
     assert [len(part) for part in empty] == [4, 0, 0]
 
 
@@ -404,23 +404,23 @@ def test_the_pattern_of_a_policy(transpose: bool) -> None:
     ],
 )
 def test_which_device_a_build_runs_on(capability: tuple[int, int], runs: bool) -> None:
-    assert _native_cuda.runs_on("75-real 80-real 90", capability) is runs
-    assert _native_cuda.runs_on("native", capability)
-    assert not _native_cuda.runs_on("86-real", (8, 0))
-    assert not _native_cuda.runs_on("90-virtual", (8, 9))
+    assert cuda.runs_on("75-real 80-real 90", capability) is runs
+    assert cuda.runs_on("native", capability)
+    assert not cuda.runs_on("86-real", (8, 0))
+    assert not cuda.runs_on("90-virtual", (8, 9))
 
 
 def test_a_device_without_code_is_refused_once(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_native_cuda, "_refusals", {})
-    monkeypatch.setattr(_native_cuda, "_capability", lambda index: (7, 0))
+    monkeypatch.setattr(cuda, "_refusals", {})
+    monkeypatch.setattr(cuda, "_capability", lambda index: (7, 0))
     device = torch.device("cuda", 0)
     with pytest.warns(errors.BackendFallbackWarning, match=r"compute capability 7\.0"):
-        assert not _backends._compiled(device, _backends.AUTO)
-    assert not _backends._compiled(device, _backends.AUTO)  # without a second warning
+        assert not choice._compiled(device, choice.AUTO)
+    assert not choice._compiled(device, choice.AUTO)  # without a second warning
     with pytest.raises(errors.BackendUnavailableError, match=r"built for 75-real"):
-        _backends._compiled(device, _backends.NATIVE)
+        choice._compiled(device, choice.NATIVE)
 
 
 def test_a_refused_launch_ends_in_pytorch(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +430,7 @@ def test_a_refused_launch_ends_in_pytorch(gpu: ModuleType, monkeypatch: pytest.M
     reward, transition = problem(17, 3, torch.float64)
     fake = ModuleType("fake")
     fake.__dict__.update({**vars(gpu), "solve": refuse})
-    _native._backends["cuda"].module = fake
+    native._backends["cuda"].module = fake
     options = {"discount": 0.9, "temperature": 0.1}
     with pytest.warns(errors.BackendFallbackWarning, match="out of resources"):
         found = birl_ext.solve(reward, transition, **options)
@@ -454,7 +454,7 @@ def test_a_refused_sweep_ends_in_pytorch(gpu: ModuleType) -> None:
 
 
 def test_capture_cannot_raise(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backends, "_capturing", lambda tensor: True)
+    monkeypatch.setattr(choice, "_capturing", lambda tensor: True)
     monkeypatch.setattr(birl_ext.functional.validation, "is_concrete", lambda *_: False)
     reward, transition = problem(5, 2, torch.float64)
     with pytest.raises(errors.OptionError, match="CUDA graph"):
@@ -463,15 +463,15 @@ def test_capture_cannot_raise(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_which_problems_the_whole_device_works_on(gpu: ModuleType) -> None:
-    assert _native_cuda.solve_fits(1, 1, 512, 8)
-    assert not _native_cuda.solve_fits(1, 1, 513, 8)
-    assert _native_cuda.solve_fits(32, 1, 513, 8)
-    assert not _native_cuda.policy_solve_fits(2501)
+    assert cuda.solve_fits(1, 1, 512, 8)
+    assert not cuda.solve_fits(1, 1, 513, 8)
+    assert cuda.solve_fits(32, 1, 513, 8)
+    assert not cuda.policy_solve_fits(2501)
 
 
 def test_what_is_too_large_is_named() -> None:
     with pytest.raises(errors.SizeLimitError, match="rows"):
-        _native_cuda._check_rows(2**20, 2**11)
+        cuda._check_rows(2**20, 2**11)
 
 
 # ---- registers and spills ----------------------------------------------------------------------

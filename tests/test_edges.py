@@ -15,12 +15,12 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext import errors
-from birl_ext.mdp import DenseMDP
-from birl_ext.ops import _backends
+from birl_ext.model.mdp import DenseMDP
+from birl_ext.ops.backends import choice
 from birl_ext.reference import float64
 from birl_ext.solution import Solution, Status
 
-BACKENDS = ["torch", *([] if _backends.unavailable("cpu") else ["cpu"])]
+BACKENDS = ["torch", *([] if choice.unavailable("cpu") else ["cpu"])]
 METHODS = ("value-iteration", "newton", "newton-krylov", "policy-iteration")
 DIFFERENTIABLE = ("value", "q", "policy", "log_policy", "advantage")
 EPS = torch.finfo(torch.float64).eps

@@ -21,7 +21,7 @@ from torch import Tensor
 import birl_ext
 from birl_ext import errors
 from birl_ext.bilevel import BilevelProblem, DampedNewton, MSoBiRL, geometric
-from birl_ext.mdp import DenseMDP, SparseMDP
+from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.nn import SoftPlanner
 from birl_ext.problems.bus import load_bus_data
 from birl_ext.solution import Status

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import birl_ext
-from birl_ext.mdp import DenseMDP, SparseMDP
-from birl_ext.ops import _backends, policy_solve
+from birl_ext.model.mdp import DenseMDP, SparseMDP
+from birl_ext.ops import policy_solve
+from birl_ext.ops.backends import choice
 from birl_ext.ops.bellman import bellman as bellman_op
 from birl_ext.ops.solve import solve as solve_op
 from birl_ext.solution import Solution
@@ -28,8 +29,8 @@ from birl_ext.solution import Solution
 # forward mode makes torch load decompositions that it still scripts
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
-BACKENDS = ["torch", *([] if _backends.unavailable("cpu") else ["cpu"])]
-CODES = {"torch": _backends.TORCH, "cpu": _backends.NATIVE}
+BACKENDS = ["torch", *([] if choice.unavailable("cpu") else ["cpu"])]
+CODES = {"torch": choice.TORCH, "cpu": choice.NATIVE}
 
 
 class Draw(NamedTuple):

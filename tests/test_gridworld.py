@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import birl_ext
-from birl_ext.agents.environment import make_environments
+from birl_ext.environments.vector import make_environments
 from birl_ext.errors import OptionError
 from birl_ext.problems.preference.gridworld import (
     GRIDWORLD,

@@ -36,7 +36,7 @@ from birl_ext.errors import (
     TemperatureError,
     UndeterminedError,
 )
-from birl_ext.mdp import DenseMDP
+from birl_ext.model.mdp import DenseMDP
 from birl_ext.preferences.reward_model import RewardNetwork
 from birl_ext.problems.random_mdp import RandomMDPConfig
 from birl_ext.problems.sampled_random_mdp import sampled_random_mdp

@@ -18,11 +18,12 @@ import torch
 from test_native import EPS, Case, fixed_point, make_case, normalised, run_solve
 
 import birl_ext
-from birl_ext import _native, errors
+from birl_ext import errors
+from birl_ext.ops.backends import native
 from birl_ext.solution import Info, Kernel, Status
 
-if _native.reason("cpu"):
-    pytest.skip(f"no compiled CPU module: {_native.reason('cpu')}", allow_module_level=True)
+if native.reason("cpu"):
+    pytest.skip(f"no compiled CPU module: {native.reason('cpu')}", allow_module_level=True)
 
 F32, F64 = torch.float32, torch.float64
 GENERAL = 144  # states: too many for the solver of small problems, and whole vectors
@@ -50,7 +51,7 @@ def data(
 
 def call(entry: str, n: int, g: int, k: int, s: int, a: int, crow: int = 0, nnz: int = 0) -> None:
     """An entry point of the compiled module on sizes alone: it must not reach for the memory."""
-    module = _native.require("cpu")
+    module = native.require("cpu")
     model = (1, n, g, s, a, 0, crow, crow, nnz)
     if entry == "sweep":
         module.sweep(*model, *[0] * 9, 1)
@@ -113,12 +114,12 @@ def test_patterns_whose_counts_lie_are_refused() -> None:
         wrong = crow.clone()
         wrong[at] = number
         with pytest.raises(ValueError, match="crow"):
-            _native.sweep(transition, wrong, col, *rest, value)
+            native.sweep(transition, wrong, col, *rest, value)
     for number in (-1, 2**31, 2**62, -(2**62)):
         wrong = col.clone()
         wrong[-1] = number
         with pytest.raises(ValueError, match="column"):
-            _native.sweep(transition, crow, wrong, *rest, value)
+            native.sweep(transition, crow, wrong, *rest, value)
 
 
 def untouched(*shape: int) -> torch.Tensor:
@@ -139,7 +140,7 @@ def test_one_transition_of_more_than_two_to_the_31_entries() -> None:
     assert transition.numel() > 2**31
     reward = torch.linspace(-1, 1, states).reshape(1, 1, states, 1)
     rate, tau = torch.full((1, 1), 0.5, dtype=F64), torch.ones(1, 1, dtype=F64)
-    found = _native.solve(transition, None, None, reward, None, rate, tau, None, method=1)
+    found = native.solve(transition, None, None, reward, None, rate, tau, None, method=1)
     assert int(found[6]) == Status.CONVERGED
     expected = reward.double().flatten()
     expected[-1] *= 2
@@ -157,18 +158,18 @@ def test_a_batch_of_more_than_two_to_the_31_entries() -> None:
     reward[-1] = torch.linspace(-1, 1, states)[:, None]
     reward[-2] = 3.0
     one = torch.ones(count, 1, dtype=F64)
-    found = _native.solve(transition, None, None, reward, None, 0.9 * one, one, None)
+    found = native.solve(transition, None, None, reward, None, 0.9 * one, one, None)
     assert not found[6].any()
     assert bool((found[0][-2] == 3.0).all())
     assert not found[0][:-2].any()
     options = (None, 0.9 * one[-1:], one[-1:], None)
-    alone = _native.solve(last, None, None, reward[-1:].contiguous(), *options)
+    alone = native.solve(last, None, None, reward[-1:].contiguous(), *options)
     assert torch.equal(found[0][-1:], alone[0])
     bar = torch.zeros_like(found[0])
     bar[-1] = 1.0
     solution = (*(found[i] for i in (0, 2, 3, 5, 6)),)
     bars, needs = (bar, None, None, None, None), (False, True, False, False, False)
-    reward_bar = _native.solve_vjp(transition, None, None, 0.9 * one, one, solution, bars, needs)[1]
+    reward_bar = native.solve_vjp(transition, None, None, 0.9 * one, one, solution, bars, needs)[1]
     assert reward_bar is not None
     assert not reward_bar[:-1].any()
     assert float(reward_bar[-1].sum()) == pytest.approx(states / (1 - 0.9), rel=1e-5)
@@ -310,7 +311,7 @@ def test_memory_that_runs_out_is_a_memory_error() -> None:
 
         import torch
 
-        from birl_ext import _native
+        from birl_ext.ops.backends import native
 
         torch.set_default_dtype(torch.float64)
         transition = torch.full((1, 3000, 1, 3000), 1 / 3000)
@@ -320,11 +321,11 @@ def test_memory_that_runs_out_is_a_memory_error() -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), hard))  # P_π is 69 MiB
         try:
-            _native.solve(*tensors, *scalars, None)
+            native.solve(*tensors, *scalars, None)
         except MemoryError:
             print("a memory error")
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-        print("afterwards", _native.solve(*tensors, *scalars, None)[6].tolist())
+        print("afterwards", native.solve(*tensors, *scalars, None)[6].tolist())
     """
     command = [sys.executable, "-P", "-c", textwrap.dedent(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -388,11 +389,11 @@ def test_a_singular_system_spoils_no_other(states: int) -> None:
 
     def solutions(at: slice) -> list[torch.Tensor]:
         mine = transition[at].clone()
-        solved = _native.solve(
+        solved = native.solve(
             mine, None, None, reward[at, None], None, half[at], one[at], None, method=2, validate=0
         )
         systems = [
-            _native.policy_solve(
+            native.policy_solve(
                 mine, None, None, policy[at], half[at], rhs[at], method=2, transpose=transpose
             )[0]
             for transpose in (False, True)

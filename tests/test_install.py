@@ -101,10 +101,10 @@ USE_TWICE = """
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         import torch, birl_ext
-        from birl_ext import _native
+        from birl_ext.ops.backends import native
         assert not [w for w in seen if w.category is BackendFallbackWarning], "warned at import"
-        assert not _native.available("cpu")
-        assert not _native.available("cpu")
+        assert not native.available("cpu")
+        assert not native.available("cpu")
         p = torch.full((3, 2, 3), 1 / 3, dtype=torch.float64)
         r = torch.ones(3, 2, dtype=torch.float64)
         v = birl_ext.solve(r, p, discount=0.5, temperature=1e-3).value
@@ -136,11 +136,11 @@ def test_unusable_module_gives_one_warning_and_the_torch_path(tree: Path, fault:
 def test_required_extension_makes_a_missing_module_an_error_at_first_use(tree: Path) -> None:
     program = """
         import birl_ext
-        from birl_ext import _native
-        assert not _native.report()["_cpu"]["loaded"]
+        from birl_ext.ops.backends import native
+        assert not native.report()["_cpu"]["loaded"]
         from birl_ext.errors import BackendUnavailableError
         try:
-            _native.available("cpu")
+            native.available("cpu")
         except BackendUnavailableError as error:
             print(error)
     """

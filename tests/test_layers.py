@@ -17,18 +17,16 @@ LAYERS = (
     "_version",
     "errors",
     "solution",
-    "_native",
-    "_native_cuda",
-    "io",
-    "validation",
-    "storage",
+    "model",
     "ops",
-    "batching",
-    "mdp",
     "functional",
     "nn",
     "__init__",  # the front door, open to everything above it
+    "environments",
     "agents",
+    "rollouts",
+    "replay",
+    "simulators",
     "preferences",
     "bilevel",
     "runs",
@@ -111,27 +109,27 @@ def test_every_layer_exists() -> None:
 @pytest.mark.parametrize(
     ("file", "text", "offence"),
     [
-        ("mdp.py", "from birl_ext.errors import BirlError", None),
-        ("mdp.py", "from birl_ext import errors", None),
-        ("errors.py", "from birl_ext.mdp import DenseMDP", "imports mdp, which lies above errors"),
-        ("errors.py", "from birl_ext import mdp", "imports mdp, which lies above errors"),
-        ("errors.py", "from . import mdp", "imports mdp, which lies above errors"),
-        ("errors.py", "def f():\n    import birl_ext.mdp", ":2 imports mdp"),
-        ("ops/sweep.py", "from ..mdp import DenseMDP", "imports mdp, which lies above ops"),
+        ("model/mdp.py", "from birl_ext.errors import BirlError", None),
+        ("model/mdp.py", "from birl_ext import errors", None),
+        ("errors.py", "from birl_ext.model.mdp import DenseMDP", "imports model, which lies above"),
+        ("errors.py", "from birl_ext import model", "imports model, which lies above errors"),
+        ("errors.py", "from . import model", "imports model, which lies above errors"),
+        ("errors.py", "def f():\n    import birl_ext.model", ":2 imports model"),
+        ("model/mdp.py", "from ..ops import solve", "imports ops, which lies above model"),
         ("ops/sweep.py", "from .other import x", None),
-        ("mdp.py", "from birl_ext import solve", "imports __init__, which lies above mdp"),
+        ("model/mdp.py", "from birl_ext import solve", "imports __init__, which lies above model"),
         ("cli.py", "from birl_ext import solve", None),
         ("cli.py", "from birl_ext.reference import float64", "stands apart"),
         ("reference/float64.py", "from birl_ext.errors import BirlError", "stands apart"),
         ("reference/float64.py", "from birl_ext.reference import other\nimport mpmath", None),
-        ("mdp.py", "import scipy", "imports scipy at module level"),
-        ("mdp.py", "def f():\n    import safetensors", None),
+        ("model/mdp.py", "import scipy", "imports scipy at module level"),
+        ("model/mdp.py", "def f():\n    import safetensors", None),
         ("stray.py", "", "has no place in LAYERS"),
     ],
 )
 def test_a_wrong_import_is_found(tmp_path: Path, file: str, text: str, offence: str | None) -> None:
     root = tmp_path / "birl_ext"
-    for name in ("__init__.py", "errors.py", "mdp.py", "ops/other.py", "cli.py", file):
+    for name in ("__init__.py", "errors.py", "model/mdp.py", "ops/other.py", "cli.py", file):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     for folder in ("ops", "reference"):

@@ -22,9 +22,10 @@ from closeness import assert_same_bits
 from hypothesis import given
 from torch import Tensor
 
-from birl_ext import errors, validation
-from birl_ext.batching import layout
-from birl_ext.mdp import DenseMDP, SparseMDP, load
+from birl_ext import errors
+from birl_ext.model import checks as validation
+from birl_ext.model.layout import layout
+from birl_ext.model.mdp import DenseMDP, SparseMDP, load
 
 S, A = 3, 2
 NAN, INF = float("nan"), float("inf")

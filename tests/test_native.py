@@ -17,12 +17,12 @@ import pytest
 import torch
 from processes import fork
 
-from birl_ext import _native
 from birl_ext.errors import DeviceError, DtypeError, ShapeError
+from birl_ext.ops.backends import native
 from birl_ext.solution import Info, Kernel, Rigour, Status
 
-if _native.reason("cpu") and os.environ.get("BIRL_REQUIRE_EXT") != "1":
-    pytest.skip(f"no compiled CPU module: {_native.reason('cpu')}", allow_module_level=True)
+if native.reason("cpu") and os.environ.get("BIRL_REQUIRE_EXT") != "1":
+    pytest.skip(f"no compiled CPU module: {native.reason('cpu')}", allow_module_level=True)
 
 EPS = np.finfo(np.float64).eps
 SIZES = [1, 2, 31, 32, 33, 65, 130]
@@ -187,7 +187,7 @@ class Solved:
 
 def run_solve(case: Case, *, initial: np.ndarray | None = None, **options: object) -> Solved:
     first = None if initial is None else torch.from_numpy(initial)
-    outputs = _native.solve(*case.tensors(), first, **options)
+    outputs = native.solve(*case.tensors(), first, **options)
     raw = [x.numpy().tobytes() for x in outputs]
     return Solved(*(x.numpy() for x in outputs), raw=raw)
 
@@ -196,7 +196,7 @@ def run_policy_solve(
     case: Case, policy: np.ndarray, rhs: np.ndarray, **options: object
 ) -> tuple[np.ndarray, np.ndarray, int]:
     transition, crow, col, _, _, discount, _ = case.tensors()
-    x, residual, failed = _native.policy_solve(
+    x, residual, failed = native.policy_solve(
         transition, crow, col, torch.from_numpy(policy), discount, torch.from_numpy(rhs), **options
     )
     return x.numpy(), residual.numpy(), failed
@@ -227,7 +227,7 @@ def test_sweep(states: int, actions: int, storage: type, sparse: bool, extras: s
         terminal=extras in ("terminal", "both"), masked=extras in ("masked", "both"),
     )  # fmt: skip
     value = np.random.default_rng(1).standard_normal(case.reward.shape[:-1]) + 50.0
-    image, *pairs = _native.sweep(*case.tensors(), torch.from_numpy(value))
+    image, *pairs = native.sweep(*case.tensors(), torch.from_numpy(value))
     for n in range(2):
         for g in range(2):
             truth = bellman(case, n, g, value[n, g])
@@ -613,7 +613,7 @@ def test_malformed_sparsity_never_reaches_a_kernel() -> None:
     bad_crow[2] = bad_crow[3] + 1
     for pattern in ((crow, bad_col), (bad_crow, col)):
         with pytest.raises(ValueError, match=r"crow|column"):
-            _native.sweep(transition, *pattern, *rest, value)
+            native.sweep(transition, *pattern, *rest, value)
 
 
 # ---- form ---------------------------------------------------------------------------------------
@@ -672,7 +672,7 @@ def test_empty_batches_return_at_once(lanes: tuple[int, int]) -> None:
     empty = np.zeros((*lanes, 3, 5))
     assert run_policy_solve(case, np.zeros((*lanes, 5, 2)), empty)[2] == 0
     value = torch.zeros((*lanes, 5), dtype=torch.float64)
-    _native.sweep(*case.tensors(), value)
+    native.sweep(*case.tensors(), value)
 
 
 def test_no_right_hand_side_is_a_right_number_of_them() -> None:
@@ -699,7 +699,7 @@ def test_wrapper_refuses_what_the_kernel_would_misread() -> None:
         arguments = list(tensors)
         arguments[place] = tensor
         with pytest.raises(error):
-            _native.sweep(*arguments, value)
+            native.sweep(*arguments, value)
 
 
 def test_interrupt_ends_a_long_solve() -> None:
@@ -717,6 +717,6 @@ def test_interrupt_ends_a_long_solve() -> None:
 
 
 def test_build_info_is_reported() -> None:
-    entry = _native.report()["_cpu"]
+    entry = native.report()["_cpu"]
     assert entry["loaded"]
     assert entry["build_info"]["instruction_set"] in entry["build_info"]["instruction_sets"]

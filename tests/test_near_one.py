@@ -17,7 +17,7 @@ import birl_ext
 from birl_ext.errors import IllConditionedWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-BACKENDS = ["cpu", "torch"] if birl_ext.ops._backends.unavailable("cpu") == "" else ["torch"]
+BACKENDS = ["cpu", "torch"] if birl_ext.ops.backends.choice.unavailable("cpu") == "" else ["torch"]
 NAMES = ("reward", "transition", "reference", "discount", "temperature")
 
 

@@ -23,9 +23,8 @@ from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from gymnasium.spaces import Box, Discrete
 from preference_run import TIMED, make_job
 
-from birl_ext.agents.environment import make_environments
-from birl_ext.agents.frame_replay import FrameReplay
-from birl_ext.agents.pixels import is_atari
+from birl_ext.environments.atari import is_atari
+from birl_ext.environments.vector import make_environments
 from birl_ext.errors import (
     AnswerLogCorruptError,
     AnswerLogWriteError,
@@ -42,6 +41,7 @@ from birl_ext.preferences.loss import bradley_terry, margins
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.job import PreferenceJob
 from birl_ext.problems.preference.parts import environment_source, make_replay
+from birl_ext.replay.frames import FrameReplay
 from birl_ext.runs.checkpoint import CheckpointStore
 from birl_ext.runs.config import from_plain, read_toml, to_plain
 from birl_ext.runs.directory import RunDirectory

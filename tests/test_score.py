@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext.agents.finite import FiniteFollower, FiniteSimulator
 from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
 from birl_ext.bilevel.score import Critic, FullHorizon, OneStep, Score
 from birl_ext.bilevel.trajectory import trajectory_surrogate
 from birl_ext.errors import OptionError, ShapeError
+from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator
 
 STATES, ACTIONS, STEPS, DISCOUNT, TEMPERATURE = 3, 2, 2, 0.8, 0.5
 

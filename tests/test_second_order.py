@@ -16,14 +16,14 @@ from torch.autograd import gradgradcheck
 from torch.func import grad, hessian, jvp
 
 import birl_ext
-from birl_ext.mdp import SparseMDP
-from birl_ext.ops import _backends
+from birl_ext.model.mdp import SparseMDP
+from birl_ext.ops.backends import choice
 from birl_ext.problems.bus import bus_problem, load_bus_data
 
 # forward mode makes torch load decompositions that it still scripts
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
-BACKENDS = ["torch", *([] if _backends.unavailable("cpu") else ["cpu"])]
+BACKENDS = ["torch", *([] if choice.unavailable("cpu") else ["cpu"])]
 STATES, ACTIONS = 3, 2
 # rows of two entries, one with a duplicate, one empty: there the process ends
 CROW = torch.tensor([0, 2, 4, 6, 8, 10, 10])

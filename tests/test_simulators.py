@@ -12,17 +12,17 @@ from torch import Tensor
 
 gymnasium = pytest.importorskip("gymnasium")
 
-from birl_ext.agents.paths import follow  # noqa: E402
-from birl_ext.agents.restored import (  # noqa: E402
+from birl_ext.bilevel.score import FullHorizon  # noqa: E402
+from birl_ext.environments.spaces import Spaces, read_spaces  # noqa: E402
+from birl_ext.errors import EnvironmentFailureError, OptionError, ShapeError  # noqa: E402
+from birl_ext.simulators.equations import CartPole, DynamicsSimulator, Pendulum  # noqa: E402
+from birl_ext.simulators.paths import follow  # noqa: E402
+from birl_ext.simulators.restored import (  # noqa: E402
     MUJOCO,
     RestoredSimulator,
     restore_mujoco,
     simulator_for,
 )
-from birl_ext.agents.simulators import CartPole, DynamicsSimulator, Pendulum  # noqa: E402
-from birl_ext.agents.spaces import Spaces, read_spaces  # noqa: E402
-from birl_ext.bilevel.score import FullHorizon  # noqa: E402
-from birl_ext.errors import EnvironmentFailureError, OptionError, ShapeError  # noqa: E402
 
 
 class Coin:

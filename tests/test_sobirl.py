@@ -22,7 +22,6 @@ from test_score import (
 from torch import Tensor
 
 from birl_ext.agents.categorical import CategoricalPolicy
-from birl_ext.agents.finite import Paths
 from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
 from birl_ext.bilevel.score import Critic, FullHorizon, OneStep
 from birl_ext.bilevel.sobirl import DRLHF, SoBiRL, importance
@@ -30,6 +29,7 @@ from birl_ext.errors import GradientError, NonFiniteResultError, OptionError, Te
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import bradley_terry, margins
 from birl_ext.preferences.reward_model import NormalisedReward, RewardEnsemble, RewardNetwork
+from birl_ext.simulators.finite import Paths
 
 
 def still(parameters: Any) -> torch.optim.Optimizer:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext.agents.finite import FiniteFollower, FiniteSimulator, Paths
 from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
 from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
 from birl_ext.errors import (
@@ -22,6 +21,7 @@ from birl_ext.errors import (
 )
 from birl_ext.problems.random_mdp import RandomMDPConfig
 from birl_ext.problems.sampled_random_mdp import sampled_random_mdp
+from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator, Paths
 
 SMALL = RandomMDPConfig(states=4, actions=3, dimension=5, discount=0.6)
 

@@ -18,15 +18,15 @@ from test_score import (
 )
 from torch import Tensor, nn
 
-from birl_ext.agents.finite import FiniteFollower
 from birl_ext.agents.networks import MLP, OneHot
 from birl_ext.agents.successor_features import SuccessorFeatures
-from birl_ext.agents.transitions import Transitions
 from birl_ext.bilevel.bias_meter import measure_estimator
 from birl_ext.bilevel.score import Critic, OneStep
+from birl_ext.environments.transitions import Transitions
 from birl_ext.errors import DiscountError, NonFiniteInputError, OptionError, ShapeError
 from birl_ext.preferences.last_layer import LastLayer
 from birl_ext.preferences.reward_model import RewardNetwork
+from birl_ext.simulators.finite import FiniteFollower
 
 S, A, F, GAMMA = 5, 3, 2, 0.9
 

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import birl_ext
-from birl_ext.mdp import SparseMDP
+from birl_ext.model.mdp import SparseMDP
 from birl_ext.nn import SoftPlanner
 
 # what torch itself says while it traces, scripts or exports
@@ -651,7 +651,7 @@ def test_autocast_does_not_round_a_gradient(kind: str) -> None:
 def test_a_first_call_in_inference_mode_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(birl_ext.batching, "_ABSENT", {})
+    monkeypatch.setattr(birl_ext.model.layout, "_ABSENT", {})
     transition = draw(STATES, ACTIONS, STATES).softmax(-1)
     problem: dict[str, Any] = {"discount": torch.tensor(0.6).double(), "temperature": 0.5}
     with torch.inference_mode():

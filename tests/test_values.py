@@ -14,10 +14,11 @@ from oracle import exact
 from torch import Tensor
 
 import birl_ext
-from birl_ext import _native
 from birl_ext.errors import NotConvergedError
-from birl_ext.mdp import DenseMDP, SparseMDP
-from birl_ext.ops import _backends, _torch
+from birl_ext.model.mdp import DenseMDP, SparseMDP
+from birl_ext.ops.backends import choice as _backends
+from birl_ext.ops.backends import native as _native
+from birl_ext.ops.backends import pytorch
 from birl_ext.reference import float64
 from birl_ext.solution import Solution, Status
 
@@ -496,7 +497,7 @@ def reflecting_walk(states: int, discount: float) -> SparseMDP:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_policy_of_a_slowly_mixing_chain(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products alone do not solve its systems in the passes allowed: they are eliminated."""
-    monkeypatch.setattr(_torch, "DIRECT_STATES", 100)
+    monkeypatch.setattr(pytorch, "DIRECT_STATES", 100)
     walk = reflecting_walk(2000, 0.999999)
     policy = torch.ones(2000, 1, dtype=torch.float64)
     start = torch.full((2000,), 1 / 2000, dtype=torch.float64)
@@ -524,7 +525,7 @@ def test_what_the_compiled_code_gave_up_on(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(_native, "policy_solve", gives_up)
     torch.testing.assert_close(birl_ext.evaluate(policy, mdp), right, rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(_torch, "RETRY_STATES", 5)
+    monkeypatch.setattr(pytorch, "RETRY_STATES", 5)
     with pytest.raises(NotConvergedError, match=r"at batch \(1,\)"):
         birl_ext.evaluate(policy, mdp)
 
@@ -532,8 +533,8 @@ def test_what_the_compiled_code_gave_up_on(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("transpose", [False, True])
 def test_products_are_corrected(transpose: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """They solve this one, but for what the recursion loses against the true residual."""
-    monkeypatch.setattr(_torch, "DIRECT_STATES", 100)
-    monkeypatch.setattr(_torch, "RETRY_STATES", 100)
+    monkeypatch.setattr(pytorch, "DIRECT_STATES", 100)
+    monkeypatch.setattr(pytorch, "RETRY_STATES", 100)
     walk, policy = reflecting_walk(600, 0.999999), torch.ones(600, 1, dtype=torch.float64)
     start = torch.full((600,), 1 / 600, dtype=torch.float64)
 
@@ -549,10 +550,10 @@ def test_policy_systems_left_unsolved(monkeypatch: pytest.MonkeyPatch) -> None:
     """What neither products nor an elimination solve is an error, and NaN where none can be raised;
     its neighbour in the batch keeps its numbers.
     """
-    monkeypatch.setattr(_torch, "DIRECT_STATES", 100)
-    monkeypatch.setattr(_torch, "RETRY_STATES", 100)
-    products = _torch._bicgstab
-    monkeypatch.setattr(_torch, "_bicgstab", lambda *given: products(*given[:4], 60))
+    monkeypatch.setattr(pytorch, "DIRECT_STATES", 100)
+    monkeypatch.setattr(pytorch, "RETRY_STATES", 100)
+    products = pytorch._bicgstab
+    monkeypatch.setattr(pytorch, "_bicgstab", lambda *given: products(*given[:4], 60))
     discount = torch.tensor([0.5, 0.999999], dtype=torch.float64)
     walk = reflecting_walk(200, 0.5).replace(discount=discount)
     policy = torch.ones(200, 1, dtype=torch.float64)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from birl_ext.agents.transitions import Transitions
+from birl_ext.environments.transitions import Transitions
 from birl_ext.errors import DiscountError, NonFiniteInputError, NonFiniteResultError, ShapeError
 
 __all__ = [

@@ -14,7 +14,7 @@ from birl_ext.agents.agent import check_drawn
 from birl_ext.agents.networks import Twin
 from birl_ext.agents.squashed import SquashedGaussian
 from birl_ext.agents.temperature import Temperature
-from birl_ext.agents.transitions import Transitions
+from birl_ext.environments.transitions import Transitions
 from birl_ext.errors import ShapeError
 
 __all__ = ["SAC"]

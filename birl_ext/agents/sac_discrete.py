@@ -12,7 +12,7 @@ from birl_ext.agents.actor_critic import ActorCritic
 from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.networks import Twin
 from birl_ext.agents.temperature import Temperature
-from birl_ext.agents.transitions import Transitions
+from birl_ext.environments.transitions import Transitions
 
 __all__ = ["DiscreteSAC"]
 

@@ -14,7 +14,7 @@ from birl_ext.agents.agent import check_discount, checked_reward
 from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.target import Target, snapshot
 from birl_ext.agents.temperature import Temperature
-from birl_ext.agents.transitions import Transitions
+from birl_ext.environments.transitions import Transitions
 
 __all__ = ["SoftQ"]
 

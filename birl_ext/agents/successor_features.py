@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from birl_ext.agents.agent import check_discount
 from birl_ext.agents.target import Target, snapshot
-from birl_ext.agents.transitions import Transitions
+from birl_ext.environments.transitions import Transitions
 from birl_ext.errors import NonFiniteInputError, ShapeError
 
 __all__ = ["SuccessorFeatures"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext import _native
+from birl_ext.ops.backends import native as _native
 
 __all__ = [
     "bandwidth",

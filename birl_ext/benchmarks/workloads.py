@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from birl_ext.mdp import SparseMDP
+from birl_ext.model.mdp import SparseMDP
 
 __all__ = [
     "DenseProblem",

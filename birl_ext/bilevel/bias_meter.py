@@ -12,7 +12,7 @@ from torch import Tensor
 from birl_ext.bilevel.guards import check_count
 from birl_ext.errors import OptionError, ShapeError, SizeLimitError
 from birl_ext.functional import solve
-from birl_ext.mdp import DenseMDP
+from birl_ext.model.mdp import DenseMDP
 
 __all__ = ["EstimatorReport", "exact_pair_objective", "measure_estimator"]
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from birl_ext import validation
 from birl_ext.errors import (
     BirlError,
     GradientError,
@@ -26,6 +25,7 @@ from birl_ext.errors import (
     OptionError,
     ShapeError,
 )
+from birl_ext.model import checks as validation
 
 __all__ = [
     "check_count",

@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.batching import Flat
 from birl_ext.bilevel.guards import check_lower, check_objective, check_start, no_path
 from birl_ext.bilevel.problem import (
     BilevelProblem,
@@ -25,7 +24,8 @@ from birl_ext.bilevel.problem import (
     hypergradient,
 )
 from birl_ext.errors import OptionError
-from birl_ext.ops import _backends
+from birl_ext.model.layout import Flat
+from birl_ext.ops.backends import choice
 from birl_ext.ops.bellman import (
     Cotangents,
     Point,
@@ -349,7 +349,7 @@ def exact_value(flat: Flat, solution: Solution) -> SweptValue:
 def _exact_flow(at: Linearisation) -> Tensor:
     point = at.point
     flow: Tensor
-    flow, _ = _backends.policy_solve(
+    flow, _ = choice.policy_solve(
         point.rows.data,
         point.rows.crow,
         point.rows.col,
@@ -357,7 +357,7 @@ def _exact_flow(at: Linearisation) -> Tensor:
         point.discount,
         at.source.unsqueeze(2),
         True,
-        _backends.AUTO,
+        choice.AUTO,
     )
     return flow.squeeze(2)
 

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from birl_ext import validation
-from birl_ext.batching import Flat
 from birl_ext.bilevel.guards import (
     check_count,
     check_gradient,
@@ -41,7 +39,9 @@ from birl_ext.bilevel.problem import (
     temperature_at,
 )
 from birl_ext.errors import AccuracyWarning, OptionError
-from birl_ext.ops._backends import AUTO
+from birl_ext.model import checks as validation
+from birl_ext.model.layout import Flat
+from birl_ext.ops.backends.choice import AUTO
 from birl_ext.ops.certificate import sweep_rounding
 from birl_ext.ops.rows import Data
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext import validation
 from birl_ext.bilevel.guards import (
     check_count,
     check_gradient,
@@ -21,6 +20,7 @@ from birl_ext.bilevel.guards import (
 )
 from birl_ext.bilevel.problem import BilevelProblem, evaluate_at
 from birl_ext.errors import GradientError, ShapeError, UndeterminedError
+from birl_ext.model import checks as validation
 
 __all__ = ["DampedNewton", "NewtonOutcome"]
 

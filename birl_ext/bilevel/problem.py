@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from birl_ext import validation
 from birl_ext.bilevel.guards import (
     check_count,
     check_gradient,
@@ -21,7 +20,8 @@ from birl_ext.bilevel.guards import (
 )
 from birl_ext.errors import BirlError, DtypeError, OptionError, ShapeError, TemperatureError
 from birl_ext.functional import solve
-from birl_ext.mdp import DenseMDP, SparseMDP
+from birl_ext.model import checks as validation
+from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.solution import Solution
 
 __all__ = ["BilevelProblem", "Temperature", "geometric", "temperature_at"]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from birl_ext import validation
 from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.target import snapshot
 from birl_ext.bilevel.guards import check_count, check_number, make_optimiser, take_step
 from birl_ext.bilevel.score import OneStep, Score
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
 from birl_ext.errors import GradientError, NonFiniteResultError, OptionError
+from birl_ext.model import checks as validation
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import (
     Steps,

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from birl_ext import validation
 from birl_ext.agents.agent import check_discount
-from birl_ext.agents.finite import FiniteFollower, FiniteSimulator, Paths
 from birl_ext.bilevel.adaptation import AdaptedReward, path_log_probability
 from birl_ext.bilevel.guards import (
     check_count,
@@ -33,7 +31,9 @@ from birl_ext.bilevel.problem import hypergradient
 from birl_ext.bilevel.score import FullHorizon
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
 from birl_ext.errors import OptionError, ShapeError
+from birl_ext.model import checks as validation
 from birl_ext.preferences.loss import RewardFunction
+from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator, Paths
 
 __all__ = ["Effort", "Outcome", "SampledProblem", "StocSoBiRL"]
 

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from birl_ext import validation
 from birl_ext.errors import OptionError, ShapeError
+from birl_ext.model import checks as validation
 
 __all__ = ["Baseline", "check_baseline", "trajectory_surrogate"]
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from birl_ext import validation
 from birl_ext.bilevel.guards import (
     check_gradient,
     check_kind,
@@ -24,6 +23,7 @@ from birl_ext.bilevel.guards import (
     take_step,
 )
 from birl_ext.bilevel.problem import BilevelProblem, evaluate_at
+from birl_ext.model import checks as validation
 
 __all__ = ["Outcome", "ZeroOrder"]
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.ops import _backends
-from birl_ext.ops._registry import (
+from birl_ext.ops.backends import choice
+from birl_ext.ops.rows import Rows
+from birl_ext.ops.transforms import (
     LIBRARY,
     Function,
     are_plain,
@@ -22,7 +23,6 @@ from birl_ext.ops._registry import (
     register_derivative,
     to_lanes,
 )
-from birl_ext.ops.rows import Rows
 
 __all__ = ["bellman"]
 
@@ -51,7 +51,7 @@ def _(
 
 
 for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("bellman", _backends.bellman, _key)
+    LIBRARY.impl("bellman", choice.bellman, _key)
 
 
 class Point(NamedTuple):
@@ -193,7 +193,7 @@ class Bellman(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         if are_plain(args[:8]):
-            return _backends.bellman(*args)
+            return choice.bellman(*args)
         outputs: tuple[Tensor, ...] = below_autograd("bellman", *args)
         return outputs
 

@@ -1,4 +1,4 @@
-"""How much rounding a sweep made from Python carries: the model of csrc/cpu/solvers/certificate.h."""
+"""The rounding of a sweep made from Python, as csrc/cpu/solvers/certificate.h counts it."""
 
 from __future__ import annotations
 

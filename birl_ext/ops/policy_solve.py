@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext._native import check_condition
-from birl_ext.ops import _backends
-from birl_ext.ops._registry import (
+from birl_ext.ops.backends import choice
+from birl_ext.ops.backends.native import check_condition
+from birl_ext.ops.rows import Rows
+from birl_ext.ops.transforms import (
     LIBRARY,
     Function,
     are_plain,
@@ -28,7 +29,6 @@ from birl_ext.ops._registry import (
     register_derivative,
     to_lanes,
 )
-from birl_ext.ops.rows import Rows
 
 __all__ = ["Exits", "Flow", "Push", "discounted_sum", "discounted_visits"]
 
@@ -103,7 +103,7 @@ class _System(NamedTuple):
     def solve(self, rhs: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
         """M⁻¹b or M⁻ᵀb in one number each, and its residual."""
         rows = self.rows
-        return _backends.policy_solve(
+        return choice.policy_solve(
             rows.data, rows.crow, rows.col, self.policy, self.discount, rhs, transpose, self.backend
         )
 

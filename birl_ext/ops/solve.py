@@ -10,8 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.ops import _backends
-from birl_ext.ops._registry import (
+from birl_ext.ops.backends import choice
+from birl_ext.ops.bellman import (
+    Point,
+    backup_tangent,
+    fold_cotangents,
+    parameter_cotangents,
+    policy_tangent,
+)
+from birl_ext.ops.policy_solve import Exits, Flow, Push
+from birl_ext.ops.rows import Rows, widened
+from birl_ext.ops.transforms import (
     LIBRARY,
     Function,
     are_ordinary,
@@ -23,15 +32,6 @@ from birl_ext.ops._registry import (
     register_derivative,
     to_lanes,
 )
-from birl_ext.ops.bellman import (
-    Point,
-    backup_tangent,
-    fold_cotangents,
-    parameter_cotangents,
-    policy_tangent,
-)
-from birl_ext.ops.policy_solve import Exits, Flow, Push
-from birl_ext.ops.rows import Rows, widened
 from birl_ext.solution import info_table
 
 __all__ = ["Saved", "pull_back", "solve"]
@@ -73,7 +73,7 @@ def _(
 
 
 for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("solve", _backends.solve, _key)
+    LIBRARY.impl("solve", choice.solve, _key)
 
 
 class Saved(NamedTuple):
@@ -137,12 +137,12 @@ def pull_back(
     plain = is_first_order() and are_ordinary([*saved, *(bar for bar in bars if bar is not None)])
     *tables, relative_bar, constant_bar = bars
     if plain and relative_bar is None and constant_bar is None:
-        wanted = _backends.solve_vjp(saved, tables, needs, backend)
+        wanted = choice.solve_vjp(saved, tables, needs, backend)
         if wanted is not None:
             return wanted
     point, exits, trust = saved.point()
     if plain:
-        point = point._replace(rows=_backends.first_order(point.rows, backend))
+        point = point._replace(rows=choice.first_order(point.rows, backend))
     shape = point.policy.shape
     value_bar = None if bars[0] is None else bars[0].reshape(shape[:-1])
     q_bar, advantage_bar, policy_bar, log_policy_bar = (
@@ -193,7 +193,7 @@ class Solve(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         if are_plain(args[:8]):
-            return _backends.solve(*args)
+            return choice.solve(*args)
         outputs: tuple[Tensor, ...] = below_autograd("solve", *args)
         return outputs
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from birl_ext.errors import DtypeError, OptionError, ShapeError
 from birl_ext.preferences.fragments import Fragments, Pairs
-from birl_ext.storage import reserve
+from birl_ext.replay.storage import reserve
 
 __all__ = ["PreferenceBuffer"]
 

@@ -22,10 +22,10 @@ from birl_ext.errors import (
     UndeterminedError,
     UninformativeDataError,
 )
-from birl_ext.mdp import DenseMDP
+from birl_ext.model.checks import check_memory
+from birl_ext.model.mdp import DenseMDP
 from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
-from birl_ext.validation import check_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

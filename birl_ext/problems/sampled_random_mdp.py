@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from birl_ext.agents.finite import FiniteSimulator, Paths
 from birl_ext.bilevel import BilevelProblem
 from birl_ext.bilevel.stoc_sobirl import SampledProblem
-from birl_ext.mdp import DenseMDP
+from birl_ext.model.mdp import DenseMDP
 from birl_ext.problems.random_mdp import RandomMDPConfig, random_mdp_problem
+from birl_ext.simulators.finite import FiniteSimulator, Paths
 
 __all__ = ["sampled_random_mdp"]
 

@@ -26,11 +26,11 @@ from draw import Drawn, Index
 from oracle import exact
 
 import birl_ext
-from birl_ext import _native
 from birl_ext.errors import IllConditionedWarning, TerminalChoiceWarning
+from birl_ext.ops.backends import native
 from birl_ext.solution import Solution
 
-BACKENDS = ["torch"] if _native.reason("cpu") else ["cpu", "torch"]
+BACKENDS = ["torch"] if native.reason("cpu") else ["cpu", "torch"]
 TABLES = ("value", "q", "advantage", "policy", "log_policy")
 SHOWN = 3  # elements of a batch that are compared with the oracle
 TORCH_PASSES = 300  # of a method that makes many: one takes the PyTorch backend a millisecond

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from birl_ext.mdp import DenseMDP, SparseMDP
+from birl_ext.model.mdp import DenseMDP, SparseMDP
 
 Array = np.ndarray
 Index = tuple[int, ...]

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext import _native
 from birl_ext.benchmarks import machine, workloads
 from birl_ext.benchmarks.harness import Plan, Wrong, facts, no_collection, processor_time
 from birl_ext.benchmarks.workloads import DenseProblem
 from birl_ext.ops import solve as ops_solve
+from birl_ext.ops.backends import native
 
 __all__ = ["run"]
 
@@ -55,7 +55,7 @@ def _measure(calls: int, rounds: int, plan: Plan) -> dict[str, Any]:
         "threads": 1,
         "columns": COLUMNS,
     }
-    if reason := _native.reason(plan.device.type):
+    if reason := native.reason(plan.device.type):
         row = {"key": "ours", "candidate": "birl_ext.solve", "solves": "soft"}
         return {**case, "rows": [{**row, "status": "missing", "reason": reason}]}
     plan.tell("tiny call")
@@ -106,7 +106,7 @@ def _layers(problem: DenseProblem) -> list[Layer]:
     """From the innermost outwards. The inner ones repeat what one public call passed on, whatever
     its form: so nothing here knows the signatures of a compiled module.
     """
-    kernel = _native._backends[problem.device.type].require()
+    kernel = native._backends[problem.device.type].require()
     reward, transition = problem.reward[0], problem.transition[0]
     wanted = reward.clone().requires_grad_()
     mdp = birl_ext.DenseMDP(wanted, transition, problem.discount)
@@ -118,7 +118,7 @@ def _layers(problem: DenseProblem) -> list[Layer]:
     )
     with (
         _recording(kernel, "solve") as raw,
-        _recording(_native, "solve") as glue,
+        _recording(native, "solve") as glue,
         _recording(ops_solve, "solve") as function,
     ):
         # a backend by name takes the general way, whose layers these are
@@ -146,7 +146,7 @@ def _layers(problem: DenseProblem) -> list[Layer]:
         Layer(
             "glue",
             "with checks and new outputs",
-            lambda: _native.solve(*glue[0].arguments, **glue[0].keywords),
+            lambda: native.solve(*glue[0].arguments, **glue[0].keywords),
             first,
         ),
         Layer("op", "the op", lambda: torch.ops.birl_ext.solve(*function[0].arguments), first),

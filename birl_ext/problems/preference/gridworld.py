@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.errors import MissingDependencyError, OptionError
-from birl_ext.mdp import DenseMDP
+from birl_ext.model.mdp import DenseMDP
 
 try:
     import gymnasium

@@ -16,12 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from birl_ext.agents.agent import DiscreteAgent
-from birl_ext.agents.collect import Collector
-from birl_ext.agents.environment import Environments, make_environments, registration
-from birl_ext.agents.evaluate import Evaluation, evaluate_agent
-from birl_ext.agents.pixels import is_atari
-from birl_ext.agents.video import film_writer, record_video
 from birl_ext.bilevel.sobirl import Outcome
+from birl_ext.environments.atari import is_atari
+from birl_ext.environments.vector import Environments, make_environments, registration
 from birl_ext.errors import ConfigError, MissingDependencyError, RenderError
 from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.buffer import PreferenceBuffer
@@ -43,6 +40,9 @@ from birl_ext.problems.preference.parts import (
     make_score,
 )
 from birl_ext.problems.preference.recorder import Recorder
+from birl_ext.rollouts.collect import Collector
+from birl_ext.rollouts.evaluate import Evaluation, evaluate_agent
+from birl_ext.rollouts.video import film_writer, record_video
 from birl_ext.runs.device import check_device
 
 if TYPE_CHECKING:

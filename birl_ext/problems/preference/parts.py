@@ -14,16 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from birl_ext.agents.agent import Agent
-from birl_ext.agents.finite import FiniteSimulator
-from birl_ext.agents.frame_replay import FrameReplay
 from birl_ext.agents.networks import StateActionMLP, Twin, head_network
-from birl_ext.agents.pixels import atari_environment, is_atari
-from birl_ext.agents.replay import ReplayBuffer
-from birl_ext.agents.restored import simulator_for
 from birl_ext.agents.sac import SAC
 from birl_ext.agents.sac_discrete import DiscreteSAC
 from birl_ext.agents.soft_q import SoftQ
-from birl_ext.agents.spaces import Spaces
 from birl_ext.agents.successor_features import SuccessorFeatures
 from birl_ext.agents.temperature import (
     Temperature,
@@ -32,14 +26,20 @@ from birl_ext.agents.temperature import (
 )
 from birl_ext.bilevel.score import Critic, FullHorizon, OneStep, Score, Simulator
 from birl_ext.bilevel.sobirl import DRLHF, SoBiRL
+from birl_ext.environments.atari import atari_environment, is_atari
+from birl_ext.environments.spaces import Spaces
 from birl_ext.errors import ConfigError
+from birl_ext.model.checks import check_memory
 from birl_ext.preferences.last_layer import LastLayer
 from birl_ext.preferences.queries import Disagreement, Entropy, Query, Uniform
 from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, RewardNetwork
 from birl_ext.preferences.schedule import QuerySchedule
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.gridworld import GRIDWORLD, gridworld_mdp
-from birl_ext.validation import check_memory
+from birl_ext.replay.buffer import ReplayBuffer
+from birl_ext.replay.frames import FrameReplay
+from birl_ext.simulators.finite import FiniteSimulator
+from birl_ext.simulators.restored import simulator_for
 
 if TYPE_CHECKING:
     import gymnasium

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from birl_ext.agents.collect import Collection
 from birl_ext.preferences.fragments import Episode
+from birl_ext.rollouts.collect import Collection
 
 __all__ = ["Recorder"]
 

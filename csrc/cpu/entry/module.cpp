@@ -204,7 +204,7 @@ Index policy_solve(int dtype, Index N, Index G, Index K, Index S, Index A, Point
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-  module.doc() = "CPU kernels of birl_ext; see csrc/ and birl_ext/_native.py.";
+  module.doc() = "CPU kernels of birl_ext; see csrc/ and birl_ext/ops/backends/native.py.";
   module.def("build_info", &build_info);
   module.def("sweep", &sweep);
   module.def("solve", &solve);

@@ -197,7 +197,7 @@ int outer(int dtype, Index N, Index G, Index S, Index A, Pointer crow, Pointer c
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
-  module.doc() = "CUDA kernels of birl_ext; see csrc/ and birl_ext/_native_cuda.py.";
+  module.doc() = "CUDA kernels of birl_ext; see csrc/ and birl_ext/ops/backends/cuda.py.";
   py::register_exception<LaunchError>(module, "LaunchError", PyExc_RuntimeError);
   module.attr("DIRECT_LIMIT") = birl::device::kDirectLimit;
   module.def("build_info", &build_info);

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.agents.agent import Actor
-from birl_ext.agents.environment import Environments
+from birl_ext.environments.vector import Environments
 from birl_ext.errors import OptionError
 
 __all__ = ["Evaluation", "evaluate_agent"]

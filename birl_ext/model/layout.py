@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext import validation
+from birl_ext.model import checks as validation
 
 __all__ = ["Flat", "Layout", "absent", "flatten", "layout"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from birl_ext.agents.paths import Paths, Policy, follow
 from birl_ext.errors import ShapeError
-from birl_ext.mdp import DenseMDP
+from birl_ext.model.mdp import DenseMDP
+from birl_ext.simulators.paths import Paths, Policy, follow
 
 __all__ = ["FiniteFollower", "FiniteSimulator", "Paths"]
 

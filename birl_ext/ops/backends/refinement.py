@@ -1,4 +1,6 @@
-"""The last sweeps of a problem whose values differ much in size, in PyTorch: csrc/cpu/solvers/refinement.h.
+"""The last sweeps of a problem whose values differ much in size, in PyTorch.
+
+The twin of csrc/cpu/solvers/refinement.h.
 
 Each state is rounded, judged and certified by itself, so that the digits of small values do not
 drown in the rounding of large ones.
@@ -16,7 +18,7 @@ from torch import Tensor
 from birl_ext.solution import Status
 
 if TYPE_CHECKING:
-    from birl_ext.ops._torch import Problem, Sweep
+    from birl_ext.ops.backends.pytorch import Problem, Sweep
 
 __all__ = ["OUTLIER", "Refined", "drowns", "refine", "typical_size"]
 
@@ -91,8 +93,9 @@ class _Refinement:
         return torch.where(peak < 700 * tau, close, far).squeeze(-1)
 
     def inverse(self, step: Sweep) -> Callable[[Tensor], Tensor]:
-        """x ↦ (I − γP_π)⁻¹x by the elimination of csrc/cpu/solvers/elimination.h, which subtracts nothing: each
-        state's result is as exact as what it reaches.
+        """x ↦ (I − γP_π)⁻¹x by the elimination of csrc/cpu/solvers/elimination.h.
+
+        It subtracts nothing: each state's result is as exact as what it reaches.
         """
         problem, states = self.problem, self.problem.rows.states
         weight = step.policy * problem.scale

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from birl_ext.agents.declared import Declared, Misfit
-from birl_ext.agents.paths import Paths, Policy, follow
-from birl_ext.agents.simulators import CartPole, DynamicsSimulator, Pendulum
-from birl_ext.agents.spaces import Spaces
+from birl_ext.environments.declared import Declared, Misfit
+from birl_ext.environments.spaces import Spaces
 from birl_ext.errors import (
     EnvironmentFailureError,
     MissingDependencyError,
     OptionError,
     ShapeError,
 )
+from birl_ext.simulators.equations import CartPole, DynamicsSimulator, Pendulum
+from birl_ext.simulators.paths import Paths, Policy, follow
 
 try:
     import gymnasium

@@ -23,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from birl_ext.agents.declared import Declared, Misfit
-from birl_ext.agents.pixels import is_atari, register_atari
-from birl_ext.agents.spaces import Spaces, read_spaces
-from birl_ext.agents.transitions import Transitions
+from birl_ext.environments.atari import is_atari, register_atari
+from birl_ext.environments.declared import Declared, Misfit
+from birl_ext.environments.spaces import Spaces, read_spaces
+from birl_ext.environments.transitions import Transitions
 from birl_ext.errors import (
     BirlError,
     DtypeError,

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from birl_ext.agents.paths import Paths, Policy, follow
 from birl_ext.errors import ShapeError
+from birl_ext.simulators.paths import Paths, Policy, follow
 
 __all__ = ["CartPole", "Dynamics", "DynamicsSimulator", "Pendulum"]
 

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext import _native
-from birl_ext.ops import _backends
-from birl_ext.ops._registry import PLAIN, are_ordinary, is_first_order, nobody_listens
+from birl_ext.ops.backends import choice, native
 from birl_ext.ops.solve import Saved, pull_back, resolved
+from birl_ext.ops.transforms import PLAIN, are_ordinary, is_first_order, nobody_listens
 from birl_ext.solution import Info
 
 __all__ = ["solve"]
@@ -36,7 +35,7 @@ class PlainSolve(torch.autograd.Function):
         temperature: float,
         validate: int,
     ) -> tuple[Any, ...]:
-        outputs, failed = _native.solve_plain(
+        outputs, failed = native.solve_plain(
             reward, transition, discount, temperature, validate, derivable=True
         )
         _, _, advantage, policy, _, info, status, relative = outputs
@@ -58,7 +57,7 @@ class PlainSolve(torch.autograd.Function):
         # what was saved was plain; what arrives may be mapped, negated lazily, …
         plain = bars[5] is None and is_first_order()
         if plain and are_ordinary([bar for bar in bars if bar is not None]):
-            transition_bar, reward_bar, *_ = _native.solve_vjp(
+            transition_bar, reward_bar, *_ = native.solve_vjp(
                 saved[0],
                 None,
                 None,
@@ -100,7 +99,7 @@ def _general(
         status,
         info[..., Info.OFFSET],
     )
-    transition_bar, reward_bar, *_ = pull_back(saved, bars, needs, _backends.AUTO)
+    transition_bar, reward_bar, *_ = pull_back(saved, bars, needs, choice.AUTO)
     return (
         None if transition_bar is None else transition_bar.reshape(transition.shape),
         None if reward_bar is None else reward_bar.reshape(policy.shape),
@@ -151,14 +150,14 @@ def solve(
         and reward.is_contiguous()
         and transition.is_contiguous()
         and are_ordinary((reward, transition))
-        and _native.available("cpu")
+        and native.available("cpu")
     ):
         return None
     if torch.is_grad_enabled() and (reward.requires_grad or transition.requires_grad):
         apply: Any = super(torch.autograd.Function, PlainSolve).apply
         *outputs, failed = apply(reward, transition, discount, temperature, validate)
         return Outcome(tuple(outputs[:7]), failed, reward, transition)
-    outputs, failed = _native.solve_plain(
+    outputs, failed = native.solve_plain(
         reward, transition, discount, temperature, validate, derivable=False
     )
     return Outcome(outputs[:7], failed, reward, transition)

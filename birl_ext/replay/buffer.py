@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from birl_ext.agents.transitions import Transitions
+from birl_ext.environments.transitions import Transitions
 from birl_ext.errors import DtypeError, OptionError, ShapeError
-from birl_ext.storage import reserve
+from birl_ext.replay.storage import reserve
 
 if TYPE_CHECKING:  # replay works without gymnasium, collecting does not
-    from birl_ext.agents.collect import Collection
+    from birl_ext.rollouts.collect import Collection
 
 __all__ = ["LOWER", "ReplayBuffer"]
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from birl_ext import batching, validation
 from birl_ext.errors import (
     DtypeError,
     FileFormatError,
@@ -21,8 +20,10 @@ from birl_ext.errors import (
     ShapeError,
     SparseFormatError,
 )
-from birl_ext.io import FOREIGN, MAX_BYTES, read_tensors, write_tensors
-from birl_ext.validation import Level
+from birl_ext.model import checks as validation
+from birl_ext.model import layout as batching
+from birl_ext.model.checks import Level
+from birl_ext.model.tensor_files import FOREIGN, MAX_BYTES, read_tensors, write_tensors
 
 __all__ = ["DenseMDP", "SparseMDP", "load"]
 
@@ -168,7 +169,7 @@ class _MDP:
     def load(
         cls, path: str | os.PathLike[str], *, validate: Level = "full", max_bytes: int = MAX_BYTES
     ) -> Self:
-        """Read an MDP of this kind; see `birl_ext.mdp.load`."""
+        """Read an MDP of this kind; see `birl_ext.model.mdp.load`."""
         mdp = load(path, validate=validate, max_bytes=max_bytes)
         if not isinstance(mdp, cls):
             raise FileFormatError(

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from birl_ext.validation import check_memory
+from birl_ext.model.checks import check_memory
 
 __all__ = ["reserve"]
 

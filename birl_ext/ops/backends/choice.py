@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from birl_ext import _native, _native_cuda, errors, validation
-from birl_ext.ops import _torch
+from birl_ext import errors
+from birl_ext.model import checks as validation
+from birl_ext.ops.backends import cuda, pytorch
+from birl_ext.ops.backends import native as _native
 from birl_ext.ops.rows import Data, Rows
 from birl_ext.solution import Info, Status
 
@@ -35,12 +37,12 @@ def bellman(*arguments: Any) -> tuple[Tensor, ...]:
     """The op `bellman`; its arguments are those of the schema in `ops/bellman.py`."""
     data, (value, backend) = Data(*arguments[:7]), arguments[7:]
     if _compiled(data.transition.device, backend):
-        native = _native.sweep if data.transition.is_cpu else _native_cuda.sweep
+        native = _native.sweep if data.transition.is_cpu else cuda.sweep
         try:
             return native(**_plain(data), value=value.contiguous())
-        except _native_cuda.LaunchError as error:
+        except cuda.LaunchError as error:
             _stand_in(error, backend)
-    return _torch.bellman(data, value)
+    return pytorch.bellman(data, value)
 
 
 def solve(*arguments: Any) -> tuple[Tensor, ...]:
@@ -53,7 +55,7 @@ def solve(*arguments: Any) -> tuple[Tensor, ...]:
         )
     outputs: tuple[Tensor, ...] | None = None
     if _compiled(data.transition.device, backend):
-        native = _native.solve if data.transition.is_cpu else _native_cuda.solve
+        native = _native.solve if data.transition.is_cpu else cuda.solve
         guess = None if initial.dim() == 1 else initial.contiguous()
         batch, method, tol, max_iterations, validate = options
         try:
@@ -66,10 +68,10 @@ def solve(*arguments: Any) -> tuple[Tensor, ...]:
                 max_iterations=max_iterations,
                 validate=validate,
             )
-        except _native_cuda.LaunchError as error:
+        except cuda.LaunchError as error:
             _stand_in(error, backend)
     if outputs is None:
-        outputs = _torch.solve(data, initial, *options)
+        outputs = pytorch.solve(data, initial, *options)
     if strict and bool(outputs[6].any()):
         raise failure(
             outputs, data.transition, data.crow, data.col, data.reward, lambda flat: (flat,)
@@ -125,15 +127,15 @@ def policy_solve(
             x, residual, failed = _native.policy_solve(*data, transpose=transpose)
             if not failed:
                 return x, residual
-            return _torch.settle(transition, crow, col, policy, discount, rhs, transpose, 0.0, x)
+            return pytorch.settle(transition, crow, col, policy, discount, rhs, transpose, 0.0, x)
         try:
-            x, residual = _native_cuda.policy_solve(*data, transpose=transpose)
-        except _native_cuda.LaunchError as error:
+            x, residual = cuda.policy_solve(*data, transpose=transpose)
+        except cuda.LaunchError as error:
             _stand_in(error, backend)
         else:
             if _solved(x):
                 return x, residual
-    return _torch.policy_solve(transition, crow, col, policy, discount, rhs, transpose, 0.0, 0)
+    return pytorch.policy_solve(transition, crow, col, policy, discount, rhs, transpose, 0.0, 0)
 
 
 class _CompiledRows(Rows):
@@ -143,8 +145,8 @@ class _CompiledRows(Rows):
         pattern = (None, None) if self.dense else (self.crow, self.col)
         tables = (table.double().contiguous() for table in (weight, vector, shift))
         try:
-            return _native_cuda.outer(self.data.contiguous(), *pattern, *tables)
-        except _native_cuda.LaunchError as error:
+            return cuda.outer(self.data.contiguous(), *pattern, *tables)
+        except cuda.LaunchError as error:
             _native.stand_in("cuda", str(error))
             return super().outer(weight, vector, shift)
 
@@ -162,7 +164,7 @@ def _compiled(device: torch.device, backend: int) -> bool:
         return False
     if device.type == "cpu":
         return _native.available("cpu")
-    refusal = _native_cuda.refusal(device)
+    refusal = cuda.refusal(device)
     if refusal:
         _stand_in(RuntimeError(refusal), backend)
     return not refusal
@@ -172,7 +174,7 @@ def _solved(x: Tensor) -> bool:
     """Whether the GPU's kernels solved a policy system. Products alone may not suffice for a large
     one, and then PyTorch goes on; while a graph is being captured its NaN have to tell.
     """
-    if _native_cuda.policy_solve_fits(x.shape[-1]) or _capturing(x):
+    if cuda.policy_solve_fits(x.shape[-1]) or _capturing(x):
         return True
     return not bool(x.isnan().any())
 

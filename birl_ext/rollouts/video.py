@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from birl_ext.agents.agent import Actor
-from birl_ext.agents.environment import Environments, make_environments
+from birl_ext.environments.vector import Environments, make_environments
 from birl_ext.errors import (
     EnvironmentFailureError,
     MissingDependencyError,

@@ -14,8 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from birl_ext import _native
 from birl_ext.errors import SizeLimitError
+from birl_ext.ops.backends import native
 from birl_ext.solution import Rigour
 
 __all__ = [
@@ -36,12 +36,12 @@ class LaunchError(RuntimeError):
 
 def refusal(device: torch.device) -> str:
     """Why the compiled kernels do not run on a device; empty if they do."""
-    missing = _native.reason("cuda")
+    missing = native.reason("cuda")
     if missing:
         return missing
     index = _index(device)
     if index not in _refusals:
-        built = str(_native.build_info("cuda")["architectures"])
+        built = str(native.build_info("cuda")["architectures"])
         capability = _capability(index)
         _refusals[index] = (
             ""
@@ -83,7 +83,7 @@ def _index(device: torch.device) -> int:
 @contextmanager
 def _launching(device: torch.device) -> Iterator[tuple[ModuleType, int, int]]:
     """The module, the current stream's handle and the device's index; refusals as LaunchError."""
-    module = _native.require("cuda")
+    module = native.require("cuda")
     index = _index(device)
     try:
         yield module, _stream(index), index
@@ -109,12 +109,12 @@ def sweep(
     temperature: Tensor,
     value: Tensor,
 ) -> tuple[Tensor, ...]:
-    """`_native.sweep` on a GPU.
+    """`native.sweep` on a GPU.
 
-    Raises: as `_native.sweep`, and
+    Raises: as `native.sweep`, and
         LaunchError: the driver refused.
     """
-    call = _native.Call(transition)
+    call = native.Call(transition)
     data = (transition, crow, col, reward, log_reference, discount, temperature)
     arguments, outputs = call.sweep(call.problem(*data), value)
     with _launching(call.device) as (module, stream, index):
@@ -137,15 +137,15 @@ def solve(
     tol: float = 0.0,
     max_iterations: int = 0,
     validate: int = Rigour.OR_ENDING,
-) -> _native.Outputs:
-    """`_native.solve` on a GPU; methods 2, 3 and 4 are Newton there, with a direct solve where one
+) -> native.Outputs:
+    """`native.solve` on a GPU; methods 2, 3 and 4 are Newton there, with a direct solve where one
     block solves a problem and with products of P_π where the whole device does.
 
-    Raises: as `_native.sweep`, and
+    Raises: as `native.sweep`, and
         SizeLimitError: more than 2³¹ − 1 rows of P.
         LaunchError: the driver refused.
     """
-    call, pairs = _native.Call(transition), _native.sizes("reward", reward)
+    call, pairs = native.Call(transition), native.sizes("reward", reward)
     states, actions = pairs[2:]
     _check_rows(states, actions)
     large = not solve_fits(*pairs)
@@ -165,14 +165,14 @@ def solve_fits(n: int, g: int, s: int, a: int) -> bool:
     """Whether one block per problem is a good way to solve N·G problems of this shape; else the
     whole device works on each.
     """
-    return bool(_native.require("cuda").solve_fits(n, g, s, a))
+    return bool(native.require("cuda").solve_fits(n, g, s, a))
 
 
 def policy_solve_fits(states: int) -> bool:
     """Whether `policy_solve` keeps the S² numbers of an elimination for so many states; else it
     makes products with P_π only, which may not suffice.
     """
-    return states <= int(_native.require("cuda").DIRECT_LIMIT)
+    return states <= int(native.require("cuda").DIRECT_LIMIT)
 
 
 def policy_solve(
@@ -186,13 +186,13 @@ def policy_solve(
     transpose: bool = False,
     tol: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`_native.policy_solve` on a GPU; x and its residual.
+    """`native.policy_solve` on a GPU; x and its residual.
 
     Returns: beyond `policy_solve_fits`, NaN for a system that mixes too slowly.
 
     Raises: as `solve`.
     """
-    call, (n, g, s, a) = _native.Call(transition), _native.sizes("policy", policy)
+    call, (n, g, s, a) = native.Call(transition), native.sizes("policy", policy)
     k = rhs.shape[2]
     _check_rows(s, a)
     out, residual = call.new(n, g, k, s), call.new(n, g, k)
@@ -233,7 +233,7 @@ def outer(
     """Σ_g w(s,a) v(t) − shift(s,a) on the pattern of P, in the dtype of P: `ops.rows.Rows.outer`.
 
     Args:
-        transition, crow, col: as for `_native.sweep`; only their shape and pattern are read.
+        transition, crow, col: as for `native.sweep`; only their shape and pattern are read.
         weight: (N, G, S, A) float64.
         vector: (N, G, S) float64.
         shift: (N, S, A) float64.
@@ -242,7 +242,7 @@ def outer(
 
     Source: (M12).
     """
-    call, (n, g, s, a) = _native.Call(transition), _native.sizes("weight", weight)
+    call, (n, g, s, a) = native.Call(transition), native.sizes("weight", weight)
     _check_rows(s, a)
     out = torch.empty_like(transition)
     _, *pattern = call.model(transition, crow, col, (n,), s, a)

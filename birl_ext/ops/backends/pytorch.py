@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.ops._refinement import drowns, refine
+from birl_ext.model.checks import below_zero, row_sum_tolerance
+from birl_ext.ops.backends.refinement import drowns, refine
 from birl_ext.ops.rows import Data, Rows
 from birl_ext.solution import INFO, Info, Kernel, Method, Rigour, Status, info_table
-from birl_ext.validation import below_zero, row_sum_tolerance
 
 __all__ = ["bellman", "policy_solve", "settle", "solve"]
 

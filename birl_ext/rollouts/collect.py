@@ -10,8 +10,8 @@ from torch import Tensor
 
 from birl_ext.agents.agent import Actor
 from birl_ext.agents.categorical import CategoricalPolicy
-from birl_ext.agents.environment import Environments
-from birl_ext.agents.transitions import Transitions
+from birl_ext.environments.transitions import Transitions
+from birl_ext.environments.vector import Environments
 from birl_ext.errors import OptionError
 
 __all__ = ["Collection", "Collector", "Episode"]

@@ -1,0 +1,1 @@
+"""Gymnasium environments, one and many, and what they declare."""

@@ -1,0 +1,1 @@
+"""Who computes: compiled code for the CPU, for CUDA, or PyTorch."""

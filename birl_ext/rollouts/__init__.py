@@ -1,0 +1,1 @@
+"""A policy at work in environments: collected, evaluated, filmed."""
