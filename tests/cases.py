@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from oracle import float64
 
 from birl_ext.model.mdp import DenseMDP
-from birl_ext.reference import float64
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 FLOATS = [torch.float32, torch.float64]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from oracle import float64
 
 import birl_ext
 from birl_ext import cli
@@ -35,7 +36,6 @@ from birl_ext.benchmarks import (
 from birl_ext.benchmarks.cases import grid_sparse, tiny_call
 from birl_ext.benchmarks.harness import Answer, Candidate, Case, Plan
 from birl_ext.benchmarks.rivals import sparse, torch_dense
-from birl_ext.reference import float64
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"

@@ -11,13 +11,13 @@ import pytest
 import torch
 from cases import FLOATS, SMALL, WARP, Case, oracle, problems
 from closeness import assert_close, assert_same_bits
+from oracle import float64
 from torch import Tensor
 
 import birl_ext
 from birl_ext import errors
 from birl_ext.model.mdp import DenseMDP
 from birl_ext.ops.backends import choice
-from birl_ext.reference import float64
 from birl_ext.solution import Solution, Status
 
 BACKENDS = ["torch", *([] if choice.unavailable("cpu") else ["cpu"])]

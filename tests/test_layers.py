@@ -36,7 +36,6 @@ LAYERS = (
     "cli",
     "__main__",
 )
-APART = "reference"
 # What may be imported at module level besides the standard library.
 THIRD_PARTY = {"torch", "numpy"}
 
@@ -76,21 +75,18 @@ def offences(root: Path) -> list[str]:
     for path in sorted(root.rglob("*.py")):
         own = layer(path.relative_to(root).parts)
         where = path.relative_to(root.parent)
-        if own != APART and own not in LAYERS:
+        if own not in LAYERS:
             wrong.append(f"{where} has no place in LAYERS")
             continue
         for line, name, at_top in imports(path, root.name):
             head, *rest = name.split(".")
             if head != root.name:
                 outside = head not in sys.stdlib_module_names and head not in THIRD_PARTY
-                if outside and at_top and own != APART:
+                if outside and at_top:
                     wrong.append(f"{where}:{line} imports {head} at module level")
                 continue
             target = rest[0] if rest and rest[0] in names else "__init__"
-            if own == APART or target == APART:
-                if own != target:
-                    wrong.append(f"{where}:{line} imports {target}, but {APART} stands apart")
-            elif LAYERS.index(target) > LAYERS.index(own):
+            if LAYERS.index(target) > LAYERS.index(own):
                 wrong.append(f"{where}:{line} imports {target}, which lies above {own}")
     return wrong
 
@@ -101,9 +97,12 @@ def test_imports_go_one_way() -> None:
 
 def test_every_layer_exists() -> None:
     package = ROOT / "birl_ext"
-    assert {*LAYERS, APART} <= {
-        layer(path.relative_to(package).parts) for path in package.rglob("*.py")
-    }
+    assert {*LAYERS} <= {layer(path.relative_to(package).parts) for path in package.rglob("*.py")}
+
+
+def test_the_oracle_shares_nothing_with_the_package() -> None:
+    for path in (ROOT / "tests/oracle").glob("*.py"):
+        assert "birl_ext" not in path.read_text(), path
 
 
 @pytest.mark.parametrize(
@@ -119,9 +118,6 @@ def test_every_layer_exists() -> None:
         ("ops/sweep.py", "from .other import x", None),
         ("model/mdp.py", "from birl_ext import solve", "imports __init__, which lies above model"),
         ("cli.py", "from birl_ext import solve", None),
-        ("cli.py", "from birl_ext.reference import float64", "stands apart"),
-        ("reference/float64.py", "from birl_ext.errors import BirlError", "stands apart"),
-        ("reference/float64.py", "from birl_ext.reference import other\nimport mpmath", None),
         ("model/mdp.py", "import scipy", "imports scipy at module level"),
         ("model/mdp.py", "def f():\n    import safetensors", None),
         ("stray.py", "", "has no place in LAYERS"),
@@ -132,9 +128,7 @@ def test_a_wrong_import_is_found(tmp_path: Path, file: str, text: str, offence: 
     for name in ("__init__.py", "errors.py", "model/mdp.py", "ops/other.py", "cli.py", file):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
-    for folder in ("ops", "reference"):
-        (root / folder).mkdir(exist_ok=True)
-        (root / folder / "__init__.py").touch()
+    (root / "ops/__init__.py").touch()
     (root / file).write_text(text)
     found = offences(root)
     assert len(found) == (offence is not None), found

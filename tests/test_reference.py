@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 from cases import SMALL, Case, problems
 from flint import arb, ctx
-from oracle import exact
+from oracle import exact, float64
 from oracle.exact import Cotangents, Model
-
-from birl_ext.reference import float64
 
 EPS = np.finfo(np.float64).eps
 

@@ -10,7 +10,7 @@ import torch
 from cases import FLOATS, SMALL, WARP, Case, cases, oracle, problems
 from closeness import assert_close
 from hypothesis import given
-from oracle import exact
+from oracle import exact, float64
 from torch import Tensor
 
 import birl_ext
@@ -19,7 +19,6 @@ from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.ops.backends import choice as _backends
 from birl_ext.ops.backends import native as _native
 from birl_ext.ops.backends import pytorch
-from birl_ext.reference import float64
 from birl_ext.solution import Solution, Status
 
 BACKENDS = ["torch", *([] if _backends.unavailable("cpu") else ["cpu"])]

@@ -1,1 +1,1 @@
-"""Answers that share nothing with the package: ball arithmetic of hundreds of bits."""
+"""Answers that share nothing with the package: ball arithmetic of hundreds of bits, NumPy loops."""
