@@ -30,14 +30,14 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 import torch
+from birl_bench.machine import header
+from birl_bench.report import digits
 from torch import Tensor, nn
 from torch.nn import functional
 
 from birl_ext.agents.networks import Twin, head_network
 from birl_ext.agents.sac_discrete import DiscreteSAC
 from birl_ext.agents.temperature import Temperature, discrete_entropy_target
-from birl_ext.benchmarks.machine import header
-from birl_ext.benchmarks.report import digits
 from birl_ext.environments.transitions import Transitions
 from birl_ext.environments.vector import make_environments
 from birl_ext.replay.buffer import ReplayBuffer

@@ -20,10 +20,10 @@ from statistics import linear_regression
 from typing import Any
 
 import torch
+from birl_bench import machine
 from torch import Tensor
 
 import birl_ext
-from birl_ext.benchmarks import machine
 from birl_ext.bilevel.bias_meter import exact_pair_objective
 from birl_ext.bilevel.score import FullHorizon, OneStep, Score
 from birl_ext.bilevel.trajectory import trajectory_surrogate

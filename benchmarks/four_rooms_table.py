@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from birl_bench.machine import header, today
 
-from birl_ext.benchmarks.machine import header, today
 from birl_ext.problems.four_rooms import PUBLISHED, FourRoomsConfig, FourRoomsJob, Method
 
 BATCH = ("starts", "combined")

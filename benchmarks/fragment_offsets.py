@@ -21,10 +21,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from birl_bench import machine
 from torch import Tensor
 
 import birl_ext
-from birl_ext.benchmarks import machine
 from birl_ext.bilevel.bias_meter import exact_pair_objective
 
 STATES, ACTIONS, STEPS, DISCOUNT, TEMPERATURE = 4, 2, 3, 0.9, 0.5

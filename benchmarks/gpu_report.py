@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from birl_ext.benchmarks import machine
-from birl_ext.benchmarks.report import markdown
+from birl_bench import machine
+from birl_bench.report import markdown
 
 TAIL = 30
 """Lines of the log of a step that failed."""

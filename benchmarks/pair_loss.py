@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from birl_bench.machine import header
+from birl_bench.report import digits
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.networks import MLP, NatureCNN
-from birl_ext.benchmarks.machine import header
-from birl_ext.benchmarks.report import digits
 from birl_ext.bilevel.score import OneStep
 from birl_ext.bilevel.sobirl import SoBiRL
 from birl_ext.preferences.fragments import Fragments, Pairs

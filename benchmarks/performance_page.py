@@ -3,7 +3,7 @@
     python benchmarks/performance_page.py [--write]
 
 Without --write it prints the tables. Nothing in them is typed by hand: floors come from
-`birl_ext/benchmarks/floors.py`, times from the files in benchmarks/results.
+`benchmarks/birl_bench/floors.py`, times from the files in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from birl_ext.benchmarks import floors
-from birl_ext.benchmarks.report import digits
+from birl_bench import floors
+from birl_bench.report import digits
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"

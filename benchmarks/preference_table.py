@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from birl_bench.machine import header, today
 
-from birl_ext.benchmarks.machine import header, today
 from birl_ext.preferences.teachers import TEACHERS
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.runs.config import from_plain, read_toml

@@ -24,9 +24,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from birl_bench import machine
 from torch import Tensor
 
-from birl_ext.benchmarks import machine
 from birl_ext.bilevel.score import FullHorizon, OneStep, Score
 from birl_ext.bilevel.trajectory import trajectory_surrogate
 from birl_ext.environments.vector import make_environments

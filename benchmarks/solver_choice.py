@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from birl_bench.machine import header
 from torch import Tensor
 
 import birl_ext
 from birl_ext import DenseMDP, SparseMDP
-from birl_ext.benchmarks.machine import header
 
 TOL = 1e-8
 METHODS = ("auto", "value-iteration", "newton", "newton-krylov", "policy-iteration")

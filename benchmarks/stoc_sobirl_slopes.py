@@ -20,8 +20,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from birl_bench import machine
 
-from birl_ext.benchmarks import machine
 from birl_ext.bilevel.stoc_sobirl import Effort, StocSoBiRL
 from birl_ext.problems.random_mdp import RandomMDPConfig
 from birl_ext.problems.sampled_random_mdp import sampled_random_mdp

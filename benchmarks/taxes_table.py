@@ -21,9 +21,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from birl_bench import machine
 from torch import Tensor
 
-from birl_ext.benchmarks import machine
 from birl_ext.bilevel import MSoBiRL
 from birl_ext.problems.taxes import TaxEconomy, TaxesConfig, TaxesJob
 

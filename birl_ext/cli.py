@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import io
 import os
 import select
@@ -44,7 +45,7 @@ commands:
   run --resume DIR    go on with a run that was stopped
   solve --mdp FILE    solve your own MDP, written by DenseMDP.save or SparseMDP.save
   plot DIR            draw the figures of a run again
-  bench [CASE …]      measure birl_ext against other packages, on this machine
+  bench [CASE …]      in a clone: measure birl_ext against other packages, on this machine
   doctor              versions, compiled modules, devices: what to send with a bug report
 
 `birl COMMAND --help` says more. BIRL_DEBUG=1 shows the traceback of an error.
@@ -392,9 +393,14 @@ def _solve(words: list[str]) -> int:
 
 
 def _bench(words: list[str]) -> int:
-    from birl_ext.benchmarks import suite
-
-    return suite.main(words)
+    for clone in (Path.cwd(), Path(__file__).resolve().parents[1]):
+        if (folder := clone / "benchmarks" / "birl_bench").is_dir():
+            sys.path.insert(0, str(folder.parent))
+            return int(importlib.import_module("birl_bench.suite").main(words))
+    raise ConfigError(
+        "the benchmarks are part of the sources, not of the package",
+        fix="clone the repository, and run birl bench in its folder",
+    )
 
 
 def _doctor(words: list[str]) -> int:

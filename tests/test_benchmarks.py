@@ -19,11 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import float64
-
-import birl_ext
-from birl_ext import cli
-from birl_ext.benchmarks import (
+from birl_bench import (
     floors,
     harness,
     machine,
@@ -33,9 +29,13 @@ from birl_ext.benchmarks import (
     suite,
     workloads,
 )
-from birl_ext.benchmarks.cases import grid_sparse, tiny_call
-from birl_ext.benchmarks.harness import Answer, Candidate, Case, Plan
-from birl_ext.benchmarks.rivals import sparse, torch_dense
+from birl_bench.cases import grid_sparse, tiny_call
+from birl_bench.harness import Answer, Candidate, Case, Plan
+from birl_bench.rivals import sparse, torch_dense
+from oracle import float64
+
+import birl_ext
+from birl_ext import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -102,7 +102,7 @@ def everything() -> dict[str, list[dict[str, Any]]]:
         for name in suite.CASES:
             if name == "tiny_call" and NATIVE:
                 continue
-            module = importlib.import_module(f"birl_ext.benchmarks.cases.{name}")
+            module = importlib.import_module(f"birl_bench.cases.{name}")
             found[name] = module.run(QUICK)
     return found
 

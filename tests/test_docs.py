@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from birl_bench.report import digits
 
 import birl_ext.problems
-from birl_ext.benchmarks.report import digits
 from birl_ext.cli import COMMANDS
 from birl_ext.errors import catalogue
 

@@ -32,7 +32,6 @@ LAYERS = (
     "runs",
     "problems",
     "doctor",
-    "benchmarks",
     "cli",
     "__main__",
 )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = map(str, [HERE, HERE.parent, HERE.parents[1] / "benchmarks"])
 COMMAND = "python tests/properties/run.py"
 SHOWN = 5  # failures of one kind that are printed
 
@@ -59,8 +59,7 @@ def run(chosen: list[int], jobs: int, command: str) -> dict[str, Any]:
     """Check every seed, telling how far it is; the report."""
     import draw
     import torch
-
-    from birl_ext.benchmarks import machine
+    from birl_bench import machine
 
     started = told = time.perf_counter()
     worst: dict[str, tuple[float, int]] = {}

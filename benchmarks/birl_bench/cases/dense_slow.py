@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from birl_ext.benchmarks import workloads
-from birl_ext.benchmarks.cases.dense_mid import LISTS
-from birl_ext.benchmarks.harness import Case, Plan, measure
-from birl_ext.benchmarks.rivals import torch_dense
+from birl_bench import workloads
+from birl_bench.cases.dense_mid import LISTS
+from birl_bench.harness import Case, Plan, measure
+from birl_bench.rivals import torch_dense
 
 __all__ = ["run"]
 

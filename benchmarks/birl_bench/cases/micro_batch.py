@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from birl_ext.benchmarks import workloads
-from birl_ext.benchmarks.cases import small_batch
-from birl_ext.benchmarks.harness import Plan, measure
+from birl_bench import workloads
+from birl_bench.cases import small_batch
+from birl_bench.harness import Plan, measure
 
 __all__ = ["run"]
 

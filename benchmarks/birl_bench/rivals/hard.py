@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from birl_ext.benchmarks.harness import Answer, Candidate
-from birl_ext.benchmarks.workloads import DenseProblem, GridProblem
+from birl_bench.harness import Answer, Candidate
+from birl_bench.workloads import DenseProblem, GridProblem
 
 __all__ = ["dense", "sparse"]
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext.benchmarks import machine, workloads
-from birl_ext.benchmarks.harness import Plan, facts, time_alternately
-from birl_ext.benchmarks.workloads import DenseProblem, GridProblem, Work
+from birl_bench import machine, workloads
+from birl_bench.harness import Plan, facts, time_alternately
+from birl_bench.workloads import DenseProblem, GridProblem, Work
 
 __all__ = ["run"]
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext.benchmarks.harness import Answer, Candidate, Plan
-from birl_ext.benchmarks.rivals import hard, jax_dense
-from birl_ext.benchmarks.workloads import GridProblem
+from birl_bench.harness import Answer, Candidate, Plan
+from birl_bench.rivals import hard, jax_dense
+from birl_bench.workloads import GridProblem
 
 __all__ = ["adjoint", "forward", "sweeps_needed"]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from birl_ext.benchmarks.report import digits
+from birl_bench.report import digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext.benchmarks import machine, workloads
-from birl_ext.benchmarks.harness import Plan, Wrong, facts, no_collection, processor_time
-from birl_ext.benchmarks.workloads import DenseProblem
+from birl_bench import machine, workloads
+from birl_bench.harness import Plan, Wrong, facts, no_collection, processor_time
+from birl_bench.workloads import DenseProblem
 from birl_ext.ops import solve as ops_solve
 from birl_ext.ops.backends import native
 

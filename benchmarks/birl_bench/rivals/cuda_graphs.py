@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.benchmarks.harness import Answer, Candidate
-from birl_ext.benchmarks.workloads import DenseProblem
+from birl_bench.harness import Answer, Candidate
+from birl_bench.workloads import DenseProblem
 
 __all__ = ["Block", "capture", "forward"]
 

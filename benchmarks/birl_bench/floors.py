@@ -1,6 +1,6 @@
 """What a pass and a solve must cost at least, from stated constants: arithmetic, not measurement.
 
-    python -m birl_ext.benchmarks.floors
+    python -m birl_bench.floors
 
 prints the table of docs/performance.md. A kernel is described by two numbers, the bytes that it
 must move and the operations that it must make; with a device's constants these give a floor. The
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from birl_ext.benchmarks.report import digits
+from birl_bench.report import digits
 
 __all__ = ["H100", "H200", "SHAPES", "Device", "Prediction", "Shape", "kernels", "predict"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from birl_ext.benchmarks.harness import Answer, Candidate
-from birl_ext.benchmarks.workloads import DenseProblem
+from birl_bench.harness import Answer, Candidate
+from birl_bench.workloads import DenseProblem
 
 __all__ = ["SOLVERS", "forward", "gradient", "solver", "to_torch"]
 

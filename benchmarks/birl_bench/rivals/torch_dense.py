@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext.benchmarks.harness import Answer, Candidate, Plan
-from birl_ext.benchmarks.rivals import cuda_graphs, hard, jax_dense
-from birl_ext.benchmarks.workloads import DenseProblem, policy_system
+from birl_bench.harness import Answer, Candidate, Plan
+from birl_bench.rivals import cuda_graphs, hard, jax_dense
+from birl_bench.workloads import DenseProblem, policy_system
 
 __all__ = [
     "BLOCK",

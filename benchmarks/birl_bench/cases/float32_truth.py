@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext.benchmarks import machine, workloads
-from birl_ext.benchmarks.harness import Answer, Plan, facts
-from birl_ext.benchmarks.rivals import jax_dense, torch_dense
-from birl_ext.benchmarks.workloads import DenseProblem
+from birl_bench import machine, workloads
+from birl_bench.harness import Answer, Plan, facts
+from birl_bench.rivals import jax_dense, torch_dense
+from birl_bench.workloads import DenseProblem
 from birl_ext.functional import MethodName
 
 __all__ = ["run"]

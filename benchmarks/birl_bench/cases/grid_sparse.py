@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 
 import birl_ext
-from birl_ext.benchmarks import workloads
-from birl_ext.benchmarks.harness import Case, Plan, facts, measure
-from birl_ext.benchmarks.rivals import sparse
-from birl_ext.benchmarks.workloads import GridProblem, Work
+from birl_bench import workloads
+from birl_bench.harness import Case, Plan, facts, measure
+from birl_bench.rivals import sparse
+from birl_bench.workloads import GridProblem, Work
 
 __all__ = ["run"]
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext.benchmarks import workloads
-from birl_ext.benchmarks.harness import Answer, Candidate, Case, Plan, measure
-from birl_ext.benchmarks.rivals import cuda_graphs, torch_dense
-from birl_ext.benchmarks.workloads import DenseProblem
+from birl_bench import workloads
+from birl_bench.harness import Answer, Candidate, Case, Plan, measure
+from birl_bench.rivals import cuda_graphs, torch_dense
+from birl_bench.workloads import DenseProblem
 
 __all__ = ["run"]
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext.benchmarks.harness import Plan, facts
-from birl_ext.benchmarks.rivals import torch_dense
-from birl_ext.benchmarks.workloads import DenseProblem, newton, policy_system
+from birl_bench.harness import Plan, facts
+from birl_bench.rivals import torch_dense
+from birl_bench.workloads import DenseProblem, newton, policy_system
 from birl_ext.bilevel import BilevelProblem, MSoBiRL
 
 __all__ = ["run"]

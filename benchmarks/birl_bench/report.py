@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from birl_ext.benchmarks import machine
+from birl_bench import machine
 
 __all__ = ["digits", "lines", "markdown", "verdicts", "write"]
 

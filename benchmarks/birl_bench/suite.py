@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from birl_ext.benchmarks import machine, report, requirements
-from birl_ext.benchmarks.harness import Plan
-from birl_ext.benchmarks.rivals import torch_dense
+from birl_bench import machine, report, requirements
+from birl_bench.harness import Plan
+from birl_bench.rivals import torch_dense
 from birl_ext.errors import ConfigError
 from birl_ext.runs.device import check_device
 
@@ -51,7 +51,7 @@ def question(name: str) -> str:
 
 
 def _load(name: str) -> ModuleType:
-    return importlib.import_module(f"birl_ext.benchmarks.cases.{name}")
+    return importlib.import_module(f"birl_bench.cases.{name}")
 
 
 def run(
@@ -153,7 +153,7 @@ def _finish(document: Mapping[str, Any], out: Path) -> None:
         print(f"{met} of {len(found)} requirements met, in {document['seconds']:.0f} s")
     written = [out, out.with_suffix(".md")]
     try:
-        from birl_ext.benchmarks import roofline
+        from birl_bench import roofline
 
         written.append(roofline.draw(document, out.with_suffix(".png")))
     except ImportError:

@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.benchmarks import machine
-from birl_ext.benchmarks.workloads import Work, Workload
+from birl_bench import machine
+from birl_bench.workloads import Work, Workload
 
 __all__ = [
     "Answer",
