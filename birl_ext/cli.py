@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from birl_ext.runs.directory import RunDirectory
     from birl_ext.runs.job import Job, Problem
     from birl_ext.runs.logger import OpenLogger
-    from birl_ext.runs.loop import Outcome
+    from birl_ext.runs.loop import RunOutcome
 
 __all__ = ["RunOptions", "SolveOptions", "main"]
 
@@ -444,7 +444,7 @@ def _unknown(kind: str, name: str, known: Mapping[str, Any]) -> ConfigError:
     )
 
 
-def _show_result(directory: RunDirectory, outcome: Outcome) -> None:
+def _show_result(directory: RunDirectory, outcome: RunOutcome) -> None:
     summary = outcome.summary or {}
     seconds = summary["seconds"]
     print(f"{directory.problem}: {outcome.step} steps in {seconds:.1f} s, seed {summary['seed']}")

@@ -643,7 +643,7 @@ def _unprepared(
     transition: Tensor | None,
     discount: float | Tensor | None,
     temperature: float | Tensor,
-) -> fast.Outcome | None:
+) -> fast.FastSolve | None:
     """What `solve` finds the short way; None if it has to take the general one."""
     if not isinstance(reward, DenseMDP):
         return fast.solve(reward, transition, discount, temperature, Rigour.STOCHASTIC)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import birl_ext
 
 COMPILED_GRADIENT = """
 import torch, birl_ext
@@ -29,12 +33,48 @@ def run(code: str) -> None:
 
 
 def test_import_pulls_in_nothing_heavy() -> None:
-    heavy = ("torch._dynamo", "torch._inductor", "matplotlib", "tyro", "rich", "scipy", "mpmath")
+    heavy = (
+        "torch._dynamo",
+        "torch._inductor",
+        "matplotlib",
+        "tyro",
+        "rich",
+        "scipy",
+        "mpmath",
+        "gymnasium",
+    )
     run(
         "import sys, birl_ext\n"
         f"found = [module for module in {heavy!r} if module in sys.modules]\n"
         "assert not found, found"
     )
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    run(
+        "import birl_ext\n"
+        "for name in birl_ext.__all__:\n"
+        "    assert name in dir(birl_ext), name\n"
+        "    found = getattr(birl_ext, name)\n"
+        "    assert name.startswith('__') or name == 'TEACHERS' or found.__doc__, name\n"
+        "try:\n"
+        "    birl_ext.absent\n"
+        "except AttributeError as error:\n"
+        "    assert 'absent' in str(error)\n"
+        "else:\n"
+        "    raise SystemExit('absent is there')"
+    )
+
+
+def test_what_a_type_checker_sees_is_what_is_loaded_lazily() -> None:
+    tree = ast.parse(Path(birl_ext.__file__).read_text())
+    (shown,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: "" if node.module == "birl_ext" else node.module.removeprefix("birl_ext.")
+        for node in shown.body
+        for alias in node.names
+    }
+    assert seen == birl_ext._LAZY
 
 
 @pytest.mark.parametrize("first", ["import birl_ext", "import torch._dynamo"])

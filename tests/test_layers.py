@@ -42,6 +42,9 @@ THIRD_PARTY = {"torch", "numpy"}
 def imports(path: Path, package: str) -> list[tuple[int, str, bool]]:
     """Every import in a file as (line, absolute dotted name, whether it is at module level)."""
     tree = ast.parse(path.read_text(), str(path))
+    if path_of(path, package) == path.parent and path.name == "__init__.py":
+        # the front door shows what lies above it, to type checkers and by name
+        tree.body = [node for node in tree.body if "TYPE_CHECKING" not in ast.unparse(node)]
     here = [package, *path.relative_to(path_of(path, package)).parent.parts]
     top = {id(node) for node in tree.body}
     found = []

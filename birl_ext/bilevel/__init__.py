@@ -2,20 +2,39 @@
 judged by.
 """
 
+from birl_ext.bilevel.adaptation import AdaptedReward
+from birl_ext.bilevel.bias_meter import EstimatorReport, exact_pair_objective, measure_estimator
 from birl_ext.bilevel.hypergradient import HypergradientReport, hypergradient_report
-from birl_ext.bilevel.msobirl import MSoBiRL, Outcome
+from birl_ext.bilevel.msobirl import MSoBiRL, MSoBiRLOutcome
 from birl_ext.bilevel.newton import DampedNewton, NewtonOutcome
 from birl_ext.bilevel.problem import BilevelProblem, geometric
-from birl_ext.bilevel.zero_order import ZeroOrder
+from birl_ext.bilevel.score import FullHorizon, OneStep
+from birl_ext.bilevel.sobirl import DRLHF, SoBiRL, SoBiRLOutcome, importance
+from birl_ext.bilevel.stoc_sobirl import SampledProblem, StocSoBiRL, StocSoBiRLOutcome
+from birl_ext.bilevel.zero_order import ZeroOrder, ZeroOrderOutcome
 
 __all__ = [
+    "DRLHF",
+    "AdaptedReward",
     "BilevelProblem",
     "DampedNewton",
+    "EstimatorReport",
+    "FullHorizon",
     "HypergradientReport",
     "MSoBiRL",
+    "MSoBiRLOutcome",
     "NewtonOutcome",
-    "Outcome",
+    "OneStep",
+    "SampledProblem",
+    "SoBiRL",
+    "SoBiRLOutcome",
+    "StocSoBiRL",
+    "StocSoBiRLOutcome",
     "ZeroOrder",
+    "ZeroOrderOutcome",
+    "exact_pair_objective",
     "geometric",
     "hypergradient_report",
+    "importance",
+    "measure_estimator",
 ]

@@ -45,13 +45,13 @@ from birl_ext.ops.backends.choice import AUTO
 from birl_ext.ops.certificate import sweep_rounding
 from birl_ext.ops.rows import Data
 
-__all__ = ["MSoBiRL", "Outcome"]
+__all__ = ["MSoBiRL", "MSoBiRLOutcome"]
 
 Mode = Literal["exact", "published"]
 _MODES = ("exact", "published")
 
 
-class Outcome(NamedTuple):
+class MSoBiRLOutcome(NamedTuple):
     """One outer step, taken at the x before it; tensors are scalars, or (M,) with many starts."""
 
     objective: Tensor
@@ -83,8 +83,8 @@ class MSoBiRL:
             "exact": both as far as rounding allows, by `birl_ext.solve` and its gradient.
             "published": N plain sweeps and one step w ← w − ζ(AᵀAw − Aᵀb) per outer step.
         sweeps: N, sweeps per outer step ("published").
-        accuracy: of the hyper-gradient, as `Outcome.relative_error` certifies it. Nothing is done
-            to reach it; an `Outcome` that misses it says so, and the first one warns.
+        accuracy: of the hyper-gradient, as `MSoBiRLOutcome.relative_error` certifies it. Nothing is
+            done to reach it; an outcome that misses it says so, and the first one warns.
         adjoint_rate: ζ, below 2/σ²max(A) ("published").
         sweep_tol: stop the sweeps once a sweep moves V by less ("published"), units of reward.
         noise: standard deviation of Gaussian noise added to the hyper-gradient, units of φ per unit
@@ -146,7 +146,7 @@ class MSoBiRL:
         self._counts = [0, 0]
         self._warned = False
 
-    def step(self) -> Outcome:
+    def step(self) -> MSoBiRLOutcome:
         """One outer step on x; with an optimiser that asks again, such as LBFGS, several
         evaluations.
 
@@ -157,7 +157,7 @@ class MSoBiRL:
             BirlError: what else `upper`, `lower` or the optimiser is at fault for. After any error
                 x and the warm starts are what they were.
         """
-        outcomes: list[Outcome] = []
+        outcomes: list[MSoBiRLOutcome] = []
 
         def closure() -> float:
             outcome, gradient = self._evaluated()
@@ -183,7 +183,7 @@ class MSoBiRL:
             warnings.warn(
                 f"the certified error of the hyper-gradient is {first.relative_error.max():.3g} in "
                 f"outer step {self.steps - 1}, and accuracy is {self.accuracy:g}: {remedy}, or ask "
-                "for less. Further steps say so in `Outcome.missed` only",
+                "for less. Further steps say so in `MSoBiRLOutcome.missed` only",
                 AccuracyWarning,
                 stacklevel=2,
             )
@@ -235,7 +235,7 @@ class MSoBiRL:
         self._flow = None if flow is None else flow.clone()
         self.generator.set_state(state["generator"])
 
-    def _evaluated(self) -> tuple[Outcome, Tensor]:
+    def _evaluated(self) -> tuple[MSoBiRLOutcome, Tensor]:
         """What is known at the present x, and ∇φ̂."""
         tau = temperature_at(self.temperature, self.steps)
         if self.mode == "exact":
@@ -252,7 +252,7 @@ class MSoBiRL:
         norm = gradient.double().reshape(*phi.shape, -1).norm(dim=-1)
         missed = not bool((error <= self.accuracy).all())
         sweeps, products = self._counts
-        return Outcome(phi, norm, error, sweeps, products, tau, missed), gradient
+        return MSoBiRLOutcome(phi, norm, error, sweeps, products, tau, missed), gradient
 
     def _estimate(self, tau: float | Tensor) -> tuple[Linearisation, Tensor, Tensor]:
         """The linearisation after N sweeps, λ after one step, and the certified relative error of

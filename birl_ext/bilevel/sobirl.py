@@ -28,13 +28,13 @@ from birl_ext.preferences.loss import (
 )
 from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, members_of
 
-__all__ = ["DRLHF", "Outcome", "SoBiRL", "importance"]
+__all__ = ["DRLHF", "SoBiRL", "SoBiRLOutcome", "importance"]
 
 Stale = Literal["weigh", "reject", "keep"]
 _STALE = ("weigh", "reject", "keep")
 
 
-class Outcome(NamedTuple):
+class SoBiRLOutcome(NamedTuple):
     """One update of the reward.
 
     Args:
@@ -177,7 +177,7 @@ class SoBiRL:
         self.lead = check_count("lead", lead, 0)
         self.steps = 0
 
-    def step(self, pairs: Pairs, follower: Any, *, temperature: float) -> Outcome:
+    def step(self, pairs: Pairs, follower: Any, *, temperature: float) -> SoBiRLOutcome:
         """One update from a batch of answered pairs.
 
         With `OneStep` of discrete actions and a `CategoricalPolicy`, reward and policy are each run
@@ -200,7 +200,7 @@ class SoBiRL:
         if not len(pairs):
             raise OptionError("there are no pairs", allowed="1 or more")
         pairs.after(self.lead)  # refuses a lead that leaves nothing
-        outcomes: list[Outcome] = []
+        outcomes: list[SoBiRLOutcome] = []
 
         def closure() -> float:
             outcomes.append(self._prepare(pairs, follower, temperature))
@@ -210,7 +210,7 @@ class SoBiRL:
         self.steps += 1
         return outcomes[0]
 
-    def _prepare(self, pairs: Pairs, follower: Any, temperature: float) -> Outcome:
+    def _prepare(self, pairs: Pairs, follower: Any, temperature: float) -> SoBiRLOutcome:
         """Set the gradient of each parameter at its present value."""
         found = self._evaluated(pairs, follower)
         margin = found.margin
@@ -245,7 +245,7 @@ class SoBiRL:
             )
         for parameter, one in zip(self.parameters, gradient, strict=True):
             parameter.grad = one
-        return Outcome(
+        return SoBiRLOutcome(
             loss=value,
             accuracy=float(accuracy(margin, pairs.label)),
             gradient_norm=size,

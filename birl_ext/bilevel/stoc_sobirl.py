@@ -35,7 +35,7 @@ from birl_ext.model import checks as validation
 from birl_ext.preferences.loss import RewardFunction
 from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator, Paths
 
-__all__ = ["Effort", "Outcome", "SampledProblem", "StocSoBiRL"]
+__all__ = ["Effort", "SampledProblem", "StocSoBiRL", "StocSoBiRLOutcome"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Effort:
         return cls(math.ceil(batch / epsilon), max(1, horizon), math.ceil(sweeps / epsilon))
 
 
-class Outcome(NamedTuple):
+class StocSoBiRLOutcome(NamedTuple):
     """One outer step, taken at the x before it."""
 
     objective: float
@@ -155,7 +155,7 @@ class StocSoBiRL:
         self.q = torch.zeros(simulator.states, simulator.actions, dtype=torch.float64)
         self.steps = 0
 
-    def step(self) -> Outcome:
+    def step(self) -> StocSoBiRLOutcome:
         """One outer step.
 
         Raises:
@@ -180,7 +180,7 @@ class StocSoBiRL:
             raise
         self.steps += 1
         objective, gradient = found[0]
-        return Outcome(objective, float(gradient.norm()), self.simulator.samples - before)
+        return StocSoBiRLOutcome(objective, float(gradient.norm()), self.simulator.samples - before)
 
     def hypergradient(self) -> tuple[float, Tensor]:
         """φ and ∇φ, estimated at the present x, after the lower level's update."""

@@ -25,10 +25,10 @@ from birl_ext.bilevel.guards import (
 from birl_ext.bilevel.problem import BilevelProblem, evaluate_at
 from birl_ext.model import checks as validation
 
-__all__ = ["Outcome", "ZeroOrder"]
+__all__ = ["ZeroOrder", "ZeroOrderOutcome"]
 
 
-class Outcome(NamedTuple):
+class ZeroOrderOutcome(NamedTuple):
     """One outer step, taken at the x before it; tensors are scalars, or (M,) with many starts."""
 
     objective: Tensor
@@ -80,7 +80,7 @@ class ZeroOrder:
         self.steps = 0
         self._traced = False
 
-    def step(self) -> Outcome:
+    def step(self) -> ZeroOrderOutcome:
         """One outer step on x.
 
         Raises:
@@ -88,7 +88,7 @@ class ZeroOrder:
             NonFiniteResultError: the optimiser would make x infinite or NaN. After any error x and
                 the generator are what they were.
         """
-        outcomes: list[Outcome] = []
+        outcomes: list[ZeroOrderOutcome] = []
 
         def closure() -> float:
             if not self._traced:
@@ -96,7 +96,7 @@ class ZeroOrder:
             objective, gradient = self.estimate()
             self.x.grad = gradient
             norm = gradient.reshape(*objective.shape, -1).norm(dim=-1)
-            outcomes.append(Outcome(objective, norm))
+            outcomes.append(ZeroOrderOutcome(objective, norm))
             return float(objective.sum())
 
         kept = self.generator.get_state()

@@ -106,7 +106,7 @@ def _general(
     )
 
 
-class Outcome(NamedTuple):
+class FastSolve(NamedTuple):
     """What `ops.solve.solve` returns, how many problems failed, and of which data."""
 
     outputs: tuple[Tensor, ...]
@@ -117,7 +117,7 @@ class Outcome(NamedTuple):
 
 def solve(
     reward: Any, transition: Any, discount: Any, temperature: Any, validate: int
-) -> Outcome | None:
+) -> FastSolve | None:
     """V, Q, Q − V, π, log π, info and status; None unless everything is plain.
 
     Plain are: strided, contiguous CPU tensors (*B, S, A) and (*B, S, A, S) of float32 or float64
@@ -156,8 +156,8 @@ def solve(
     if torch.is_grad_enabled() and (reward.requires_grad or transition.requires_grad):
         apply: Any = super(torch.autograd.Function, PlainSolve).apply
         *outputs, failed = apply(reward, transition, discount, temperature, validate)
-        return Outcome(tuple(outputs[:7]), failed, reward, transition)
+        return FastSolve(tuple(outputs[:7]), failed, reward, transition)
     outputs, failed = native.solve_plain(
         reward, transition, discount, temperature, validate, derivable=False
     )
-    return Outcome(outputs[:7], failed, reward, transition)
+    return FastSolve(outputs[:7], failed, reward, transition)

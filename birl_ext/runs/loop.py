@@ -24,10 +24,10 @@ from birl_ext.runs.progress import progress
 from birl_ext.runs.saver import Clock, Saver
 from birl_ext.runs.versions import versions
 
-__all__ = ["Outcome", "draw_figures", "restore", "run", "summarise"]
+__all__ = ["RunOutcome", "draw_figures", "restore", "run", "summarise"]
 
 
-class Outcome(NamedTuple):
+class RunOutcome(NamedTuple):
     """How a run ended.
 
     Args:
@@ -48,7 +48,7 @@ def run(
     checkpoint_every: int | None = None,
     checkpoint_minutes: float | None = None,
     loggers: Sequence[OpenLogger] = (),
-) -> Outcome:
+) -> RunOutcome:
     """Run a job to its end, or until a signal, from its newest checkpoint if it has one.
 
     A signal ends the run after the step at work, with a checkpoint; a second Ctrl-C ends it at
@@ -108,11 +108,11 @@ def run(
                 saver.save_if_due(step)
             saver.save(step)
         if not job.done:
-            return Outcome(step, None, stop[0])
+            return RunOutcome(step, None, stop[0])
 
         summary = summarise(job, directory, step=step, seconds=clock.seconds)
         directory.write_summary(summary)
-        return Outcome(step, summary, None)
+        return RunOutcome(step, summary, None)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ TORCH_PASSES = 300  # of a method that makes many: one takes the PyTorch backend
 
 
 @dataclass
-class Outcome:
+class Judged:
     """What one seed showed.
 
     Attributes:
@@ -85,7 +85,7 @@ class Scene(NamedTuple):
     models: dict[Index, exact.Model]
     truths: dict[Index, exact.Answer]
     rng: np.random.Generator
-    outcome: Outcome
+    outcome: Judged
     memory: dict[str, Any]
 
     @property
@@ -97,13 +97,13 @@ class Scene(NamedTuple):
 Check = Callable[[Scene], None]
 
 
-def check(seed: int) -> Outcome:
+def check(seed: int) -> Judged:
     """Draw, solve, compare."""
     import check_batches
     import check_gradients
     import check_values
 
-    drawn, outcome = draw.draw(seed), Outcome(seed)
+    drawn, outcome = draw.draw(seed), Judged(seed)
     rng = np.random.default_rng([seed, 1])
     indices = drawn.indices()
     for trait in ("tame" if drawn.tame else "wild", drawn.chain, drawn.form, *drawn.traits):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from birl_ext.agents.agent import DiscreteAgent
-from birl_ext.bilevel.sobirl import Outcome
+from birl_ext.bilevel.sobirl import SoBiRLOutcome
 from birl_ext.environments.atari import is_atari
 from birl_ext.environments.vector import Environments, make_environments, registration
 from birl_ext.errors import ConfigError, MissingDependencyError, RenderError
@@ -163,7 +163,7 @@ class PreferenceJob:
             **judged,
         }
         if outcomes:
-            last = Outcome(*(fmean(column) for column in zip(*outcomes, strict=True)))  # type: ignore[arg-type]
+            last = SoBiRLOutcome(*(fmean(column) for column in zip(*outcomes, strict=True)))  # type: ignore[arg-type]
             known = [found.accuracy for found in outcomes if not math.isnan(found.accuracy)]
             metrics |= {
                 "objective": last.loss,
@@ -328,7 +328,7 @@ class PreferenceJob:
                 noise=self.config.noise,
             )
 
-    def _learn_reward(self) -> list[Outcome]:
+    def _learn_reward(self) -> list[SoBiRLOutcome]:
         config = self.config
         late = self._collector.transitions >= config.hypergradient_after
         self.learner.score = self._score if late else None
