@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
@@ -179,6 +180,56 @@ class Solution(NamedTuple):
         used = set(self.info[..., Info.KERNEL].flatten().tolist())
         return tuple(kernel.name for kernel in Kernel if kernel in used)
 
+    def problem(self, *index: int) -> Solution:
+        """That of one problem of the batch, by an index per batch axis; from the end if negative.
+
+        Raises:
+            IndexError: there is no such problem, or an index is missing.
+        """
+        axes = self.status.dim()
+        if len(index) != axes:
+            raise IndexError(
+                f"{len(index)} indices, for a batch of shape {tuple(self.status.shape)}"
+            )
+        return Solution(*(table[index] for table in self))
+
+    def detach(self) -> Solution:
+        """The same numbers without their derivatives."""
+        return Solution(*(table.detach() for table in self))
+
+    def to(self, device: torch.device | str) -> Solution:
+        """The same on another device."""
+        return Solution(*(table.to(device) for table in self))
+
+    def _facts(self) -> dict[str, str]:
+        """What a screen shows: the statuses by name, where they can be read."""
+        *batch, states, actions = self.policy.shape
+        facts = {
+            "batch shape": str(tuple(batch)),
+            "states": str(states),
+            "actions": str(actions),
+            "dtype": str(self.policy.dtype).removeprefix("torch."),
+            "device": str(self.policy.device),
+        }
+        try:
+            codes = self.status.flatten().tolist()
+            bound, passes = self.error_bound.flatten().tolist(), self.iterations.flatten().tolist()
+        except RuntimeError:  # while a transform traces
+            return facts
+        counts = Counter(Status(code).name for code in codes)
+        if codes:
+            facts["status"] = ", ".join(f"{count} {name}" for name, count in counts.items())
+            facts["iterations"] = f"at most {max(passes)}"
+            facts["error bound"] = f"at most {max(bound, key=_worst):.2g}"
+        return facts
+
+    def __repr__(self) -> str:
+        return f"Solution({', '.join(f'{name}: {fact}' for name, fact in self._facts().items())})"
+
+    def _repr_html_(self) -> str:
+        rows = (f"<tr><th>{name}</th><td>{fact}</td></tr>" for name, fact in self._facts().items())
+        return f"<table><caption>Solution</caption>{''.join(rows)}</table>"
+
     def closed(self, available: Tensor) -> Solution:
         """The same, but what flows back into an entry where no action is `available`, (*B, S, A),
         flows no further, whatever its derivative: log π, say, has none at 0.
@@ -189,6 +240,10 @@ class Solution(NamedTuple):
             log_policy=self.log_policy.where(available, -torch.inf),
             advantage=self.advantage.where(available, 0.0),
         )
+
+
+def _worst(bound: float) -> float:
+    return bound if bound == bound else float("inf")
 
 
 def _rounding(table: Tensor, event: int) -> Tensor | float:
