@@ -224,7 +224,7 @@ class StagnatedError(SolveError):
 class NonFiniteResultError(SolveError):
     code = "BIRL-E403"
     meaning = "the solution overflowed"
-    remedy = "rescale the reward"
+    remedy = "rescale the reward, and the temperature with it"
 
 
 class GradientError(BirlError, RuntimeError):
@@ -263,7 +263,8 @@ class IllConditionedWarning(UserWarning):
     parts that it hardly ever leaves.
 
     Attributes:
-        condition: by how much, estimated; about 16 − log₁₀(condition) digits are right.
+        condition: by how much, estimated: once in a first derivative, twice in a second one, and as
+            often again where what drives it, dγ or dP, meets values as many times larger.
         problem: the flat index of the worst problem in the batch.
     """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, SupportsFloat, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -149,9 +149,13 @@ def solve(
     Source: Yang, Gao and Yuan, AISTATS 2025; (M1)-(M9).
     """
     if (
-        method == "auto"
+        isinstance(method, str)
+        and method == "auto"
+        and isinstance(backend, str)
         and backend == "auto"
+        and isinstance(validate, str)
         and validate == "full"
+        and isinstance(on_fail, str)
         and on_fail in _ON_FAIL
         and reference is None
         and mask is None
@@ -186,21 +190,17 @@ def solve(
         _require_shape("initial", initial, (flat.reward.shape[-2],))
         _require_batch("initial", tuple(initial.shape[:-1]), flat.layout.batch_shape)
         guess = flat.layout.grouped(initial.detach().double(), 1)
-    if on_fail not in _ON_FAIL:
+    if not (isinstance(on_fail, str) and on_fail in _ON_FAIL):
         raise _unknown("on_fail", on_fail, _ON_FAIL)
     if not (isinstance(method, str) and method in _METHODS):
         raise _unknown("method", method, tuple(_METHODS))
     if tol is not None:
-        known = isinstance(tol, SupportsFloat) and not isinstance(tol, bool)
-        if not (known and 0 <= float(tol) < math.inf):
+        asked = validation.real(tol)
+        if not 0 <= asked < math.inf:
             raise OptionError(f"tol is {tol!r}", allowed="0 or more, or None")
-        tol = float(tol)
-    if max_iterations is not None and not (
-        isinstance(max_iterations, SupportsFloat)
-        and 1 <= float(max_iterations) < 2**63
-        and float(max_iterations).is_integer()
-        and not isinstance(max_iterations, bool)
-    ):
+        tol = asked
+    most = 1.0 if max_iterations is None else validation.real(max_iterations)
+    if not (1 <= most < 2**63 and most.is_integer()):
         raise OptionError(
             f"max_iterations is {max_iterations!r}", allowed="1 or more and whole, or None"
         )
@@ -433,7 +433,8 @@ def occupancy(
     if isinstance(transition, (DenseMDP, SparseMDP)):
         flat = _flat(transition, None, discount, 1.0, None, None, terminal, validate, batch)
     else:
-        states, actions = policy.shape[-2:]
+        transition = validation.as_floating("transition", transition)
+        states, actions = validation.states_and_actions("policy", policy)
         nothing = transition.new_zeros(()).expand(states, actions)
         flat = _flat(
             nothing, transition, discount, 1.0, None, None, terminal, validate, batch, read=True
@@ -694,6 +695,8 @@ def _any(status: Tensor) -> bool:
 
 
 def _backend(name: str, device: torch.device) -> int:
+    if not isinstance(name, str):
+        raise _unknown("backend", name, ("auto", "torch", "cpu", "cuda"))
     if name == "auto":
         return choice.AUTO
     if name == "torch":

@@ -101,7 +101,7 @@ _SENTENCES = {
     Status.CONVERGED: "The certified error bound meets the tolerance.",
     Status.MAX_ITERATIONS: "The iteration limit came first: raise max_iterations or loosen tol.",
     Status.STAGNATED: "The tolerance lies below the rounding floor: loosen tol, or leave it None.",
-    Status.NON_FINITE: "The iteration overflowed: rescale the reward.",
+    Status.NON_FINITE: "The iteration overflowed: rescale the reward, and the temperature with it.",
     Status.ROW_SUM: "A row of the transition does not sum to one: normalise it.",
     Status.NEGATIVE_PROBABILITY: "A transition probability is negative: clip and normalise.",
     Status.NON_FINITE_TRANSITION: "A transition probability is NaN or infinite.",
@@ -232,12 +232,18 @@ class Solution(NamedTuple):
 
     def closed(self, available: Tensor) -> Solution:
         """The same, but what flows back into an entry where no action is `available`, (*B, S, A),
-        flows no further, whatever its derivative: log π, say, has none at 0.
+        flows no further, whatever its derivative: log π, say, has none at 0. Nor does what flows
+        into π = 1 of a state's only action, which nothing moves.
         """
+        choice = available.sum(-1, keepdim=True) > 1
+
+        def chosen(table: Tensor) -> Tensor:
+            return table.where(choice, table.detach())
+
         return self._replace(
             q=self.q.where(available, -torch.inf),
-            policy=self.policy.where(available, 0.0),
-            log_policy=self.log_policy.where(available, -torch.inf),
+            policy=chosen(self.policy).where(available, 0.0),
+            log_policy=chosen(self.log_policy).where(available, -torch.inf),
             advantage=self.advantage.where(available, 0.0),
         )
 

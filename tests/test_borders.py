@@ -440,3 +440,67 @@ def test_options_of_the_wrong_kind_are_named() -> None:
             transition=torch.zeros(3, 2, 3, dtype=torch.int64),
             learn_temperature=True,
         )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda r, p: birl_ext.solve(None, p, discount=0.9, temperature=1.0),
+        lambda r, p: birl_ext.bellman(None, r, p, discount=0.9, temperature=1.0),
+        lambda r, p: birl_ext.evaluate(None, r, p, discount=0.9),
+        lambda r, p: birl_ext.evaluate(r, None, p, discount=0.9),
+        lambda r, p: birl_ext.occupancy(None, p, discount=0.9, initial_distribution=r[:, 0]),
+        lambda r, p: birl_ext.occupancy(r, None, discount=0.9, initial_distribution=r[:, 0]),
+        lambda r, p: birl_ext.DenseMDP(None, p, 0.9),
+        lambda r, p: birl_ext.DenseMDP(r, None, 0.9),
+    ],
+)
+def test_none_in_place_of_a_tensor_is_named(call: Callable[..., Any]) -> None:
+    reward = torch.ones(3, 2, dtype=torch.float64)
+    transition = torch.full((3, 2, 3), 1 / 3, dtype=torch.float64)
+    with pytest.raises(errors.DtypeError, match=r"(reward|transition|policy|value) is None.*give "):
+        call(reward, transition)
+
+
+@pytest.mark.parametrize("name", ["tol", "max_iterations"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.ones(2),
+        np.ones(1),
+        torch.empty(0),
+        10**400,
+        torch.tensor(True),
+        np.bool_(True),
+        torch.tensor(1 + 0j),
+        "1",
+    ],
+    ids=repr,
+)
+def test_a_number_is_asked_for_and_nothing_else_is_taken(name: str, bad: Any) -> None:
+    reward = torch.ones(3, 2, dtype=torch.float64)
+    transition = torch.full((3, 2, 3), 1 / 3, dtype=torch.float64)
+    with pytest.raises(errors.OptionError, match=f"{name} is "):
+        birl_ext.solve(reward, transition, discount=0.9, temperature=1.0, **{name: bad})
+
+
+@pytest.mark.parametrize("name", ["method", "backend", "validate", "on_fail"])
+def test_a_word_is_asked_for_and_nothing_else_is_taken(name: str) -> None:
+    reward = torch.ones(3, 2, dtype=torch.float64)
+    transition = torch.full((3, 2, 3), 1 / 3, dtype=torch.float64)
+    for bad in (np.array(["auto", "auto"]), torch.ones(2), 3, None):
+        with pytest.raises(errors.OptionError, match=f"{name} is "):
+            birl_ext.solve(reward, transition, discount=0.9, temperature=1.0, **{name: bad})
+
+
+@pytest.mark.parametrize("shape", [(), (3,)], ids=str)
+def test_a_table_without_both_axes_is_named(shape: tuple[int, ...]) -> None:
+    transition = torch.full((3, 2, 3), 1 / 3, dtype=torch.float64)
+    table = torch.ones(shape, dtype=torch.float64)
+    start = torch.full((3,), 1 / 3, dtype=torch.float64)
+    with pytest.raises(errors.ShapeError, match="policy has shape"):
+        birl_ext.occupancy(table, transition, discount=0.9, initial_distribution=start)
+    scipy = pytest.importorskip("scipy.sparse")
+    rows = scipy.csr_array(transition.reshape(6, 3).numpy())
+    with pytest.raises(errors.ShapeError, match="reward has shape"):
+        birl_ext.SparseMDP.from_scipy(rows, table, 0.9)

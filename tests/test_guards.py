@@ -957,3 +957,27 @@ def test_options_of_learned_rewards_are_named(of: Any, name: str, value: Any) ->
     for optimiser, words in (OPTIMISERS["number"], OPTIMISERS["a copy"], OPTIMISERS["None"]):
         with pytest.raises(OptionError, match=words):
             of(RewardNetwork.table(2, 2), optimiser=optimiser, **options)
+
+
+def test_a_radius_that_rounding_takes_off_x_is_refused() -> None:
+    algorithm = zero_order(BilevelProblem(lower, upper), radius=1e-17)
+    before = algorithm.state_dict()
+    with pytest.raises(OptionError, match="radius is 1e-17, which rounding takes off x"):
+        algorithm.step()
+    assert torch.equal(algorithm.x.detach(), before["x"])
+    assert torch.equal(algorithm.generator.get_state(), before["generator"])
+
+
+@every
+def test_where_a_process_starts_is_no_way_to_its_policy(make: Any) -> None:
+    def started(x: Tensor) -> DenseMDP:
+        mdp = lower(x.detach())
+        start = x.flatten()[: mdp.states].softmax(-1)
+        return mdp.replace(initial_distribution=start)
+
+    assert_refused(
+        GradientError,
+        "lower level does not depend on x",
+        make,
+        BilevelProblem(started, lambda x, solution: solution.policy[0, 0] + x.square().sum()),
+    )

@@ -207,3 +207,27 @@ def test_an_upper_level_that_looks_behind_a_mask(loss: str) -> None:
     for got, label in ((report.exact, "exact"), (report.estimate, "estimate")):
         assert_close(got, want, bound=1e-10, label=label)
     assert not report.bound.isnan()
+
+
+@pytest.mark.parametrize("loss", ["log1p", "logit"])
+def test_the_only_action_of_a_state_has_no_slope(loss: str) -> None:
+    """π = 1 there, and nothing moves it: what is infinite at one is not asked."""
+    mask = MASK.clone()
+    mask[1] = torch.tensor([False, True, False])
+
+    def total(policy: Tensor, log_policy: Tensor) -> Tensor:
+        free = mask & (policy < 1)
+        if loss == "log1p":
+            return torch.log1p(-policy).where(free, 0.0).sum() + log_policy.where(free, 0.0).sum()
+        return torch.logit(policy).where(free, 0.0).sum()
+
+    def found(reward: Tensor) -> Tensor:
+        got = birl_ext.solve(
+            reward, P, discount=DISCOUNT, temperature=TEMPERATURE, mask=mask, validate="cheap"
+        )
+        return total(got.policy, got.log_policy)
+
+    slope = grad(found)(R)
+    step = 1e-6 * torch.linspace(1, 2, R.numel(), dtype=torch.float64).reshape(R.shape)
+    want = float(found(R + step) - found(R - step)) / 2
+    assert float((slope * step).sum()) == pytest.approx(want, rel=1e-6)

@@ -195,3 +195,42 @@ def test_a_problem_does_not_know_its_neighbours() -> None:
         for i in range(6):
             alone = slope(reward[i].clone(), rows[i].clone(), gaps[i])
             assert torch.equal(alone, whole[i]), f"{states} states, problem {i}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_process_that_ends_slowly_has_few_digits_at_second_order_and_says_so(
+    backend: str,
+) -> None:
+    """No mass is known beforehand where a process ends: what 1/p magnifies is magnified again."""
+
+    def derivatives(pace: float) -> tuple[float, float, list[float]]:
+        keep, move = [1 - 2 * pace, pace, pace], [pace, 1 - 2 * pace, pace]
+        rows = torch.tensor(
+            [[keep, move], [move, keep], [[pace, pace, 1 - 2 * pace]] * 2], dtype=torch.float64
+        )
+        reward = torch.tensor([[0.1, 0.5], [0.8, 0.9], [0.7, 0.2]], dtype=torch.float64)
+        weight = torch.tensor([[-0.3, 0], [0.3, 1.2], [-0.2, -0.1]], dtype=torch.float64)
+        end = torch.tensor([False, False, True])
+        discount = torch.tensor(1 - 1e-8, dtype=torch.float64, requires_grad=True)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            got = birl_ext.solve(
+                reward, rows, discount=discount, temperature=1.0, terminal=end, backend=backend
+            )
+            total = (weight * got.advantage).sum()
+            (first,) = torch.autograd.grad(total, discount, create_graph=True)
+            early = [w.message for w in seen if isinstance(w.message, IllConditionedWarning)]
+            assert not early, "the first derivative has its digits"
+            (second,) = torch.autograd.grad(first, discount)
+        told = [w.message for w in seen if isinstance(w.message, IllConditionedWarning)]
+        return first.item(), second.item(), [warning.condition for warning in told]
+
+    first, second, told = derivatives(1e-2)
+    assert told == []
+    # differences in 110 digits
+    assert first == pytest.approx(-0.15532362801606, rel=1e-9)
+    assert second == pytest.approx(-0.0230441150, rel=1e-6)
+    first, _, told = derivatives(3e-4)
+    assert first == pytest.approx(-0.16068725049, rel=1e-7)
+    assert len(told) == 1
+    assert 1e3 < told[0] < 1e4

@@ -702,7 +702,7 @@ def raw_arguments(op: str, sparse: bool) -> tuple[Any, ...]:
     if op in ("push", "flow"):
         policy, rhs = table.softmax(-1), draw(n, g, 2, STATES)
         mass = (rhs.sum(-1) / (1 - discount.unsqueeze(-1)),) if op == "flow" else ()
-        return (rows, crow, col, policy, discount, rhs, *mass, 0)
+        return (rows, crow, col, policy, discount, rhs, *mass, 1, 0)
     log_reference = 0.1 * table
     data = (rows, crow, col, table, log_reference, discount, 0.5 + 0 * discount)
     if op == "bellman":

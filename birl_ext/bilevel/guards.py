@@ -26,6 +26,7 @@ from birl_ext.errors import (
     ShapeError,
 )
 from birl_ext.model import checks as validation
+from birl_ext.model.mdp import DenseMDP, SparseMDP
 
 __all__ = [
     "check_count",
@@ -264,13 +265,15 @@ def check_gradient(
 
 
 def check_lower(
-    tensors: Iterable[Any],
+    made: DenseMDP | SparseMDP | Iterable[Any],
     x: Tensor,
     lower: str = "`lower`",
     parts: str = "reward, transition, reference or discount",
 ) -> None:
     """Refuse a lower level none of whose tensors depends on x; `lower` names its functions."""
-    if not reaches(tensors, x):
+    if isinstance(made, (DenseMDP, SparseMDP)):  # whose policy is the same wherever it starts
+        made = [part for name, part in vars(made).items() if name != "initial_distribution"]
+    if not reaches(made, x):
         raise GradientError(
             f"the lower level does not depend on x: no tensor of what {lower} returned leads to it",
             allowed=f"a {parts} made from x by torch",

@@ -196,7 +196,7 @@ def linearise(
         GradientError: either level does not depend on x, or φ is not finite.
     """
     mdp = problem.model(x)
-    check_lower(vars(mdp).values(), x)
+    check_lower(mdp, x)
     flat = mdp.flatten(temperature)
     with torch.no_grad():
         swept = sweep(flat)

@@ -163,7 +163,7 @@ def evaluate_at(
     depend on x.
     """
     mdp = problem.model(x)
-    check_lower(vars(mdp).values(), x)
+    check_lower(mdp, x)
     solution = solve(mdp, temperature=temperature, initial=initial)
     objective = problem.judge(x, solution)
     check_objective(objective, step)

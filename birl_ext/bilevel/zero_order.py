@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from birl_ext.bilevel.guards import (
     take_step,
 )
 from birl_ext.bilevel.problem import BilevelProblem, evaluate_at
+from birl_ext.errors import OptionError
 from birl_ext.model import checks as validation
 
 __all__ = ["ZeroOrder", "ZeroOrderOutcome"]
@@ -112,11 +114,17 @@ class ZeroOrder:
         """φ, exactly, and ∇φ̂ at the present x."""
         x = self.x.detach()
         direction = torch.randn(x.shape, generator=self.generator, dtype=x.dtype).to(x.device)
+        aside = x + self.radius * direction
+        if torch.equal(aside, x):
+            raise OptionError(
+                f"radius is {self.radius:g}, which rounding takes off x",
+                where=f"outer step {self.steps}",
+                allowed="a step that x can hold",
+                fix=f"use a radius of {_least_radius(x):.0e} or more",
+            )
         with torch.no_grad():
             here, solution = self.problem.evaluate(x, self.temperature)
-            there = self.problem.objective(
-                x + self.radius * direction, self.temperature, solution.value
-            )
+            there = self.problem.objective(aside, self.temperature, solution.value)
         for objective in (here, there):
             check_objective(objective, self.steps)
         slope = (there - here) / self.radius  # one per start, along the first axis of x
@@ -147,3 +155,8 @@ class ZeroOrder:
         self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
         self.generator.set_state(state["generator"])
         self.steps = int(state["steps"])
+
+
+def _least_radius(x: Tensor) -> float:
+    """With half of the digits of x, where a difference has the most."""
+    return float(x.abs().amax().clamp(min=1.0)) * math.sqrt(torch.finfo(x.dtype).eps)

@@ -101,7 +101,7 @@ class Declared:
             held = _rounded(found, self._dtype)
         elif found.dtype.kind == "f":
             raise Misfit(
-                f"its observation is {found.flat[0]}, {found.dtype}",
+                f"its observation is {_odd(found)}, {found.dtype}",
                 f"{self._dtype}, of {self._space}",
                 "return what the space declares, or declare floats; for a Box "
                 "gymnasium.wrappers.DtypeObservation(env, np.float32) does",
@@ -227,3 +227,8 @@ def _rounded(found: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 def _first(wrong: Any) -> tuple[int, ...]:
     return tuple(int(i) for i in np.argwhere(wrong)[0])
+
+
+def _odd(found: NDArray[Any]) -> Any:
+    """An entry that is no integer, or else the first."""
+    return next(iter(found[found != np.trunc(found)].tolist()), found.flat[0])

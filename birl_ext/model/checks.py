@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sized
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, SupportsFloat, TypeVar, cast
 
 import numpy as np
 import torch
@@ -68,7 +68,9 @@ __all__ = [
     "check_state_shapes",
     "check_temperature",
     "is_concrete",
+    "real",
     "row_sum_tolerance",
+    "states_and_actions",
     "status_error",
     "within_memory",
 ]
@@ -86,7 +88,7 @@ _ROW_SUM_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-8}
 
 def check_level(validate: str) -> None:
     """Raise OptionError unless `validate` is "full", "cheap" or "off"."""
-    if validate not in _LEVELS:
+    if not (isinstance(validate, str) and validate in _LEVELS):
         raise OptionError(
             f"validate is {validate!r}",
             allowed='"full", "cheap", "off"',
@@ -158,8 +160,29 @@ def as_tensor(name: str, tensor: T) -> T:
     return tensor
 
 
+def real(value: Any) -> float:
+    """A number as a float, 0-d arrays and tensors too; inf beyond the floats, NaN for all else."""
+    kind = getattr(value, "dtype", None)
+    if kind is not None:  # of an array or a tensor
+        known = value.ndim == 0 and (
+            kind.kind in "iuf"
+            if isinstance(kind, np.dtype)
+            else not (kind.is_complex or kind == torch.bool)
+        )
+    else:
+        known = isinstance(value, SupportsFloat) and not isinstance(value, bool)
+    if not known:
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def as_floating(name: str, tensor: Tensor) -> Tensor:
     """The tensor in float32 or float64; half precision is promoted to float32, all else refused."""
+    if tensor is None:
+        raise DtypeError(f"{name} is None", allowed="a torch.Tensor", fix=f"give {name}")
     as_tensor(name, tensor)
     if tensor.dtype in _STORAGE:
         return tensor
@@ -291,7 +314,7 @@ def _shortage(error: BaseException, given: list[Any]) -> SizeLimitError | None:
 
 def check_dense_shapes(reward: Tensor, transition: Tensor) -> None:
     """Raise ShapeError unless reward is (*B, S, A) and transition (*B, S, A, S), S, A > 0."""
-    states, actions = _states_and_actions(reward)
+    states, actions = states_and_actions("reward", reward)
     want, found = (states, actions, states), tuple(transition.shape[-3:])
     if found == want:
         return
@@ -345,7 +368,7 @@ def _order(transition: Tensor, shape: tuple[int, ...]) -> str:
 
 def check_sparse_shapes(reward: Tensor, values: Tensor, crow: Tensor, col: Tensor) -> None:
     """Raise ShapeError or SparseFormatError unless the lengths of the CSR arrays fit the reward."""
-    states, actions = _states_and_actions(reward)
+    states, actions = states_and_actions("reward", reward)
     for name, index in (("crow", crow), ("col", col)):
         if index.dtype not in (torch.int64, torch.int32):
             raise DtypeError(
@@ -407,14 +430,15 @@ def broadcast_batches(batches: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]
     return shape
 
 
-def _states_and_actions(reward: Tensor) -> tuple[int, int]:
-    if reward.ndim < 2 or reward.shape[-1] == 0 or reward.shape[-2] == 0:
+def states_and_actions(name: str, table: Tensor) -> tuple[int, int]:
+    """S and A of a table (*B, S, A), a reward or a policy."""
+    if table.ndim < 2 or table.shape[-1] == 0 or table.shape[-2] == 0:
         raise ShapeError(
-            f"reward has shape {tuple(reward.shape)}",
+            f"{name} has shape {tuple(table.shape)}",
             allowed="(*B, S, A) with S ≥ 1 and A ≥ 1",
-            fix="give one reward per state and action",
+            fix=f"give one {'reward' if name == 'reward' else 'probability'} per state and action",
         )
-    return reward.shape[-2], reward.shape[-1]
+    return table.shape[-2], table.shape[-1]
 
 
 def _check_event_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:

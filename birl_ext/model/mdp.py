@@ -204,7 +204,8 @@ class _MDP:
         for name in ("mask", "terminal"):
             validation.check_flags(name, getattr(self, name))
         for name in ("reward", self._entries, "reference", "initial_distribution"):
-            if (tensor := getattr(self, name)) is not None:
+            tensor = getattr(self, name)
+            if tensor is not None or name in ("reward", self._entries):
                 self._set(**{name: validation.as_floating(name, tensor)})
         self._set(discount=validation.as_number("discount", self.discount))
         validation.check_discount(self.discount, data=False)
@@ -498,7 +499,8 @@ class SparseMDP(_MDP):
             raise SparseFormatError(
                 f"transition is {got}", allowed="torch.sparse_csr", fix="call to_sparse_csr() on it"
             )
-        states, actions = validation.as_floating("reward", reward).shape[-2:]
+        reward = validation.as_floating("reward", reward)
+        states, actions = validation.states_and_actions("reward", reward)
         if tuple(transition.shape) != (states * actions, states):
             raise ShapeError(
                 f"transition has shape {tuple(transition.shape)}",
@@ -513,7 +515,8 @@ class SparseMDP(_MDP):
         cls, transition: Any, reward: Tensor, discount: float | Tensor, **options: Any
     ) -> Self:
         """From a SciPy sparse matrix (S·A, S), or a list of A matrices (S, S), one per action."""
-        states, actions = validation.as_floating("reward", reward).shape[-2:]
+        reward = validation.as_floating("reward", reward)
+        states, actions = validation.states_and_actions("reward", reward)
         matrices = list(transition) if isinstance(transition, Sequence) else [transition]
         per_action = isinstance(transition, Sequence)
         want = (states, states) if per_action else (states * actions, states)

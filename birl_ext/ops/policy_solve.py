@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops.backends import choice
-from birl_ext.ops.backends.native import check_condition
+from birl_ext.ops.backends.native import LARGEST_CONDITION, check_condition
 from birl_ext.ops.rows import Rows
 from birl_ext.ops.transforms import (
     LIBRARY,
@@ -201,16 +201,19 @@ def _why(slow: Tensor, slow_residual: Tensor, residual: Tensor) -> Tensor:
     return torch.where(slow.isnan().any(-1), slow_residual, residual)
 
 
-TINY_GAP = 1e-6  # 1 − γ, above which no condition is large
+# By the order of the derivative: the condition that is too large, where the process ends and where
+# it goes on for ever, and the 1 − γ above which none is looked for. At second order rounding is
+# magnified by its square, and where the process ends once more: no mass is known beforehand there.
+LIMITS = {1: (LARGEST_CONDITION, LARGEST_CONDITION, 1e-6), 2: (1e2, 1e3, 1e-3)}
 PROBES = torch.tensor([12.9898, 78.233, 37.719, 4.581], dtype=torch.float64)  # incommensurable
 
 LIBRARY.define(
     "push(Tensor transition, Tensor crow, Tensor col, Tensor policy, Tensor discount, "
-    "Tensor rhs, int backend) -> (Tensor, Tensor, Tensor)"
+    "Tensor rhs, int order, int backend) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "flow(Tensor transition, Tensor crow, Tensor col, Tensor policy, Tensor discount, "
-    "Tensor rhs, Tensor mass, int backend) -> (Tensor, Tensor)"
+    "Tensor rhs, Tensor mass, int order, int backend) -> (Tensor, Tensor)"
 )
 
 
@@ -228,12 +231,12 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _push(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, rhs, backend = args
+    *tensors, rhs, order, backend = args
     system = _System.of(tuple(tensors), backend)
     exits = system.exits(system.rows.scale())
     share = exits.share().unsqueeze(2)
     slow, slow_residual = system.solve(_ones(rhs), True)
-    _check_condition(system, slow, share)
+    _check_condition(system, slow, share, order)
     level = (slow * rhs).sum(-1) / (slow * share).sum(-1)
     x, residual = system.solve(rhs - level.unsqueeze(-1) * share, False)
     # where the process is most, W is zero: at a state that matters to the others
@@ -243,9 +246,12 @@ def _push(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x - middle, gain, _why(slow, slow_residual, residual)
 
 
-def _check_condition(system: _System, slow: Tensor, share: Tensor) -> None:
+def _check_condition(system: _System, slow: Tensor, share: Tensor, order: int) -> None:
     """Warn where arbitrary right-hand sides without mass have an answer out of all proportion."""
-    if slow.is_cuda or not bool((1 - system.discount < TINY_GAP).any()):
+    if order not in LIMITS or slow.is_cuda:
+        return
+    ends, lasts, gap = LIMITS[order]
+    if not bool((1 - system.discount < gap).any()):
         return
     # several, for one may happen to have no mass in either of two parts that are hardly ever left
     place = torch.arange(1, slow.shape[-1] + 1, dtype=torch.float64)
@@ -254,17 +260,20 @@ def _check_condition(system: _System, slow: Tensor, share: Tensor) -> None:
     x, _ = system.solve(probe, True)
     x = x - (share * x).sum(-1, keepdim=True) / (share * slow).sum(-1, keepdim=True) * slow
     condition = (x.abs().sum(3) / probe.abs().sum(3).clamp(min=1e-300)).amax(2)
-    worst = condition.nan_to_num(0.0).flatten().max(0)
-    check_condition(float(worst.values), int(worst.indices))
+    ending = system.exits(system.rows.scale()).most > 0
+    largest = torch.where(ending, ends, lasts).flatten()
+    condition = condition.nan_to_num(0.0).flatten()
+    worst = int((condition / largest).argmax())
+    check_condition(float(condition[worst]), worst, float(largest[worst]))
 
 
 def _flow(*args: Any) -> tuple[Tensor, Tensor]:
-    *tensors, rhs, mass, backend = args
+    *tensors, rhs, mass, order, backend = args
     system = _System.of(tuple(tensors), backend)
     share = system.exits(system.rows.scale()).share().unsqueeze(2)
     both, residual = system.solve(torch.cat([rhs, _ones(rhs)], 2), True)
     x, slow = both[:, :, :-1], both[:, :, -1:]
-    _check_condition(system, slow, share)
+    _check_condition(system, slow, share, order)
     # What is nowhere negative has its digits entry by entry, zeros too: only its size is set.
     total = (share * x).sum(-1)
     positive = (rhs >= 0).all(-1) & (mass > 0) & (total > 0)
@@ -283,8 +292,9 @@ class Push(Function):
     """(W, g) and a residual: MW + κg = b, so that x = W + g/D is M⁻¹b.
 
     Shapes: transition as in Rows; policy (N, G, S, A); discount (N, G); b and W (N, G, K, S); g
-    and the residual (N, G, K). W + k with g − kD is the same solution: what is made of the two
-    must not tell them apart. π sums to one, and its tangents to zero.
+    and the residual (N, G, K). `order` is that of the derivative of which this is part, 0 if of
+    none: what its condition may be depends on it. W + k with g − kD is the same solution: what is
+    made of the two must not tell them apart. π sums to one, and its tangents to zero.
     """
 
     @staticmethod
@@ -296,7 +306,7 @@ class Push(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, _, ctx.backend = inputs
+        *tensors, _, ctx.order, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*tensors, *output[:2])
@@ -308,14 +318,14 @@ class Push(Function):
     ) -> tuple[Any, ...]:
         *tensors, x, gain = ctx.saved_tensors
         if x_bar is None and gain_bar is None:
-            return (None,) * 7
+            return (None,) * 8
         x_bar = torch.zeros_like(x) if x_bar is None else x_bar
         gain_bar = torch.zeros_like(gain) if gain_bar is None else gain_bar
         system = _System.of(tuple(tensors), ctx.backend)
-        rhs_bar, _ = Flow.apply(*tensors, x_bar, gain_bar, ctx.backend)
+        rhs_bar, _ = Flow.apply(*tensors, x_bar, gain_bar, ctx.order + 1, ctx.backend)
         needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4))
         transition_bar, policy_bar, discount_bar = system.cotangents(rhs_bar, x, gain, needs)
-        return transition_bar, None, None, policy_bar, discount_bar, rhs_bar, None
+        return transition_bar, None, None, policy_bar, discount_bar, rhs_bar, None, None
 
     @staticmethod
     def jvp(ctx: Any, *dots: Any) -> tuple[Tensor, Tensor, None]:
@@ -325,7 +335,7 @@ class Push(Function):
         moved = system.tangents(dots[:5], x, False)
         if moved is not None:
             rhs = rhs + moved[0] - gain.unsqueeze(-1) * moved[1].unsqueeze(2)
-        x_dot, gain_dot, _ = Push.apply(*tensors, rhs, ctx.backend)
+        x_dot, gain_dot, _ = Push.apply(*tensors, rhs, ctx.order + 1, ctx.backend)
         return x_dot, gain_dot, None
 
     @staticmethod
@@ -349,7 +359,7 @@ class Flow(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, _, _, ctx.backend = inputs
+        *tensors, _, _, ctx.order, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*tensors, output[0])
@@ -359,12 +369,12 @@ class Flow(Function):
     def backward(ctx: Any, x_bar: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         *tensors, x = ctx.saved_tensors
         if x_bar is None:
-            return (None,) * 8
+            return (None,) * 9
         system = _System.of(tuple(tensors), ctx.backend)
-        rhs_bar, gain, _ = Push.apply(*tensors, x_bar, ctx.backend)
+        rhs_bar, gain, _ = Push.apply(*tensors, x_bar, ctx.order + 1, ctx.backend)
         needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4))
         transition_bar, policy_bar, discount_bar = system.cotangents(x, rhs_bar, gain, needs)
-        return transition_bar, None, None, policy_bar, discount_bar, rhs_bar, gain, None
+        return transition_bar, None, None, policy_bar, discount_bar, rhs_bar, gain, None, None
 
     @staticmethod
     def jvp(ctx: Any, *dots: Any) -> tuple[Tensor, None]:
@@ -376,7 +386,7 @@ class Flow(Function):
         if moved is not None:
             rhs = rhs + moved[0]
             mass = mass - (moved[1].unsqueeze(2) * x).sum(-1)
-        x_dot, _ = Flow.apply(*tensors, rhs, mass, ctx.backend)
+        x_dot, _ = Flow.apply(*tensors, rhs, mass, ctx.order + 1, ctx.backend)
         return x_dot, None
 
     @staticmethod
@@ -421,7 +431,7 @@ def discounted_sum(
 ) -> tuple[Tensor, Tensor]:
     """M⁻¹b (N, G, K, S) and its residual (N, G, K)."""
     tensors = (transition, crow, col, policy, discount)
-    x, gain, residual = Push.apply(*tensors, rhs, backend)
+    x, gain, residual = Push.apply(*tensors, rhs, 0, backend)
     exits = Exits.of(Rows(*tensors[:3], *policy.shape[-2:]).scale(), policy, discount)
     return x + (gain / exits.largest.unsqueeze(-1)).unsqueeze(-1), residual
 
@@ -441,4 +451,4 @@ def discounted_visits(
     exits = Exits.of(Rows(*tensors[:3], *policy.shape[-2:]).scale(), policy, discount)
     rhs = (1 - discount)[..., None, None] * start
     mass = exits.rest().unsqueeze(-1) * start.sum(-1)
-    return Flow.apply(*tensors, rhs, mass, backend)
+    return Flow.apply(*tensors, rhs, mass, 0, backend)

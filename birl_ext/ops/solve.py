@@ -166,7 +166,9 @@ def pull_back(
         source = source + point.discount.unsqueeze(-1) * pulled
         mass = mass - (folded.q * exits.leave()).sum((-1, -2))
     mass = (mass.unsqueeze(-1) * trust).squeeze(-1)
-    flow, _ = Flow.apply(*_system(point), (source * trust).unsqueeze(2), mass.unsqueeze(2), backend)
+    flow, _ = Flow.apply(
+        *_system(point), (source * trust).unsqueeze(2), mass.unsqueeze(2), 1, backend
+    )
     transition_bar, reference_bar, discount_bar, temperature_bar, weight = parameter_cotangents(
         point, folded, flow.squeeze(2), (needs[0], needs[2], needs[3], needs[4])
     )
@@ -237,7 +239,9 @@ class Solve(Function):
         q_dot, source, scale = backup_tangent(
             point, transition_dot, reward_dot, reference_dot, discount_dot, temperature_dot
         )
-        columns, gains, _ = Push.apply(*_system(point), (source * trust).unsqueeze(2), ctx.backend)
+        columns, gains, _ = Push.apply(
+            *_system(point), (source * trust).unsqueeze(2), 1, ctx.backend
+        )
         relative_dot, gain = columns.squeeze(2), gains.squeeze(2)
         ahead = point.gamma * point.rows.apply(relative_dot) * scale
         advantage_dot = q_dot + ahead - relative_dot.unsqueeze(-1)

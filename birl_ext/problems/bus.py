@@ -5,6 +5,7 @@ data.
 from __future__ import annotations
 
 import csv
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class BusConfig:
     """Unused: the estimate has no randomness."""
 
     def __post_init__(self) -> None:
-        check_settings(self, least={"discount": 0, "max_steps": 1}, below={"discount": 1})
+        check_settings(self, least={"discount": 0, "max_steps": 1}, below={"discount": 1 - 1e-12})
 
 
 class BusData(NamedTuple):
@@ -138,10 +139,10 @@ def _table(path: str, name: str) -> Tensor:
         whole = all(0 <= value <= _MOST_MONTHS and value.is_integer() for value in values)
         if len(values) != len(columns) or not whole:
             raise FileFormatError(
-                f"{path} has {','.join(cells)!r}",
+                f"{path} has {reprlib.repr(','.join(cells))}",
                 where=f"line {number}",
                 allowed=f"{','.join(columns)} as whole numbers, 0 to 2⁵³",
-                fix=f"write {len(columns)} whole numbers there, separated by commas",
+                fix=f"write {len(columns)} whole numbers there, or take out a line of totals",
             )
         rows.append((number, values))
     _require_numbering(path, columns, rows)

@@ -74,7 +74,8 @@ class RunDirectory:
             raise ConfigError(
                 "the run directory is not empty",
                 where=str(path),
-                fix=f"choose another --out, or go on with --resume {path}",
+                fix="choose another --out"
+                + (f", or go on with --resume {path}" if (path / CONFIG).is_file() else ""),
             )
         path.mkdir(parents=True, exist_ok=True)
         text = toml.dumps({"problem": problem, "config": dict(config)})

@@ -3,12 +3,12 @@
 
 #include <cstring>
 
-#include "cpu/entry/sweep.h"
 #include "cases.h"
 #include "check.h"
 #include "cpu/entry/policy_solve.h"
 #include "cpu/entry/solve.h"
 #include "cpu/entry/solve_vjp.h"
+#include "cpu/entry/sweep.h"
 
 namespace test {
 

@@ -1,13 +1,13 @@
 // The launchers of cuda/entry/block.h over the host double: with csrc/cuda/entry/module.cpp and
 // stub/cuda_runtime_api.h this makes a module `_cuda` that runs the kernels on the host, through
 // the same dispatch, selection and glue as on a GPU.
-#include "cuda/entry/sweep.h"
+#include "cuda/block/dispatch.h"
 #include "cuda/entry/block.h"
 #include "cuda/entry/grid.h"
-#include "cuda/block/dispatch.h"
+#include "cuda/entry/sweep.h"
+#include "cuda/grid/dispatch.h"
 #include "cuda/layer/host_team.h"
 #include "cuda/layer/host_wide_team.h"
-#include "cuda/grid/dispatch.h"
 
 namespace birl {
 

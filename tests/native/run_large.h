@@ -3,8 +3,8 @@
 
 #include <map>
 
-#include "cuda/layer/host_wide_team.h"
 #include "cuda/grid/dispatch.h"
+#include "cuda/layer/host_wide_team.h"
 #include "run_solve.h"
 
 namespace test {

@@ -4,8 +4,8 @@
 #include <cstring>
 
 #include "cases.h"
-#include "cuda/layer/host_team.h"
 #include "cuda/block/solve.h"
+#include "cuda/layer/host_team.h"
 
 namespace test {
 

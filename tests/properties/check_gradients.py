@@ -37,7 +37,7 @@ MODES = ("reverse reverse", "forward reverse", "forward forward")
 ASKED = (1e-9, 1e-6)  # at first and second order
 ROUNDINGS = 8
 ILL = 1e6  # κ from which a problem counts as ill-conditioned
-SURELY_WELL, SURELY_ILL = 1e4, 1e8  # below, no IllConditionedWarning may come; above, one must
+SURELY_WELL, SURELY_ILL = 10.0, 1e8  # below, no IllConditionedWarning may come; above, one must
 
 ZERO, ONE = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
 

@@ -248,7 +248,8 @@ def failure(
         Status.STAGNATED: (errors.StagnatedError, "stagnated"),
         Status.NON_FINITE: (errors.NonFiniteResultError, "overflowed"),
     }.get(code, (errors.NotConvergedError, "not converged"))
-    what, fix = f"{story}: certified error {bound:.3g} after {passes:.0f} passes", ""
+    known = f"certified error {bound:.3g} " if bound == bound else ""
+    what, fix = f"{story}: {known}after {passes:.0f} passes", ""
     if code == Status.NON_FINITE and not bool(
         transition.isfinite().all() & reward.isfinite().all()
     ):

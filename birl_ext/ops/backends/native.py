@@ -29,6 +29,7 @@ from birl_ext.errors import (
 from birl_ext.solution import INFO, Rigour
 
 __all__ = [
+    "LARGEST_CONDITION",
     "available",
     "build_info",
     "check_condition",
@@ -520,9 +521,9 @@ def solve_vjp(
     return wanted
 
 
-def check_condition(condition: float, problem: int) -> None:
+def check_condition(condition: float, problem: int, largest: float = LARGEST_CONDITION) -> None:
     """Warn where rounding costs a derivative more than it may: see IllConditionedWarning."""
-    if condition > LARGEST_CONDITION:
+    if condition > largest:
         warnings.warn(IllConditionedWarning(condition, problem), stacklevel=2)
 
 

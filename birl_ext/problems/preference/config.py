@@ -120,10 +120,8 @@ class PreferenceConfig:
     def __post_init__(self) -> None:
         check_settings(
             self,
-            least=_LEAST,
-            above=dict.fromkeys(
-                ("learning_rate", "reward_rate", "timeout", "temperature", "target_rate"), 0
-            )
+            least=_LEAST | {"temperature": 1e-12},  # by which float32 can divide
+            above=dict.fromkeys(("learning_rate", "reward_rate", "timeout", "target_rate"), 0)
             | {"entropy_share": 0, "limit": 1},
             most={"target_rate": 1},
             below={"discount": 1, "entropy_share": 1, "noise": 1},

@@ -7,10 +7,10 @@
 #include <limits>
 #include <stdexcept>
 
-#include "cpu/entry/sweep.h"
 #include "cpu/entry/policy_solve.h"
 #include "cpu/entry/solve.h"
 #include "cpu/entry/solve_vjp.h"
+#include "cpu/entry/sweep.h"
 
 namespace py = pybind11;
 using birl::Index;

@@ -6,11 +6,11 @@
 #include <limits>
 #include <memory>
 
-#include "cpu/support/aligned.h"
-#include "cpu/support/huge_pages.h"
-#include "cpu/solvers/policy_system_solver.h"
 #include "cpu/entry/solve.h"
 #include "cpu/isa/adjoint.h"
+#include "cpu/solvers/policy_system_solver.h"
+#include "cpu/support/aligned.h"
+#include "cpu/support/huge_pages.h"
 
 namespace birl {
 namespace {

@@ -1,4 +1,5 @@
-// Leaf loops of solve_vjp. As cpu/isa/dense.cpp, compiled several times: nothing here may be shared.
+// Leaf loops of solve_vjp. As cpu/isa/dense.cpp, compiled several times: nothing here may be
+// shared.
 #include "cpu/isa/adjoint.h"
 
 namespace birl::BIRL_ISA {

@@ -1,4 +1,5 @@
-// The kernels of cpu/isa/columns.h. As cpu/isa/dense.cpp, compiled several times: nothing may be shared.
+// The kernels of cpu/isa/columns.h. As cpu/isa/dense.cpp, compiled several times: nothing may be
+// shared.
 #include "cpu/isa/columns.h"
 
 #include "cpu/isa/simd.h"

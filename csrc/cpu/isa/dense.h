@@ -28,7 +28,8 @@ struct RowKernels {
 };
 
 // GTH elimination of A = D - N, N >= 0 off the diagonal: rows of magnitudes, nothing is subtracted.
-// See cpu/solvers/elimination.h. Rows are `stride` apart, at least kPadding more than n, and zero beyond n.
+// See cpu/solvers/elimination.h. Rows are `stride` apart, at least kPadding more than n, and zero
+// beyond n.
 struct EliminationKernels {
   static constexpr Index kPadding = 8;
   static constexpr Index kLargestBlock = 64;

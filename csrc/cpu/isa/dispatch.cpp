@@ -2,11 +2,11 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/isa/adjoint.h"
 #include "cpu/isa/columns.h"
-#include "cpu/isa/sliced.h"
 #include "cpu/isa/dense.h"
 #include "cpu/isa/packed.h"
-#include "cpu/isa/adjoint.h"
+#include "cpu/isa/sliced.h"
 
 namespace birl {
 

@@ -1,6 +1,6 @@
-// The kernels of cpu/isa/packed.h. This file is compiled several times with different instruction-set flags,
-// so it must instantiate nothing that another file could share: no standard containers, no
-// std::min.
+// The kernels of cpu/isa/packed.h. This file is compiled several times with different
+// instruction-set flags, so it must instantiate nothing that another file could share: no standard
+// containers, no std::min.
 #include "cpu/isa/packed.h"
 
 #include "core/scalar_math.h"

@@ -1,5 +1,5 @@
-// Vectors of doubles for the files that are compiled once per instruction set (cpu/isa/dense.h). Nothing
-// here may be shared between them.
+// Vectors of doubles for the files that are compiled once per instruction set (cpu/isa/dense.h).
+// Nothing here may be shared between them.
 #pragma once
 
 #include "core/common.h"

@@ -1,4 +1,5 @@
-// The kernels of cpu/isa/sliced.h. As cpu/isa/dense.cpp, compiled several times: nothing may be shared.
+// The kernels of cpu/isa/sliced.h. As cpu/isa/dense.cpp, compiled several times: nothing may be
+// shared.
 #include "cpu/isa/sliced.h"
 
 #include "cpu/isa/simd.h"

@@ -5,9 +5,9 @@
 
 namespace birl {
 
-// A sparse matrix in slices of eight rows (SlicedLayout in cpu/model/sparse.h). Its entries stand in groups
-// of eight: one of each row of a slice, or in a slice whose rows differ much in length, eight of
-// one row.
+// A sparse matrix in slices of eight rows (SlicedLayout in cpu/model/sparse.h). Its entries stand
+// in groups of eight: one of each row of a slice, or in a slice whose rows differ much in length,
+// eight of one row.
 struct SlicedMatrix {
   Index rows;
   const Index* start;          // of slice i: its first group; one more than there are slices

@@ -8,8 +8,8 @@
 
 #include <algorithm>
 
-#include "cpu/isa/sliced.h"
 #include "cpu/isa/dense.h"
+#include "cpu/isa/sliced.h"
 
 namespace birl {
 

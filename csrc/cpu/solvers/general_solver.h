@@ -7,13 +7,13 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/entry/policy_solve.h"
 #include "cpu/entry/sweep.h"
 #include "cpu/solvers/certificate.h"
 #include "cpu/solvers/elimination.h"
 #include "cpu/solvers/krylov.h"
 #include "cpu/solvers/outcome.h"
 #include "cpu/solvers/policy_matrix.h"
-#include "cpu/entry/policy_solve.h"
 #include "cpu/solvers/refinement.h"
 
 namespace birl {

@@ -1,9 +1,9 @@
 // What a solver hands back of one problem.
 #pragma once
 
-#include "cpu/solvers/certificate.h"
 #include "cpu/entry/solve.h"
 #include "cpu/model/validate.h"
+#include "cpu/solvers/certificate.h"
 
 namespace birl {
 

@@ -1,16 +1,17 @@
-// The whole fixed point of a small problem (cpu/isa/packed.h): value iteration in single precision as far as
-// it carries, then in double, and Newton's method with elimination where sweeps contract slowly.
+// The whole fixed point of a small problem (cpu/isa/packed.h): value iteration in single precision
+// as far as it carries, then in double, and Newton's method with elimination where sweeps contract
+// slowly.
 #pragma once
 
 #include <memory>
 #include <vector>
 
-#include "cpu/support/aligned.h"
+#include "cpu/isa/packed.h"
 #include "cpu/solvers/certificate.h"
 #include "cpu/solvers/elimination.h"
-#include "cpu/isa/packed.h"
 #include "cpu/solvers/outcome.h"
 #include "cpu/solvers/refinement.h"
+#include "cpu/support/aligned.h"
 
 namespace birl {
 

@@ -6,10 +6,10 @@
 #include <vector>
 
 #include "cpu/isa/columns.h"
-#include "cpu/support/huge_pages.h"
-#include "cpu/support/parallel.h"
 #include "cpu/model/sparse.h"
 #include "cpu/model/transition.h"
+#include "cpu/support/huge_pages.h"
+#include "cpu/support/parallel.h"
 
 namespace birl {
 

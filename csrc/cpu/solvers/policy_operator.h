@@ -1,6 +1,6 @@
-// A = I − γP_π or its transpose as an operator on blocks of columns (cpu/isa/columns.h). Vectors are
-// swept in chunks whose shape does not depend on the number of threads, and what has to be done to
-// a chunk of a product is done while it is in cache.
+// A = I − γP_π or its transpose as an operator on blocks of columns (cpu/isa/columns.h). Vectors
+// are swept in chunks whose shape does not depend on the number of threads, and what has to be done
+// to a chunk of a product is done while it is in cache.
 #pragma once
 
 #include <algorithm>

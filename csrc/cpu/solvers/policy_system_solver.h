@@ -6,10 +6,10 @@
 #include <limits>
 #include <memory>
 
+#include "cpu/entry/policy_solve.h"
 #include "cpu/solvers/elimination.h"
 #include "cpu/solvers/krylov.h"
 #include "cpu/solvers/policy_matrix.h"
-#include "cpu/entry/policy_solve.h"
 
 namespace birl {
 

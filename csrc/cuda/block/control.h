@@ -1,9 +1,9 @@
 // The decisions of one fixed-point iteration: certificate, stopping, and which step comes next.
 // Scalars only, executed by one thread of the team (Team::decide); the vectors are the kernel's.
 //
-// The rules are those of cpu/solvers/certificate.h and cpu/solvers/packed_solver.h: value iteration with the constant mode
-// deflated, and Newton's method with an elimination once the measured contraction of the half-span
-// predicts more sweeps than Newton costs.
+// The rules are those of cpu/solvers/certificate.h and cpu/solvers/packed_solver.h: value iteration
+// with the constant mode deflated, and Newton's method with an elimination once the measured
+// contraction of the half-span predicts more sweeps than Newton costs.
 #pragma once
 
 #include "core/common.h"
@@ -145,9 +145,9 @@ struct SolveControl {
                 larger(magnitude(range.delta_low), magnitude(range.delta_high)));
   }
 
-  // Rounding error of one component of δ: units of eps·scale as in cpu/solvers/certificate.h, 8 for the
-  // operations after the row sums, and the dependent additions of row sums and soft maximum. Of a
-  // subnormal τ there is no 1/τ, and no bound.
+  // Rounding error of one component of δ: units of eps·scale as in cpu/solvers/certificate.h, 8 for
+  // the operations after the row sums, and the dependent additions of row sums and soft maximum. Of
+  // a subnormal τ there is no 1/τ, and no bound.
   BIRL_DEVICE double rounding() const {
     if (!is_finite(1.0 / temperature)) return kInf;
     const double beyond = 0.5 * kEps * larger(actions - 64.0, 0.0) * temperature;

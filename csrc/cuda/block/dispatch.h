@@ -1,5 +1,6 @@
 // From a request to a kernel and its grid: the code between a launcher and the kernels, the same
-// for the GPU (cuda/entry/block_solve.cu, cuda/entry/block_policy_solve.cu) and for the host (tests/native).
+// for the GPU (cuda/entry/block_solve.cu, cuda/entry/block_policy_solve.cu) and for the host
+// (tests/native).
 //
 // Each function calls body(kernel, grid) with the kernel of the plan that selection.h makes, and
 // returns what it returns.
@@ -7,9 +8,9 @@
 
 #include "cuda/block/outer.h"
 #include "cuda/block/policy_solve.h"
-#include "cuda/entry/requests.h"
 #include "cuda/block/selection.h"
 #include "cuda/block/solve.h"
+#include "cuda/entry/requests.h"
 
 namespace birl::device {
 

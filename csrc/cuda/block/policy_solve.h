@@ -1,5 +1,6 @@
 // (I − γP_π) x = b or its transpose, for all right-hand sides of one problem (n, g), by one block:
-// subtraction-free elimination (cpu/solvers/elimination.h), the residual from P again, one refinement.
+// subtraction-free elimination (cpu/solvers/elimination.h), the residual from P again, one
+// refinement.
 //
 // Work: N = γP_π is formed with a thread per entry, eliminated together with the K columns of b,
 // and formed once more for the residual, which the elimination has overwritten. Bytes: P twice or
@@ -10,9 +11,9 @@
 // side that is not finite makes its own solution NaN and no other.
 #pragma once
 
+#include "cuda/block/control.h"
 #include "cuda/block/elimination.h"
 #include "cuda/block/rows.h"
-#include "cuda/block/control.h"
 
 namespace birl::device {
 

@@ -1,12 +1,14 @@
-// The fixed point V* = TV* of one problem (n, g) by one team; the algorithm of cpu/solvers/packed_solver.h and
-// the bound of cpu/solvers/certificate.h, in the relative form V = c + W.
+// The fixed point V* = TV* of one problem (n, g) by one team; the algorithm of
+// cpu/solvers/packed_solver.h and the bound of cpu/solvers/certificate.h, in the relative form V =
+// c + W.
 //
 // Work of one sweep, with a barrier after each line:
 //   rows     q'(s,a) = r + γ Σ_t P W(t)/σ           a thread owns whole rows
 //   rows     e(s,a) = exp((q' − max_a q')/τ + log μ)  each reads its state's A numbers
 //   states   tw = τ log Σ_a e, δ = tw − W − (1−γ)c, and the range of both over all states
 //   control  one thread: certificate, and what comes next (solve_control.h)
-//   states   W := tw, or Newton's step: form N = γP_π, eliminate (cpu/solvers/elimination.h), W := W + x
+//   states   W := tw, or Newton's step: form N = γP_π, eliminate (cpu/solvers/elimination.h), W :=
+//   W + x
 // Bytes per problem: reads P once (homes on chip), S·A rewards a sweep (L1), writes 8·S + 4·S·A
 // numbers. Floor: P and the tables at the memory's speed; a sweep on chip waits for four barriers
 // and two chains of some thirty dependent operations (exp, log).
@@ -14,10 +16,10 @@
 // problem writes NaN and its status, and touches nothing else.
 #pragma once
 
+#include "cuda/block/control.h"
 #include "cuda/block/elimination.h"
 #include "cuda/block/rows.h"
 #include "cuda/block/soft_maximum.h"
-#include "cuda/block/control.h"
 
 namespace birl::device {
 

@@ -1,5 +1,5 @@
-// What is wrong with a problem, from its Findings: the first thing in the order of cpu/model/validate.h, its
-// place and its value.
+// What is wrong with a problem, from its Findings: the first thing in the order of
+// cpu/model/validate.h, its place and its value.
 #pragma once
 
 #include "cuda/block/solve.h"

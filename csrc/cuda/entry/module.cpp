@@ -6,10 +6,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/entry/sweep.h"
+#include "cuda/block/selection.h"
 #include "cuda/entry/block.h"
 #include "cuda/entry/grid.h"
-#include "cuda/block/selection.h"
+#include "cuda/entry/sweep.h"
 
 namespace py = pybind11;
 using birl::DeviceBatch;

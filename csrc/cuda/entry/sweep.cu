@@ -11,8 +11,8 @@
 // Invariant: V enters relative to V(n, g, 0), so rounding is relative to the span of V. A butterfly
 // sum gives every lane the same bits; nothing is accumulated across warps, so results do not depend
 // on the schedule.
-#include "cuda/entry/sweep.h"
 #include "core/log_sum_exp.h"
+#include "cuda/entry/sweep.h"
 
 namespace birl {
 namespace {

@@ -19,9 +19,9 @@
 // that is not finite makes its own solution NaN and no other.
 #pragma once
 
-#include "cuda/grid/column_norms.h"
-#include "cuda/entry/requests.h"
 #include "cuda/block/control.h"
+#include "cuda/entry/requests.h"
+#include "cuda/grid/column_norms.h"
 #include "cuda/grid/rows.h"
 
 namespace birl::device {

@@ -11,8 +11,8 @@
 #pragma once
 
 #include "cuda/block/control.h"
-#include "cuda/layer/wide_layer.h"
 #include "cuda/grid/pattern.h"
+#include "cuda/layer/wide_layer.h"
 
 namespace birl::device {
 

@@ -21,12 +21,12 @@
 // NaN and its status, and touches nothing else.
 #pragma once
 
-#include "cuda/entry/batch.h"
-#include "cuda/grid/soft_maximum.h"
-#include "cuda/grid/control.h"
-#include "cuda/entry/requests.h"
 #include "cuda/block/verdict.h"
+#include "cuda/entry/batch.h"
+#include "cuda/entry/requests.h"
+#include "cuda/grid/control.h"
 #include "cuda/grid/rows.h"
+#include "cuda/grid/soft_maximum.h"
 
 namespace birl::device {
 

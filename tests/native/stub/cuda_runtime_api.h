@@ -1,5 +1,5 @@
-// The few names of the CUDA runtime that cuda/entry/module.cpp and the launchers' headers use, for a
-// machine without a toolkit: every device is the host.
+// The few names of the CUDA runtime that cuda/entry/module.cpp and the launchers' headers use, for
+// a machine without a toolkit: every device is the host.
 #pragma once
 
 #define CUDART_VERSION 0
