@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from birl_ext.errors import OptionError, ShapeError
-from birl_ext.functional import solve
+from birl_ext.functional import BackendName, MethodName, solve
 from birl_ext.model import checks as validation
+from birl_ext.model.mdp import SparseMDP
 from birl_ext.solution import Solution
 
-__all__ = ["SoftPlanner"]
+__all__ = ["SoftPlanner", "SolveOptions"]
+
+
+class SolveOptions(TypedDict, total=False):
+    """What of `birl_ext.solve` does not depend on the problem."""
+
+    method: MethodName
+    tol: float | None
+    max_iterations: int | None
+    on_fail: Literal["raise", "status"]
+    validate: validation.Level
+    backend: BackendName
 
 
 class SoftPlanner(nn.Module):
@@ -23,13 +36,19 @@ class SoftPlanner(nn.Module):
         π(a|s) ∝ μ(a|s) exp(Q*(s,a)/τ)
 
     Args:
-        discount: γ in [0, 1), per step.
-        temperature: τ > 0, units of reward: its value, or its start if it is learned.
-        transition: P, (*B, S, A, S), kept as a buffer; None: given at each call.
+        discount: γ in [0, 1), per step; may be set between calls.
+        temperature: τ > 0, units of reward: its value, or its start if it is learned; may be set
+            between calls.
+        transition: P, (*B, S, A, S), or a sparse CSR tensor (S·A, S), kept as buffers; None: given
+            at each call.
         learn_temperature: make log τ a parameter, (1,), in the dtype of the transition, by default
             that of new modules.
-        mask, terminal, reference, initial: as in `birl_ext.solve`, kept as buffers.
+        mask, terminal, reference, initial: as in `birl_ext.solve`, kept as buffers. Those given at
+            a call take their place.
         options: further keyword arguments of `birl_ext.solve`, such as method and tol.
+
+    Raises:
+        OptionError: an option that `birl_ext.solve` does not have.
 
     Shapes: reward (*B, S, A) → Solution with value (*B, S) and policy (*B, S, A).
 
@@ -46,6 +65,8 @@ class SoftPlanner(nn.Module):
     terminal: Tensor | None
     reference: Tensor | None
     initial: Tensor | None
+    crow: Tensor | None
+    col: Tensor | None
 
     def __init__(
         self,
@@ -58,9 +79,16 @@ class SoftPlanner(nn.Module):
         terminal: Tensor | None = None,
         reference: Tensor | None = None,
         initial: Tensor | None = None,
-        **options: Any,
+        **options: Unpack[SolveOptions],
     ) -> None:
         super().__init__()
+        for name in options.keys() - SolveOptions.__annotations__.keys():
+            near = difflib.get_close_matches(name, SolveOptions.__annotations__, 1)
+            raise OptionError(
+                f"SoftPlanner has no option {name!r}",
+                allowed=", ".join(SolveOptions.__annotations__),
+                fix=f"use {near[0]}" if near else "leave it out",
+            )
         validation.check_temperature(temperature)
         shape = torch.as_tensor(temperature).shape
         if shape.numel() != 1:
@@ -68,12 +96,18 @@ class SoftPlanner(nn.Module):
                 f"temperature has shape {tuple(shape)}",
                 allowed="one number for all problems",
             )
+        crow = col = None
+        if isinstance(transition, Tensor) and transition.layout == torch.sparse_csr:
+            crow, col = transition.crow_indices(), transition.col_indices()
+            transition = transition.values()
         if transition is not None:
             transition = validation.as_floating("transition", transition)
         self.discount = discount
         self.options = options
         buffers = {
             "transition": transition,
+            "crow": crow,
+            "col": col,
             "mask": mask,
             "terminal": terminal,
             "reference": reference,
@@ -90,8 +124,59 @@ class SoftPlanner(nn.Module):
         else:
             self.register_buffer("log_temperature", start)
 
-    def forward(self, reward: Tensor, transition: Tensor | None = None) -> Solution:
-        """Solve for rewards (*B, S, A); a transition given here takes the place of the buffer."""
+    @property
+    def discount(self) -> float:
+        """γ."""
+        return self._discount
+
+    @discount.setter
+    def discount(self, discount: float) -> None:
+        validation.check_discount(discount)
+        self._discount = discount
+
+    @property
+    def temperature(self) -> float:
+        """τ, as it is now."""
+        return float(self.log_temperature.detach().exp())
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        validation.check_temperature(temperature)
+        with torch.no_grad():
+            self.log_temperature.fill_(math.log(temperature))
+
+    def forward(
+        self,
+        reward: Tensor,
+        transition: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        terminal: Tensor | None = None,
+        reference: Tensor | None = None,
+        initial: Tensor | None = None,
+    ) -> Solution:
+        """Solve for rewards (*B, S, A); what is given here takes the place of the buffers."""
+        extras = {
+            "mask": self.mask if mask is None else mask,
+            "terminal": self.terminal if terminal is None else terminal,
+            "reference": self.reference if reference is None else reference,
+        }
+        temperature = self.log_temperature.double().exp().squeeze(0)
+        initial = self.initial if initial is None else initial
+        if transition is None and self.crow is not None:
+            assert self.transition is not None
+            assert self.col is not None
+            options: dict[str, Any] = dict(self.options)
+            mdp = SparseMDP(
+                reward,
+                self.transition,
+                self.crow,
+                self.col,
+                self.discount,
+                **extras,
+                validate=options.pop("validate", "full"),
+            )
+            return solve(mdp, temperature=temperature, initial=initial, **options)
         given = self.transition if transition is None else transition
         if given is None:
             raise OptionError(
@@ -103,13 +188,14 @@ class SoftPlanner(nn.Module):
             reward,
             given,
             discount=self.discount,
-            temperature=self.log_temperature.double().exp().squeeze(0),
-            mask=self.mask,
-            terminal=self.terminal,
-            reference=self.reference,
-            initial=self.initial,
+            temperature=temperature,
+            initial=initial,
+            **extras,
             **self.options,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftPlanner:
         rows = self.transition
@@ -124,12 +210,20 @@ class SoftPlanner(nn.Module):
             if moved.dtype in (torch.float16, torch.bfloat16):
                 return tensor.to(moved.device, torch.float32)
             if moved.dtype.itemsize > tensor.dtype.itemsize:
-                total = moved.sum(-1, keepdim=True)
+                total = self._row_sums(moved)
                 return moved / torch.where(total == 0, 1.0, total)
             return moved
 
         super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _row_sums(self, values: Tensor) -> Tensor:
+        """Of P, for each of its entries."""
+        if self.crow is None:
+            return values.sum(-1, keepdim=True)
+        counts = self.crow.diff().to(values.device)
+        rows = torch.arange(len(counts), device=values.device).repeat_interleave(counts)
+        return values.new_zeros(len(counts)).index_add(0, rows, values)[rows]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """State dicts of the time when log τ was 0-d hold no mask and the like."""
@@ -142,6 +236,5 @@ class SoftPlanner(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
-        temperature = float(self.log_temperature.detach().exp())
         learned = ", learned" if isinstance(self.log_temperature, nn.Parameter) else ""
-        return f"discount={self.discount}, temperature={temperature:.4g}{learned}"
+        return f"discount={self.discount}, temperature={self.temperature:.4g}{learned}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -115,3 +116,73 @@ def test_former_state_dicts_are_read(learn: bool, assign: bool) -> None:
 def test_what_is_no_tensor_is_refused(name: str) -> None:
     with pytest.raises(birl_ext.errors.DtypeError, match=f"E302 {name} is"):
         SoftPlanner(discount=0.9, temperature=0.1, **{name: [1.0, 0.0]})
+
+
+def test_discount_and_temperature_are_scheduled() -> None:
+    layer = planner(torch.float64)
+    for discount, temperature in ((0.9, 0.1), (0.5, 1.0), (0.99, 0.03)):
+        layer.discount, layer.temperature = discount, temperature
+        assert layer.transition is not None
+        want = birl_ext.solve(
+            REWARD, layer.transition, discount=discount, temperature=layer.temperature
+        )
+        assert layer.temperature == pytest.approx(temperature, rel=1e-15)
+        torch.testing.assert_close(layer(REWARD).policy, want.policy, rtol=1e-12, atol=0)
+    learned = planner(torch.float64, learn_temperature=True)
+    kept = learned.log_temperature
+    learned.temperature = 0.5
+    assert learned.log_temperature is kept
+    with pytest.raises(birl_ext.errors.TemperatureError):
+        layer.temperature = 0.0
+    with pytest.raises(birl_ext.errors.DiscountError):
+        layer.discount = 1.0
+    assert (layer.discount, repr(layer)[:25]) == (0.99, "SoftPlanner(discount=0.99")
+
+
+def test_what_restricts_a_problem_may_differ_by_call() -> None:
+    layer = restricted()
+    masks = torch.ones(2, 5, 2, dtype=torch.bool)
+    masks[1, 2, 0] = False
+    ends = torch.zeros(2, 5, dtype=torch.bool)
+    reference = torch.full((5, 2), 0.5, dtype=torch.float64)
+    rewards = torch.stack([REWARD, 2 * REWARD])
+    found = layer(rewards, mask=masks, terminal=ends, reference=reference)
+    assert layer.transition is not None
+    for i in range(2):
+        want = birl_ext.solve(
+            rewards[i],
+            layer.transition,
+            discount=0.9,
+            temperature=layer.temperature,
+            mask=masks[i],
+            terminal=ends[i],
+            reference=reference,
+        )
+        torch.testing.assert_close(found.problem(i).policy, want.policy, rtol=1e-12, atol=0)
+
+
+def test_a_sparse_transition() -> None:
+    dense = planner(torch.float64)
+    assert dense.transition is not None
+    rows = dense.transition.reshape(10, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's CSR tensors are in beta
+        layer = SoftPlanner(discount=0.9, temperature=0.1, transition=rows.to_sparse_csr())
+    reward = REWARD.clone().requires_grad_()
+    found, want = layer(reward), dense(REWARD)
+    torch.testing.assert_close(found.policy, want.policy, rtol=1e-12, atol=0)
+    found.policy[:, 0].sum().backward()
+    assert reward.grad is not None
+    assert reward.grad.abs().sum() > 0
+    assert {"transition", "crow", "col"} <= layer.state_dict().keys()
+    wide = layer.float().double()
+    assert wide.transition is not None
+    sums = torch.stack([wide.transition[5 * i : 5 * i + 5].sum() for i in range(10)])
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-15, atol=0)
+    assert wide(REWARD).status == 0
+
+
+@pytest.mark.parametrize(("name", "near"), [("max_iteration", "use max_iterations"), ("xyz", "")])
+def test_an_unknown_option_is_refused_at_once(name: str, near: str) -> None:
+    with pytest.raises(birl_ext.errors.OptionError, match=f"no option '{name}'.*{near}"):
+        SoftPlanner(discount=0.9, temperature=0.1, **{name: 3})
