@@ -21,7 +21,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext import solution
-from birl_ext.ops.backends import native
+from birl_ext.ops.backends import loader
 
 SHAPES = (
     (1, 1, 1),
@@ -161,7 +161,7 @@ def main() -> int:
     device = torch.device(options.device)
     failures, reached, count = [], set(), 0
     host = torch.device("cpu")
-    other = "torch" if device.type == "cpu" or native.reason("cpu") else "cpu"
+    other = "torch" if device.type == "cpu" or loader.reason("cpu") else "cpu"
     pairs = zip(touches(device, options.brief), touches(host, options.brief), strict=True)
     for touch, reference in pairs:
         count += 1

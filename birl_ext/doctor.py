@@ -64,10 +64,10 @@ def _torch_version() -> str:
 
 def _modules() -> dict[str, str]:
     try:
-        native = importlib.import_module("birl_ext.ops.backends.native")
+        loader = importlib.import_module("birl_ext.ops.backends.loader")
     except ImportError as error:
         return {"_cpu, _cuda": f"not loaded: {error}; PyTorch computes the same answers, slower"}
-    found: Mapping[str, Mapping[str, Any]] = native.report()
+    found: Mapping[str, Mapping[str, Any]] = loader.report()
     return {name: _module(entry) for name, entry in found.items()}
 
 

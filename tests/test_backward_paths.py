@@ -19,12 +19,12 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext.model.mdp import DenseMDP, SparseMDP
-from birl_ext.ops.backends import choice, native
+from birl_ext.ops.backends import choice, loader, native
 from birl_ext.ops.solve import solve as solve_op
 from birl_ext.solution import Solution
 
-if native.reason("cpu"):
-    pytest.skip(f"no compiled CPU module: {native.reason('cpu')}", allow_module_level=True)
+if loader.reason("cpu"):
+    pytest.skip(f"no compiled CPU module: {loader.reason('cpu')}", allow_module_level=True)
 
 # forward mode makes torch load decompositions that it still scripts
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

@@ -39,7 +39,7 @@ from birl_ext import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-NATIVE = birl_ext.ops.backends.native.reason("cpu")
+NATIVE = birl_ext.ops.backends.loader.reason("cpu")
 QUICK = Plan(quick=True, seconds=0.0, samples=(1, 1))
 CPU = torch.device("cpu")
 NO_GARBAGE = SimpleNamespace(collect=int, disable=int, enable=int)

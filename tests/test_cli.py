@@ -464,12 +464,12 @@ def test_doctor_runs_from_a_folder(birl, monkeypatch):
 
 
 def test_doctor_says_why_a_module_did_not_load(birl, monkeypatch):
-    native = types.ModuleType("birl_ext.ops.backends.native")
-    native.report = lambda: {
+    loader = types.ModuleType("birl_ext.ops.backends.loader")
+    loader.report = lambda: {
         "_cpu": {"loaded": True, "reason": "", "build_info": {"version": "1.2", "isa": "avx2"}},
         "_cuda": {"loaded": False, "reason": "the driver is too old", "build_info": {}},
     }
-    monkeypatch.setitem(sys.modules, "birl_ext.ops.backends.native", native)
+    monkeypatch.setitem(sys.modules, "birl_ext.ops.backends.loader", loader)
     status, out, _ = birl("doctor")
     assert status == 0
     assert "  _cpu   loaded; version 1.2, isa avx2\n" in out

@@ -21,7 +21,7 @@ import torch
 
 import birl_ext
 from birl_ext import errors
-from birl_ext.ops.backends import choice, cuda, native
+from birl_ext.ops.backends import choice, cuda, loader, native
 from birl_ext.ops.rows import Rows
 from birl_ext.solution import Info, Kernel, Status
 
@@ -47,6 +47,7 @@ def compile_module(folder: Path) -> Path:
         *("-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread"),
         *(f"-I{folder}" for folder in includes),
         f'-DBIRL_VERSION="{birl_ext.__version__}"',
+        f'-DBIRL_SOURCES="{loader.build_info("cpu")["sources"]}"',
         '-DBIRL_CUDA_ARCHITECTURES="75-real 80-real 90"',
         *map(str, sources),
         *("-o", str(out)),
@@ -71,9 +72,9 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 @pytest.fixture
 def gpu(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """CPU tensors go to the CUDA glue, and the glue to the host double."""
-    backend = native._Backend("cuda")
+    backend = loader._Backend("cuda")
     backend._tried, backend.module = True, module
-    monkeypatch.setitem(native._backends, "cuda", backend)
+    monkeypatch.setitem(loader._backends, "cuda", backend)
     monkeypatch.setattr(cuda, "_stream", lambda index: 0)
     monkeypatch.setattr(cuda, "_index", lambda device: 0)
     # the short way to the CPU's kernels is not for tensors on a GPU
@@ -430,7 +431,7 @@ def test_a_refused_launch_ends_in_pytorch(gpu: ModuleType, monkeypatch: pytest.M
     reward, transition = problem(17, 3, torch.float64)
     fake = ModuleType("fake")
     fake.__dict__.update({**vars(gpu), "solve": refuse})
-    native._backends["cuda"].module = fake
+    loader._backends["cuda"].module = fake
     options = {"discount": 0.9, "temperature": 0.1}
     with pytest.warns(errors.BackendFallbackWarning, match="out of resources"):
         found = birl_ext.solve(reward, transition, **options)

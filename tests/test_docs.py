@@ -300,7 +300,7 @@ def test_equations_are_numbered_in_order() -> None:
             ["maths.md#no", "none.md"],
         ),
         ("birl_ext/ops/, `csrc/absent` and `tests/absent.py`", ["csrc/absent", "tests/absent.py"]),
-        ("in lanes.h, core/common.h, absent.h, https://a.org/b.py", ["absent.h"]),
+        ("in packed.h, core/common.h, absent.h, https://a.org/b.py", ["absent.h"]),
         ("benchmarks/results/cpu_*.json, tests/native", []),
     ],
 )

@@ -19,11 +19,11 @@ from test_native import EPS, Case, fixed_point, make_case, normalised, run_solve
 
 import birl_ext
 from birl_ext import errors
-from birl_ext.ops.backends import native
+from birl_ext.ops.backends import loader, native
 from birl_ext.solution import Info, Kernel, Status
 
-if native.reason("cpu"):
-    pytest.skip(f"no compiled CPU module: {native.reason('cpu')}", allow_module_level=True)
+if loader.reason("cpu"):
+    pytest.skip(f"no compiled CPU module: {loader.reason('cpu')}", allow_module_level=True)
 
 F32, F64 = torch.float32, torch.float64
 GENERAL = 144  # states: too many for the solver of small problems, and whole vectors
@@ -51,7 +51,7 @@ def data(
 
 def call(entry: str, n: int, g: int, k: int, s: int, a: int, crow: int = 0, nnz: int = 0) -> None:
     """An entry point of the compiled module on sizes alone: it must not reach for the memory."""
-    module = native.require("cpu")
+    module = loader.require("cpu")
     model = (1, n, g, s, a, 0, crow, crow, nnz)
     if entry == "sweep":
         module.sweep(*model, *[0] * 9, 1)
@@ -311,7 +311,8 @@ def test_memory_that_runs_out_is_a_memory_error() -> None:
 
         import torch
 
-        from birl_ext.ops.backends import native
+        from birl_ext.ops.backends import loader
+        from birl_ext.ops.backends import native, loader
 
         torch.set_default_dtype(torch.float64)
         transition = torch.full((1, 3000, 1, 3000), 1 / 3000)

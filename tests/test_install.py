@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from birl_ext.ops.backends import loader
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("pyproject.toml", "CMakeLists.txt", "cmake", "README.md", "LICENSE", "csrc", "birl_ext")
 
@@ -87,6 +89,13 @@ def test_cuda_on_without_nvcc_is_an_error(tree: Path) -> None:
     assert done.returncode != 0
 
 
+@pytest.fixture
+def lone(tree: Path) -> Path:
+    """Sources that are no clone: the modules of an installed package are not for them."""
+    shutil.rmtree(tree / "csrc")
+    return tree
+
+
 def run_in(tree: Path, program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("BIRL_")}
     return subprocess.run(
@@ -101,10 +110,10 @@ USE_TWICE = """
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         import torch, birl_ext
-        from birl_ext.ops.backends import native
+        from birl_ext.ops.backends import loader
         assert not [w for w in seen if w.category is BackendFallbackWarning], "warned at import"
-        assert not native.available("cpu")
-        assert not native.available("cpu")
+        assert not loader.available("cpu")
+        assert not loader.available("cpu")
         p = torch.full((3, 2, 3), 1 / 3, dtype=torch.float64)
         r = torch.ones(3, 2, dtype=torch.float64)
         v = birl_ext.solve(r, p, discount=0.5, temperature=1e-3).value
@@ -122,29 +131,55 @@ def suffix() -> str:
 
 
 @pytest.mark.parametrize("fault", ["absent", "not_a_library", "another_version"])
-def test_unusable_module_gives_one_warning_and_the_torch_path(tree: Path, fault: str) -> None:
+def test_unusable_module_gives_one_warning_and_the_torch_path(lone: Path, fault: str) -> None:
     if fault == "not_a_library":
-        (tree / "birl_ext" / f"_cpu{suffix()}").write_bytes(b"\x7fELF and nothing else")
+        (lone / "birl_ext" / f"_cpu{suffix()}").write_bytes(b"\x7fELF and nothing else")
     if fault == "another_version":
-        (tree / "birl_ext" / "_cpu.py").write_text("def build_info(): return {'version': '0.0.1'}")
+        (lone / "birl_ext" / "_cpu.py").write_text("def build_info(): return {'version': '0.0.1'}")
     done = run_in(tree, USE_TWICE)
     assert done.returncode == 0, done.stderr
     told = {"absent": "not built", "not_a_library": "does not load", "another_version": "0.0.1"}
     assert told[fault] in done.stdout
 
 
-def test_required_extension_makes_a_missing_module_an_error_at_first_use(tree: Path) -> None:
+def test_a_clone_uses_the_module_of_the_installed_package_and_only_of_the_same_sources(
+    tree: Path, tmp_path: Path
+) -> None:
+    """As in a clone with a virtual environment in it: the sources shadow what was installed."""
+    if loader.reason("cpu"):
+        pytest.skip("no compiled CPU module")
+    site = tmp_path / "site" / "birl_ext"
+    site.mkdir(parents=True)
+    file = loader._backends["cpu"].require().__file__
+    assert file is not None
+    (site / f"_cpu{suffix()}").symlink_to(file)
+    path = os.pathsep.join([str(tree), str(site.parent)])
     program = """
         import birl_ext
-        from birl_ext.ops.backends import native
-        assert not native.report()["_cpu"]["loaded"]
+        from birl_ext.ops.backends import loader
+        print(loader.available("cpu"), loader.reason("cpu"))
+    """
+    done = run_in(tree, program, PYTHONPATH=path)
+    assert done.stdout.startswith("True"), done.stderr
+    (header := tree / "csrc" / "core" / "common.h").write_text(header.read_text() + "// changed")
+    done = run_in(tree, program, PYTHONPATH=path)
+    assert "False" in done.stdout
+    assert "was built from other sources than" in done.stdout
+    assert "reinstall birl_ext" in done.stderr
+
+
+def test_required_extension_makes_a_missing_module_an_error_at_first_use(lone: Path) -> None:
+    program = """
+        import birl_ext
+        from birl_ext.ops.backends import loader
+        assert not loader.report()["_cpu"]["loaded"]
         from birl_ext.errors import BackendUnavailableError
         try:
-            native.available("cpu")
+            loader.available("cpu")
         except BackendUnavailableError as error:
             print(error)
     """
-    done = run_in(tree, program, BIRL_REQUIRE_EXT="1")
+    done = run_in(lone, program, BIRL_REQUIRE_EXT="1")
     assert done.returncode == 0, done.stderr
     assert "BIRL-E601" in done.stdout
     assert "not built" in done.stdout

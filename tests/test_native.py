@@ -18,11 +18,11 @@ import torch
 from processes import fork
 
 from birl_ext.errors import DeviceError, DtypeError, ShapeError
-from birl_ext.ops.backends import native
+from birl_ext.ops.backends import loader, native
 from birl_ext.solution import Info, Kernel, Rigour, Status
 
-if native.reason("cpu") and os.environ.get("BIRL_REQUIRE_EXT") != "1":
-    pytest.skip(f"no compiled CPU module: {native.reason('cpu')}", allow_module_level=True)
+if loader.reason("cpu") and os.environ.get("BIRL_REQUIRE_EXT") != "1":
+    pytest.skip(f"no compiled CPU module: {loader.reason('cpu')}", allow_module_level=True)
 
 EPS = np.finfo(np.float64).eps
 SIZES = [1, 2, 31, 32, 33, 65, 130]
@@ -717,6 +717,6 @@ def test_interrupt_ends_a_long_solve() -> None:
 
 
 def test_build_info_is_reported() -> None:
-    entry = native.report()["_cpu"]
+    entry = loader.report()["_cpu"]
     assert entry["loaded"]
     assert entry["build_info"]["instruction_set"] in entry["build_info"]["instruction_sets"]

@@ -15,11 +15,11 @@ from torch import Tensor
 import birl_ext
 from birl_ext.errors import BirlError
 from birl_ext.ops import fast as plain
-from birl_ext.ops.backends import native
+from birl_ext.ops.backends import loader
 from birl_ext.solution import Solution
 
-if native.reason("cpu"):
-    pytest.skip(f"no compiled CPU module: {native.reason('cpu')}", allow_module_level=True)
+if loader.reason("cpu"):
+    pytest.skip(f"no compiled CPU module: {loader.reason('cpu')}", allow_module_level=True)
 
 # forward mode makes torch load decompositions that it still scripts
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

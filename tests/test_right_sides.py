@@ -12,10 +12,10 @@ import pytest
 import torch
 from test_native import EPS, STORAGE, Case, linear_solve, make_case, policy_system, run_policy_solve
 
-from birl_ext.ops.backends import native
+from birl_ext.ops.backends import loader
 
-if native.reason("cpu") and os.environ.get("BIRL_REQUIRE_EXT") != "1":
-    pytest.skip(f"no compiled CPU module: {native.reason('cpu')}", allow_module_level=True)
+if loader.reason("cpu") and os.environ.get("BIRL_REQUIRE_EXT") != "1":
+    pytest.skip(f"no compiled CPU module: {loader.reason('cpu')}", allow_module_level=True)
 
 COLUMNS = [1, 3, 4, 8, 9, 17]
 
@@ -172,7 +172,7 @@ def test_constants_cost_no_products_in_either_direction(count: int, sparse: bool
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_other_instruction_sets_agree(isa: str) -> None:
     """The kernels are chosen once per process: the same test once more in another."""
-    if isa not in native.build_info("cpu")["instruction_sets"]:
+    if isa not in loader.build_info("cpu")["instruction_sets"]:
         pytest.skip(f"{isa} is not compiled in")
     selection = "solved_as_if_alone and auto and float64 and (hub or dense)"
     done = subprocess.run(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import birl_ext
-from birl_ext.ops.backends import native as _native
+from birl_ext.ops.backends import loader
 
 __all__ = [
     "bandwidth",
@@ -176,7 +176,7 @@ def missing(*packages: str) -> str:
 def header(command: str, device: torch.device, threads: int, quick: bool) -> dict[str, Any]:
     """Date, machine, versions and command of a run; nothing that names a host or a folder."""
     kind = "_cuda" if device.type == "cuda" else "_cpu"
-    native = _native.report()[kind]
+    native = loader.report()[kind]
     return {
         "format": FORMAT,
         "date": today(),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.ops.backends import choice, native
+from birl_ext.ops.backends import choice, loader, native
 from birl_ext.ops.solve import Saved, pull_back, resolved
 from birl_ext.ops.transforms import PLAIN, are_ordinary, is_first_order, nobody_listens
 from birl_ext.solution import Info
@@ -150,7 +150,7 @@ def solve(
         and reward.is_contiguous()
         and transition.is_contiguous()
         and are_ordinary((reward, transition))
-        and native.available("cpu")
+        and loader.available("cpu")
     ):
         return None
     if torch.is_grad_enabled() and (reward.requires_grad or transition.requires_grad):

@@ -27,10 +27,10 @@ from oracle import exact
 
 import birl_ext
 from birl_ext.errors import IllConditionedWarning, TerminalChoiceWarning
-from birl_ext.ops.backends import native
+from birl_ext.ops.backends import loader
 from birl_ext.solution import Solution
 
-BACKENDS = ["torch"] if native.reason("cpu") else ["cpu", "torch"]
+BACKENDS = ["torch"] if loader.reason("cpu") else ["cpu", "torch"]
 TABLES = ("value", "q", "advantage", "policy", "log_policy")
 SHOWN = 3  # elements of a batch that are compared with the oracle
 TORCH_PASSES = 300  # of a method that makes many: one takes the PyTorch backend a millisecond

@@ -23,7 +23,7 @@ from birl_bench import machine, workloads
 from birl_bench.harness import Plan, Wrong, facts, no_collection, processor_time
 from birl_bench.workloads import DenseProblem
 from birl_ext.ops import solve as ops_solve
-from birl_ext.ops.backends import native
+from birl_ext.ops.backends import loader, native
 
 __all__ = ["run"]
 
@@ -55,7 +55,7 @@ def _measure(calls: int, rounds: int, plan: Plan) -> dict[str, Any]:
         "threads": 1,
         "columns": COLUMNS,
     }
-    if reason := native.reason(plan.device.type):
+    if reason := loader.reason(plan.device.type):
         row = {"key": "ours", "candidate": "birl_ext.solve", "solves": "soft"}
         return {**case, "rows": [{**row, "status": "missing", "reason": reason}]}
     plan.tell("tiny call")
@@ -106,7 +106,7 @@ def _layers(problem: DenseProblem) -> list[Layer]:
     """From the innermost outwards. The inner ones repeat what one public call passed on, whatever
     its form: so nothing here knows the signatures of a compiled module.
     """
-    kernel = native._backends[problem.device.type].require()
+    kernel = loader._backends[problem.device.type].require()
     reward, transition = problem.reward[0], problem.transition[0]
     wanted = reward.clone().requires_grad_()
     mdp = birl_ext.DenseMDP(wanted, transition, problem.discount)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from birl_ext import errors
 from birl_ext.model import checks as validation
-from birl_ext.ops.backends import cuda, pytorch
+from birl_ext.ops.backends import cuda, loader, pytorch
 from birl_ext.ops.backends import native as _native
 from birl_ext.ops.rows import Data, Rows
 from birl_ext.solution import Info, Status
@@ -147,7 +147,7 @@ class _CompiledRows(Rows):
         try:
             return cuda.outer(self.data.contiguous(), *pattern, *tables)
         except cuda.LaunchError as error:
-            _native.stand_in("cuda", str(error))
+            loader.stand_in("cuda", str(error))
             return super().outer(weight, vector, shift)
 
 
@@ -163,7 +163,7 @@ def _compiled(device: torch.device, backend: int) -> bool:
     if backend == TORCH or device.type not in ("cpu", "cuda"):
         return False
     if device.type == "cpu":
-        return _native.available("cpu")
+        return loader.available("cpu")
     refusal = cuda.refusal(device)
     if refusal:
         _stand_in(RuntimeError(refusal), backend)
@@ -185,7 +185,7 @@ def _stand_in(error: RuntimeError, backend: int) -> None:
     """
     if backend == NATIVE:
         raise errors.BackendUnavailableError(f'backend="cuda": {error}') from error
-    _native.stand_in("cuda", str(error))
+    loader.stand_in("cuda", str(error))
 
 
 def _capturing(tensor: Tensor) -> bool:
@@ -208,7 +208,7 @@ def _plain(data: Data) -> dict[str, Any]:
 
 def unavailable(name: str) -> str:
     """Why a compiled backend cannot be used; empty if it can."""
-    return _native.reason(name)
+    return loader.reason(name)
 
 
 def failure(

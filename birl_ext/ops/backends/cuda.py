@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.errors import SizeLimitError
-from birl_ext.ops.backends import native
+from birl_ext.ops.backends import loader, native
 from birl_ext.solution import Rigour
 
 __all__ = [
@@ -36,12 +36,12 @@ class LaunchError(RuntimeError):
 
 def refusal(device: torch.device) -> str:
     """Why the compiled kernels do not run on a device; empty if they do."""
-    missing = native.reason("cuda")
+    missing = loader.reason("cuda")
     if missing:
         return missing
     index = _index(device)
     if index not in _refusals:
-        built = str(native.build_info("cuda")["architectures"])
+        built = str(loader.build_info("cuda")["architectures"])
         capability = _capability(index)
         _refusals[index] = (
             ""
@@ -83,7 +83,7 @@ def _index(device: torch.device) -> int:
 @contextmanager
 def _launching(device: torch.device) -> Iterator[tuple[ModuleType, int, int]]:
     """The module, the current stream's handle and the device's index; refusals as LaunchError."""
-    module = native.require("cuda")
+    module = loader.require("cuda")
     index = _index(device)
     try:
         yield module, _stream(index), index
@@ -165,14 +165,14 @@ def solve_fits(n: int, g: int, s: int, a: int) -> bool:
     """Whether one block per problem is a good way to solve N·G problems of this shape; else the
     whole device works on each.
     """
-    return bool(native.require("cuda").solve_fits(n, g, s, a))
+    return bool(loader.require("cuda").solve_fits(n, g, s, a))
 
 
 def policy_solve_fits(states: int) -> bool:
     """Whether `policy_solve` keeps the S² numbers of an elimination for so many states; else it
     makes products with P_π only, which may not suffice.
     """
-    return states <= int(native.require("cuda").DIRECT_LIMIT)
+    return states <= int(loader.require("cuda").DIRECT_LIMIT)
 
 
 def policy_solve(

@@ -1,4 +1,4 @@
-"""The compiled modules: loaded once, with the reason where one did not load; called with integers.
+"""Calls of the compiled modules: tensors in, integers on, status out.
 
 The wrappers check device, dtype, shape and contiguity of what they are given, allocate what they
 return, and pass pointers and sizes. Shapes: N transitions, each shared by G problems, with S states
@@ -7,155 +7,34 @@ and A actions.
 
 from __future__ import annotations
 
-import importlib
-import os
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from birl_ext._version import __version__
 from birl_ext.errors import (
-    BackendFallbackWarning,
     BackendUnavailableError,
     DeviceError,
     DtypeError,
     IllConditionedWarning,
     ShapeError,
 )
+from birl_ext.ops.backends import loader
 from birl_ext.solution import INFO, Rigour
 
 __all__ = [
     "LARGEST_CONDITION",
-    "available",
-    "build_info",
     "check_condition",
     "policy_solve",
-    "reason",
-    "report",
-    "require",
     "solve",
     "solve_plain",
     "solve_vjp",
-    "stand_in",
     "sweep",
 ]
 
 LARGEST_CONDITION = 1e6  # beyond it a derivative has fewer than ten digits
-MODULES = {"cpu": "_cpu", "cuda": "_cuda"}
-
-
-class _Backend:
-    """One compiled module: its object, or the reason why there is none."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.module: ModuleType | None = None
-        self.reason = ""
-        self._tried = self._checked = self._warned = False
-
-    def load(self) -> None:
-        """Import the module; a failure becomes the reason."""
-        if self._tried:
-            return
-        self._tried = True
-        full = f"birl_ext.{MODULES[self.name]}"
-        try:
-            self.module = importlib.import_module(full)
-        except ModuleNotFoundError:
-            self.reason = f"{full} was not built"
-        except ImportError as error:  # a truncated file, a missing symbol, another Python
-            self.reason = f"{full} does not load: {error}"
-
-    def usable(self) -> ModuleType | None:
-        """The module, if it also belongs to this version of the package."""
-        self.load()
-        if self.module is not None and not self._checked:
-            self._checked = True
-            built = _built_version(self.module)
-            if built != __version__:
-                self.reason = f"built for birl_ext {built}, this is {__version__}"
-                self.module = None
-        return self.module
-
-    def require(self) -> ModuleType:
-        """The module, or BackendUnavailableError."""
-        module = self.usable()
-        if module is None:
-            raise BackendUnavailableError(f"backend {self.name!r}: {self.reason}")
-        return module
-
-    def announce(self, why: str) -> None:
-        """Say once that PyTorch stands in; BIRL_REQUIRE_EXT=1 makes a missing `_cpu` an error."""
-        if self.name == "cpu" and os.environ.get("BIRL_REQUIRE_EXT") == "1":
-            self.require()
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{why}; PyTorch computes the same answers, slower. "
-                "Fix: reinstall birl_ext with a C++ compiler at hand; `birl doctor` tells more",
-                BackendFallbackWarning,
-                stacklevel=3,
-            )
-
-
-def _built_version(module: ModuleType) -> str:
-    try:
-        return str(module.build_info()["version"])
-    except (AttributeError, KeyError, TypeError):
-        return "an unknown version"
-
-
-_backends = {name: _Backend(name) for name in MODULES}
-_backends["cpu"].load()
-
-
-def available(name: str) -> bool:
-    """Whether backend "cpu" or "cuda" can be used; the first time it cannot, a warning says so."""
-    backend = _backends[name]
-    if backend.usable() is not None:
-        return True
-    backend.announce(backend.reason)
-    return False
-
-
-def stand_in(name: str, why: str) -> None:
-    """Warn, once for each backend, that PyTorch computes in its place."""
-    _backends[name].announce(why)
-
-
-def require(name: str) -> ModuleType:
-    """The module of a backend, or BackendUnavailableError."""
-    return _backends[name].require()
-
-
-def build_info(name: str) -> dict[str, Any]:
-    """How a module was built."""
-    return dict(require(name).build_info())
-
-
-def reason(name: str) -> str:
-    """Why a backend cannot be used; empty if it can."""
-    backend = _backends[name]
-    return "" if backend.usable() is not None else backend.reason
-
-
-def report() -> dict[str, dict[str, Any]]:
-    """For each module whether it loaded, why not, and how it was built."""
-    entries = {}
-    for name, backend in _backends.items():
-        module = backend.usable()
-        entries[MODULES[name]] = {
-            "loaded": module is not None,
-            "reason": backend.reason,
-            "build_info": {} if module is None else dict(module.build_info()),
-        }
-    return entries
-
-
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """V, Q, Q − V, π, log π, info, status, and V without the constant in `info`."""
 
@@ -414,38 +293,34 @@ def solve_plain(
     policy, log_policy = torch.empty_like(reward), torch.empty_like(reward)
     info = torch.empty((*batch, INFO + states), dtype=double)
     status = torch.empty(batch, dtype=torch.int64)
-    failed: int = (
-        _backends["cpu"]
-        .require()
-        .solve(
-            reward.dtype is double,
-            status.numel(),
-            1,
-            states,
-            actions,
-            transition.data_ptr(),
-            0,
-            0,
-            0,
-            reward.data_ptr(),
-            0,
-            discount,
-            temperature,
-            0,
-            value.data_ptr(),
-            0 if relative is None else relative.data_ptr(),
-            q.data_ptr(),
-            advantage.data_ptr(),
-            policy.data_ptr(),
-            log_policy.data_ptr(),
-            info.data_ptr(),
-            status.data_ptr(),
-            0,
-            0.0,
-            0,
-            validate,
-            torch.get_num_threads(),
-        )
+    failed: int = loader.require("cpu").solve(
+        reward.dtype is double,
+        status.numel(),
+        1,
+        states,
+        actions,
+        transition.data_ptr(),
+        0,
+        0,
+        0,
+        reward.data_ptr(),
+        0,
+        discount,
+        temperature,
+        0,
+        value.data_ptr(),
+        0 if relative is None else relative.data_ptr(),
+        q.data_ptr(),
+        advantage.data_ptr(),
+        policy.data_ptr(),
+        log_policy.data_ptr(),
+        info.data_ptr(),
+        status.data_ptr(),
+        0,
+        0.0,
+        0,
+        validate,
+        torch.get_num_threads(),
     )
     return (value, q, advantage, policy, log_policy, info, status, relative), failed
 
@@ -593,4 +468,4 @@ def _cpu(call: Call) -> Any:
             f"no compiled kernel of this operation for device {call.device}",
             fix='move the tensors to the CPU, or use backend="torch"',
         )
-    return _backends["cpu"].require()
+    return loader.require("cpu")

@@ -100,6 +100,7 @@ void run(Body&& body) {
 py::dict build_info() {
   py::dict info;
   info["version"] = BIRL_VERSION;
+  info["sources"] = BIRL_SOURCES;
 #if defined(__VERSION__)
   info["compiler"] = __VERSION__;
 #else

@@ -2,8 +2,8 @@
 // for the GPU (cuda/entry/block_solve.cu, cuda/entry/block_policy_solve.cu) and for the host
 // (tests/native).
 //
-// Each function calls body(kernel, grid) with the kernel of the plan that selection.h makes, and
-// returns what it returns.
+// Each function calls body(kernel, grid) with the kernel of the plan that cuda/block/selection.h
+// makes, and returns what it returns.
 #pragma once
 
 #include "cuda/block/outer.h"

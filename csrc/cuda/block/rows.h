@@ -1,6 +1,6 @@
 // The rows P(·|s,a) of one transition, in four homes. row = s·A + a; thread t of a team owns rows
-// t.rank, t.rank + t.count, … and computes their products whole, in the order of chained_sum.h, so
-// that the three dense homes agree to the last bit.
+// t.rank, t.rank + t.count, … and computes their products whole, in the order of
+// cuda/layer/chained_sum.h, so that the three dense homes agree to the last bit.
 //
 // A home H is copied to the device with the kernel and offers
 //   lay_out(chip, spill)             its memory

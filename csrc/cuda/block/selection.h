@@ -61,7 +61,7 @@ inline bool indexable(const DeviceBatch& batch) {
 }
 
 // Whether a team of at most one block per problem is a good way to solve a batch. A lone large
-// problem keeps one multiprocessor busy and leaves the others idle: large_dispatch.h.
+// problem keeps one multiprocessor busy and leaves the others idle: cuda/grid/dispatch.h.
 constexpr Index kLargestAlone = 512, kManyProblems = 32;
 inline bool worthwhile(const DeviceBatch& batch) {
   return batch.states <= kLargestAlone ||

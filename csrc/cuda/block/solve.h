@@ -6,7 +6,7 @@
 //   rows     q'(s,a) = r + γ Σ_t P W(t)/σ           a thread owns whole rows
 //   rows     e(s,a) = exp((q' − max_a q')/τ + log μ)  each reads its state's A numbers
 //   states   tw = τ log Σ_a e, δ = tw − W − (1−γ)c, and the range of both over all states
-//   control  one thread: certificate, and what comes next (solve_control.h)
+//   control  one thread: certificate, and what comes next (cuda/block/control.h)
 //   states   W := tw, or Newton's step: form N = γP_π, eliminate (cpu/solvers/elimination.h), W :=
 //   W + x
 // Bytes per problem: reads P once (homes on chip), S·A rewards a sweep (L1), writes 8·S + 4·S·A

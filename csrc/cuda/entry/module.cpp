@@ -51,6 +51,7 @@ class DeviceGuard {
 py::dict build_info() {
   py::dict info;
   info["version"] = BIRL_VERSION;
+  info["sources"] = BIRL_SOURCES;
   info["toolkit"] =
       std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   info["architectures"] = BIRL_CUDA_ARCHITECTURES;

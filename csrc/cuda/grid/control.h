@@ -1,5 +1,6 @@
 // The decisions of one fixed-point iteration on a large problem: certificate and stopping as in
-// solve_control.h. Scalars only; every block of the team keeps a copy and takes the same decisions.
+// cuda/block/control.h. Scalars only; every block of the team keeps a copy and takes the same
+// decisions.
 #pragma once
 
 #include "cuda/block/control.h"

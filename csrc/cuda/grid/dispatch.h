@@ -1,4 +1,4 @@
-// From a request to a wide kernel, as dispatch.h for one block: the same for the GPU
+// From a request to a wide kernel, as cuda/block/dispatch.h for one block: the same for the GPU
 // (cuda/entry/grid_solve.cu, cuda/entry/grid_policy_solve.cu) and for the host.
 #pragma once
 

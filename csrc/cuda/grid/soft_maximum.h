@@ -1,4 +1,5 @@
-// soft_maximum.h for a group of lanes: τ log Σ_a μ exp(q/τ) over the actions of one state.
+// cuda/block/soft_maximum.h for a group of lanes: τ log Σ_a μ exp(q/τ) over the actions of one
+// state.
 #pragma once
 
 #include "core/scalar_math.h"

@@ -5,8 +5,8 @@
 // Who owns what: a block owns a contiguous share of the states (share_of) and everything indexed by
 // them. A pass over P, for one tile of its states after another:
 //   warps    q'(s,a) = r + γ Σ_t P W(t)/σ, two rows at a time (CSR: a few lanes, one row);
-//   groups   tw(s), π(s, ·) and δ(s) (lane_soft_maximum.h), a group of lanes for a state;
-//   threads  the rows of P_π while the tile's rows of P are still in L1 or L2 (wide_rows.h);
+//   groups   tw(s), π(s, ·) and δ(s) (cuda/grid/soft_maximum.h), a group of lanes for a state;
+//   threads  the rows of P_π while the tile's rows of P are still in L1 or L2 (cuda/grid/rows.h);
 // then the range of δ over all states: minimum and maximum, joined in any order to the same bits.
 // One barrier of the team a pass, and one for each product. The first pass starts at T0, which
 // needs no P, and also sums the rows and looks for bad ones, so P is never read for that alone.

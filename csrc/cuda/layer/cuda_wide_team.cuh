@@ -1,5 +1,5 @@
 // The team of several blocks on a GPU, and the __global__ function that runs every wide kernel. The
-// layer it implements is described in wide_layer.h. Nothing here has run on a GPU yet.
+// layer it implements is described in cuda/layer/wide_layer.h. Nothing here has run on a GPU yet.
 //
 // All blocks of a cooperative launch work on one item after another, or every block on items of its
 // own: which of the two is known at run time, so that both are one instance of every kernel.

@@ -1,4 +1,4 @@
-// The host doubles of a team of several blocks, as in host_team.h:
+// The host doubles of a team of several blocks, as in cuda/layer/host_team.h:
 //
 // SerialWide   one block after another, one thread after another, one lane after another, each in
 //              forward, reverse or random order.

@@ -15,18 +15,19 @@
 //   team.reduce<T>(f, join)    join of f(thread) over all threads, handed to every thread;
 //   team.decide(f)             f() in one thread, its answer handed to every thread.
 //
-// Rules, which the host teams check (host_team.h):
+// Rules, which the host teams check (cuda/layer/host_team.h):
 //   1. Inside a phase the threads may run in any order. A thread reads what earlier phases wrote,
 //      and writes what no other thread touches in this phase.
 //   2. Between phases no array is touched. What the control flow depends on comes out of `reduce`
 //      or `decide`, so all threads take the same way.
 //   3. What a thread keeps in registers from one phase to the next is a Team::Private<T>.
 //   4. `join` is associative and commutative to the last bit (minimum, maximum, and), and a sum is
-//      computed by one thread in a fixed order (chained_sum.h). So bits depend neither on the
-//      number of threads nor on their order.
+//      computed by one thread in a fixed order (cuda/layer/chained_sum.h). So bits depend neither
+//      on the number of threads nor on their order.
 //
-// The teams: WarpTeam, BlockTeam (cuda_team.cuh); SerialTeam, ThreadTeam (host_team.h). What only
-// exists on a GPU (shuffles, barriers, vector loads) is in the former and in primitives.h.
+// The teams: WarpTeam, BlockTeam (cuda/layer/cuda_team.cuh); SerialTeam, ThreadTeam
+// (cuda/layer/host_team.h). What only exists on a GPU (shuffles, barriers, vector loads) is in the
+// former and in cuda/layer/primitives.h.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// Kernels whose team is several blocks. layer.h with one more level.
+// Kernels whose team is several blocks. cuda/layer/layer.h with one more level.
 //
 // A wide kernel is a plain struct with
 //
@@ -17,14 +17,14 @@
 // and a block, inside those, executes
 //
 //   block.phase(f)           f(thread), then a barrier of the block;
-//   block.reduce<T>(f, join) as in layer.h;
+//   block.reduce<T>(f, join) as in cuda/layer/layer.h;
 //   block.groups<L>(f)       f(g) in every group of L lanes (cpu/isa/packed.h), then a barrier of
 //   the block; block.spread(f)          f(first, stride) in every thread, numbered over the whole
 //   team, then a
 //                            barrier of the block;
 //   block.chip               its own Chip.
 //
-// Rules, beside those of layer.h:
+// Rules, beside those of cuda/layer/layer.h:
 //   1. Between two barriers of the team a block reads of the common arrays what was written before
 //      the first, or by itself.
 //   2. `decide` and the scalars of `local` are computed by every block for itself, from the same
