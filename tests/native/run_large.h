@@ -12,7 +12,7 @@ namespace test {
 using birl::DeviceBatch;
 using birl::WidePattern;
 
-// The pattern of P_π, or of its transpose, as _native_cuda.py sorts it on the device.
+// The pattern of P_π, or of its transpose, as ops/backends/cuda.py sorts it on the device.
 struct HostPattern {
   std::vector<Index> crow, slot;
   std::vector<std::int32_t> col;
