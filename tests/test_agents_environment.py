@@ -554,10 +554,10 @@ def test_spaces_are_read() -> None:
 
 def test_without_gymnasium_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gymnasium", None)
-    for module in ("environment", "spaces"):
-        monkeypatch.delitem(sys.modules, f"birl_ext.agents.{module}")
+    for module in ("vector", "spaces"):
+        monkeypatch.delitem(sys.modules, f"birl_ext.environments.{module}")
         with pytest.raises(MissingDependencyError, match=r"birl_ext\[rl\]"):
-            importlib.import_module(f"birl_ext.agents.{module}")
+            importlib.import_module(f"birl_ext.environments.{module}")
 
 
 # Evaluation

@@ -41,7 +41,7 @@ def compile_module(folder: Path) -> Path:
         pybind11.get_include(),
         sysconfig.get_path("include"),
     ]
-    sources = [ROOT / "csrc" / "module_cuda.cpp", NATIVE / "launchers_host.cpp"]
+    sources = [ROOT / "csrc/cuda/entry/module.cpp", NATIVE / "launchers_host.cpp"]
     command = [
         str(COMPILER),
         *("-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread"),
@@ -78,7 +78,7 @@ def gpu(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(cuda, "_stream", lambda index: 0)
     monkeypatch.setattr(cuda, "_index", lambda device: 0)
     # the short way to the CPU's kernels is not for tensors on a GPU
-    monkeypatch.setattr(birl_ext.functional._plain, "solve", lambda *_: None)
+    monkeypatch.setattr(birl_ext.functional.fast, "solve", lambda *_: None)
     monkeypatch.setattr(native, "sweep", cuda.sweep)
     monkeypatch.setattr(native, "solve", cuda.solve)
 
@@ -480,7 +480,7 @@ def test_what_is_too_large_is_named() -> None:
 
 def resource_usage() -> ModuleType:
     """csrc/cuda/entry/resource_usage.py, as CI runs it."""
-    path = ROOT / "csrc" / "device" / "resource_usage.py"
+    path = ROOT / "csrc/cuda/entry/resource_usage.py"
     spec = importlib.util.spec_from_file_location("resource_usage", path)
     assert spec is not None
     assert spec.loader is not None
@@ -490,7 +490,7 @@ def resource_usage() -> ModuleType:
 
 
 def test_no_kernel_in_the_report_spills() -> None:
-    report = json.loads((ROOT / "csrc" / "device" / "resource_usage.json").read_text())
+    report = json.loads((ROOT / "csrc/cuda/entry/resource_usage.json").read_text())
     architectures = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
     assert len(report["kernels"]) >= 20
     for kernel, usage in report["kernels"].items():
