@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+from birl_ext._version import __version__
 from birl_ext.errors import (
     BirlError,
     ConfigError,
@@ -48,7 +49,7 @@ commands:
   bench [CASE …]      in a clone: measure birl_ext against other packages, on this machine
   doctor              versions, compiled modules, devices: what to send with a bug report
 
-`birl COMMAND --help` says more. BIRL_DEBUG=1 shows the traceback of an error.
+`birl COMMAND --help` says more, `birl --version` which this is. BIRL_DEBUG=1 shows the traceback of an error.
 """
 
 COMMON = ("problem", "seed", "steps", "seconds", "versions")
@@ -136,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"birl_ext {__version__}")
+        return 0
     command, *rest = words
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning

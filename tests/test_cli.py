@@ -511,3 +511,9 @@ def test_solve_writes_value_policy_and_certificate(birl):
     assert (status, "--out is nowhere/x.npz" in err) == (2, True)
     assert birl("solve", "--mdp", "mdp.npz", "--temperature", "1", "--out", "x.safetensors")[0] == 0
     assert Path("x.safetensors").exists()
+
+
+@pytest.mark.parametrize("word", ["--version", "-V"])
+def test_the_version_is_said(birl, word):
+    status, out, _ = birl(word)
+    assert (status, out) == (0, f"birl_ext {birl_ext.__version__}\n")

@@ -132,7 +132,7 @@ Index policy_solve(const Case<Real>& c, bool sparse, bool transpose, Index metho
   birl::Interrupt interrupt = never();
   return birl::policy_solve(batch_of(c, sparse),
                             {2, systems.policy.data(), systems.rhs.data(), systems.x.data(),
-                             systems.residual.data(), transpose, method, 0.0, 0, threads},
+                             systems.residual.data(), transpose, 0.0, method, 0, threads},
                             interrupt);
 }
 

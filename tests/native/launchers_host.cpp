@@ -19,7 +19,7 @@ namespace {
 constexpr DeviceLimits kLimits{24 * 1024, 2};
 constexpr Index kResident = 3;  // blocks at once
 
-cudaError_t check(const DeviceBatch& batch) {
+cudaError_t check(const Batch& batch) {
   return indexable(batch) ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -40,7 +40,7 @@ cudaError_t run(const Kernel& kernel, Index items, const Grid& grid, void* works
 // As run_wide does: the items in turn with the teams of a grid, each team in its part of the
 // workspace.
 template <class Kernel>
-cudaError_t run_large(const Kernel& kernel, const DeviceBatch& batch, void* workspace) {
+cudaError_t run_large(const Kernel& kernel, const Batch& batch, void* workspace) {
   if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
   const WideGrid grid = wide_grid(kernel, batch, kLimits, kResident);
   for (Index item = 0; item < batch.total(); ++item) {
@@ -55,7 +55,7 @@ cudaError_t run_large(const Kernel& kernel, const DeviceBatch& batch, void* work
 }
 
 template <class Kernel>
-cudaError_t large_workspace(const Kernel& kernel, const DeviceBatch& batch, std::size_t& bytes) {
+cudaError_t large_workspace(const Kernel& kernel, const Batch& batch, std::size_t& bytes) {
   if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
   bytes = wide_grid(kernel, batch, kLimits, kResident).workspace();
   return cudaSuccess;
@@ -63,29 +63,29 @@ cudaError_t large_workspace(const Kernel& kernel, const DeviceBatch& batch, std:
 
 }  // namespace
 
-cudaError_t large_solve_workspace(const DeviceBatch& batch, const WidePattern& pattern,
+cudaError_t large_solve_workspace(const Batch& batch, const WidePattern& pattern,
                                   std::size_t& bytes) {
   return with_large_solve(batch, {}, pattern, [&](const auto& kernel) {
     return large_workspace(kernel, batch, bytes);
   });
 }
 
-cudaError_t launch_large_solve(const DeviceBatch& batch, const DeviceSolve& request,
-                               const WidePattern& pattern, void* workspace, cudaStream_t) {
+cudaError_t launch_large_solve(const Batch& batch, const Solve& request, const WidePattern& pattern,
+                               void* workspace, cudaStream_t) {
   return with_large_solve(batch, request, pattern,
                           [&](const auto& kernel) { return run_large(kernel, batch, workspace); });
 }
 
-cudaError_t large_policy_solve_workspace(const DeviceBatch& batch, const WidePattern& pattern,
+cudaError_t large_policy_solve_workspace(const Batch& batch, const WidePattern& pattern,
                                          Index right_sides, std::size_t& bytes) {
-  DevicePolicySolve request{};
+  PolicySolve request{};
   request.right_sides = right_sides;
   return with_large_policy_solve(batch, request, pattern, [&](const auto& kernel) {
     return large_workspace(kernel, batch, bytes);
   });
 }
 
-cudaError_t launch_large_policy_solve(const DeviceBatch& batch, const DevicePolicySolve& request,
+cudaError_t launch_large_policy_solve(const Batch& batch, const PolicySolve& request,
                                       const WidePattern& pattern, void* workspace, cudaStream_t) {
   return with_large_policy_solve(batch, request, pattern, [&](const auto& kernel) {
     return run_large(kernel, batch, workspace);
@@ -94,40 +94,38 @@ cudaError_t launch_large_policy_solve(const DeviceBatch& batch, const DevicePoli
 
 cudaError_t launch_sweep(const DeviceSweep&, cudaStream_t) { return cudaErrorNotSupported; }
 
-cudaError_t solve_workspace(const DeviceBatch& batch, std::size_t& bytes) {
+cudaError_t solve_workspace(const Batch& batch, std::size_t& bytes) {
   if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
   bytes = with_solve(batch, {}, kLimits,
                      [](const auto&, const Grid& grid) { return grid.workspace(); });
   return cudaSuccess;
 }
 
-cudaError_t launch_solve(const DeviceBatch& batch, const DeviceSolve& request, void* workspace,
-                         cudaStream_t) {
+cudaError_t launch_solve(const Batch& batch, const Solve& request, void* workspace, cudaStream_t) {
   if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
   return with_solve(batch, request, kLimits, [&](const auto& kernel, const Grid& grid) {
     return run(kernel, batch.total(), grid, workspace);
   });
 }
 
-cudaError_t policy_solve_workspace(const DeviceBatch& batch, Index right_sides,
-                                   std::size_t& bytes) {
+cudaError_t policy_solve_workspace(const Batch& batch, Index right_sides, std::size_t& bytes) {
   if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
-  DevicePolicySolve request{};
+  PolicySolve request{};
   request.right_sides = right_sides;
   bytes = with_policy_solve(batch, request, kLimits,
                             [](const auto&, const Grid& grid) { return grid.workspace(); });
   return cudaSuccess;
 }
 
-cudaError_t launch_policy_solve(const DeviceBatch& batch, const DevicePolicySolve& request,
-                                void* workspace, cudaStream_t) {
+cudaError_t launch_policy_solve(const Batch& batch, const PolicySolve& request, void* workspace,
+                                cudaStream_t) {
   if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
   return with_policy_solve(batch, request, kLimits, [&](const auto& kernel, const Grid& grid) {
     return run(kernel, batch.total(), grid, workspace);
   });
 }
 
-cudaError_t launch_outer(const DeviceBatch& batch, const DeviceOuter& request, cudaStream_t) {
+cudaError_t launch_outer(const Batch& batch, const Outer& request, cudaStream_t) {
   if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
   return with_outer(batch, request, [&](const auto& kernel, Index items, const Grid& grid) {
     return run(kernel, items, grid, nullptr);

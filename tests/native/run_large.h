@@ -9,7 +9,7 @@
 
 namespace test {
 
-using birl::DeviceBatch;
+using birl::Batch;
 using birl::WidePattern;
 
 // The pattern of P_π, or of its transpose, as ops/backends/cuda.py sorts it on the device.
@@ -42,7 +42,7 @@ struct HostPattern {
 };
 
 template <class Real>
-DeviceBatch device_batch(const Case<Real>& c, bool sparse) {
+Batch device_batch(const Case<Real>& c, bool sparse) {
   return {sizeof(Real) == 8,
           c.N,
           c.G,
@@ -62,19 +62,19 @@ DeviceBatch device_batch(const Case<Real>& c, bool sparse) {
 template <class Real, class Body>
 auto with_kernel(const Case<Real>& c, const HostPattern* pattern, Solution<Real>& out,
                  const SolveOptions& how, const double* initial, Body&& body) {
-  const birl::DeviceSolve request{initial,
-                                  out.value.data(),
-                                  out.relative.data(),
-                                  out.q.data(),
-                                  out.advantage.data(),
-                                  out.policy.data(),
-                                  out.log_policy.data(),
-                                  out.info.data(),
-                                  out.status.data(),
-                                  how.method,
-                                  how.tol,
-                                  how.max_iterations,
-                                  how.validate};
+  const birl::Solve request{initial,
+                            out.value.data(),
+                            out.relative.data(),
+                            out.q.data(),
+                            out.advantage.data(),
+                            out.policy.data(),
+                            out.log_policy.data(),
+                            out.info.data(),
+                            out.status.data(),
+                            how.method,
+                            how.tol,
+                            how.max_iterations,
+                            how.validate};
   return with_large_solve(device_batch(c, pattern), request,
                           pattern ? pattern->view() : WidePattern{}, body);
 }

@@ -254,7 +254,7 @@ void grids() {
   const Case<float> c = make_case<float>(6, 2, {}, 1);
   Solution<float> out(c);
   with_kernel(c, nullptr, out, options(), nullptr, [&](const auto& kernel) {
-    DeviceBatch batch = device_batch(c, false);
+    Batch batch = device_batch(c, false);
     const WideGrid few = wide_grid(kernel, batch, limits, 264);
     expect(few.teams == 1 && few.blocks == 6, "no more blocks than states");
     expect(wide_grid(kernel, batch, limits, 4).blocks == 4, "no more than are resident");

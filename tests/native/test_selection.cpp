@@ -6,7 +6,7 @@ namespace test {
 namespace {
 
 using namespace birl::device;
-using birl::DeviceBatch;
+using birl::Batch;
 using birl::Index;
 
 constexpr std::size_t kStatic = 4096;
@@ -19,9 +19,9 @@ const Device kDevices[] = {{"7.5", {64 * 1024 - kStatic, 40}},
                            {"8.6", {99 * 1024 - kStatic, 84}},
                            {"9.0", {227 * 1024 - kStatic, 132}}};
 
-DeviceBatch batch_of(Index N, Index S, Index A, bool is_double = false, bool sparse = false) {
+Batch batch_of(Index N, Index S, Index A, bool is_double = false, bool sparse = false) {
   static const Index crow[1] = {0};
-  DeviceBatch batch{};
+  Batch batch{};
   batch.is_double = is_double;
   batch.transitions = N;
   batch.problems = 1;
@@ -31,7 +31,7 @@ DeviceBatch batch_of(Index N, Index S, Index A, bool is_double = false, bool spa
   return batch;
 }
 
-Residence residence(const DeviceBatch& batch, const DeviceLimits& limits) {
+Residence residence(const Batch& batch, const DeviceLimits& limits) {
   Residence found{};
   const Plan plan = choose_plan(batch, limits, [&](const Plan& candidate) {
     return with_home<float>(batch, candidate, [&](const auto& home) {
@@ -79,7 +79,7 @@ void everything_fits() {
     for (const Index S : {1, 16, 17, 40, 64, 100, 128, 129, 500, 2500, 2501, 5000, 100000})
       for (const Index A : {1, 8, 64})
         for (const int kind : {0, 1, 2, 3}) {
-          const DeviceBatch batch = batch_of(1000000, S, A, kind & 1, kind & 2);
+          const Batch batch = batch_of(1000000, S, A, kind & 1, kind & 2);
           const std::string what =
               std::to_string(S) + "x" + std::to_string(A) + " on " + std::string(name);
           const auto fits = [&](const auto&, const Grid& grid) {
@@ -89,7 +89,7 @@ void everything_fits() {
             return 0;
           };
           with_solve(batch, {}, limits, fits);
-          birl::DevicePolicySolve request{};
+          birl::PolicySolve request{};
           request.right_sides = 64;
           if (S <= kDirectLimit) with_policy_solve(batch, request, limits, fits);
         }

@@ -193,8 +193,8 @@ Index policy_solve(int dtype, Index N, Index G, Index K, Index S, Index A, Point
                                   at<double>(out),
                                   at<double>(residual_out),
                                   transpose,
-                                  method,
                                   tol,
+                                  method,
                                   max_iterations,
                                   threads};
   Index failed = 0;

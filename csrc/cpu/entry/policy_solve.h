@@ -6,19 +6,6 @@
 
 namespace birl {
 
-struct PolicySolve {
-  Index right_sides;     // K
-  const double* policy;  // (N,G,S,A)
-  const double* rhs;     // (N,G,K,S)
-  double* out;           // (N,G,K,S)
-  double* residual;      // (N,G,K): ‖b − Ax‖, max norm, or 1-norm if transpose
-  bool transpose;
-  Index method;          // 0 auto, 2 direct, 3 Krylov, 5 Richardson with exact mass
-  double tol;            // relative to ‖b‖; 0: as far as rounding allows
-  Index max_iterations;  // products with P_π per right-hand side; 0: a default
-  int threads;
-};
-
 // Solves all N·G·K systems; returns how many missed both the tolerance and the rounding level.
 Index policy_solve(const Batch& batch, const PolicySolve& request, Interrupt& interrupt);
 

@@ -1,26 +1,11 @@
-// The arguments every entry point shares: N transitions, each with G problems on it.
+// The problems of a batch, and the models of its transitions.
 #pragma once
 
+#include "core/request.h"
 #include "cpu/model/sparse.h"
 #include "cpu/model/transition.h"
 
 namespace birl {
-
-struct Batch {
-  bool is_double;
-  Index transitions, problems, states, actions;  // N, G, S, A
-  const void* transition;                        // (N,S,A,S), or (N,nnz) when crow is given
-  const Index* crow;
-  const Index* col;
-  Index nnz;
-  const void* reward;           // (N,G,S,A)
-  const double* log_reference;  // (N,G,S,A) or null
-  const double* discount;       // (N,G)
-  const double* temperature;    // (N,G)
-
-  bool sparse() const { return crow != nullptr; }
-  Index total() const { return transitions * problems; }
-};
 
 // One problem (n, g) of a batch.
 template <class Real>

@@ -6,11 +6,11 @@
 // makes, and returns what it returns.
 #pragma once
 
+#include "core/request.h"
 #include "cuda/block/outer.h"
 #include "cuda/block/policy_solve.h"
 #include "cuda/block/selection.h"
 #include "cuda/block/solve.h"
-#include "cuda/entry/requests.h"
 
 namespace birl::device {
 
@@ -18,12 +18,12 @@ constexpr unsigned kBlockThreads = 256;  // most threads of a block
 
 // body(zero) with a zero of the storage type.
 template <class Body>
-auto with_storage(const DeviceBatch& batch, Body&& body) {
+auto with_storage(const Batch& batch, Body&& body) {
   return batch.is_double ? body(double{}) : body(float{});
 }
 
 template <class Real, class Body>
-auto with_block_home(const DeviceBatch& batch, const Plan& plan, Body&& body) {
+auto with_block_home(const Batch& batch, const Plan& plan, Body&& body) {
   const Real* const values = static_cast<const Real*>(batch.transition);
   const int S = static_cast<int>(batch.states), A = static_cast<int>(batch.actions);
   switch (plan.residence) {
@@ -37,7 +37,7 @@ auto with_block_home(const DeviceBatch& batch, const Plan& plan, Body&& body) {
 }
 
 template <class Real, class Body>
-auto with_home(const DeviceBatch& batch, const Plan& plan, Body&& body) {
+auto with_home(const Batch& batch, const Plan& plan, Body&& body) {
   const Real* const values = static_cast<const Real*>(batch.transition);
   const int S = static_cast<int>(batch.states), A = static_cast<int>(batch.actions);
   if (plan.residence != Residence::kRegisters) return with_block_home<Real>(batch, plan, body);
@@ -54,16 +54,15 @@ auto with_home(const DeviceBatch& batch, const Plan& plan, Body&& body) {
 }
 
 template <class Kernel>
-Grid grid_of(const Kernel& kernel, const DeviceBatch& batch, const DeviceLimits& limits,
-             bool one_warp) {
+Grid grid_of(const Kernel& kernel, const Batch& batch, const DeviceLimits& limits, bool one_warp) {
   const Bytes bytes = footprint(kernel);
   return {block_count(batch.total(), bytes, limits),
           block_threads(batch.states * batch.actions, one_warp ? 32 : kBlockThreads), bytes};
 }
 
 template <class Home>
-SolveKernel<Home> solve_kernel(const Home& home, const DeviceBatch& batch,
-                               const DeviceSolve& request, const Plan& plan) {
+SolveKernel<Home> solve_kernel(const Home& home, const Batch& batch, const Solve& request,
+                               const Plan& plan) {
   using Real = typename Home::Real;
   const Kernel name = plan.residence == Residence::kRegisters ? Kernel::kCudaWarp
                       : plan.residence == Residence::kCsr     ? Kernel::kCudaCsr
@@ -91,8 +90,7 @@ SolveKernel<Home> solve_kernel(const Home& home, const DeviceBatch& batch,
 }
 
 template <class Body>
-auto with_solve(const DeviceBatch& batch, const DeviceSolve& request, const DeviceLimits& limits,
-                Body&& body) {
+auto with_solve(const Batch& batch, const Solve& request, const DeviceLimits& limits, Body&& body) {
   return with_storage(batch, [&](auto zero) {
     using Real = decltype(zero);
     const Plan plan = choose_plan(batch, limits, [&](const Plan& candidate) {
@@ -108,8 +106,8 @@ auto with_solve(const DeviceBatch& batch, const DeviceSolve& request, const Devi
 }
 
 template <class Home>
-PolicySolveKernel<Home> policy_solve_kernel(const Home& home, const DeviceBatch& batch,
-                                            const DevicePolicySolve& request, const Plan& plan) {
+PolicySolveKernel<Home> policy_solve_kernel(const Home& home, const Batch& batch,
+                                            const PolicySolve& request, const Plan& plan) {
   return {home,
           {batch.problems, static_cast<int>(request.right_sides), request.policy, batch.discount,
            request.rhs, request.out, request.residual, request.transpose, request.tol,
@@ -117,8 +115,8 @@ PolicySolveKernel<Home> policy_solve_kernel(const Home& home, const DeviceBatch&
 }
 
 template <class Body>
-auto with_policy_solve(const DeviceBatch& batch, const DevicePolicySolve& request,
-                       const DeviceLimits& limits, Body&& body) {
+auto with_policy_solve(const Batch& batch, const PolicySolve& request, const DeviceLimits& limits,
+                       Body&& body) {
   return with_storage(batch, [&](auto zero) {
     using Real = decltype(zero);
     const Plan plan = choose_block_plan(batch, limits, [&](const Plan& candidate) {
@@ -135,7 +133,7 @@ auto with_policy_solve(const DeviceBatch& batch, const DevicePolicySolve& reques
 
 // Here body also gets the number of items, which is not the number of problems.
 template <class Body>
-auto with_outer(const DeviceBatch& batch, const DeviceOuter& request, Body&& body) {
+auto with_outer(const Batch& batch, const Outer& request, Body&& body) {
   return with_storage(batch, [&](auto zero) {
     using Real = decltype(zero);
     const OuterKernel<Real> kernel{batch.problems,

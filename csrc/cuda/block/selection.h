@@ -2,7 +2,7 @@
 // shows the table with its bytes and floors.
 #pragma once
 
-#include "cuda/entry/batch.h"
+#include "core/request.h"
 #include "cuda/layer/layer.h"
 
 namespace birl::device {
@@ -56,14 +56,14 @@ inline unsigned block_count(Index items, const Bytes& bytes, const DeviceLimits&
 // Rows of P, right-hand sides: what the kernels count with int. Offsets are 64 bits wide.
 constexpr Index kMostRows = 0x7fffffff;
 
-inline bool indexable(const DeviceBatch& batch) {
+inline bool indexable(const Batch& batch) {
   return batch.states >= 1 && batch.actions >= 1 && batch.states <= kMostRows / batch.actions;
 }
 
 // Whether a team of at most one block per problem is a good way to solve a batch. A lone large
 // problem keeps one multiprocessor busy and leaves the others idle: cuda/grid/dispatch.h.
 constexpr Index kLargestAlone = 512, kManyProblems = 32;
-inline bool worthwhile(const DeviceBatch& batch) {
+inline bool worthwhile(const Batch& batch) {
   return batch.states <= kLargestAlone ||
          (batch.states <= kDirectLimit && batch.total() >= kManyProblems);
 }
@@ -71,8 +71,7 @@ inline bool worthwhile(const DeviceBatch& batch) {
 // Blocks: P on chip if all of the kernel's memory fits there, else as much as fits without P.
 // `footprint_of(plan)` says what the kernel would need.
 template <class FootprintOf>
-Plan choose_block_plan(const DeviceBatch& batch, const DeviceLimits& limits,
-                       FootprintOf&& footprint_of) {
+Plan choose_block_plan(const Batch& batch, const DeviceLimits& limits, FootprintOf&& footprint_of) {
   const auto fits = [&](const Plan& plan) { return footprint_of(plan).chip <= limits.chip; };
   const Plan shared{Residence::kShared, 0, true, false, false};
   const bool small = batch.states * batch.actions <= static_cast<Index>(limits.chip);
@@ -86,7 +85,7 @@ Plan choose_block_plan(const DeviceBatch& batch, const DeviceLimits& limits,
 
 // The same with warps where the rows of P fit in their registers.
 template <class FootprintOf>
-Plan choose_plan(const DeviceBatch& batch, const DeviceLimits& limits, FootprintOf&& footprint_of) {
+Plan choose_plan(const Batch& batch, const DeviceLimits& limits, FootprintOf&& footprint_of) {
   if (!batch.sparse())
     for (int tile = 0; tile < kRegisterTileCount; ++tile)
       if (batch.states <= kRegisterTiles[tile].states &&

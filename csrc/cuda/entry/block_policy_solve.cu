@@ -13,7 +13,7 @@ using namespace device;
 
 namespace {
 
-cudaError_t check(const DeviceBatch& batch, Index right_sides, DeviceLimits& limits) {
+cudaError_t check(const Batch& batch, Index right_sides, DeviceLimits& limits) {
   if (right_sides < 0 || right_sides > kMostRows) return cudaErrorInvalidValue;
   if (batch.states > kDirectLimit) return cudaErrorNotSupported;
   return device::check(batch, limits);
@@ -21,20 +21,19 @@ cudaError_t check(const DeviceBatch& batch, Index right_sides, DeviceLimits& lim
 
 }  // namespace
 
-cudaError_t policy_solve_workspace(const DeviceBatch& batch, Index right_sides,
-                                   std::size_t& bytes) {
+cudaError_t policy_solve_workspace(const Batch& batch, Index right_sides, std::size_t& bytes) {
   DeviceLimits limits{};
   const cudaError_t error = check(batch, right_sides, limits);
   if (error != cudaSuccess) return error;
-  DevicePolicySolve request{};
+  PolicySolve request{};
   request.right_sides = right_sides;
   bytes = with_policy_solve(batch, request, limits,
                             [](const auto&, const Grid& grid) { return grid.workspace(); });
   return cudaSuccess;
 }
 
-cudaError_t launch_policy_solve(const DeviceBatch& batch, const DevicePolicySolve& request,
-                                void* workspace, cudaStream_t stream) {
+cudaError_t launch_policy_solve(const Batch& batch, const PolicySolve& request, void* workspace,
+                                cudaStream_t stream) {
   DeviceLimits limits{};
   const cudaError_t error = check(batch, request.right_sides, limits);
   if (error != cudaSuccess) return error;
@@ -43,8 +42,7 @@ cudaError_t launch_policy_solve(const DeviceBatch& batch, const DevicePolicySolv
   });
 }
 
-cudaError_t launch_outer(const DeviceBatch& batch, const DeviceOuter& request,
-                         cudaStream_t stream) {
+cudaError_t launch_outer(const Batch& batch, const Outer& request, cudaStream_t stream) {
   if (!indexable(batch)) return cudaErrorInvalidValue;
   return with_outer(batch, request, [&](const auto& kernel, Index items, const Grid& grid) {
     return launch<BlockTeam>(kernel, items, grid, nullptr, stream);

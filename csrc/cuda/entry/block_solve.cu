@@ -13,7 +13,7 @@ namespace birl {
 
 using namespace device;
 
-cudaError_t solve_workspace(const DeviceBatch& batch, std::size_t& bytes) {
+cudaError_t solve_workspace(const Batch& batch, std::size_t& bytes) {
   DeviceLimits limits{};
   const cudaError_t error = check(batch, limits);
   if (error != cudaSuccess) return error;
@@ -22,7 +22,7 @@ cudaError_t solve_workspace(const DeviceBatch& batch, std::size_t& bytes) {
   return cudaSuccess;
 }
 
-cudaError_t launch_solve(const DeviceBatch& batch, const DeviceSolve& request, void* workspace,
+cudaError_t launch_solve(const Batch& batch, const Solve& request, void* workspace,
                          cudaStream_t stream) {
   DeviceLimits limits{};
   const cudaError_t error = check(batch, limits);

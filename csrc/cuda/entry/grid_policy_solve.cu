@@ -8,16 +8,16 @@ namespace birl {
 
 using namespace device;
 
-cudaError_t large_policy_solve_workspace(const DeviceBatch& batch, const WidePattern& pattern,
+cudaError_t large_policy_solve_workspace(const Batch& batch, const WidePattern& pattern,
                                          Index right_sides, std::size_t& bytes) {
-  DevicePolicySolve request{};
+  PolicySolve request{};
   request.right_sides = right_sides;
   return with_large_policy_solve(batch, request, pattern, [&](const auto& kernel) {
     return workspace_of(kernel, batch, bytes);
   });
 }
 
-cudaError_t launch_large_policy_solve(const DeviceBatch& batch, const DevicePolicySolve& request,
+cudaError_t launch_large_policy_solve(const Batch& batch, const PolicySolve& request,
                                       const WidePattern& pattern, void* workspace,
                                       cudaStream_t stream) {
   return with_large_policy_solve(batch, request, pattern, [&](const auto& kernel) {

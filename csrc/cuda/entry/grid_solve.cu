@@ -9,14 +9,14 @@ namespace birl {
 
 using namespace device;
 
-cudaError_t large_solve_workspace(const DeviceBatch& batch, const WidePattern& pattern,
+cudaError_t large_solve_workspace(const Batch& batch, const WidePattern& pattern,
                                   std::size_t& bytes) {
   return with_large_solve(batch, {}, pattern,
                           [&](const auto& kernel) { return workspace_of(kernel, batch, bytes); });
 }
 
-cudaError_t launch_large_solve(const DeviceBatch& batch, const DeviceSolve& request,
-                               const WidePattern& pattern, void* workspace, cudaStream_t stream) {
+cudaError_t launch_large_solve(const Batch& batch, const Solve& request, const WidePattern& pattern,
+                               void* workspace, cudaStream_t stream) {
   return with_large_solve(batch, request, pattern, [&](const auto& kernel) {
     return launch_on_grid(kernel, batch, workspace, stream);
   });

@@ -12,7 +12,7 @@
 #include "cuda/entry/sweep.h"
 
 namespace py = pybind11;
-using birl::DeviceBatch;
+using birl::Batch;
 using birl::Index;
 
 namespace {
@@ -58,9 +58,9 @@ py::dict build_info() {
   return info;
 }
 
-DeviceBatch batch_of(int dtype, Index N, Index G, Index S, Index A, Pointer transition,
-                     Pointer crow, Pointer col, Index nnz, Pointer reward, Pointer log_reference,
-                     Pointer discount, Pointer temperature) {
+Batch batch_of(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
+               Pointer col, Index nnz, Pointer reward, Pointer log_reference, Pointer discount,
+               Pointer temperature) {
   if (dtype != 0 && dtype != 1) throw py::value_error("dtype: expected 0 (float32) or 1 (float64)");
   if (N < 0 || G < 0 || S < 1 || A < 1 || nnz < 0)
     throw py::value_error("sizes: expected N, G, nnz >= 0 and S, A >= 1");
@@ -107,7 +107,7 @@ birl::WidePattern pattern_of(Pointer crow, Pointer col, Pointer slot, Index coun
 
 std::size_t solve_workspace(int dtype, Index N, Index G, Index S, Index A, Pointer crow, Index nnz,
                             bool large, int device) {
-  const DeviceBatch batch = batch_of(dtype, N, G, S, A, 0, crow, 0, nnz, 0, 0, 0, 0);
+  const Batch batch = batch_of(dtype, N, G, S, A, 0, crow, 0, nnz, 0, 0, 0, 0);
   const DeviceGuard guard(device);
   std::size_t bytes = 0;
   check(large ? birl::large_solve_workspace(batch, pattern_of(0, 0, 0, nnz), bytes)
@@ -123,21 +123,21 @@ int solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Poi
           Pointer info_out, Pointer status_out, Index method, double tol, Index max_iterations,
           Index validate, bool large, Pointer pattern_crow, Pointer pattern_col,
           Pointer pattern_slot, Pointer workspace, Pointer stream, int device) {
-  const DeviceBatch batch = batch_of(dtype, N, G, S, A, transition, crow, col, nnz, reward,
-                                     log_reference, discount, temperature);
-  const birl::DeviceSolve request{at<const double>(initial),
-                                  at<double>(value_out),
-                                  at<double>(relative_out),
-                                  at<void>(q_out),
-                                  at<void>(advantage_out),
-                                  at<void>(policy_out),
-                                  at<void>(log_policy_out),
-                                  at<double>(info_out),
-                                  at<Index>(status_out),
-                                  method,
-                                  tol,
-                                  max_iterations,
-                                  static_cast<birl::Rigour>(validate)};
+  const Batch batch = batch_of(dtype, N, G, S, A, transition, crow, col, nnz, reward, log_reference,
+                               discount, temperature);
+  const birl::Solve request{at<const double>(initial),
+                            at<double>(value_out),
+                            at<double>(relative_out),
+                            at<void>(q_out),
+                            at<void>(advantage_out),
+                            at<void>(policy_out),
+                            at<void>(log_policy_out),
+                            at<double>(info_out),
+                            at<Index>(status_out),
+                            method,
+                            tol,
+                            max_iterations,
+                            static_cast<birl::Rigour>(validate)};
   const birl::WidePattern pattern = pattern_of(pattern_crow, pattern_col, pattern_slot, nnz);
   py::gil_scoped_release release;
   const DeviceGuard guard(device);
@@ -150,7 +150,7 @@ int solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Poi
 
 std::size_t policy_solve_workspace(int dtype, Index N, Index G, Index K, Index S, Index A,
                                    Pointer crow, Index nnz, bool large, int device) {
-  const DeviceBatch batch = batch_of(dtype, N, G, S, A, 0, crow, 0, nnz, 0, 0, 0, 0);
+  const Batch batch = batch_of(dtype, N, G, S, A, 0, crow, 0, nnz, 0, 0, 0, 0);
   const DeviceGuard guard(device);
   std::size_t bytes = 0;
   check(large ? birl::large_policy_solve_workspace(batch, pattern_of(0, 0, 0, nnz), K, bytes)
@@ -164,15 +164,14 @@ int policy_solve(int dtype, Index N, Index G, Index K, Index S, Index A, Pointer
                  Pointer rhs, Pointer out, Pointer residual_out, bool transpose, double tol,
                  bool large, Pointer pattern_crow, Pointer pattern_col, Pointer pattern_slot,
                  Pointer workspace, Pointer stream, int device) {
-  const DeviceBatch batch =
-      batch_of(dtype, N, G, S, A, transition, crow, col, nnz, 0, 0, discount, 0);
-  const birl::DevicePolicySolve request{K,
-                                        at<const double>(policy),
-                                        at<const double>(rhs),
-                                        at<double>(out),
-                                        at<double>(residual_out),
-                                        transpose,
-                                        tol};
+  const Batch batch = batch_of(dtype, N, G, S, A, transition, crow, col, nnz, 0, 0, discount, 0);
+  const birl::PolicySolve request{K,
+                                  at<const double>(policy),
+                                  at<const double>(rhs),
+                                  at<double>(out),
+                                  at<double>(residual_out),
+                                  transpose,
+                                  tol};
   const birl::WidePattern pattern = pattern_of(pattern_crow, pattern_col, pattern_slot, nnz);
   py::gil_scoped_release release;
   const DeviceGuard guard(device);
@@ -186,9 +185,9 @@ int policy_solve(int dtype, Index N, Index G, Index K, Index S, Index A, Pointer
 
 int outer(int dtype, Index N, Index G, Index S, Index A, Pointer crow, Pointer col, Index nnz,
           Pointer weight, Pointer vector, Pointer shift, Pointer out, Pointer stream, int device) {
-  const DeviceBatch batch = batch_of(dtype, N, G, S, A, 0, crow, col, nnz, 0, 0, 0, 0);
-  const birl::DeviceOuter request{at<const double>(weight), at<const double>(vector),
-                                  at<const double>(shift), at<void>(out)};
+  const Batch batch = batch_of(dtype, N, G, S, A, 0, crow, col, nnz, 0, 0, 0, 0);
+  const birl::Outer request{at<const double>(weight), at<const double>(vector),
+                            at<const double>(shift), at<void>(out)};
   py::gil_scoped_release release;
   const DeviceGuard guard(device);
   check(birl::launch_outer(batch, request, at<CUstream_st>(stream)), "outer");

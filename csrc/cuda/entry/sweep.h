@@ -3,12 +3,12 @@
 
 #include <cuda_runtime_api.h>
 
-#include "cuda/entry/batch.h"
+#include "core/request.h"
 
 namespace birl {
 
 struct DeviceSweep {
-  DeviceBatch batch;
+  Batch batch;
   const double* value;  // (N,G,S)
   double* value_out;    // (N,G,S)
   double* advantage;    // (N,G,S,A); the last three are optional

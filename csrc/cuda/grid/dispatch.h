@@ -9,13 +9,13 @@
 namespace birl::device {
 
 // One block for each problem keeps the device busy once there are twice as many as processors.
-inline bool one_block_each(const DeviceBatch& batch, const DeviceLimits& limits) {
+inline bool one_block_each(const Batch& batch, const DeviceLimits& limits) {
   return batch.total() >= 2 * static_cast<Index>(limits.processors);
 }
 
 // `resident`: blocks that run at once. Each problem gets one of them, or all.
 template <class Kernel>
-WideGrid wide_grid(const Kernel& kernel, const DeviceBatch& batch, const DeviceLimits& limits,
+WideGrid wide_grid(const Kernel& kernel, const Batch& batch, const DeviceLimits& limits,
                    Index resident) {
   WideGrid grid{1, 1, kWideThreads, 0};
   const bool alone = one_block_each(batch, limits);
@@ -29,8 +29,7 @@ WideGrid wide_grid(const Kernel& kernel, const DeviceBatch& batch, const DeviceL
 // body(home) with the home of P; of a policy's matrix, or its transpose, sparse ones need a
 // pattern.
 template <class Body>
-auto with_wide_home(const DeviceBatch& batch, const WidePattern& pattern, bool transpose,
-                    Body&& body) {
+auto with_wide_home(const Batch& batch, const WidePattern& pattern, bool transpose, Body&& body) {
   const Stored values{batch.transition, batch.is_double};
   if (batch.sparse())
     return body(
@@ -39,8 +38,8 @@ auto with_wide_home(const DeviceBatch& batch, const WidePattern& pattern, bool t
 }
 
 template <class Body>
-auto with_large_solve(const DeviceBatch& batch, const DeviceSolve& request,
-                      const WidePattern& pattern, Body&& body) {
+auto with_large_solve(const Batch& batch, const Solve& request, const WidePattern& pattern,
+                      Body&& body) {
   return with_wide_home(batch, pattern, false, [&](const auto& home) {
     const Kernel name = batch.sparse() ? Kernel::kCudaGridCsr : Kernel::kCudaGrid;
     return body(LargeSolve<std::decay_t<decltype(home)>>{home, batch, request, name});
@@ -48,7 +47,7 @@ auto with_large_solve(const DeviceBatch& batch, const DeviceSolve& request,
 }
 
 template <class Body>
-auto with_large_policy_solve(const DeviceBatch& batch, const DevicePolicySolve& request,
+auto with_large_policy_solve(const Batch& batch, const PolicySolve& request,
                              const WidePattern& pattern, Body&& body) {
   return with_wide_home(batch, pattern, request.transpose, [&](const auto& home) {
     using Home = std::decay_t<decltype(home)>;

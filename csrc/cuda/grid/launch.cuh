@@ -8,7 +8,7 @@
 namespace birl::device {
 
 template <class Kernel>
-cudaError_t grid_on_device(const Kernel& kernel, const DeviceBatch& batch, WideGrid& grid) {
+cudaError_t grid_on_device(const Kernel& kernel, const Batch& batch, WideGrid& grid) {
   DeviceLimits limits{};
   cudaError_t error = check(batch, limits);
   int device = 0, cooperative = 0, each = 0;
@@ -26,7 +26,7 @@ cudaError_t grid_on_device(const Kernel& kernel, const DeviceBatch& batch, WideG
 }
 
 template <class Kernel>
-cudaError_t workspace_of(const Kernel& kernel, const DeviceBatch& batch, std::size_t& bytes) {
+cudaError_t workspace_of(const Kernel& kernel, const Batch& batch, std::size_t& bytes) {
   WideGrid grid{};
   const cudaError_t error = grid_on_device(kernel, batch, grid);
   bytes = grid.workspace();
@@ -34,7 +34,7 @@ cudaError_t workspace_of(const Kernel& kernel, const DeviceBatch& batch, std::si
 }
 
 template <class Kernel>
-cudaError_t launch_on_grid(const Kernel& kernel, const DeviceBatch& batch, void* workspace,
+cudaError_t launch_on_grid(const Kernel& kernel, const Batch& batch, void* workspace,
                            cudaStream_t stream) {
   WideGrid grid{};
   const cudaError_t error = grid_on_device(kernel, batch, grid);

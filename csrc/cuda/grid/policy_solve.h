@@ -19,8 +19,8 @@
 // that is not finite makes its own solution NaN and no other.
 #pragma once
 
+#include "core/request.h"
 #include "cuda/block/control.h"
-#include "cuda/entry/requests.h"
 #include "cuda/grid/column_norms.h"
 #include "cuda/grid/rows.h"
 
@@ -46,7 +46,7 @@ struct LargePolicySolve {
   Home home;
   Index problems;          // G: item = n·G + g
   const double* discount;  // (N,G)
-  DevicePolicySolve request;
+  PolicySolve request;
 
   struct Chip {
     double discount, additions;
@@ -400,7 +400,7 @@ class LargePolicySolving {
 
   const Problem& kernel_;
   const Home& home_;
-  const DevicePolicySolve& request_;
+  const PolicySolve& request_;
   Team& team_;
   const Arrays& m_;
   Index item_, transition_, S_, A_, first_ = 0;

@@ -21,9 +21,8 @@
 // NaN and its status, and touches nothing else.
 #pragma once
 
+#include "core/request.h"
 #include "cuda/block/verdict.h"
-#include "cuda/entry/batch.h"
-#include "cuda/entry/requests.h"
 #include "cuda/grid/control.h"
 #include "cuda/grid/rows.h"
 #include "cuda/grid/soft_maximum.h"
@@ -35,8 +34,8 @@ struct LargeSolve {
   using Home = Home_;
 
   Home home;
-  DeviceBatch batch;
-  DeviceSolve request;
+  Batch batch;
+  Solve request;
   Kernel name;  // what `info` will call this one
 
   struct Chip {
@@ -583,8 +582,8 @@ class LargeSolving {
   }
 
   const Home& home_;
-  const DeviceBatch& batch_;
-  const DeviceSolve& request_;
+  const Batch& batch_;
+  const Solve& request_;
   Kernel name_;
   Team& team_;
   const Arrays& m_;

@@ -21,7 +21,7 @@ inline cudaError_t current_limits(DeviceLimits& limits) {
 }
 
 // Whether the kernels can index the batch, and the limits of the current device.
-inline cudaError_t check(const DeviceBatch& batch, DeviceLimits& limits) {
+inline cudaError_t check(const Batch& batch, DeviceLimits& limits) {
   return indexable(batch) ? current_limits(limits) : cudaErrorInvalidValue;
 }
 
