@@ -49,7 +49,8 @@ commands:
   bench [CASE …]      in a clone: measure birl_ext against other packages, on this machine
   doctor              versions, compiled modules, devices: what to send with a bug report
 
-`birl COMMAND --help` says more, `birl --version` which this is. BIRL_DEBUG=1 shows the traceback of an error.
+`birl COMMAND --help` says more, `birl --version` which version this is. BIRL_DEBUG=1 shows the
+traceback of an error.
 """
 
 COMMON = ("problem", "seed", "steps", "seconds", "versions")
