@@ -21,6 +21,7 @@ class Method(IntEnum):
     NEWTON = 2  # soft policy iteration, direct solve (M9)
     KRYLOV = 3  # Newton, inexact: BiCGStab
     POLICY_ITERATION = 4  # modified policy iteration
+    SWEEP = 5  # of the op `bellman`: one pass, and its image as it is
 
 
 class Info(IntEnum):

@@ -29,6 +29,6 @@ function(add_cpu_kernels options)
 endfunction()
 
 set(cpu_sources)
-foreach(source entry/policy_solve entry/solve entry/solve_vjp entry/sweep isa/dispatch model/sparse support/parallel)
+foreach(source entry/policy_solve entry/solve entry/solve_vjp isa/dispatch model/sparse support/parallel)
   list(APPEND cpu_sources ${CMAKE_CURRENT_LIST_DIR}/../csrc/cpu/${source}.cpp)
 endforeach()

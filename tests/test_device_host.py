@@ -79,7 +79,6 @@ def gpu(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(cuda, "_index", lambda device: 0)
     # the short way to the CPU's kernels is not for tensors on a GPU
     monkeypatch.setattr(birl_ext.functional.fast, "solve", lambda *_: None)
-    monkeypatch.setattr(native, "sweep", cuda.sweep)
     monkeypatch.setattr(native, "solve", cuda.solve)
 
     def policy_solve(*data, transpose):
@@ -440,18 +439,17 @@ def test_a_refused_launch_ends_in_pytorch(gpu: ModuleType, monkeypatch: pytest.M
         birl_ext.solve(reward, transition, **options, backend="cpu")
 
 
-def test_a_refused_sweep_ends_in_pytorch(gpu: ModuleType) -> None:
-    """The double has no sweep: its launcher refuses, through the glue of the real one."""
-    reward, transition = problem(6, 3, torch.float64)
-    value = torch.randn(2, 6, dtype=torch.float64)
-    options = {"discount": 0.9, "temperature": 0.1}
-    with pytest.warns(errors.BackendFallbackWarning, match="sweep"):
-        found = birl_ext.bellman(value, reward, transition, **options)
-    truth = birl_ext.bellman(value, reward, transition, **options, backend="torch")
-    for one, other in zip(found, truth, strict=True):
-        assert torch.equal(one, other)
-    with pytest.raises(errors.BackendUnavailableError, match="sweep"):
-        birl_ext.bellman(value, reward, transition, **options, backend="cpu")
+@pytest.mark.parametrize("states", [6, 40, 600])
+def test_one_sweep(gpu: ModuleType, states: int) -> None:
+    """TV of any V, far from what a solution can be too."""
+    reward, transition = problem(states, 3, torch.float64)
+    for size in (1.0, 1e9):
+        value = size * torch.randn(2, states, dtype=torch.float64)
+        options = {"discount": 0.9, "temperature": 0.1}
+        found = birl_ext.bellman(value, reward, transition, **options, backend="cpu")
+        truth = birl_ext.bellman(value, reward, transition, **options, backend="torch")
+        for one, other in zip(found, truth, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12 * size)
 
 
 def test_capture_cannot_raise(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,9 +53,7 @@ def call(entry: str, n: int, g: int, k: int, s: int, a: int, crow: int = 0, nnz:
     """An entry point of the compiled module on sizes alone: it must not reach for the memory."""
     module = loader.require("cpu")
     model = (1, n, g, s, a, 0, crow, crow, nnz)
-    if entry == "sweep":
-        module.sweep(*model, *[0] * 9, 1)
-    elif entry == "solve":
+    if entry == "solve":
         module.solve(*model, *[0] * 13, 0, 0.0, 0, 0, 1)
     elif entry == "solve_vjp":
         module.solve_vjp(*model, *[0] * 17, 1)
@@ -63,7 +61,7 @@ def call(entry: str, n: int, g: int, k: int, s: int, a: int, crow: int = 0, nnz:
         module.policy_solve(1, n, g, k, *model[3:], *[0] * 5, False, 0, 0.0, 0, 1)
 
 
-ENTRIES = ["sweep", "solve", "solve_vjp", "policy_solve"]
+ENTRIES = ["solve", "solve_vjp", "policy_solve"]
 HUGE = 2**62
 
 
@@ -114,12 +112,12 @@ def test_patterns_whose_counts_lie_are_refused() -> None:
         wrong = crow.clone()
         wrong[at] = number
         with pytest.raises(ValueError, match="crow"):
-            native.sweep(transition, wrong, col, *rest, value)
+            native.solve(transition, wrong, col, *rest, value)
     for number in (-1, 2**31, 2**62, -(2**62)):
         wrong = col.clone()
         wrong[-1] = number
         with pytest.raises(ValueError, match="column"):
-            native.sweep(transition, crow, wrong, *rest, value)
+            native.solve(transition, crow, wrong, *rest, value)
 
 
 def untouched(*shape: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from processes import fork
 
 from birl_ext.errors import DeviceError, DtypeError, ShapeError
 from birl_ext.ops.backends import loader, native
-from birl_ext.solution import Info, Kernel, Rigour, Status
+from birl_ext.solution import Info, Kernel, Method, Rigour, Status
 
 if loader.reason("cpu") and os.environ.get("BIRL_REQUIRE_EXT") != "1":
     pytest.skip(f"no compiled CPU module: {loader.reason('cpu')}", allow_module_level=True)
@@ -227,11 +227,13 @@ def test_sweep(states: int, actions: int, storage: type, sparse: bool, extras: s
         terminal=extras in ("terminal", "both"), masked=extras in ("masked", "both"),
     )  # fmt: skip
     value = np.random.default_rng(1).standard_normal(case.reward.shape[:-1]) + 50.0
-    image, *pairs = native.sweep(*case.tensors(), torch.from_numpy(value))
+    image, _, *pairs = native.solve(
+        *case.tensors(), torch.from_numpy(value), method=Method.SWEEP, max_iterations=1, validate=0
+    )
     for n in range(2):
         for g in range(2):
             truth = bellman(case, n, g, value[n, g])
-            found = [image[n, g].numpy(), *(x[n, g].numpy() for x in pairs)]
+            found = [image[n, g].numpy(), *(x[n, g].numpy() for x in pairs[:3])]
             bound = 64 * EPS * 60
             for name, x, t, scale in zip(
                 ("value", "advantage", "policy", "log_policy"), found, truth, (1, 1, 10, 10),
@@ -613,7 +615,7 @@ def test_malformed_sparsity_never_reaches_a_kernel() -> None:
     bad_crow[2] = bad_crow[3] + 1
     for pattern in ((crow, bad_col), (bad_crow, col)):
         with pytest.raises(ValueError, match=r"crow|column"):
-            native.sweep(transition, *pattern, *rest, value)
+            native.solve(transition, *pattern, *rest, value)
 
 
 # ---- form ---------------------------------------------------------------------------------------
@@ -672,7 +674,7 @@ def test_empty_batches_return_at_once(lanes: tuple[int, int]) -> None:
     empty = np.zeros((*lanes, 3, 5))
     assert run_policy_solve(case, np.zeros((*lanes, 5, 2)), empty)[2] == 0
     value = torch.zeros((*lanes, 5), dtype=torch.float64)
-    native.sweep(*case.tensors(), value)
+    native.solve(*case.tensors(), value)
 
 
 def test_no_right_hand_side_is_a_right_number_of_them() -> None:
@@ -699,7 +701,7 @@ def test_wrapper_refuses_what_the_kernel_would_misread() -> None:
         arguments = list(tensors)
         arguments[place] = tensor
         with pytest.raises(error):
-            native.sweep(*arguments, value)
+            native.solve(*arguments, value)
 
 
 def test_interrupt_ends_a_long_solve() -> None:

@@ -22,6 +22,8 @@ struct Batch {
   Index total() const { return transitions * problems; }
 };
 
+constexpr Index kSweep = 5;  // a method: T of the start as it is, in one pass
+
 struct Solve {
   const double* initial;  // (N,G,S) or null
   double* value;          // (N,G,S)

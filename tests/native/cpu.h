@@ -8,7 +8,6 @@
 #include "cpu/entry/policy_solve.h"
 #include "cpu/entry/solve.h"
 #include "cpu/entry/solve_vjp.h"
-#include "cpu/entry/sweep.h"
 
 namespace test {
 
@@ -89,24 +88,15 @@ void solve(const Case<Real>& c, bool sparse, Index method, int threads, Solution
               interrupt);
 }
 
-template <class Real>
-struct Swept {
-  std::vector<double> value, advantage, policy, log_policy;
-
-  explicit Swept(const Case<Real>& c)
-      : value(c.items() * c.S),
-        advantage(c.items() * c.table()),
-        policy(advantage.size()),
-        log_policy(advantage.size()) {}
-};
-
+// T of `value`, and the tables there.
 template <class Real>
 void sweep(const Case<Real>& c, bool sparse, const std::vector<double>& value, int threads,
-           Swept<Real>& out) {
+           Solution<Real>& out) {
   birl::Interrupt interrupt = never();
-  birl::sweep(batch_of(c, sparse),
-              {value.data(), out.value.data(), out.advantage.data(), out.policy.data(),
-               out.log_policy.data(), threads},
+  birl::solve(batch_of(c, sparse),
+              {value.data(), out.value.data(), out.relative.data(), out.q.data(),
+               out.advantage.data(), out.policy.data(), out.log_policy.data(), out.info.data(),
+               out.status.data(), birl::kSweep, 0.0, 1, birl::Rigour::kOff, threads},
               interrupt);
 }
 

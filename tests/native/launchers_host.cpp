@@ -4,7 +4,6 @@
 #include "cuda/block/dispatch.h"
 #include "cuda/entry/block.h"
 #include "cuda/entry/grid.h"
-#include "cuda/entry/sweep.h"
 #include "cuda/grid/dispatch.h"
 #include "cuda/layer/host_team.h"
 #include "cuda/layer/host_wide_team.h"
@@ -91,8 +90,6 @@ cudaError_t launch_large_policy_solve(const Batch& batch, const PolicySolve& req
     return run_large(kernel, batch, workspace);
   });
 }
-
-cudaError_t launch_sweep(const DeviceSweep&, cudaStream_t) { return cudaErrorNotSupported; }
 
 cudaError_t solve_workspace(const Batch& batch, std::size_t& bytes) {
   if (const cudaError_t error = check(batch); error != cudaSuccess) return error;

@@ -81,9 +81,8 @@ void every_call(const Case<Real>& c, bool sparse) {
         "vjp" + where, Cotangents<Real>(c, sparse),
         [&](auto& out) { solve_vjp(c, sparse, at, threads, out); }, bits_of);
     every_request(
-        "sweep" + where, Swept<Real>(c),
-        [&](auto& out) { sweep(c, sparse, at.value, threads, out); },
-        [](const auto& out) { return bytes_of(out.value, out.policy); });
+        "sweep" + where, Solution<Real>(c),
+        [&](auto& out) { sweep(c, sparse, at.value, threads, out); }, bits_of);
     for (const bool transpose : {false, true})
       every_request(
           "policy_solve" + where, systems_of(c, at),

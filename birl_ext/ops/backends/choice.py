@@ -12,10 +12,9 @@ from torch import Tensor
 
 from birl_ext import errors
 from birl_ext.model import checks as validation
-from birl_ext.ops.backends import cuda, loader, pytorch
-from birl_ext.ops.backends import native as _native
+from birl_ext.ops.backends import cuda, loader, native, pytorch
 from birl_ext.ops.rows import Data, Rows
-from birl_ext.solution import Info, Status
+from birl_ext.solution import Info, Method, Rigour, Status
 
 __all__ = [
     "AUTO",
@@ -34,15 +33,22 @@ AUTO, TORCH, NATIVE = 0, 1, 2
 
 
 def bellman(*arguments: Any) -> tuple[Tensor, ...]:
-    """The op `bellman`; its arguments are those of the schema in `ops/bellman.py`."""
+    """The op `bellman`: one pass of a solve that starts from V; its arguments are those of the
+    schema in `ops/bellman.py`.
+    """
     data, (value, backend) = Data(*arguments[:7]), arguments[7:]
-    if _compiled(data.transition.device, backend):
-        native = _native.sweep if data.transition.is_cpu else cuda.sweep
-        try:
-            return native(**_plain(data), value=value.contiguous())
-        except cuda.LaunchError as error:
-            _stand_in(error, backend)
-    return pytorch.bellman(data, value)
+    outputs = _solve(
+        data,
+        backend,
+        initial=value.contiguous(),
+        method=int(Method.SWEEP),
+        max_iterations=1,
+        validate=int(Rigour.OFF),
+    )
+    if outputs is None:
+        return pytorch.bellman(data, value)
+    image, _, *tables = outputs[:5]
+    return image, *(table.double() for table in tables)
 
 
 def solve(*arguments: Any) -> tuple[Tensor, ...]:
@@ -53,23 +59,17 @@ def solve(*arguments: Any) -> tuple[Tensor, ...]:
             'on_fail="raise" reads the status, and a CUDA graph is being captured',
             fix='use on_fail="status" and look at the status after the replay',
         )
-    outputs: tuple[Tensor, ...] | None = None
-    if _compiled(data.transition.device, backend):
-        native = _native.solve if data.transition.is_cpu else cuda.solve
-        guess = None if initial.dim() == 1 else initial.contiguous()
-        batch, method, tol, max_iterations, validate = options
-        try:
-            outputs = native(
-                **_plain(data),
-                initial=guess,
-                batch=batch,
-                method=method,
-                tol=tol,
-                max_iterations=max_iterations,
-                validate=validate,
-            )
-        except cuda.LaunchError as error:
-            _stand_in(error, backend)
+    batch, method, tol, max_iterations, validate = options
+    outputs = _solve(
+        data,
+        backend,
+        initial=None if initial.dim() == 1 else initial.contiguous(),
+        batch=batch,
+        method=method,
+        tol=tol,
+        max_iterations=max_iterations,
+        validate=validate,
+    )
     if outputs is None:
         outputs = pytorch.solve(data, initial, *options)
     if strict and bool(outputs[6].any()):
@@ -77,6 +77,18 @@ def solve(*arguments: Any) -> tuple[Tensor, ...]:
             outputs, data.transition, data.crow, data.col, data.reward, lambda flat: (flat,)
         )
     return *outputs, outputs[5][..., Info.OFFSET].clone()
+
+
+def _solve(data: Data, backend: int, **options: Any) -> tuple[Tensor, ...] | None:
+    """By compiled code; None where there is none for it."""
+    if not _compiled(data.transition.device, backend):
+        return None
+    try:
+        module = native if data.transition.is_cpu else cuda
+        return module.solve(**_plain(data), **options)
+    except cuda.LaunchError as error:
+        _stand_in(error, backend)
+        return None
 
 
 def solve_vjp(
@@ -87,7 +99,7 @@ def solve_vjp(
     if not (transition.is_cpu and _compiled(transition.device, backend)):
         return None
     sparse = transition.dim() == 2
-    transition_bar, reward_bar, reference_bar, *scalars = _native.solve_vjp(
+    transition_bar, reward_bar, reference_bar, *scalars = native.solve_vjp(
         transition.contiguous(),
         crow if sparse else None,
         col if sparse else None,
@@ -124,7 +136,7 @@ def policy_solve(
     )
     if _compiled(transition.device, backend):
         if transition.is_cpu:
-            x, residual, failed = _native.policy_solve(*data, transpose=transpose)
+            x, residual, failed = native.policy_solve(*data, transpose=transpose)
             if not failed:
                 return x, residual
             return pytorch.settle(transition, crow, col, policy, discount, rhs, transpose, 0.0, x)

@@ -26,7 +26,6 @@ __all__ = [
     "refusal",
     "solve",
     "solve_fits",
-    "sweep",
 ]
 
 
@@ -99,29 +98,6 @@ def _workspace(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def sweep(
-    transition: Tensor,
-    crow: Tensor | None,
-    col: Tensor | None,
-    reward: Tensor,
-    log_reference: Tensor | None,
-    discount: Tensor,
-    temperature: Tensor,
-    value: Tensor,
-) -> tuple[Tensor, ...]:
-    """`native.sweep` on a GPU.
-
-    Raises: as `native.sweep`, and
-        LaunchError: the driver refused.
-    """
-    call = native.Call(transition)
-    data = (transition, crow, col, reward, log_reference, discount, temperature)
-    arguments, outputs = call.sweep(call.problem(*data), value)
-    with _launching(call.device) as (module, stream, index):
-        module.sweep(*arguments, stream, index)
-    return outputs
-
-
 def solve(
     transition: Tensor,
     crow: Tensor | None,
@@ -141,7 +117,7 @@ def solve(
     """`native.solve` on a GPU; methods 2, 3 and 4 are Newton there, with a direct solve where one
     block solves a problem and with products of P_π where the whole device does.
 
-    Raises: as `native.sweep`, and
+    Raises: as `native.solve`, and
         SizeLimitError: more than 2³¹ − 1 rows of P.
         LaunchError: the driver refused.
     """
@@ -233,7 +209,7 @@ def outer(
     """Σ_g w(s,a) v(t) − shift(s,a) on the pattern of P, in the dtype of P: `ops.rows.Rows.outer`.
 
     Args:
-        transition, crow, col: as for `native.sweep`; only their shape and pattern are read.
+        transition, crow, col: as for `native.solve`; only their shape and pattern are read.
         weight: (N, G, S, A) float64.
         vector: (N, G, S) float64.
         shift: (N, S, A) float64.

@@ -31,7 +31,6 @@ __all__ = [
     "solve",
     "solve_plain",
     "solve_vjp",
-    "sweep",
 ]
 
 LARGEST_CONDITION = 1e6  # beyond it a derivative has fewer than ten digits
@@ -115,20 +114,6 @@ class Call:
             self.at("temperature", temperature, (n, g)),
         )
 
-    def sweep(
-        self, problem: tuple[int, ...], value: Tensor
-    ) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
-        """The integers that every module's `sweep` begins with, and the outputs it writes."""
-        n, g, s, a = problem[1:5]
-        table = (n, g, s, a)
-        outputs = self.new(n, g, s), self.new(*table), self.new(*table), self.new(*table)
-        arguments = (
-            *problem,
-            self.at("value", value, (n, g, s)),
-            *(output.data_ptr() for output in outputs),
-        )
-        return arguments, outputs
-
     def solve(
         self,
         problem: tuple[int, ...],
@@ -183,41 +168,6 @@ def sizes(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
     return n, g, s, a
 
 
-def sweep(
-    transition: Tensor,
-    crow: Tensor | None,
-    col: Tensor | None,
-    reward: Tensor,
-    log_reference: Tensor | None,
-    discount: Tensor,
-    temperature: Tensor,
-    value: Tensor,
-) -> tuple[Tensor, ...]:
-    """One application of the soft Bellman operator at `value`.
-
-    Args:
-        transition: (N, S, A, S), or (N, nnz) with crow (S·A + 1,) and col (nnz,), int64.
-        reward: (N, G, S, A) in transition's dtype.
-        log_reference: (N, G, S, A) float64, −inf where masked; None is a reference of one.
-        discount, temperature: (N, G) float64.
-        value: (N, G, S) float64.
-
-    Returns:
-        TV (N, G, S); Q − TV, π and log π (N, G, S, A); float64.
-
-    Raises:
-        ShapeError, DtypeError, DeviceError: a tensor is not as above.
-        BackendUnavailableError: the module for this device is missing.
-
-    Source: (M1), (M2).
-    """
-    call = Call(transition)
-    data = (transition, crow, col, reward, log_reference, discount, temperature)
-    arguments, outputs = call.sweep(call.problem(*data), value)
-    _cpu(call).sweep(*arguments, torch.get_num_threads())
-    return outputs
-
-
 def solve(
     transition: Tensor,
     crow: Tensor | None,
@@ -237,7 +187,10 @@ def solve(
     """The fixed point V* of every problem, with its certificate.
 
     Args:
-        transition … temperature: as for `sweep`.
+        transition: (N, S, A, S), or (N, nnz) with crow (S·A + 1,) and col (nnz,), int64.
+        reward: (N, G, S, A) in transition's dtype.
+        log_reference: (N, G, S, A) float64, −inf where masked; None is a reference of one.
+        discount, temperature: (N, G) float64.
         initial: (N, G, S) float64, a first guess of V*.
         batch: axes *B of the outputs, N·G problems in the same order; by default (N, G).
         method: 0 automatic, 1 value iteration, 2 Newton, 3 Newton-Krylov, 4 modified policy
@@ -251,7 +204,9 @@ def solve(
         float64, see `Info`; a `Status` (*B), int64; and V − `Info.OFFSET` (*B, S), which keeps the
         digits that a large constant takes from V.
 
-    Raises: as for `sweep`.
+    Raises:
+        ShapeError, DtypeError, DeviceError: a tensor is not as above.
+        BackendUnavailableError: the module for this device is missing.
 
     Source: (M3), (M6), (M9).
     """
@@ -338,7 +293,7 @@ def solve_vjp(
     """Derivatives at the fixed point that `solve` returned.
 
     Args:
-        transition, crow, col: as for `sweep`; with numbers for γ and τ in axes (*B, S, A, S).
+        transition, crow, col: as for `solve`; with numbers for γ and τ in axes (*B, S, A, S).
         discount, temperature: (N, G) float64; or numbers, and a problem for every transition.
         solution: V − `Info.OFFSET`, advantage, policy, info and status, as `solve` returned them in
             axes *B.
@@ -350,7 +305,7 @@ def solve_vjp(
         The cotangents that are wanted, in that order: like transition; (*B, S, A) in its dtype;
         (*B, S, A) float64; (N, G) and (N, G) float64. NaN where status is not zero.
 
-    Raises: as for `sweep`. Warns: IllConditionedWarning.
+    Raises: as for `solve`. Warns: IllConditionedWarning.
 
     Source: (M10)-(M12), (M19), (M20).
     """
@@ -418,7 +373,7 @@ def policy_solve(
     """Solve (I − γP_π) x = b, or with the transposed matrix, for K right-hand sides each.
 
     Args:
-        transition, crow, col: as for `sweep`.
+        transition, crow, col: as for `solve`.
         policy: (N, G, S, A) float64.
         discount: (N, G) float64.
         rhs: (N, G, K, S) float64.
@@ -430,7 +385,7 @@ def policy_solve(
         x (N, G, K, S); its residual (N, G, K), ‖b − Ax‖∞, or ‖b − Aᵀx‖₁ if `transpose`; and how
         many systems missed both the tolerance and the rounding level.
 
-    Raises: as for `sweep`.
+    Raises: as for `solve`.
 
     Source: (M10), (M12), (M13).
     """

@@ -10,7 +10,6 @@
 #include "cpu/entry/policy_solve.h"
 #include "cpu/entry/solve.h"
 #include "cpu/entry/solve_vjp.h"
-#include "cpu/entry/sweep.h"
 
 namespace py = pybind11;
 using birl::Index;
@@ -111,26 +110,13 @@ py::dict build_info() {
   return info;
 }
 
-int sweep(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
-          Pointer col, Index nnz, Pointer reward, Pointer log_reference, Pointer discount,
-          Pointer temperature, Pointer value, Pointer value_out, Pointer advantage_out,
-          Pointer policy_out, Pointer log_policy_out, int threads) {
-  const birl::Batch batch = make_batch(dtype, N, G, S, A, transition, crow, col, nnz, reward,
-                                       log_reference, discount, temperature);
-  const birl::Sweep request{at<const double>(value),    at<double>(value_out),
-                            at<double>(advantage_out),  at<double>(policy_out),
-                            at<double>(log_policy_out), threads};
-  run([&](birl::Interrupt& interrupt) { birl::sweep(batch, request, interrupt); });
-  return 0;
-}
-
 Index solve(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
             Pointer col, Index nnz, Pointer reward, Pointer log_reference,
             const py::object& discount, const py::object& temperature, Pointer initial,
             Pointer value_out, Pointer relative_out, Pointer q_out, Pointer advantage_out,
             Pointer policy_out, Pointer log_policy_out, Pointer info_out, Pointer status_out,
             Index method, double tol, Index max_iterations, Index validate, int threads) {
-  if (method < 0 || method > 4) throw py::value_error("method: expected 0 to 4");
+  if (method < 0 || method > birl::kSweep) throw py::value_error("method: expected 0 to 5");
   if (validate < 0 || validate > 2) throw py::value_error("validate: expected 0 to 2");
   const PerProblem discounts(discount, N, G), temperatures(temperature, N, G);
   const birl::Batch batch = make_batch(dtype, N, G, S, A, transition, crow, col, nnz, reward,
@@ -207,7 +193,6 @@ Index policy_solve(int dtype, Index N, Index G, Index K, Index S, Index A, Point
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of birl_ext; see csrc/ and birl_ext/ops/backends/native.py.";
   module.def("build_info", &build_info);
-  module.def("sweep", &sweep);
   module.def("solve", &solve);
   module.def("solve_vjp", &solve_vjp);
   module.def("policy_solve", &policy_solve);

@@ -84,7 +84,7 @@ void solve_general(const Batch& batch, const Solve& request, ModelOf&& model_of,
 }
 
 // Methods that the solver of small problems knows: automatic, value iteration, Newton.
-bool is_small(const Solve& request) { return request.method <= 2; }
+bool is_small(const Solve& request) { return request.method <= 2 || request.method == kSweep; }
 
 }  // namespace
 

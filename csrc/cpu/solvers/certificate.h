@@ -44,6 +44,7 @@ struct Certificate {
   double long_sum = 0.0;   // rounding of what the latter has beyond that, per unit of temperature
   double underflow = 0.0;  // what a value below the normal numbers loses where it is handed out
   double tol = 0.0;        // relative; 0: as far as rounding allows
+  bool sweep = false;      // one pass is asked for, and its image as it is
   double relative_target = 0.0;  // half-span at which the bound meets it, per unit of value
   // Of the last sweep, made at V = c + W:
   double c = 0.0;
@@ -68,7 +69,9 @@ struct Certificate {
   }
 
   // (M6): V* lies in TV + γ/(1−γ) [min δ, max δ]; the middle is added where that is valid.
-  double shift() const { return continues ? discount * horizon * (0.5 * (low + high)) : 0.0; }
+  double shift() const {
+    return continues && !sweep ? discount * horizon * (0.5 * (low + high)) : 0.0;
+  }
 
   // The value handed out is the image, of this range, and offset().
   double offset() const { return discount * c + shift(); }
@@ -115,12 +118,14 @@ struct Certificate {
 
   // No value is larger than that.
   double largest_possible() const {
+    if (sweep) return kInf;
     return horizon * (largest_reward + temperature * (log_actions + largest_reference));
   }
 
   // Whether values differ so much in size that small ones lose digits in the rounding of large
   // ones, or would be judged by the tolerance of those. `image` is of the last sweep.
   bool drowns(const double* image, Index states) const {
+    if (sweep) return false;
     if (converged()) {
       if (kOutlier * least_size(image, states) >= largest_value()) return false;
       std::vector<double> sizes(states);

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/entry/policy_solve.h"
-#include "cpu/entry/sweep.h"
+#include "cpu/model/sweep.h"
 #include "cpu/solvers/certificate.h"
 #include "cpu/solvers/elimination.h"
 #include "cpu/solvers/krylov.h"
@@ -116,6 +116,7 @@ class GeneralSolver {
     certificate_ =
         Certificate(problem_.discount, problem_.temperature, A, model_->additions(), request_.tol);
     certificate_.underflow = kUnderflow<Real>;
+    certificate_.sweep = request_.method == kSweep;
     for (Index row = 0; row < rows; ++row) {
       const double reference = problem_.log_reference ? problem_.log_reference[row] : 0.0;
       if (reference == -kInf) continue;
@@ -266,7 +267,9 @@ class GeneralSolver {
   Outcome iterate() {
     const bool automatic = request_.method == 0;
     const Index given = request_.max_iterations;
-    mode_ = automatic ? first_mode() : static_cast<Mode>(request_.method);
+    mode_ = automatic                   ? first_mode()
+            : request_.method == kSweep ? Mode::kValueIteration
+                                        : static_cast<Mode>(request_.method);
     passes_ = products_ = escalated_at_ = stalled_ = passes_without_gain_ = 0;
     forcing_ = 0.3;
     krylov_best_ = kInf;

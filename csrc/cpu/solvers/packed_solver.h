@@ -156,6 +156,7 @@ class LaneSolver {
                                0.5 * static_cast<double>(states_) + 2.0,  // two partial sums
                                request_.tol);
     certificate_.underflow = kUnderflow<Real>;
+    certificate_.sweep = request_.method == kSweep;
     certificate_.largest_reward = packed_.largest_reward;
     certificate_.largest_reference = packed_.largest_reference;
     certificate_.continues = packed_.continues;

@@ -14,7 +14,7 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/entry/sweep.h"
+#include "cpu/model/sweep.h"
 #include "cpu/solvers/certificate.h"
 #include "cpu/solvers/elimination.h"
 #include "cpu/solvers/outcome.h"

@@ -6,7 +6,7 @@
 // contraction of the half-span predicts more sweeps than Newton costs.
 #pragma once
 
-#include "core/common.h"
+#include "core/request.h"
 #include "core/scalar_math.h"
 #include "cuda/layer/layer.h"
 
@@ -102,7 +102,8 @@ struct SolveControl {
   bool from_zero;    // the next sweep is at V = 0 and needs no P
 
   BIRL_DEVICE void begin(bool zero) {
-    mode = options.method >= 2 && direct ? Mode::kNewton : Mode::kValueIteration;
+    const bool newton = options.method >= 2 && options.method != kSweep && direct;
+    mode = newton ? Mode::kNewton : Mode::kValueIteration;
     status = Status::kMaxIterations;
     passes = switched_at = since_best = 0;
     best = previous = kInf;
@@ -134,7 +135,9 @@ struct SolveControl {
   }
 
   // (M6): V* lies in TV + γ/(1−γ) [min δ, max δ]; the middle is added where that is valid.
-  BIRL_DEVICE double shift() const { return discount / (1.0 - discount) * delta_middle(); }
+  BIRL_DEVICE double shift() const {
+    return options.method == kSweep ? 0.0 : discount / (1.0 - discount) * delta_middle();
+  }
 
   // The constant of the solution handed out, tw + offset.
   BIRL_DEVICE double offset() const { return discount * c + shift(); }

@@ -305,8 +305,10 @@ class Solving {
 
   BIRL_DEVICE void begin(const Findings& found) {
     const double* const initial = given_.initial ? given_.initial + item_ * S_ : nullptr;
-    const double most = largest_possible(found.largest_reward, found.largest_reference, A_,
-                                         temperature_, discount_);
+    const double most = given_.options.method == kSweep
+                            ? kInf
+                            : largest_possible(found.largest_reward, found.largest_reference, A_,
+                                               temperature_, discount_);
     const SweepRange start = team_.template reduce<SweepRange>(
         [&](Thread t) {
           SweepRange range = SweepRange::nothing();

@@ -9,7 +9,6 @@
 #include "cuda/block/selection.h"
 #include "cuda/entry/block.h"
 #include "cuda/entry/grid.h"
-#include "cuda/entry/sweep.h"
 
 namespace py = pybind11;
 using birl::Batch;
@@ -77,23 +76,6 @@ Batch batch_of(int dtype, Index N, Index G, Index S, Index A, Pointer transition
           at<const double>(log_reference),
           at<const double>(discount),
           at<const double>(temperature)};
-}
-
-int sweep(int dtype, Index N, Index G, Index S, Index A, Pointer transition, Pointer crow,
-          Pointer col, Index nnz, Pointer reward, Pointer log_reference, Pointer discount,
-          Pointer temperature, Pointer value, Pointer value_out, Pointer advantage_out,
-          Pointer policy_out, Pointer log_policy_out, Pointer stream, int device) {
-  const birl::DeviceSweep request{batch_of(dtype, N, G, S, A, transition, crow, col, nnz, reward,
-                                           log_reference, discount, temperature),
-                                  at<const double>(value),
-                                  at<double>(value_out),
-                                  at<double>(advantage_out),
-                                  at<double>(policy_out),
-                                  at<double>(log_policy_out)};
-  py::gil_scoped_release release;
-  const DeviceGuard guard(device);
-  check(birl::launch_sweep(request, at<CUstream_st>(stream)), "sweep");
-  return 0;
 }
 
 bool solve_fits(Index N, Index G, Index S, Index A) {
@@ -201,7 +183,6 @@ PYBIND11_MODULE(_cuda, module) {
   py::register_exception<LaunchError>(module, "LaunchError", PyExc_RuntimeError);
   module.attr("DIRECT_LIMIT") = birl::device::kDirectLimit;
   module.def("build_info", &build_info);
-  module.def("sweep", &sweep);
   module.def("solve_fits", &solve_fits);
   module.def("solve_workspace", &solve_workspace);
   module.def("solve", &solve);

@@ -28,7 +28,7 @@ struct LargeControl : SolveControl {
   }
 
   // Whether steps are Newton's, with products of P_π for its linear system.
-  BIRL_DEVICE bool forms_matrix() const { return options.method != 1; }
+  BIRL_DEVICE bool forms_matrix() const { return options.method != 1 && options.method != kSweep; }
 
   // After a pass over P.
   BIRL_DEVICE LargeStep next(const SweepRange& found) {

@@ -236,8 +236,10 @@ class LargeSolving {
 
   // Supposes that every row continues; the first pass tells.
   BIRL_DEVICE void begin(const FirstLook& first) {
-    const double most = largest_possible(first.largest_reward, first.largest_reference, A_,
-                                         temperature(), discount());
+    const double most = request_.method == kSweep
+                            ? kInf
+                            : largest_possible(first.largest_reward, first.largest_reference, A_,
+                                               temperature(), discount());
     const bool far = request_.initial && !(-most <= first.low && first.high <= most);
     if (far)
       team_.step([&](Block& block) {

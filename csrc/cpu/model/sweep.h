@@ -6,21 +6,8 @@
 #pragma once
 
 #include "cpu/model/batch.h"
-#include "cpu/support/parallel.h"
 
 namespace birl {
-
-struct Sweep {
-  const double* value;  // (N,G,S)
-  double* value_out;    // (N,G,S)
-  double* advantage;    // (N,G,S,A); the last three are optional
-  double* policy;
-  double* log_policy;
-  int threads;
-};
-
-// TV, and the policy at V.
-void sweep(const Batch& batch, const Sweep& request, Interrupt& interrupt);
 
 // Scratch of one worker: products of a chunk of rows, then the soft maximum's.
 template <class Model>
