@@ -209,8 +209,12 @@ def again(path: Path) -> tuple[FakeJob, RunDirectory]:
 
 def test_a_directory_with_files_is_refused(tmp_path):
     (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"not empty.*another --out$"):
+        start(tmp_path)
+    (tmp_path / "config.toml").touch()
     with pytest.raises(ConfigError, match=r"not empty.*--resume"):
         start(tmp_path)
+    (tmp_path / "config.toml").unlink()
     with pytest.raises(ConfigError, match="not empty"):
         start(tmp_path / "file")
     with pytest.raises(ConfigError, match="not a run directory"):
