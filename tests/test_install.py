@@ -136,7 +136,7 @@ def test_unusable_module_gives_one_warning_and_the_torch_path(lone: Path, fault:
         (lone / "birl_ext" / f"_cpu{suffix()}").write_bytes(b"\x7fELF and nothing else")
     if fault == "another_version":
         (lone / "birl_ext" / "_cpu.py").write_text("def build_info(): return {'version': '0.0.1'}")
-    done = run_in(tree, USE_TWICE)
+    done = run_in(lone, USE_TWICE)
     assert done.returncode == 0, done.stderr
     told = {"absent": "not built", "not_a_library": "does not load", "another_version": "0.0.1"}
     assert told[fault] in done.stdout
