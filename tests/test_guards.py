@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -981,3 +982,25 @@ def test_where_a_process_starts_is_no_way_to_its_policy(make: Any) -> None:
         make,
         BilevelProblem(started, lambda x, solution: solution.policy[0, 0] + x.square().sum()),
     )
+
+
+@every
+def test_a_run_stops_at_its_tolerance_and_tells(make: Any) -> None:
+    told: list[tuple[int, Any]] = []
+    algorithm = make(BilevelProblem(lower, upper))
+    found = algorithm.run(3, tell=lambda number, outcome: told.append((number, outcome)))
+    assert [number for number, _ in told] == [1, 2, 3][: len(found)]
+    assert all(one is other for (_, one), other in zip(told, found, strict=True))
+    norm = float(torch.as_tensor(found[-1].gradient_norm).max())
+    other = make(BilevelProblem(lower, upper))
+    assert len(other.run(3, tol=10 * norm + 1e9)) == 1
+    with pytest.raises(OptionError, match="tol is -1"):
+        algorithm.run(1, tol=-1)
+    with pytest.raises(OptionError, match="steps is 0"):
+        algorithm.run(0)
+
+
+@every
+def test_repr_of_an_algorithm_is_a_line(make: Any) -> None:
+    shown = repr(make(BilevelProblem(lower, upper)))
+    assert re.fullmatch(r"(MSoBiRL|DampedNewton|ZeroOrder)\(x=\(8,\).*\)", shown), shown

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from birl_ext.bilevel.algorithm import Algorithm
 from birl_ext.bilevel.guards import (
     check_count,
     check_gradient,
@@ -68,7 +69,7 @@ class MSoBiRLOutcome(NamedTuple):
     """Whether `relative_error` is above the accuracy asked for, at any start."""
 
 
-class MSoBiRL:
+class MSoBiRL(Algorithm[MSoBiRLOutcome]):
     """Single-loop bilevel descent, all warm-started: V and its adjoint λ, then one step on x.
 
         V_k = T^N V_{k−1},   λ_k ≈ (I − γP_π)⁻ᵀ v̄,   x_{k+1} = x_k − β ∇φ̂(x_k, V_k, λ_k)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from birl_ext.bilevel.algorithm import Algorithm
 from birl_ext.bilevel.guards import (
     check_count,
     check_gradient,
@@ -38,7 +39,7 @@ class NewtonOutcome(NamedTuple):
     """Certified bound on the error of the lower level's log policy."""
 
 
-class DampedNewton:
+class DampedNewton(Algorithm[NewtonOutcome]):
     """min φ(x) by x ← x − (H + μ diag H)⁻¹ g, with μ from the ratio of actual to predicted
     decrease.
 

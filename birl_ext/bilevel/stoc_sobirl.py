@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from birl_ext.agents.agent import check_discount
 from birl_ext.bilevel.adaptation import AdaptedReward, path_log_probability
+from birl_ext.bilevel.algorithm import Algorithm
 from birl_ext.bilevel.guards import (
     check_count,
     check_kind,
@@ -107,7 +108,7 @@ class StocSoBiRLOutcome(NamedTuple):
     """Transitions drawn in this step."""
 
 
-class StocSoBiRL:
+class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
     """Single-loop stochastic bilevel descent from samples of the process alone.
 
         Q ← Q + α_j (r_x + γ τ log Σ_a μ exp(Q(s', ·)/τ) − Q), s' ~ P(·|s, a), N times, warm-started

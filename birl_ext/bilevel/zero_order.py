@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from birl_ext.bilevel.algorithm import Algorithm
 from birl_ext.bilevel.guards import (
     check_gradient,
     check_kind,
@@ -38,7 +39,7 @@ class ZeroOrderOutcome(NamedTuple):
     """Of the estimate: about √d times too large, by the length of Z."""
 
 
-class ZeroOrder:
+class ZeroOrder(Algorithm[ZeroOrderOutcome]):
     """Two exact solves per outer step, in one Gaussian direction.
 
         ∇φ̂ = (φ(x + uZ) − φ(x)) Z/u,   Z ~ N(0, I)
