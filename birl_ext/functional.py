@@ -196,11 +196,11 @@ def solve(
         raise _unknown("method", method, tuple(_METHODS))
     if tol is not None:
         asked = validation.real(tol)
-        if not 0 <= asked < math.inf:
+        if asked is None or not 0 <= asked < math.inf:
             raise OptionError(f"tol is {tol!r}", allowed="0 or more, or None")
         tol = asked
     most = 1.0 if max_iterations is None else validation.real(max_iterations)
-    if not (1 <= most < 2**63 and most.is_integer()):
+    if most is None or not (1 <= most < 2**63 and most.is_integer()):
         raise OptionError(
             f"max_iterations is {max_iterations!r}", allowed="1 or more and whole, or None"
         )

@@ -427,6 +427,7 @@ OPTIONS = [
     (zero_order, "radius", 0.0),
     (zero_order, "radius", NAN),
     (zero_order, "radius", INF),
+    (zero_order, "radius", 10**400),
     (zero_order, "seed", 0.5),
 ]
 

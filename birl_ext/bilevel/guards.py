@@ -80,10 +80,10 @@ def check_number(
     infinite: bool = False,
 ) -> float:
     """A number in [least, below), without `least` itself if `above`, with inf if `infinite`."""
-    number = math.nan
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if real or (isinstance(value, Tensor) and value.numel() == 1 and value.dtype != torch.bool):
-        number = float(value)
+    number = None
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
+        number = validation.real(value.reshape(()) if isinstance(value, Tensor) else value)
+    number = math.nan if number is None else number
     low = number > least if above else number >= least
     if low and (number < below or (infinite and number == math.inf)):
         return number

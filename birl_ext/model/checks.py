@@ -15,9 +15,8 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sized
-from typing import Any, Literal, SupportsFloat, TypeVar, cast
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.masked import MaskedTensor
@@ -160,23 +159,24 @@ def as_tensor(name: str, tensor: T) -> T:
     return tensor
 
 
-def real(value: Any) -> float:
-    """A number as a float, 0-d arrays and tensors too; inf beyond the floats, NaN for all else."""
+def real(value: Any) -> float | None:
+    """What stands for one number, as a float: ints, Fractions, arrays and tensors without axes.
+
+    None for flags, text and all else, and for what no float is as large as.
+    """
+    if type(value) is float:
+        return value
     kind = getattr(value, "dtype", None)
-    if kind is not None:  # of an array or a tensor
-        known = value.ndim == 0 and (
-            kind.kind in "iuf"
-            if isinstance(kind, np.dtype)
-            else not (kind.is_complex or kind == torch.bool)
-        )
+    if kind is None:
+        known = isinstance(value, (SupportsFloat, SupportsIndex)) and not isinstance(value, bool)
+    elif isinstance(kind, torch.dtype):
+        known = value.ndim == 0 and kind != torch.bool and not kind.is_complex
     else:
-        known = isinstance(value, SupportsFloat) and not isinstance(value, bool)
-    if not known:
-        return math.nan
+        known = value.ndim == 0 and kind.kind in "iufO"
     try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+        return float(value) if known else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def as_floating(name: str, tensor: Tensor) -> Tensor:
@@ -794,12 +794,8 @@ def _temperature_error(value: float, where: str) -> BirlError:
 
 
 def _number(name: str, value: Any) -> float:
-    """What stands for one number: ints, Fractions, arrays without axes; neither flags nor text."""
-    try:
-        if not isinstance(value, (str, bool, np.bool_)) and not getattr(value, "ndim", 0):
-            return float(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
+    if (number := real(value)) is not None:
+        return number
     several = isinstance(value, Sized) and not isinstance(value, str)
     raise DtypeError(
         f"{name} is {value!r}",
