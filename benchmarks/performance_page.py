@@ -17,6 +17,7 @@ from typing import Any
 
 from birl_bench import floors
 from birl_bench.report import digits
+from birl_bench.requirements import judge
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -43,24 +44,23 @@ def tables() -> dict[str, str]:
         "floors of an H100": "\n".join(floors.predictions(floors.H100)),
         "requirements": requirements(stored("cpu")),
         "predictions": predictions(stored("cpu")),
-        "versions": versions(stored("cpu")),
         "gpu": gpu(stored("gpu")),
     }
 
 
 def requirements(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """The claims of the last run that judged them."""
-    judged = [(name, run) for name, run in runs if run.get("requirements")]
-    if not judged:
-        return "No stored run has judged them yet."
-    name, run = judged[-1]
+    """What is claimed today, of the last run that measured every case."""
+    whole = [(name, run) for name, run in runs if run.get("requirements")]
+    if not whole:
+        return "No stored run has measured them yet."
+    name, run = whole[-1]
     lines = [
         f"From `benchmarks/results/{name}.json`:",
         "",
         "| case | claim | wanted | measured | |",
         "|---|---|---|---|---|",
     ]
-    for one in run["requirements"]:
+    for one in judge(run["cases"], "cpu"):
         cells = one["case"], one["claim"], one["wanted"], digits(one["measured"]), one["verdict"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -106,23 +106,6 @@ def _predicted(case: Mapping[str, Any], passes: float, rates: Mapping[str, float
     # a problem beyond the private caches comes from wherever a buffer of its size came from
     again = rates.get("L2") if cached else case["read_gigabytes_per_second"]["this size again"]
     return float(size / rates["memory"] + max(passes - 1, 0) * size / (again or rates["memory"]))
-
-
-def versions(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Milliseconds of ours in every stored run: a column per version of the kernels."""
-    columns: dict[str, dict[str, str]] = {}
-    for name, run in runs:
-        columns[name] = {
-            case["case"]: digits(row["cold"]["median"])
-            for case in run["cases"]
-            for row in case["rows"][:1]
-            if row.get("cold")
-        }
-    cases = list(dict.fromkeys(case for column in columns.values() for case in column))
-    lines = [f"| case | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
-    for case in cases:
-        lines.append(f"| {case} | {' | '.join(col.get(case, '') for col in columns.values())} |")
-    return "\n".join(lines)
 
 
 def gpu(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

@@ -605,17 +605,17 @@ def test_the_performance_page_shows_a_stored_run(
     stubs["small_batch"] = [harness.measure(tiny_case(answer), QUICK)]
     run(tmp_path, "small_batch")
     (out,) = tmp_path.glob("*.json")
-    document = {**json.loads(out.read_text()), "quick": False}
-    document["requirements"] = [
-        {"case": "tiny", "claim": "fast", "wanted": "≥ 5 ×", "measured": 6.0, "verdict": "met"}
-    ]
+    document = {**json.loads(out.read_text()), "quick": False, "requirements": ["of that day"]}
+    (case,) = document["cases"]
+    case["case"] = "small batch, forward"
+    case["rows"].append({**case["rows"][0], "key": "compiled", "times_ours": 11.0})
     out.write_text(json.dumps(document))
     module = page()
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     found = module.tables()
-    assert "| tiny | fast | ≥ 5 × | 6 | met |" in found["requirements"]
-    assert "| tiny | " in found["predictions"]
-    assert "| tiny | " in found["versions"]
+    claim = "faster than compiled value iteration | ≥ 12 × | 11 | not met |"
+    assert f"| small batch, forward | {claim}" in found["requirements"]
+    assert "| small batch, forward | " in found["predictions"]
     assert "Not measured on a GPU" in found["gpu"]
     with pytest.raises(ValueError, match="no part 'gpu'"):
         module.filled("", {"gpu": ""})
