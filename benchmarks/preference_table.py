@@ -33,6 +33,7 @@ from birl_bench.machine import header, today
 from birl_ext.preferences.teachers import TEACHERS
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.runs.config import from_plain, read_toml
+from birl_ext.runs.intervals import mean_interval
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "sobirl": {"algorithm": "sobirl"},
@@ -51,7 +52,6 @@ NAMES = {
     "drlhf": "DRLHF",
 }
 KEY = ("task", "teacher", "algorithm", "seed")
-STUDENT = {2: 4.303, 4: 2.776, 9: 2.262}  # 97.5 % points, by degrees of freedom
 
 
 def settings(task: str) -> dict[str, Any]:
@@ -97,12 +97,8 @@ def interval(values: Sequence[float], digits: int = 0) -> str:
     """Mean and the half-width of its 95 % interval (Student's t)."""
     if not values:
         return "–"
-    mean = statistics.fmean(values)
-    point = STUDENT.get(len(values) - 1)
-    if point is None:
-        return f"{mean:+.{digits}f}"
-    half = point * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+    mean, half = map(float, mean_interval(values))
+    return f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
 def pairs(
@@ -151,9 +147,7 @@ def table(report: dict[str, Any], task: str) -> str:
 
 
 def figure(report: dict[str, Any], path: Path) -> None:
-    """True return against labels: mean over teachers and seeds; bands are a standard error over the
-    seeds either way.
-    """
+    """True return against labels: mean over teachers, then over seeds, which the bands are of."""
     from birl_ext.runs import plots
 
     tasks = [task for task in TASKS if any(run["task"] == task for run in report["runs"])]
@@ -165,16 +159,13 @@ def figure(report: dict[str, Any], path: Path) -> None:
                 if not own:
                     continue
                 seeds = sorted({run["seed"] for run in own})
-                curves = torch.stack(
-                    [
-                        torch.tensor([r["true_return"] for r in own if r["seed"] == seed]).mean(0)
-                        for seed in seeds
-                    ]
-                )
-                mean, error = curves.mean(0), curves.std(0) / math.sqrt(len(seeds))
-                panel.plot(own[0]["labels"], mean, color=colour, label=NAMES[name])
-                panel.fill_between(
-                    own[0]["labels"], mean - error, mean + error, color=colour, alpha=0.2, lw=0
+                curves = [
+                    torch.tensor([r["true_return"] for r in own if r["seed"] == seed]).mean(0)
+                    for seed in seeds
+                ]
+                labels = own[0]["labels"]
+                plots.draw_runs(
+                    panel, labels, torch.stack(curves), label=NAMES[name], colour=colour
                 )
             plots.draw_references(panel, {"threshold": report["thresholds"][task]})
             panel.set_title(task)

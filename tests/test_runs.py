@@ -36,6 +36,7 @@ from birl_ext.runs import loop, plots, toml
 from birl_ext.runs.checkpoint import CheckpointStore
 from birl_ext.runs.config import differences, from_plain, read_toml, to_plain
 from birl_ext.runs.directory import MetricsWriter, RunDirectory, default_path
+from birl_ext.runs.intervals import mean_interval
 from birl_ext.runs.job import WritesFiles
 from birl_ext.runs.pace import Pace
 from birl_ext.runs.progress import progress
@@ -970,3 +971,21 @@ def test_a_curve_shows_gaps_references_and_short_runs():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b c"]
     assert axes.texts[0].get_text() == "optimum"
     assert axes.get_yscale() == "log"
+
+
+def test_runs_are_drawn_as_their_mean_and_its_interval():
+    stats = pytest.importorskip("scipy.stats")
+    for n in (2, 3, 4, 5, 10, 100):
+        values = torch.randn(n, 3, dtype=torch.float64).numpy()
+        mean, half = mean_interval(values)
+        error = values.std(0, ddof=1) / math.sqrt(n)
+        assert mean + half == pytest.approx(stats.t.interval(0.95, n - 1, mean, error)[1], 1e-3)
+    _, axes = plots.new_figure()
+    plots.draw_runs(axes, [0, 10], [[1.0, 2.0], [3.0, 2.0]], label="two")
+    plots.draw_runs(axes, [0, 10], [[1.0, 2.0]], label="one")
+    two, one = axes.lines
+    assert (list(two.get_ydata()), list(one.get_ydata())) == ([2.0, 2.0], [1.0, 2.0])
+    band, _ = axes.collections
+    assert band.get_datalim(axes.transData).intervaly == pytest.approx(
+        [2 - 12.7062, 2 + 12.7062], rel=1e-4
+    )

@@ -10,7 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import ArrayLike
+
 from birl_ext.errors import MissingDependencyError
+from birl_ext.runs.intervals import mean_interval
 
 try:
     import matplotlib as mpl
@@ -27,6 +30,7 @@ __all__ = [
     "COLOURS",
     "draw_curves",
     "draw_references",
+    "draw_runs",
     "learning_curve",
     "new_figure",
     "save",
@@ -128,6 +132,23 @@ def draw_curves(
         axes.legend()
     else:
         axes.set_ylabel(next(iter(labels.values())))
+
+
+def draw_runs(
+    axes: Axes, x: Sequence[float], runs: ArrayLike, *, label: str, colour: str | None = None
+) -> None:
+    """Draw several runs of one kind: their mean, and its 95 % interval (Student's t) as a band.
+
+    Args:
+        axes: where to draw.
+        x: (K,), e.g. outer steps, or samples.
+        runs: (n, K), one independent run (a seed) in each row; a single one has no band.
+        label: in the legend.
+        colour: of line and band; by default the next one of the axes.
+    """
+    mean, half = mean_interval(runs)
+    (line,) = axes.plot(x, mean, label=label, color=colour)
+    axes.fill_between(x, mean - half, mean + half, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 def draw_references(axes: Axes, references: Mapping[str, float]) -> None:
