@@ -15,10 +15,13 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
+from birl_bench import families
 from birl_bench.machine import header
 from torch import Tensor
 
@@ -39,76 +42,30 @@ SLOWEST = 5.0
 MDP = DenseMDP | SparseMDP
 
 
-def dense(states: int, generator: torch.Generator) -> Tensor:
-    """Random rows over all states, 4 actions: mixes in one step."""
-    return _normalised(torch.rand(states, 4, states, generator=generator, dtype=torch.float64))
+def random(family: Callable[..., Tensor], states: int, generator: torch.Generator) -> Tensor:
+    shape = (states, 4)
+    return families.normalised(family(shape, generator, draw=torch.float64))
 
 
-def garnet(states: int, generator: torch.Generator) -> Tensor:
-    """4 random successors per state and action, 4 actions: mixes in a few steps."""
-    weights = torch.rand(states, 4, states, generator=generator, dtype=torch.float64)
-    fourth = weights.topk(4, -1).values[..., -1:]
-    return _normalised(weights * (weights >= fourth))
-
-
-def two_cluster(states: int, generator: torch.Generator) -> Tensor:
-    """Two dense halves that leak 1e-3 into each other, 4 actions: mixes in a thousand steps."""
-    half = torch.arange(states) < states // 2
-    leak = torch.where(half[:, None] == half, 1.0, 1e-3).to(torch.float64)
-    return _normalised(dense(states, generator) * leak[:, None])
-
-
-def grid(states: int, generator: torch.Generator) -> Tensor:
-    """A square walk in 4 directions that slips with probability 0.2: the best cell drains it."""
-    side = int(states**0.5)
-    cell = torch.arange(side * side)
-    row, column = cell // side, cell % side
-    moved = [
-        (row - 1).clamp(min=0) * side + column,
-        row * side + (column + 1).clamp(max=side - 1),
-        (row + 1).clamp(max=side - 1) * side + column,
-        row * side + (column - 1).clamp(min=0),
-    ]
-    rows = torch.zeros(side * side, 4, side * side, dtype=torch.float64)
-    for action in range(4):
-        for way, target in enumerate(moved):
-            rows[cell, action, target] += 0.85 if way == action else 0.05
-    return rows
-
-
-def chain(states: int, generator: torch.Generator) -> Tensor:
-    """A line walked left or right, failing with probability 0.1: news travels slowly."""
-    cell = torch.arange(states)
-    ends = (cell - 1).clamp(min=0), (cell + 1).clamp(max=states - 1)
-    rows = torch.zeros(states, 2, states, dtype=torch.float64)
-    for action in range(2):
-        rows[cell, action, ends[action]] += 0.9
-        rows[cell, action, ends[1 - action]] += 0.1
-    return rows
-
-
-def _normalised(rows: Tensor) -> Tensor:
-    return rows / rows.sum(-1, keepdim=True)
-
-
-FAMILIES: dict[str, tuple[Callable[[int, torch.Generator], Tensor], bool]] = {
-    "dense": (dense, False),
-    "two-cluster": (two_cluster, False),
-    "garnet": (garnet, True),
-    "grid": (grid, True),
-    "chain": (chain, True),
+FAMILIES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
+    "dense": partial(random, families.dense),
+    "two-cluster": partial(random, families.two_cluster),
+    "garnet": partial(random, families.garnet),
+    "grid": lambda states, _: families.walk((isqrt(states),) * 2, families.CARDINAL),
+    "chain": lambda states, _: families.walk((1, states), ((0, -1), (0, 1))),
 }
-"""Family → its transition, and whether it is solved as a SparseMDP."""
+"""Family → P; of random families with four actions."""
+DENSE = ("dense", "two-cluster")
+"""The others are solved as a SparseMDP."""
 
 
 def problem(family: str, states: int, discount: float) -> MDP:
     generator = torch.Generator().manual_seed(states)
-    build, sparse = FAMILIES[family]
-    transition = build(states, generator)
+    transition = FAMILIES[family](states, generator)
     shape = transition.shape[:-1]
     reward = torch.rand(shape, generator=generator, dtype=torch.float64)
     mdp = DenseMDP(reward, transition, discount)
-    return mdp.to_sparse() if sparse else mdp
+    return mdp if family in DENSE else mdp.to_sparse()
 
 
 def measure(

@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from birl_bench import families
 from birl_ext.model.mdp import SparseMDP
 
 __all__ = [
@@ -24,13 +25,11 @@ __all__ = [
     "Workload",
     "certify",
     "compare",
-    "dense",
-    "garnet",
     "grid",
     "newton",
     "policy_system",
+    "random",
     "truth",
-    "two_cluster",
 ]
 
 
@@ -131,79 +130,28 @@ class DenseProblem(_Placed):
         return tensor
 
 
-def garnet(
-    batch: int,
-    states: int,
-    actions: int,
-    dtype: torch.dtype,
-    *,
-    discount: float,
-    temperature: float,
-    branching: int = 4,
-    seed: int = 0,
-) -> DenseProblem:
-    """`branching` random successors with random weights for each state and action, stored dense."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, states, actions, states)
-    weights = torch.rand(shape, generator=generator)
-    least = weights.topk(min(branching, states), -1).values[..., -1:]
-    return _problem((weights * (weights >= least)), dtype, discount, temperature, generator)
-
-
-def dense(
-    batch: int,
-    states: int,
-    actions: int,
+def random(
+    family: Callable[..., Tensor],
+    shape: tuple[int, int, int],
     dtype: torch.dtype,
     *,
     discount: float,
     temperature: float,
     seed: int = 0,
+    **options: float,
 ) -> DenseProblem:
-    """Every state is reached from everywhere."""
+    """(B, S, A) of one of the random families, with a random reward; options are the family's."""
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.rand(batch, states, actions, states, generator=generator)
-    return _problem(weights, dtype, discount, temperature, generator)
-
-
-def two_cluster(
-    batch: int,
-    states: int,
-    actions: int,
-    dtype: torch.dtype,
-    *,
-    discount: float,
-    temperature: float,
-    leak: float = 1e-3,
-    seed: int = 0,
-) -> DenseProblem:
-    """Two dense halves that leak into each other: mixes in 1/leak steps."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.rand(batch, states, actions, states, generator=generator)
-    half = torch.arange(states) < states // 2
-    weights *= torch.where(half[:, None] == half, 1.0, leak).unsqueeze(1)
-    return _problem(weights, dtype, discount, temperature, generator)
-
-
-def _problem(
-    weights: Tensor,
-    dtype: torch.dtype,
-    discount: float,
-    temperature: float,
-    generator: torch.Generator,
-) -> DenseProblem:
-    transition = weights.to(dtype)
-    transition /= transition.sum(-1, keepdim=True)
-    reward = torch.rand(weights.shape[:-1], generator=generator).to(dtype)
-    weight = torch.rand(weights.shape[:2], generator=generator).to(dtype)
-    return DenseProblem(reward, transition, discount, temperature, weight)
+    weights = family(shape, generator, draw=torch.float32, **options).to(dtype)
+    reward = torch.rand(shape, generator=generator).to(dtype)
+    weight = torch.rand(shape[:2], generator=generator).to(dtype)
+    return DenseProblem(reward, families.normalised(weights), discount, temperature, weight)
 
 
 # The grid
 
-MOVES = ((0, 0), (-1, 0), (0, 1), (1, 0), (0, -1))
-"""Stay, up, right, down, left: the actions, and where a step can lead."""
-SLIP = 0.2
+MOVES = ((0, 0), *families.CARDINAL)
+"""The actions, and where a step can lead."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,18 +256,12 @@ def _csr(crow: Tensor, col: Tensor, entries: Tensor, shape: tuple[int, int]) -> 
 def grid(side: int, *, discount: float, temperature: float, seed: int = 0) -> GridProblem:
     """A walk on side × side cells that goes as intended with .8, else to any of the five."""
     generator = torch.Generator().manual_seed(seed)
-    cell = torch.arange(side * side)
-    row, column = cell // side, cell % side
-    moved = [
-        (row + down).clamp(0, side - 1) * side + (column + right).clamp(0, side - 1)
-        for down, right in MOVES
-    ]
-    intended = (1 - SLIP) * torch.eye(len(MOVES), dtype=torch.float64) + SLIP / len(MOVES)
     states = side * side
     cost = torch.rand(states, len(MOVES), generator=generator, dtype=torch.float64)
     weight = torch.rand(states, generator=generator, dtype=torch.float64)
-    probability = intended.expand(states, -1, -1).contiguous()
-    return GridProblem(-cost, probability, torch.stack(moved, -1), discount, temperature, weight)
+    probability = families.slipping(len(MOVES)).expand(states, -1, -1).contiguous()
+    successor = families.neighbours((side, side), MOVES)
+    return GridProblem(-cost, probability, successor, discount, temperature, weight)
 
 
 # Truth

@@ -15,6 +15,7 @@ import torch
 
 from birl_bench import workloads
 from birl_bench.cases.dense_mid import LISTS
+from birl_bench.families import dense
 from birl_bench.harness import Case, Plan, measure
 from birl_bench.rivals import torch_dense
 
@@ -26,7 +27,7 @@ DOUBLE = ("quantecon modified_policy_iteration", "quantecon policy_iteration")
 
 def run(plan: Plan) -> list[dict[str, Any]]:
     shape = (1, 24, 3) if plan.quick else (1, 4096, 16)
-    problem = workloads.dense(*shape, torch.float32, discount=0.95, temperature=0.1)
+    problem = workloads.random(dense, shape, torch.float32, discount=0.95, temperature=0.1)
     problem = problem.to(plan.device)
     candidates = torch_dense.forward(problem, TOL, plan, span_block=1, lists=LISTS)
     candidates = [

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from birl_bench import workloads
+from birl_bench.families import dense
 from birl_bench.harness import Case, Plan, measure
 from birl_bench.rivals import torch_dense
 
@@ -29,7 +30,9 @@ def run(plan: Plan) -> list[dict[str, Any]]:
 def cases(plan: Plan) -> Iterator[Case]:
     shape = (1, 12, 3) if plan.quick else (1, 1000, 10)
     for dtype, tol in TOL.items():
-        problem = workloads.dense(*shape, dtype, discount=0.95, temperature=0.1).to(plan.device)
+        problem = workloads.random(dense, shape, dtype, discount=0.95, temperature=0.1).to(
+            plan.device
+        )
         allowed = dict.fromkeys(("value", "grad_reward", "grad_transition"), 100 * tol)
         common: dict[str, Any] = {
             "problem": problem,

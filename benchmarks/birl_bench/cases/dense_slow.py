@@ -15,6 +15,7 @@ import torch
 
 from birl_bench import workloads
 from birl_bench.cases.dense_mid import LISTS
+from birl_bench.families import two_cluster
 from birl_bench.harness import Case, Plan, measure
 from birl_bench.rivals import torch_dense
 
@@ -30,8 +31,8 @@ def run(plan: Plan) -> list[dict[str, Any]]:
     shape = (1, 12, 3) if plan.quick else (1, 1000, 10)
     found = []
     for discount in (0.9, 0.95) if plan.quick else (0.99, 0.9999):
-        problem = workloads.two_cluster(
-            *shape, torch.float64, discount=discount, temperature=0.1
+        problem = workloads.random(
+            two_cluster, shape, torch.float64, discount=discount, temperature=0.1
         ).to(plan.device)
         candidates = torch_dense.forward(
             problem, TOL, plan, span_block=1, lists="" if plan.quick else LISTS

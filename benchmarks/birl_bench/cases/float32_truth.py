@@ -20,6 +20,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_bench import machine, workloads
+from birl_bench.families import dense
 from birl_bench.harness import Answer, Plan, facts
 from birl_bench.rivals import jax_dense, torch_dense
 from birl_bench.workloads import DenseProblem
@@ -67,7 +68,9 @@ class _Way(NamedTuple):
 def run(plan: Plan) -> list[dict[str, Any]]:
     shape = (2, 6, 2) if plan.quick else (256, 32, 8)
     discount, temperature = (0.99, 0.1) if plan.quick else (0.9999, 1e-3)
-    problem = workloads.dense(*shape, torch.float32, discount=discount, temperature=temperature)
+    problem = workloads.random(
+        dense, shape, torch.float32, discount=discount, temperature=temperature
+    )
     problem = problem.to(plan.device)
     generator = torch.Generator().manual_seed(1)
     cotangent = torch.rand(shape, generator=generator, dtype=torch.float64).to(plan.device)

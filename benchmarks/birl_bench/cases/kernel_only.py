@@ -18,6 +18,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_bench import workloads
+from birl_bench.families import two_cluster
 from birl_bench.harness import Answer, Candidate, Case, Plan, measure
 from birl_bench.rivals import cuda_graphs, torch_dense
 from birl_bench.workloads import DenseProblem
@@ -38,8 +39,8 @@ def run(plan: Plan) -> list[dict[str, Any]]:
     for name, (shape, sweeps) in SHAPES.items():
         if plan.quick:
             shape, sweeps = (2, 6, 2), torch_dense.BLOCK
-        problem = workloads.two_cluster(
-            *shape, torch.float32, discount=0.95, temperature=0.1, leak=1e-4
+        problem = workloads.random(
+            two_cluster, shape, torch.float32, discount=0.95, temperature=0.1, leak=1e-4
         ).to(plan.device)
         exact = problem.exact()
         value, _ = torch_dense.plain(exact.weight, *exact.data, sweeps=sweeps)

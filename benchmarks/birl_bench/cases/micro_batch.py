@@ -13,6 +13,7 @@ import torch
 
 from birl_bench import workloads
 from birl_bench.cases import small_batch
+from birl_bench.families import garnet
 from birl_bench.harness import Plan, measure
 
 __all__ = ["run"]
@@ -20,12 +21,10 @@ __all__ = ["run"]
 
 def run(plan: Plan) -> list[dict[str, Any]]:
     batches = (5,) if plan.quick else (4096, 100_000) if plan.cuda else (4096,)
-    states, actions = (6, 2) if plan.quick else (16, 4)
     found = []
     for batch in batches:
-        problem = workloads.garnet(
-            batch, states, actions, torch.float32, discount=0.95, temperature=0.1
-        )
+        shape = (batch, 6, 2) if plan.quick else (batch, 16, 4)
+        problem = workloads.random(garnet, shape, torch.float32, discount=0.95, temperature=0.1)
         name = "micro batch" if batch != 100_000 else "micro batch of 1e5"
         few = batch <= 4096  # a tape of hundreds of copies of P fits
         pair = small_batch.cases(name, problem.to(plan.device), plan, unrolled=few)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_bench import machine, workloads
+from birl_bench.families import dense
 from birl_bench.harness import Plan, facts, time_alternately
 from birl_bench.workloads import DenseProblem, GridProblem, Work
 
@@ -131,7 +132,7 @@ def _measure(
 
 def _dense(plan: Plan) -> _System:
     shape = (1, 12, 3) if plan.quick else (1, 1000, 10)
-    problem = workloads.dense(*shape, torch.float64, discount=0.95, temperature=0.1)
+    problem = workloads.random(dense, shape, torch.float64, discount=0.95, temperature=0.1)
     problem = problem.to(plan.device)
     reward = problem.reward[0].clone().requires_grad_()
     rows, gamma = problem.transition[0], problem.discount

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from birl_bench import workloads
+from birl_bench.families import garnet
 from birl_bench.harness import Case, Plan, measure
 from birl_bench.rivals import torch_dense
 from birl_bench.workloads import DenseProblem
@@ -44,5 +45,5 @@ def cases(name: str, problem: DenseProblem, plan: Plan, *, unrolled: bool = True
 
 def run(plan: Plan) -> list[dict[str, Any]]:
     shape = (3, 6, 2) if plan.quick else (256, 32, 8)
-    problem = workloads.garnet(*shape, torch.float32, discount=0.95, temperature=0.1)
+    problem = workloads.random(garnet, shape, torch.float32, discount=0.95, temperature=0.1)
     return [measure(case, plan) for case in cases("small batch", problem.to(plan.device), plan)]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_bench import machine, workloads
+from birl_bench.families import dense
 from birl_bench.harness import Plan, Wrong, facts, no_collection, processor_time
 from birl_bench.workloads import DenseProblem
 from birl_ext.ops import solve as ops_solve
@@ -46,7 +47,7 @@ def run(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _measure(calls: int, rounds: int, plan: Plan) -> dict[str, Any]:
-    problem = workloads.dense(1, 4, 3, torch.float64, discount=0.95, temperature=0.1)
+    problem = workloads.random(dense, (1, 4, 3), torch.float64, discount=0.95, temperature=0.1)
     truth = {"value": workloads.truth(problem)["value"].to(plan.device)}
     problem = problem.to(plan.device)
     question = (__doc__ or "").splitlines()[0]
