@@ -16,9 +16,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import house
 import numpy as np
+import performance_page
 import pytest
 import torch
+import touch_kernels
 from birl_bench import (
     families,
     floors,
@@ -588,17 +591,9 @@ def test_a_floor_is_bytes_over_bandwidth() -> None:
     assert large.solve == pytest.approx(3e-6 + 4 * large.memory + 3 * 1.7e-6)
 
 
-def page() -> Any:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module("performance_page")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
 def test_the_performance_page_is_in_step() -> None:
     text = (ROOT / "docs" / "performance.md").read_text()
-    assert page().filled(text, page().tables()) == text, (
+    assert performance_page.filled(text, performance_page.tables()) == text, (
         "run python benchmarks/performance_page.py --write"
     )
 
@@ -615,15 +610,57 @@ def test_the_performance_page_shows_a_stored_run(
     case["case"] = "small batch, forward"
     case["rows"].append({**case["rows"][0], "key": "compiled", "times_ours": 11.0})
     out.write_text(json.dumps(document))
-    module = page()
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    found = module.tables()
+    monkeypatch.setattr(performance_page, "RESULTS", tmp_path)
+    found = performance_page.tables()
     claim = "faster than compiled value iteration | ≥ 12 × | 11 | not met |"
     assert f"| small batch, forward | {claim}" in found["requirements"]
     assert "| small batch, forward | " in found["predictions"]
     assert "Not measured on a GPU" in found["gpu"]
     with pytest.raises(ValueError, match="no part 'gpu'"):
-        module.filled("", {"gpu": ""})
+        performance_page.filled("", {"gpu": ""})
+
+
+def test_a_house_is_measured(tmp_path: Path) -> None:
+    files = {
+        "birl_ext/__init__.py": '__all__ = ["a", "b"]\nfrom birl_ext import low\n',
+        "birl_ext/low.py": '"""D."""\n\n\ndef f(a, *, b=1):  # c\n    "E."\n    return g(a, b, 1)\n',
+        "birl_ext/high/__init__.py": '__all__ = ["c"]\n',
+        "birl_ext/high/top.py": "def g():\n    from birl_ext.low import f\n    return f()\n",
+        "csrc/core/a.h": """#define ONE(x) \\
+  (x)
+// void no(int a) {
+struct alignas(64) Pair {
+  int first(int a, std::map<int, int> b) const {  // {
+    if (a) {
+
+      return '{';
+    }
+    return 0;
+  }
+};
+""",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = house.measure(tmp_path, sys.executable, None)
+    assert found["hops"]["solve"][1] > 1
+    del found["hops"]
+    assert found == {
+        "rooms": [2, 1],
+        "crowded": [2, "birl_ext"],
+        "floors": [2, 0],
+        "files": [4, 1],
+        "lines": [10, 11, 21],
+        "code": [8, 8, 16],
+        "names": [2, 1],
+        "longest": (3, "top.py: g"),
+        "longest_cpp": (6, "a.h: first"),
+        "call": (3, "low.py: g"),
+        "width": (2, "low.py: f"),
+        "width_cpp": (2, "a.h: first"),
+        "wheel": None,
+    }
 
 
 # A machine with a GPU
@@ -723,17 +760,12 @@ def test_the_whole_check_with_stand_ins(tmp_path: Path, broken: str, status: int
 def test_the_script_for_sanitizers_runs_and_can_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        touch = importlib.import_module("touch_kernels")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    monkeypatch.setattr(touch, "BRIEF", ((1, 1, 1), (2, 5, 2)))
+    monkeypatch.setattr(touch_kernels, "BRIEF", ((1, 1, 1), (2, 5, 2)))
     monkeypatch.setattr(sys, "argv", ["touch_kernels.py", "--device", "cpu", "--brief"])
-    monkeypatch.setattr(touch, "_prefix", lambda device: "NONE_")
-    assert touch.main() == 0, capsys.readouterr().out
-    monkeypatch.setattr(touch, "ALLOWED", dict.fromkeys(touch.ALLOWED, -1.0))
-    assert touch.main() == 1
+    monkeypatch.setattr(touch_kernels, "_prefix", lambda device: "NONE_")
+    assert touch_kernels.main() == 0, capsys.readouterr().out
+    monkeypatch.setattr(touch_kernels, "ALLOWED", dict.fromkeys(touch_kernels.ALLOWED, -1.0))
+    assert touch_kernels.main() == 1
     assert "off by" in capsys.readouterr().out
 
 
