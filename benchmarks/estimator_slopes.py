@@ -10,7 +10,6 @@ repetitions; slopes are of its noise, without the part that repetitions agree on
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from birl_bench import machine
+from birl_bench.report import store
 from torch import Tensor
 
 import birl_ext
@@ -145,9 +145,6 @@ def main() -> int:
     report = {
         **machine.header(
             f"python benchmarks/estimator_slopes.py --repetitions {options.repetitions}",
-            torch.device("cpu"),
-            1,
-            False,
         ),
         "seconds": round(time.perf_counter() - began, 1),
         "pairs": PAIRS,
@@ -155,7 +152,7 @@ def main() -> int:
     }
     print(table(report))
     if options.out:
-        options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        store(report, options.out)
     if options.figure:
         figure(report, options.figure)
     slopes = [row["slope_of_noise"] for row in rows.values()]

@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from birl_bench.machine import header, today
+from birl_bench.report import store
 
 from birl_ext.problems.four_rooms import PUBLISHED, FourRoomsConfig, FourRoomsJob, Method
 
@@ -54,13 +54,6 @@ def measure(config: FourRoomsConfig, budget: str) -> dict[str, Any]:
         "processor_seconds": round(time.process_time() - processor, 2),
         "weights": [round(x, 4) for x in summary["parameters"]["weights"].tolist()],
     }
-
-
-def write(report: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(report, indent=1) + "\n")
-    draft.replace(path)
 
 
 def table(entries: list[dict[str, Any]]) -> str:
@@ -108,7 +101,7 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/four_rooms_table.py", *settings])
     report: dict[str, Any] = {
         "question": (__doc__ or "").splitlines()[0],
-        **header(command, torch.device("cpu"), torch.get_num_threads(), False),
+        **header(command),
         "commands": [],
         "published": [
             {"temperature": t, "kappa": k, **known} for (t, k), known in PUBLISHED.items()
@@ -129,7 +122,7 @@ def main() -> None:
                     continue
                 entry = measure(config, options.budget)
                 report["rows"].append(entry)
-                write(report, options.out)
+                store(report, options.out)
                 print(
                     f"λ {temperature:g}  κ {kappa:g}  {method:12} seed {seed}  "
                     f"value {entry['objective']:.4f} ± {entry['error_bound']:.0e}  "

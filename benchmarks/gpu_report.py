@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from birl_bench import machine
-from birl_bench.report import markdown
+from birl_bench.report import markdown, store
 
 TAIL = 30
 """Lines of the log of a step that failed."""
@@ -59,15 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=Path, required=True)
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    header = machine.header("bash benchmarks/gpu_check.sh", device, torch.get_num_threads(), False)
+    header = machine.header("bash benchmarks/gpu_check.sh", device)
     suites = sorted(options.suite.glob("*.json")) if options.suite.is_dir() else []
     suite = json.loads(suites[-1].read_text()) if suites else None
     report = {**header, "driver": driver(), "steps": steps(options.steps, options.logs)}
     report["suite"] = suite
     name = slug(header["device"].split(",")[0])
     target = options.out / f"gpu_{header['date']}_{name}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    store(report, target)
     if suite is not None:
         target.with_suffix(".md").write_text(markdown(suite))
         print(markdown(suite))

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from birl_bench.machine import header, today
+from birl_bench.report import store
 
 from birl_ext.preferences.teachers import TEACHERS
 from birl_ext.problems.preference.config import PreferenceConfig
@@ -181,13 +182,6 @@ def thresholds() -> dict[str, float]:
     return {task: settings(task).get("threshold", THRESHOLD) for task in TASKS}
 
 
-def write(report: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(report, indent=1) + "\n")
-    draft.replace(path)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -204,7 +198,7 @@ def main() -> int:
 
     report: dict[str, Any] = {
         "question": (__doc__ or "").splitlines()[0],
-        **header("python benchmarks/preference_table.py", torch.device("cpu"), 1, False),
+        **header("python benchmarks/preference_table.py", threads=1),
         "commands": [],
         "thresholds": thresholds(),
         "settings": {task: settings(task) for task in TASKS},
@@ -236,7 +230,7 @@ def main() -> int:
                 continue
             run = done.result()
             report["runs"].append(run)
-            write(report, options.out)
+            store(report, options.out)
             print(
                 f"{run['task']:10} {run['teacher']:8} {run['algorithm']:12} seed {run['seed']}  "
                 f"labels {needed(run):4}{'' if run['labels_to_threshold'] else '+'}  "

@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from birl_bench.report import store
+
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 COLUMNS = {
     "compiled, float32": "cpu f32",
@@ -149,7 +151,7 @@ def main() -> int:
         "kills": figures("test_kill.py"),
         "properties": properties,
     }
-    chosen.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    store(report, chosen.out)
     print(table(report))
     return failed
 

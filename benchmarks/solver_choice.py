@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from birl_bench import families
 from birl_bench.machine import header
+from birl_bench.report import store
 from torch import Tensor
 
 import birl_ext
@@ -155,13 +156,6 @@ def _milliseconds(row: dict[str, Any]) -> str:
     return two_digits if row["status"] == "CONVERGED" else f"fails ({two_digits})"
 
 
-def write(report: dict[str, Any], path: Path) -> None:
-    """JSON with one measurement per line."""
-    rows = ",\n  ".join(map(json.dumps, report["rows"]))
-    text = json.dumps({**report, "rows": []}, indent=1, ensure_ascii=False)
-    path.write_text(text.replace('"rows": []', f'"rows": [\n  {rows}\n ]') + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -177,9 +171,7 @@ def main() -> None:
         "question": __doc__.splitlines()[0],
         **header(
             f"python benchmarks/solver_choice.py{' --quick' if options.quick else ''}",
-            torch.device("cpu"),
-            torch.get_num_threads(),
-            options.quick,
+            quick=options.quick,
         ),
         "tolerance": TOL,
         "rows": [],
@@ -208,7 +200,7 @@ def main() -> None:
                     flush=True,
                 )
     if options.out:
-        write(report, options.out)
+        store(report, options.out)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,16 @@ instance of its own; slopes by least squares of logarithms.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, linear_regression
 from typing import Any
 
 import torch
 from birl_bench import machine
+from birl_bench.report import store
 
 from birl_ext.bilevel.stoc_sobirl import Effort, StocSoBiRL
 from birl_ext.problems.random_mdp import RandomMDPConfig
@@ -58,9 +58,8 @@ def run(epsilon: float, seed: int) -> dict[str, float]:
 
 
 def slope(points: list[tuple[float, float]]) -> float:
-    logs = [(math.log(x), math.log(y)) for x, y in points]
-    mx, my = fmean(x for x, _ in logs), fmean(y for _, y in logs)
-    return sum((x - mx) * (y - my) for x, y in logs) / sum((x - mx) ** 2 for x, _ in logs)
+    x, y = ([math.log(number) for number in numbers] for numbers in zip(*points, strict=True))
+    return linear_regression(x, y).slope
 
 
 def main() -> int:
@@ -83,9 +82,6 @@ def main() -> int:
         report = {
             **machine.header(
                 f"python benchmarks/stoc_sobirl_slopes.py --seeds {options.seeds}",
-                torch.device("cpu"),
-                1,
-                False,
             ),
             "seconds": time.perf_counter() - began,
             "seeds": options.seeds,
@@ -94,7 +90,7 @@ def main() -> int:
             "slopes": slopes,
             "claimed": THEORY,
         }
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        store(report, options.out)
     return 0 if all(slopes[name] >= THEORY[name] - 0.2 for name in THEORY) else 1
 
 

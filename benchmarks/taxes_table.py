@@ -12,16 +12,15 @@ transitions are taken as given.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from birl_bench import machine
+from birl_bench.report import store
 from torch import Tensor
 
 from birl_ext.bilevel import MSoBiRL
@@ -128,7 +127,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="of zero order")
     parser.add_argument("--steps", type=int, default=100)
     results = Path(__file__).parent / "results"
-    default = results / f"taxes_{date.today().isoformat()}.json"
+    default = results / f"taxes_{machine.today()}.json"
     parser.add_argument("--out", type=Path, default=default)
     options = parser.parse_args()
     if options.steps <= EARLY:
@@ -138,9 +137,6 @@ def main() -> int:
     report: dict[str, Any] = {
         **machine.header(
             f"python benchmarks/taxes_table.py --seeds {options.seeds} --steps {options.steps}",
-            torch.device("cpu"),
-            1,
-            False,
         ),
         "steps": options.steps,
         "rows": [],
@@ -179,7 +175,7 @@ def main() -> int:
         for name in ("grids", "random_starts", "gradient_at_the_start"):
             print(f"λ {temperature:g}  {name}: {report[name][temperature]}", flush=True)
     report["seconds"] = round(time.perf_counter() - began, 1)
-    options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    store(report, options.out)
     print(table(report))
     return 0
 

@@ -623,7 +623,7 @@ def test_the_performance_page_shows_a_stored_run(
 def test_a_house_is_measured(tmp_path: Path) -> None:
     files = {
         "birl_ext/__init__.py": '__all__ = ["a", "b"]\nfrom birl_ext import low\n',
-        "birl_ext/low.py": '"""D."""\n\n\ndef f(a, *, b=1):  # c\n    "E."\n    return g(a, b, 1)\n',
+        "birl_ext/low.py": '"D."\n\ndef f(a, *, b=1):  # c\n    "E."\n    return g(a, b, 1)\n',
         "birl_ext/high/__init__.py": '__all__ = ["c"]\n',
         "birl_ext/high/top.py": "def g():\n    from birl_ext.low import f\n    return f()\n",
         "csrc/core/a.h": """#define ONE(x) \\

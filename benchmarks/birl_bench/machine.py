@@ -35,6 +35,7 @@ __all__ = [
     "wait",
 ]
 
+CPU = torch.device("cpu")
 FORMAT = 2
 PACKAGES = ("torch", "numpy", "jax", "optimistix", "jaxopt", "quantecon", "mdpsolver", "scipy")
 REPEATS = 9
@@ -173,7 +174,12 @@ def missing(*packages: str) -> str:
     return f"not installed: {', '.join(absent)}" if absent else ""
 
 
-def header(command: str, device: torch.device, threads: int, quick: bool) -> dict[str, Any]:
+def header(
+    command: str,
+    device: torch.device = CPU,
+    threads: int | None = None,
+    quick: bool = False,
+) -> dict[str, Any]:
     """Date, machine, versions and command of a run; nothing that names a host or a folder."""
     kind = "_cuda" if device.type == "cuda" else "_cpu"
     native = loader.report()[kind]
@@ -185,7 +191,7 @@ def header(command: str, device: torch.device, threads: int, quick: bool) -> dic
         "device": _device(device),
         "machine": _machine(),
         "load_average": round(os.getloadavg()[0], 2),
-        "threads": threads,
+        "threads": threads or torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **_versions()},
         "compiled_module": native["build_info"] or native["reason"],
     }

@@ -9,19 +9,25 @@ from typing import Any
 
 from birl_bench import machine
 
-__all__ = ["digits", "lines", "markdown", "verdicts", "write"]
+__all__ = ["digits", "lines", "markdown", "store", "verdicts", "write"]
+
+
+def store(report: Mapping[str, Any], path: Path) -> None:
+    """The report as JSON, whole or not at all."""
+    _write(json.dumps(report, indent=1, ensure_ascii=False) + "\n", path)
 
 
 def write(report: Mapping[str, Any], path: Path) -> None:
     """The report as JSON and, beside it, as Markdown; each whole or not at all."""
+    store(report, path)
+    _write(markdown(report), path.with_suffix(".md"))
+
+
+def _write(text: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for target, text in (
-        (path, json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
-        (path.with_suffix(".md"), markdown(report)),
-    ):
-        draft = target.with_name(target.name + ".part")
-        draft.write_text(text)
-        draft.replace(target)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text)
+    draft.replace(path)
 
 
 def lines(case: Mapping[str, Any]) -> Iterator[str]:
