@@ -17,10 +17,10 @@ import argparse
 import dataclasses
 import json
 import shlex
-import statistics
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_args
 
 from birl_bench.machine import header, today
@@ -56,32 +56,29 @@ def measure(config: FourRoomsConfig, budget: str) -> dict[str, Any]:
     }
 
 
-def table(entries: list[dict[str, Any]]) -> str:
-    """Markdown: best over the seeds, and mean where there are several; published entries beside."""
-    methods = [m for m in get_args(Method) if any(e["method"] == m for e in entries)]
-    published = list(next(iter(PUBLISHED.values())))
-    head = ["λ", "κ", "no incentive", *published, *methods, "best", "seconds"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for (temperature, kappa), known in PUBLISHED.items():
-        row = [e for e in entries if (e["temperature"], e["kappa"]) == (temperature, kappa)]
-        if not row:
+def table(report: dict[str, Any], budget: str = "default") -> str:
+    """Markdown of a budget: no incentive, published entries, our methods' means over the seeds."""
+    shown = {"gradient": "plain gradient", "combined": "combined"}
+    published = [name for name in report["published"][0] if name not in ("temperature", "kappa")]
+    head = ["λ", "κ", "no incentive", *published, *shown.values(), "bound on the error"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for known in report["published"]:
+        key = known["temperature"], known["kappa"], budget
+        rows = [r for r in report["rows"] if (r["temperature"], r["kappa"], r["budget"]) == key]
+        runs = {method: [r for r in rows if r["method"] == method] for method in shown}
+        if not all(runs.values()):
             continue
-        cells = [f"{temperature:g}", f"{kappa:g}", f"{row[0]['no_incentive']:.3f}"]
-        cells += [f"{known[method]:.2f}" for method in published]
-        for method in methods:
-            values = [e["objective"] for e in row if e["method"] == method]
-            mean = f" ({statistics.mean(values):.3f})" if len(values) > 1 else ""
-            cells.append(f"{max(values):.3f}{mean}" if values else "")
-        slowest = [e["processor_seconds"] for e in row if e["method"] == methods[-1]]
-        cells.append(f"**{max(e['objective'] for e in row):.4f}**")
-        cells.append(f"{statistics.mean(slowest):.1f}" if slowest else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    lines.append("")
-    lines.append(
-        "Methods: best over the seeds (mean over the seeds). Seconds: processor time of one run "
-        f"of the method {methods[-1]!r}."
-    )
-    return "\n".join(lines)
+        mean = [fmean(run["objective"] for run in some) for some in runs.values()]
+        cells = [
+            *(f"{number:g}" for number in key[:2]),
+            f"{rows[0]['no_incentive']:.3f}",
+            *(f"{known[name]:.2f}" for name in published),
+            f"{mean[0]:.3f}",
+            f"**{mean[1]:.3f}**",
+            f"{max(run['error_bound'] for run in runs['combined']):.0e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -129,10 +126,7 @@ def main() -> None:
                     f"{entry['processor_seconds']:.1f} s",
                     flush=True,
                 )
-    for budget in BUDGETS:
-        if entries := [e for e in report["rows"] if e["budget"] == budget]:
-            print(f"\nBudget {budget}\n")
-            print(table(entries))
+    print(f"\nBudget {options.budget}\n\n{table(report, options.budget)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 import runpy
-import statistics
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,28 +126,7 @@ def test_every_error_is_in_the_readme() -> None:
 @pytest.mark.skipif(not FOUR_ROOMS, reason="no stored results of four rooms")
 def test_the_table_of_four_rooms_is_the_one_measured() -> None:
     report = json.loads(FOUR_ROOMS[-1].read_text())
-    lines = [
-        "| λ | κ | no incentive | HPGD | AMD | zero order | plain gradient | combined "
-        "| bound on the error |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for known in report["published"]:
-        key = known["temperature"], known["kappa"]
-        runs: dict[str, list[dict[str, float]]] = {}
-        for row in report["rows"]:
-            if (row["temperature"], row["kappa"], row["budget"]) == (*key, "default"):
-                runs.setdefault(row["method"], []).append(row)
-        mean = {name: statistics.mean(r["objective"] for r in rs) for name, rs in runs.items()}
-        cells = [
-            *(f"{number:g}" for number in key),
-            f"{runs['combined'][0]['no_incentive']:.3f}",
-            *(f"{known[name]:.2f}" for name in ("HPGD", "AMD", "zero order")),
-            f"{mean['gradient']:.3f}",
-            f"**{mean['combined']:.3f}**",
-            f"{max(r['error_bound'] for r in runs['combined']):.0e}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    table = "\n".join(lines) + "\n"
+    table = runpy.run_path(str(ROOT / "benchmarks" / "four_rooms_table.py"))["table"](report)
     found = between((ROOT / "README.md").read_text(), "four rooms")
     assert found == table, f"the table in README.md should be\n\n{table}"
 
