@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from birl_bench.families import normalised
 from torch import Tensor
 
 import birl_ext
-from birl_ext import solution
 from birl_ext.ops.backends import loader
+from birl_ext.solution import Kernel
 
 SHAPES = (
     (1, 1, 1),
@@ -63,8 +64,7 @@ def touches(device: torch.device, brief: bool) -> Iterator[Touch]:
             weights = torch.rand(batch, states, actions, states, generator=generator)
             weights *= torch.rand(weights.shape, generator=generator) < 0.7
             weights[..., 0] += 0.1
-            transition = (weights / weights.sum(-1, keepdim=True)).to(dtype)
-            transition = (transition / transition.sum(-1, keepdim=True)).to(device)
+            transition = normalised(normalised(weights).to(dtype)).to(device)
             reward = torch.rand(batch, states, actions, generator=generator).to(dtype).to(device)
             mask = (torch.rand(batch, states, actions, generator=generator) < 0.8).to(device)
             mask[..., 0] = True
@@ -91,7 +91,7 @@ def _calls(
             mdp.replace(reward=reward, validate="off"), temperature=TEMPERATURE, backend=backend
         )
         if backend != "torch":
-            kernels.update(_kernels(found))
+            kernels.update(found.kernels)
         (grad,) = torch.autograd.grad(found.value.sum() + found.policy.square().sum(), reward)
         return [found.value.detach(), found.policy.detach(), grad]
 
@@ -113,14 +113,6 @@ def _calls(
 
     for what, call in (("solve", solve), ("bellman", bellman), ("policy", policy)):
         yield Touch(f"{what} {name}", reward, call, kernels)
-
-
-def _kernels(found: birl_ext.Solution) -> set[str]:
-    """Names of the kernels that solved it."""
-    column = getattr(solution.Info, "KERNEL", None)
-    if column is None:
-        return set()
-    return {solution.Kernel(int(number)).name for number in found.info[..., column].unique()}
 
 
 def _error(found: list[Tensor], right: list[Tensor]) -> float:
@@ -178,7 +170,7 @@ def main() -> int:
         error = _error([one.to(host) for one in found], right)
         if not error <= ALLOWED[touch.reward.dtype]:
             failures.append(f"{touch.name}: off by {error:.2g}")
-    wanted = {k.name for k in getattr(solution, "Kernel", ()) if k.name.startswith(_prefix(device))}
+    wanted = {kernel.name for kernel in Kernel if kernel.name.startswith(_prefix(device))}
     if not options.graph:
         failures += [f"{name} was not reached" for name in sorted(wanted - reached)]
     print("\n".join(failures))

@@ -50,13 +50,17 @@ NO_GARBAGE = SimpleNamespace(collect=int, disable=int, enable=int)
 """Collecting garbage takes half a second in the middle of a test run."""
 
 
+def quicken(patch: pytest.MonkeyPatch) -> None:
+    """Small buffers, few repetitions, and no package beyond those that birl_ext needs."""
+    patch.setattr(machine, "caches", lambda: {"L1": 1 << 12})
+    patch.setattr(machine, "REPEATS", 1)
+    patch.setattr(machine, "missing", lambda *packages: ", ".join(packages))
+    patch.setattr(harness, "gc", NO_GARBAGE)
+
+
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small buffers, few repetitions, and no package beyond those that birl_ext needs."""
-    monkeypatch.setattr(machine, "caches", lambda: {"L1": 1 << 12})
-    monkeypatch.setattr(machine, "REPEATS", 1)
-    monkeypatch.setattr(machine, "missing", lambda *packages: ", ".join(packages))
-    monkeypatch.setattr(harness, "gc", NO_GARBAGE)
+    quicken(monkeypatch)
     for cached in (machine._flusher, machine.ceilings, torch_dense.compiled):
         cached.cache_clear()
     threads = torch.get_num_threads()
@@ -101,10 +105,7 @@ def everything() -> dict[str, list[dict[str, Any]]]:
     """Every case at a toy size, once."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "caches", lambda: {"L1": 1 << 12})
-        patch.setattr(machine, "REPEATS", 1)
-        patch.setattr(machine, "missing", lambda *packages: ", ".join(packages))
-        patch.setattr(harness, "gc", NO_GARBAGE)
+        quicken(patch)
         for name in suite.CASES:
             if name == "tiny_call" and NATIVE:
                 continue
@@ -557,12 +558,6 @@ def test_a_thin_script_runs_the_suite_from_a_checkout() -> None:
 
 
 # Figures and floors
-
-
-def test_names_are_spread() -> None:
-    assert roofline.spread([0.1, 0.11, 0.5], 0.05) == pytest.approx([0.1, 0.15, 0.5])
-    assert roofline.spread([0.98, 0.99, 1.0], 0.05) == pytest.approx([0.9, 0.95, 1.0])
-    assert roofline.spread([], 0.1) == []
 
 
 def test_the_roofline_is_drawn(tmp_path: Path, everything: Any) -> None:
