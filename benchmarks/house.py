@@ -6,9 +6,10 @@ A PLACE is a checkout, or the JSON file of one measured before; the table has a 
 --python is the interpreter that the last checkout is installed for (by default this one): calls are
 followed in it. --wheel is that checkout's wheel.
 
-A room is a folder of sources; a floor, a step in the order of the imports of birl_ext's rooms. Code
-is what is left of lines without blank ones, comments and docstrings. Hops are the changes of file
-inside birl_ext during a call, returns included, on 6 states and 3 actions, r and P differentiable.
+A room is a folder of sources; a floor, a step in the order of imports of the rooms at the top of
+birl_ext, or of the folders of csrc. Code is what is left of lines without blank ones, comments and
+docstrings. Hops are the changes of file inside birl_ext during a call, returns included, on 6
+states and 3 actions, r and P differentiable.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ ROWS = {
     "rooms": "rooms: birl_ext, csrc",
     "crowded": "files in the largest room",
     "floors": "floors of birl_ext; its files on a circle of imports",
+    "floors_cpp": "floors of csrc; its files on a circle of includes",
     "files": "files: birl_ext, csrc",
     "lines": "product lines, not blank: birl_ext, csrc, both",
     "code": "of them code: birl_ext, csrc, both",
@@ -73,7 +75,8 @@ def measure(root: Path, python: str, wheel: Path | None) -> dict[str, Any]:
     return {
         "rooms": [len({path.parent for path in kind}) for kind in kinds],
         "crowded": [crowds.most_common(1)[0][1], crowds.most_common(1)[0][0]],
-        "floors": floors(trees, root),
+        "floors": floors(imports(trees, root), lambda name: name.split(".")[1]),
+        "floors_cpp": floors(includes(theirs, root / "csrc"), lambda name: str(Path(name).parent)),
         "files": [len(kind) for kind in kinds],
         "lines": [*lines, sum(lines)],
         "code": [*code, sum(code)],
@@ -145,29 +148,18 @@ def exported(tree: ast.Module) -> int:
     return 0
 
 
-def floors(trees: dict[Path, ast.Module], root: Path) -> list[int]:
-    """The longest chain of rooms each of which imports the next; and how many files reach
-    themselves. What only a type checker imports does not count.
-    """
+def imports(trees: dict[Path, ast.Module], root: Path) -> dict[str, set[str]]:
+    """Module → those it imports when it is run, or when one of its functions is."""
     files = {".".join(path.relative_to(root).with_suffix("").parts): path for path in trees}
-    arrows: dict[str, set[str]] = {}
-    rooms: dict[str, set[str]] = {}
-    for own, path in files.items():
-        arrows[own] = {
+    return {
+        own: {
             target
             for name in imported(trees[path])
             for target in (name, f"{name}.__init__", name.rpartition(".")[0])
             if target in files and target != own
         }
-        room = own.split(".")[1]
-        rooms.setdefault(room, set()).update({name.split(".")[1] for name in arrows[own]} - {room})
-
-    @functools.cache
-    def height(room: str) -> int:
-        below = (height(other) for other in rooms[room] if room not in reached(rooms, other))
-        return 1 + max(below, default=0)
-
-    return [max(map(height, rooms)), sum(name in reached(arrows, name) for name in arrows)]
+        for own, path in files.items()
+    }
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -178,6 +170,20 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
             yield from imported(node)
+
+
+def floors(arrows: dict[str, set[str]], room: Callable[[str], str]) -> list[int]:
+    """The longest chain of rooms each of which uses the next; how many files reach themselves."""
+    rooms: dict[str, set[str]] = {}
+    for name, others in arrows.items():
+        rooms.setdefault(room(name), set()).update({*map(room, others)} - {room(name)})
+
+    @functools.cache
+    def height(one: str) -> int:
+        below = (height(other) for other in rooms[one] if one not in reached(rooms, other))
+        return 1 + max(below, default=0)
+
+    return [max(map(height, rooms)), sum(name in reached(arrows, name) for name in arrows)]
 
 
 def reached(arrows: dict[str, set[str]], start: str) -> set[str]:
@@ -196,6 +202,19 @@ def reached(arrows: dict[str, set[str]], start: str) -> set[str]:
 def quiet(path: Path) -> str:
     """Without comments and directives, with empty strings."""
     return NOISE.sub(lambda hit: '""' if hit[1] else "", path.read_text())
+
+
+def includes(files: list[Path], csrc: Path) -> dict[str, set[str]]:
+    names = {path.relative_to(csrc).as_posix(): path for path in files}
+    return {
+        own: {
+            name
+            for hit in re.findall(r'^#include "(.+)"', path.read_text(), re.M)
+            for name in (hit, (Path(own).parent / hit).as_posix())
+            if name in names
+        }
+        for own, path in names.items()
+    }
 
 
 def functions_cpp(path: Path) -> Iterator[tuple[int, int, str]]:

@@ -621,7 +621,10 @@ def test_a_house_is_measured(tmp_path: Path) -> None:
         "birl_ext/low.py": '"D."\n\ndef f(a, *, b=1):  # c\n    "E."\n    return g(a, b, 1)\n',
         "birl_ext/high/__init__.py": '__all__ = ["c"]\n',
         "birl_ext/high/top.py": "def g():\n    from birl_ext.low import f\n    return f()\n",
-        "csrc/core/a.h": """#define ONE(x) \\
+        "csrc/b.cpp": '#include "core/a.h"\n',
+        "csrc/core/c.h": '#include "a.h"\n',
+        "csrc/core/a.h": """#include "core/c.h"
+#define ONE(x) \\
   (x)
 // void no(int a) {
 struct alignas(64) Pair {
@@ -642,11 +645,12 @@ struct alignas(64) Pair {
     assert found["hops"]["solve"][1] > 1
     del found["hops"]
     assert found == {
-        "rooms": [2, 1],
+        "rooms": [2, 2],
         "crowded": [2, "birl_ext"],
         "floors": [2, 0],
-        "files": [4, 1],
-        "lines": [10, 11, 21],
+        "floors_cpp": [2, 2],
+        "files": [4, 3],
+        "lines": [10, 14, 24],
         "code": [8, 8, 16],
         "names": [2, 1],
         "longest": (3, "top.py: g"),
