@@ -102,6 +102,14 @@ def test_every_layer_exists() -> None:
     assert {*LAYERS} <= {layer(path.relative_to(package).parts) for path in package.rglob("*.py")}
 
 
+def test_the_kernels_of_two_devices_share_core_alone() -> None:
+    csrc = ROOT / "csrc"
+    for path in csrc.rglob("*.[ch]*"):
+        floor = path.relative_to(csrc).parts[0]
+        for name in re.findall(r'^#include "(.+)"', path.read_text(), re.M):
+            assert name.split("/")[0] in ("core", floor), f"{path.relative_to(ROOT)}: {name}"
+
+
 def test_the_oracle_shares_nothing_with_the_package() -> None:
     for path in (ROOT / "tests/oracle").glob("*.py"):
         assert "birl_ext" not in path.read_text(), path
