@@ -12,6 +12,13 @@
 #define BIRL_HD inline
 #endif
 
+// The same for what no file of cpu/isa calls.
+#if defined(__CUDACC__)
+#define BIRL_CORE BIRL_HD
+#else
+#define BIRL_CORE inline
+#endif
+
 namespace birl {
 
 using Index = std::int64_t;
@@ -73,8 +80,8 @@ struct Outcome {
   const double* bounds = nullptr;  // (S) of each state; null: all are error_bound
 };
 
-BIRL_HD void write_info(const Outcome& outcome, const Defect& defect, double temperature,
-                        Kernel kernel, double* info) {
+BIRL_CORE void write_info(const Outcome& outcome, const Defect& defect, double temperature,
+                          Kernel kernel, double* info) {
   info[0] = outcome.residual;
   info[1] = outcome.error_bound;
   info[2] = static_cast<double>(outcome.passes);

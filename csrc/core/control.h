@@ -8,6 +8,7 @@
 #pragma once
 
 #include "core/certificate.h"
+#include "core/request.h"
 
 namespace birl {
 
@@ -51,8 +52,8 @@ struct Control : Certificate {
   double sought = 0.0;  // half-span at which a series may stop
 
   template <class Request>
-  BIRL_HD void pose(const Request& request, double discount_, double temperature_, Index states_,
-                    Index actions_, bool is_double) {
+  BIRL_CORE void pose(const Request& request, double discount_, double temperature_, Index states_,
+                      Index actions_, bool is_double) {
     Certificate::pose(discount_, temperature_, actions_, request.tol, is_double);
     method = request.method;
     sweep = method == kSweep;
@@ -61,7 +62,7 @@ struct Control : Certificate {
   }
 
   // After a sweep.
-  BIRL_HD Step next() {
+  BIRL_CORE Step next() {
     if (!at_zero) ++passes;
     const double half = half_span();
     if (!finite()) return stop(Status::kNonFinite);
@@ -80,24 +81,24 @@ struct Control : Certificate {
     return mode == Mode::kValueIteration || at_zero ? Step::kSweep : Step::kImprove;
   }
 
-  BIRL_HD void accept_sweep() {
+  BIRL_CORE void accept_sweep() {
     Certificate::accept_sweep();
     at_zero = false;
   }
 
-  BIRL_HD void measure_rate(double half) {
+  BIRL_CORE void measure_rate(double half) {
     if (previous < kInf) rate = half / previous;
     previous = half;
   }
 
   // By which value iteration has contracted to the rounding level.
-  BIRL_HD Index most_sweeps() const {
+  BIRL_CORE Index most_sweeps() const {
     return static_cast<Index>(smaller(1e9, 60.0 * horizon)) + 1000;
   }
 
   // Whether an elimination costs less than the sweeps still needed at the measured contraction,
   // coarse ones above `noise`.
-  BIRL_HD bool elimination_pays(double half, double noise) const {
+  BIRL_CORE bool elimination_pays(double half, double noise) const {
     const double end = target();
     if (half <= end) return false;
     if (!(rate < 1.0)) return true;
@@ -117,7 +118,7 @@ struct Control : Certificate {
   // Of the residual asked of the next linear solve: Eisenstat & Walker (1996), choice 2, capped at
   // 0.3. Exact steps rise monotonically in V but not in the residual, so growth is no reason to
   // reject; if the certificate stalls for three passes the steps are made more exact instead.
-  BIRL_HD double reduction() {
+  BIRL_CORE double reduction() {
     const double half = half_span();
     if (half < 0.7 * newton_best) {
       const double ratio = newton_best < kInf ? half / newton_best : 1.0;
@@ -136,7 +137,7 @@ struct Control : Certificate {
   // Whether a series goes on that has made `used` products and is left with a term of this
   // half-span. Where they do not suffice the policy is hardly worth another pass yet, so the next
   // series may make more.
-  BIRL_HD bool another_product(double term, Index used) {
+  BIRL_CORE bool another_product(double term, Index used) {
     ++products;
     if (used < means.fewest) return true;
     if (!(term > sought)) return false;
@@ -145,27 +146,27 @@ struct Control : Certificate {
     return false;
   }
 
-  BIRL_HD Outcome outcome() const {
+  BIRL_CORE Outcome outcome() const {
     return {status, half_span(), error_bound(), passes, products, offset()};
   }
 
  private:
-  BIRL_HD Step stop(Status reason) {
+  BIRL_CORE Step stop(Status reason) {
     status = reason;
     return Step::kStop;
   }
 
-  BIRL_HD void give_up(Mode next) {
+  BIRL_CORE void give_up(Mode next) {
     gave_up = true;
     switch_to(next);
   }
-  BIRL_HD void switch_to(Mode next) {
+  BIRL_CORE void switch_to(Mode next) {
     mode = next;
     switched_at = passes;
     stalled = 0;
   }
 
-  BIRL_HD void forget() {
+  BIRL_CORE void forget() {
     best = kInf;
     since_best = 0;
     at_rounding_level = false;
@@ -174,7 +175,7 @@ struct Control : Certificate {
   // Whether the half-span has come down as far as rounding lets it: nothing is left, or nothing
   // more is gained. Where it contracts but for rounding, errors may add up along a cycle to the
   // level that one of them would keep at each sweep.
-  BIRL_HD bool exhausted(double half) {
+  BIRL_CORE bool exhausted(double half) {
     const double floor = rounding();
     since_best = half < 0.9 * best ? 0 : since_best + 1;
     if (since_best == 0) best = half;
@@ -188,13 +189,13 @@ struct Control : Certificate {
   }
 
   // Passes within which the half-span falls by a tenth if it still falls: γ^n <= 0.9.
-  BIRL_HD Index patience() const {
+  BIRL_CORE Index patience() const {
     const double sweeps = 0.11 / (1.0 - discount);
     if (mode == Mode::kValueIteration) return 2 + static_cast<Index>(sweeps);
     return 2 + (mode == Mode::kSeries ? static_cast<Index>(sweeps / means.pass_products) : 0);
   }
 
-  BIRL_HD bool out_of_passes() const {
+  BIRL_CORE bool out_of_passes() const {
     if (max_iterations > 0) return passes >= max_iterations;
     return (mode == Mode::kValueIteration || mode == Mode::kSeries) &&
            passes - switched_at >= most_sweeps();
@@ -202,7 +203,7 @@ struct Control : Certificate {
 
   // An elimination once it pays, or at the rounding level; and where a method needs far more passes
   // than it should, one that converges globally.
-  BIRL_HD void choose(double half) {
+  BIRL_CORE void choose(double half) {
     const Index used = passes - switched_at;
     if (mode == Mode::kValueIteration) {
       if (method == 0 && means.elimination && !gave_up && passes >= 2 && half > target() &&
@@ -218,7 +219,7 @@ struct Control : Certificate {
 
   // Whether series, at the pace of the last passes, would need more products than a Krylov method
   // or an elimination is likely to. Nothing contracts before news has crossed the states.
-  BIRL_HD bool mixes_slowly(Index used, double half) {
+  BIRL_CORE bool mixes_slowly(Index used, double half) {
     // Where an elimination may be what comes next, thousands of products cost less than one.
     const Index length = means.elimination ? 32 : 8 + static_cast<Index>(crossing()) / means.most;
     const double limit = means.elimination ? 18000.0 : 6000.0;  // products
@@ -233,7 +234,7 @@ struct Control : Certificate {
 
  public:
   // Products in which news crosses a square grid.
-  BIRL_HD double crossing() const { return 2.0 * __builtin_sqrt(states); }
+  BIRL_CORE double crossing() const { return 2.0 * __builtin_sqrt(states); }
 };
 
 }  // namespace birl

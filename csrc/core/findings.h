@@ -9,17 +9,17 @@ namespace birl {
 constexpr Index kNowhere = INT64_MAX;
 
 // What S subtractions leave of one: how far below zero a probability may lie.
-BIRL_HD double below_zero(bool is_double, Index states) {
+BIRL_CORE double below_zero(bool is_double, Index states) {
   return static_cast<double>(states) * (is_double ? kEps : 0x1p-23);
 }
 
 // Rounding of single precision data, and of their sum, is no mistake.
-BIRL_HD double row_sum_tolerance(bool is_double, Index states) {
+BIRL_CORE double row_sum_tolerance(bool is_double, Index states) {
   return (is_double ? 1e-8 : 1e-5) + below_zero(is_double, states);
 }
 
 // Whether the sum of a row is one, or that of a row where the process ends.
-BIRL_HD bool is_row_sum(double sum, Rigour rigour, double tolerance) {
+BIRL_CORE bool is_row_sum(double sum, Rigour rigour, double tolerance) {
   return (sum == 0.0 && rigour == Rigour::kOrEnding) || magnitude(sum - 1.0) <= tolerance;
 }
 
@@ -35,8 +35,8 @@ struct Findings {
   Index longest = 0;                                     // row
   bool continues = true;                                 // every available row
 
-  BIRL_HD static Index first(Index x, Index y) { return y < x ? y : x; }
-  BIRL_HD static Findings join(const Findings& x, const Findings& y) {
+  BIRL_CORE static Index first(Index x, Index y) { return y < x ? y : x; }
+  BIRL_CORE static Findings join(const Findings& x, const Findings& y) {
     Findings both;
     both.reference = first(x.reference, y.reference);
     both.reward = first(x.reward, y.reward);
@@ -52,7 +52,7 @@ struct Findings {
   }
 
   // The action a of state s; whether it is available.
-  BIRL_HD bool see_action(Index s, Index a, Index actions, double r, double log_mu) {
+  BIRL_CORE bool see_action(Index s, Index a, Index actions, double r, double log_mu) {
     if (!is_finite(r)) reward = first(reward, s * actions + a);
     if (!(log_mu < kInf)) reference = first(reference, s * (actions + 1) + a);
     if (log_mu == -kInf) return false;
@@ -60,16 +60,16 @@ struct Findings {
     largest_reference = larger(largest_reference, magnitude(log_mu));
     return true;
   }
-  BIRL_HD void see_no_action(Index s, Index actions) {
+  BIRL_CORE void see_no_action(Index s, Index actions) {
     reference = first(reference, s * (actions + 1) + actions);
   }
-  BIRL_HD void see_entry(Index place, double p, double spare) {
+  BIRL_CORE void see_entry(Index place, double p, double spare) {
     if (!is_finite(p))
       non_finite = first(non_finite, place);
     else if (p < -spare)
       negative = first(negative, place);
   }
-  BIRL_HD void see_bad_row(Index place, double sum) {
+  BIRL_CORE void see_bad_row(Index place, double sum) {
     if (place < row) row_sum = sum;
     row = first(row, place);
   }
@@ -77,8 +77,8 @@ struct Findings {
   // Of discount, temperature, log_reference and reward(row). Without rigour the tables do not
   // count; the two numbers do all the same, since no certificate means anything at others.
   template <class Reward>
-  BIRL_HD Defect of_problem(Rigour rigour, double discount, double temperature, Index actions,
-                            const double* log_reference, Reward&& reward_of) const {
+  BIRL_CORE Defect of_problem(Rigour rigour, double discount, double temperature, Index actions,
+                              const double* log_reference, Reward&& reward_of) const {
     if (!(discount >= 0.0 && discount < 1.0)) return {Status::kDiscount, 0, discount};
     if (!(temperature > 0.0 && temperature < kInf)) return {Status::kTemperature, 0, temperature};
     if (rigour == Rigour::kOff) return {};
@@ -93,7 +93,7 @@ struct Findings {
 
   // Of a transition with entries stored(place).
   template <class Stored>
-  BIRL_HD Defect of_transition(Stored&& stored) const {
+  BIRL_CORE Defect of_transition(Stored&& stored) const {
     if (row == kNowhere) return {};
     if (non_finite != kNowhere)
       return {Status::kNonFiniteProbability, non_finite, stored(non_finite)};

@@ -10,6 +10,7 @@
 namespace test {
 
 using namespace birl::device;
+using birl::kEps;
 
 template <class Real>
 struct Solution {

@@ -11,7 +11,7 @@
 // side that is not finite makes its own solution NaN and no other.
 #pragma once
 
-#include "cuda/block/control.h"
+#include "core/scalar_math.h"
 #include "cuda/block/elimination.h"
 #include "cuda/block/rows.h"
 
@@ -73,7 +73,7 @@ struct PolicySolveKernel {
     team.phase([&](Thread t) {
       rows.each(t, [&](int row, const Entries& entries) {
         const double sum = entries.sum();
-        m.inverse_sum[row] = sum == 0.0 ? 0.0 : 1.0 / sum;
+        m.inverse_sum[row] = inverse_row_sum(sum);
       });
     });
     const bool constants = weigh(team, m, item) && !arguments.transpose;

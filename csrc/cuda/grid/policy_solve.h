@@ -20,7 +20,6 @@
 #pragma once
 
 #include "core/request.h"
-#include "cuda/block/control.h"
 #include "cuda/grid/column_norms.h"
 #include "cuda/grid/rows.h"
 
