@@ -138,11 +138,9 @@ struct Control : Certificate {
   // half-span. Where they do not suffice the policy is hardly worth another pass yet, so the next
   // series may make more.
   BIRL_CORE bool another_product(double term, Index used) {
-    ++products;
-    if (used < means.fewest) return true;
-    if (!(term > sought)) return false;
-    if (used < means.most) return true;
-    if (means.most < means.limit) means.most *= 2;
+    if (used < means.fewest || (term > sought && used < means.most)) return true;
+    if (term > sought && means.most < means.limit) means.most *= 2;
+    products += used;
     return false;
   }
 
