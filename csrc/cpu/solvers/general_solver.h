@@ -98,10 +98,7 @@ class GeneralSolver {
 
   void begin() {
     const Index S = model_->states, A = model_->actions, rows = S * A;
-    if (scratch_.empty()) {
-      scratch_.assign(team_.size(), SweepScratch<Model>(*model_));
-      rows_.assign(team_.size(), std::vector<double>(S));
-    }
+    if (scratch_.empty()) scratch_.assign(team_.size(), SweepScratch<Model>(*model_));
     q_.resize(rows);
     policy_.resize(rows);
     w_.assign(S, 0.0);
@@ -121,9 +118,7 @@ class GeneralSolver {
     for (Index row = 0; row < rows; ++row)
       if (inverse_sum_[row] == 0.0 && available(row)) control_.continues = false;
     expected_ = kInf;
-    if (!matrix_) matrix_ = make_policy_matrix<Model, Real>(*model_, pattern_, false);
-    system_.emplace(*model_, *matrix_, elimination_, problem_.discount, PolicySystemOptions{},
-                    team_, interrupt_);
+    system_.reset();
     formed_ = false;
     if (initial_) {
       control_.at_zero = false;
@@ -150,6 +145,7 @@ class GeneralSolver {
     const Index chunks = (S + chunk - 1) / chunk;
     const double constant = (1.0 - problem_.discount) * control_.c;
     const bool sum = !summed_ && !control_.at_zero;
+    if (with_policy) make_system();
     ranges_.resize(chunks);
     const double work = 2.0 * model.work() + 40.0 * static_cast<double>(S * A);
     const auto one = [&](Index item, int worker) {
@@ -198,12 +194,21 @@ class GeneralSolver {
     return problem_.log_reference ? problem_.log_reference + s * model_->actions : nullptr;
   }
 
+  void make_system() {
+    if (system_) return;
+    if (!matrix_) matrix_ = make_policy_matrix<Model, Real>(*model_, pattern_, false);
+    rows_.assign(team_.size(), std::vector<double>(model_->states));
+    system_.emplace(*model_, *matrix_, elimination_, problem_.discount, PolicySystemOptions{},
+                    team_, interrupt_);
+  }
+
   // The rows of P_π of states [s0, s1).
   void form(const std::vector<double>& policy, Index s0, Index s1, int worker) {
     system_->form(s0, s1, inverse_sum_.data(), policy.data(), rows_[worker].data());
   }
 
   void form(const std::vector<double>& policy) {
+    make_system();
     const Index S = model_->states, chunk = model_->chunk();
     team_.run((S + chunk - 1) / chunk, 2.0 * model_->work(), [&](Index item, int worker) {
       form(policy, item * chunk, std::min(S, (item + 1) * chunk), worker);

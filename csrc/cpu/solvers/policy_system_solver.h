@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "core/control.h"
+#include "core/system.h"
 #include "cpu/entry/policy_solve.h"
 #include "cpu/solvers/elimination.h"
 #include "cpu/solvers/krylov.h"
@@ -53,17 +54,13 @@ class PolicySystem {
   const double* weigh(Index s0, Index s1, const double* inverse_sum, const double* policy) {
     const Index A = model_.actions;
     for (Index s = s0; s < s1; ++s) {
-      double mass = 0.0, stopping = 0.0;
+      RowMass row;
       for (Index i = s * A; i < s * A + A; ++i) {
         weight_[i] = policy[i] * inverse_sum[i];
-        mass += policy[i];
-        if (inverse_sum[i] == 0.0) stopping += policy[i];
+        row.add(policy[i], inverse_sum[i]);
       }
-      // A softmax sums to one up to rounding; 1 − γ must not inherit that rounding error.
-      const bool normalised = std::abs(mass - 1.0) <= 4.0 * kEps * static_cast<double>(A);
-      const double lost = normalised ? stopping : 1.0 - (mass - stopping);
-      defect_[s] = (1.0 - discount_) + discount_ * lost;
-      closed_[s] = normalised && stopping == 0.0;
+      defect_[s] = row.defect(discount_, A);
+      closed_[s] = row.closed(A);
     }
     return weight_.data();
   }
@@ -283,10 +280,9 @@ class PolicySystem {
       const Columns length = op.norms(x_.data(), options_.transpose);
       Columns keep{}, drop{};
       for (Index w = 0; w < columns_; ++w) {
-        // Rounding of one product and one subtraction; the last bits are not worth a round.
-        const double floor = 2.0 * kEps * (size_[w] + 2.0 * length[w]);
-        going[w] = going[w] && !(current[w] <= std::max(options_.tol * size_[w], floor));
-        target[w] = std::max(0.5 * options_.tol * size_[w], 0.25 * floor);
+        const Tolerance tolerance(options_.tol, size_[w], length[w]);
+        going[w] = going[w] && !tolerance.met(current[w]);
+        target[w] = tolerance.target();
         keep[w] = going[w] ? 1.0 : 0.0;
         drop[w] = going[w] ? 0.0 : -1.0;
       }
@@ -316,13 +312,12 @@ class PolicySystem {
       }
     }
     if (restored) current = residual();
-    const double units = 16.0 + model_.additions() + 0.25 * static_cast<double>(model_.actions);
     const Columns length = op.norms(x_.data(), options_.transpose);
     for (Index w = 0; w < columns_; ++w) {
       if (!open[w]) continue;
-      const double floor = units * kEps * (size_[w] + 2.0 * length[w]);
       reached[w] = current[w];
-      open[w] = !(current[w] <= std::max(options_.tol * size_[w], floor));
+      open[w] = !Tolerance(options_.tol, size_[w], length[w])
+                     .solved(current[w], model_.additions(), model_.actions);
     }
   }
 

@@ -17,39 +17,12 @@
 
 #include "core/control.h"
 #include "core/findings.h"
+#include "core/system.h"
 #include "cuda/block/elimination.h"
 #include "cuda/block/rows.h"
 #include "cuda/block/soft_maximum.h"
 
 namespace birl::device {
-
-struct SolveOptions {
-  Index method;          // 0 auto, 1 value iteration; 2, 3 and 4 are Newton with an elimination
-  double tol;            // relative and certified; 0: as far as rounding allows
-  Index max_iterations;  // passes over P; 0: enough for the contraction to reach rounding level
-  Rigour validate;
-};
-
-template <class Real>
-struct SolveArguments {
-  Index problems;               // G: item = n·G + g
-  const Real* reward;           // (N,G,S,A)
-  const double* log_reference;  // (N,G,S,A) or null
-  const double* discount;       // (N,G)
-  const double* temperature;    // (N,G)
-  const double* initial;        // (N,G,S) or null
-  double *value, *relative;     // (N,G,S): value = offset + relative
-  Real* q;                      // (N,G,S,A), as the next three
-  Real* advantage;
-  Real* policy;
-  Real* log_policy;
-  double* info;   // (N,G,kInfo + S)
-  Index* status;  // (N,G)
-  SolveOptions options;
-  Kernel kernel;                     // what `info` will call this one
-  bool direct;                       // whether to make room for an elimination
-  bool spill_matrix, spill_vectors;  // what lies in the workspace instead of on chip
-};
 
 template <class Home>
 struct SolveKernel {
@@ -58,7 +31,11 @@ struct SolveKernel {
   static constexpr bool kOneWarp = Home::kOneWarp;
 
   Home home;
-  SolveArguments<Real> arguments;
+  Batch batch;
+  Solve request;
+  Kernel name;                       // what `info` will call this one
+  bool direct;                       // whether to make room for an elimination
+  bool spill_matrix, spill_vectors;  // what lies in the workspace instead of on chip
 
   struct Arrays {
     typename Home::Memory rows;
@@ -84,11 +61,11 @@ struct SolveKernel {
       lay_out_vectors(chip, m);
       lay_out_matrix(chip, m);
     } else {
-      if (arguments.spill_vectors)
+      if (spill_vectors)
         lay_out_vectors(spill, m);
       else
         lay_out_vectors(chip, m);
-      if (arguments.spill_matrix)
+      if (spill_matrix)
         lay_out_matrix(spill, m);
       else
         lay_out_matrix(chip, m);
@@ -114,7 +91,7 @@ struct SolveKernel {
   template <class Memory>
   BIRL_HD void lay_out_matrix(Memory& memory, Arrays& m) const {
     const Index S = home.states;
-    if (!arguments.direct) return;
+    if (!direct) return;
     m.matrix = memory.template take<double>(S * S);
     m.defect = memory.template take<double>(S);
     m.pivot = memory.template take<double>(S);
@@ -134,24 +111,25 @@ class Solving {
   BIRL_DEVICE Solving(const Problem& kernel, Team& team, const typename Problem::Arrays& arrays,
                       Index item)
       : kernel_(kernel),
-        given_(kernel.arguments),
+        request_(kernel.request),
         team_(team),
         m_(arrays),
         item_(item),
         S_(kernel.home.states),
         A_(kernel.home.actions),
-        reward_(given_.reward + item * S_ * A_),
-        reference_{given_.log_reference ? given_.log_reference + item * S_ * A_ : nullptr},
-        discount_(given_.discount[item]),
-        temperature_(given_.temperature[item]),
-        rows_(kernel.home, team, arrays.rows, item / given_.problems) {}
+        reward_(static_cast<const Real*>(kernel.batch.reward) + item * S_ * A_),
+        reference_{kernel.batch.log_reference ? kernel.batch.log_reference + item * S_ * A_
+                                              : nullptr},
+        discount_(kernel.batch.discount[item]),
+        temperature_(kernel.batch.temperature[item]),
+        rows_(kernel.home, team, arrays.rows, item / kernel.batch.problems) {}
 
   BIRL_DEVICE void run() {
     rows_.load();
     const Findings found = inspect();
     const Defect defect = judge(found);
     if (defect.status != Status::kConverged) return refuse(defect);
-    begin(found, given_.initial ? given_.initial + item_ * S_ : nullptr);
+    begin(found, request_.initial ? request_.initial + item_ * S_ : nullptr);
     for (;;) {
       const SweepRange range = sweep();
       const Step step = static_cast<Step>(team_.decide([&] {
@@ -193,7 +171,7 @@ class Solving {
       signs_right = signs_right && p >= -spare;
     });
     const double tolerance = row_sum_tolerance(kDouble, S_);
-    if (!(signs_right && is_row_sum(sum, given_.options.validate, tolerance)))
+    if (!(signs_right && is_row_sum(sum, request_.validate, tolerance)))
       found.see_bad_row(row, sum);
     const double reward = static_cast<double>(reward_[row]);
     if (found.see_action(row / A_, row % A_, A_, reward, reference_[row]) && sum == 0.0)
@@ -201,8 +179,8 @@ class Solving {
   }
 
   BIRL_DEVICE Defect judge(const Findings& found) const {
-    const Real* const stored = kernel_.home.stored(item_ / given_.problems);
-    const Rigour rigour = given_.options.validate;
+    const Real* const stored = kernel_.home.stored(item_ / kernel_.batch.problems);
+    const Rigour rigour = request_.validate;
     const Defect defect =
         found.of_problem(rigour, discount_, temperature_, A_, reference_.values,
                          [&](Index row) { return static_cast<double>(reward_[row]); });
@@ -211,13 +189,17 @@ class Solving {
   }
 
   BIRL_DEVICE void refuse(const Defect& defect) {
-    const Real nan = static_cast<Real>(kInf - kInf);
+    const double nan = kInf - kInf;
     team_.phase([&](Thread t) {
       const Index first = item_ * S_ * A_;
       for (int s = t.rank; s < S_; s += t.count)
-        given_.value[item_ * S_ + s] = given_.relative[item_ * S_ + s] = nan;
-      for (Index i = first + t.rank; i < first + S_ * A_; i += t.count)
-        given_.q[i] = given_.advantage[i] = given_.policy[i] = given_.log_policy[i] = nan;
+        request_.value[item_ * S_ + s] = request_.relative[item_ * S_ + s] = nan;
+      for (Index i = first + t.rank; i < first + S_ * A_; i += t.count) {
+        put(request_.q, i, nan);
+        put(request_.advantage, i, nan);
+        put(request_.policy, i, nan);
+        put(request_.log_policy, i, nan);
+      }
       report(t, {defect.status, nan, nan, 0, 0, nan}, defect);
     });
   }
@@ -228,7 +210,7 @@ class Solving {
     team_.decide([&] {
       Control& control = *m_.control;
       control = {};
-      control.pose(given_.options, discount_, temperature_, S_, A_, kDouble);
+      control.pose(request_, discount_, temperature_, S_, A_, kDouble);
       // Of a subnormal τ there is no 1/τ, and no bound.
       control.count_additions(is_finite(1.0 / temperature_) ? chained_additions(found.longest)
                                                             : kInf);
@@ -236,12 +218,12 @@ class Solving {
       control.largest_reference = found.largest_reference;
       control.continues = found.continues;
       control.at_zero = initial == nullptr;
-      const Index method = given_.options.method;
-      if (given_.direct && method >= 2 && method != kSweep) control.mode = Mode::kElimination;
+      const Index method = request_.method;
+      if (kernel_.direct && method >= 2 && method != kSweep) control.mode = Mode::kElimination;
       // Clocks of one team, from instruction counts (not measured on a GPU): latency first, then
       // work over some hundred lanes. They depend on the shape alone, so all kernels decide alike.
       const double S = S_, A = A_;
-      control.means.elimination = given_.direct;
+      control.means.elimination = kernel_.direct;
       control.means.sweep = 1000.0 + S * A * (S + 100.0) / 128.0;
       control.means.elimination_step = control.means.sweep + S * (150.0 + 0.75 * S + S * S / 256.0);
       return 0;
@@ -318,13 +300,13 @@ class Solving {
     team_.phase([&](Thread t) {
       const double share = m_.control->step_share();
       for (int s = t.rank; s < S_; s += t.count) {
-        double stopping = 0.0;
+        RowMass mass;
         for (int row = s * A_; row < (s + 1) * A_; ++row) {
           const double policy = m_.e[row] / m_.total[s];
-          if (m_.inverse_sum[row] == 0.0) stopping += policy;
+          mass.add(policy, m_.inverse_sum[row]);
           m_.e[row] = discount_ * (policy * m_.inverse_sum[row]);
         }
-        m_.defect[s] = (1.0 - discount_) + discount_ * stopping;
+        m_.defect[s] = mass.defect(discount_, A_);
         m_.delta[s] -= share;
       }
     });
@@ -349,23 +331,27 @@ class Solving {
 
   // ---- what is handed out -----------------------------------------------------------------------
 
+  BIRL_DEVICE static void put(void* table, Index at, double x) {
+    static_cast<Real*>(table)[at] = static_cast<Real>(x);
+  }
+
   BIRL_DEVICE void finish() {
     const SoftMaximum soft{m_.q, reference_, A_, temperature_};
     team_.phase([&](Thread t) {
       const double offset = m_.control->offset();
       for (int s = t.rank; s < S_; s += t.count) {
-        given_.value[item_ * S_ + s] = m_.image[s] + offset;
-        given_.relative[item_ * S_ + s] = m_.image[s];
+        request_.value[item_ * S_ + s] = m_.image[s] + offset;
+        request_.relative[item_ * S_ + s] = m_.image[s];
       }
       for (int row = t.rank; row < S_ * A_; row += t.count) {
         const int s = row / A_;
         const Index at = item_ * S_ * A_ + row;
         const bool masked = reference_[row] == -kInf;
         const double advantage = masked ? 0.0 : m_.q[row] - m_.image[s];
-        given_.advantage[at] = static_cast<Real>(advantage);
-        given_.q[at] = static_cast<Real>(advantage + (m_.image[s] + offset));
-        given_.policy[at] = static_cast<Real>(m_.e[row] / m_.total[s]);
-        given_.log_policy[at] = static_cast<Real>(soft.exponent(row) - log_from_one(m_.total[s]));
+        put(request_.advantage, at, advantage);
+        put(request_.q, at, advantage + (m_.image[s] + offset));
+        put(request_.policy, at, m_.e[row] / m_.total[s]);
+        put(request_.log_policy, at, soft.exponent(row) - log_from_one(m_.total[s]));
       }
       Outcome outcome = m_.control->outcome();
       if (m_.control->overflows()) outcome.status = Status::kNonFinite;
@@ -375,15 +361,15 @@ class Solving {
 
   // The bounds of the states are all the same.
   BIRL_DEVICE void report(Thread t, const Outcome& outcome, const Defect& defect) {
-    double* const info = given_.info + item_ * (kInfo + S_);
+    double* const info = request_.info + item_ * (kInfo + S_);
     for (int s = t.rank; s < S_; s += t.count) info[kInfo + s] = outcome.error_bound;
     if (t.rank != 0) return;
-    given_.status[item_] = static_cast<Index>(outcome.status);
-    write_info(outcome, defect, temperature_, given_.kernel, info);
+    request_.status[item_] = static_cast<Index>(outcome.status);
+    write_info(outcome, defect, temperature_, kernel_.name, info);
   }
 
   const Problem& kernel_;
-  const SolveArguments<Real>& given_;
+  const Solve& request_;
   Team& team_;
   const typename Problem::Arrays& m_;
   Index item_;

@@ -473,7 +473,7 @@ class LargeSolving {
               Findings::join);
         },
         Findings::join);
-    const Index entries = batch_.sparse() ? batch_.nnz : S_ * A_ * S_;
+    const Index entries = batch_.crow ? batch_.nnz : S_ * A_ * S_;
     return found.of_transition([&](Index k) {
       return Stored{batch_.transition, batch_.is_double}[item_ / batch_.problems * entries + k];
     });
