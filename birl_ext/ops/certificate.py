@@ -1,4 +1,4 @@
-"""The rounding of a sweep made from Python, as csrc/cpu/solvers/certificate.h counts it."""
+"""The rounding of a sweep made from Python, as csrc/core/certificate.h counts it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// What host and device code agree on: index type, status codes, inlining.
+// What host and device code agree on: index type, status codes, the columns of `info`, inlining.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,13 @@
 #define BIRL_HD inline __attribute__((always_inline))
 #else
 #define BIRL_HD inline
+#endif
+
+// The same for what no file of cpu/isa calls.
+#if defined(__CUDACC__)
+#define BIRL_CORE BIRL_HD
+#else
+#define BIRL_CORE inline
 #endif
 
 namespace birl {
@@ -56,5 +63,37 @@ enum class Rigour : Index { kOff, kOrEnding, kStochastic };
 // behind them, for each state, the bound on |V − V*|.
 constexpr Index kInfo = 9;
 constexpr Index kOffset = 7;  // the column of that constant
+
+// The first thing wrong with an input, if anything is.
+struct Defect {
+  Status status = Status::kConverged;
+  Index place = 0;     // flat index inside the problem; what it counts depends on the status
+  double value = 0.0;  // the offending number
+};
+
+// How a solution of one problem ended.
+struct Outcome {
+  Status status;
+  double residual, error_bound;
+  Index passes, products;
+  double offset;
+  const double* bounds = nullptr;  // (S) of each state; null: all are error_bound
+};
+
+BIRL_CORE void write_info(const Outcome& outcome, const Defect& defect, double temperature,
+                          Kernel kernel, double* info) {
+  info[0] = outcome.residual;
+  info[1] = outcome.error_bound;
+  info[2] = static_cast<double>(outcome.passes);
+  info[3] = static_cast<double>(defect.place);
+  info[4] = defect.value;
+  info[5] = static_cast<double>(outcome.products);
+  info[6] = temperature;
+  info[kOffset] = outcome.offset;
+  info[8] = static_cast<double>(kernel);
+}
+
+// Largest S whose S² matrix is eliminated: beyond it the matrix is the larger evil.
+constexpr Index kDirectLimit = 2500;
 
 }  // namespace birl

@@ -1,7 +1,7 @@
-// exp and log on the half lines a soft maximum needs, for a number or for a vector of numbers.
-// Branch free, so that loops over them vectorise without a vector mathematics library, and the same
-// bits come out in every lane. Measured against long double, FMA or not: exp and log within 1 ulp
-// in double precision, log within 2 ulp in single.
+// Scalars, and exp and log on the half lines a soft maximum needs, for a number or for a vector of
+// numbers. Branch free, so that loops over them vectorise without a vector mathematics library, and
+// the same bits come out in every lane. Measured against long double, FMA or not: exp and log
+// within 1 ulp in double precision, log within 2 ulp in single.
 #pragma once
 
 #include "core/common.h"
@@ -28,6 +28,26 @@ BIRL_HD To bit_cast(From from) {
   To to;
   __builtin_memcpy(&to, &from, sizeof to);
   return to;
+}
+
+constexpr double kEps = 0x1p-52;
+constexpr double kInf = __builtin_huge_val();
+constexpr double kLeast = 0x1p-1074;
+
+// NaN is passed over as the second argument, and stays as the first.
+BIRL_HD double smaller(double x, double y) { return y < x ? y : x; }
+BIRL_HD double larger(double x, double y) { return y > x ? y : x; }
+BIRL_HD double magnitude(double x) { return x < 0.0 ? -x : x; }
+BIRL_HD bool is_finite(double x) { return x - x == 0.0; }
+BIRL_HD double within(double least, double x, double most) {
+  return smaller(larger(x, least), most);
+}
+
+// 1/τ, but a number: a subnormal τ must not turn 0·(1/τ) into NaN.
+BIRL_HD double inverse_temperature(double temperature) {
+  constexpr double kMost = 0x1.fffffffffffffp1023;
+  const double inverse = 1.0 / temperature;
+  return inverse > kMost ? kMost : inverse;
 }
 
 // log 2 in two parts; k times the first is exact for every exponent k.
@@ -102,6 +122,11 @@ BIRL_HD Number log_from_one(Number z) {
     const Number value = k * kLog2High + (2.0 * s + (s * t * p + k * kLog2Low));
     return z >= Number{} + 1.0 ? value : z;  // also hands NaN through
   }
+}
+
+// log(x) for finite x > 0
+BIRL_HD double log_positive(double x) {
+  return x >= 1.0 ? log_from_one(x) : -log_from_one(1.0 / x);
 }
 
 }  // namespace birl

@@ -9,7 +9,6 @@
 
 namespace test {
 
-using birl::Batch;
 using birl::WidePattern;
 
 // The pattern of P_π, or of its transpose, as ops/backends/cuda.py sorts it on the device.
@@ -41,41 +40,11 @@ struct HostPattern {
   }
 };
 
-template <class Real>
-Batch device_batch(const Case<Real>& c, bool sparse) {
-  return {sizeof(Real) == 8,
-          c.N,
-          c.G,
-          c.S,
-          c.A,
-          sparse ? c.stored.data() : c.transition.data(),
-          sparse ? c.crow.data() : nullptr,
-          sparse ? c.col.data() : nullptr,
-          sparse ? static_cast<Index>(c.col.size()) : 0,
-          c.reward.data(),
-          c.log_reference.empty() ? nullptr : c.log_reference.data(),
-          c.discount.data(),
-          c.temperature.data()};
-}
-
 // body(kernel) with the kernel for a dense case, or given a pattern for a sparse one.
 template <class Real, class Body>
 auto with_kernel(const Case<Real>& c, const HostPattern* pattern, Solution<Real>& out,
                  const SolveOptions& how, const double* initial, Body&& body) {
-  const birl::Solve request{initial,
-                            out.value.data(),
-                            out.relative.data(),
-                            out.q.data(),
-                            out.advantage.data(),
-                            out.policy.data(),
-                            out.log_policy.data(),
-                            out.info.data(),
-                            out.status.data(),
-                            how.method,
-                            how.tol,
-                            how.max_iterations,
-                            how.validate};
-  return with_large_solve(device_batch(c, pattern), request,
+  return with_large_solve(device_batch(c, pattern), request_of(out, how, initial),
                           pattern ? pattern->view() : WidePattern{}, body);
 }
 

@@ -10,6 +10,8 @@
 namespace test {
 
 using namespace birl::device;
+using birl::Batch;
+using birl::kEps;
 
 template <class Real>
 struct Solution {
@@ -47,6 +49,13 @@ bool same_bits(const Solution<Real>& x, const Solution<Real>& y) {
          same_bits(x.status, y.status);
 }
 
+struct SolveOptions {
+  Index method;
+  double tol;
+  Index max_iterations;
+  birl::Rigour validate;
+};
+
 inline SolveOptions options(Index method = 0, double tol = 0.0, Index max_iterations = 0,
                             birl::Rigour validate = birl::Rigour::kOrEnding) {
   return {method, tol, max_iterations, validate};
@@ -65,15 +74,51 @@ CsrRows<Real> csr_rows(const Case<Real>& c) {
   return {c.stored.data(), c.S, c.A, c.crow.data(), c.col.data(), static_cast<Index>(c.col.size())};
 }
 
+template <class Real>
+Batch device_batch(const Case<Real>& c, bool sparse) {
+  return {sizeof(Real) == 8,
+          c.N,
+          c.G,
+          c.S,
+          c.A,
+          sparse ? c.stored.data() : c.transition.data(),
+          sparse ? c.crow.data() : nullptr,
+          sparse ? c.col.data() : nullptr,
+          sparse ? static_cast<Index>(c.col.size()) : 0,
+          c.reward.data(),
+          c.log_reference.empty() ? nullptr : c.log_reference.data(),
+          c.discount.data(),
+          c.temperature.data()};
+}
+
+template <class Real>
+birl::Solve request_of(Solution<Real>& out, const SolveOptions& how, const double* initial) {
+  return {initial,
+          out.value.data(),
+          out.relative.data(),
+          out.q.data(),
+          out.advantage.data(),
+          out.policy.data(),
+          out.log_policy.data(),
+          out.info.data(),
+          out.status.data(),
+          how.method,
+          how.tol,
+          how.max_iterations,
+          how.validate};
+}
+
 template <class Home, class Real = typename Home::Real>
 SolveKernel<Home> solve_kernel(const Home& home, const Case<Real>& c, Solution<Real>& out,
                                const SolveOptions& how, const double* initial = nullptr,
                                bool direct = true) {
   return {home,
-          {c.G, c.reward.data(), c.log_reference.empty() ? nullptr : c.log_reference.data(),
-           c.discount.data(), c.temperature.data(), initial, out.value.data(), out.relative.data(),
-           out.q.data(), out.advantage.data(), out.policy.data(), out.log_policy.data(),
-           out.info.data(), out.status.data(), how, birl::Kernel::kCudaBlock, direct, true, true}};
+          device_batch(c, false),
+          request_of(out, how, initial),
+          birl::Kernel::kCudaBlock,
+          direct,
+          true,
+          true};
 }
 
 template <class Home, class Real = typename Home::Real>

@@ -8,6 +8,7 @@ namespace {
 using namespace birl::device;
 using birl::Batch;
 using birl::Index;
+using birl::kDirectLimit;
 
 constexpr std::size_t kStatic = 4096;
 struct Device {

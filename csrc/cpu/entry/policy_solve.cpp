@@ -32,7 +32,7 @@ Index policy_solve(const Batch& batch, const PolicySolve& request, Interrupt& in
       Workspace& workspace = workspaces[worker];
       const Index n = i / batch.problems;
       const Model model = model_of(n);
-      if (!workspace.matrix) workspace.matrix = make_policy_matrix(model, pattern.get());
+      if (!workspace.matrix) workspace.matrix = make_policy_matrix(model, pattern.get(), false);
       if (workspace.transition != n) {
         workspace.inverse_sum.resize(S * A);
         inverse_row_sums(model, workspace.inverse_sum.data());

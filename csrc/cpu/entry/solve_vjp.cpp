@@ -326,7 +326,7 @@ class SystemWorker {
   void solve(const Model& model, Rule<Real>& rule, Index i) {
     const Index S = batch_.states, chunk = model.chunk(), chunks = (S + chunk - 1) / chunk;
     if (rule.open(i, slot_)) {
-      if (!matrix_) matrix_ = make_policy_matrix<Model, Real>(model, pattern_);
+      if (!matrix_) matrix_ = make_policy_matrix<Model, Real>(model, pattern_, sizeof(Real) == 4);
       // What is stored in float32 is not worth the last digits of a double.
       const double gamma = batch_.discount[i];
       const double tol = sizeof(Real) == 4 ? 1e-9 * (1.0 - gamma) : 0.0;

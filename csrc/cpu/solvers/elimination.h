@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/system.h"
 #include "cpu/isa/columns.h"
 #include "cpu/isa/dense.h"
 #include "cpu/support/parallel.h"
@@ -50,14 +51,14 @@ class Elimination {
   template <class Model>
   void set_row(const Model& model, Index s, const double* policy, const double* inverse_sum,
                double discount, double* scaled) {
-    double stopping = 0.0;
+    RowMass mass;
     for (Index a = 0; a < model.actions; ++a) {
       scaled[a] = discount * (policy[a] * inverse_sum[a]);
-      if (inverse_sum[a] == 0.0) stopping += policy[a];
+      mass.add(policy[a], inverse_sum[a]);
     }
     std::fill(row(s), row(s) + n_, 0.0);
     model.policy_row(s, scaled, row(s));
-    defect_[s] = (1.0 - discount) + discount * stopping;
+    defect_[s] = mass.defect(discount, model.actions);
   }
 
   // Factors in place.

@@ -1,23 +1,15 @@
 // What a solver hands back of one problem.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "core/certificate.h"
 #include "cpu/entry/solve.h"
 #include "cpu/model/validate.h"
-#include "cpu/solvers/certificate.h"
 
 namespace birl {
-
-struct Outcome {
-  Status status;
-  double residual, error_bound;
-  Index passes, products;
-  double offset = 0.0;
-  const double* bounds = nullptr;  // (S) of each state; null: all are error_bound
-};
-
-// Half of the smallest number in which values are handed out, if that is not what computes them.
-template <class Real>
-constexpr double kUnderflow = sizeof(Real) == 4 ? 0x1p-150 : 0.0;
 
 // Where one problem's results go: the tables in the type of P and r.
 template <class Real>
@@ -59,9 +51,8 @@ template <class Real>
 bool overflows(const Certificate& last, const Problem<Real>& problem, const Tables<Real>& out,
                Index rows) {
   constexpr double kMost = std::numeric_limits<Real>::max();
-  const double value = std::max(std::abs(last.lowest), std::abs(last.highest));
-  if (!(value <= kMost)) return true;
-  if (2.0 * (value + last.scale() + last.largest_reward) <= kMost)
+  if (last.overflows()) return true;
+  if (2.0 * (last.largest_size() + last.scale() + last.largest_reward) <= kMost)
     return false;  // no entry of a table is as large
   for (Index row = 0; row < rows; ++row)
     if (!(problem.log_reference && problem.log_reference[row] == -kInf) &&
@@ -71,19 +62,10 @@ bool overflows(const Certificate& last, const Problem<Real>& problem, const Tabl
 }
 
 inline void report(const Solve& request, Index i, const Outcome& outcome, double temperature,
-                   Kernel kernel, Index S) {
+                   Kernel kernel, Index S, const Defect& defect = {}) {
   request.status[i] = static_cast<Index>(outcome.status);
-  const double row[kInfo] = {outcome.residual,
-                             outcome.error_bound,
-                             static_cast<double>(outcome.passes),
-                             0.0,
-                             0.0,
-                             static_cast<double>(outcome.products),
-                             temperature,
-                             outcome.offset,
-                             static_cast<double>(kernel)};
   double* const info = request.info + (kInfo + S) * i;
-  std::copy(row, row + kInfo, info);
+  write_info(outcome, defect, temperature, kernel, info);
   if (outcome.bounds)
     std::copy(outcome.bounds, outcome.bounds + S, info + kInfo);
   else
@@ -100,10 +82,7 @@ void report(const Solve& request, Index i, const Defect& defect, double temperat
   if (out.relative) std::fill_n(out.relative, S, nan);
   for (Real* table : {out.q, out.advantage, out.policy, out.log_policy})
     std::fill_n(table, S * A, static_cast<Real>(nan));
-  report(request, i, {defect.status, nan, nan, 0, 0, nan}, temperature, kernel, S);
-  double* const info = request.info + (kInfo + S) * i;
-  info[3] = static_cast<double>(defect.place);
-  info[4] = defect.value;
+  report(request, i, {defect.status, nan, nan, 0, 0, nan}, temperature, kernel, S, defect);
 }
 
 }  // namespace birl

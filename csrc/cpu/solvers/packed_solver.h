@@ -6,8 +6,8 @@
 #include <memory>
 #include <vector>
 
+#include "core/control.h"
 #include "cpu/isa/packed.h"
-#include "cpu/solvers/certificate.h"
 #include "cpu/solvers/elimination.h"
 #include "cpu/solvers/outcome.h"
 #include "cpu/solvers/refinement.h"
@@ -60,7 +60,7 @@ class LaneSolver {
     pack(model);
     const bool checked = request_.validate != Rigour::kOff;
     const bool sound = lane_kernels<Real>().inverse_row_sums(
-        transition_.data(), states_, actions_, row_sum_tolerance<Real>(states_),
+        transition_.data(), states_, actions_, row_sum_tolerance(sizeof(Real) == 8, states_),
         request_.validate != Rigour::kStochastic, inverse_sum_.data());
     if (checked && !sound) {
       const Index rows = states_ * actions_;
@@ -90,19 +90,16 @@ class LaneSolver {
         break;
       if (count % 64 == 0) interrupt_.check();
     }
-    const double offset = certificate_.offset();
-    const bool ended = status_ == Status::kConverged || status_ == Status::kStagnated;
-    if (ended && certificate_.drowns(image_.data(), states_)) {
-      outcome.status = status_;
-      outcome.passes = passes_;
-      if (refined(certificate_.rounding(), offset, image_.data(), out, outcome)) return {};
-      status_ = outcome.status;
-    }
+    outcome = control_.outcome();
+    const bool ended = outcome.status == Status::kConverged || outcome.status == Status::kStagnated;
+    if (ended && drowns(control_, image_.data(), states_) &&
+        refined(control_.rounding(), outcome.offset, image_.data(), out, outcome))
+      return {};
     lane_kernels<Real>().result({states_, actions_, q_.data(), image_.data(), reference(),
-                                 problem_.temperature, offset, out.value, out.relative, out.q,
-                                 out.advantage, out.policy, out.log_policy, scratch_.data()});
-    if (overflows(certificate_, problem, out, states_ * actions_)) status_ = Status::kNonFinite;
-    outcome = {status_, certificate_.half_span(), certificate_.error_bound(), passes_, 0, offset};
+                                 problem_.temperature, outcome.offset, out.value, out.relative,
+                                 out.q, out.advantage, out.policy, out.log_policy,
+                                 scratch_.data()});
+    if (overflows(control_, problem, out, states_ * actions_)) outcome.status = Status::kNonFinite;
     return {};
   }
 
@@ -117,7 +114,8 @@ class LaneSolver {
                             !(problem.discount >= 0.0 && problem.discount < 1.0) ||
                             !(problem.temperature > 0.0 && problem.temperature < kInf);
     if (!suspicious) return {};
-    return problem_defect(problem, request_.validate, states_, actions_);
+    return problem_defect(look_at(problem, states_, actions_), problem, request_.validate,
+                          actions_);
   }
 
   bool refined(double coarse, double c, const double* value, const Tables<Real>& out,
@@ -127,7 +125,7 @@ class LaneSolver {
       row_inverse_.resize(states_ * actions_);
     }
     lane_kernels<Real>().unpack(inverse_sum_.data(), states_, actions_, row_inverse_.data());
-    return refinement_->run(*model_, problem_, row_inverse_.data(), certificate_, coarse, c, value,
+    return refinement_->run(*model_, problem_, row_inverse_.data(), control_, coarse, c, value,
                             nullptr, out, outcome);
   }
 
@@ -152,41 +150,37 @@ class LaneSolver {
   }
 
   void start(const double* initial) {
-    certificate_ = Certificate(problem_.discount, problem_.temperature, actions_,
-                               0.5 * static_cast<double>(states_) + 2.0,  // two partial sums
-                               request_.tol);
-    certificate_.underflow = kUnderflow<Real>;
-    certificate_.sweep = request_.method == kSweep;
-    certificate_.largest_reward = packed_.largest_reward;
-    certificate_.largest_reference = packed_.largest_reference;
-    certificate_.continues = packed_.continues;
-    passes_ = 0;
-    rate_ = 0.0;
-    previous_ = kInf;
-    progress_ = {};
-    newton_ = request_.method == 2;
-    newton_failed_ = false;
-    switched_at_ = 0;
-    at_zero_ = initial == nullptr;
-    centre_ = 0.0;
+    control_ = {};
+    control_.pose(request_, problem_.discount, problem_.temperature, states_, actions_,
+                  sizeof(Real) == 8);
+    control_.count_additions(0.5 * static_cast<double>(states_) + 2.0);  // two partial sums
+    control_.largest_reward = packed_.largest_reward;
+    control_.largest_reference = packed_.largest_reference;
+    control_.continues = packed_.continues;
+    control_.means = means();
+    if (request_.method == 2) control_.mode = Mode::kElimination;
     if (initial) {
-      const double most = certificate_.largest_possible();
+      control_.at_zero = false;
       for (std::size_t s = 0; s < value_.size(); ++s)
-        value_[s] = within(initial[std::min<Index>(static_cast<Index>(s), states_ - 1)], most);
+        value_[s] = control_.start(initial[std::min<Index>(static_cast<Index>(s), states_ - 1)]);
       const auto ends = std::minmax_element(value_.begin(), value_.end());
-      take(*ends.first, *ends.second);
+      control_.centre(*ends.first, *ends.second);
     }
     phase_ = single_ && !initial ? kSingle : kDouble;
     warm_ = single_ && initial;
   }
 
-  // V = c + (value − centre): the middle of W is taken out where T commutes with constants.
-  void take(double least, double most) {
-    centre_ = certificate_.continues ? 0.5 * (least + most) : 0.0;
-    certificate_.c = certificate_.continues ? certificate_.c + centre_ : 0.0;
-    certificate_.least = least - centre_;
-    certificate_.most = most - centre_;
-    at_zero_ = false;
+  // Nanoseconds on one core of an AVX-512 machine.
+  Means means() const {
+    const double E = static_cast<double>(entries_), S = static_cast<double>(states_);
+    const double A = static_cast<double>(actions_);
+    Means means;
+    means.elimination = true;
+    means.coarse_sweep = 0.012 * E * S + 0.25 * E + 30.0;
+    means.sweep = 0.035 * E * S + E + 75.0;
+    means.elimination_step =
+        means.sweep + 0.022 * S * S * S + 1.2 * S * S + 0.08 * S * S * A + 4.0 * S * A + 700.0;
+    return means;
   }
 
   // Brings a piece of a transition to come into the second-level cache while this one is worked on.
@@ -202,69 +196,36 @@ class LaneSolver {
 
   // ---- double precision -------------------------------------------------------------------------
 
+  // Whether that was the end. The vector for W is value − middle.
   bool sweep_double() {
     fetch_ahead();
-    const double constant = (1.0 - problem_.discount) * certificate_.c;
-    extent_ = lane_kernels<Real>().sweep({states_, actions_, transition_.data(), reward_.data(),
-                                          scale_.data(), reference(), problem_.temperature,
-                                          at_zero_ ? nullptr : value_.data(), centre_, constant,
-                                          image_.data(), q_.data(), w_.data()});
-    certificate_.low = extent_.low;
-    certificate_.high = extent_.high;
-    certificate_.hands_out(extent_.least, extent_.most);
-    const bool free = at_zero_;  // T0 needs no P, and is a better start than zero
-    if (!free) ++passes_;
-    if (!extent_.finite || !std::isfinite(certificate_.c)) return ends(Status::kNonFinite);
-    if (certificate_.converged()) return ends(Status::kConverged);
-    const double half = certificate_.half_span();
-    const bool exhausted =
-        progress_.exhausted(certificate_, newton_ ? 2 : certificate_.patience(1.0), !newton_);
-    if (passes_ > 0 && exhausted)
-      return ends(request_.tol > 0.0 ? Status::kStagnated : Status::kConverged);
-    const Index given = request_.max_iterations;
-    if (given > 0 ? passes_ >= given
-                  : !newton_ && passes_ - switched_at_ >= certificate_.most_sweeps())
-      return ends(Status::kMaxIterations);
-    if (newton_ && passes_ - switched_at_ >= kMostNewton) {
-      if (given == 0 && !certificate_.sweeps_end()) return ends(Status::kMaxIterations);
-      newton_ = false;
-      newton_failed_ = true;
-      switched_at_ = passes_;
-      progress_ = {};
-    }
-    if (previous_ < kInf) rate_ = half / previous_;
-    previous_ = half;
-    if (!newton_ && !newton_failed_ && request_.method == 0 && passes_ >= 2 &&
-        half > certificate_.target() &&
-        (progress_.at_rounding_level() || newton_pays(half, kInf))) {
-      newton_ = true;
-      switched_at_ = passes_;
-    }
-    if (newton_ && !free) {
+    const double constant = (1.0 - problem_.discount) * control_.c;
+    take(lane_kernels<Real>().sweep({states_, actions_, transition_.data(), reward_.data(),
+                                     scale_.data(), reference(), problem_.temperature,
+                                     control_.at_zero ? nullptr : value_.data(), control_.middle,
+                                     constant, image_.data(), q_.data(), w_.data()}));
+    const Step step = control_.next();
+    if (step == Step::kStop) return true;
+    if (step == Step::kImprove) {
       newton();
     } else {
-      accept_sweep();
+      value_.swap(image_);
+      control_.accept_sweep();
       // Single precision is no loss where the start was not that good; a last sweep is in double.
-      if (warm_ && half > 16.0 * single_noise() && (given == 0 || passes_ + 2 <= given))
+      const Index given = request_.max_iterations;
+      if (warm_ && control_.half_span() > 16.0 * single_noise() &&
+          (given == 0 || control_.passes + 2 <= given))
         to_single();
-      warm_ = false;
     }
+    warm_ = false;
     return false;
   }
 
-  bool ends(Status status) {
-    status_ = status;
-    return true;
+  void take(const Extent& found) {
+    control_.take({found.low, found.high, found.least, found.most, found.finite});
   }
 
-  void accept_sweep() {
-    certificate_.c = certificate_.offset();
-    value_.swap(image_);
-    take(extent_.least, extent_.most);
-  }
-
-  // W := W + x with (I − γP_π) x = δ less the certificate's share. Where every row continues x
-  // matters only up to a constant: the next sweep's middle finds it exactly.
+  // W := W + x with (I − γP_π) x = δ less the certificate's share.
   void newton() {
     const LaneKernels<Real>& lanes = lane_kernels<Real>();
     const Index S = states_, A = actions_;
@@ -285,16 +246,15 @@ class LaneSolver {
       elimination_->set_row(*model_, s, policy_.data() + s * A, row_inverse_.data() + s * A, gamma,
                             table_.data());
     elimination_->factor(alone_, interrupt_);
-    const double constant = (1.0 - gamma) * certificate_.c;
-    const double share = certificate_.step_share();
+    const double constant = (1.0 - gamma) * control_.c, middle = control_.middle;
+    const double share = control_.step_share();
     for (Index s = 0; s < S; ++s)
-      step_[s] = ((image_[s] - (value_[s] - centre_)) - constant) - share;
+      step_[s] = ((image_[s] - (value_[s] - middle)) - constant) - share;
     elimination_->solve(step_.data(), false);
-    for (Index s = 0; s < S; ++s) value_[s] = (value_[s] - centre_) + step_[s];
+    for (Index s = 0; s < S; ++s) value_[s] = (value_[s] - middle) + step_[s];
     std::fill(value_.begin() + S, value_.end(), value_[S - 1]);
     const auto ends = std::minmax_element(value_.begin(), value_.begin() + S);
-    certificate_.c += share / (1.0 - gamma);
-    take(*ends.first, *ends.second);
+    control_.accept_step(share, *ends.first, *ends.second);
   }
 
   // ---- single precision -------------------------------------------------------------------------
@@ -309,45 +269,41 @@ class LaneSolver {
       float* const image = single_work_.data() + (swapped_ ? 0 : length);
       float* const w = single_work_.data() + 2 * length;
       fetch_ahead();
-      const double constant = (1.0 - problem_.discount) * certificate_.c;
-      extent_ = lane_kernels<Real>().sweep_single(
+      const double constant = (1.0 - problem_.discount) * control_.c;
+      take(lane_kernels<Real>().sweep_single(
           {states_, actions_, transition_.data(), reward_.data(), single_scale_.data(),
            problem_.log_reference ? single_reference_.data() : nullptr,
-           static_cast<float>(problem_.temperature), at_zero_ ? nullptr : value,
-           static_cast<float>(centre_), static_cast<float>(constant), image, w + length, w});
-      if (!extent_.finite || !std::isfinite(certificate_.c)) return start_double();
-      if (!at_zero_) ++passes_;
-      certificate_.low = extent_.low;
-      certificate_.high = extent_.high;
-      certificate_.hands_out(extent_.least, extent_.most);
-      const double half = certificate_.half_span();
-      const double noise = single_noise();
-      if (previous_ < kInf) rate_ = half / previous_;
-      certificate_.c = certificate_.offset();
-      take(extent_.least, extent_.most);
-      round_centre();
+           static_cast<float>(problem_.temperature), control_.at_zero ? nullptr : value,
+           static_cast<float>(control_.middle), static_cast<float>(constant), image, w + length,
+           w}));
+      if (!control_.finite()) return start_double();
+      if (!control_.at_zero) ++control_.passes;
+      const double half = control_.half_span(), noise = single_noise();
+      const bool exhausted = half > 0.9 * control_.previous && half <= 16.0 * noise;
+      control_.measure_rate(half);
+      control_.accept_sweep();
+      round_middle();
       swapped_ = !swapped_;
-      const bool exhausted = half > 0.9 * previous_ && half <= 16.0 * noise;
-      previous_ = half;
-      if (half > std::max(certificate_.target(), noise) && !exhausted && passes_ < kMost &&
-          !(request_.max_iterations > 0 && passes_ + 1 >= request_.max_iterations) &&
-          !(passes_ % 8 == 6 && request_.method == 0 && newton_pays(half, noise)))
+      if (half > std::max(control_.target(), noise) && !exhausted && control_.passes < kMost &&
+          !(request_.max_iterations > 0 && control_.passes + 1 >= request_.max_iterations) &&
+          !(control_.passes % 8 == 6 && request_.method == 0 &&
+            control_.elimination_pays(half, noise)))
         return;
       std::transform(image, image + length, value_.begin(),
                      [](float x) { return static_cast<double>(x); });
-      previous_ = kInf;
+      control_.previous = kInf;
       phase_ = kDouble;
     }
   }
 
   double single_noise() const {
-    return 2.0 * std::numeric_limits<float>::epsilon() * certificate_.scale();
+    return 2.0 * std::numeric_limits<float>::epsilon() * control_.scale();
   }
 
-  void round_centre() {
-    const double rounded = static_cast<double>(static_cast<float>(centre_));
-    certificate_.c += rounded - centre_;
-    centre_ = rounded;
+  void round_middle() {
+    const double rounded = static_cast<double>(static_cast<float>(control_.middle));
+    control_.c += rounded - control_.middle;
+    control_.middle = rounded;
   }
 
   void to_single() {
@@ -355,7 +311,7 @@ class LaneSolver {
     std::fill(value_.begin() + states_, value_.end(), value_[states_ - 1]);
     std::transform(value_.begin(), value_.end(), single_work_.begin(),
                    [](double x) { return static_cast<float>(x); });
-    round_centre();
+    round_middle();
     swapped_ = false;
     phase_ = kSingle;
   }
@@ -364,33 +320,6 @@ class LaneSolver {
   void start_double() {
     start(nullptr);
     phase_ = kDouble;
-  }
-
-  // ---- what pays --------------------------------------------------------------------------------
-
-  // Whether Newton's method costs less than the sweeps still needed at the measured contraction,
-  // those above `noise` in single precision. Nanoseconds on one core of an AVX-512 machine.
-  bool newton_pays(double half, double noise) const {
-    const double target = certificate_.target();
-    if (half <= target) return false;
-    if (!(rate_ < 1.0)) return true;
-    const double E = static_cast<double>(entries_), S = static_cast<double>(states_);
-    const double A = static_cast<double>(actions_);
-    const double single = 0.012 * E * S + 0.25 * E + 30.0, sweep = 0.035 * E * S + E + 75.0;
-    const double newton =
-        sweep + 0.022 * S * S * S + 1.2 * S * S + 0.08 * S * S * A + 4.0 * S * A + 700.0;
-    const double decade = -1.0 / std::log(rate_);  // sweeps by which the half-span falls e-fold
-    const double middle = std::min(half, std::max(noise, target));
-    const double sweeps = decade * (noise < half ? std::log(half / middle) * single +
-                                                       std::log(middle / target) * sweep
-                                                 : std::log(half / target) * sweep);
-    // Its error is squared at each step, in units of τ; it takes about three steps to get there.
-    const double unit = problem_.temperature;
-    const double steps =
-        half > 0.1 * unit
-            ? 3.0
-            : std::max(1.0, std::ceil(std::log2(std::log(unit / target) / std::log(unit / half))));
-    return sweeps > steps * newton;
   }
 
   const Solve& request_;
@@ -408,17 +337,9 @@ class LaneSolver {
   Defect transition_defect_;
   LaneProblem packed_{};
   enum { kSingle, kDouble } phase_ = kDouble;
-  bool newton_ = false, newton_failed_ = false, swapped_ = false;
+  bool swapped_ = false;
   bool warm_ = false;  // a start was given, and may be too good for single precision
-  Certificate certificate_;
-  Progress progress_;
-  Status status_ = Status::kConverged;
-  Extent extent_{};
-  double centre_ = 0.0;
-  double previous_ = kInf;  // half-span of the sweep before
-  double rate_ = 0.0;       // at which the half-span fell in the last sweep that told
-  bool at_zero_ = true;
-  Index passes_ = 0, switched_at_ = 0;
+  Control control_;
   Index ahead_ = 0;  // bytes of the transition to come asked for already
 
   std::unique_ptr<Refinement<Model>> refinement_;

@@ -6,6 +6,8 @@
 #include <limits>
 #include <memory>
 
+#include "core/control.h"
+#include "core/system.h"
 #include "cpu/entry/policy_solve.h"
 #include "cpu/solvers/elimination.h"
 #include "cpu/solvers/krylov.h"
@@ -52,19 +54,54 @@ class PolicySystem {
   const double* weigh(Index s0, Index s1, const double* inverse_sum, const double* policy) {
     const Index A = model_.actions;
     for (Index s = s0; s < s1; ++s) {
-      double mass = 0.0, stopping = 0.0;
+      RowMass row;
       for (Index i = s * A; i < s * A + A; ++i) {
         weight_[i] = policy[i] * inverse_sum[i];
-        mass += policy[i];
-        if (inverse_sum[i] == 0.0) stopping += policy[i];
+        row.add(policy[i], inverse_sum[i]);
       }
-      // A softmax sums to one up to rounding; 1 − γ must not inherit that rounding error.
-      const bool normalised = std::abs(mass - 1.0) <= 4.0 * kEps * static_cast<double>(A);
-      const double lost = normalised ? stopping : 1.0 - (mass - stopping);
-      defect_[s] = (1.0 - discount_) + discount_ * lost;
-      closed_[s] = normalised && stopping == 0.0;
+      defect_[s] = row.defect(discount_, A);
+      closed_[s] = row.closed(A);
     }
     return weight_.data();
+  }
+
+  // A step of Newton's method: x := about A⁻¹x, as exactly as `control` finds it worth, constants
+  // apart where every row continues. What is left of x's size, where that is known.
+  double improve(Control& control, std::vector<double>& x) {
+    columns_ = used_ = 1;
+    deflate_ = control.continues;
+    factored_ = false;
+    residual_.swap(x);
+    double left = 0.0;
+    if (control.mode == Mode::kElimination) {
+      eliminate(!kSparse && sizeof(Stored) == 4);
+    } else if (control.mode == Mode::kKrylov) {
+      const Operator op = make_operator(deflate_, 1);
+      if (deflate_) op.remove_mean(residual_.data());
+      const double size = norm2(residual_);
+      const Index limit = 200 + 4 * static_cast<Index>(control.crossing());
+      correction_.resize(residual_.size());
+      const KrylovResult result = krylov(op, {size * control.reduction()}, {true}, limit, 400)[0];
+      control.products += result.products;
+      if (!(result.residual <= 0.5 * size)) control.stalled = 4;  // Krylov is of no use here
+      left = result.residual / size;
+    } else {
+      control.sought = 0.1 * std::max(control.half_span(), control.target());
+      series(control);
+      left = kInf;
+    }
+    x.swap(correction_);
+    return left;
+  }
+
+  // x := Σ_j (γP_π)^j x in the most products of a pass.
+  void sum_of_products(Control& control, std::vector<double>& x) {
+    columns_ = 1;
+    deflate_ = control.continues;
+    residual_.swap(x);
+    control.sought = 0.0;
+    series(control);
+    x.swap(correction_);
   }
 
   Matrix& matrix() { return matrix_; }
@@ -100,9 +137,7 @@ class PolicySystem {
   using Flags = std::array<bool, kMostColumns>;
   enum Method : Index { kAuto = 0, kDirect = 2, kKrylov = 3, kRichardson = 5 };
 
-  static constexpr double kEps = std::numeric_limits<double>::epsilon();
-  static constexpr Index kDirectAuto = 256;    // factors cost less than a few dozen products
-  static constexpr Index kDirectLimit = 2500;  // beyond it the square matrix is the larger evil
+  static constexpr Index kDirectAuto = 256;  // factors cost less than a few dozen products
   static constexpr bool kSparse = std::is_same<Matrix, CsrPolicyMatrix>::value;
   // A dense matrix kept in float belongs to a single right-hand side.
   static constexpr Index kMostTogether =
@@ -245,10 +280,9 @@ class PolicySystem {
       const Columns length = op.norms(x_.data(), options_.transpose);
       Columns keep{}, drop{};
       for (Index w = 0; w < columns_; ++w) {
-        // Rounding of one product and one subtraction; the last bits are not worth a round.
-        const double floor = 2.0 * kEps * (size_[w] + 2.0 * length[w]);
-        going[w] = going[w] && !(current[w] <= std::max(options_.tol * size_[w], floor));
-        target[w] = std::max(0.5 * options_.tol * size_[w], 0.25 * floor);
+        const Tolerance tolerance(options_.tol, size_[w], length[w]);
+        going[w] = going[w] && !tolerance.met(current[w]);
+        target[w] = tolerance.target();
         keep[w] = going[w] ? 1.0 : 0.0;
         drop[w] = going[w] ? 0.0 : -1.0;
       }
@@ -278,13 +312,12 @@ class PolicySystem {
       }
     }
     if (restored) current = residual();
-    const double units = 16.0 + model_.additions() + 0.25 * static_cast<double>(model_.actions);
     const Columns length = op.norms(x_.data(), options_.transpose);
     for (Index w = 0; w < columns_; ++w) {
       if (!open[w]) continue;
-      const double floor = units * kEps * (size_[w] + 2.0 * length[w]);
       reached[w] = current[w];
-      open[w] = !(current[w] <= std::max(options_.tol * size_[w], floor));
+      open[w] = !Tolerance(options_.tol, size_[w], length[w])
+                     .solved(current[w], model_.additions(), model_.actions);
     }
   }
 
@@ -295,12 +328,7 @@ class PolicySystem {
 
   // correction ≈ A⁻¹ residual, in the columns that are going
   void correct(Method method, const Columns& target, const Flags& going) {
-    if (method == kDirect) {
-      factor();
-      correction_ = residual_;
-      elimination_->solve(correction_.data(), options_.transpose, columns_);
-      return;
-    }
+    if (method == kDirect) return eliminate(false);
     const Operator op = make_operator(deflate_, columns_);
     Columns mean{};
     if (deflate_) mean = op.remove_mean(residual_.data());
@@ -309,7 +337,8 @@ class PolicySystem {
       const double all = std::min(1e7, 40.0 / (1.0 - discount_) + 100.0);
       richardson(op, target, going, given > 0 ? given : static_cast<Index>(all));
     } else {
-      krylov(op, target, going, given > 0 ? given : 2000);
+      const Index limit = given > 0 ? given : 2000;
+      krylov(op, target, going, limit, 0);
     }
     // For A itself the constant removed from the residual, and the one left by the compressed
     // solve, are both exact multiples of an eigenvector.
@@ -322,7 +351,9 @@ class PolicySystem {
     }
   }
 
-  void krylov(const Operator& op, const Columns& target, const Flags& going, Index limit) {
+  // BiCGStab, in at most so many products, and where it fails GMRES in `more`, or in what is left.
+  std::array<KrylovResult, kMostColumns> krylov(const Operator& op, const Columns& target,
+                                                const Flags& going, Index limit, Index more) {
     // Max norm and 1-norm against the 2-norm of the recursions.
     const double root = std::sqrt(static_cast<double>(model_.states));
     Columns target2{};
@@ -337,13 +368,47 @@ class PolicySystem {
     const std::size_t n = static_cast<std::size_t>(model_.states);
     std::vector<double> x(n), rest(n);
     for (Index w = 0; w < columns_; ++w) {
-      if (!going[w] || results[w].residual <= target2[w] || results[w].products >= limit) continue;
+      if (!going[w] || results[w].residual <= target2[w] || (!more && results[w].products >= limit))
+        continue;
       for (std::size_t i = 0; i < n; ++i) x[i] = correction_[i * columns_ + w];
       single(x, rest);
       for (std::size_t i = 0; i < n; ++i) rest[i] = residual_[i * columns_ + w] - rest[i];
-      products_ += gmres(single, rest, x, target2[w], limit - results[w].products).products;
+      const Index left = more ? more : limit - results[w].products;
+      const KrylovResult last = gmres(single, rest, x, target2[w], left);
+      products_ += last.products;
+      results[w] = {last.residual, results[w].products + last.products};
       for (std::size_t i = 0; i < n; ++i) correction_[i * columns_ + w] = x[i];
     }
+    return results;
+  }
+
+  // correction_ := Σ_j (γP_π)^j residual_ until enough(j, sizes of the last term), which is asked
+  // for every so many products, `limit` of them at most.
+  template <class Enough>
+  void series(const Operator& op, Index every, Index limit, Enough&& enough) {
+    term_ = correction_ = residual_;
+    next_.resize(term_.size());
+    for (Index j = 1; j <= limit; ++j) {
+      op.accumulate(term_.data(), next_.data(), correction_.data());
+      term_.swap(next_);
+      if (j % every == 0 && enough(j, term_sizes(op))) return;
+    }
+  }
+
+  void series(Control& control) {
+    const Operator op = make_operator(false, 1);
+    series(op, 10, control.means.limit,
+           [&](Index j, const Columns& size) { return !control.another_product(size[0], j); });
+  }
+
+  // A keeps constants, and those of a correction are found exactly: only the rest of the last term
+  // has to die out.
+  Columns term_sizes(const Operator& op) const {
+    if (!deflate_ || options_.transpose) return op.norms(term_.data(), options_.transpose);
+    Columns low, high;
+    op.range(term_.data(), low, high);
+    for (Index w = 0; w < columns_; ++w) high[w] = 0.5 * (high[w] - low[w]);
+    return high;
   }
 
   // Σ_j (γP_π)^j r while it contracts well: gives up once the measured rate predicts more products
@@ -355,52 +420,47 @@ class PolicySystem {
     const Index crossing =
         kWindow *
         (1 + static_cast<Index>(2.0 * std::sqrt(static_cast<double>(model_.states))) / kWindow);
-    const bool one_norm = options_.transpose;
     term_ = residual_;
-    next_.resize(term_.size());
-    correction_ = residual_;
-    // A keeps constants, and `correct` finds theirs exactly: only the rest has to have died out.
-    const auto sizes = [&] {
-      if (!deflate_ || options_.transpose) return op.norms(term_.data(), one_norm);
-      Columns low, high;
-      op.range(term_.data(), low, high);
-      for (Index w = 0; w < columns_; ++w) high[w] = 0.5 * (high[w] - low[w]);
-      return high;
-    };
-    Columns window = sizes(), long_window = window;
-    for (Index j = 1; j <= limit; ++j) {
-      op.accumulate(term_.data(), next_.data(), correction_.data());
-      term_.swap(next_);
-      if (j % 8 != 0) continue;
-      const Columns size = sizes();
+    Columns window = term_sizes(op), long_window = window;
+    series(op, 8, limit, [&](Index j, const Columns& size) {
       bool done = true;
       for (Index w = 0; w < columns_; ++w) {
         if (!going[w] || size[w] <= 0.1 * target[w] * (1.0 - discount_)) continue;
         const double rate = std::pow(size[w] / window[w], 1.0 / kWindow);
         done = done && j % kWindow == 0 && size[w] * rate <= target[w] * (1.0 - rate);
       }
-      if (done) return;
+      if (done) return true;
       if (j % kWindow == 0) window = size;
-      if (j % crossing != 0) continue;
+      if (j % crossing != 0) return false;
       for (Index w = 0; w < columns_; ++w) {
         if (!going[w] || patient_ || options_.method == kRichardson) continue;
         const double rate = std::pow(size[w] / long_window[w], 1.0 / crossing);
         const double left = std::log(target[w] * (1.0 - rate) / size[w]) / std::log(rate);
         if (!(rate < 1.0 && left < kPatience)) gave_up_ = true;
       }
-      if (gave_up_) return;
       long_window = size;
-    }
+      return gave_up_;
+    });
   }
 
-  void factor() {
+  // correction_ := A⁻¹ residual_, with P_π as it is kept, or from P again.
+  void eliminate(bool again) {
+    factor(again);
+    correction_ = residual_;
+    elimination_->solve(correction_.data(), options_.transpose, columns_);
+  }
+
+  void factor(bool again) {
     if (factored_) return;
-    const Index S = model_.states;
+    const Index S = model_.states, A = model_.actions;
     if (!elimination_) elimination_ = std::make_unique<Elimination>(S);
-    for (Index s = 0; s < S; ++s) {
-      std::fill(elimination_->row(s), elimination_->row(s) + S, 0.0);
-      matrix_.add_row(s, discount_, elimination_->row(s));
-    }
+    team_.run(S, again ? 2.0 * model_.work() : matrix_.work(), [&](Index s, int) {
+      double* const row = elimination_->row(s);
+      std::fill(row, row + S, 0.0);
+      if (!again) return matrix_.add_row(s, discount_, row);
+      model_.policy_row(s, weight_.data() + s * A, row);
+      for (Index t = 0; t < S; ++t) row[t] *= discount_;
+    });
     std::copy(defect_.begin(), defect_.end(), elimination_->defect());
     elimination_->factor(team_, interrupt_);
     factored_ = true;
@@ -427,12 +487,12 @@ class PolicySystem {
 };
 
 template <class Model, class Stored = double>
-auto make_policy_matrix(const Model& model, const PolicyPattern* pattern) {
+auto make_policy_matrix(const Model& model, const PolicyPattern* pattern, bool keep_mass) {
   using Matrix = typename PolicyMatrixOf<Model, Stored>::type;
   if constexpr (std::is_same<Matrix, CsrPolicyMatrix>::value)
     return std::make_unique<Matrix>(*pattern);
   else
-    return std::make_unique<Matrix>(model.states, !std::is_same<Stored, double>::value);
+    return std::make_unique<Matrix>(model.states, keep_mass);
 }
 
 }  // namespace birl

@@ -14,12 +14,43 @@
 #include <memory>
 #include <vector>
 
+#include "core/control.h"
 #include "cpu/model/sweep.h"
-#include "cpu/solvers/certificate.h"
 #include "cpu/solvers/elimination.h"
 #include "cpu/solvers/outcome.h"
 
 namespace birl {
+
+// Values that many times the typical one do not set the scale of `tol` for the others.
+constexpr double kOutlier = 100.0;
+
+// What a sixteenth of all |V| do not exceed, but τ where that is more.
+inline double typical_size(std::vector<double> sizes, double temperature) {
+  const auto low = sizes.begin() + static_cast<std::ptrdiff_t>((sizes.size() - 1) / 16);
+  std::nth_element(sizes.begin(), low, sizes.end());
+  return std::max(*low, temperature);
+}
+
+// Whether the values V = image + offset that a solver ended at differ so much in size that small
+// ones lose digits in the rounding of large ones, or would be judged by the tolerance of those.
+inline bool drowns(const Certificate& last, const double* image, Index states) {
+  if (last.sweep) return false;
+  const auto size = [&](Index s) { return std::abs(image[s] + last.offset()); };
+  double least = kInf;  // |V|
+  if (last.lowest > 0.0 || last.highest < 0.0)
+    least = std::min(std::abs(last.lowest), std::abs(last.highest));
+  else
+    for (Index s = 0; s < states; ++s) least = std::min(least, size(s));
+  if (last.converged()) {
+    if (kOutlier * least >= last.largest_value()) return false;
+    std::vector<double> sizes(states);
+    for (Index s = 0; s < states; ++s) sizes[s] = size(s);
+    return kOutlier * typical_size(std::move(sizes), last.temperature) < last.largest_value();
+  }
+  constexpr double kDigits = 1e-12, kFold = 16.0;
+  const double smallest = least + last.soft();
+  return last.scale() > kFold * smallest && last.error_bound() > kDigits * smallest;
+}
 
 template <class Model>
 class Refinement {
@@ -40,13 +71,13 @@ class Refinement {
   // From V = c + `value`, where a solver has ended whose rounding was `coarse` at every state.
   // False if that is not much more than some state's own: then nothing is written.
   bool run(const Model& model, const Problem<Real>& problem, const double* inverse_sum,
-           const Certificate& certificate, double coarse, double c, const double* value,
+           const Control& control, double coarse, double c, const double* value,
            const Evaluate& evaluate, const Tables<Real>& out, Outcome& outcome) {
     model_ = &model;
     problem_ = problem;
     inverse_sum_ = inverse_sum;
-    certificate_ = certificate;
-    certificate_.additions = std::max(certificate.additions, model.additions());
+    certificate_ = control;
+    certificate_.additions = std::max(certificate_.additions, model.additions());
     c_ = certificate_.continues ? c : 0.0;
     w_.assign(value, value + S_);
     if (out_of(outcome.passes)) {
@@ -78,8 +109,8 @@ class Refinement {
     outcome.offset = problem_.discount * c_;
     hand_out(problem_, S_, A_, q_.data(), image_.data(), policy_.data(), log_policy_.data(),
              outcome.offset, out);
-    certificate_.lowest = range_.least + outcome.offset;
-    certificate_.highest = range_.most + outcome.offset;
+    certificate_.lowest = certificate_.range.least + outcome.offset;
+    certificate_.highest = certificate_.range.most + outcome.offset;
     if (overflows(certificate_, problem_, out, S_ * A_)) finite_ = false;
     if (!finite_) outcome.status = Status::kNonFinite;
     std::fill(bound_.begin(), bound_.end(), kInf);
@@ -93,9 +124,8 @@ class Refinement {
   }
 
  private:
-  static constexpr Index kEliminated = 512;  // states; most where products do not suffice:
-  static constexpr Index kEliminatedAtLast = 2500;
-  static constexpr double kNear = 8.0;  // units of rounding, where nothing more may be gained
+  static constexpr Index kEliminated = 512;  // states; where products do not suffice kDirectLimit
+  static constexpr double kNear = 8.0;       // units of rounding, where nothing more may be gained
 
   bool out_of(Index passes) const {
     return request_.max_iterations > 0 && passes >= request_.max_iterations;
@@ -146,10 +176,9 @@ class Refinement {
                               log_policy_.data() + row0, nullptr,
                               scratch_[worker].soft_maximum.data()});
     });
-    range_ = kernels().difference(S_, image_.data(), w_.data(), constant, delta_.data());
-    certificate_.low = range_.low;
-    certificate_.high = range_.high;
-    finite_ = range_.finite && std::isfinite(c_);
+    const Range found = kernels().difference(S_, image_.data(), w_.data(), constant, delta_.data());
+    certificate_.range = {found.low, found.high, found.least, found.most, found.finite};
+    finite_ = found.finite && std::isfinite(c_);
   }
 
   // ρ of the last sweep, and the largest |δ|/ρ.
@@ -222,7 +251,7 @@ class Refinement {
     if (noisy)
       for (Index s = 0; s < S_; ++s)
         if (std::abs(delta_[s]) <= 0.125 * rounding_[s]) trial_[s] = 0.0;
-    if (direct(evaluate) || (S_ <= kEliminatedAtLast && count >= 60)) {
+    if (direct(evaluate) || (S_ <= kDirectLimit && count >= 60)) {
       factor();
       elimination_->solve(trial_.data(), false);
     } else {
@@ -257,8 +286,8 @@ class Refinement {
 
   // Twice (I − γP_π)⁻¹ of `own`.
   void guess(const std::vector<double>& own) {
-    if (S_ <= kEliminated || !by_products(own, S_ <= kEliminatedAtLast ? 50 : 400)) {
-      if (S_ > kEliminatedAtLast) return;
+    if (S_ <= kEliminated || !by_products(own, S_ <= kDirectLimit ? 50 : 400)) {
+      if (S_ > kDirectLimit) return;
       trial_ = own;
       factor();
       elimination_->solve(trial_.data(), false);
@@ -318,7 +347,7 @@ class Refinement {
       if (size <= kOutlier * typical) unit = std::max(unit, size);
     bool met = true;
     for (Index s = 0; s < S_; ++s)
-      met = met && bound_[s] + certificate_.underflow <= request_.tol * std::max(sizes[s], unit);
+      met = met && bound_[s] + certificate_.underflow() <= request_.tol * std::max(sizes[s], unit);
     if (met)
       outcome.status = Status::kConverged;
     else if (outcome.status != Status::kMaxIterations)
@@ -333,9 +362,8 @@ class Refinement {
   const Model* model_ = nullptr;
   Problem<Real> problem_{};
   const double* inverse_sum_ = nullptr;  // (S,A)
-  Certificate certificate_;
+  Control certificate_;
   double c_ = 0.0;  // V = c + W
-  Range range_{};
   bool finite_ = true;
   std::vector<double> w_, image_, delta_, q_, policy_, log_policy_;
   std::vector<double> blur_, floor_, rounding_;  // of q, of δ without that, and of δ

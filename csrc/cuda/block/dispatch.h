@@ -63,30 +63,10 @@ Grid grid_of(const Kernel& kernel, const Batch& batch, const DeviceLimits& limit
 template <class Home>
 SolveKernel<Home> solve_kernel(const Home& home, const Batch& batch, const Solve& request,
                                const Plan& plan) {
-  using Real = typename Home::Real;
   const Kernel name = plan.residence == Residence::kRegisters ? Kernel::kCudaWarp
                       : plan.residence == Residence::kCsr     ? Kernel::kCudaCsr
                                                               : Kernel::kCudaBlock;
-  return {home,
-          {batch.problems,
-           static_cast<const Real*>(batch.reward),
-           batch.log_reference,
-           batch.discount,
-           batch.temperature,
-           request.initial,
-           request.value,
-           request.relative,
-           static_cast<Real*>(request.q),
-           static_cast<Real*>(request.advantage),
-           static_cast<Real*>(request.policy),
-           static_cast<Real*>(request.log_policy),
-           request.info,
-           request.status,
-           {request.method, request.tol, request.max_iterations, request.validate},
-           name,
-           plan.direct,
-           plan.spill_matrix,
-           plan.spill_vectors}};
+  return {home, batch, request, name, plan.direct, plan.spill_matrix, plan.spill_vectors};
 }
 
 template <class Body>

@@ -11,7 +11,7 @@
 // side that is not finite makes its own solution NaN and no other.
 #pragma once
 
-#include "cuda/block/control.h"
+#include "core/system.h"
 #include "cuda/block/elimination.h"
 #include "cuda/block/rows.h"
 
@@ -73,7 +73,7 @@ struct PolicySolveKernel {
     team.phase([&](Thread t) {
       rows.each(t, [&](int row, const Entries& entries) {
         const double sum = entries.sum();
-        m.inverse_sum[row] = sum == 0.0 ? 0.0 : 1.0 / sum;
+        m.inverse_sum[row] = inverse_row_sum(sum);
       });
     });
     const bool constants = weigh(team, m, item) && !arguments.transpose;
@@ -119,17 +119,13 @@ struct PolicySolveKernel {
                [&](Thread t) {
                  int all = 1;
                  for (int s = t.rank; s < S; s += t.count) {
-                   double mass = 0.0, stopping = 0.0;
+                   RowMass mass;
                    for (int row = s * A; row < (s + 1) * A; ++row) {
-                     mass += policy[row];
-                     if (m.inverse_sum[row] == 0.0) stopping += policy[row];
+                     mass.add(policy[row], m.inverse_sum[row]);
                      m.weight[row] = discount * (policy[row] * m.inverse_sum[row]);
                    }
-                   // A softmax sums to one up to rounding; 1 − γ must not inherit that error.
-                   const bool normalised = magnitude(mass - 1.0) <= 4.0 * kEps * A;
-                   const double lost = normalised ? stopping : 1.0 - (mass - stopping);
-                   m.defect[s] = (1.0 - discount) + discount * lost;
-                   all = all && normalised && stopping == 0.0;
+                   m.defect[s] = mass.defect(discount, A);
+                   all = all && mass.closed(A);
                  }
                  for (Index i = t.rank; i < columns(); i += t.count)
                    arguments.out[item * columns() + i] = 0.0;
@@ -189,11 +185,9 @@ struct PolicySolveKernel {
                  for (int k = t.rank; k < K; k += t.count) {
                    const Index at = static_cast<Index>(k) * S;
                    const double left = norm(m.correction + at), size = norm(b + at);
-                   // Rounding of one product and one subtraction; the last bits are not worth more.
-                   const double floor = 2.0 * kEps * (size + 2.0 * norm(x + at));
                    arguments.residual[item * K + k] = left;
                    // NaN wants, and gets, NaN.
-                   m.wanting[k] = !(left <= larger(arguments.tol * size, floor));
+                   m.wanting[k] = !Tolerance(arguments.tol, size, norm(x + at)).met(left);
                    any = any || m.wanting[k];
                  }
                  return any;

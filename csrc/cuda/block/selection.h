@@ -30,9 +30,6 @@ struct Plan {
   bool spill_matrix = false, spill_vectors = false;
 };
 
-// Largest S whose S² numbers per problem are kept for an elimination.
-constexpr Index kDirectLimit = 2500;
-
 // A block has so many threads for n rows or states: whole warps.
 inline unsigned block_threads(Index n, unsigned most) {
   const Index whole = (n + 31) / 32 * 32;

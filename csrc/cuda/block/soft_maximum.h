@@ -17,7 +17,7 @@ struct LogReference {
   BIRL_DEVICE bool any(int row, int actions) const {
     if (!values) return true;
     for (int a = 0; a < actions; ++a)
-      if (values[row + a] > -__builtin_huge_val()) return true;
+      if (values[row + a] > -kInf) return true;
     return false;
   }
 };
@@ -31,7 +31,7 @@ struct SoftMaximum {
   // log μ + (q − max q)/τ, less its maximum over the state; −inf where masked.
   BIRL_DEVICE double exponent(int row) const {
     const int first = row / actions * actions;
-    const double best = largest_q(first), inverse = inverse_temperature();
+    const double best = largest_q(first), inverse = inverse_temperature(temperature);
     const double x = scaled(row, best, inverse);
     return reference.values ? x - peak(first, best, inverse) : x;
   }
@@ -40,24 +40,15 @@ struct SoftMaximum {
   BIRL_DEVICE double value(int s, double total) const {
     const int first = s * actions;
     double best = largest_q(first);
-    if (reference.values) best += temperature * peak(first, best, inverse_temperature());
+    if (reference.values) best += temperature * peak(first, best, inverse_temperature(temperature));
     return best + temperature * log_from_one(total);
   }
 
  private:
-  static constexpr double kHuge = __builtin_huge_val();
-
-  // A subnormal τ must not turn 0·(1/τ) into NaN.
-  BIRL_DEVICE double inverse_temperature() const {
-    constexpr double kLargest = 1.7976931348623157e308;
-    const double inverse = 1.0 / temperature;
-    return inverse > kLargest ? kLargest : inverse;
-  }
-
   BIRL_DEVICE double largest_q(int first) const {
-    double best = -kHuge;
+    double best = -kInf;
     for (int row = first; row < first + actions; ++row) {
-      const double candidate = reference[row] == -kHuge ? -kHuge : q[row];
+      const double candidate = reference[row] == -kInf ? -kInf : q[row];
       best = candidate > best || candidate != candidate ? candidate : best;
     }
     return best;
@@ -65,11 +56,11 @@ struct SoftMaximum {
 
   BIRL_DEVICE double scaled(int row, double best, double inverse) const {
     const double log_mu = reference[row];
-    return log_mu == -kHuge ? -kHuge : (q[row] - best) * inverse + log_mu;
+    return log_mu == -kInf ? -kInf : (q[row] - best) * inverse + log_mu;
   }
 
   BIRL_DEVICE double peak(int first, double best, double inverse) const {
-    double highest = -kHuge;
+    double highest = -kInf;
     for (int row = first; row < first + actions; ++row) {
       const double x = scaled(row, best, inverse);
       highest = x > highest ? x : highest;

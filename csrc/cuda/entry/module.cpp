@@ -181,7 +181,7 @@ int outer(int dtype, Index N, Index G, Index S, Index A, Pointer crow, Pointer c
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels of birl_ext; see csrc/ and birl_ext/ops/backends/cuda.py.";
   py::register_exception<LaunchError>(module, "LaunchError", PyExc_RuntimeError);
-  module.attr("DIRECT_LIMIT") = birl::device::kDirectLimit;
+  module.attr("DIRECT_LIMIT") = birl::kDirectLimit;
   module.def("build_info", &build_info);
   module.def("solve_fits", &solve_fits);
   module.def("solve_workspace", &solve_workspace);

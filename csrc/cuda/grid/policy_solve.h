@@ -20,7 +20,7 @@
 #pragma once
 
 #include "core/request.h"
-#include "cuda/block/control.h"
+#include "core/system.h"
 #include "cuda/grid/column_norms.h"
 #include "cuda/grid/rows.h"
 
@@ -194,14 +194,10 @@ class LargePolicySolving {
                 for (Index s = mine.begin + t.rank; s < mine.end; s += t.count) {
                   const Index length = home_.matrix_row(s);
                   found.longest = length > found.longest ? length : found.longest;
-                  double mass = 0.0, stopping = 0.0;
-                  for (Index row = s * A_; row < (s + 1) * A_; ++row) {
-                    mass += policy[row];
-                    if (m_.inverse_sum[row] == 0.0) stopping += policy[row];
-                  }
-                  if (!(magnitude(mass - 1.0) <= 4.0 * kEps * static_cast<double>(A_)) ||
-                      stopping != 0.0)
-                    found.deflates = 0;
+                  RowMass mass;
+                  for (Index row = s * A_; row < (s + 1) * A_; ++row)
+                    mass.add(policy[row], m_.inverse_sum[row]);
+                  if (!mass.closed(A_)) found.deflates = 0;
                 }
                 return found;
               },
@@ -333,14 +329,11 @@ class LargePolicySolving {
     column.keep = improved;
     column.revert = !improved;
     if (column.revert) column.current = column.previous;
-    // Rounding of one product and one subtraction; the last bits are not worth a round.
-    const double floor = 2.0 * kEps * (column.size + 2.0 * column.length);
-    const double units = 16.0 + additions + 0.25 * static_cast<double>(A_);
-    const double wanted = larger(request_.tol * column.size, floor);
+    const Tolerance tolerance(request_.tol, column.size, column.length);
     column.working =
-        column.current > wanted && is_finite(column.current) && fell && round < kRounds;
-    column.solved = column.current <= larger(request_.tol * column.size, 0.5 * units * floor);
-    column.target = larger(0.5 * request_.tol * column.size, 0.25 * floor);
+        !tolerance.met(column.current) && is_finite(column.current) && fell && round < kRounds;
+    column.solved = tolerance.solved(column.current, additions, A_);
+    column.target = tolerance.target();
     column.previous = column.current;
     column.active = column.working;
     column.ends = 0;

@@ -10,7 +10,7 @@
 // Vectors of kRight columns lie column by column of a state, x[t·kRight + c].
 #pragma once
 
-#include "cuda/block/control.h"
+#include "core/findings.h"
 #include "cuda/grid/pattern.h"
 #include "cuda/layer/wide_layer.h"
 
@@ -76,7 +76,7 @@ BIRL_DEVICE bool rows_aligned(const Real* first, Index n) {
 template <bool kProducts, bool kInspect, class Real>
 BIRL_DEVICE void lane_sums(const Real* const (&row)[2], bool aligned_rows, Index n, int lane,
                            const Shifted& of, double* part) {
-  const double lowest = -below_zero<Real>(n);
+  const double lowest = -below_zero(sizeof(Real) == 8, n);
 #if defined(__CUDACC__)
 #pragma unroll(kInspect || sizeof(Real) == 8 ? 1 : 2)
 #endif
@@ -286,8 +286,7 @@ struct CsrWide {
     BIRL_DEVICE void rows(Index first, Index last, const Shifted& x, Take&& take) {
       constexpr int kSums = (kProducts ? 1 : 0) + (kInspect ? 2 : 0);
       const Index row1 = last * home_.actions;
-      const double lowest = -(home_.values.is_double ? below_zero<double>(home_.states)
-                                                     : below_zero<float>(home_.states));
+      const double lowest = -below_zero(home_.values.is_double, home_.states);
       block_.template groups<kLanes>([&](const auto& g) {
         for (Index row = first * home_.actions + g.rank; row < row1; row += g.count) {
           double sums[kSums];

@@ -14,14 +14,7 @@ struct LaneSoftMaximum {
   double inverse;  // 1/τ
   double best = 0.0, peak = 0.0, total = 0.0;
 
-  // A subnormal τ must not turn 0·(1/τ) into NaN.
-  BIRL_DEVICE static double inverse_of(double temperature) {
-    constexpr double kLargest = 1.7976931348623157e308;
-    const double inverse = 1.0 / temperature;
-    return inverse > kLargest ? kLargest : inverse;
-  }
-
-  BIRL_DEVICE bool masked(Index a) const { return reference && reference[a] == -kHuge; }
+  BIRL_DEVICE bool masked(Index a) const { return reference && reference[a] == -kInf; }
 
   // log μ + (q − max q)/τ, less its maximum over the state; −inf where masked.
   BIRL_DEVICE double exponent(Index a) const { return scaled(a) - peak; }
@@ -36,14 +29,14 @@ struct LaneSoftMaximum {
     const auto over = [&](auto&& of) {
       return g.template join<double>(
           [&](int lane) {
-            double largest = -kHuge;
+            double largest = -kInf;
             for (Index a = lane; a < actions; a += Group::kLanes) largest = higher(largest, of(a));
             return largest;
           },
           higher);
     };
     peak = 0.0;
-    best = over([&](Index a) { return masked(a) ? -kHuge : q[a]; });
+    best = over([&](Index a) { return masked(a) ? -kInf : q[a]; });
     if (reference) peak = over([&](Index a) { return scaled(a); });
     double sum[1];
     g.sums(sum, [&](int lane, double (&part)[1]) {
@@ -53,10 +46,8 @@ struct LaneSoftMaximum {
   }
 
  private:
-  static constexpr double kHuge = __builtin_huge_val();
-
   BIRL_DEVICE double scaled(Index a) const {
-    if (masked(a)) return -kHuge;
+    if (masked(a)) return -kInf;
     const double x = (q[a] - best) * inverse;
     return reference ? x + reference[a] : x;
   }

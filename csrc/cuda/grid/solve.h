@@ -21,9 +21,8 @@
 // NaN and its status, and touches nothing else.
 #pragma once
 
-#include "core/request.h"
-#include "cuda/block/verdict.h"
-#include "cuda/grid/control.h"
+#include "core/control.h"
+#include "core/findings.h"
 #include "cuda/grid/rows.h"
 #include "cuda/grid/soft_maximum.h"
 
@@ -39,7 +38,8 @@ struct LargeSolve {
   Kernel name;  // what `info` will call this one
 
   struct Chip {
-    LargeControl control;
+    Control control;
+    double least, most;  // of the value that the first pass is made at
   };
   struct Arrays {
     double* image[2];     // (S) W + middle, and where the next one goes
@@ -72,42 +72,22 @@ struct LargeSolve {
 // What one pass found.
 struct PassRange {
   SweepRange range;
-  Index bad_row, longest;  // the first wrong row, entries of the longest
-  bool continues;
+  Index bad_row = kNowhere, longest = 0;  // the first wrong row, entries of the longest
+  bool continues = true;
 
-  BIRL_DEVICE static PassRange nothing() { return {SweepRange::nothing(), kNowhere, 0, true}; }
   BIRL_DEVICE static PassRange join(const PassRange& x, const PassRange& y) {
     return {SweepRange::join(x.range, y.range), Findings::first(x.bad_row, y.bad_row),
             x.longest > y.longest ? x.longest : y.longest, x.continues && y.continues};
   }
 };
 
-// What can be wrong besides P, as in Findings, and the range of the starting value.
+// What can be wrong besides P, and the range of the starting value.
 struct FirstLook {
-  Index reference, reward;
-  double largest_reference, largest_reward;
-  double low, high;
+  Findings found;
+  double least = kInf, most = -kInf;
 
-  BIRL_DEVICE static FirstLook nothing() { return {kNowhere, kNowhere, 0.0, 0.0, kInf, -kInf}; }
   BIRL_DEVICE static FirstLook join(const FirstLook& x, const FirstLook& y) {
-    return {Findings::first(x.reference, y.reference),
-            Findings::first(x.reward, y.reward),
-            larger(x.largest_reference, y.largest_reference),
-            larger(x.largest_reward, y.largest_reward),
-            smaller(x.low, y.low),
-            larger(x.high, y.high)};
-  }
-};
-
-// The first wrong row of P, and the first wrong entries of any row.
-struct Blame {
-  Index row, non_finite, negative;
-  double row_sum;  // of that row
-
-  BIRL_DEVICE static Blame nothing() { return {kNowhere, kNowhere, kNowhere, 0.0}; }
-  BIRL_DEVICE static Blame join(const Blame& x, const Blame& y) {
-    return {Findings::first(x.row, y.row), Findings::first(x.non_finite, y.non_finite),
-            Findings::first(x.negative, y.negative), y.row < x.row ? y.row_sum : x.row_sum};
+    return {Findings::join(x.found, y.found), smaller(x.least, y.least), larger(x.most, y.most)};
   }
 };
 
@@ -133,24 +113,16 @@ class LargeSolving {
 
   BIRL_DEVICE void run() {
     const FirstLook first = look();
-    Findings found = Findings::nothing();
-    found.reference = first.reference;
-    found.reward = first.reward;
-    Status verdict = problem_verdict(found, request_.validate, discount(), temperature(), A_);
-    if (verdict == Status::kConverged) {
+    Defect defect = first.found.of_problem(request_.validate, discount(), temperature(), A_,
+                                           reference(0), [&](Index row) { return reward(row); });
+    if (defect.status == Status::kConverged) {
       begin(first);
-      const Blame blame = iterate();
-      found = Findings::nothing();  // so that nothing of it was kept meanwhile
-      found.row = blame.row;
-      found.row_sum = blame.row_sum;
-      found.non_finite = blame.non_finite;
-      found.negative = blame.negative;
-      if (blame.row != kNowhere) verdict = transition_verdict(found);
+      defect = iterate();
     }
-    if (verdict == Status::kConverged)
+    if (defect.status == Status::kConverged)
       finish();
     else
-      refuse(verdict, found);
+      refuse(defect);
   }
 
  private:
@@ -171,7 +143,7 @@ class LargeSolving {
   }
   BIRL_DEVICE Share own(const Block& block) const { return share_of(S_, block.rank, block.count); }
   BIRL_DEVICE LaneSoftMaximum soft(const double* q, Index s) const {
-    return {q + s * A_, reference(s * A_), A_, LaneSoftMaximum::inverse_of(temperature())};
+    return {q + s * A_, reference(s * A_), A_, inverse_temperature(temperature())};
   }
 
   // Not by subscript: that would put the pointers in local memory.
@@ -206,11 +178,11 @@ class LargeSolving {
           });
           return block.template reduce<FirstLook>(
               [&](Thread t) {
-                FirstLook seen = FirstLook::nothing();
+                FirstLook seen;
                 for (Index s = mine.begin + t.rank; s < mine.end; s += t.count) {
-                  seen.low = smaller(seen.low, m_.image[0][s]);
-                  seen.high = larger(seen.high, m_.image[0][s]);
-                  look_at(s, seen);
+                  seen.least = smaller(seen.least, m_.image[0][s]);
+                  seen.most = larger(seen.most, m_.image[0][s]);
+                  look_at(s, seen.found);
                 }
                 return seen;
               },
@@ -219,79 +191,73 @@ class LargeSolving {
         FirstLook::join);
   }
 
-  BIRL_DEVICE void look_at(Index s, FirstLook& found) const {
-    bool available = false;
-    for (Index row = s * A_; row < (s + 1) * A_; ++row) {
-      const double r = m_.q[row], log_mu = reference(0) ? *reference(row) : 0.0;
-      if (!is_finite(r)) found.reward = Findings::first(found.reward, row);
-      if (!(log_mu < kInf))
-        found.reference = Findings::first(found.reference, s * (A_ + 1) + row - s * A_);
-      if (log_mu == -kInf) continue;
-      available = true;
-      found.largest_reward = larger(found.largest_reward, magnitude(r));
-      found.largest_reference = larger(found.largest_reference, magnitude(log_mu));
+  BIRL_DEVICE void look_at(Index s, Findings& found) const {
+    bool any = false;
+    for (Index a = 0; a < A_; ++a) {
+      const Index row = s * A_ + a;
+      any |= found.see_action(s, a, A_, m_.q[row], reference(0) ? *reference(row) : 0.0);
     }
-    if (!available) found.reference = Findings::first(found.reference, s * (A_ + 1) + A_);
+    if (!any) found.see_no_action(s, A_);
   }
 
   // Supposes that every row continues; the first pass tells.
   BIRL_DEVICE void begin(const FirstLook& first) {
-    const double most = request_.method == kSweep
-                            ? kInf
-                            : largest_possible(first.largest_reward, first.largest_reference, A_,
-                                               temperature(), discount());
-    const bool far = request_.initial && !(-most <= first.low && first.high <= most);
+    const int far = team_.decide([&](Block& block) {
+      Control& c = block.chip.control;
+      c = {};
+      c.pose(request_, discount(), temperature(), S_, A_, batch_.is_double);
+      c.largest_reward = first.found.largest_reward;
+      c.largest_reference = first.found.largest_reference;
+      if (request_.method != 1 && request_.method != kSweep) c.mode = Mode::kSeries;
+      c.means.fewest = 1;
+      c.means.most = 60;
+      c.means.limit = 4000;
+      c.means.pass_products = 60.0;
+      c.at_zero = false;
+      block.chip.least = request_.initial ? c.start(first.least) : first.least;
+      block.chip.most = request_.initial ? c.start(first.most) : first.most;
+      c.centre(block.chip.least, block.chip.most);
+      return block.chip.least != first.least || block.chip.most != first.most;
+    });
     if (far)
       team_.step([&](Block& block) {
+        const Control& control = block.chip.control;
         block.spread([&](Index at, Index stride) {
-          for (Index s = at; s < S_; s += stride) image(0)[s] = within(image(0)[s], most);
+          for (Index s = at; s < S_; s += stride) image(0)[s] = control.start(image(0)[s]);
         });
       });
-    team_.decide([&](Block& block) {
-      LargeControl& c = block.chip.control;
-      c.options = {request_.method, request_.tol, request_.max_iterations, request_.validate};
-      c.discount = discount();
-      c.temperature = temperature();
-      c.states = static_cast<double>(S_);
-      c.actions = static_cast<double>(A_);
-      c.largest_reward = first.largest_reward;
-      c.largest_reference = first.largest_reference;
-      c.additions = 0.0;
-      c.continues = true;
-      c.direct = false;
-      c.start_low = far ? within(first.low, most) : first.low;
-      c.start_high = far ? within(first.high, most) : first.high;
-      c.start();
-      c.centre(c.start_low, c.start_high);
-      return 0;
-    });
   }
 
   // ---- passes over P and the steps between them -------------------------------------------------
 
   // What is wrong with P, if anything is.
-  BIRL_DEVICE Blame iterate() {
+  BIRL_DEVICE Defect iterate() {
     bool inspect = true;
     for (;;) {
       const PassRange found = pass(inspect);
       if (inspect && request_.validate != Rigour::kOff && found.bad_row != kNowhere)
         return diagnose();
       const bool restart = inspect && !found.continues;
-      const LargeStep step = static_cast<LargeStep>(team_.decide([&](Block& block) {
-        LargeControl& c = block.chip.control;
-        if (inspect) c.additions = home_.additions(found.longest);
-        if (!restart) return static_cast<int>(c.next(found.range));
-        // Where some row ends, T does not commute with constants: c has to stay zero.
-        c.continues = false;
-        c.c = 0.0;
-        c.centre(c.start_low, c.start_high);
-        ++c.passes;
-        return static_cast<int>(LargeStep::kAcceptSweep);
+      const Step step = static_cast<Step>(team_.decide([&](Block& block) {
+        Control& c = block.chip.control;
+        // Of a subnormal τ there is no 1/τ, and no bound.
+        if (inspect)
+          c.count_additions(is_finite(1.0 / temperature()) ? home_.additions(found.longest) : kInf);
+        if (restart) {
+          c.continues = false;
+          c.centre(block.chip.least, block.chip.most);
+          ++c.passes;
+          return static_cast<int>(Step::kSweep);
+        }
+        c.take(found.range);
+        const Step next = c.next();
+        if (next == Step::kImprove) c.sought = c.half_span() * c.reduction();
+        return static_cast<int>(next);
       }));
       inspect = false;
       if (restart) continue;
-      if (step == LargeStep::kStop) return Blame::nothing();
-      if (step == LargeStep::kNewton)
+      if (step == Step::kStop) return {};
+      if (step == Step::kImprove)
         newton();
       else
         accept_sweep();
@@ -318,7 +284,7 @@ class LargeSolving {
                     m_.q[row] = reward(row) + discount() * (sums[0] * m_.inverse_sum[row]);
                   });
             maximise(block, first, last);
-            if (block.chip.control.forms_matrix())
+            if (block.chip.control.mode == Mode::kSeries)
               reading(block).form(first, last, m_.weight, m_.matrix);
           }
           return block.template reduce<PassRange>(
@@ -327,18 +293,11 @@ class LargeSolving {
         PassRange::join);
   }
 
-  BIRL_DEVICE double spare() const {
-    return batch_.is_double ? below_zero<double>(S_) : below_zero<float>(S_);
-  }
-
   // 1/σ, zero without continuation, NaN where that is not allowed.
   BIRL_DEVICE double inverse(double sum, double negative) const {
-    if (request_.validate != Rigour::kOff) {
-      const double tolerance = (batch_.is_double ? 1e-8 : 1e-5) + spare();
-      const bool ends = sum == 0.0 && request_.validate == Rigour::kOrEnding;
-      if (negative != 0.0 || !(ends || magnitude(sum - 1.0) <= tolerance)) return kInf - kInf;
-    }
-    return inverse_row_sum(sum);
+    const bool sound = negative == 0.0 &&
+                       is_row_sum(sum, request_.validate, row_sum_tolerance(batch_.is_double, S_));
+    return sound || request_.validate == Rigour::kOff ? inverse_row_sum(sum) : kInf - kInf;
   }
 
   BIRL_DEVICE void maximise(Block& block, Index first, Index last) {
@@ -353,7 +312,7 @@ class LargeSolving {
             m_.weight[s * A_ + a] = policy * m_.inverse_sum[s * A_ + a];
           }
           if (lane != 0) return;
-          const LargeControl& control = block.chip.control;
+          const Control& control = block.chip.control;
           const double value = maximum.value(temperature());
           image(1 - now_)[s] = value;
           m_.delta[s] =
@@ -367,7 +326,7 @@ class LargeSolving {
     const Share mine = own(block);
     const Reading rows = reading(block);
     const double* const values = image(1 - now_);
-    PassRange found = PassRange::nothing();
+    PassRange found;
     for (Index s = mine.begin + t.rank; s < mine.end; s += t.count)
       found.range.add(m_.delta[s], values[s]);
     if (!inspect) return found;
@@ -392,7 +351,7 @@ class LargeSolving {
 
   // W := W + Σ_j (γP_π)^j (δ − middle), as many terms as bring their half-span to what the step is
   // worth, or as the control allows. Where every row continues the step matters only up to a
-  // constant: the middle of δ contributes one that accept_newton adds, and of the rest the next
+  // constant: the middle of δ contributes one that accept_step adds, and of the rest the next
   // pass's middle finds it exactly.
   BIRL_DEVICE void newton() {
     team_.step([&](Block& block) {
@@ -416,10 +375,9 @@ class LargeSolving {
           [&](Block&, Index s) { return next[s]; });
       ++products;
       more = team_.decide([&](Block& block) {
-        LargeControl& c = block.chip.control;
-        const double size = c.continues
-                                ? 0.5 * (spread.image_high - spread.image_low)
-                                : larger(magnitude(spread.image_low), magnitude(spread.image_high));
+        Control& c = block.chip.control;
+        const double size = c.continues ? 0.5 * (spread.most - spread.least)
+                                        : larger(magnitude(spread.least), magnitude(spread.most));
         return c.another_product(size, products) ? 1 : 0;
       });
     }
@@ -432,13 +390,13 @@ class LargeSolving {
                  });
     now_ = 1 - now_;
     team_.decide([&](Block& block) {
-      LargeControl& c = block.chip.control;
-      c.accept_newton(c.delta_middle(), moved.image_low, moved.image_high);
+      Control& c = block.chip.control;
+      c.accept_step(c.delta_middle(), moved.least, moved.most);
       return 0;
     });
   }
 
-  // Smallest and largest of value(block, s), as image_low and image_high, after prepare(block).
+  // Smallest and largest of value(block, s), as least and most, after prepare(block).
   template <class Prepare, class Value>
   BIRL_DEVICE SweepRange range_of(Prepare&& prepare, Value&& value) {
     return team_.template reduce<SweepRange>(
@@ -447,7 +405,7 @@ class LargeSolving {
           const Share mine = own(block);
           return block.template reduce<SweepRange>(
               [&](Thread t) {
-                SweepRange range = SweepRange::nothing();
+                SweepRange range;
                 for (Index s = mine.begin + t.rank; s < mine.end; s += t.count)
                   range.add(0.0, value(block, s));
                 return range;
@@ -492,51 +450,46 @@ class LargeSolving {
         }
       });
       block.spread([&](Index first, Index stride) {
-        const LargeControl& c = block.chip.control;
-        write_bounds(first, stride, c.error_bound());
-        if (first != 0) return;
-        request_.status[item_] = static_cast<Index>(c.verdict(!batch_.is_double));
-        write_info(c.half_span(), c.error_bound(), c.passes, {0, 0.0}, c.products, offset);
+        Outcome outcome = block.chip.control.outcome();
+        if (block.chip.control.overflows()) outcome.status = Status::kNonFinite;
+        report(first, stride, outcome, {});
       });
     });
   }
 
   // Which entries are to blame for rows that are no distributions.
-  BIRL_DEVICE Blame diagnose() {
-    return team_.template reduce<Blame>(
+  BIRL_DEVICE Defect diagnose() {
+    const Findings found = team_.template reduce<Findings>(
         [&](Block& block) {
           const Reading rows = reading(block);
-          return block.template reduce<Blame>(
+          return block.template reduce<Findings>(
               [&](Thread t) {
-                Blame found = Blame::nothing();
+                Findings found;
                 const Share mine = own(block);
                 for (Index row = mine.begin * A_ + t.rank; row < mine.end * A_; row += t.count)
                   if (m_.inverse_sum[row] != m_.inverse_sum[row]) blame(rows, row, found);
                 return found;
               },
-              Blame::join);
+              Findings::join);
         },
-        Blame::join);
+        Findings::join);
+    const Index entries = batch_.crow ? batch_.nnz : S_ * A_ * S_;
+    return found.of_transition([&](Index k) {
+      return Stored{batch_.transition, batch_.is_double}[item_ / batch_.problems * entries + k];
+    });
   }
 
-  BIRL_DEVICE void blame(const Reading& rows, Index row, Blame& found) const {
+  BIRL_DEVICE void blame(const Reading& rows, Index row, Findings& found) const {
     const Share entries = rows.entries(row);
     double sum = 0.0;
     for (Index k = entries.begin; k < entries.end; ++k) {
-      const double p = rows.stored(k);
-      sum += p;
-      if (!is_finite(p))
-        found.non_finite = Findings::first(found.non_finite, k);
-      else if (p < -spare())
-        found.negative = Findings::first(found.negative, k);
+      sum += rows.stored(k);
+      found.see_entry(k, rows.stored(k), below_zero(batch_.is_double, S_));
     }
-    if (row < found.row) {
-      found.row = row;
-      found.row_sum = sum;
-    }
+    found.see_bad_row(row, sum);
   }
 
-  BIRL_DEVICE void refuse(Status verdict, const Findings& found) {
+  BIRL_DEVICE void refuse(const Defect& defect) {
     const double nan = kInf - kInf;
     team_.local([&](Block& block) {
       block.spread([&](Index first, Index stride) {
@@ -548,39 +501,19 @@ class LargeSolving {
           put(request_.policy, row, nan);
           put(request_.log_policy, row, nan);
         }
-        write_bounds(first, stride, nan);
-        if (first != 0) return;
-        request_.status[item_] = static_cast<Index>(verdict);
-        const Reading rows = reading(block);
-        write_info(nan, nan, 0,
-                   culprit(
-                       verdict, found, A_, discount(), temperature(),
-                       [&](Index k) { return rows.stored(k); },
-                       [&](Index row) { return reward(row); }, reference(0)),
-                   0, nan);
+        report(first, stride, {defect.status, nan, nan, 0, 0, nan}, defect);
       });
     });
   }
 
-  BIRL_DEVICE double* info() const { return request_.info + item_ * (kInfo + S_); }
-
-  // The bounds of the states, which are all the same.
-  BIRL_DEVICE void write_bounds(Index first, Index stride, double bound) const {
-    for (Index s = first; s < S_; s += stride) info()[kInfo + s] = bound;
-  }
-
-  BIRL_DEVICE void write_info(double residual, double bound, Index passes, const Culprit& wrong,
-                              Index products, double offset) const {
-    double* const info = this->info();
-    info[0] = residual;
-    info[1] = bound;
-    info[2] = static_cast<double>(passes);
-    info[3] = static_cast<double>(wrong.place);
-    info[4] = wrong.value;
-    info[5] = static_cast<double>(products);
-    info[6] = temperature();
-    info[7] = offset;
-    info[8] = static_cast<double>(name_);
+  // The bounds of the states are all the same.
+  BIRL_DEVICE void report(Index first, Index stride, const Outcome& outcome,
+                          const Defect& defect) const {
+    double* const info = request_.info + item_ * (kInfo + S_);
+    for (Index s = first; s < S_; s += stride) info[kInfo + s] = outcome.error_bound;
+    if (first != 0) return;
+    request_.status[item_] = static_cast<Index>(outcome.status);
+    write_info(outcome, defect, temperature(), name_, info);
   }
 
   const Home& home_;
