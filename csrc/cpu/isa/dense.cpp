@@ -2,55 +2,10 @@
 // instantiate nothing that another file could share: no standard containers, no std::min.
 #include "cpu/isa/dense.h"
 
-#include "core/scalar_math.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "cpu/isa/simd.h"
 
 namespace birl::BIRL_ISA {
 namespace {
-
-// A vector of kWidth doubles, loads that widen float, and sums across lanes.
-#if defined(__AVX512F__)
-constexpr int kWidth = 8;
-typedef __m512d Vec;
-inline Vec load(const double* p) { return _mm512_loadu_pd(p); }
-inline Vec load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
-inline void store(double* p, Vec v) { _mm512_storeu_pd(p, v); }
-inline void store(float* p, Vec v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
-inline __m256d halve(Vec v) {
-  return _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
-}
-inline __m256d pairs(Vec u, Vec v) {
-  return halve(_mm512_add_pd(_mm512_unpacklo_pd(u, v), _mm512_unpackhi_pd(u, v)));
-}
-#elif defined(__AVX2__)
-constexpr int kWidth = 4;
-typedef __m256d Vec;
-inline Vec load(const double* p) { return _mm256_loadu_pd(p); }
-inline Vec load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
-inline void store(double* p, Vec v) { _mm256_storeu_pd(p, v); }
-inline void store(float* p, Vec v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
-inline __m256d pairs(Vec u, Vec v) { return _mm256_hadd_pd(u, v); }
-#else
-constexpr int kWidth = 2;
-typedef double Vec __attribute__((vector_size(16)));
-inline Vec load(const double* p) {
-  Vec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-inline Vec load(const float* p) {
-  return Vec{static_cast<double>(p[0]), static_cast<double>(p[1])};
-}
-inline void store(double* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline void store(float* p, Vec v) {
-  p[0] = static_cast<float>(v[0]);
-  p[1] = static_cast<float>(v[1]);
-}
-#endif
-constexpr int kParts = 16 / kWidth;  // sixteen lanes on every instruction set
 
 // Rows read side by side: as many as registers hold, and fewer in single precision, where fetching
 // ahead by hand is faster than what the processor fetches (measured; in double it is slower).
@@ -61,62 +16,20 @@ constexpr int kTogether = sizeof(Real) == 4 || kWidth < 8 ? 2 : 4;
 inline void fetch_below(const float* p, Index cols) { __builtin_prefetch(p + 4 * cols, 0, 3); }
 inline void fetch_below(const double*, Index) {}
 
-// min(0, p) over numbers taken sixteen at a time, in their own precision; NaN is passed over.
+// low := min(low, p) over sixteen numbers in their own precision; NaN is passed over.
 template <class Real>
-struct Least {
-  static constexpr int kLength = kWidth * 8 / static_cast<int>(sizeof(Real));
-  typedef Real Numbers __attribute__((vector_size(8 * kWidth)));
-  Numbers low{};
-
-  inline __attribute__((always_inline)) void take(const Real* p) {
+BIRL_INLINE void take_least(const Real* p, Vector<Real>& low) {
 #pragma GCC unroll 8
-    for (int k = 0; k < 16; k += kLength) {
-      Numbers x;
-      __builtin_memcpy(&x, p + k, sizeof x);
-      low = lesser(x, low);
-    }
-  }
-  double value() const {
-    Real smallest = 0;
-    for (int lane = 0; lane < kLength; ++lane)
-      smallest = low[lane] < smallest ? low[lane] : smallest;
-    return static_cast<double>(smallest);
-  }
-
- private:
-  // x where x < y, else y: one instruction, which a comparison and a selection are not made into.
-#if defined(__AVX512F__)
-  static Numbers lesser(__m512 x, __m512 y) { return _mm512_min_ps(x, y); }
-  static Numbers lesser(__m512d x, __m512d y) { return _mm512_min_pd(x, y); }
-#elif defined(__AVX2__)
-  static Numbers lesser(__m256 x, __m256 y) { return _mm256_min_ps(x, y); }
-  static Numbers lesser(__m256d x, __m256d y) { return _mm256_min_pd(x, y); }
-#else
-  static Numbers lesser(Numbers x, Numbers y) { return x < y ? x : y; }
-#endif
-};
+  for (int k = 0; k < kLanes; k += kLength<Real>) low = smaller(load<Vector<Real>>(p + k), low);
+}
 
 // out[i] = sum of the lanes of v[i]
-#if defined(__AVX2__)
-inline __m128d fold(__m256d v) {
-  return _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
-}
-inline void lane_sums(const Vec (&v)[4], double* out) {
-  _mm_storeu_pd(out, fold(pairs(v[0], v[1])));
-  _mm_storeu_pd(out + 2, fold(pairs(v[2], v[3])));
-}
-inline void lane_sums(const Vec (&v)[2], double* out) {
-  _mm_storeu_pd(out, fold(pairs(v[0], v[1])));
-}
-inline void lane_sums(const Vec (&v)[1], double* out) {
-  *out = _mm_cvtsd_f64(fold(pairs(v[0], v[0])));
-}
-#else
 template <int Rows>
-inline void lane_sums(const Vec (&v)[Rows], double* out) {
-  for (int i = 0; i < Rows; ++i) out[i] = v[i][0] + v[i][1];
+BIRL_INLINE void lane_sums(const Double (&v)[Rows], double* out) {
+#pragma GCC unroll 2
+  for (int i = 0; i + 2 <= Rows; i += 2) store(out + i, lane_sums(v[i], v[i + 1]));
+  if (Rows % 2) out[Rows - 1] = lane_sums(v[Rows - 1], v[Rows - 1])[0];
 }
-#endif
 
 // Σ_{t >= t0} p w, rounded the same wherever it is inlined.
 template <class Real>
@@ -127,24 +40,23 @@ inline double tail_product(const Real* p, Index t0, Index cols, const double* w)
 }
 
 template <int Rows, class Real>
-inline __attribute__((always_inline)) void row_products(const Real* p, Index cols, const double* w,
-                                                        double* y) {
-  Vec acc[Rows][kParts];
+BIRL_INLINE void row_products(const Real* p, Index cols, const double* w, double* y) {
+  Double acc[Rows][kParts];
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
-    for (int part = 0; part < kParts; ++part) acc[i][part] = Vec{};
+    for (int part = 0; part < kParts; ++part) acc[i][part] = Double{};
   Index t = 0;
   for (; t + 16 <= cols; t += 16) {
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) fetch_below(p + i * cols + t, cols);
 #pragma GCC unroll 8
     for (int part = 0; part < kParts; ++part) {
-      const Vec x = load(w + t + part * kWidth);
+      const Double x = load(w + t + part * kWidth);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) acc[i][part] += load(p + i * cols + t + part * kWidth) * x;
     }
   }
-  Vec total[Rows];
+  Double total[Rows];
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
@@ -168,29 +80,30 @@ void products(const Real* p, Index rows, Index cols, const double* w, double* y)
 
 // Σ_t p, min(0, min_t p), and with `Multiply` Σ_t p w, of each of `Rows` rows.
 template <bool Multiply, int Rows, class Real>
-inline __attribute__((always_inline)) void row_reductions(const Real* p, Index cols,
-                                                          const double* w, double* y, double* sum,
-                                                          double* least) {
-  Vec acc[Rows][kParts], product[Rows][kParts];
-  Least<Real> low[Rows];
+BIRL_INLINE void row_reductions(const Real* p, Index cols, const double* w, double* y, double* sum,
+                                double* least) {
+  Double acc[Rows][kParts], product[Rows][kParts];
+  Vector<Real> low[Rows];
 #pragma GCC unroll 4
-  for (int i = 0; i < Rows; ++i)
+  for (int i = 0; i < Rows; ++i) {
+    low[i] = Vector<Real>{};
 #pragma GCC unroll 8
-    for (int part = 0; part < kParts; ++part) acc[i][part] = product[i][part] = Vec{};
+    for (int part = 0; part < kParts; ++part) acc[i][part] = product[i][part] = Double{};
+  }
   Index t = 0;
   for (; t + 16 <= cols; t += 16) {
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {
-      low[i].take(p + i * cols + t);
+      take_least(p + i * cols + t, low[i]);
       fetch_below(p + i * cols + t, cols);
     }
 #pragma GCC unroll 8
     for (int part = 0; part < kParts; ++part) {
-      Vec weight{};
+      Double weight{};
       if constexpr (Multiply) weight = load(w + t + part * kWidth);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) {
-        const Vec x = load(p + i * cols + t + part * kWidth);
+        const Double x = load(p + i * cols + t + part * kWidth);
         acc[i][part] += x;
         if constexpr (Multiply) product[i][part] += x * weight;
       }
@@ -199,7 +112,7 @@ inline __attribute__((always_inline)) void row_reductions(const Real* p, Index c
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) {
     const Real* const row = p + i * cols;
-    Vec total[1], total_product[1];
+    Double total[1], total_product[1];
 #pragma GCC unroll 4
     for (int half = kParts / 2; half > 0; half /= 2)
 #pragma GCC unroll 4
@@ -214,7 +127,7 @@ inline __attribute__((always_inline)) void row_reductions(const Real* p, Index c
       lane_sums(total_product, y + i);
       y[i] += tail_product(row, t, cols, w);
     }
-    double smallest = low[i].value(), tail = 0.0;
+    double smallest = extreme<false>(low[i]), tail = 0.0;
     for (Index k = t; k < cols; ++k) {
       const double x = static_cast<double>(row[k]);
       tail += x;
@@ -253,7 +166,7 @@ void combine(const Real* p, Index stride, Index rows, Index cols, const double* 
   constexpr int kTile = 4 * kWidth;
   Index t = 0;
   for (; t + kTile <= cols; t += kTile) {
-    Vec acc[4];
+    Double acc[4];
     for (int i = 0; i < 4; ++i) acc[i] = load(out + t + i * kWidth);
     for (Index k = 0; k < rows; ++k) {
       const Real* row = p + k * stride + t;
@@ -262,7 +175,7 @@ void combine(const Real* p, Index stride, Index rows, Index cols, const double* 
     for (int i = 0; i < 4; ++i) store(out + t + i * kWidth, acc[i]);
   }
   for (; t + kWidth <= cols; t += kWidth) {
-    Vec acc = load(out + t);
+    Double acc = load(out + t);
     for (Index k = 0; k < rows; ++k) acc += weight[k] * load(p + k * stride + t);
     store(out + t, acc);
   }
@@ -279,7 +192,7 @@ void policy_row(const Real* p, Index rows, Index cols, const double* weight, con
   constexpr int kTile = 4 * kWidth;
   Index t = 0;
   for (; t + kTile <= cols; t += kTile) {
-    Vec acc[4] = {Vec{}, Vec{}, Vec{}, Vec{}};
+    Double acc[4] = {Double{}, Double{}, Double{}, Double{}};
     for (Index k = 0; k < rows; ++k) {
       const Index at = k * cols + t;
       if (ahead) {  // two lines of a row to come for the two that are read (one if float)
@@ -325,7 +238,7 @@ void eliminate_block(double* a, Index n, Index stride, Index k0, Index k1, doubl
                      double* inverse_pivot) {
   for (Index k = k0; k < k1; ++k) {
     const double* row = a + k * stride;
-    Vec acc[1] = {Vec{}};
+    Double acc[1] = {Double{}};
     for (Index j = k + 1; j < n; j += kWidth) acc[0] += load(row + j);
     double rest;
     lane_sums(acc, &rest);

@@ -10,7 +10,7 @@ namespace {
 constexpr Index kSlice = 8;
 typedef Row<8> Group;
 
-inline __attribute__((always_inline)) Group gather(const double* x, const std::int32_t* col) {
+BIRL_INLINE Group gather(const double* x, const std::int32_t* col) {
   Group out;
 #if defined(__AVX512F__)
   const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(col));
@@ -22,14 +22,13 @@ inline __attribute__((always_inline)) Group gather(const double* x, const std::i
     out.part[i] = _mm256_mask_i32gather_pd(__m256d{}, x, index, all, 8);
   }
 #else
-  for (int i = 0; i < 4; ++i) out.part[i] = Vec{x[col[2 * i]], x[col[2 * i + 1]]};
+  for (int i = 0; i < 4; ++i) out.part[i] = Double{x[col[2 * i]], x[col[2 * i + 1]]};
 #endif
   return out;
 }
 
 // Σ over groups [g0, g1) of value · x[col], entry by entry.
-inline __attribute__((always_inline)) Group products_of(const SlicedMatrix& m, Index g0, Index g1,
-                                                        const double* x) {
+BIRL_INLINE Group products_of(const SlicedMatrix& m, Index g0, Index g1, const double* x) {
   Group acc = Group::zero();
   for (Index g = g0; g < g1; ++g) {
     const auto value = Group::load(m.value + g * kSlice);
@@ -103,7 +102,7 @@ constexpr Index kInOrder = 8;
 
 // Σ_k value[k] x[k] with x[k] = at(k): in order if there are few, else in four interleaved sums.
 template <class Real, class At>
-inline __attribute__((always_inline)) double row_product(const Real* value, Index count, At&& at) {
+BIRL_INLINE double row_product(const Real* value, Index count, At&& at) {
   double total = 0.0;
   Index k = 0;
   if (count > kInOrder) {
@@ -119,10 +118,8 @@ inline __attribute__((always_inline)) double row_product(const Real* value, Inde
 // A state whose actions are alike: `Width` entries each, or `width` where that is not known before.
 // `near` is x at the successors.
 template <int Width, class Real>
-inline __attribute__((always_inline)) void alike_products(const Real* p, Index actions, Index width,
-                                                          const std::int32_t* col,
-                                                          const std::uint32_t* slot,
-                                                          const double* x, double* y) {
+BIRL_INLINE void alike_products(const Real* p, Index actions, Index width, const std::int32_t* col,
+                                const std::uint32_t* slot, const double* x, double* y) {
   const Index count = Width > 0 ? Width : width;
   double near[Width > 0 ? Width : kRoom];
 #pragma GCC unroll 8
@@ -132,10 +129,8 @@ inline __attribute__((always_inline)) void alike_products(const Real* p, Index a
 }
 
 template <int Width, class Real>
-inline __attribute__((always_inline)) void alike_row(const Real* p, Index actions, Index width,
-                                                     const std::uint32_t* slot, Index merged,
-                                                     const double* weight, const Index* place,
-                                                     double* out) {
+BIRL_INLINE void alike_row(const Real* p, Index actions, Index width, const std::uint32_t* slot,
+                           Index merged, const double* weight, const Index* place, double* out) {
   const Index count = Width > 0 ? Width : width;
   double sum[Width > 0 ? Width : kRoom];
 #pragma GCC unroll 8
@@ -157,7 +152,7 @@ struct Constant {
   static constexpr int value = Value;
 };
 template <class Body>
-inline __attribute__((always_inline)) void with_width(Index width, Body&& body) {
+BIRL_INLINE void with_width(Index width, Body&& body) {
   switch (width) {
     case 1:
       return body(Constant<1>{});
