@@ -56,10 +56,6 @@ struct VjpRowKernels {
   // inverse[i] = 1/Σ_t p[i,t], zero for an empty row, and expected[i] = inverse[i] Σ_t p[i,t] w[t]
   void (*moments)(const Real* p, Index rows, Index cols, const double* w, double* inverse,
                   double* expected);
-  // One state: out[t] = Σ_a weight[a] p[a,t], and if there is a second weight also
-  // pulled[t] += Σ_a second[a] p[a,t].
-  void (*policy_row)(const Real* p, Index actions, Index cols, const double* weight,
-                     const double* second, double* out, double* pulled);
   // out[i,t] = Σ_g x[g,i] (w[g,t] − e[g,i]); rows of x and e are `stride` apart.
   void (*outer)(Index rows, Index cols, Index groups, Index stride, const double* x,
                 const double* e, const double* w, Real* out);

@@ -160,55 +160,82 @@ void products_and_sums(const Real* p, Index rows, Index cols, const double* w, d
   reductions<true>(p, rows, cols, w, y, sum, least);
 }
 
+// Columns [0, Vectors · kWidth) of weighted_sum.
+template <bool Add, bool Both, int Vectors, class Real, class Out>
+BIRL_INLINE void weighted_tile(const Real* p, Index stride, Index rows, const double* weight,
+                               const double* second, const Real* ahead, Out* out, double* more) {
+  Double acc[Vectors], beside[Vectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < Vectors; ++i) {
+    acc[i] = beside[i] = Double{};
+    if constexpr (Add) acc[i] = load(out + i * kWidth);
+    if constexpr (Both) beside[i] = load(more + i * kWidth);
+  }
+  for (Index k = 0; k < rows; ++k) {
+    if (ahead) {  // two lines of a row to come for the two that are read (one if float)
+      __builtin_prefetch(ahead + k * stride, 0, 2);
+      __builtin_prefetch(ahead + k * stride + Vectors * kWidth / 2, 0, 2);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; ++i) {
+      const Double x = load(p + k * stride + i * kWidth);
+      acc[i] += weight[k] * x;
+      if constexpr (Both) beside[i] += second[k] * x;
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < Vectors; ++i) {
+    store(out + i * kWidth, acc[i]);
+    if constexpr (Both) store(more + i * kWidth, beside[i]);
+  }
+}
+
+// out[t] = Σ_k weight[k] p[k,t], on top of what is there if `Add`, and with `Both`
+// more[t] += Σ_k second[k] p[k,t]. `Fused` beyond whole tiles: rounded once wherever it is inlined.
+template <bool Add, bool Both, bool Fused, class Real, class Out>
+inline void weighted_sum(const Real* p, Index stride, Index rows, Index cols, const double* weight,
+                         const double* second, const Real* ahead, Out* out, double* more) {
+  constexpr Index kTile = 4 * kWidth;
+  Index t = 0;
+  for (; t + kTile <= cols; t += kTile)
+    weighted_tile<Add, Both, 4>(p + t, stride, rows, weight, second, ahead ? ahead + t : nullptr,
+                                out + t, more + t);
+  for (; !Fused && t + kWidth <= cols; t += kWidth)
+    weighted_tile<Add, Both, 1>(p + t, stride, rows, weight, second, ahead, out + t, more + t);
+  for (; t < cols; ++t) {
+    double acc = Add ? static_cast<double>(out[t]) : 0.0, beside = Both ? more[t] : 0.0;
+    for (Index k = 0; k < rows; ++k) {
+      const double x = static_cast<double>(p[k * stride + t]);
+      acc = Fused ? __builtin_fma(weight[k], x, acc) : acc + weight[k] * x;
+      if constexpr (Both) beside += second[k] * x;
+    }
+    out[t] = static_cast<Out>(acc);
+    if constexpr (Both) more[t] = beside;
+  }
+}
+
 template <class Real>
 void combine(const Real* p, Index stride, Index rows, Index cols, const double* weight,
              double* out) {
-  constexpr int kTile = 4 * kWidth;
-  Index t = 0;
-  for (; t + kTile <= cols; t += kTile) {
-    Double acc[4];
-    for (int i = 0; i < 4; ++i) acc[i] = load(out + t + i * kWidth);
-    for (Index k = 0; k < rows; ++k) {
-      const Real* row = p + k * stride + t;
-      for (int i = 0; i < 4; ++i) acc[i] += weight[k] * load(row + i * kWidth);
-    }
-    for (int i = 0; i < 4; ++i) store(out + t + i * kWidth, acc[i]);
-  }
-  for (; t + kWidth <= cols; t += kWidth) {
-    Double acc = load(out + t);
-    for (Index k = 0; k < rows; ++k) acc += weight[k] * load(p + k * stride + t);
-    store(out + t, acc);
-  }
-  for (; t < cols; ++t) {
-    double acc = out[t];
-    for (Index k = 0; k < rows; ++k) acc += weight[k] * static_cast<double>(p[k * stride + t]);
-    out[t] = acc;
-  }
+  const Real* const nothing = nullptr;
+  weighted_sum<true, false, false>(p, stride, rows, cols, weight, weight, nothing, out, out);
 }
 
 template <class Real>
 void policy_row(const Real* p, Index rows, Index cols, const double* weight, const Real* ahead,
                 Real* out) {
-  constexpr int kTile = 4 * kWidth;
-  Index t = 0;
-  for (; t + kTile <= cols; t += kTile) {
-    Double acc[4] = {Double{}, Double{}, Double{}, Double{}};
-    for (Index k = 0; k < rows; ++k) {
-      const Index at = k * cols + t;
-      if (ahead) {  // two lines of a row to come for the two that are read (one if float)
-        __builtin_prefetch(ahead + at, 0, 2);
-        __builtin_prefetch(ahead + at + kTile / 2, 0, 2);
-      }
-      for (int i = 0; i < 4; ++i) acc[i] += weight[k] * load(p + at + i * kWidth);
-    }
-    for (int i = 0; i < 4; ++i) store(out + t + i * kWidth, acc[i]);
-  }
-  for (; t < cols; ++t) {
-    double acc = 0.0;
-    for (Index k = 0; k < rows; ++k)
-      acc = __builtin_fma(weight[k], static_cast<double>(p[k * cols + t]), acc);
-    out[t] = static_cast<Real>(acc);
-  }
+  double* const nothing = nullptr;
+  weighted_sum<false, false, true>(p, cols, rows, cols, weight, weight, ahead, out, nothing);
+}
+
+template <class Real>
+void two_policy_rows(const Real* p, Index rows, Index cols, const double* weight,
+                     const double* second, double* out, double* more) {
+  const Real* const nothing = nullptr;
+  if (second)
+    weighted_sum<false, true, false>(p, cols, rows, cols, weight, second, nothing, out, more);
+  else
+    weighted_sum<false, false, false>(p, cols, rows, cols, weight, weight, nothing, out, out);
 }
 
 template <class Real>
@@ -385,9 +412,9 @@ const Kernels kTable = {
 #define BIRL_STRING(x) BIRL_STRING_(x)
     BIRL_STRING(BIRL_ISA),
     {products<float>, sums<float>, products_and_sums<float>, combine<float>, policy_row<float>,
-     q_values<float>},
+     two_policy_rows<float>, q_values<float>},
     {products<double>, sums<double>, products_and_sums<double>, combine<double>, policy_row<double>,
-     q_values<double>},
+     two_policy_rows<double>, q_values<double>},
     soft_maximum,
     {eliminate_block, eliminate_below, eliminated_solve, eliminated_solve_transpose},
     dot,

@@ -22,6 +22,10 @@ struct RowKernels {
   // asks the memory for as much from `ahead` on, unless that is null.
   void (*policy_row)(const Real* p, Index rows, Index cols, const double* weight, const Real* ahead,
                      Real* out);
+  // out[t] = Σ_k weight[k] p[k,t] for consecutive rows, and if there is a second weight also
+  // more[t] += Σ_k second[k] p[k,t].
+  void (*two_policy_rows)(const Real* p, Index rows, Index cols, const double* weight,
+                          const double* second, double* out, double* more);
   // q[i] = reward[i] + discount · product[i] · inverse_sum[i]
   void (*q_values)(Index rows, const Real* reward, const double* product, const double* inverse_sum,
                    double discount, double* q);

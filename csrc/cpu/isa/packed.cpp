@@ -234,34 +234,48 @@ Extent sweep(const LaneSweep<NumberOf<Vec>, Real>& m) {
 
 // ---- packing ------------------------------------------------------------------------------------
 
-// to[t·stride] = lanes of column t of a tile of rows; the first `cols` columns only.
+// to[t·stride + i] = row[i][t] for i < rows and t < cols, kBlock of each at most.
 template <class Real>
-inline void transpose_tile(const Real* const (&row)[kBlock<Real>], Index t0, Index cols, Real* to,
+inline void transpose_tile(const Real* const (&row)[kBlock<Real>], Index rows, Index cols, Real* to,
                            Index stride) {
   constexpr int W = kBlock<Real>;
+  const bool whole = rows >= W && cols >= W;
+  if (!kMasks && !whole) {
+    for (Index t = 0; t < cols && t < W; ++t)
+      for (Index i = 0; i < rows; ++i) to[t * stride + i] = row[i][t];
+    return;
+  }
   Vector<Real> tile[W];
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) tile[i] = load_first<Vector<Real>>(row[i] + t0, cols);
+  for (int i = 0; i < W; ++i) tile[i] = load_first<Vector<Real>>(row[i], cols);
   transpose(tile);
-  if (cols >= W) {
+  if (whole) {
 #pragma GCC unroll 16
     for (int t = 0; t < W; ++t) store(to + t * stride, tile[t]);
   } else {
-    for (int t = 0; t < cols; ++t) store(to + t * stride, tile[t]);
+    for (int t = 0; t < cols && t < W; ++t) store_first(to + t * stride, tile[t], rows);
   }
+}
+
+// (S,A,C) to [block][c][a][lane].
+template <class Real>
+inline void pack(const Real* from, Index S, Index A, Index C, Real* packed) {
+  constexpr Index W = kBlock<Real>;
+  for (Index s = 0; s < S; s += W, packed += C * A * W)
+    for (Index a = 0; a < A; ++a) {
+      const Real* row[W];
+      for (Index lane = 0; lane < W; ++lane)
+        row[lane] = from + ((s + lane < S ? s + lane : S - 1) * A + a) * C;
+      for (Index c = 0; c < C; c += W) {
+        transpose_tile(row, W, C - c, packed + (c * A + a) * W, A * W);
+        for (Index lane = 0; lane < W; ++lane) row[lane] += W;
+      }
+    }
 }
 
 template <class Real>
 void pack_transition(const Real* p, Index S, Index A, Real* packed) {
-  constexpr Index W = kBlock<Real>;
-  for (Index s = 0; s < S; s += W, packed += S * A * W)
-    for (Index a = 0; a < A; ++a) {
-      const Real* row[W];
-      for (Index lane = 0; lane < W; ++lane)
-        row[lane] = p + ((s + lane < S ? s + lane : S - 1) * A + a) * S;
-      for (Index t = 0; t < S; t += W)
-        transpose_tile(row, t, S - t, packed + (t * A + a) * W, A * W);
-    }
+  pack(p, S, A, S, packed);
 }
 
 template <class Real>
@@ -303,18 +317,7 @@ bool inverse_row_sums(const Real* packed, Index S, Index A, double tolerance, bo
   return sound;
 }
 
-// Table (S,A) to [block][a][lane].
-template <class Number>
-inline void pack_table(const Number* table, Index S, Index A, Number* packed) {
-  constexpr Index W = kBlock<Number>;
-  for (Index s = 0; s < S; s += W, packed += A * W) {
-    const Number* row[W];
-    for (Index lane = 0; lane < W; ++lane)
-      row[lane] = table + (s + lane < S ? s + lane : S - 1) * A;
-    for (Index a = 0; a < A; a += W) transpose_tile(row, a, A - a, packed + a * W, W);
-  }
-}
-// The same in blocks of another width than a register's.
+// Table (S,A) to [block][a][lane], in blocks of W.
 inline void pack_table(const double* table, Index S, Index A, Index W, double* packed) {
   for (Index s = 0; s < S; s += W, packed += A * W)
     for (Index lane = 0; lane < W; ++lane) {
@@ -328,13 +331,10 @@ template <class Real>
 inline void unpack_block(const Real* from, Index A, Index count, Real* to) {
   constexpr Index W = kBlock<Real>;
   const Real* row[W];
-  Real tile[W * W];
   for (Index a = 0; a < A; a += W) {
-    const Index width = A - a < W ? A - a : W;
-    for (Index i = 0; i < W; ++i) row[i] = from + (a + (i < width ? i : 0)) * W;
-    transpose_tile(row, 0, count, tile, W);
-    for (Index lane = 0; lane < count; ++lane)
-      store_first(to + lane * A + a, load<Vector<Real>>(tile + lane * W), width);
+    const Index rows = A - a < W ? A - a : W;
+    for (Index i = 0; i < W; ++i) row[i] = from + (a + (i < rows ? i : 0)) * W;
+    transpose_tile(row, rows, count, to + a, A);
   }
 }
 
@@ -344,7 +344,7 @@ LaneProblem pack_problem(const Real* reward, const double* log_reference, Index 
                          double* scale, double* packed_reference, float* single_scale,
                          float* single_reference) {
   constexpr Index W = kBlock<Real>;
-  pack_table(reward, S, A, packed_reward);
+  pack(reward, S, 1, A, packed_reward);
   if (log_reference) pack_table(log_reference, S, A, W, packed_reference);
   const Index entries = (S + W - 1) / W * W * A;
   double largest = 0.0, largest_reference = 0.0, rest = 0.0, ends = 0.0;

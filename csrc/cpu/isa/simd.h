@@ -72,7 +72,7 @@ namespace {
 BIRL_INLINE Double widen(HalfSingle x) { return BIRL_X86(cvtps_pd)(x); }
 BIRL_INLINE HalfSingle narrow(Double x) { return BIRL_X86(cvtpd_ps)(x); }
 #else
-BIRL_INLINE Double widen(HalfSingle x) { return __builtin_convertvector(x, Double); }
+BIRL_INLINE Double widen(HalfSingle x) { return Double{x[0], x[1]}; }
 BIRL_INLINE HalfSingle narrow(Double x) { return __builtin_convertvector(x, HalfSingle); }
 #endif
 
@@ -100,25 +100,28 @@ BIRL_INLINE Vec broadcast(NumberOf<Vec> x) {
   return x - Vec{};
 }
 
-// The first `count` numbers, and zeros.
+// The first `count` numbers (and zeros), where the processor can: elsewhere all of them.
+#if defined(__AVX512F__)
+constexpr bool kMasks = true;
+#else
+constexpr bool kMasks = false;
+#endif
 template <class Vec>
 BIRL_INLINE Vec load_first(const NumberOf<Vec>* from, Index count) {
-  if (count >= kCount<Vec>) return load<Vec>(from);
 #if defined(__AVX512F__)
   const auto mask = static_cast<__mmask16>((1 << count) - 1);
+  if (count >= kCount<Vec>) return load<Vec>(from);
   if constexpr (std::is_same_v<Vec, Double>)
     return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from);
   else
     return _mm512_maskz_loadu_ps(mask, from);
 #else
-  NumberOf<Vec> number[kCount<Vec>] = {};
-  for (int i = 0; i < count; ++i) number[i] = from[i];
-  return load<Vec>(number);
+  static_cast<void>(count);
+  return load<Vec>(from);
 #endif
 }
 template <class Vec>
 BIRL_INLINE void store_first(NumberOf<Vec>* to, Vec v, Index count) {
-  if (count >= kCount<Vec>) return store(to, v);
 #if defined(__AVX512F__)
   const auto mask = static_cast<__mmask16>((1 << count) - 1);
   if constexpr (std::is_same_v<Vec, Double>)
@@ -126,7 +129,8 @@ BIRL_INLINE void store_first(NumberOf<Vec>* to, Vec v, Index count) {
   else
     _mm512_mask_storeu_ps(to, mask, v);
 #else
-  for (int i = 0; i < count; ++i) to[i] = v[i];
+  static_cast<void>(count);
+  store(to, v);
 #endif
 }
 
