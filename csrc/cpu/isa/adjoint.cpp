@@ -1,7 +1,4 @@
-// Leaf loops of solve_vjp. As cpu/isa/dense.cpp, compiled several times: nothing here may be
-// shared.
-#include "cpu/isa/adjoint.h"
-
+#include "cpu/isa/isa.h"
 #include "cpu/isa/simd.h"
 
 namespace birl::BIRL_ISA {
@@ -254,9 +251,6 @@ constexpr VjpRowKernels<Real> kRows = {fold<Real>, finish<Real>, moments<Real>, 
 
 }  // namespace
 
-// Found by cpu/isa/dispatch.cpp through its declaration there.
-extern const VjpKernels kVjpTable;
-const VjpKernels kVjpTable = {
-    kRows<float>, kRows<double>, {lane_solve_transpose, lane_settle_mass}};
+const VjpKernels kAdjoint = {kRows<float>, kRows<double>, {lane_solve_transpose, lane_settle_mass}};
 
 }  // namespace birl::BIRL_ISA

@@ -1,4 +1,4 @@
-// The inner loops of solve_vjp, compiled once per instruction set as those of cpu/isa/dense.h.
+// The inner loops of solve_vjp (cpu/isa/isa.h).
 #pragma once
 
 #include "core/common.h"
@@ -78,7 +78,6 @@ inline const VjpRowKernels<double>& VjpKernels::rows<double>() const {
   return f64;
 }
 
-// The table for the instruction set in use.
 const VjpKernels& vjp_kernels();
 
 }  // namespace birl

@@ -1,7 +1,4 @@
-// The kernels of cpu/isa/columns.h. As cpu/isa/dense.cpp, compiled several times: nothing may be
-// shared.
-#include "cpu/isa/columns.h"
-
+#include "cpu/isa/isa.h"
 #include "cpu/isa/simd.h"
 
 namespace birl::BIRL_ISA {
@@ -295,9 +292,7 @@ void solve_transpose(const double* a, Index n, Index stride, const double* inver
 
 }  // namespace
 
-// Found by cpu/isa/dispatch.cpp through its declaration there.
-extern const BlockKernels kBlockTable;
-const BlockKernels kBlockTable = {
+const BlockKernels kColumns = {
     {accumulate, residual, norms, defect, centre, direction, subtract, advance, add, range},
     {rows<4>, columns<4>, solve<4>, solve_transpose<4>},
     {rows<8>, columns<8>, solve<8>, solve_transpose<8>},

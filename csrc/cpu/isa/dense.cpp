@@ -1,7 +1,4 @@
-// Leaf loops. This file is compiled several times with different instruction-set flags, so it must
-// instantiate nothing that another file could share: no standard containers, no std::min.
-#include "cpu/isa/dense.h"
-
+#include "cpu/isa/isa.h"
 #include "cpu/isa/simd.h"
 
 namespace birl::BIRL_ISA {
@@ -405,12 +402,7 @@ Range difference(Index n, const double* a, const double* b, double shift, double
 
 }  // namespace
 
-// Found by cpu/isa/dispatch.cpp through its declaration there.
-extern const Kernels kTable;
-const Kernels kTable = {
-#define BIRL_STRING_(x) #x
-#define BIRL_STRING(x) BIRL_STRING_(x)
-    BIRL_STRING(BIRL_ISA),
+const Kernels kDense = {
     {products<float>, sums<float>, products_and_sums<float>, combine<float>, policy_row<float>,
      two_policy_rows<float>, q_values<float>},
     {products<double>, sums<double>, products_and_sums<double>, combine<double>, policy_row<double>,

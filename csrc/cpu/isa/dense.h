@@ -1,5 +1,5 @@
-// The inner loops, compiled once per instruction set (cpu/isa/dense.cpp) and chosen at run time
-// (cpu/isa/dispatch.cpp). Every reduction has a fixed shape: 16 lanes, then a tree, then the tail.
+// Inner loops on dense tables (cpu/isa/isa.h). Every reduction has a fixed shape: 16 lanes, then a
+// tree, then the tail.
 #pragma once
 
 #include "core/common.h"
@@ -67,7 +67,6 @@ struct Range {
 };
 
 struct Kernels {
-  const char* name;
   RowKernels<float> f32;
   RowKernels<double> f64;
   void (*soft_maximum)(const SoftMaximum&);
@@ -93,8 +92,6 @@ inline Index soft_maximum_scratch(Index actions) {
   return 2 * kSoftMaximumBlock + (actions > kSoftMaximumBlock ? actions : kSoftMaximumBlock);
 }
 
-// The table in use: the best the processor supports, or the one named by BIRL_ISA.
 const Kernels& kernels();
-const char* compiled_instruction_sets();
 
 }  // namespace birl

@@ -1,8 +1,4 @@
-// The kernels of cpu/isa/packed.h. This file is compiled several times with different
-// instruction-set flags, so it must instantiate nothing that another file could share: no standard
-// containers, no std::min.
-#include "cpu/isa/packed.h"
-
+#include "cpu/isa/isa.h"
 #include "cpu/isa/simd.h"
 
 namespace birl::BIRL_ISA {
@@ -452,15 +448,12 @@ void result(const LaneResult<Real>& m) {
 
 }  // namespace
 
-// Found by cpu/isa/dispatch.cpp through their declarations there.
-extern const LaneKernels<float> kLanesSingle;
-extern const LaneKernels<double> kLanesDouble;
-const LaneKernels<float> kLanesSingle = {
+const LaneKernels<float> kPackedSingle = {
     kBlock<float>,        pack_transition<float>, inverse_row_sums<float>, pack_problem<float>,
     sweep<Double, float>, sweep<Single, float>,   unpack<float>,           result<float>};
-const LaneKernels<double> kLanesDouble = {kBlock<double>,           pack_transition<double>,
-                                          inverse_row_sums<double>, pack_problem<double>,
-                                          sweep<Double, double>,    nullptr,
-                                          unpack<double>,           result<double>};
+const LaneKernels<double> kPackedDouble = {kBlock<double>,           pack_transition<double>,
+                                           inverse_row_sums<double>, pack_problem<double>,
+                                           sweep<Double, double>,    nullptr,
+                                           unpack<double>,           result<double>};
 
 }  // namespace birl::BIRL_ISA

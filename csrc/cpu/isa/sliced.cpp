@@ -1,7 +1,4 @@
-// The kernels of cpu/isa/sliced.h. As cpu/isa/dense.cpp, compiled several times: nothing may be
-// shared.
-#include "cpu/isa/sliced.h"
-
+#include "cpu/isa/isa.h"
 #include "cpu/isa/simd.h"
 
 namespace birl::BIRL_ISA {
@@ -227,12 +224,10 @@ void form(const PolicyRows& rows, const Real* value, Index s0, Index s1, const d
 
 }  // namespace
 
-// Found by cpu/isa/dispatch.cpp through its declaration there.
-extern const CsrKernels kCsrTable;
-const CsrKernels kCsrTable = {{products<float>, form<float>},
-                              {products<double>, form<double>},
-                              multiply_one,
-                              multiply<4>,
-                              multiply<8>};
+const CsrKernels kSliced = {{products<float>, form<float>},
+                            {products<double>, form<double>},
+                            multiply_one,
+                            multiply<4>,
+                            multiply<8>};
 
 }  // namespace birl::BIRL_ISA

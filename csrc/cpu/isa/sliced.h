@@ -1,4 +1,4 @@
-// Inner loops on sparse matrices, compiled once per instruction set as those of cpu/isa/dense.h.
+// Inner loops on sparse matrices (cpu/isa/isa.h).
 #pragma once
 
 #include "core/common.h"
