@@ -4,14 +4,6 @@
 namespace birl::BIRL_ISA {
 namespace {
 
-constexpr double kLargest = 1.7976931348623157e308;
-
-// 1/τ, finite also for a subnormal τ: 0·(1/τ) must be 0.
-inline double inverse(double temperature) {
-  const double inverse = 1.0 / temperature;
-  return inverse > kLargest ? kLargest : inverse;
-}
-
 // ---- tables -------------------------------------------------------------------------------------
 
 template <class Real>
@@ -27,7 +19,7 @@ void fold(const VjpTables<Real>& m) {
       for (Index i = s * A; i < s * A + A; ++i) mass += pi[i];
       for (Index i = s * A; i < s * A + A; ++i) pi[i] /= mass;
     }
-  const double scale = inverse(m.temperature);
+  const double scale = inverse_temperature(m.temperature);
   const bool scored = m.policy_bar || m.log_policy_bar;
   if (m.policy_bar)
     for (Index i = 0; i < entries; ++i) score[i] = pi[i] * static_cast<double>(m.policy_bar[i]);
@@ -73,10 +65,10 @@ void finish(const VjpTables<Real>& m, const VjpOutputs<Real>& out) {
     double total = 0.0;
     for (Index s = 0; s < m.states; ++s)
       for (Index i = s * A; i < s * A + A; ++i) {
-        const double score = scored ? m.score[i] * inverse(m.temperature) : 0.0;
+        const double score = scored ? m.score[i] * inverse_temperature(m.temperature) : 0.0;
         total -= (out.flow[s] * pi[i] + score) * static_cast<double>(m.advantage[i]);
       }
-    *out.temperature_bar = total * inverse(m.temperature);
+    *out.temperature_bar = total * inverse_temperature(m.temperature);
   }
   double* __restrict w = m.q;  // Q̄ + λπ, the cotangent of r
   for (Index s = 0; s < m.states; ++s) {

@@ -320,12 +320,10 @@ void eliminated_solve_transpose(const double* a, Index n, Index stride, const do
 // A block of states at a time, so that the exponentials form one long flat loop.
 void soft_maximum(const SoftMaximum& m) {
   const Index A = m.actions;
-  constexpr double kHuge = __builtin_huge_val();
-  constexpr double kLargest = 1.7976931348623157e308;
-  const double inverse = 1.0 / m.temperature;
-  const bool tiny = inverse > kLargest;           // of a subnormal τ there is no 1/τ
-  double* const top = m.scratch;                  // max_a q over available actions
-  double* const total = top + kSoftMaximumBlock;  // Σ_a e, then its logarithm
+  const double inverse = inverse_temperature(m.temperature);
+  const bool tiny = inverse < 1.0 / m.temperature;  // of a subnormal τ there is no 1/τ
+  double* const top = m.scratch;                    // max_a q over available actions
+  double* const total = top + kSoftMaximumBlock;    // Σ_a e, then its logarithm
   double* const x = total + kSoftMaximumBlock;
   const Index block = A < kSoftMaximumBlock ? kSoftMaximumBlock / A : 1;
   for (Index s0 = 0; s0 < m.states; s0 += block) {
@@ -334,19 +332,18 @@ void soft_maximum(const SoftMaximum& m) {
     const double* q = m.q + s0 * A;
     const double* reference = m.log_reference ? m.log_reference + s0 * A : nullptr;
     for (Index s = 0; s < states; ++s) {
-      double best = -kHuge;
+      double best = nothing<double>();
       for (Index a = s * A; a < s * A + A; ++a) {
-        const double candidate = reference && reference[a] == -kHuge ? -kHuge : q[a];
-        best = candidate > best || candidate != candidate ? candidate : best;
+        best = higher(best, reference ? available(q[a], reference[a]) : q[a]);
       }
       if (tiny)
         for (Index a = s * A; a < s * A + A; ++a) x[a] = (q[a] - best) / m.temperature;
       else
         for (Index a = s * A; a < s * A + A; ++a) x[a] = (q[a] - best) * inverse;
       if (reference) {
-        double peak = -kHuge;
+        double peak = nothing<double>();
         for (Index a = s * A; a < s * A + A; ++a) {
-          x[a] = reference[a] == -kHuge ? -kHuge : x[a] + reference[a];
+          x[a] = available(x[a] + reference[a], reference[a]);
           peak = x[a] > peak ? x[a] : peak;
         }
         for (Index a = s * A; a < s * A + A; ++a) x[a] -= peak;
@@ -375,7 +372,7 @@ void soft_maximum(const SoftMaximum& m) {
       for (Index s = 0; s < states; ++s)
         for (Index a = s * A; a < s * A + A; ++a)
           m.advantage[s0 * A + a] =
-              reference && reference[a] == -kHuge ? 0.0 : q[a] - m.value[s0 + s];
+              reference && masked(reference[a]) ? 0.0 : q[a] - m.value[s0 + s];
   }
 }
 

@@ -126,11 +126,10 @@ BIRL_INLINE SoftMaximum<Vec, Count> soft_maximum(const NumberOf<Vec>* q,
                                                  Vec temperature, Vec inverse) {
   using Number = NumberOf<Vec>;
   constexpr Index W = kBlock<Real>;
-  const Vec nothing = broadcast<Vec>(static_cast<Number>(-kInf));
   SoftMaximum<Vec, Count> m;
 #pragma GCC unroll 4
   for (int i = 0; i < Count; ++i) {
-    m.top[i] = nothing;
+    m.top[i] = nothing<Vec>();
     m.total[i] = Vec{};
   }
   if (!reference) {
@@ -147,25 +146,16 @@ BIRL_INLINE SoftMaximum<Vec, Count> soft_maximum(const NumberOf<Vec>* q,
   for (int i = 0; i < Count; ++i) {
     const auto log_mu = [&](Index a) { return load<Vec>(reference + place[i] + a * W); };
     const auto exponent = [&](Index a) {
-      const Vec mu = log_mu(a), x = (load<Vec>(q + place[i] + a * W) - m.top[i]) * inverse + mu;
-      return mu == nothing ? nothing : x;
+      return log_weight(load<Vec>(q + place[i] + a * W), m.top[i], inverse, log_mu(a));
     };
     for (Index a = 0; a < actions; ++a)
-      m.top[i] = larger(log_mu(a) == nothing ? nothing : load<Vec>(q + place[i] + a * W), m.top[i]);
-    Vec peak = nothing;
+      m.top[i] = larger(available(load<Vec>(q + place[i] + a * W), log_mu(a)), m.top[i]);
+    Vec peak = nothing<Vec>();
     for (Index a = 0; a < actions; ++a) peak = larger(exponent(a), peak);
     for (Index a = 0; a < actions; ++a) m.total[i] += Exponent<Vec>::of(exponent(a) - peak);
     m.top[i] += (temperature * Exponent<Vec>::kUnit) * peak;
   }
   return m;
-}
-
-template <class Number>
-inline Number inverse_of(Number temperature) {
-  constexpr Number kLargest = sizeof(Number) == 4 ? static_cast<Number>(3.4028234663852886e38)
-                                                  : static_cast<Number>(1.7976931348623157e308);
-  const Number inverse = 1 / temperature;
-  return inverse > kLargest ? kLargest : inverse;  // a subnormal τ must not turn 0·(1/τ) into NaN
 }
 
 // Running ranges of δ and of the image.
@@ -214,7 +204,7 @@ Extent sweep(const LaneSweep<NumberOf<Vec>, Real>& m) {
   constexpr Index L = kCount<Vec>;
   const Index S = m.states;
   const Vec temperature = broadcast<Vec>(m.temperature);
-  const Vec inverse = broadcast<Vec>(inverse_of(m.temperature * Exponent<Vec>::kUnit));
+  const Vec inverse = broadcast<Vec>(inverse_temperature(m.temperature * Exponent<Vec>::kUnit));
   const Vec constant = broadcast<Vec>(m.constant), centre = broadcast<Vec>(m.centre);
   if (m.value)
     for (Index s = 0; s < S; s += L) store(m.w + s, load<Vec>(m.value + s) - centre);
@@ -369,7 +359,7 @@ LaneProblem pack_problem(const Real* reward, const double* log_reference, Index 
       const double r = static_cast<double>(packed_reward[i]);
       rest = r - r == 0.0 ? rest : 1.0;
       const double mu = packed_reference[i];
-      if (mu == -kInf) continue;
+      if (masked(mu)) continue;
       const double size = r < 0.0 ? -r : r, bias = mu < 0.0 ? -mu : mu;
       largest = size > largest ? size : largest;
       largest_reference = bias > largest_reference ? bias : largest_reference;
@@ -390,8 +380,7 @@ template <class Real>
 void result(const LaneResult<Real>& m) {
   constexpr Index W = kBlock<Real>, L = kWidth;
   const Index S = m.states, A = m.actions;
-  const Double inverse = broadcast<Double>(inverse_of(m.temperature));
-  const Double nothing = broadcast<Double>(-kInf);
+  const Double inverse = broadcast<Double>(inverse_temperature(m.temperature));
   double* const exponent = m.scratch;                           // (A, L)
   double* const share = exponent + A * L;                       // (A, L)
   Real* const tables = reinterpret_cast<Real*>(share + A * L);  // four of (A, W)
@@ -399,17 +388,17 @@ void result(const LaneResult<Real>& m) {
     const Index place = s / W * A * W + s % W;
     const double* q = m.q_relative + place;
     const double* reference = m.log_reference ? m.log_reference + place : nullptr;
-    const auto masked = [&](Index a) { return load<Double>(reference + a * W) == nothing; };
-    Double best = nothing;
+    const auto log_mu = [&](Index a) { return load(reference + a * W); };
+    Double best = nothing<Double>();
     for (Index a = 0; a < A; ++a) {
       const Double x = load<Double>(q + a * W);
-      best = larger(reference ? (masked(a) ? nothing : x) : x, best);
+      best = larger(reference ? available(x, log_mu(a)) : x, best);
     }
-    Double peak = reference ? nothing : Double{};
+    Double peak = reference ? nothing<Double>() : Double{};
     for (Index a = 0; a < A; ++a) {
       Double x = (load<Double>(q + a * W) - best) * inverse;
       if (reference) {
-        x = masked(a) ? nothing : x + load<Double>(reference + a * W);
+        x = available(x + log_mu(a), log_mu(a));
         peak = larger(x, peak);
       }
       store(exponent + a * L, x);
@@ -426,7 +415,7 @@ void result(const LaneResult<Real>& m) {
     const Double image = load<Double>(m.image + s), value = image + m.offset;
     for (Index a = 0; a < A; ++a) {
       Double advantage = load<Double>(q + a * W) - image;
-      if (reference) advantage = masked(a) ? Double{} : advantage;
+      if (reference) advantage = masked(log_mu(a)) ? Double{} : advantage;
       Real* const to = tables + a * W + s % W;
       store(to, advantage + value);
       store(to + A * W, advantage);

@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "core/scalar_math.h"
+#include "core/soft_maximum.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>

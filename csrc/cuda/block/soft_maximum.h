@@ -2,7 +2,7 @@
 // zero; the same arithmetic as the CPU's soft_maximum (cpu/isa/dense.cpp).
 #pragma once
 
-#include "core/scalar_math.h"
+#include "core/soft_maximum.h"
 #include "cuda/layer/layer.h"
 
 namespace birl::device {
@@ -17,7 +17,7 @@ struct LogReference {
   BIRL_DEVICE bool any(int row, int actions) const {
     if (!values) return true;
     for (int a = 0; a < actions; ++a)
-      if (values[row + a] > -__builtin_huge_val()) return true;
+      if (values[row + a] > nothing<double>()) return true;
     return false;
   }
 };
@@ -31,7 +31,7 @@ struct SoftMaximum {
   // log μ + (q − max q)/τ, less its maximum over the state; −inf where masked.
   BIRL_DEVICE double exponent(int row) const {
     const int first = row / actions * actions;
-    const double best = largest_q(first), inverse = inverse_temperature();
+    const double best = largest_q(first), inverse = inverse_temperature(temperature);
     const double x = scaled(row, best, inverse);
     return reference.values ? x - peak(first, best, inverse) : x;
   }
@@ -40,36 +40,24 @@ struct SoftMaximum {
   BIRL_DEVICE double value(int s, double total) const {
     const int first = s * actions;
     double best = largest_q(first);
-    if (reference.values) best += temperature * peak(first, best, inverse_temperature());
+    if (reference.values) best += temperature * peak(first, best, inverse_temperature(temperature));
     return best + temperature * log_from_one(total);
   }
 
  private:
-  static constexpr double kHuge = __builtin_huge_val();
-
-  // A subnormal τ must not turn 0·(1/τ) into NaN.
-  BIRL_DEVICE double inverse_temperature() const {
-    constexpr double kLargest = 1.7976931348623157e308;
-    const double inverse = 1.0 / temperature;
-    return inverse > kLargest ? kLargest : inverse;
-  }
-
   BIRL_DEVICE double largest_q(int first) const {
-    double best = -kHuge;
-    for (int row = first; row < first + actions; ++row) {
-      const double candidate = reference[row] == -kHuge ? -kHuge : q[row];
-      best = candidate > best || candidate != candidate ? candidate : best;
-    }
+    double best = nothing<double>();
+    for (int row = first; row < first + actions; ++row)
+      best = higher(best, available(q[row], reference[row]));
     return best;
   }
 
   BIRL_DEVICE double scaled(int row, double best, double inverse) const {
-    const double log_mu = reference[row];
-    return log_mu == -kHuge ? -kHuge : (q[row] - best) * inverse + log_mu;
+    return log_weight(q[row], best, inverse, reference[row]);
   }
 
   BIRL_DEVICE double peak(int first, double best, double inverse) const {
-    double highest = -kHuge;
+    double highest = nothing<double>();
     for (int row = first; row < first + actions; ++row) {
       const double x = scaled(row, best, inverse);
       highest = x > highest ? x : highest;

@@ -2,7 +2,7 @@
 // state.
 #pragma once
 
-#include "core/scalar_math.h"
+#include "core/soft_maximum.h"
 #include "cuda/layer/warp.h"
 
 namespace birl::device {
@@ -14,14 +14,11 @@ struct LaneSoftMaximum {
   double inverse;  // 1/τ
   double best = 0.0, peak = 0.0, total = 0.0;
 
-  // A subnormal τ must not turn 0·(1/τ) into NaN.
   BIRL_DEVICE static double inverse_of(double temperature) {
-    constexpr double kLargest = 1.7976931348623157e308;
-    const double inverse = 1.0 / temperature;
-    return inverse > kLargest ? kLargest : inverse;
+    return inverse_temperature(temperature);
   }
 
-  BIRL_DEVICE bool masked(Index a) const { return reference && reference[a] == -kHuge; }
+  BIRL_DEVICE bool masked(Index a) const { return reference && birl::masked(reference[a]); }
 
   // log μ + (q − max q)/τ, less its maximum over the state; −inf where masked.
   BIRL_DEVICE double exponent(Index a) const { return scaled(a) - peak; }
@@ -36,14 +33,14 @@ struct LaneSoftMaximum {
     const auto over = [&](auto&& of) {
       return g.template join<double>(
           [&](int lane) {
-            double largest = -kHuge;
+            double largest = nothing<double>();
             for (Index a = lane; a < actions; a += Group::kLanes) largest = higher(largest, of(a));
             return largest;
           },
-          higher);
+          [](double x, double y) { return higher(x, y); });
     };
     peak = 0.0;
-    best = over([&](Index a) { return masked(a) ? -kHuge : q[a]; });
+    best = over([&](Index a) { return reference ? available(q[a], reference[a]) : q[a]; });
     if (reference) peak = over([&](Index a) { return scaled(a); });
     double sum[1];
     g.sums(sum, [&](int lane, double (&part)[1]) {
@@ -53,12 +50,8 @@ struct LaneSoftMaximum {
   }
 
  private:
-  static constexpr double kHuge = __builtin_huge_val();
-
   BIRL_DEVICE double scaled(Index a) const {
-    if (masked(a)) return -kHuge;
-    const double x = (q[a] - best) * inverse;
-    return reference ? x + reference[a] : x;
+    return reference ? log_weight(q[a], best, inverse, reference[a]) : (q[a] - best) * inverse;
   }
 };
 
