@@ -62,13 +62,14 @@ void finish(const VjpTables<Real>& m, const VjpOutputs<Real>& out) {
             m.temperature * (out.flow[s] * pi[i]) + (scored ? m.score[i] : 0.0);
   if (out.temperature_bar) {
     // λ·H with H = −Σ_a π (Q − V)/τ, and what log π = (Q − V)/τ + log μ brings
+    const double inverse = inverse_temperature(m.temperature);
     double total = 0.0;
     for (Index s = 0; s < m.states; ++s)
       for (Index i = s * A; i < s * A + A; ++i) {
-        const double score = scored ? m.score[i] * inverse_temperature(m.temperature) : 0.0;
+        const double score = scored ? m.score[i] * inverse : 0.0;
         total -= (out.flow[s] * pi[i] + score) * static_cast<double>(m.advantage[i]);
       }
-    *out.temperature_bar = total * inverse_temperature(m.temperature);
+    *out.temperature_bar = total * inverse;
   }
   double* __restrict w = m.q;  // Q̄ + λπ, the cotangent of r
   for (Index s = 0; s < m.states; ++s) {

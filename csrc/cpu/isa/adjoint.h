@@ -67,16 +67,13 @@ struct VjpKernels {
   LaneElimination lanes;
 
   template <class Real>
-  const VjpRowKernels<Real>& rows() const;
+  const VjpRowKernels<Real>& rows() const {
+    if constexpr (sizeof(Real) == 4)
+      return f32;
+    else
+      return f64;
+  }
 };
-template <>
-inline const VjpRowKernels<float>& VjpKernels::rows<float>() const {
-  return f32;
-}
-template <>
-inline const VjpRowKernels<double>& VjpKernels::rows<double>() const {
-  return f64;
-}
 
 const VjpKernels& vjp_kernels();
 

@@ -397,17 +397,17 @@ Range difference(Index n, const double* a, const double* b, double shift, double
   return {low, high, least, most, sum == 0.0};
 }
 
+template <class Real>
+constexpr RowKernels<Real> kRows = {products<Real>, sums<Real>,       products_and_sums<Real>,
+                                    combine<Real>,  policy_row<Real>, two_policy_rows<Real>,
+                                    q_values<Real>};
+
 }  // namespace
 
 const Kernels kDense = {
-    {products<float>, sums<float>, products_and_sums<float>, combine<float>, policy_row<float>,
-     two_policy_rows<float>, q_values<float>},
-    {products<double>, sums<double>, products_and_sums<double>, combine<double>, policy_row<double>,
-     two_policy_rows<double>, q_values<double>},
-    soft_maximum,
-    {eliminate_block, eliminate_below, eliminated_solve, eliminated_solve_transpose},
-    dot,
-    difference,
+    kRows<float>, kRows<double>,
+    soft_maximum, {eliminate_block, eliminate_below, eliminated_solve, eliminated_solve_transpose},
+    dot,          difference,
 };
 
 }  // namespace birl::BIRL_ISA

@@ -76,16 +76,13 @@ struct Kernels {
   Range (*difference)(Index n, const double* a, const double* b, double shift, double* d);
 
   template <class Real>
-  const RowKernels<Real>& rows() const;
+  const RowKernels<Real>& rows() const {
+    if constexpr (sizeof(Real) == 4)
+      return f32;
+    else
+      return f64;
+  }
 };
-template <>
-inline const RowKernels<float>& Kernels::rows<float>() const {
-  return f32;
-}
-template <>
-inline const RowKernels<double>& Kernels::rows<double>() const {
-  return f64;
-}
 
 constexpr Index kSoftMaximumBlock = 512;
 inline Index soft_maximum_scratch(Index actions) {

@@ -49,13 +49,14 @@ const Kernels& kernels() { return isa().dense; }
 const VjpKernels& vjp_kernels() { return isa().adjoint; }
 const BlockKernels& block_kernels() { return isa().columns; }
 const CsrKernels& csr_kernels() { return isa().sliced; }
-template <>
-const LaneKernels<float>& lane_kernels<float>() {
-  return isa().packed_single;
+template <class Real>
+const LaneKernels<Real>& lane_kernels() {
+  if constexpr (sizeof(Real) == 4)
+    return isa().packed_single;
+  else
+    return isa().packed_double;
 }
-template <>
-const LaneKernels<double>& lane_kernels<double>() {
-  return isa().packed_double;
-}
+template const LaneKernels<float>& lane_kernels();
+template const LaneKernels<double>& lane_kernels();
 
 }  // namespace birl

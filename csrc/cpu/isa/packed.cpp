@@ -59,24 +59,10 @@ template <class Vec, class Real>
 inline void all_q_values(const LaneSweep<NumberOf<Vec>, Real>& m, Index place, const Real* p) {
   Index a = 0;
   for (; a + 8 <= m.actions; a += 8) q_values<8, Vec>(m, place, a, p);
-  switch (m.actions - a) {
-    case 1:
-      return q_values<1, Vec>(m, place, a, p);
-    case 2:
-      return q_values<2, Vec>(m, place, a, p);
-    case 3:
-      return q_values<3, Vec>(m, place, a, p);
-    case 4:
-      return q_values<4, Vec>(m, place, a, p);
-    case 5:
-      return q_values<5, Vec>(m, place, a, p);
-    case 6:
-      return q_values<6, Vec>(m, place, a, p);
-    case 7:
-      return q_values<7, Vec>(m, place, a, p);
-    default:
-      return;
-  }
+  with_constant<7>(m.actions - a, [&](auto left) {
+    constexpr int kLeft = decltype(left)::value;
+    if constexpr (kLeft > 0) q_values<kLeft, Vec>(m, place, a, p);
+  });
 }
 
 // 2^z for z <= 0 in single precision, a sweep's innermost loop: 2^-126 from there on, NaN stays
@@ -124,7 +110,6 @@ BIRL_INLINE SoftMaximum<Vec, Count> soft_maximum(const NumberOf<Vec>* q,
                                                  const NumberOf<Vec>* reference,
                                                  const Index (&place)[Count], Index actions,
                                                  Vec temperature, Vec inverse) {
-  using Number = NumberOf<Vec>;
   constexpr Index W = kBlock<Real>;
   SoftMaximum<Vec, Count> m;
 #pragma GCC unroll 4

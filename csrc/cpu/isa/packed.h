@@ -74,10 +74,6 @@ struct LaneKernels {
 
 template <class Real>
 const LaneKernels<Real>& lane_kernels();
-template <>
-const LaneKernels<float>& lane_kernels<float>();
-template <>
-const LaneKernels<double>& lane_kernels<double>();
 
 inline Index padded(Index states, Index width) { return (states + width - 1) / width * width; }
 

@@ -226,6 +226,13 @@ BIRL_INLINE void transpose(Vec (&row)[kCount<Vec>]) {
   }
 }
 
+// body(n as a constant), of 1 … Most; body(0) for all others.
+template <int Most, class Body>
+BIRL_INLINE void with_constant(Index n, Body&& body) {
+  if (Most == 0 || n == Most) return body(std::integral_constant<int, Most>());
+  if constexpr (Most > 0) with_constant<Most - 1>(n, body);
+}
+
 // `Columns` numbers of one state, in vectors no longer than the processor's.
 template <int Columns>
 struct Row {

@@ -143,35 +143,6 @@ BIRL_INLINE void alike_row(const Real* p, Index actions, Index width, const std:
   for (Index k = 0; k < count; ++k) out[place[slot[k]]] += sum[k];
 }
 
-// body(Constant<width>), or Constant<0> for rows of more than eight entries.
-template <int Value>
-struct Constant {
-  static constexpr int value = Value;
-};
-template <class Body>
-BIRL_INLINE void with_width(Index width, Body&& body) {
-  switch (width) {
-    case 1:
-      return body(Constant<1>{});
-    case 2:
-      return body(Constant<2>{});
-    case 3:
-      return body(Constant<3>{});
-    case 4:
-      return body(Constant<4>{});
-    case 5:
-      return body(Constant<5>{});
-    case 6:
-      return body(Constant<6>{});
-    case 7:
-      return body(Constant<7>{});
-    case 8:
-      return body(Constant<8>{});
-    default:
-      return body(Constant<0>{});
-  }
-}
-
 template <class Real>
 void products(const PolicyRows& rows, const Real* value, Index s0, Index s1, const double* x,
               double* y) {
@@ -182,7 +153,7 @@ void products(const PolicyRows& rows, const Real* value, Index s0, Index s1, con
     const std::uint32_t* const slot = rows.slot + crow[0];
     const Index width = crow[1] - crow[0];
     if (rows.alike[s] && width <= kRoom) {
-      with_width(width, [&](auto known) {
+      with_constant<8>(width, [&](auto known) {
         alike_products<decltype(known)::value>(value + crow[0], A, width, col, slot, x, y);
       });
       continue;
@@ -207,7 +178,7 @@ void form(const PolicyRows& rows, const Real* value, Index s0, Index s1, const d
     const Index width = crow[1] - crow[0];
     const double* const w = weight + s * A;
     if (rows.alike[s] && width <= kRoom) {
-      with_width(width, [&](auto known) {
+      with_constant<8>(width, [&](auto known) {
         alike_row<decltype(known)::value>(value + crow[0], A, width, slot, merged, w, place, out);
       });
       continue;
