@@ -109,8 +109,8 @@ constexpr bool kMasks = false;
 template <class Vec>
 BIRL_INLINE Vec load_first(const NumberOf<Vec>* from, Index count) {
 #if defined(__AVX512F__)
-  const auto mask = static_cast<__mmask16>((1 << count) - 1);
   if (count >= kCount<Vec>) return load<Vec>(from);
+  const auto mask = static_cast<__mmask16>((1 << count) - 1);
   if constexpr (std::is_same_v<Vec, Double>)
     return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from);
   else
