@@ -43,13 +43,6 @@ BIRL_HD double within(double least, double x, double most) {
   return smaller(larger(x, least), most);
 }
 
-// 1/τ, but a number: a subnormal τ must not turn 0·(1/τ) into NaN.
-BIRL_HD double inverse_temperature(double temperature) {
-  constexpr double kMost = 0x1.fffffffffffffp1023;
-  const double inverse = 1.0 / temperature;
-  return inverse > kMost ? kMost : inverse;
-}
-
 // log 2 in two parts; k times the first is exact for every exponent k.
 constexpr double kLog2High = 0x1.62e42feep-1, kLog2Low = 0x1.a39ef35793c76p-33;
 constexpr float kLog2HighSingle = 0x1.62e4p-1f, kLog2LowSingle = 0x1.7f7d1cp-20f;

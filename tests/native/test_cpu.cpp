@@ -1,7 +1,7 @@
 // The CPU kernels and the code around them, run for the sanitizers: every solver, odd sizes, one
 // thread and three. Values against the naive solver of cases.h; bits whatever the threads.
 #include "cpu.h"
-#include "cpu/isa/dense.h"
+#include "cpu/isa/isa.h"
 
 namespace test {
 namespace {
@@ -109,7 +109,7 @@ int main(int count, char** arguments) {
   const auto wanted = [&](const char* name) {
     return count < 2 || std::strcmp(arguments[1], name) == 0;
   };
-  std::printf("instruction set %s\n", birl::kernels().name);
+  std::printf("instruction set %s\n", birl::isa().name);
   if (wanted("values")) {
     test::sizes<float>();
     test::sizes<double>();

@@ -10,6 +10,7 @@
 #include "cpu/entry/policy_solve.h"
 #include "cpu/entry/solve.h"
 #include "cpu/entry/solve_vjp.h"
+#include "cpu/isa/isa.h"
 
 namespace py = pybind11;
 using birl::Index;
@@ -106,7 +107,7 @@ py::dict build_info() {
   info["compiler"] = "unknown";
 #endif
   info["instruction_sets"] = py::str(birl::compiled_instruction_sets()).attr("split")();
-  info["instruction_set"] = birl::kernels().name;
+  info["instruction_set"] = birl::isa().name;
   return info;
 }
 

@@ -264,9 +264,9 @@ void solve_lanes(const Batch& batch, Rule<Real>& rule, LaneWorker& mine, Index f
       for (Index j = s * A; j < s * A + A; ++j)
         if (slot.inverse_sum[j] == 0.0) stopping += slot.probability[j];
       space.defect()[s * kLanes + lane] = (1.0 - gamma) + gamma * stopping;
-      kernel.policy_row(p + s * A * S, A, S, slot.weight + s * A,
-                        rule.pulls() ? slot.scaled.data() + s * A : nullptr, mine.row.data(),
-                        mine.pulled.data());
+      kernels().rows<Real>().two_policy_rows(p + s * A * S, A, S, slot.weight + s * A,
+                                             rule.pulls() ? slot.scaled.data() + s * A : nullptr,
+                                             mine.row.data(), mine.pulled.data());
       double* const entries = space.matrix() + s * S * kLanes + lane;
       for (Index t = 0; t < S; ++t) entries[t * kLanes] = mine.row[t];
     }
@@ -413,7 +413,8 @@ class SystemWorker {
     const double* const weight =
         system.weigh(s, s + 1, slot_.inverse_sum.data(), slot_.probability.data());
     if (pulled) rule.weigh(i, s, s + 1, slot_);
-    kernel.policy_row(p, A, S, weight + j, pulled ? slot_.scaled.data() + j : nullptr, row, pulled);
+    kernels().rows<Real>().two_policy_rows(p, A, S, weight + j,
+                                           pulled ? slot_.scaled.data() + j : nullptr, row, pulled);
     system.matrix().put_row(s, row);
   }
 

@@ -1,43 +1,8 @@
-// Leaf loops of solve_vjp. As cpu/isa/dense.cpp, compiled several times: nothing here may be
-// shared.
-#include "cpu/isa/adjoint.h"
+#include "cpu/isa/isa.h"
+#include "cpu/isa/simd.h"
 
 namespace birl::BIRL_ISA {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kWidth = 8;
-#elif defined(__AVX2__)
-constexpr int kWidth = 4;
-#else
-constexpr int kWidth = 2;
-#endif
-typedef double Vec __attribute__((vector_size(8 * kWidth)));
-typedef float Half __attribute__((vector_size(4 * kWidth)));
-typedef std::int64_t Mask __attribute__((vector_size(8 * kWidth)));
-constexpr double kLargest = 1.7976931348623157e308;
-
-inline Vec load(const double* p) {
-  Vec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-inline Vec load(const float* p) {
-  Half v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, Vec);
-}
-inline void store(double* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline void store(float* p, Vec v) {
-  const Half narrow = __builtin_convertvector(v, Half);
-  __builtin_memcpy(p, &narrow, sizeof narrow);
-}
-
-// 1/τ, finite also for a subnormal τ: 0·(1/τ) must be 0.
-inline double inverse(double temperature) {
-  const double inverse = 1.0 / temperature;
-  return inverse > kLargest ? kLargest : inverse;
-}
 
 // ---- tables -------------------------------------------------------------------------------------
 
@@ -54,7 +19,7 @@ void fold(const VjpTables<Real>& m) {
       for (Index i = s * A; i < s * A + A; ++i) mass += pi[i];
       for (Index i = s * A; i < s * A + A; ++i) pi[i] /= mass;
     }
-  const double scale = inverse(m.temperature);
+  const double scale = inverse_temperature(m.temperature);
   const bool scored = m.policy_bar || m.log_policy_bar;
   if (m.policy_bar)
     for (Index i = 0; i < entries; ++i) score[i] = pi[i] * static_cast<double>(m.policy_bar[i]);
@@ -97,13 +62,14 @@ void finish(const VjpTables<Real>& m, const VjpOutputs<Real>& out) {
             m.temperature * (out.flow[s] * pi[i]) + (scored ? m.score[i] : 0.0);
   if (out.temperature_bar) {
     // λ·H with H = −Σ_a π (Q − V)/τ, and what log π = (Q − V)/τ + log μ brings
+    const double inverse = inverse_temperature(m.temperature);
     double total = 0.0;
     for (Index s = 0; s < m.states; ++s)
       for (Index i = s * A; i < s * A + A; ++i) {
-        const double score = scored ? m.score[i] * inverse(m.temperature) : 0.0;
+        const double score = scored ? m.score[i] * inverse : 0.0;
         total -= (out.flow[s] * pi[i] + score) * static_cast<double>(m.advantage[i]);
       }
-    *out.temperature_bar = total * inverse(m.temperature);
+    *out.temperature_bar = total * inverse;
   }
   double* __restrict w = m.q;  // Q̄ + λπ, the cotangent of r
   for (Index s = 0; s < m.states; ++s) {
@@ -136,18 +102,13 @@ void finish(const VjpTables<Real>& m, const VjpOutputs<Real>& out) {
 // ---- rows of P ----------------------------------------------------------------------------------
 
 // Folds kWidth vectors into one: lane i of the result is the sum of vector i.
-inline Vec lane_sums(Vec (&v)[kWidth]) {
-  Mask even, odd;
-  for (int i = 0; i < kWidth; ++i) {
-    even[i] = 2 * i;
-    odd[i] = 2 * i + 1;
-  }
+inline Double lane_sums(Double (&v)[kWidth]) {
 #pragma GCC unroll 4
   for (int count = kWidth; count > 1; count /= 2)
 #pragma GCC unroll 8
     for (int i = 0; i < count / 2; ++i)
-      v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) +
-             __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
+      v[i] = shuffle<kWidth>(v[2 * i], v[2 * i + 1], [](int k) { return 2 * k; }) +
+             shuffle<kWidth>(v[2 * i], v[2 * i + 1], [](int k) { return 2 * k + 1; });
   return v[0];
 }
 
@@ -155,15 +116,15 @@ inline Vec lane_sums(Vec (&v)[kWidth]) {
 template <class Real>
 inline void two_moments(const Real* p, Index cols, Index step, const double* w, double* out) {
   constexpr int kRows = kWidth / 2;
-  Vec acc[kWidth];
+  Double acc[kWidth];
 #pragma GCC unroll 8
-  for (int i = 0; i < kWidth; ++i) acc[i] = Vec{};
+  for (int i = 0; i < kWidth; ++i) acc[i] = Double{};
   Index t = 0;
   for (; t + kWidth <= cols; t += kWidth) {
-    const Vec x = load(w + t);
+    const Double x = load(w + t);
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
-      const Vec y = load(p + i * step + t);
+      const Double y = load(p + i * step + t);
       acc[i] += y;
       acc[kRows + i] += y * x;
     }
@@ -201,66 +162,13 @@ void moments(const Real* p, Index rows, Index cols, const double* w, double* inv
   }
 }
 
-template <int Vectors, bool Both, class Real>
-inline void policy_tile(const Real* p, Index actions, Index stride, const double* weight,
-                        const double* second, double* out, double* pulled) {
-  Vec acc[Vectors], more[Vectors];
-#pragma GCC unroll 4
-  for (int i = 0; i < Vectors; ++i) {
-    acc[i] = Vec{};
-    if (Both) more[i] = load(pulled + i * kWidth);
-  }
-  for (Index a = 0; a < actions; ++a)
-#pragma GCC unroll 4
-    for (int i = 0; i < Vectors; ++i) {
-      const Vec y = load(p + a * stride + i * kWidth);
-      acc[i] += weight[a] * y;
-      if (Both) more[i] += second[a] * y;
-    }
-#pragma GCC unroll 4
-  for (int i = 0; i < Vectors; ++i) {
-    store(out + i * kWidth, acc[i]);
-    if (Both) store(pulled + i * kWidth, more[i]);
-  }
-}
-
-template <bool Both, class Real>
-inline void policy_row_of(const Real* p, Index actions, Index cols, const double* weight,
-                          const double* second, double* out, double* pulled) {
-  constexpr Index kTile = 4 * kWidth;
-  Index t = 0;
-  for (; t + kTile <= cols; t += kTile)
-    policy_tile<4, Both>(p + t, actions, cols, weight, second, out + t, pulled + t);
-  for (; t + kWidth <= cols; t += kWidth)
-    policy_tile<1, Both>(p + t, actions, cols, weight, second, out + t, pulled + t);
-  for (; t < cols; ++t) {
-    double total = 0.0, more = Both ? pulled[t] : 0.0;
-    for (Index a = 0; a < actions; ++a) {
-      const double y = static_cast<double>(p[a * cols + t]);
-      total += weight[a] * y;
-      if (Both) more += second[a] * y;
-    }
-    out[t] = total;
-    if (Both) pulled[t] = more;
-  }
-}
-
-template <class Real>
-void policy_row(const Real* p, Index actions, Index cols, const double* weight,
-                const double* second, double* out, double* pulled) {
-  if (second)
-    policy_row_of<true>(p, actions, cols, weight, second, out, pulled);
-  else
-    policy_row_of<false>(p, actions, cols, weight, weight, out, out);
-}
-
 template <class Real>
 void outer(Index rows, Index cols, Index groups, Index stride, const double* x, const double* e,
            const double* w, Real* out) {
   for (Index i = 0; i < rows; ++i, out += cols) {
     Index t = 0;
     for (; t + kWidth <= cols; t += kWidth) {
-      Vec total = x[i] * (load(w + t) - e[i]);
+      Double total = x[i] * (load(w + t) - e[i]);
       for (Index g = 1; g < groups; ++g)
         total += x[g * stride + i] * (load(w + g * cols + t) - e[g * stride + i]);
       store(out + t, total);
@@ -276,8 +184,7 @@ void outer(Index rows, Index cols, Index groups, Index stride, const double* x, 
 
 // ---- elimination, a problem per lane ------------------------------------------------------------
 
-constexpr Index kLanes = LaneElimination::kLanes;
-typedef double Lane __attribute__((vector_size(8 * kLanes), aligned(8)));
+typedef double Lane __attribute__((vector_size(8 * LaneElimination::kLanes), aligned(8)));
 
 void lane_solve_transpose(Index n, double* entries, double* defects, double* inverse_pivots,
                           double* unknowns) {
@@ -333,14 +240,10 @@ void lane_settle_mass(Index n, const double* entries, const double* defects, con
 }
 
 template <class Real>
-constexpr VjpRowKernels<Real> kRows = {fold<Real>, finish<Real>, moments<Real>, policy_row<Real>,
-                                       outer<Real>};
+constexpr VjpRowKernels<Real> kRows = {fold<Real>, finish<Real>, moments<Real>, outer<Real>};
 
 }  // namespace
 
-// Found by cpu/isa/dispatch.cpp through its declaration there.
-extern const VjpKernels kVjpTable;
-const VjpKernels kVjpTable = {
-    kRows<float>, kRows<double>, {lane_solve_transpose, lane_settle_mass}};
+const VjpKernels kAdjoint = {kRows<float>, kRows<double>, {lane_solve_transpose, lane_settle_mass}};
 
 }  // namespace birl::BIRL_ISA

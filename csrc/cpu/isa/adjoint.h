@@ -1,4 +1,4 @@
-// The inner loops of solve_vjp, compiled once per instruction set as those of cpu/isa/dense.h.
+// The inner loops of solve_vjp (cpu/isa/isa.h).
 #pragma once
 
 #include "core/common.h"
@@ -56,10 +56,6 @@ struct VjpRowKernels {
   // inverse[i] = 1/Σ_t p[i,t], zero for an empty row, and expected[i] = inverse[i] Σ_t p[i,t] w[t]
   void (*moments)(const Real* p, Index rows, Index cols, const double* w, double* inverse,
                   double* expected);
-  // One state: out[t] = Σ_a weight[a] p[a,t], and if there is a second weight also
-  // pulled[t] += Σ_a second[a] p[a,t].
-  void (*policy_row)(const Real* p, Index actions, Index cols, const double* weight,
-                     const double* second, double* out, double* pulled);
   // out[i,t] = Σ_g x[g,i] (w[g,t] − e[g,i]); rows of x and e are `stride` apart.
   void (*outer)(Index rows, Index cols, Index groups, Index stride, const double* x,
                 const double* e, const double* w, Real* out);
@@ -71,18 +67,14 @@ struct VjpKernels {
   LaneElimination lanes;
 
   template <class Real>
-  const VjpRowKernels<Real>& rows() const;
+  const VjpRowKernels<Real>& rows() const {
+    if constexpr (sizeof(Real) == 4)
+      return f32;
+    else
+      return f64;
+  }
 };
-template <>
-inline const VjpRowKernels<float>& VjpKernels::rows<float>() const {
-  return f32;
-}
-template <>
-inline const VjpRowKernels<double>& VjpKernels::rows<double>() const {
-  return f64;
-}
 
-// The table for the instruction set in use.
 const VjpKernels& vjp_kernels();
 
 }  // namespace birl

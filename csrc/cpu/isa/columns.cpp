@@ -1,7 +1,4 @@
-// The kernels of cpu/isa/columns.h. As cpu/isa/dense.cpp, compiled several times: nothing may be
-// shared.
-#include "cpu/isa/columns.h"
-
+#include "cpu/isa/isa.h"
 #include "cpu/isa/simd.h"
 
 namespace birl::BIRL_ISA {
@@ -12,26 +9,26 @@ static_assert(kLanes == kBlockLanes);
 // body(tag, i, lane) over [0, n): in whole vectors, whose first entry is on `lane`, then one by
 // one.
 template <class Body>
-inline __attribute__((always_inline)) void each(Index n, Body&& body) {
+BIRL_INLINE void each(Index n, Body&& body) {
   Index i = 0;
   for (; i + kLanes <= n; i += kLanes)
 #pragma GCC unroll 8
-    for (int part = 0; part < kParts; ++part) body(Vec{}, i + part * kWidth, part * kWidth);
+    for (int part = 0; part < kParts; ++part) body(Double{}, i + part * kWidth, part * kWidth);
   for (int lane = 0; i + lane < n; ++lane) body(0.0, i + lane, lane);
 }
 
 // The same with `Sums` sums per lane, of what body(tag, i, lane, terms) writes into its terms.
 template <int Sums, class Body>
-inline __attribute__((always_inline)) void reduce(Index n, double* out, Body&& body) {
-  Vec acc[Sums][kParts];
+BIRL_INLINE void reduce(Index n, double* out, Body&& body) {
+  Double acc[Sums][kParts];
   for (int q = 0; q < Sums; ++q)
-    for (int part = 0; part < kParts; ++part) acc[q][part] = Vec{};
+    for (int part = 0; part < kParts; ++part) acc[q][part] = Double{};
   Index i = 0;
   for (; i + kLanes <= n; i += kLanes)
 #pragma GCC unroll 8
     for (int part = 0; part < kParts; ++part) {
-      Vec term[Sums];
-      body(Vec{}, i + part * kWidth, part * kWidth, term);
+      Double term[Sums];
+      body(Double{}, i + part * kWidth, part * kWidth, term);
       for (int q = 0; q < Sums; ++q) acc[q][part] += term[q];
     }
   for (int q = 0; q < Sums; ++q)
@@ -44,11 +41,11 @@ inline __attribute__((always_inline)) void reduce(Index n, double* out, Body&& b
 }
 
 template <class T>
-inline __attribute__((always_inline)) T magnitude(T x) {
+BIRL_INLINE T magnitude(T x) {
   return x < 0.0 ? -x : x;
 }
 
-#define BIRL_GET(p) load_as<decltype(tag)>(p)
+#define BIRL_GET(p) load<decltype(tag)>(p)
 
 void accumulate(Index n, double discount, double* y, double* sum) {
   each(n, [=](auto tag, Index i, int) {
@@ -60,9 +57,9 @@ void accumulate(Index n, double discount, double* y, double* sum) {
 
 // Norms of the vectors that value(tag, i, lane) gives.
 template <class Value>
-inline __attribute__((always_inline)) void norms_of(Index n, BlockNorms* out, Value&& value) {
-  Vec largest[kParts];
-  for (int part = 0; part < kParts; ++part) largest[part] = Vec{};
+BIRL_INLINE void norms_of(Index n, BlockNorms* out, Value&& value) {
+  Double largest[kParts];
+  for (int part = 0; part < kParts; ++part) largest[part] = Double{};
   double tail[kLanes] = {};
   reduce<1>(n, out->sum, [&](auto tag, Index i, int lane, auto* term) {
     const auto size = magnitude(value(tag, i, lane));
@@ -144,10 +141,10 @@ void range(Index n, const double* x, double* low, double* high) {
     low[lane] = __builtin_huge_val();
     high[lane] = -__builtin_huge_val();
   }
-  Vec least[kParts], most[kParts];
+  Double least[kParts], most[kParts];
   for (int part = 0; part < kParts; ++part) {
-    least[part] = load_as<Vec>(low);
-    most[part] = load_as<Vec>(high);
+    least[part] = load(low);
+    most[part] = load(high);
   }
   each(n, [&](auto tag, Index i, int lane) {
     const auto value = BIRL_GET(x + i);
@@ -155,8 +152,8 @@ void range(Index n, const double* x, double* low, double* high) {
       low[lane] = value;
       high[lane] = value;
     } else {
-      Vec& a = least[lane / kWidth];
-      Vec& z = most[lane / kWidth];
+      Double& a = least[lane / kWidth];
+      Double& z = most[lane / kWidth];
       a = value < a ? value : a;
       z = value > z ? value : z;
     }
@@ -171,8 +168,8 @@ void range(Index n, const double* x, double* low, double* high) {
 // ---- dense --------------------------------------------------------------------------------------
 
 template <int Columns, int Rows>
-inline __attribute__((always_inline)) void add_rows(const double* p, Index stride, Index cols,
-                                                    const double* x, Row<Columns> (&acc)[Rows]) {
+BIRL_INLINE void add_rows(const double* p, Index stride, Index cols, const double* x,
+                          Row<Columns> (&acc)[Rows]) {
   for (Index t = 0; t < cols; ++t) {
     const auto column = Row<Columns>::load(x + t * Columns);
 #pragma GCC unroll 8
@@ -199,8 +196,7 @@ void rows(const double* p, Index count, Index cols, const double* x, double* y) 
 }
 
 template <int Columns, int Tile>
-inline __attribute__((always_inline)) void tile(const double* p, Index stride, Index count,
-                                                const double* x, double* y) {
+BIRL_INLINE void tile(const double* p, Index stride, Index count, const double* x, double* y) {
   Row<Columns> acc[Tile];
   for (auto& row : acc) row = Row<Columns>::zero();
   for (Index s = 0; s < count; ++s) {
@@ -260,8 +256,8 @@ void solve(const double* a, Index n, Index stride, const double* inverse_pivot, 
 
 // x[t] += Σ_i a[i,t] x[i] for `count` rows i, kept in registers, and columns t in [t0, t1).
 template <int Columns, int Rows>
-inline __attribute__((always_inline)) void spread(const double* a, Index stride, Index t0, Index t1,
-                                                  const double* pivots, double* x) {
+BIRL_INLINE void spread(const double* a, Index stride, Index t0, Index t1, const double* pivots,
+                        double* x) {
   Row<Columns> known[Rows];
   for (int k = 0; k < Rows; ++k) known[k] = Row<Columns>::load(pivots + k * Columns);
   for (Index t = t0; t < t1; ++t) {
@@ -296,9 +292,7 @@ void solve_transpose(const double* a, Index n, Index stride, const double* inver
 
 }  // namespace
 
-// Found by cpu/isa/dispatch.cpp through its declaration there.
-extern const BlockKernels kBlockTable;
-const BlockKernels kBlockTable = {
+const BlockKernels kColumns = {
     {accumulate, residual, norms, defect, centre, direction, subtract, advance, add, range},
     {rows<4>, columns<4>, solve<4>, solve_transpose<4>},
     {rows<8>, columns<8>, solve<8>, solve_transpose<8>},

@@ -1,4 +1,4 @@
-// Inner loops on blocks of columns, compiled once per instruction set as those of cpu/isa/dense.h.
+// Inner loops on blocks of columns (cpu/isa/isa.h).
 //
 // A block holds 1, 4 or 8 vectors interleaved, [state][column], so that one reading of a matrix
 // serves them all. The loops on vectors see it as one flat array: `n` counts its numbers, and a

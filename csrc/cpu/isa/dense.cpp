@@ -1,56 +1,8 @@
-// Leaf loops. This file is compiled several times with different instruction-set flags, so it must
-// instantiate nothing that another file could share: no standard containers, no std::min.
-#include "cpu/isa/dense.h"
-
-#include "core/scalar_math.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "cpu/isa/isa.h"
+#include "cpu/isa/simd.h"
 
 namespace birl::BIRL_ISA {
 namespace {
-
-// A vector of kWidth doubles, loads that widen float, and sums across lanes.
-#if defined(__AVX512F__)
-constexpr int kWidth = 8;
-typedef __m512d Vec;
-inline Vec load(const double* p) { return _mm512_loadu_pd(p); }
-inline Vec load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
-inline void store(double* p, Vec v) { _mm512_storeu_pd(p, v); }
-inline void store(float* p, Vec v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
-inline __m256d halve(Vec v) {
-  return _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
-}
-inline __m256d pairs(Vec u, Vec v) {
-  return halve(_mm512_add_pd(_mm512_unpacklo_pd(u, v), _mm512_unpackhi_pd(u, v)));
-}
-#elif defined(__AVX2__)
-constexpr int kWidth = 4;
-typedef __m256d Vec;
-inline Vec load(const double* p) { return _mm256_loadu_pd(p); }
-inline Vec load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
-inline void store(double* p, Vec v) { _mm256_storeu_pd(p, v); }
-inline void store(float* p, Vec v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
-inline __m256d pairs(Vec u, Vec v) { return _mm256_hadd_pd(u, v); }
-#else
-constexpr int kWidth = 2;
-typedef double Vec __attribute__((vector_size(16)));
-inline Vec load(const double* p) {
-  Vec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-inline Vec load(const float* p) {
-  return Vec{static_cast<double>(p[0]), static_cast<double>(p[1])};
-}
-inline void store(double* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline void store(float* p, Vec v) {
-  p[0] = static_cast<float>(v[0]);
-  p[1] = static_cast<float>(v[1]);
-}
-#endif
-constexpr int kParts = 16 / kWidth;  // sixteen lanes on every instruction set
 
 // Rows read side by side: as many as registers hold, and fewer in single precision, where fetching
 // ahead by hand is faster than what the processor fetches (measured; in double it is slower).
@@ -61,62 +13,20 @@ constexpr int kTogether = sizeof(Real) == 4 || kWidth < 8 ? 2 : 4;
 inline void fetch_below(const float* p, Index cols) { __builtin_prefetch(p + 4 * cols, 0, 3); }
 inline void fetch_below(const double*, Index) {}
 
-// min(0, p) over numbers taken sixteen at a time, in their own precision; NaN is passed over.
+// low := min(low, p) over sixteen numbers in their own precision; NaN is passed over.
 template <class Real>
-struct Least {
-  static constexpr int kLength = kWidth * 8 / static_cast<int>(sizeof(Real));
-  typedef Real Numbers __attribute__((vector_size(8 * kWidth)));
-  Numbers low{};
-
-  inline __attribute__((always_inline)) void take(const Real* p) {
+BIRL_INLINE void take_least(const Real* p, Vector<Real>& low) {
 #pragma GCC unroll 8
-    for (int k = 0; k < 16; k += kLength) {
-      Numbers x;
-      __builtin_memcpy(&x, p + k, sizeof x);
-      low = lesser(x, low);
-    }
-  }
-  double value() const {
-    Real smallest = 0;
-    for (int lane = 0; lane < kLength; ++lane)
-      smallest = low[lane] < smallest ? low[lane] : smallest;
-    return static_cast<double>(smallest);
-  }
-
- private:
-  // x where x < y, else y: one instruction, which a comparison and a selection are not made into.
-#if defined(__AVX512F__)
-  static Numbers lesser(__m512 x, __m512 y) { return _mm512_min_ps(x, y); }
-  static Numbers lesser(__m512d x, __m512d y) { return _mm512_min_pd(x, y); }
-#elif defined(__AVX2__)
-  static Numbers lesser(__m256 x, __m256 y) { return _mm256_min_ps(x, y); }
-  static Numbers lesser(__m256d x, __m256d y) { return _mm256_min_pd(x, y); }
-#else
-  static Numbers lesser(Numbers x, Numbers y) { return x < y ? x : y; }
-#endif
-};
+  for (int k = 0; k < kLanes; k += kLength<Real>) low = smaller(load<Vector<Real>>(p + k), low);
+}
 
 // out[i] = sum of the lanes of v[i]
-#if defined(__AVX2__)
-inline __m128d fold(__m256d v) {
-  return _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
-}
-inline void lane_sums(const Vec (&v)[4], double* out) {
-  _mm_storeu_pd(out, fold(pairs(v[0], v[1])));
-  _mm_storeu_pd(out + 2, fold(pairs(v[2], v[3])));
-}
-inline void lane_sums(const Vec (&v)[2], double* out) {
-  _mm_storeu_pd(out, fold(pairs(v[0], v[1])));
-}
-inline void lane_sums(const Vec (&v)[1], double* out) {
-  *out = _mm_cvtsd_f64(fold(pairs(v[0], v[0])));
-}
-#else
 template <int Rows>
-inline void lane_sums(const Vec (&v)[Rows], double* out) {
-  for (int i = 0; i < Rows; ++i) out[i] = v[i][0] + v[i][1];
+BIRL_INLINE void lane_sums(const Double (&v)[Rows], double* out) {
+#pragma GCC unroll 2
+  for (int i = 0; i + 2 <= Rows; i += 2) store(out + i, lane_sums(v[i], v[i + 1]));
+  if (Rows % 2) out[Rows - 1] = lane_sums(v[Rows - 1], v[Rows - 1])[0];
 }
-#endif
 
 // Σ_{t >= t0} p w, rounded the same wherever it is inlined.
 template <class Real>
@@ -127,24 +37,23 @@ inline double tail_product(const Real* p, Index t0, Index cols, const double* w)
 }
 
 template <int Rows, class Real>
-inline __attribute__((always_inline)) void row_products(const Real* p, Index cols, const double* w,
-                                                        double* y) {
-  Vec acc[Rows][kParts];
+BIRL_INLINE void row_products(const Real* p, Index cols, const double* w, double* y) {
+  Double acc[Rows][kParts];
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
-    for (int part = 0; part < kParts; ++part) acc[i][part] = Vec{};
+    for (int part = 0; part < kParts; ++part) acc[i][part] = Double{};
   Index t = 0;
   for (; t + 16 <= cols; t += 16) {
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) fetch_below(p + i * cols + t, cols);
 #pragma GCC unroll 8
     for (int part = 0; part < kParts; ++part) {
-      const Vec x = load(w + t + part * kWidth);
+      const Double x = load(w + t + part * kWidth);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) acc[i][part] += load(p + i * cols + t + part * kWidth) * x;
     }
   }
-  Vec total[Rows];
+  Double total[Rows];
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
@@ -168,29 +77,30 @@ void products(const Real* p, Index rows, Index cols, const double* w, double* y)
 
 // Σ_t p, min(0, min_t p), and with `Multiply` Σ_t p w, of each of `Rows` rows.
 template <bool Multiply, int Rows, class Real>
-inline __attribute__((always_inline)) void row_reductions(const Real* p, Index cols,
-                                                          const double* w, double* y, double* sum,
-                                                          double* least) {
-  Vec acc[Rows][kParts], product[Rows][kParts];
-  Least<Real> low[Rows];
+BIRL_INLINE void row_reductions(const Real* p, Index cols, const double* w, double* y, double* sum,
+                                double* least) {
+  Double acc[Rows][kParts], product[Rows][kParts];
+  Vector<Real> low[Rows];
 #pragma GCC unroll 4
-  for (int i = 0; i < Rows; ++i)
+  for (int i = 0; i < Rows; ++i) {
+    low[i] = Vector<Real>{};
 #pragma GCC unroll 8
-    for (int part = 0; part < kParts; ++part) acc[i][part] = product[i][part] = Vec{};
+    for (int part = 0; part < kParts; ++part) acc[i][part] = product[i][part] = Double{};
+  }
   Index t = 0;
   for (; t + 16 <= cols; t += 16) {
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {
-      low[i].take(p + i * cols + t);
+      take_least(p + i * cols + t, low[i]);
       fetch_below(p + i * cols + t, cols);
     }
 #pragma GCC unroll 8
     for (int part = 0; part < kParts; ++part) {
-      Vec weight{};
+      Double weight{};
       if constexpr (Multiply) weight = load(w + t + part * kWidth);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) {
-        const Vec x = load(p + i * cols + t + part * kWidth);
+        const Double x = load(p + i * cols + t + part * kWidth);
         acc[i][part] += x;
         if constexpr (Multiply) product[i][part] += x * weight;
       }
@@ -199,7 +109,7 @@ inline __attribute__((always_inline)) void row_reductions(const Real* p, Index c
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) {
     const Real* const row = p + i * cols;
-    Vec total[1], total_product[1];
+    Double total[1], total_product[1];
 #pragma GCC unroll 4
     for (int half = kParts / 2; half > 0; half /= 2)
 #pragma GCC unroll 4
@@ -214,7 +124,7 @@ inline __attribute__((always_inline)) void row_reductions(const Real* p, Index c
       lane_sums(total_product, y + i);
       y[i] += tail_product(row, t, cols, w);
     }
-    double smallest = low[i].value(), tail = 0.0;
+    double smallest = extreme<false>(low[i]), tail = 0.0;
     for (Index k = t; k < cols; ++k) {
       const double x = static_cast<double>(row[k]);
       tail += x;
@@ -247,55 +157,82 @@ void products_and_sums(const Real* p, Index rows, Index cols, const double* w, d
   reductions<true>(p, rows, cols, w, y, sum, least);
 }
 
+// Columns [0, Vectors · kWidth) of weighted_sum.
+template <bool Add, bool Both, int Vectors, class Real, class Out>
+BIRL_INLINE void weighted_tile(const Real* p, Index stride, Index rows, const double* weight,
+                               const double* second, const Real* ahead, Out* out, double* more) {
+  Double acc[Vectors], beside[Vectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < Vectors; ++i) {
+    acc[i] = beside[i] = Double{};
+    if constexpr (Add) acc[i] = load(out + i * kWidth);
+    if constexpr (Both) beside[i] = load(more + i * kWidth);
+  }
+  for (Index k = 0; k < rows; ++k) {
+    if (ahead) {  // two lines of a row to come for the two that are read (one if float)
+      __builtin_prefetch(ahead + k * stride, 0, 2);
+      __builtin_prefetch(ahead + k * stride + Vectors * kWidth / 2, 0, 2);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; ++i) {
+      const Double x = load(p + k * stride + i * kWidth);
+      acc[i] += weight[k] * x;
+      if constexpr (Both) beside[i] += second[k] * x;
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < Vectors; ++i) {
+    store(out + i * kWidth, acc[i]);
+    if constexpr (Both) store(more + i * kWidth, beside[i]);
+  }
+}
+
+// out[t] = Σ_k weight[k] p[k,t], on top of what is there if `Add`, and with `Both`
+// more[t] += Σ_k second[k] p[k,t]. `Fused` beyond whole tiles: rounded once wherever it is inlined.
+template <bool Add, bool Both, bool Fused, class Real, class Out>
+inline void weighted_sum(const Real* p, Index stride, Index rows, Index cols, const double* weight,
+                         const double* second, const Real* ahead, Out* out, double* more) {
+  constexpr Index kTile = 4 * kWidth;
+  Index t = 0;
+  for (; t + kTile <= cols; t += kTile)
+    weighted_tile<Add, Both, 4>(p + t, stride, rows, weight, second, ahead ? ahead + t : nullptr,
+                                out + t, more + t);
+  for (; !Fused && t + kWidth <= cols; t += kWidth)
+    weighted_tile<Add, Both, 1>(p + t, stride, rows, weight, second, ahead, out + t, more + t);
+  for (; t < cols; ++t) {
+    double acc = Add ? static_cast<double>(out[t]) : 0.0, beside = Both ? more[t] : 0.0;
+    for (Index k = 0; k < rows; ++k) {
+      const double x = static_cast<double>(p[k * stride + t]);
+      acc = Fused ? __builtin_fma(weight[k], x, acc) : acc + weight[k] * x;
+      if constexpr (Both) beside += second[k] * x;
+    }
+    out[t] = static_cast<Out>(acc);
+    if constexpr (Both) more[t] = beside;
+  }
+}
+
 template <class Real>
 void combine(const Real* p, Index stride, Index rows, Index cols, const double* weight,
              double* out) {
-  constexpr int kTile = 4 * kWidth;
-  Index t = 0;
-  for (; t + kTile <= cols; t += kTile) {
-    Vec acc[4];
-    for (int i = 0; i < 4; ++i) acc[i] = load(out + t + i * kWidth);
-    for (Index k = 0; k < rows; ++k) {
-      const Real* row = p + k * stride + t;
-      for (int i = 0; i < 4; ++i) acc[i] += weight[k] * load(row + i * kWidth);
-    }
-    for (int i = 0; i < 4; ++i) store(out + t + i * kWidth, acc[i]);
-  }
-  for (; t + kWidth <= cols; t += kWidth) {
-    Vec acc = load(out + t);
-    for (Index k = 0; k < rows; ++k) acc += weight[k] * load(p + k * stride + t);
-    store(out + t, acc);
-  }
-  for (; t < cols; ++t) {
-    double acc = out[t];
-    for (Index k = 0; k < rows; ++k) acc += weight[k] * static_cast<double>(p[k * stride + t]);
-    out[t] = acc;
-  }
+  const Real* const nothing = nullptr;
+  weighted_sum<true, false, false>(p, stride, rows, cols, weight, weight, nothing, out, out);
 }
 
 template <class Real>
 void policy_row(const Real* p, Index rows, Index cols, const double* weight, const Real* ahead,
                 Real* out) {
-  constexpr int kTile = 4 * kWidth;
-  Index t = 0;
-  for (; t + kTile <= cols; t += kTile) {
-    Vec acc[4] = {Vec{}, Vec{}, Vec{}, Vec{}};
-    for (Index k = 0; k < rows; ++k) {
-      const Index at = k * cols + t;
-      if (ahead) {  // two lines of a row to come for the two that are read (one if float)
-        __builtin_prefetch(ahead + at, 0, 2);
-        __builtin_prefetch(ahead + at + kTile / 2, 0, 2);
-      }
-      for (int i = 0; i < 4; ++i) acc[i] += weight[k] * load(p + at + i * kWidth);
-    }
-    for (int i = 0; i < 4; ++i) store(out + t + i * kWidth, acc[i]);
-  }
-  for (; t < cols; ++t) {
-    double acc = 0.0;
-    for (Index k = 0; k < rows; ++k)
-      acc = __builtin_fma(weight[k], static_cast<double>(p[k * cols + t]), acc);
-    out[t] = static_cast<Real>(acc);
-  }
+  double* const nothing = nullptr;
+  weighted_sum<false, false, true>(p, cols, rows, cols, weight, weight, ahead, out, nothing);
+}
+
+template <class Real>
+void two_policy_rows(const Real* p, Index rows, Index cols, const double* weight,
+                     const double* second, double* out, double* more) {
+  const Real* const nothing = nullptr;
+  if (second)
+    weighted_sum<false, true, false>(p, cols, rows, cols, weight, second, nothing, out, more);
+  else
+    weighted_sum<false, false, false>(p, cols, rows, cols, weight, weight, nothing, out, out);
 }
 
 template <class Real>
@@ -325,7 +262,7 @@ void eliminate_block(double* a, Index n, Index stride, Index k0, Index k1, doubl
                      double* inverse_pivot) {
   for (Index k = k0; k < k1; ++k) {
     const double* row = a + k * stride;
-    Vec acc[1] = {Vec{}};
+    Double acc[1] = {Double{}};
     for (Index j = k + 1; j < n; j += kWidth) acc[0] += load(row + j);
     double rest;
     lane_sums(acc, &rest);
@@ -383,12 +320,10 @@ void eliminated_solve_transpose(const double* a, Index n, Index stride, const do
 // A block of states at a time, so that the exponentials form one long flat loop.
 void soft_maximum(const SoftMaximum& m) {
   const Index A = m.actions;
-  constexpr double kHuge = __builtin_huge_val();
-  constexpr double kLargest = 1.7976931348623157e308;
-  const double inverse = 1.0 / m.temperature;
-  const bool tiny = inverse > kLargest;           // of a subnormal τ there is no 1/τ
-  double* const top = m.scratch;                  // max_a q over available actions
-  double* const total = top + kSoftMaximumBlock;  // Σ_a e, then its logarithm
+  const double inverse = inverse_temperature(m.temperature);
+  const bool tiny = inverse < 1.0 / m.temperature;  // of a subnormal τ there is no 1/τ
+  double* const top = m.scratch;                    // max_a q over available actions
+  double* const total = top + kSoftMaximumBlock;    // Σ_a e, then its logarithm
   double* const x = total + kSoftMaximumBlock;
   const Index block = A < kSoftMaximumBlock ? kSoftMaximumBlock / A : 1;
   for (Index s0 = 0; s0 < m.states; s0 += block) {
@@ -397,19 +332,18 @@ void soft_maximum(const SoftMaximum& m) {
     const double* q = m.q + s0 * A;
     const double* reference = m.log_reference ? m.log_reference + s0 * A : nullptr;
     for (Index s = 0; s < states; ++s) {
-      double best = -kHuge;
+      double best = nothing<double>();
       for (Index a = s * A; a < s * A + A; ++a) {
-        const double candidate = reference && reference[a] == -kHuge ? -kHuge : q[a];
-        best = candidate > best || candidate != candidate ? candidate : best;
+        best = higher(best, reference ? available(q[a], reference[a]) : q[a]);
       }
       if (tiny)
         for (Index a = s * A; a < s * A + A; ++a) x[a] = (q[a] - best) / m.temperature;
       else
         for (Index a = s * A; a < s * A + A; ++a) x[a] = (q[a] - best) * inverse;
       if (reference) {
-        double peak = -kHuge;
+        double peak = nothing<double>();
         for (Index a = s * A; a < s * A + A; ++a) {
-          x[a] = reference[a] == -kHuge ? -kHuge : x[a] + reference[a];
+          x[a] = available(x[a] + reference[a], reference[a]);
           peak = x[a] > peak ? x[a] : peak;
         }
         for (Index a = s * A; a < s * A + A; ++a) x[a] -= peak;
@@ -438,7 +372,7 @@ void soft_maximum(const SoftMaximum& m) {
       for (Index s = 0; s < states; ++s)
         for (Index a = s * A; a < s * A + A; ++a)
           m.advantage[s0 * A + a] =
-              reference && reference[a] == -kHuge ? 0.0 : q[a] - m.value[s0 + s];
+              reference && masked(reference[a]) ? 0.0 : q[a] - m.value[s0 + s];
   }
 }
 
@@ -463,22 +397,17 @@ Range difference(Index n, const double* a, const double* b, double shift, double
   return {low, high, least, most, sum == 0.0};
 }
 
+template <class Real>
+constexpr RowKernels<Real> kRows = {products<Real>, sums<Real>,       products_and_sums<Real>,
+                                    combine<Real>,  policy_row<Real>, two_policy_rows<Real>,
+                                    q_values<Real>};
+
 }  // namespace
 
-// Found by cpu/isa/dispatch.cpp through its declaration there.
-extern const Kernels kTable;
-const Kernels kTable = {
-#define BIRL_STRING_(x) #x
-#define BIRL_STRING(x) BIRL_STRING_(x)
-    BIRL_STRING(BIRL_ISA),
-    {products<float>, sums<float>, products_and_sums<float>, combine<float>, policy_row<float>,
-     q_values<float>},
-    {products<double>, sums<double>, products_and_sums<double>, combine<double>, policy_row<double>,
-     q_values<double>},
-    soft_maximum,
-    {eliminate_block, eliminate_below, eliminated_solve, eliminated_solve_transpose},
-    dot,
-    difference,
+const Kernels kDense = {
+    kRows<float>, kRows<double>,
+    soft_maximum, {eliminate_block, eliminate_below, eliminated_solve, eliminated_solve_transpose},
+    dot,          difference,
 };
 
 }  // namespace birl::BIRL_ISA

@@ -1,5 +1,5 @@
-// The inner loops, compiled once per instruction set (cpu/isa/dense.cpp) and chosen at run time
-// (cpu/isa/dispatch.cpp). Every reduction has a fixed shape: 16 lanes, then a tree, then the tail.
+// Inner loops on dense tables (cpu/isa/isa.h). Every reduction has a fixed shape: 16 lanes, then a
+// tree, then the tail.
 #pragma once
 
 #include "core/common.h"
@@ -22,6 +22,10 @@ struct RowKernels {
   // asks the memory for as much from `ahead` on, unless that is null.
   void (*policy_row)(const Real* p, Index rows, Index cols, const double* weight, const Real* ahead,
                      Real* out);
+  // out[t] = Σ_k weight[k] p[k,t] for consecutive rows, and if there is a second weight also
+  // more[t] += Σ_k second[k] p[k,t].
+  void (*two_policy_rows)(const Real* p, Index rows, Index cols, const double* weight,
+                          const double* second, double* out, double* more);
   // q[i] = reward[i] + discount · product[i] · inverse_sum[i]
   void (*q_values)(Index rows, const Real* reward, const double* product, const double* inverse_sum,
                    double discount, double* q);
@@ -63,7 +67,6 @@ struct Range {
 };
 
 struct Kernels {
-  const char* name;
   RowKernels<float> f32;
   RowKernels<double> f64;
   void (*soft_maximum)(const SoftMaximum&);
@@ -73,24 +76,19 @@ struct Kernels {
   Range (*difference)(Index n, const double* a, const double* b, double shift, double* d);
 
   template <class Real>
-  const RowKernels<Real>& rows() const;
+  const RowKernels<Real>& rows() const {
+    if constexpr (sizeof(Real) == 4)
+      return f32;
+    else
+      return f64;
+  }
 };
-template <>
-inline const RowKernels<float>& Kernels::rows<float>() const {
-  return f32;
-}
-template <>
-inline const RowKernels<double>& Kernels::rows<double>() const {
-  return f64;
-}
 
 constexpr Index kSoftMaximumBlock = 512;
 inline Index soft_maximum_scratch(Index actions) {
   return 2 * kSoftMaximumBlock + (actions > kSoftMaximumBlock ? actions : kSoftMaximumBlock);
 }
 
-// The table in use: the best the processor supports, or the one named by BIRL_ISA.
 const Kernels& kernels();
-const char* compiled_instruction_sets();
 
 }  // namespace birl

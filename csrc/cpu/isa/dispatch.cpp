@@ -2,39 +2,20 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu/isa/adjoint.h"
-#include "cpu/isa/columns.h"
-#include "cpu/isa/dense.h"
-#include "cpu/isa/packed.h"
-#include "cpu/isa/sliced.h"
+#include "cpu/isa/isa.h"
 
 namespace birl {
 
 namespace baseline {
-extern const Kernels kTable;
-extern const LaneKernels<float> kLanesSingle;
-extern const LaneKernels<double> kLanesDouble;
-extern const VjpKernels kVjpTable;
-extern const BlockKernels kBlockTable;
-extern const CsrKernels kCsrTable;
-}  // namespace baseline
+extern const Isa kIsa;
+}
 #ifdef BIRL_X86_DISPATCH
 namespace avx2 {
-extern const Kernels kTable;
-extern const LaneKernels<float> kLanesSingle;
-extern const LaneKernels<double> kLanesDouble;
-extern const VjpKernels kVjpTable;
-extern const BlockKernels kBlockTable;
-extern const CsrKernels kCsrTable;
-}  // namespace avx2
+extern const Isa kIsa;
+}
 namespace avx512 {
-extern const Kernels kTable;
-extern const LaneKernels<float> kLanesSingle;
-extern const LaneKernels<double> kLanesDouble;
-extern const VjpKernels kVjpTable;
-extern const BlockKernels kBlockTable;
-extern const CsrKernels kCsrTable;
-}  // namespace avx512
+extern const Isa kIsa;
+}
 #endif
 
 const char* compiled_instruction_sets() {
@@ -45,19 +26,8 @@ const char* compiled_instruction_sets() {
 #endif
 }
 
-namespace {
-
-struct Tables {
-  const Kernels* kernels;
-  const LaneKernels<float>* lanes_single;
-  const LaneKernels<double>* lanes_double;
-  const VjpKernels* vjp;
-  const BlockKernels* block;
-  const CsrKernels* csr;
-};
-
-const Tables& chosen() {
-  static const Tables tables = [] {
+const Isa& isa() {
+  static const Isa& chosen = []() -> const Isa& {
 #ifdef BIRL_X86_DISPATCH
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -67,33 +37,26 @@ const Tables& chosen() {
     const char* wanted = std::getenv("BIRL_ISA");
     const bool lower_than_512 = wanted && std::strcmp(wanted, "avx512") != 0;
     const bool lower_than_2 = wanted && std::strcmp(wanted, "baseline") == 0;
-    if (has_avx512 && !lower_than_512)
-      return Tables{&avx512::kTable,    &avx512::kLanesSingle, &avx512::kLanesDouble,
-                    &avx512::kVjpTable, &avx512::kBlockTable,  &avx512::kCsrTable};
-    if (has_avx2 && !lower_than_2)
-      return Tables{&avx2::kTable,    &avx2::kLanesSingle, &avx2::kLanesDouble,
-                    &avx2::kVjpTable, &avx2::kBlockTable,  &avx2::kCsrTable};
+    if (has_avx512 && !lower_than_512) return avx512::kIsa;
+    if (has_avx2 && !lower_than_2) return avx2::kIsa;
 #endif
-    return Tables{&baseline::kTable,    &baseline::kLanesSingle, &baseline::kLanesDouble,
-                  &baseline::kVjpTable, &baseline::kBlockTable,  &baseline::kCsrTable};
+    return baseline::kIsa;
   }();
-  return tables;
+  return chosen;
 }
 
-}  // namespace
-
-const Kernels& kernels() { return *chosen().kernels; }
-const VjpKernels& vjp_kernels() { return *chosen().vjp; }
-const BlockKernels& block_kernels() { return *chosen().block; }
-const CsrKernels& csr_kernels() { return *chosen().csr; }
-
-template <>
-const LaneKernels<float>& lane_kernels<float>() {
-  return *chosen().lanes_single;
+const Kernels& kernels() { return isa().dense; }
+const VjpKernels& vjp_kernels() { return isa().adjoint; }
+const BlockKernels& block_kernels() { return isa().columns; }
+const CsrKernels& csr_kernels() { return isa().sliced; }
+template <class Real>
+const LaneKernels<Real>& lane_kernels() {
+  if constexpr (sizeof(Real) == 4)
+    return isa().packed_single;
+  else
+    return isa().packed_double;
 }
-template <>
-const LaneKernels<double>& lane_kernels<double>() {
-  return *chosen().lanes_double;
-}
+template const LaneKernels<float>& lane_kernels();
+template const LaneKernels<double>& lane_kernels();
 
 }  // namespace birl

@@ -1,152 +1,19 @@
-// The kernels of cpu/isa/packed.h. This file is compiled several times with different
-// instruction-set flags, so it must instantiate nothing that another file could share: no standard
-// containers, no std::min.
-#include "cpu/isa/packed.h"
+#include "cpu/isa/isa.h"
+#include "cpu/isa/simd.h"
 
-#include "core/scalar_math.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-namespace birl {
-namespace BIRL_ISA {
-namespace {
-
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kBytes = 32;
-#else
-constexpr int kBytes = 16;
-#endif
-typedef float Single __attribute__((vector_size(kBytes)));
-typedef double Double __attribute__((vector_size(kBytes)));
-typedef float HalfSingle __attribute__((vector_size(kBytes / 2)));
-typedef std::uint32_t SingleBits __attribute__((vector_size(kBytes)));
-typedef std::uint64_t DoubleBits __attribute__((vector_size(kBytes)));
-
-}  // namespace
-}  // namespace BIRL_ISA
-
-template <>
-struct Format<BIRL_ISA::Single> {
-  using Bits = BIRL_ISA::SingleBits;
-  static constexpr bool kSingle = true;
-};
-template <>
-struct Format<BIRL_ISA::Double> {
-  using Bits = BIRL_ISA::DoubleBits;
-  static constexpr bool kSingle = false;
-};
-
-namespace BIRL_ISA {
+namespace birl::BIRL_ISA {
 namespace {
 
 constexpr double kInf = __builtin_huge_val();
 
 template <class Real>
-constexpr int kBlock = kBytes / static_cast<int>(sizeof(Real));
-
-template <class Vec>
-struct Lanes;
-template <>
-struct Lanes<Single> {
-  using Number = float;
-  static constexpr int kCount = kBytes / 4;
-};
-template <>
-struct Lanes<Double> {
-  using Number = double;
-  static constexpr int kCount = kBytes / 8;
-};
-
-// Compilers lower __builtin_convertvector in pieces.
-inline __attribute__((always_inline)) Double widen(HalfSingle x) {
-#if defined(__AVX512F__)
-  return _mm512_cvtps_pd(x);
-#elif defined(__AVX2__)
-  return _mm256_cvtps_pd(x);
-#else
-  return __builtin_convertvector(x, Double);
-#endif
-}
-inline __attribute__((always_inline)) HalfSingle narrow(Double x) {
-#if defined(__AVX512F__)
-  return _mm512_cvtpd_ps(x);
-#elif defined(__AVX2__)
-  return _mm256_cvtpd_ps(x);
-#else
-  return __builtin_convertvector(x, HalfSingle);
-#endif
-}
-
-template <class Vec, class Real>
-inline __attribute__((always_inline)) Vec load(const Real* from) {
-  if constexpr (sizeof(typename Lanes<Vec>::Number) == sizeof(Real)) {
-    Vec v;
-    __builtin_memcpy(&v, from, sizeof v);
-    return v;
-  } else {
-    HalfSingle half;
-    __builtin_memcpy(&half, from, sizeof half);
-    return widen(half);
-  }
-}
-template <class Vec>
-inline __attribute__((always_inline)) void store(typename Lanes<Vec>::Number* to, Vec v) {
-  __builtin_memcpy(to, &v, sizeof v);
-}
-inline __attribute__((always_inline)) void store(float* to, Double v) {
-  const HalfSingle half = narrow(v);
-  __builtin_memcpy(to, &half, sizeof half);
-}
-template <class Vec>
-inline __attribute__((always_inline)) Vec broadcast(typename Lanes<Vec>::Number x) {
-  return x - Vec{};
-}
-template <class Vec>
-inline __attribute__((always_inline)) Vec smaller(Vec a, Vec b) {
-  return a < b ? a : b;
-}
-template <class Vec>
-inline __attribute__((always_inline)) Vec larger(Vec a, Vec b) {
-  return a > b ? a : b;
-}
-
-// The smallest (or largest) lane, by halves.
-template <bool Largest, class Number, int Bytes>
-inline __attribute__((always_inline)) Number extreme(const Number* lanes) {
-  constexpr int count = Bytes / static_cast<int>(sizeof(Number));
-  if constexpr (Bytes > 16) {
-    typedef Number Half __attribute__((vector_size(Bytes / 2)));
-    Half low, high;
-    __builtin_memcpy(&low, lanes, sizeof low);
-    __builtin_memcpy(&high, lanes + count / 2, sizeof high);
-    const Half kept = Largest ? larger(low, high) : smaller(low, high);
-    Number rest[count / 2];
-    __builtin_memcpy(rest, &kept, sizeof kept);
-    return extreme<Largest, Number, Bytes / 2>(rest);
-  } else {
-    Number best = lanes[0];
-    for (int i = 1; i < count; ++i)
-      best = (Largest ? lanes[i] > best : lanes[i] < best) ? lanes[i] : best;
-    return best;
-  }
-}
-template <bool Largest, class Vec>
-inline __attribute__((always_inline)) double extreme(Vec v) {
-  typename Lanes<Vec>::Number lanes[Lanes<Vec>::kCount];
-  __builtin_memcpy(lanes, &v, sizeof v);
-  return static_cast<double>(extreme<Largest, typename Lanes<Vec>::Number, kBytes>(lanes));
-}
+constexpr int kBlock = kLength<Real>;
 
 // q' of `Actions` actions of the states on one vector. Partial sums over t, enough of them to keep
 // the multipliers busy.
 template <int Actions, class Vec, class Real>
-inline __attribute__((always_inline)) void products(const Real* p, Index stride, Index states,
-                                                    const typename Lanes<Vec>::Number* w,
-                                                    Vec (&sum)[Actions]) {
+BIRL_INLINE void products(const Real* p, Index stride, Index states, const NumberOf<Vec>* w,
+                          Vec (&sum)[Actions]) {
   constexpr int kParts = Actions <= 2 ? 4 : 2;
   Vec part[kParts][Actions];
 #pragma GCC unroll 4
@@ -176,7 +43,7 @@ inline __attribute__((always_inline)) void products(const Real* p, Index stride,
 }
 
 template <int Actions, class Vec, class Real>
-inline void q_values(const LaneSweep<typename Lanes<Vec>::Number, Real>& m, Index place, Index a0,
+inline void q_values(const LaneSweep<NumberOf<Vec>, Real>& m, Index place, Index a0,
                      const Real* p) {
   const Index at = place + a0 * kBlock<Real>;
   Vec sum[Actions];
@@ -184,38 +51,23 @@ inline void q_values(const LaneSweep<typename Lanes<Vec>::Number, Real>& m, Inde
 #pragma GCC unroll 8
   for (int a = 0; a < Actions; ++a) {
     const Index i = at + a * kBlock<Real>;
-    store<Vec>(m.q + i, load<Vec>(m.reward + i) + load<Vec>(m.scale + i) * sum[a]);
+    store(m.q + i, load<Vec>(m.reward + i) + load<Vec>(m.scale + i) * sum[a]);
   }
 }
 
 template <class Vec, class Real>
-inline void all_q_values(const LaneSweep<typename Lanes<Vec>::Number, Real>& m, Index place,
-                         const Real* p) {
+inline void all_q_values(const LaneSweep<NumberOf<Vec>, Real>& m, Index place, const Real* p) {
   Index a = 0;
   for (; a + 8 <= m.actions; a += 8) q_values<8, Vec>(m, place, a, p);
-  switch (m.actions - a) {
-    case 1:
-      return q_values<1, Vec>(m, place, a, p);
-    case 2:
-      return q_values<2, Vec>(m, place, a, p);
-    case 3:
-      return q_values<3, Vec>(m, place, a, p);
-    case 4:
-      return q_values<4, Vec>(m, place, a, p);
-    case 5:
-      return q_values<5, Vec>(m, place, a, p);
-    case 6:
-      return q_values<6, Vec>(m, place, a, p);
-    case 7:
-      return q_values<7, Vec>(m, place, a, p);
-    default:
-      return;
-  }
+  with_constant<7>(m.actions - a, [&](auto left) {
+    constexpr int kLeft = decltype(left)::value;
+    if constexpr (kLeft > 0) q_values<kLeft, Vec>(m, place, a, p);
+  });
 }
 
 // 2^z for z <= 0 in single precision, a sweep's innermost loop: 2^-126 from there on, NaN stays
 // NaN. Relative error below 2e-7. Interpolation of 2^t at the Chebyshev nodes of [−1/2, 1/2].
-inline __attribute__((always_inline)) Single exp2_nonpositive(Single z) {
+BIRL_INLINE Single exp2_nonpositive(Single z) {
   const Single least = broadcast<Single>(-126.0f);
   const Single y = least > z ? least : z;
   constexpr float kShift = 0x1.8p23f;  // rounds to an integer, and leaves it in the low bits
@@ -227,8 +79,9 @@ inline __attribute__((always_inline)) Single exp2_nonpositive(Single z) {
   p = p * t + 0.240226509f;
   p = p * t + 0.693147207f;
   p = p * t + 1.0f;
-  const SingleBits one = bit_cast<SingleBits>(broadcast<Single>(1.0f));
-  return p * bit_cast<Single>((bit_cast<SingleBits>(shifted) << 23) + one);
+  using Bits = Format<Single>::Bits;
+  const Bits one = bit_cast<Bits>(broadcast<Single>(1.0f));
+  return p * bit_cast<Single>((bit_cast<Bits>(shifted) << 23) + one);
 }
 
 // The exponential in which a sweep weighs actions, and 1/τ and log μ in its units.
@@ -253,16 +106,15 @@ struct SoftMaximum {
 // Over `actions` entries of q, kBlock apart, for vectors of states at `place`: several at a time,
 // because each is one long chain of dependent operations.
 template <class Real, class Vec, int Count>
-inline __attribute__((always_inline)) SoftMaximum<Vec, Count> soft_maximum(
-    const typename Lanes<Vec>::Number* q, const typename Lanes<Vec>::Number* reference,
-    const Index (&place)[Count], Index actions, Vec temperature, Vec inverse) {
-  using Number = typename Lanes<Vec>::Number;
+BIRL_INLINE SoftMaximum<Vec, Count> soft_maximum(const NumberOf<Vec>* q,
+                                                 const NumberOf<Vec>* reference,
+                                                 const Index (&place)[Count], Index actions,
+                                                 Vec temperature, Vec inverse) {
   constexpr Index W = kBlock<Real>;
-  const Vec nothing = broadcast<Vec>(static_cast<Number>(-kInf));
   SoftMaximum<Vec, Count> m;
 #pragma GCC unroll 4
   for (int i = 0; i < Count; ++i) {
-    m.top[i] = nothing;
+    m.top[i] = nothing<Vec>();
     m.total[i] = Vec{};
   }
   if (!reference) {
@@ -279,25 +131,16 @@ inline __attribute__((always_inline)) SoftMaximum<Vec, Count> soft_maximum(
   for (int i = 0; i < Count; ++i) {
     const auto log_mu = [&](Index a) { return load<Vec>(reference + place[i] + a * W); };
     const auto exponent = [&](Index a) {
-      const Vec mu = log_mu(a), x = (load<Vec>(q + place[i] + a * W) - m.top[i]) * inverse + mu;
-      return mu == nothing ? nothing : x;
+      return log_weight(load<Vec>(q + place[i] + a * W), m.top[i], inverse, log_mu(a));
     };
     for (Index a = 0; a < actions; ++a)
-      m.top[i] = larger(log_mu(a) == nothing ? nothing : load<Vec>(q + place[i] + a * W), m.top[i]);
-    Vec peak = nothing;
+      m.top[i] = larger(available(load<Vec>(q + place[i] + a * W), log_mu(a)), m.top[i]);
+    Vec peak = nothing<Vec>();
     for (Index a = 0; a < actions; ++a) peak = larger(exponent(a), peak);
     for (Index a = 0; a < actions; ++a) m.total[i] += Exponent<Vec>::of(exponent(a) - peak);
     m.top[i] += (temperature * Exponent<Vec>::kUnit) * peak;
   }
   return m;
-}
-
-template <class Number>
-inline Number inverse_of(Number temperature) {
-  constexpr Number kLargest = sizeof(Number) == 4 ? static_cast<Number>(3.4028234663852886e38)
-                                                  : static_cast<Number>(1.7976931348623157e308);
-  const Number inverse = 1 / temperature;
-  return inverse > kLargest ? kLargest : inverse;  // a subnormal τ must not turn 0·(1/τ) into NaN
 }
 
 // Running ranges of δ and of the image.
@@ -307,10 +150,9 @@ struct Ranges {
 };
 
 template <int Count, class Vec, class Real>
-inline __attribute__((always_inline)) void sweep_states(
-    const LaneSweep<typename Lanes<Vec>::Number, Real>& m, Index s, Vec temperature, Vec inverse,
-    Vec constant, Ranges<Vec>& ranges) {
-  constexpr Index L = Lanes<Vec>::kCount, W = kBlock<Real>;
+BIRL_INLINE void sweep_states(const LaneSweep<NumberOf<Vec>, Real>& m, Index s, Vec temperature,
+                              Vec inverse, Vec constant, Ranges<Vec>& ranges) {
+  constexpr Index L = kCount<Vec>, W = kBlock<Real>;
   const Index A = m.actions;
   Index place[Count];
 #pragma GCC unroll 4
@@ -320,7 +162,7 @@ inline __attribute__((always_inline)) void sweep_states(
     const Real* p = m.transition + block * m.states * A * W + lane;
     if (!m.value) {
       for (Index a = 0; a < A; ++a)
-        store<Vec>(m.q + place[i] + a * W, load<Vec>(m.reward + place[i] + a * W));
+        store(m.q + place[i] + a * W, load<Vec>(m.reward + place[i] + a * W));
     } else {
       all_q_values<Vec>(m, place[i], p);
     }
@@ -332,7 +174,7 @@ inline __attribute__((always_inline)) void sweep_states(
     const Vec image = maximum.top[i] + temperature * log_from_one(maximum.total[i]);
     const Vec before = m.value ? load<Vec>(m.w + s + i * L) : Vec{};
     const Vec delta = (image - before) - constant;
-    store<Vec>(m.image + s + i * L, image);
+    store(m.image + s + i * L, image);
     ranges.low = smaller(delta, ranges.low);
     ranges.high = larger(delta, ranges.high);
     ranges.least = smaller(image, ranges.least);
@@ -342,15 +184,15 @@ inline __attribute__((always_inline)) void sweep_states(
 }
 
 template <class Vec, class Real>
-Extent sweep(const LaneSweep<typename Lanes<Vec>::Number, Real>& m) {
-  using Number = typename Lanes<Vec>::Number;
-  constexpr Index L = Lanes<Vec>::kCount;
+Extent sweep(const LaneSweep<NumberOf<Vec>, Real>& m) {
+  using Number = NumberOf<Vec>;
+  constexpr Index L = kCount<Vec>;
   const Index S = m.states;
   const Vec temperature = broadcast<Vec>(m.temperature);
-  const Vec inverse = broadcast<Vec>(inverse_of(m.temperature * Exponent<Vec>::kUnit));
+  const Vec inverse = broadcast<Vec>(inverse_temperature(m.temperature * Exponent<Vec>::kUnit));
   const Vec constant = broadcast<Vec>(m.constant), centre = broadcast<Vec>(m.centre);
   if (m.value)
-    for (Index s = 0; s < S; s += L) store<Vec>(m.w + s, load<Vec>(m.value + s) - centre);
+    for (Index s = 0; s < S; s += L) store(m.w + s, load<Vec>(m.value + s) - centre);
   const Vec infinite = broadcast<Vec>(static_cast<Number>(kInf));
   Ranges<Vec> ranges{infinite, -infinite, infinite, -infinite, Vec{}};
   Index s = 0;
@@ -363,104 +205,54 @@ Extent sweep(const LaneSweep<typename Lanes<Vec>::Number, Real>& m) {
 
 // ---- packing ------------------------------------------------------------------------------------
 
-// Tiles of kBlock states by kBlock successors, transposed in registers where that is written out.
-#if defined(__AVX512F__)
-// to[t·stride] = lanes of column t of sixteen rows; the first `cols` columns only.
-inline void transpose_tile(const float* const (&row)[16], Index t0, Index cols, float* to,
-                           Index stride) {
-  const __mmask16 mask = static_cast<__mmask16>(cols >= 16 ? 0xffff : (1 << cols) - 1);
-  __m512 a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_ps(mask, row[i] + t0);
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b[i]), _mm512_castps_pd(b[i + 2])));
-    a[i + 1] =
-        _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b[i]), _mm512_castps_pd(b[i + 2])));
-    a[i + 2] = _mm512_castpd_ps(
-        _mm512_unpacklo_pd(_mm512_castps_pd(b[i + 1]), _mm512_castps_pd(b[i + 3])));
-    a[i + 3] = _mm512_castpd_ps(
-        _mm512_unpackhi_pd(_mm512_castps_pd(b[i + 1]), _mm512_castps_pd(b[i + 3])));
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // columns i, i+4, i+8, i+12, four rows in each 128-bit part
-    const __m512 low = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x44);
-    const __m512 high = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xee);
-    const __m512 low2 = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x44);
-    const __m512 high2 = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xee);
-    b[i] = _mm512_shuffle_f32x4(low, low2, 0x88);
-    b[i + 4] = _mm512_shuffle_f32x4(low, low2, 0xdd);
-    b[i + 8] = _mm512_shuffle_f32x4(high, high2, 0x88);
-    b[i + 12] = _mm512_shuffle_f32x4(high, high2, 0xdd);
-  }
-  if (cols >= 16) {
-#pragma GCC unroll 16
-    for (int t = 0; t < 16; ++t) _mm512_storeu_ps(to + t * stride, b[t]);
-  } else {
-    for (int t = 0; t < cols; ++t) _mm512_storeu_ps(to + t * stride, b[t]);
-  }
-}
-inline void transpose_tile(const double* const (&row)[8], Index t0, Index cols, double* to,
-                           Index stride) {
-  const __mmask8 mask = static_cast<__mmask8>(cols >= 8 ? 0xff : (1 << cols) - 1);
-  __m512d a[8], b[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) a[i] = _mm512_maskz_loadu_pd(mask, row[i] + t0);
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm512_unpacklo_pd(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_pd(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {  // columns i, i+2, i+4, i+6, two rows in each 128-bit part
-    const __m512d low = _mm512_shuffle_f64x2(b[i], b[i + 2], 0x44);
-    const __m512d high = _mm512_shuffle_f64x2(b[i], b[i + 2], 0xee);
-    const __m512d low2 = _mm512_shuffle_f64x2(b[i + 4], b[i + 6], 0x44);
-    const __m512d high2 = _mm512_shuffle_f64x2(b[i + 4], b[i + 6], 0xee);
-    a[i] = _mm512_shuffle_f64x2(low, low2, 0x88);
-    a[i + 2] = _mm512_shuffle_f64x2(low, low2, 0xdd);
-    a[i + 4] = _mm512_shuffle_f64x2(high, high2, 0x88);
-    a[i + 6] = _mm512_shuffle_f64x2(high, high2, 0xdd);
-  }
-  if (cols >= 8) {
-#pragma GCC unroll 8
-    for (int t = 0; t < 8; ++t) _mm512_storeu_pd(to + t * stride, a[t]);
-  } else {
-    for (int t = 0; t < cols; ++t) _mm512_storeu_pd(to + t * stride, a[t]);
-  }
-}
-#else
+// to[t·stride + i] = row[i][t] for i < rows and t < cols, kBlock of each at most.
 template <class Real>
-inline void transpose_tile(const Real* const (&row)[kBlock<Real>], Index t0, Index cols, Real* to,
+inline void transpose_tile(const Real* const (&row)[kBlock<Real>], Index rows, Index cols, Real* to,
                            Index stride) {
-  const Index count = cols < kBlock<Real> ? cols : kBlock<Real>;
-  for (Index t = 0; t < count; ++t)
-    for (int lane = 0; lane < kBlock<Real>; ++lane) to[t * stride + lane] = row[lane][t0 + t];
+  constexpr int W = kBlock<Real>;
+  const bool whole = rows >= W && cols >= W;
+  if (!kMasks && !whole) {
+    for (Index t = 0; t < cols && t < W; ++t)
+      for (Index i = 0; i < rows; ++i) to[t * stride + i] = row[i][t];
+    return;
+  }
+  Vector<Real> tile[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) tile[i] = load_first<Vector<Real>>(row[i], cols);
+  transpose(tile);
+  if (whole) {
+#pragma GCC unroll 16
+    for (int t = 0; t < W; ++t) store(to + t * stride, tile[t]);
+  } else {
+    for (int t = 0; t < cols && t < W; ++t) store_first(to + t * stride, tile[t], rows);
+  }
 }
-#endif
 
+// (S,A,C) to [block][c][a][lane].
 template <class Real>
-void pack_transition(const Real* p, Index S, Index A, Real* packed) {
+inline void pack(const Real* from, Index S, Index A, Index C, Real* packed) {
   constexpr Index W = kBlock<Real>;
-  for (Index s = 0; s < S; s += W, packed += S * A * W)
+  for (Index s = 0; s < S; s += W, packed += C * A * W)
     for (Index a = 0; a < A; ++a) {
       const Real* row[W];
       for (Index lane = 0; lane < W; ++lane)
-        row[lane] = p + ((s + lane < S ? s + lane : S - 1) * A + a) * S;
-      for (Index t = 0; t < S; t += W)
-        transpose_tile(row, t, S - t, packed + (t * A + a) * W, A * W);
+        row[lane] = from + ((s + lane < S ? s + lane : S - 1) * A + a) * C;
+      for (Index c = 0; c < C; c += W) {
+        transpose_tile(row, W, C - c, packed + (c * A + a) * W, A * W);
+        for (Index lane = 0; lane < W; ++lane) row[lane] += W;
+      }
     }
+}
+
+template <class Real>
+void pack_transition(const Real* p, Index S, Index A, Real* packed) {
+  pack(p, S, A, S, packed);
 }
 
 template <class Real>
 bool inverse_row_sums(const Real* packed, Index S, Index A, double tolerance, bool ending,
                       double* inverse) {
-  constexpr Index W = kBlock<Real>, L = Lanes<Double>::kCount;
+  constexpr Index W = kBlock<Real>, L = kWidth;
   const Double bound = broadcast<Double>(tolerance);
   bool sound = true;
   for (Index s = 0; s < S; s += L) {
@@ -482,7 +274,7 @@ bool inverse_row_sums(const Real* packed, Index S, Index A, double tolerance, bo
         least = smaller(x, least);
       }
       const Double sigma = total[0] + total[1];
-      store<Double>(inverse + block * A * W + a * W + lane, sigma == 0.0 ? Double{} : 1.0 / sigma);
+      store(inverse + block * A * W + a * W + lane, sigma == 0.0 ? Double{} : 1.0 / sigma);
       const Double excess = sigma - 1.0;
       const Double gap = excess < 0.0 ? -excess : excess;
       // one where the row is sound: a NaN compares false
@@ -496,18 +288,7 @@ bool inverse_row_sums(const Real* packed, Index S, Index A, double tolerance, bo
   return sound;
 }
 
-// Table (S,A) to [block][a][lane].
-template <class Number>
-inline void pack_table(const Number* table, Index S, Index A, Number* packed) {
-  constexpr Index W = kBlock<Number>;
-  for (Index s = 0; s < S; s += W, packed += A * W) {
-    const Number* row[W];
-    for (Index lane = 0; lane < W; ++lane)
-      row[lane] = table + (s + lane < S ? s + lane : S - 1) * A;
-    for (Index a = 0; a < A; a += W) transpose_tile(row, a, A - a, packed + a * W, W);
-  }
-}
-// The same in blocks of another width than a register's.
+// Table (S,A) to [block][a][lane], in blocks of W.
 inline void pack_table(const double* table, Index S, Index A, Index W, double* packed) {
   for (Index s = 0; s < S; s += W, packed += A * W)
     for (Index lane = 0; lane < W; ++lane) {
@@ -520,26 +301,12 @@ inline void pack_table(const double* table, Index S, Index A, Index W, double* p
 template <class Real>
 inline void unpack_block(const Real* from, Index A, Index count, Real* to) {
   constexpr Index W = kBlock<Real>;
-#if defined(__AVX512F__)
   const Real* row[W];
-  alignas(64) Real tile[W * W];
   for (Index a = 0; a < A; a += W) {
-    const Index width = A - a < W ? A - a : W;
-    for (Index i = 0; i < W; ++i) row[i] = from + (a + (i < width ? i : 0)) * W;
-    transpose_tile(row, 0, count, tile, W);
-    for (Index lane = 0; lane < count; ++lane) {
-      if constexpr (sizeof(Real) == 4)
-        _mm512_mask_storeu_ps(to + lane * A + a, static_cast<__mmask16>((1 << width) - 1),
-                              _mm512_load_ps(tile + lane * W));
-      else
-        _mm512_mask_storeu_pd(to + lane * A + a, static_cast<__mmask8>((1 << width) - 1),
-                              _mm512_load_pd(tile + lane * W));
-    }
+    const Index rows = A - a < W ? A - a : W;
+    for (Index i = 0; i < W; ++i) row[i] = from + (a + (i < rows ? i : 0)) * W;
+    transpose_tile(row, rows, count, to + a, A);
   }
-#else
-  for (Index lane = 0; lane < count; ++lane)
-    for (Index a = 0; a < A; ++a) to[lane * A + a] = from[a * W + lane];
-#endif
 }
 
 template <class Real>
@@ -548,14 +315,14 @@ LaneProblem pack_problem(const Real* reward, const double* log_reference, Index 
                          double* scale, double* packed_reference, float* single_scale,
                          float* single_reference) {
   constexpr Index W = kBlock<Real>;
-  pack_table(reward, S, A, packed_reward);
+  pack(reward, S, 1, A, packed_reward);
   if (log_reference) pack_table(log_reference, S, A, W, packed_reference);
   const Index entries = (S + W - 1) / W * W * A;
   double largest = 0.0, largest_reference = 0.0, rest = 0.0, ends = 0.0;
-  for (Index i = 0; i < entries; i += Lanes<Double>::kCount) {
+  for (Index i = 0; i < entries; i += kWidth) {
     const Double gamma = broadcast<Double>(discount);
     const Double x = gamma * load<Double>(inverse_sum + i);
-    store<Double>(scale + i, x);
+    store(scale + i, x);
     if (single_scale) store(single_scale + i, x);
     if (single_scale && log_reference)
       store(single_reference + i,
@@ -563,7 +330,7 @@ LaneProblem pack_problem(const Real* reward, const double* log_reference, Index 
   }
   if (!log_reference) {
     Double most{}, sum{}, least = broadcast<Double>(kInf);
-    for (Index i = 0; i < entries; i += Lanes<Double>::kCount) {
+    for (Index i = 0; i < entries; i += kWidth) {
       const Double r = load<Double>(packed_reward + i);
       most = larger(r < 0.0 ? -r : r, most);
       sum += r - r;
@@ -577,7 +344,7 @@ LaneProblem pack_problem(const Real* reward, const double* log_reference, Index 
       const double r = static_cast<double>(packed_reward[i]);
       rest = r - r == 0.0 ? rest : 1.0;
       const double mu = packed_reference[i];
-      if (mu == -kInf) continue;
+      if (masked(mu)) continue;
       const double size = r < 0.0 ? -r : r, bias = mu < 0.0 ? -mu : mu;
       largest = size > largest ? size : largest;
       largest_reference = bias > largest_reference ? bias : largest_reference;
@@ -596,10 +363,9 @@ void unpack(const double* packed, Index S, Index A, double* table) {
 
 template <class Real>
 void result(const LaneResult<Real>& m) {
-  constexpr Index W = kBlock<Real>, L = Lanes<Double>::kCount;
+  constexpr Index W = kBlock<Real>, L = kWidth;
   const Index S = m.states, A = m.actions;
-  const Double inverse = broadcast<Double>(inverse_of(m.temperature));
-  const Double nothing = broadcast<Double>(-kInf);
+  const Double inverse = broadcast<Double>(inverse_temperature(m.temperature));
   double* const exponent = m.scratch;                           // (A, L)
   double* const share = exponent + A * L;                       // (A, L)
   Real* const tables = reinterpret_cast<Real*>(share + A * L);  // four of (A, W)
@@ -607,34 +373,34 @@ void result(const LaneResult<Real>& m) {
     const Index place = s / W * A * W + s % W;
     const double* q = m.q_relative + place;
     const double* reference = m.log_reference ? m.log_reference + place : nullptr;
-    const auto masked = [&](Index a) { return load<Double>(reference + a * W) == nothing; };
-    Double best = nothing;
+    const auto log_mu = [&](Index a) { return load(reference + a * W); };
+    Double best = nothing<Double>();
     for (Index a = 0; a < A; ++a) {
       const Double x = load<Double>(q + a * W);
-      best = larger(reference ? (masked(a) ? nothing : x) : x, best);
+      best = larger(reference ? available(x, log_mu(a)) : x, best);
     }
-    Double peak = reference ? nothing : Double{};
+    Double peak = reference ? nothing<Double>() : Double{};
     for (Index a = 0; a < A; ++a) {
       Double x = (load<Double>(q + a * W) - best) * inverse;
       if (reference) {
-        x = masked(a) ? nothing : x + load<Double>(reference + a * W);
+        x = available(x + log_mu(a), log_mu(a));
         peak = larger(x, peak);
       }
-      store<Double>(exponent + a * L, x);
+      store(exponent + a * L, x);
     }
     Double total{};
     for (Index a = 0; a < A; ++a) {
       const Double x = load<Double>(exponent + a * L) - peak;
       const Double e = exp_nonpositive(x);
-      store<Double>(exponent + a * L, x);
-      store<Double>(share + a * L, e);
+      store(exponent + a * L, x);
+      store(share + a * L, e);
       total += e;
     }
     const Double logarithm = log_from_one(total);
     const Double image = load<Double>(m.image + s), value = image + m.offset;
     for (Index a = 0; a < A; ++a) {
       Double advantage = load<Double>(q + a * W) - image;
-      if (reference) advantage = masked(a) ? Double{} : advantage;
+      if (reference) advantage = masked(log_mu(a)) ? Double{} : advantage;
       Real* const to = tables + a * W + s % W;
       store(to, advantage + value);
       store(to + A * W, advantage);
@@ -642,7 +408,7 @@ void result(const LaneResult<Real>& m) {
       store(to + 3 * A * W, load<Double>(exponent + a * L) - logarithm);
     }
     double values[L];
-    store<Double>(values, value);
+    store(values, value);
     for (Index lane = 0; lane < L && s + lane < S; ++lane) {
       m.value[s + lane] = values[lane];
       if (m.relative) m.relative[s + lane] = m.image[s + lane];
@@ -656,16 +422,12 @@ void result(const LaneResult<Real>& m) {
 
 }  // namespace
 
-// Found by cpu/isa/dispatch.cpp through their declarations there.
-extern const LaneKernels<float> kLanesSingle;
-extern const LaneKernels<double> kLanesDouble;
-const LaneKernels<float> kLanesSingle = {
+const LaneKernels<float> kPackedSingle = {
     kBlock<float>,        pack_transition<float>, inverse_row_sums<float>, pack_problem<float>,
     sweep<Double, float>, sweep<Single, float>,   unpack<float>,           result<float>};
-const LaneKernels<double> kLanesDouble = {kBlock<double>,           pack_transition<double>,
-                                          inverse_row_sums<double>, pack_problem<double>,
-                                          sweep<Double, double>,    nullptr,
-                                          unpack<double>,           result<double>};
+const LaneKernels<double> kPackedDouble = {kBlock<double>,           pack_transition<double>,
+                                           inverse_row_sums<double>, pack_problem<double>,
+                                           sweep<Double, double>,    nullptr,
+                                           unpack<double>,           result<double>};
 
-}  // namespace BIRL_ISA
-}  // namespace birl
+}  // namespace birl::BIRL_ISA

@@ -1,4 +1,4 @@
-// Small problems, their states on the lanes of SIMD registers.
+// Inner loops on small problems, their states on the lanes of SIMD registers (cpu/isa/isa.h).
 //
 // A table over (S,A) is stored [block][a][lane], P is stored [block][t][a][lane], a block being
 // `width` states. One value V(t), broadcast, then multiplies whole registers of P, and everything
@@ -72,13 +72,8 @@ struct LaneKernels {
   void (*result)(const LaneResult<Real>&);
 };
 
-// The table in use: the best the processor supports, or the one named by BIRL_ISA.
 template <class Real>
 const LaneKernels<Real>& lane_kernels();
-template <>
-const LaneKernels<float>& lane_kernels<float>();
-template <>
-const LaneKernels<double>& lane_kernels<double>();
 
 inline Index padded(Index states, Index width) { return (states + width - 1) / width * width; }
 

@@ -1,7 +1,4 @@
-// The kernels of cpu/isa/sliced.h. As cpu/isa/dense.cpp, compiled several times: nothing may be
-// shared.
-#include "cpu/isa/sliced.h"
-
+#include "cpu/isa/isa.h"
 #include "cpu/isa/simd.h"
 
 namespace birl::BIRL_ISA {
@@ -10,7 +7,7 @@ namespace {
 constexpr Index kSlice = 8;
 typedef Row<8> Group;
 
-inline __attribute__((always_inline)) Group gather(const double* x, const std::int32_t* col) {
+BIRL_INLINE Group gather(const double* x, const std::int32_t* col) {
   Group out;
 #if defined(__AVX512F__)
   const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(col));
@@ -22,14 +19,13 @@ inline __attribute__((always_inline)) Group gather(const double* x, const std::i
     out.part[i] = _mm256_mask_i32gather_pd(__m256d{}, x, index, all, 8);
   }
 #else
-  for (int i = 0; i < 4; ++i) out.part[i] = Vec{x[col[2 * i]], x[col[2 * i + 1]]};
+  for (int i = 0; i < 4; ++i) out.part[i] = Double{x[col[2 * i]], x[col[2 * i + 1]]};
 #endif
   return out;
 }
 
 // Σ over groups [g0, g1) of value · x[col], entry by entry.
-inline __attribute__((always_inline)) Group products_of(const SlicedMatrix& m, Index g0, Index g1,
-                                                        const double* x) {
+BIRL_INLINE Group products_of(const SlicedMatrix& m, Index g0, Index g1, const double* x) {
   Group acc = Group::zero();
   for (Index g = g0; g < g1; ++g) {
     const auto value = Group::load(m.value + g * kSlice);
@@ -103,7 +99,7 @@ constexpr Index kInOrder = 8;
 
 // Σ_k value[k] x[k] with x[k] = at(k): in order if there are few, else in four interleaved sums.
 template <class Real, class At>
-inline __attribute__((always_inline)) double row_product(const Real* value, Index count, At&& at) {
+BIRL_INLINE double row_product(const Real* value, Index count, At&& at) {
   double total = 0.0;
   Index k = 0;
   if (count > kInOrder) {
@@ -119,10 +115,8 @@ inline __attribute__((always_inline)) double row_product(const Real* value, Inde
 // A state whose actions are alike: `Width` entries each, or `width` where that is not known before.
 // `near` is x at the successors.
 template <int Width, class Real>
-inline __attribute__((always_inline)) void alike_products(const Real* p, Index actions, Index width,
-                                                          const std::int32_t* col,
-                                                          const std::uint32_t* slot,
-                                                          const double* x, double* y) {
+BIRL_INLINE void alike_products(const Real* p, Index actions, Index width, const std::int32_t* col,
+                                const std::uint32_t* slot, const double* x, double* y) {
   const Index count = Width > 0 ? Width : width;
   double near[Width > 0 ? Width : kRoom];
 #pragma GCC unroll 8
@@ -132,10 +126,8 @@ inline __attribute__((always_inline)) void alike_products(const Real* p, Index a
 }
 
 template <int Width, class Real>
-inline __attribute__((always_inline)) void alike_row(const Real* p, Index actions, Index width,
-                                                     const std::uint32_t* slot, Index merged,
-                                                     const double* weight, const Index* place,
-                                                     double* out) {
+BIRL_INLINE void alike_row(const Real* p, Index actions, Index width, const std::uint32_t* slot,
+                           Index merged, const double* weight, const Index* place, double* out) {
   const Index count = Width > 0 ? Width : width;
   double sum[Width > 0 ? Width : kRoom];
 #pragma GCC unroll 8
@@ -151,35 +143,6 @@ inline __attribute__((always_inline)) void alike_row(const Real* p, Index action
   for (Index k = 0; k < count; ++k) out[place[slot[k]]] += sum[k];
 }
 
-// body(Constant<width>), or Constant<0> for rows of more than eight entries.
-template <int Value>
-struct Constant {
-  static constexpr int value = Value;
-};
-template <class Body>
-inline __attribute__((always_inline)) void with_width(Index width, Body&& body) {
-  switch (width) {
-    case 1:
-      return body(Constant<1>{});
-    case 2:
-      return body(Constant<2>{});
-    case 3:
-      return body(Constant<3>{});
-    case 4:
-      return body(Constant<4>{});
-    case 5:
-      return body(Constant<5>{});
-    case 6:
-      return body(Constant<6>{});
-    case 7:
-      return body(Constant<7>{});
-    case 8:
-      return body(Constant<8>{});
-    default:
-      return body(Constant<0>{});
-  }
-}
-
 template <class Real>
 void products(const PolicyRows& rows, const Real* value, Index s0, Index s1, const double* x,
               double* y) {
@@ -190,7 +153,7 @@ void products(const PolicyRows& rows, const Real* value, Index s0, Index s1, con
     const std::uint32_t* const slot = rows.slot + crow[0];
     const Index width = crow[1] - crow[0];
     if (rows.alike[s] && width <= kRoom) {
-      with_width(width, [&](auto known) {
+      with_constant<8>(width, [&](auto known) {
         alike_products<decltype(known)::value>(value + crow[0], A, width, col, slot, x, y);
       });
       continue;
@@ -215,7 +178,7 @@ void form(const PolicyRows& rows, const Real* value, Index s0, Index s1, const d
     const Index width = crow[1] - crow[0];
     const double* const w = weight + s * A;
     if (rows.alike[s] && width <= kRoom) {
-      with_width(width, [&](auto known) {
+      with_constant<8>(width, [&](auto known) {
         alike_row<decltype(known)::value>(value + crow[0], A, width, slot, merged, w, place, out);
       });
       continue;
@@ -232,12 +195,10 @@ void form(const PolicyRows& rows, const Real* value, Index s0, Index s1, const d
 
 }  // namespace
 
-// Found by cpu/isa/dispatch.cpp through its declaration there.
-extern const CsrKernels kCsrTable;
-const CsrKernels kCsrTable = {{products<float>, form<float>},
-                              {products<double>, form<double>},
-                              multiply_one,
-                              multiply<4>,
-                              multiply<8>};
+const CsrKernels kSliced = {{products<float>, form<float>},
+                            {products<double>, form<double>},
+                            multiply_one,
+                            multiply<4>,
+                            multiply<8>};
 
 }  // namespace birl::BIRL_ISA

@@ -1,4 +1,4 @@
-// Inner loops on sparse matrices, compiled once per instruction set as those of cpu/isa/dense.h.
+// Inner loops on sparse matrices (cpu/isa/isa.h).
 #pragma once
 
 #include "core/common.h"
@@ -50,19 +50,16 @@ struct CsrKernels {
   Multiply one, four, eight;
 
   template <class Real>
-  const CsrRowKernels<Real>& rows() const;
+  const CsrRowKernels<Real>& rows() const {
+    if constexpr (sizeof(Real) == 4)
+      return f32;
+    else
+      return f64;
+  }
   Multiply multiply(Index columns) const {
     return columns == 1 ? one : (columns == 4 ? four : eight);
   }
 };
-template <>
-inline const CsrRowKernels<float>& CsrKernels::rows<float>() const {
-  return f32;
-}
-template <>
-inline const CsrRowKernels<double>& CsrKernels::rows<double>() const {
-  return f64;
-}
 
 const CsrKernels& csr_kernels();
 

@@ -2,7 +2,7 @@
 // zero; the same arithmetic as the CPU's soft_maximum (cpu/isa/dense.cpp).
 #pragma once
 
-#include "core/scalar_math.h"
+#include "core/soft_maximum.h"
 #include "cuda/layer/layer.h"
 
 namespace birl::device {
@@ -17,7 +17,7 @@ struct LogReference {
   BIRL_DEVICE bool any(int row, int actions) const {
     if (!values) return true;
     for (int a = 0; a < actions; ++a)
-      if (values[row + a] > -kInf) return true;
+      if (values[row + a] > nothing<double>()) return true;
     return false;
   }
 };
@@ -46,21 +46,18 @@ struct SoftMaximum {
 
  private:
   BIRL_DEVICE double largest_q(int first) const {
-    double best = -kInf;
-    for (int row = first; row < first + actions; ++row) {
-      const double candidate = reference[row] == -kInf ? -kInf : q[row];
-      best = candidate > best || candidate != candidate ? candidate : best;
-    }
+    double best = nothing<double>();
+    for (int row = first; row < first + actions; ++row)
+      best = higher(best, available(q[row], reference[row]));
     return best;
   }
 
   BIRL_DEVICE double scaled(int row, double best, double inverse) const {
-    const double log_mu = reference[row];
-    return log_mu == -kInf ? -kInf : (q[row] - best) * inverse + log_mu;
+    return log_weight(q[row], best, inverse, reference[row]);
   }
 
   BIRL_DEVICE double peak(int first, double best, double inverse) const {
-    double highest = -kInf;
+    double highest = nothing<double>();
     for (int row = first; row < first + actions; ++row) {
       const double x = scaled(row, best, inverse);
       highest = x > highest ? x : highest;

@@ -2,7 +2,7 @@
 // state.
 #pragma once
 
-#include "core/scalar_math.h"
+#include "core/soft_maximum.h"
 #include "cuda/layer/warp.h"
 
 namespace birl::device {
@@ -14,7 +14,7 @@ struct LaneSoftMaximum {
   double inverse;  // 1/τ
   double best = 0.0, peak = 0.0, total = 0.0;
 
-  BIRL_DEVICE bool masked(Index a) const { return reference && reference[a] == -kInf; }
+  BIRL_DEVICE bool masked(Index a) const { return reference && birl::masked(reference[a]); }
 
   // log μ + (q − max q)/τ, less its maximum over the state; −inf where masked.
   BIRL_DEVICE double exponent(Index a) const { return scaled(a) - peak; }
@@ -29,14 +29,14 @@ struct LaneSoftMaximum {
     const auto over = [&](auto&& of) {
       return g.template join<double>(
           [&](int lane) {
-            double largest = -kInf;
+            double largest = nothing<double>();
             for (Index a = lane; a < actions; a += Group::kLanes) largest = higher(largest, of(a));
             return largest;
           },
-          higher);
+          [](double x, double y) { return higher(x, y); });
     };
     peak = 0.0;
-    best = over([&](Index a) { return masked(a) ? -kInf : q[a]; });
+    best = over([&](Index a) { return reference ? available(q[a], reference[a]) : q[a]; });
     if (reference) peak = over([&](Index a) { return scaled(a); });
     double sum[1];
     g.sums(sum, [&](int lane, double (&part)[1]) {
@@ -47,9 +47,7 @@ struct LaneSoftMaximum {
 
  private:
   BIRL_DEVICE double scaled(Index a) const {
-    if (masked(a)) return -kInf;
-    const double x = (q[a] - best) * inverse;
-    return reference ? x + reference[a] : x;
+    return reference ? log_weight(q[a], best, inverse, reference[a]) : (q[a] - best) * inverse;
   }
 };
 

@@ -11,6 +11,7 @@
 // `for (i = g.place; i < n; i += g.places)` deals n things to them.
 #pragma once
 
+#include "core/soft_maximum.h"
 #include "cuda/layer/primitives.h"
 
 #if !defined(__CUDACC__)
@@ -20,9 +21,6 @@
 #endif
 
 namespace birl::device {
-
-// NaN wins.
-BIRL_DEVICE double higher(double x, double y) { return y > x || y != y ? y : x; }
 
 #if defined(__CUDACC__)
 

@@ -1,0 +1,40 @@
+// All inner loops, compiled once per instruction set and chosen at run time (cpu/isa/dispatch.cpp).
+// A file of them must instantiate nothing that another file could share, which could be the copy of
+// a newer instruction set: no standard containers, no std::min.
+#pragma once
+
+#include "cpu/isa/adjoint.h"
+#include "cpu/isa/columns.h"
+#include "cpu/isa/dense.h"
+#include "cpu/isa/packed.h"
+#include "cpu/isa/sliced.h"
+
+namespace birl {
+
+struct Isa {
+  const char* name;
+  const Kernels& dense;
+  const LaneKernels<float>& packed_single;
+  const LaneKernels<double>& packed_double;
+  const VjpKernels& adjoint;
+  const BlockKernels& columns;
+  const CsrKernels& sliced;
+};
+
+// The best the processor supports, or the one named by BIRL_ISA.
+const Isa& isa();
+const char* compiled_instruction_sets();
+
+#ifdef BIRL_ISA
+namespace BIRL_ISA {
+extern const Kernels kDense;
+extern const LaneKernels<float> kPackedSingle;
+extern const LaneKernels<double> kPackedDouble;
+extern const VjpKernels kAdjoint;
+extern const BlockKernels kColumns;
+extern const CsrKernels kSliced;
+extern const Isa kIsa;
+}  // namespace BIRL_ISA
+#endif
+
+}  // namespace birl
