@@ -26,6 +26,7 @@ from typing import Any, get_args
 import torch
 from birl_bench.machine import header, today
 
+from birl_ext.files import replacing
 from birl_ext.problems.four_rooms import PUBLISHED, FourRoomsConfig, FourRoomsJob, Method
 
 BATCH = ("starts", "combined")
@@ -58,9 +59,8 @@ def measure(config: FourRoomsConfig, budget: str) -> dict[str, Any]:
 
 def write(report: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(report, indent=1) + "\n")
-    draft.replace(path)
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def table(entries: list[dict[str, Any]]) -> str:

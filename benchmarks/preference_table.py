@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from birl_bench.machine import header, today
 
+from birl_ext.files import replacing
 from birl_ext.preferences.teachers import TEACHERS
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.runs.config import from_plain, read_toml
@@ -192,9 +193,8 @@ def thresholds() -> dict[str, float]:
 
 def write(report: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(report, indent=1) + "\n")
-    draft.replace(path)
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from birl_bench import machine
+from birl_ext.files import replacing
 
 __all__ = ["digits", "lines", "markdown", "verdicts", "write"]
 
@@ -19,9 +20,8 @@ def write(report: Mapping[str, Any], path: Path) -> None:
         (path, json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
         (path.with_suffix(".md"), markdown(report)),
     ):
-        draft = target.with_name(target.name + ".part")
-        draft.write_text(text)
-        draft.replace(target)
+        with replacing(target) as draft:
+            draft.write_text(text)
 
 
 def lines(case: Mapping[str, Any]) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from birl_ext.errors import CheckpointCorruptError, ConfigError, FileFormatError, JobError
+from birl_ext.files import PARTIAL, locked, replacing, tidy
 from birl_ext.runs import toml
 from birl_ext.runs.config import from_plain, read_toml
 from birl_ext.runs.job import Metrics
@@ -69,8 +69,9 @@ class RunDirectory:
             ConfigError: the path exists and is not an empty directory.
         """
         # A kill may have left half of a configuration, and with it nothing that could be resumed.
-        half = _partial(path / CONFIG)
-        if path.exists() and (not path.is_dir() or any(file != half for file in path.iterdir())):
+        if path.exists() and (
+            not path.is_dir() or any(not p.name.startswith(PARTIAL) for p in path.iterdir())
+        ):
             raise ConfigError(
                 "the run directory is not empty",
                 where=str(path),
@@ -78,8 +79,8 @@ class RunDirectory:
                 + (f", or go on with --resume {path}" if (path / CONFIG).is_file() else ""),
             )
         path.mkdir(parents=True, exist_ok=True)
-        text = toml.dumps({"problem": problem, "config": dict(config)})
-        _replace(path / CONFIG, text)
+        with replacing(path / CONFIG) as draft:
+            draft.write_text(toml.dumps({"problem": problem, "config": dict(config)}), "utf-8")
         return cls(path)
 
     @property
@@ -108,20 +109,13 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep a second process from writing here; released by the system if this one dies.
+        """Keep a second process from writing here, and remove the drafts that a kill has left.
 
         Raises:
-            ConfigError: another process holds it.
+            ConfigError: another process holds the lock.
         """
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ConfigError(
-                    "another process is running in this directory",
-                    where=str(self.path),
-                    fix="wait for it or stop it",
-                ) from None
+        with locked(self.path / ".lock", "is running in this directory"):
+            tidy(self.path)
             yield
 
     def history(self) -> list[Metrics]:
@@ -194,7 +188,9 @@ class RunDirectory:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json at one stroke."""
-        _replace(self.summary_path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        with replacing(self.summary_path) as draft:
+            draft.write_text(text, "utf-8")
 
     def read_summary(self) -> dict[str, Any] | None:
         """The content of summary.json; None if the run has not ended."""
@@ -235,7 +231,8 @@ class MetricsWriter:
 
     def __init__(self, directory: RunDirectory, *, after: int, digest: str = "") -> None:
         kept = directory.recorded(after, digest)
-        _replace(directory.metrics_path, kept.decode())
+        with replacing(directory.metrics_path) as draft:
+            draft.write_bytes(kept)
         self._hash = hashlib.sha256(kept)
         self._file: IO[str] = directory.metrics_path.open("a")
 
@@ -280,17 +277,3 @@ def plain(value: Any, where: str = "summary") -> Any:
         allowed="numbers, strings, tensors, None, and dicts and lists of them",
         fix="return plain values from summary()",
     )
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a small file so that a reader, or a crash, sees the old or the new one, never half."""
-    temporary = _partial(path)
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
