@@ -448,7 +448,7 @@ def test_doctor_lists_every_extra(birl, monkeypatch):
     _, out, _ = birl("doctor")
     lines = dict(re.findall(r"^  \[(\w+)\] +(.+)$", out, re.M))
     assert set(lines) == set(declared["optional-dependencies"])
-    assert lines["cli"] == 'tyro missing, rich 1.0: pip install "birl_ext[cli]"'
+    assert lines["cli"] == 'tyro missing, rich 1.0, tomli-w 1.0: pip install "birl_ext[cli]"'
     assert lines["io"] == "safetensors 1.0"
     assert "birl_ext" not in lines["dev"]
 

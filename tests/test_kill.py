@@ -30,8 +30,8 @@ from preference_run import SMALL
 from processes import fork
 
 from birl_ext import cli
-from birl_ext.runs import toml
 from birl_ext.runs.checkpoint import CheckpointStore
+from birl_ext.runs.config import write_toml
 
 KILLS = 200
 CONFIG: dict[str, Any] = {
@@ -231,7 +231,7 @@ def trials(folder: Path) -> Counter[str]:
     from birl_ext.problems.preference.config import PreferenceConfig
     from birl_ext.problems.preference.job import PreferenceJob
 
-    (folder / "config.toml").write_text(toml.dumps({"problem": "preference", "config": CONFIG}))
+    write_toml(folder / "config.toml", {"problem": "preference", "config": CONFIG})
     # What the children would import one by one.
     PreferenceJob(PreferenceConfig(**CONFIG))
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):

@@ -10,8 +10,9 @@ import json
 import math
 import os
 import signal
+import sys
+import tempfile
 import threading
-import tomllib
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -30,43 +31,17 @@ from birl_ext.errors import (
     ConfigError,
     FileFormatError,
     JobError,
+    MissingDependencyError,
     NotConvergedError,
 )
-from birl_ext.runs import loop, plots, toml
+from birl_ext.runs import loop, plots
 from birl_ext.runs.checkpoint import CheckpointStore
-from birl_ext.runs.config import differences, from_plain, read_toml, to_plain
+from birl_ext.runs.config import differences, from_plain, read_toml, to_plain, write_toml
 from birl_ext.runs.directory import MetricsWriter, RunDirectory, default_path
 from birl_ext.runs.job import WritesFiles
 from birl_ext.runs.pace import Pace
 from birl_ext.runs.progress import progress
 from birl_ext.runs.saver import Saver
-
-# TOML
-
-VALUES = st.recursive(
-    st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=12,
-)
-
-
-@given(st.dictionaries(st.text(), VALUES, max_size=6))
-def test_toml_round_trip(document):
-    assert tomllib.loads(toml.dumps(document)) == document
-
-
-def test_toml_reads_well():
-    text = toml.dumps(
-        {"b": {"x y": 1, "none": None, "c": {"d": []}}, "a": 1e-08, "t": (1, {"u": 2})}
-    )
-    assert text == 'a = 1e-08\nt = [1, {u = 2}]\n\n[b]\n"x y" = 1\n\n[b.c]\nd = []\n'
-    assert math.isnan(tomllib.loads(toml.dumps({"x": math.nan}))["x"])
-
-
-def test_toml_refuses_other_values_by_name():
-    with pytest.raises(ConfigError, match=r"type set has no TOML form at a\.b"):
-        toml.dumps({"a": {"b": {1}}})
-
 
 # Configurations
 
@@ -99,7 +74,22 @@ class Config:
 
 @given(st.builds(Config, rate=st.floats(allow_nan=False), kind=st.sampled_from(["a", "b", 3])))
 def test_config_round_trip_through_toml(config):
-    assert from_plain(Config, tomllib.loads(toml.dumps(to_plain(config)))) == config
+    with tempfile.TemporaryDirectory() as folder:
+        write_toml(Path(folder) / "c.toml", to_plain(config))
+        assert from_plain(Config, read_toml(Path(folder) / "c.toml")) == config
+
+
+def test_what_has_no_form_in_toml_is_refused_by_name():
+    odd = dataclasses.make_dataclass("Odd", [("a", dict), ("b", "int | None")])
+    assert to_plain(odd({"x y": None, "z": (1,)}, None)) == {"a": {"z": [1]}}
+    with pytest.raises(ConfigError, match=r"type set has no form in TOML at config\.a\.b\[1\]"):
+        to_plain(odd({"b": [1, {2}]}, 3))
+
+
+def test_without_the_package_that_writes_toml_a_run_is_not_started(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tomli_w", None)
+    with pytest.raises(MissingDependencyError, match=r'tomli-w.*pip install "birl_ext\[cli\]"'):
+        start(tmp_path / "run")
 
 
 def test_an_unknown_key_is_refused_with_a_suggestion():

@@ -16,8 +16,7 @@ from typing import IO, Any
 
 from birl_ext.errors import CheckpointCorruptError, ConfigError, FileFormatError, JobError
 from birl_ext.files import PARTIAL, locked, replacing, tidy
-from birl_ext.runs import toml
-from birl_ext.runs.config import from_plain, read_toml
+from birl_ext.runs.config import from_plain, read_toml, write_toml
 from birl_ext.runs.job import Metrics
 
 __all__ = ["MetricsWriter", "RunDirectory", "default_path", "plain"]
@@ -79,8 +78,7 @@ class RunDirectory:
                 + (f", or go on with --resume {path}" if (path / CONFIG).is_file() else ""),
             )
         path.mkdir(parents=True, exist_ok=True)
-        with replacing(path / CONFIG) as draft:
-            draft.write_text(toml.dumps({"problem": problem, "config": dict(config)}), "utf-8")
+        write_toml(path / CONFIG, {"problem": problem, "config": config})
         return cls(path)
 
     @property
