@@ -10,23 +10,29 @@ from pathlib import Path
 
 from birl_ext.errors import ConfigError
 
-__all__ = ["PARTIAL", "locked", "put", "replacing", "tidy"]
+__all__ = ["PARTIAL", "draft_beside", "locked", "put", "replacing", "tidy"]
 
 PARTIAL = ".partial-"
 """How the names of drafts begin."""
 
 
 @contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A draft beside `target`: `put` there in the end, or removed if the block raises."""
-    # A name of its own, as two processes may write one file; its end is what tells its format.
-    draft = target.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{target.name}")
+def draft_beside(target: Path) -> Iterator[Path]:
+    """A path of the same folder and suffix as `target`, removed in the end unless it was `put`."""
+    draft = target.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{target.name}")  # of this call alone
     try:
         yield draft
-        put(draft, target)
     finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A draft beside `target`: `put` there in the end, or removed if the block raises."""
+    with draft_beside(target) as draft:
+        yield draft
+        put(draft, target)
 
 
 def put(draft: Path, target: Path) -> None:

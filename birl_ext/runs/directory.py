@@ -114,6 +114,7 @@ class RunDirectory:
         """
         with locked(self.path / ".lock", "is running in this directory"):
             tidy(self.path)
+            tidy(self.checkpoints)
             yield
 
     def history(self) -> list[Metrics]:

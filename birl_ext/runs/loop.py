@@ -82,7 +82,6 @@ def run(
         )
     store = CheckpointStore(directory.checkpoints)
     with directory.lock(), _attached(job, directory):
-        store.tidy()
         found = restore(job, store) if store.paths() else None
         if found is None:
             directory.check_unstarted()
