@@ -109,7 +109,7 @@ class PreferenceJob:
 
     def attach(self, directory: RunDirectory) -> None:
         """Keep answers and videos there; a log of the same run is checked and continued."""
-        self._log = AnswerLog(directory.path / "answers.log")
+        self._log = AnswerLog(directory.path / "answers.sqlite")
         self._log.rewind()
         self._videos = directory.path / "videos"
 
