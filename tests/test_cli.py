@@ -82,7 +82,7 @@ def test_help(birl):
     assert status == 0
     for flag in (
         *("--rate", "--seed", "--out", "--resume", "--no-figures", "--tensorboard"),
-        *("--checkpoint-every", "--checkpoint-minutes"),
+        "--checkpoint-every",
     ):
         assert flag in out
 
@@ -96,11 +96,6 @@ FORBIDDEN = 'problem = "fake"\n[config]\nsize = 200\nrate = 2\nsteps = 1\n'
         (["rnu"], r"unknown command 'rnu' .*did you mean 'run'\?"),
         (["run", "fkae"], r"unknown problem 'fkae' .*did you mean 'fake'\?"),
         (["run", "fake", "--checkpoint-every", "0"], "--checkpoint-every is 0"),
-        (["run", "fake", "--checkpoint-minutes", "-1"], r"--checkpoint-minutes is -1\.0"),
-        (
-            ["run", "fake", "--checkpoint-minutes", "5", "--checkpoint-every", "2"],
-            "--checkpoint-every excludes --checkpoint-minutes",
-        ),
         (["run", "fake", "--resume", "nowhere"], "not a run directory.*nowhere"),
         (["run", "--config", "absent.toml"], "No such file.*absent.toml"),
         (["run", "--config", "typo.toml"], r"unknown key 'rat' at typo\.toml.*'rate'"),
@@ -198,7 +193,7 @@ def test_a_run_ends_with_its_result_and_its_directory(birl):
 
 def test_tensorboard_is_written_when_asked_for(birl):
     pytest.importorskip("tensorboard")
-    words = ["run", "fake", "--steps", "3", "--no-figures", "--checkpoint-minutes", "0.1"]
+    words = ["run", "fake", "--steps", "3", "--no-figures"]
     assert birl(*words, "--tensorboard", "--out", "a")[0] == 0
     assert birl(*words, "--out", "b")[0] == 0
     (file,) = Path("a/tensorboard").iterdir()

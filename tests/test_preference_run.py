@@ -193,7 +193,7 @@ def test_an_answer_that_cannot_be_logged_is_not_used(
 def test_a_run_killed_before_its_first_checkpoint_starts_again_with_its_log(tmp_path: Path) -> None:
     job = make_job()
     directory = directory_of(tmp_path / "run", job)
-    job.attach(directory)
+    job.attach(directory.path)
     job.step()
     job.detach()
     with AnswerLog(tmp_path / "run" / "answers.sqlite") as log:

@@ -39,9 +39,8 @@ from birl_ext.runs.checkpoint import CheckpointStore
 from birl_ext.runs.config import differences, from_plain, read_toml, to_plain, write_toml
 from birl_ext.runs.directory import MetricsWriter, RunDirectory, default_path
 from birl_ext.runs.job import WritesFiles
-from birl_ext.runs.pace import Pace
+from birl_ext.runs.loop import Saver
 from birl_ext.runs.progress import progress
-from birl_ext.runs.saver import Saver
 
 # Configurations
 
@@ -234,7 +233,7 @@ def test_metrics_are_strict_json_and_a_torn_line_is_left_out(tmp_path):
     rows = [{"step": 1, "x": 0.1}, {"step": 2, "x": math.nan}, {"step": 3, "x": math.inf}]
     with contextlib.closing(MetricsWriter(directory, after=0)) as metrics:
         for row in rows:
-            metrics.append(row)
+            metrics(row)
     lines = directory.metrics_path.read_text().splitlines()
     assert lines[1:] == ['{"step": 2, "x": null}', '{"step": 3, "x": null}']
     with directory.metrics_path.open("a") as file:
@@ -308,18 +307,6 @@ def test_rows_beyond_the_checkpoint_may_be_anything(tmp_path, uninterrupted):
     loop.run(signal_at(job, 5, signal.SIGTERM), directory)
     with directory.metrics_path.open("ab") as file:
         file.write(b'{"step": 9}\nrubbish\n\0\0\0')
-    loop.run(*again(path))
-    assert fingerprint(path) == uninterrupted
-
-
-def test_a_checkpoint_from_before_there_were_digests_is_resumed(tmp_path, uninterrupted):
-    path = tmp_path / "run"
-    job, directory = start(path, steps=12)
-    loop.run(signal_at(job, 5, signal.SIGTERM), directory)
-    store = CheckpointStore(directory.checkpoints)
-    found = store.load()
-    store.save(found.state, step=5, config=found.config, versions=found.versions)
-    directory.metrics_path.write_bytes(directory.metrics_path.read_bytes())
     loop.run(*again(path))
     assert fingerprint(path) == uninterrupted
 
@@ -490,11 +477,11 @@ class FilingJob(FakeJob):
     def detach(self) -> None:
         self.detached += 1
 
-    def attach(self, directory: RunDirectory) -> None:
+    def attach(self, path: Path) -> None:
         assert self.path is None
-        with pytest.raises(ConfigError, match="another process"), directory.lock():
+        with pytest.raises(ConfigError, match="another process"), RunDirectory(path).lock():
             pass
-        self.path, self.seen = directory.path / "x", []
+        self.path, self.seen = path / "x", []
         self.path.mkdir(exist_ok=True)
 
     def load_state_dict(self, state: dict) -> None:
@@ -553,8 +540,8 @@ def test_a_job_may_write_files_of_its_own(tmp_path):
 
 
 def test_progress_is_silent_without_a_terminal(capfd):
-    with progress("fake", total=3) as report:
-        report(1, {"x": 1.0})
+    with progress("fake", total=3) as show:
+        show({"step": 1, "x": 1.0})
     assert capfd.readouterr() == ("", "")
 
 
@@ -700,14 +687,21 @@ class Simulation:
     """A run of one-second steps, whose checkpoints take some seconds each."""
 
     def __init__(
-        self, pace: Pace, cost: float, *, steps: int = 50_000, full_disk: bool = False
+        self,
+        every: int | None,
+        cost: float,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        steps: int = 50_000,
+        full_disk: bool = False,
     ) -> None:
         self.seconds, self.spent, self.full_disk = 0.0, 0.0, full_disk
         self.cost = cost
         self.starts: list[float] = []
         self.config, self.digest = FakeConfig(), ""
-        one: Any = self  # job, store, logger, metrics and clock
-        saver = Saver(one, one, one, one, one, pace, saved=None)
+        monkeypatch.setattr(loop.time, "perf_counter", lambda: self.seconds)
+        one: Any = self  # job, store and metrics
+        saver = Saver(one, one, one, None, every)
         with warnings.catch_warnings():
             warnings.simplefilter("error" if not full_disk else "ignore")
             for step in range(1, steps + 1):
@@ -740,8 +734,8 @@ class Simulation:
 
 @pytest.mark.parametrize("full_disk", [False, True])
 @pytest.mark.parametrize("cost", [0.0, 1.0, 2.0, 60.0, 600.0])
-def test_saving_takes_a_twentieth_of_the_time_at_most(cost, full_disk):
-    run = Simulation(Pace(), cost, full_disk=full_disk)
+def test_saving_takes_a_twentieth_of_the_time_at_most(monkeypatch, cost, full_disk):
+    run = Simulation(None, cost, monkeypatch, full_disk=full_disk)
     assert len(run.starts) >= 4
     assert min(run.gaps) >= 30
     assert run.gaps[0] == 30  # what it costs is not known yet
@@ -754,26 +748,31 @@ def test_saving_takes_a_twentieth_of_the_time_at_most(cost, full_disk):
 
 
 @pytest.mark.parametrize("cost", [0.0, 600.0])
-def test_a_pace_that_was_asked_for_is_kept(cost):
-    assert Simulation(Pace(minutes=2.5), cost, steps=1000).gaps == [150] * 6
-    assert Simulation(Pace(every=7), cost, steps=1000).gaps == [7] * 142
+def test_a_pace_that_was_asked_for_is_kept(monkeypatch, cost):
+    assert Simulation(7, cost, monkeypatch, steps=1000).gaps == [7] * 142
 
 
-@pytest.mark.parametrize(
-    ("pace", "message"),
-    [
-        ({"checkpoint_every": 0}, "--checkpoint-every is 0 .*1 or more"),
-        ({"checkpoint_minutes": 0.0}, r"--checkpoint-minutes is 0\.0 .*more than 0"),
-        ({"checkpoint_minutes": math.nan}, "--checkpoint-minutes is nan"),
-        ({"checkpoint_minutes": math.inf}, "--checkpoint-minutes is inf .*finite"),
-        ({"checkpoint_every": 5, "checkpoint_minutes": 1.0}, "excludes --checkpoint-minutes"),
-    ],
-)
-def test_an_impossible_pace_is_refused(tmp_path, pace, message):
+@pytest.mark.parametrize("every", [0, -1])
+def test_an_impossible_pace_is_refused(tmp_path, every):
     job, directory = start(tmp_path / "run")
-    with pytest.raises(ConfigError, match=message):
-        loop.run(job, directory, **pace)
+    with pytest.raises(ConfigError, match=f"--checkpoint-every is {every} .*1 or more"):
+        loop.run(job, directory, checkpoint_every=every)
     assert not directory.metrics_path.exists()
+
+
+# Loggers
+
+
+def test_loggers_are_called_with_each_row_once_it_is_recorded(tmp_path):
+    job, directory = start(tmp_path / "run", steps=3)
+    seen = []
+
+    def log(row: dict[str, float]) -> None:
+        assert directory.history()[-1] == row
+        seen.append(row)
+
+    loop.run(job, directory, loggers=[log])
+    assert seen == directory.history()
 
 
 # TensorBoard
@@ -806,8 +805,9 @@ def test_tensorboard_shows_each_row_once(tmp_path, uninterrupted, stops, number)
 
     def session(stop: int) -> None:
         job, directory = again(path)
-        options = {"checkpoint_every": 3, "loggers": [board.TensorBoardWriter]}
-        loop.run(signal_at(job, stop, number), directory, **options)
+        with contextlib.closing(board.TensorBoardWriter(directory.tensorboard)) as writer:
+            options = {"checkpoint_every": 3, "loggers": [writer]}
+            loop.run(signal_at(job, stop, number), directory, **options)
 
     for stop in stops:
         if number == signal.SIGKILL:
@@ -820,16 +820,15 @@ def test_tensorboard_shows_each_row_once(tmp_path, uninterrupted, stops, number)
     assert scalars(directory) == in_single_precision(directory.history())
 
 
-def test_rows_before_a_checkpoint_outlive_a_kill_for_tensorboard(tmp_path):
+def test_rows_outlive_a_kill_for_tensorboard(tmp_path):
     board = pytest.importorskip("birl_ext.runs.tensorboard")
     _, directory = start(tmp_path / "run")
     rows = [{"step": step, "x": float(step)} for step in range(1, 9)]
 
     def work() -> None:
-        writer = board.TensorBoardWriter(directory, after=0)
+        writer = board.TensorBoardWriter(directory.tensorboard)
         for row in rows:
-            writer.append(row)
-        writer.sync()
+            writer(row)
         os.kill(os.getpid(), signal.SIGKILL)
 
     os.waitpid(fork(work), 0)
@@ -841,10 +840,9 @@ def test_rows_written_again_are_shown_once_also_behind_a_torn_file(tmp_path):
     _, directory = start(tmp_path / "run")
     rows = [{"step": step, "x": float(step)} for step in range(1, 9)]
     for after in (0, 4):
-        writer = board.TensorBoardWriter(directory, after=after)
-        for row in rows[after : after + 6]:
-            writer.append(row)
-        writer.close()
+        with contextlib.closing(board.TensorBoardWriter(directory.tensorboard)) as writer:
+            for row in rows[after : after + 6]:
+                writer(row)
         (newest,) = directory.tensorboard.glob("events.*")
         newest.write_bytes(newest.read_bytes()[: -5 if after == 0 else None])
     assert scalars(directory) == rows

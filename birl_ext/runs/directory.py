@@ -19,7 +19,7 @@ from birl_ext.files import PARTIAL, locked, replacing, tidy
 from birl_ext.runs.config import from_plain, read_toml, write_toml
 from birl_ext.runs.job import Metrics
 
-__all__ = ["MetricsWriter", "RunDirectory", "default_path", "plain"]
+__all__ = ["MetricsWriter", "RunDirectory", "default_path", "to_json"]
 
 CONFIG = "config.toml"
 _METRIC = (int, float, type(None))
@@ -51,6 +51,11 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config_path = path / CONFIG
+        self.metrics_path = path / "metrics.jsonl"
+        self.summary_path = path / "summary.json"
+        self.checkpoints, self.figures = path / "checkpoints", path / "figures"
+        self.tensorboard = path / "tensorboard"
         if not self.config_path.is_file():
             raise ConfigError(
                 "not a run directory: it has no config.toml",
@@ -80,30 +85,6 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         write_toml(path / CONFIG, {"problem": problem, "config": config})
         return cls(path)
-
-    @property
-    def config_path(self) -> Path:
-        return self.path / CONFIG
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary_path(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def figures(self) -> Path:
-        return self.path / "figures"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -240,8 +221,8 @@ class MetricsWriter:
         """SHA-256 of the rows so far, by which a checkpoint knows them again."""
         return self._hash.hexdigest()
 
-    def append(self, row: Mapping[str, float]) -> None:
-        line = json.dumps(plain(row), allow_nan=False) + "\n"
+    def __call__(self, row: Metrics) -> None:
+        line = json.dumps(to_json(row), allow_nan=False) + "\n"
         self._hash.update(line.encode())
         self._file.write(line)
         self._file.flush()
@@ -254,7 +235,7 @@ class MetricsWriter:
         self._file.close()
 
 
-def plain(value: Any, where: str = "summary") -> Any:
+def to_json(value: Any, where: str = "summary") -> Any:
     """Strict JSON: tensors as lists, numbers that are not finite as null.
 
     Raises:
@@ -263,9 +244,9 @@ def plain(value: Any, where: str = "summary") -> Any:
     if hasattr(value, "tolist"):  # tensors, NumPy arrays and scalars
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): to_json(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [to_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, (bool, int, float, str)):
