@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from birl_ext._version import __version__
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from birl_ext.runs.directory import RunDirectory
     from birl_ext.runs.job import Job, Problem
     from birl_ext.runs.loop import RunOutcome
-    from birl_ext.runs.tensorboard import TensorBoardWriter
 
 __all__ = ["RunOptions", "SolveOptions", "main"]
 
@@ -194,7 +194,7 @@ def _run(words: list[str]) -> int:
     default = from_plain(problem.config, stored, where=where, check=False)
     config, options = _parse(name, problem, default, flags)
     # Before the directory: what is refused here leaves nothing behind.
-    board = _tensorboard() if options.tensorboard else None
+    board = importlib.import_module("birl_ext.runs.tensorboard") if options.tensorboard else None
     job = problem.job(config)
     require_job(job)
     if options.resume is not None:
@@ -265,27 +265,16 @@ def _parse(
     return parsed.settings, parsed.options
 
 
-def _tensorboard() -> type[TensorBoardWriter]:
-    from birl_ext.runs.tensorboard import TensorBoardWriter
-
-    return TensorBoardWriter
-
-
 def _carry_out(
-    job: Job,
-    directory: RunDirectory,
-    options: RunOptions,
-    board: type[TensorBoardWriter] | None,
+    job: Job, directory: RunDirectory, options: RunOptions, board: ModuleType | None
 ) -> int:
     from birl_ext.runs.loop import draw_figures, run
 
+    loggers = [board.TensorBoardWriter(directory.tensorboard)] if board else []
     try:
         with contextlib.ExitStack() as stack:
-            loggers = []
-            if board is not None:
-                loggers.append(
-                    stack.enter_context(contextlib.closing(board(directory.tensorboard)))
-                )
+            for logger in loggers:
+                stack.callback(logger.close)
             outcome = run(
                 job, directory, checkpoint_every=options.checkpoint_every, loggers=loggers
             )

@@ -4,6 +4,7 @@ same bits."""
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -597,10 +598,16 @@ def test_a_reward_is_learned_from_pixels_and_from_bodies(
     directory = directory_of(tmp_path / "run", whole)
     rows = [whole.step() for _ in range(config.rounds - 1)]
     step = len(rows)
-    store.save(whole.state_dict(), step=step, config=to_plain(config), versions=versions())
+    lines = "".join(json.dumps({"step": number}) + "\n" for number in range(1, step + 1))
+    directory.metrics_path.write_text(lines)
+    store.save(
+        whole.state_dict(),
+        step=step,
+        config=to_plain(config),
+        versions=versions(),
+        metrics=hashlib.sha256(lines.encode()).hexdigest(),
+    )
     rows.append(whole.step())
-    lines = [json.dumps({"step": number}) + "\n" for number in range(1, step + 1)]
-    directory.metrics_path.write_text("".join(lines))
 
     again = PreferenceJob(config)
     run(again, directory)

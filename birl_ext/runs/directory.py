@@ -111,20 +111,18 @@ class RunDirectory:
 
         Args:
             steps: how many.
-            digest: `MetricsWriter.digest` then; empty if the checkpoint does not hold it.
+            digest: `MetricsWriter.digest` then.
 
         Raises:
             FileFormatError: they are not all there, or not as they were written.
         """
         lines = self._lines()[:steps]
-        for step, line in enumerate(lines, 1):
-            self._row(line, step)
-        found = b"".join(line + b"\n" for line in lines)
         if len(lines) < steps:
             raise self._altered(
                 f"the metrics hold {len(lines)} rows, the newest checkpoint is of step {steps}"
             )
-        if digest and hashlib.sha256(found).hexdigest() != digest:
+        found = b"".join(line + b"\n" for line in lines)
+        if hashlib.sha256(found).hexdigest() != digest:
             raise self._altered(f"the metrics of steps 1 to {steps} are not those written")
         return found
 
@@ -202,15 +200,11 @@ class MetricsWriter:
 
     Args:
         directory: the run.
-        after: rows of later steps are dropped first, since a resumed run writes them again.
-        digest: of the rows up to there, when the checkpoint of that step was written.
-
-    Raises:
-        FileFormatError: the rows up to there are not all there, or not as they were written.
+        kept: lines to go on from, as `RunDirectory.recorded` returns them; all others are dropped,
+            since a resumed run writes them again.
     """
 
-    def __init__(self, directory: RunDirectory, *, after: int, digest: str = "") -> None:
-        kept = directory.recorded(after, digest)
+    def __init__(self, directory: RunDirectory, kept: bytes = b"") -> None:
         with replacing(directory.metrics_path) as draft:
             draft.write_bytes(kept)
         self._hash = hashlib.sha256(kept)

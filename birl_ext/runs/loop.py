@@ -94,8 +94,10 @@ def run(
         found = restore(job, store) if store.paths() else None
         if found is None:
             directory.check_unstarted()
-        step, digest = (found.step, found.metrics) if found else (0, "")
-        metrics = MetricsWriter(directory, after=step, digest=digest)
+            step, kept = 0, b""
+        else:
+            step, kept = found.step, directory.recorded(found.step, found.metrics)
+        metrics = MetricsWriter(directory, kept)
         with (
             contextlib.closing(metrics),
             stop_requests() as stop,
