@@ -82,10 +82,6 @@ class RunOptions:
     """Draw the figures at the end."""
 
     def __post_init__(self) -> None:
-        if self.checkpoint_every is not None:
-            from birl_ext.runs.loop import check_pace
-
-            check_pace(self.checkpoint_every)
         if self.resume is not None and (self.out or self.config):
             raise ConfigError(
                 "--resume excludes --out and --config",
@@ -179,6 +175,7 @@ def _run(words: list[str]) -> int:
     from birl_ext.runs.config import from_plain, to_plain
     from birl_ext.runs.directory import RunDirectory, default_path
     from birl_ext.runs.job import require_job
+    from birl_ext.runs.loop import check_pace
 
     stored_name, stored, where = _stored(files)
     if name and stored_name not in ("", name):
@@ -194,6 +191,7 @@ def _run(words: list[str]) -> int:
     default = from_plain(problem.config, stored, where=where, check=False)
     config, options = _parse(name, problem, default, flags)
     # Before the directory: what is refused here leaves nothing behind.
+    check_pace(options.checkpoint_every)
     board = importlib.import_module("birl_ext.runs.tensorboard") if options.tensorboard else None
     job = problem.job(config)
     require_job(job)

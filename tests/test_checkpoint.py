@@ -272,6 +272,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint(two, limit):
     assert_intact(two, at_least=2, at_most=2)
 
 
+def test_ctrl_c_while_writing_is_not_taken_for_a_full_disk(two, monkeypatch):
+    class Interrupted(io.FileIO):
+        def write(self, data: bytes) -> int:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode, **_: Interrupted(path, mode.strip("b")))
+        with pytest.raises(KeyboardInterrupt):
+            save(two, 3)
+    assert_intact(two, at_least=2, at_most=2)
+    assert len(os.listdir(two.folder)) == 2
+
+
 # Damage
 
 
