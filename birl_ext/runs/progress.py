@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 
@@ -26,16 +27,10 @@ def progress(description: str, *, total: int, completed: int = 0) -> Iterator[Lo
     Returns:
         What shows a row, to be called after each step.
     """
-    with contextlib.ExitStack() as stack:
-        show: Logger = lambda row: None  # noqa: E731
-        with contextlib.suppress(ImportError):
-            if sys.stderr.isatty():
-                show = stack.enter_context(_bar(description, total, completed))
-        yield show
+    if not (sys.stderr.isatty() and importlib.util.find_spec("rich")):
+        yield lambda row: None
+        return
 
-
-@contextlib.contextmanager
-def _bar(description: str, total: int, completed: int) -> Iterator[Logger]:
     from rich import progress as rich
     from rich.console import Console
 
