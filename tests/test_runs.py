@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import hashlib
 import json
 import math
 import os
@@ -23,7 +22,7 @@ import torch
 from fake_problem import FakeConfig, FakeJob
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import fork
+from processes import digest, fork
 
 from birl_ext.errors import (
     CheckpointIncompatibleError,
@@ -531,25 +530,16 @@ def test_progress_is_silent_without_a_terminal(capfd):
 # Resuming
 
 
-def fingerprint(path: Path) -> dict[str, str]:
-    """Hashes of every tensor, the metrics and the summary, seconds apart."""
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Every bit of the state, the metrics and the summary, seconds apart."""
     directory = RunDirectory(path)
     found = CheckpointStore(directory.checkpoints).load()
-    hashes = {"step": str(found.step), "metrics": directory.metrics_path.read_text()}
-    hashes["summary"] = str({**(directory.read_summary() or {}), "seconds": None})
-
-    def walk(name: str, value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            data = value.contiguous().numpy().tobytes()
-            hashes[name] = hashlib.sha256(data).hexdigest()
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{name}.{key}", item)
-        else:
-            hashes[name] = repr(value)
-
-    walk("", found.state)
-    return hashes
+    return {
+        "step": found.step,
+        "state": digest(found.state),
+        "metrics": directory.metrics_path.read_text(),
+        "summary": {**(directory.read_summary() or {}), "seconds": None},
+    }
 
 
 def signal_at(job: FakeJob, step: int, number: int) -> FakeJob:
@@ -566,7 +556,7 @@ def signal_at(job: FakeJob, step: int, number: int) -> FakeJob:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> dict[str, str]:
+def uninterrupted(tmp_path_factory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("uninterrupted") / "run"
     loop.run(*start(path, steps=12))
     return fingerprint(path)
