@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from birl_ext._version import __version__
@@ -28,12 +29,10 @@ from birl_ext.errors import (
     MissingDependencyError,
     SizeLimitError,
 )
-from birl_ext.runs.pace import Pace
 
 if TYPE_CHECKING:
     from birl_ext.runs.directory import RunDirectory
     from birl_ext.runs.job import Job, Problem
-    from birl_ext.runs.logger import OpenLogger
     from birl_ext.runs.loop import RunOutcome
 
 __all__ = ["RunOptions", "SolveOptions", "main"]
@@ -73,11 +72,8 @@ class RunOptions:
     """Run directory to go on with."""
 
     checkpoint_every: int | None = None
-    """Outer steps between checkpoints."""
-
-    checkpoint_minutes: float | None = None
-    """Minutes between checkpoints, instead. Default: 0.5, or more if saving takes over 5 % of the
-    time."""
+    """Outer steps between checkpoints. Default: as many as take half a minute, or more if saving
+    takes over 5 % of the time."""
 
     tensorboard: bool = False
     """Write the metrics for TensorBoard too."""
@@ -86,7 +82,6 @@ class RunOptions:
     """Draw the figures at the end."""
 
     def __post_init__(self) -> None:
-        Pace(self.checkpoint_every, self.checkpoint_minutes)  # refuses what it cannot follow
         if self.resume is not None and (self.out or self.config):
             raise ConfigError(
                 "--resume excludes --out and --config",
@@ -180,6 +175,7 @@ def _run(words: list[str]) -> int:
     from birl_ext.runs.config import from_plain, to_plain
     from birl_ext.runs.directory import RunDirectory, default_path
     from birl_ext.runs.job import require_job
+    from birl_ext.runs.loop import check_pace
 
     stored_name, stored, where = _stored(files)
     if name and stored_name not in ("", name):
@@ -195,7 +191,8 @@ def _run(words: list[str]) -> int:
     default = from_plain(problem.config, stored, where=where, check=False)
     config, options = _parse(name, problem, default, flags)
     # Before the directory: what is refused here leaves nothing behind.
-    loggers = _loggers(options)
+    check_pace(options.checkpoint_every)
+    board = importlib.import_module("birl_ext.runs.tensorboard") if options.tensorboard else None
     job = problem.job(config)
     require_job(job)
     if options.resume is not None:
@@ -203,7 +200,7 @@ def _run(words: list[str]) -> int:
     else:
         path = options.out or default_path(name)
         directory = RunDirectory.create(path, name, to_plain(config))
-    return _carry_out(job, directory, options, loggers)
+    return _carry_out(job, directory, options, board)
 
 
 def _list_problems(*, asked: bool) -> int:
@@ -266,27 +263,19 @@ def _parse(
     return parsed.settings, parsed.options
 
 
-def _loggers(options: RunOptions) -> list[OpenLogger]:
-    if not options.tensorboard:
-        return []
-    from birl_ext.runs.tensorboard import TensorBoardWriter
-
-    return [TensorBoardWriter]
-
-
 def _carry_out(
-    job: Job, directory: RunDirectory, options: RunOptions, loggers: Sequence[OpenLogger]
+    job: Job, directory: RunDirectory, options: RunOptions, board: ModuleType | None
 ) -> int:
     from birl_ext.runs.loop import draw_figures, run
 
+    loggers = [board.TensorBoardWriter(directory.tensorboard)] if board else []
     try:
-        outcome = run(
-            job,
-            directory,
-            checkpoint_every=options.checkpoint_every,
-            checkpoint_minutes=options.checkpoint_minutes,
-            loggers=loggers,
-        )
+        with contextlib.ExitStack() as stack:
+            for logger in loggers:
+                stack.callback(logger.close)
+            outcome = run(
+                job, directory, checkpoint_every=options.checkpoint_every, loggers=loggers
+            )
     except KeyboardInterrupt:
         _say(f"interrupted; go on from the last checkpoint with\n  {_resume_command(directory)}")
         return 130

@@ -314,13 +314,13 @@ class CheckpointFallbackWarning(UserWarning):
 class AnswerLogCorruptError(BirlError, RuntimeError):
     code = "BIRL-E705"
     meaning = "a log of answers was altered or cut short"
-    remedy = "restore both of its files from a copy; nothing was changed"
+    remedy = "restore it from a copy; nothing was changed"
 
 
 class AnswerLogWriteError(BirlError, RuntimeError):
     code = "BIRL-E706"
     meaning = "an answer could not be written; those before it are intact"
-    remedy = "make room on the disk, open the log again and give the answer again"
+    remedy = "make room on the disk and give the answer again"
 
 
 class TerminalChoiceWarning(UserWarning):
@@ -328,7 +328,7 @@ class TerminalChoiceWarning(UserWarning):
 
 
 class AnswerLogRecoveryWarning(UserWarning):
-    """A record that was being written when a process died has been removed from a log."""
+    """Answers of a course that a run has left have been removed from a log."""
 
 
 class UninformativeDataError(BirlError, ValueError):

@@ -21,9 +21,10 @@ import torch
 
 from birl_ext.errors import BirlError, CheckpointFallbackWarning
 from birl_ext.model.mdp import DenseMDP, load
+from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.runs.checkpoint import CheckpointStore
 
-KINDS = ("checkpoint", "model")
+KINDS = ("checkpoint", "model", "answers")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -38,7 +39,9 @@ def trials(kind: str, changes: int, seed: int = 0) -> Counter[str]:
     generator = random.Random(f"{kind} {seed}")
     hit = Counter(dict.fromkeys(("changes", "refused", "equal", "different", "raw errors"), 0))
     with tempfile.TemporaryDirectory() as folder:
-        files, read = {"checkpoint": checkpoint, "model": model}[kind](Path(folder))
+        files, read = {"checkpoint": checkpoint, "model": model, "answers": answers}[kind](
+            Path(folder)
+        )
         while hit["changes"] < changes:
             path = generator.choice(files)
             whole = path.read_bytes()
@@ -93,7 +96,7 @@ def checkpoint(folder: Path) -> tuple[list[Path], Callable[[], bool]]:
         rest = {name: value for name, value in state.items() if name != "x"}
         return same and found.step == 3 and found.state == rest
 
-    return sorted(store.paths()[0].iterdir()), read
+    return store.paths(), read
 
 
 def model(folder: Path) -> tuple[list[Path], Callable[[], bool]]:
@@ -116,6 +119,21 @@ def model(folder: Path) -> tuple[list[Path], Callable[[], bool]]:
             for name in ("reward", "transition", "terminal")
         ]
         return found.discount == mdp.discount and all(torch.equal(a, b) for a, b in pairs)
+
+    return [path], read
+
+
+def answers(folder: Path) -> tuple[list[Path], Callable[[], bool]]:
+    """A log of answers that fill its pages."""
+    path = folder / "answers.sqlite"
+    given = [{"first": f"{i}" * 60, "label": i % 3 / 2} for i in range(100)]
+    with AnswerLog(path) as log:
+        for answer in given:
+            log.append(answer)
+
+    def read() -> bool:
+        with AnswerLog(path) as log:
+            return log.answers == given
 
     return [path], read
 

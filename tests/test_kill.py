@@ -7,7 +7,6 @@ because a fork cannot differentiate once its parent has, on a machine with a GPU
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -27,11 +26,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from preference_run import SMALL
-from processes import fork
+from processes import digest, fork
 
 from birl_ext import cli
-from birl_ext.runs import toml
 from birl_ext.runs.checkpoint import CheckpointStore
+from birl_ext.runs.config import write_toml
 
 KILLS = 200
 CONFIG: dict[str, Any] = {
@@ -79,30 +78,6 @@ class Reference(NamedTuple):
 
 def untimed(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in row.items() if not k.startswith("share") and "second" not in k}
-
-
-def digest(state: Any) -> str:
-    """Of every bit of a state, times apart."""
-    total = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            total.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            total.update(value.detach().contiguous().numpy().tobytes())
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                if key != "seconds":
-                    total.update(f"{key}:".encode())
-                    add(item)
-        elif isinstance(value, (list, tuple)):
-            total.update(f"{len(value)} items".encode())
-            for item in value:
-                add(item)
-        else:
-            total.update(repr(value).encode())
-
-    add(state)
-    return total.hexdigest()
 
 
 def rows_of(run: Path, *, torn: bool) -> list[dict[str, Any]]:
@@ -231,7 +206,7 @@ def trials(folder: Path) -> Counter[str]:
     from birl_ext.problems.preference.config import PreferenceConfig
     from birl_ext.problems.preference.job import PreferenceJob
 
-    (folder / "config.toml").write_text(toml.dumps({"problem": "preference", "config": CONFIG}))
+    write_toml(folder / "config.toml", {"problem": "preference", "config": CONFIG})
     # What the children would import one by one.
     PreferenceJob(PreferenceConfig(**CONFIG))
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):

@@ -605,11 +605,11 @@ def test_estimates_of_data_drawn_from_the_model_are_within_their_errors(
 @pytest.mark.parametrize("states", [2, 4, 5, 7, 12])
 def test_figures_of_small_tables_are_drawn(states: int, tmp_path: Path) -> None:
     from birl_ext.runs import plots
-    from birl_ext.runs.directory import plain
+    from birl_ext.runs.directory import to_json
 
     job = bus_of(tmp_path, [(50 - s, 3 + 2 * s) for s in range(states)], discount=0.9)
     history = [{"step": step, **row} for step, row in enumerate(finished(job), 1)]
-    figures = job.figures(history, plain(job.summary()))
+    figures = job.figures(history, to_json(job.summary()))
     with plots.style():
         for draw in figures.values():
             draw()

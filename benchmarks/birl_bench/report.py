@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from birl_bench import machine
+from birl_ext.files import replacing
 
 __all__ = ["digits", "lines", "markdown", "store", "verdicts", "write"]
 
@@ -25,9 +26,8 @@ def write(report: Mapping[str, Any], path: Path) -> None:
 
 def _write(text: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text)
-    draft.replace(path)
+    with replacing(path) as draft:
+        draft.write_text(text)
 
 
 def lines(case: Mapping[str, Any]) -> Iterator[str]:

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import struct
-import tempfile
 import zipfile
 from collections.abc import Collection, Mapping
 from io import BufferedIOBase
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.errors import BirlError, FileFormatError, MissingDependencyError
+from birl_ext.files import replacing
 
 __all__ = ["FOREIGN", "MAX_BYTES", "read_tensors", "write_tensors"]
 
@@ -56,24 +56,15 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -
     suffix = _suffix(target, "choose a name that ends in .npz")
     package = _safetensors() if suffix == ".safetensors" else None
     # Copies: safetensors refuses views of one storage, such as a reward that is also the reference.
-    plain = {
+    copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=suffix)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if package is not None:
-                file.write(package.torch.save(plain))
-            else:
-                _write_npz(file, plain)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(draft, 0o666 & ~_umask())  # mkstemp's 0600 would shut out colleagues
-        os.replace(draft, target)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    with replacing(target) as draft, draft.open("xb") as file:
+        if package is not None:
+            file.write(package.torch.save(copies))
+        else:
+            _write_npz(file, copies)
 
 
 def read_tensors(
@@ -217,9 +208,3 @@ def _unknown_member(path: Path, name: str, names: Collection[str]) -> FileFormat
 
 def _malformed(path: Path, what: str, allowed: str = "", fix: str = "") -> FileFormatError:
     return FileFormatError(f"{path.name} {what}", allowed=allowed, fix=fix or FOREIGN)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

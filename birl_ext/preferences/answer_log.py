@@ -1,36 +1,28 @@
 """A durable record of every answer, since a person will not give them twice.
 
-Two files. ``NAME`` grows, and is cut only where a resumed run leaves its old course::
+An SQLite database, one row per answer, whose ``user_version`` is their number::
 
-    birl_ext answers 1
-    <SHA-256> {"first": …, "label": 1.0, "second": …}
+    id   answer                                       hash
+    1    {"first": …, "label": 1.0, "second": …}      <SHA-256>
     …
 
-Each hash covers the hash before it and its own JSON, the first one the line at the top.
-``NAME.head`` is one line, the number of records and the hash of the last; it is replaced whole
-after each record has reached the disk. So
-
-* a changed, missing or moved byte breaks the chain;
-* a file that was cut short has fewer records than its head says;
-* a process killed while writing leaves at most one incomplete record, which the head does not
-  count: it is removed, with a warning, when the log is next opened.
-
-Hashes prove integrity, not origin.
+Each hash covers the hash before it and its own answer. So a row that was changed, moved or taken
+out breaks the chain, and rows missing at the end the number. A kill leaves the answers that were
+acknowledged, or one call's more. Hashes prove integrity, not origin.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
+import itertools
 import json
 import math
-import os
-import re
+import sqlite3
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from birl_ext.errors import (
     AnswerLogCorruptError,
@@ -38,76 +30,54 @@ from birl_ext.errors import (
     AnswerLogWriteError,
     ConfigError,
 )
+from birl_ext.files import locked, replacing
 from birl_ext.preferences.fragments import Fragments, Pairs
 
 __all__ = ["AnswerLog", "fingerprints"]
 
-_TOP = b"birl_ext answers 1\n"
-_HEAD = re.compile(rb"(0|[1-9]\d{0,17}) ([0-9a-f]{64})\n")
+_TABLE = "CREATE TABLE answers (id INTEGER PRIMARY KEY, answer TEXT NOT NULL, hash TEXT NOT NULL)"
 
 
 class AnswerLog:
-    """An append-only log of answers; each is on the disk when `append` returns.
+    """A log of answers; each is on the disk when `append` or `record` returns.
 
     Args:
-        path: the log; created if absent, with a second file beside it, ``<path>.head``.
+        path: the database; created if absent.
 
     Raises:
         AnswerLogCorruptError: it was altered or cut short.
         ConfigError: another process has it open.
-
-    Warns:
-        AnswerLogRecoveryWarning: the last record was torn by a kill, and has been removed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.answers: list[dict[str, Any]] = []
+        self._hashes = [hashlib.sha256(b"birl_ext answers").hexdigest()]
         self._at = 0  # where `record` goes on
-        self._hashes = [hashlib.sha256(_TOP).hexdigest()]
-        self._ends = [len(_TOP)]  # bytes up to there, of each hash
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        try:
-            self._lock()
-            self._open()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(path.with_name(f".{path.name}.lock"), "writes to this log"))
+            if not path.exists():
+                with replacing(path) as draft, contextlib.closing(sqlite3.connect(draft)) as new:
+                    new.execute(_TABLE)
+            self._database = sqlite3.connect(path, timeout=1, check_same_thread=False)
+            stack.callback(self._database.close)
+            try:
+                self._read()
+            except Exception as error:  # it may hold anything
+                if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+                    raise ConfigError(str(error), where=str(path), fix="let go of it") from None
+                raise AnswerLogCorruptError(str(error), where=str(path)) from None
             self._at = len(self)
-        except BaseException:
-            self.close()
-            raise
+            self._resources = stack.pop_all()
 
     def append(self, answer: Mapping[str, Any]) -> None:
-        """Write one answer, plain JSON data without NaN or infinities.
+        """Write one answer, JSON data without NaN or infinities.
 
         Raises:
-            AnswerLogWriteError: the disk refused, or the log is closed, as it is after that;
-                earlier answers are intact.
+            AnswerLogWriteError: the disk refused, or the log is closed; earlier answers are intact.
         """
-        if self._file < 0:
-            raise AnswerLogWriteError(
-                "the log is closed", where=str(self.path), fix="open it again"
-            )
-        body = json.dumps(dict(answer), sort_keys=True, allow_nan=False).encode()
-        digest = _link(self._hashes[-1], body)
-        line = digest.encode() + b" " + body + b"\n"
-        try:
-            self._write(line)
-            os.fsync(self._file)
-            _replace(self._head_path, _head(len(self) + 1, digest))
-        except OSError as error:
-            self._undo()
-            raise AnswerLogWriteError(
-                f"answer {len(self) + 1} was not written: {error.strerror or error}",
-                where=str(self.path),
-            ) from error
-        except BaseException:
-            # Interrupted: the record may have been written or not, which only opening anew shows.
-            self.close()
-            raise
-        self._size += len(line)
-        self._hashes.append(digest)
-        self._ends.append(self._size)
         at_end = self._at == len(self)
-        self.answers.append(json.loads(body))
+        self._write(len(self), [answer])
         self._at += at_end
 
     def record(self, pairs: Pairs) -> None:
@@ -118,19 +88,31 @@ class AnswerLog:
         is another answer, the run has taken another course since (on a GPU, or with other
         versions): what was answered on the course it left is removed.
 
+        Raises:
+            AnswerLogWriteError: as `append`; none of the answers is written.
+
         Warns:
             AnswerLogRecoveryWarning: answers have been removed.
         """
         labels = [None if math.isnan(label) else label for label in pairs.label.tolist()]
         marks = fingerprints(pairs.first), fingerprints(pairs.second)
-        for first, second, label in zip(*marks, labels, strict=True):
-            answer = {"first": first, "second": second, "label": label}
-            if self._at < len(self) and self.answers[self._at] != answer:
-                self._cut()
-            if self._at == len(self):
-                self.append(answer)
-            else:
-                self._at += 1
+        given = [
+            {"first": first, "second": second, "label": label}
+            for first, second, label in zip(*marks, labels, strict=True)
+        ]
+        known = zip(self.answers[self._at :], given, strict=False)
+        kept = self._at + sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], known))
+        left = len(self) - kept
+        if new := given[kept - self._at :]:
+            self._write(kept, new)
+            if left:
+                warnings.warn(
+                    f"{self.path}: the run has taken another course after answer {kept}; the "
+                    f"{left} answers given on the old one have been removed",
+                    AnswerLogRecoveryWarning,
+                    stacklevel=2,
+                )
+        self._at += len(given)
 
     def rewind(self) -> None:
         """Let `record` go through the answers from the first one on, as a run does that starts
@@ -160,9 +142,7 @@ class AnswerLog:
 
     def close(self) -> None:
         """Let another process open the log; a closed log takes no answers."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        self._resources.close()
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -173,102 +153,40 @@ class AnswerLog:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @property
-    def _head_path(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.head")
+    def _read(self) -> None:
+        """Take the answers in, or raise what is wrong with them."""
+        run = self._database.execute
+        run("PRAGMA synchronous = EXTRA")  # FULL may lose a commit when the power fails
+        (count,) = run("PRAGMA user_version").fetchone()
+        if (fault := run("PRAGMA quick_check").fetchone()) != ("ok",):
+            raise ValueError(fault[0])
+        for number, (key, answer, link) in enumerate(run("SELECT * FROM answers ORDER BY id"), 1):
+            if key != number or link != _link(self._hashes[-1], answer):
+                raise ValueError(f"answer {number} does not match its hash")
+            self._hashes.append(link)
+            self.answers.append(dict(json.loads(answer)))
+        if len(self) != count:
+            raise ValueError(f"it has {len(self)} answers of {count} written")
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                "another process writes to this log",
-                where=str(self.path),
-                fix="wait for it or stop it",
-            ) from None
-
-    def _open(self) -> None:
-        data = self.path.read_bytes()
-        head = _read_head(self._head_path)
-        if head is None:
-            # Killed before the first head was written: nothing can have been answered.
-            if not _TOP.startswith(data):
-                raise self._corrupt(f"{self._head_path.name} is missing")
-            os.ftruncate(self._file, 0)
-            self._write(_TOP)
-            os.fsync(self._file)
-            _replace(self._head_path, _head(0, self._hashes[0]))
-            _sync_directory(self.path.parent)
-            data = _TOP
-            head = _read_head(self._head_path)
-        assert head is not None
-        self._verify(data, head)
-
-    def _cut(self) -> None:
-        """Remove the answers from `_at` on. The head first: a log that is longer than it says is
-        whole, a shorter one is not.
+    def _write(self, kept: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Let these follow the first ones, in place of all others; a kill leaves the old or the new
+        log.
         """
-        left = len(self) - self._at
+        texts = [json.dumps(dict(each), sort_keys=True, allow_nan=False) for each in answers]
+        links = list(itertools.accumulate(texts, _link, initial=self._hashes[kept]))[1:]
+        rows = zip(itertools.count(kept + 1), texts, links, strict=False)
         try:
-            _replace(self._head_path, _head(self._at, self._hashes[self._at]))
-            _sync_directory(self.path.parent)  # or a power cut may undo it, and not what follows
-            self._size = self._ends[self._at]
-            os.ftruncate(self._file, self._size)
-            os.fsync(self._file)
-        except OSError as error:
-            self.close()
+            with self._database as transaction:
+                transaction.execute("DELETE FROM answers WHERE id > ?", (kept,))
+                transaction.executemany("INSERT INTO answers VALUES (?, ?, ?)", rows)
+                transaction.execute(f"PRAGMA user_version = {kept + len(texts)}")
+        except sqlite3.Error as error:
             raise AnswerLogWriteError(
-                f"{left} answers were not removed: {error.strerror or error}", where=str(self.path)
+                f"answer {kept + 1} was not written: {error}", where=str(self.path)
             ) from error
-        del self.answers[self._at :], self._hashes[self._at + 1 :], self._ends[self._at + 1 :]
-        warnings.warn(
-            f"{self.path}: the run has taken another course after answer {self._at}; the {left} "
-            "answers given on the old one have been removed",
-            AnswerLogRecoveryWarning,
-            stacklevel=3,
-        )
-
-    def _verify(self, data: bytes, head: _Head) -> None:
-        if not data.startswith(_TOP):
-            raise self._corrupt(f"it does not begin with {_TOP.decode().strip()!r}", line=1)
-        *lines, torn = data[len(_TOP) :].split(b"\n")
-        for number, line in enumerate(lines, 2):
-            digest, _, body = line.partition(b" ")
-            if digest != _link(self._hashes[-1], body).encode():
-                raise self._corrupt("a record does not match its hash", line=number)
-            self._hashes.append(digest.decode())
-            self._ends.append(self._ends[-1] + len(line) + 1)
-            try:
-                self.answers.append(dict(json.loads(body)))
-            except (ValueError, TypeError, RecursionError):
-                raise self._corrupt("a record is not a JSON object", line=number) from None
-        if len(lines) < head.records:
-            raise self._corrupt(f"it has {len(lines)} whole records of {head.records} written")
-        if self._hashes[head.records] != head.hash:
-            raise self._corrupt(f"record {head.records} is not the one that was written")
-        self._size = len(data) - len(torn)
-        if torn:
-            os.ftruncate(self._file, self._size)
-            os.fsync(self._file)
-            warnings.warn(
-                f"{self.path}: the last record was torn, {len(torn)} bytes, and has been removed",
-                AnswerLogRecoveryWarning,
-                stacklevel=4,
-            )
-
-    def _corrupt(self, what: str, *, line: int | None = None) -> AnswerLogCorruptError:
-        where = str(self.path) if line is None else f"{self.path}, line {line}"
-        return AnswerLogCorruptError(what, where=where)
-
-    def _write(self, data: bytes) -> None:
-        while data:
-            data = data[os.write(self._file, data) :]
-
-    def _undo(self) -> None:
-        """Take a failed record back as far as the disk lets us: what stays is found on opening."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._file, self._size)
-        self.close()
+        # In this order: after an interrupt the next answers replace those that nobody was told of.
+        self._hashes[kept + 1 :] = links
+        self.answers[kept:] = map(json.loads, texts)
 
 
 def fingerprints(fragments: Fragments) -> list[str]:
@@ -285,45 +203,5 @@ def fingerprints(fragments: Fragments) -> list[str]:
     return found
 
 
-class _Head(NamedTuple):
-    """What the second file says."""
-
-    records: int
-    hash: str
-
-
-def _head(count: int, digest: str) -> bytes:
-    return f"{count} {digest}\n".encode()
-
-
-def _read_head(path: Path) -> _Head | None:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    match = _HEAD.fullmatch(data)
-    if match is None:
-        raise AnswerLogCorruptError("it is not a number of records and a hash", where=str(path))
-    return _Head(int(match[1]), match[2].decode())
-
-
-def _link(previous: str, body: bytes) -> str:
-    return hashlib.sha256(previous.encode() + b" " + body).hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a small file so that a reader, or a crash, sees the old or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _link(previous: str, answer: str) -> str:
+    return hashlib.sha256(f"{previous} {answer}".encode()).hexdigest()

@@ -20,6 +20,7 @@ from birl_ext.errors import (
     OptionError,
     RenderError,
 )
+from birl_ext.files import replacing
 
 if TYPE_CHECKING:
     import gymnasium
@@ -94,17 +95,12 @@ def record_video(
             where=error.where,
             fix="take one that accepts render_mode; if MuJoCo is at fault, unset MUJOCO_GL",
         ) from error
-    draft = target.with_name(f".{target.stem}.{os.getpid()}.mp4")
-    try:
-        with environments:
-            rate = fps if fps is not None else environments.pictures_per_second
-            # 1: sizes are left as they are, `_append` sees to them
-            film = writer(draft, format="FFMPEG", mode="I", fps=rate, macro_block_size=1)
-            with contextlib.closing(film):  # its own `with` leaves ffmpeg running after an error
-                frames, reward, ended = _play(agent, environments, film, max_steps)
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
+    with environments, replacing(target) as draft:
+        rate = fps if fps is not None else environments.pictures_per_second
+        # 1: sizes are left as they are, `_append` sees to them
+        film = writer(draft, format="FFMPEG", mode="I", fps=rate, macro_block_size=1)
+        with contextlib.closing(film):  # its own `with` leaves ffmpeg running after an error
+            frames, reward, ended = _play(agent, environments, film, max_steps)
     return Video(target, frames, reward, ended)
 
 

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from birl_ext.errors import ConfigError
+from birl_ext.errors import ConfigError, MissingDependencyError
+from birl_ext.files import replacing
 
-__all__ = ["differences", "from_plain", "read_toml", "suggestion", "to_plain"]
+__all__ = ["differences", "from_plain", "read_toml", "suggestion", "to_plain", "write_toml"]
 
 _T = TypeVar("_T")
 
@@ -24,24 +25,36 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 
 
-def to_plain(config: Any) -> dict[str, Any]:
-    """A config dataclass as nested dicts of plain values; None is left out, tuples become lists."""
-    plain = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    return {name: value for name, value in plain.items() if value is not None}
+def to_plain(config: Any, *, where: str = "config") -> dict[str, Any]:
+    """A config dataclass as what TOML holds; None is left out, tuples become lists.
+
+    Raises:
+        ConfigError: a value has no form in TOML; names the place.
+    """
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return dict(_plain(fields, where))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return to_plain(value)
+        return to_plain(value, where=where)
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        items = ((key, item) for key, item in value.items() if item is not None)
+        return {key: _plain(item, f"{where}.{key}") for key, item in items}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, (int, float, str)):
+        return value
+    raise ConfigError(
+        f"a value of type {type(value).__name__} has no form in TOML",
+        where=where,
+        allowed="bool, int, float, str, lists and dicts of them",
+        fix="store it as a string or a number",
+    )
 
 
 def from_plain(
@@ -220,6 +233,22 @@ def read_toml(path: Path) -> dict[str, Any]:
             fix="flatten it",
         )
     return document
+
+
+def write_toml(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a file for `read_toml`, whole or not at all.
+
+    Raises:
+        MissingDependencyError: tomli-w is not installed.
+    """
+    try:
+        import tomli_w
+    except ImportError:
+        raise MissingDependencyError(
+            "a new run directory needs tomli-w", fix='pip install "birl_ext[cli]"'
+        ) from None
+    with replacing(path) as draft:
+        draft.write_text(tomli_w.dumps(document), "utf-8", newline="\n")
 
 
 def _depth(value: Any) -> int:

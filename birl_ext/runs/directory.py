@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from birl_ext.errors import CheckpointCorruptError, ConfigError, FileFormatError, JobError
-from birl_ext.runs import toml
-from birl_ext.runs.config import from_plain, read_toml
+from birl_ext.files import PARTIAL, locked, replacing, tidy
+from birl_ext.runs.config import from_plain, read_toml, write_toml
 from birl_ext.runs.job import Metrics
 
-__all__ = ["MetricsWriter", "RunDirectory", "default_path", "plain"]
+__all__ = ["MetricsWriter", "RunDirectory", "default_path", "to_json"]
 
 CONFIG = "config.toml"
 _METRIC = (int, float, type(None))
@@ -52,6 +51,11 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config_path = path / CONFIG
+        self.metrics_path = path / "metrics.jsonl"
+        self.summary_path = path / "summary.json"
+        self.checkpoints, self.figures = path / "checkpoints", path / "figures"
+        self.tensorboard = path / "tensorboard"
         if not self.config_path.is_file():
             raise ConfigError(
                 "not a run directory: it has no config.toml",
@@ -69,8 +73,9 @@ class RunDirectory:
             ConfigError: the path exists and is not an empty directory.
         """
         # A kill may have left half of a configuration, and with it nothing that could be resumed.
-        half = _partial(path / CONFIG)
-        if path.exists() and (not path.is_dir() or any(file != half for file in path.iterdir())):
+        if path.exists() and (
+            not path.is_dir() or any(not p.name.startswith(PARTIAL) for p in path.iterdir())
+        ):
             raise ConfigError(
                 "the run directory is not empty",
                 where=str(path),
@@ -78,50 +83,19 @@ class RunDirectory:
                 + (f", or go on with --resume {path}" if (path / CONFIG).is_file() else ""),
             )
         path.mkdir(parents=True, exist_ok=True)
-        text = toml.dumps({"problem": problem, "config": dict(config)})
-        _replace(path / CONFIG, text)
+        write_toml(path / CONFIG, {"problem": problem, "config": config})
         return cls(path)
-
-    @property
-    def config_path(self) -> Path:
-        return self.path / CONFIG
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary_path(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def figures(self) -> Path:
-        return self.path / "figures"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep a second process from writing here; released by the system if this one dies.
+        """Keep a second process from writing here, and remove the drafts that a kill has left.
 
         Raises:
-            ConfigError: another process holds it.
+            ConfigError: another process holds the lock.
         """
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ConfigError(
-                    "another process is running in this directory",
-                    where=str(self.path),
-                    fix="wait for it or stop it",
-                ) from None
+        with locked(self.path / ".lock", "is running in this directory"):
+            tidy(self.path)
+            tidy(self.checkpoints)
             yield
 
     def history(self) -> list[Metrics]:
@@ -137,20 +111,18 @@ class RunDirectory:
 
         Args:
             steps: how many.
-            digest: `MetricsWriter.digest` then; empty if the checkpoint does not hold it.
+            digest: `MetricsWriter.digest` then.
 
         Raises:
             FileFormatError: they are not all there, or not as they were written.
         """
         lines = self._lines()[:steps]
-        for step, line in enumerate(lines, 1):
-            self._row(line, step)
-        found = b"".join(line + b"\n" for line in lines)
         if len(lines) < steps:
             raise self._altered(
                 f"the metrics hold {len(lines)} rows, the newest checkpoint is of step {steps}"
             )
-        if digest and hashlib.sha256(found).hexdigest() != digest:
+        found = b"".join(line + b"\n" for line in lines)
+        if hashlib.sha256(found).hexdigest() != digest:
             raise self._altered(f"the metrics of steps 1 to {steps} are not those written")
         return found
 
@@ -194,7 +166,9 @@ class RunDirectory:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json at one stroke."""
-        _replace(self.summary_path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        with replacing(self.summary_path) as draft:
+            draft.write_text(text, "utf-8")
 
     def read_summary(self) -> dict[str, Any] | None:
         """The content of summary.json; None if the run has not ended."""
@@ -226,16 +200,13 @@ class MetricsWriter:
 
     Args:
         directory: the run.
-        after: rows of later steps are dropped first, since a resumed run writes them again.
-        digest: of the rows up to there, when the checkpoint of that step was written.
-
-    Raises:
-        FileFormatError: the rows up to there are not all there, or not as they were written.
+        kept: lines to go on from, as `RunDirectory.recorded` returns them; all others are dropped,
+            since a resumed run writes them again.
     """
 
-    def __init__(self, directory: RunDirectory, *, after: int, digest: str = "") -> None:
-        kept = directory.recorded(after, digest)
-        _replace(directory.metrics_path, kept.decode())
+    def __init__(self, directory: RunDirectory, kept: bytes = b"") -> None:
+        with replacing(directory.metrics_path) as draft:
+            draft.write_bytes(kept)
         self._hash = hashlib.sha256(kept)
         self._file: IO[str] = directory.metrics_path.open("a")
 
@@ -244,8 +215,8 @@ class MetricsWriter:
         """SHA-256 of the rows so far, by which a checkpoint knows them again."""
         return self._hash.hexdigest()
 
-    def append(self, row: Mapping[str, float]) -> None:
-        line = json.dumps(plain(row), allow_nan=False) + "\n"
+    def __call__(self, row: Metrics) -> None:
+        line = json.dumps(to_json(row), allow_nan=False) + "\n"
         self._hash.update(line.encode())
         self._file.write(line)
         self._file.flush()
@@ -258,7 +229,7 @@ class MetricsWriter:
         self._file.close()
 
 
-def plain(value: Any, where: str = "summary") -> Any:
+def to_json(value: Any, where: str = "summary") -> Any:
     """Strict JSON: tensors as lists, numbers that are not finite as null.
 
     Raises:
@@ -267,9 +238,9 @@ def plain(value: Any, where: str = "summary") -> Any:
     if hasattr(value, "tolist"):  # tensors, NumPy arrays and scalars
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): to_json(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [to_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -280,17 +251,3 @@ def plain(value: Any, where: str = "summary") -> Any:
         allowed="numbers, strings, tensors, None, and dicts and lists of them",
         fix="return plain values from summary()",
     )
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a small file so that a reader, or a crash, sees the old or the new one, never half."""
-    temporary = _partial(path)
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

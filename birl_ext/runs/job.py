@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from birl_ext.errors import JobError
@@ -13,12 +14,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from birl_ext.runs.directory import RunDirectory
+__all__ = [
+    "Job",
+    "Logger",
+    "Metrics",
+    "Problem",
+    "State",
+    "WritesFiles",
+    "checked_metrics",
+    "require_job",
+]
 
-__all__ = ["Job", "Metrics", "Problem", "State", "WritesFiles", "checked_metrics", "require_job"]
-
-Metrics: TypeAlias = "dict[str, float]"
+Metrics: TypeAlias = dict[str, float]
 """One row of metrics.jsonl: ``step`` and whatever the job's `Job.step` returned."""
+
+Logger: TypeAlias = Callable[[Metrics], None]
+"""Takes the row of each outer step, such as ``wandb.log`` or a `TensorBoardWriter`."""
 
 State: TypeAlias = "Tensor | float | str | Mapping[Any, State] | Sequence[State] | None"
 """What a checkpoint can hold: tensors and plain values in nested dicts, lists and tuples."""
@@ -88,8 +99,8 @@ class WritesFiles(Protocol):
     written over under the same name, and one that grows is cut back by `Job.load_state_dict`.
     """
 
-    def attach(self, directory: RunDirectory) -> None:
-        """Take the directory whose `RunDirectory.path` the files go under.
+    def attach(self, path: Path) -> None:
+        """Take the directory that the files go under.
 
         A run calls it once, with the directory locked, before `Job.load_state_dict` and the first
         step. ``birl plot`` loads the state of a job that is attached to nothing.

@@ -7,24 +7,34 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from birl_ext.errors import CheckpointIncompatibleError, JobError, MissingDependencyError
+from birl_ext.errors import (
+    CheckpointIncompatibleError,
+    CheckpointWriteError,
+    ConfigError,
+    JobError,
+    MissingDependencyError,
+)
 from birl_ext.runs.checkpoint import Checkpoint, CheckpointStore
 from birl_ext.runs.config import differences, to_plain
-from birl_ext.runs.directory import MetricsWriter, RunDirectory, plain
-from birl_ext.runs.job import Job, WritesFiles, checked_metrics, require_job
-from birl_ext.runs.logger import OpenLogger, open_loggers
-from birl_ext.runs.pace import Pace
+from birl_ext.runs.directory import MetricsWriter, RunDirectory, to_json
+from birl_ext.runs.job import Job, Logger, WritesFiles, checked_metrics, require_job
 from birl_ext.runs.progress import progress
-from birl_ext.runs.saver import Clock, Saver
 from birl_ext.runs.versions import versions
 
-__all__ = ["RunOutcome", "draw_figures", "restore", "run", "summarise"]
+__all__ = ["RunOutcome", "Saver", "check_pace", "draw_figures", "restore", "run", "summarise"]
+
+SECONDS = 30.0
+"""Between checkpoints, if nobody says otherwise and `SHARE` allows it."""
+
+SHARE = 0.05
+"""Part of the time that saving may take, if nobody says how often it is due."""
 
 
 class RunOutcome(NamedTuple):
@@ -46,8 +56,7 @@ def run(
     directory: RunDirectory,
     *,
     checkpoint_every: int | None = None,
-    checkpoint_minutes: float | None = None,
-    loggers: Sequence[OpenLogger] = (),
+    loggers: Sequence[Logger] = (),
 ) -> RunOutcome:
     """Run a job to its end, or until a signal, from its newest checkpoint if it has one.
 
@@ -58,16 +67,16 @@ def run(
     Args:
         job: built from ``directory.config``.
         directory: where the files go.
-        checkpoint_every: steps between checkpoints.
-        checkpoint_minutes: minutes between them, instead. With neither, half a minute, and more
-            where saving would take over a twentieth of the time.
-        loggers: where the metrics go besides metrics.jsonl.
+        checkpoint_every: outer steps between checkpoints. By default half a minute lies between
+            them, and more where saving would take over a twentieth of the time.
+        loggers: called with each row of metrics, after it is in metrics.jsonl. A resumed run calls
+            them again with the rows since its checkpoint.
 
     Returns:
         The outcome; a finished run has its summary.json and its last checkpoint.
 
     Raises:
-        ConfigError: steps and minutes between checkpoints, or an impossible number of either.
+        ConfigError: an impossible number of steps between checkpoints.
         CheckpointIncompatibleError: the checkpoint belongs to another configuration.
         CheckpointCorruptError: there are checkpoints and none verifies, or steps and none is there.
         CheckpointWriteError: the last checkpoint could not be written; earlier ones are intact.
@@ -75,44 +84,121 @@ def run(
         JobError: the job does not keep its contract.
     """
     require_job(job)
-    pace = Pace(checkpoint_every, checkpoint_minutes)
+    check_pace(checkpoint_every)
     if changed := differences(directory.config, to_plain(job.config)):
         raise CheckpointIncompatibleError(
             f"the configuration differs: {'; '.join(changed)}", where=str(directory.config_path)
         )
     store = CheckpointStore(directory.checkpoints)
-    with directory.lock(), _attached(job, directory):
-        store.tidy()
+    with directory.lock(), _attached(job, directory.path):
         found = restore(job, store) if store.paths() else None
         if found is None:
             directory.check_unstarted()
-        step, seconds, digest = (
-            (found.step, found.seconds, found.metrics) if found else (0, 0.0, "")
-        )
-        clock = Clock(seconds)
-        metrics = MetricsWriter(directory, after=step, digest=digest)
+            step, kept = 0, b""
+        else:
+            step, kept = found.step, directory.recorded(found.step, found.metrics)
+        metrics = MetricsWriter(directory, kept)
         with (
-            open_loggers(metrics, loggers, directory, after=step) as logger,
+            contextlib.closing(metrics),
             stop_requests() as stop,
-            progress(directory.problem, total=job.total_steps, completed=step) as report,
+            progress(directory.problem, total=job.total_steps, completed=step) as show,
         ):
-            saved = step if found else None
-            saver = Saver(job, store, logger, metrics, clock, pace, saved=saved)
+            saver = Saver(job, store, metrics, found, checkpoint_every)
             saver.save(step)  # for a first step that fails
+            told: list[Logger] = [metrics, *loggers, show]
             while not job.done and not stop:
                 with _told_where(saver, directory):
                     values = checked_metrics(job.step(), job)
                 step += 1
-                logger.append({"step": step, **values})
-                report(step, values)
+                row = {"step": step, **values}
+                for log in told:
+                    log(row)
                 saver.save_if_due(step)
             saver.save(step)
         if not job.done:
             return RunOutcome(step, None, stop[0])
 
-        summary = summarise(job, directory, step=step, seconds=clock.seconds)
+        summary = summarise(job, directory, step=step, seconds=saver.seconds)
         directory.write_summary(summary)
         return RunOutcome(step, summary, None)
+
+
+def check_pace(every: int | None) -> None:
+    """Refuse a number of outer steps between checkpoints that is not positive.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if every is not None and every < 1:
+        raise ConfigError(
+            f"--checkpoint-every is {every}",
+            allowed="1 or more",
+            fix="leave it out for one checkpoint every half minute",
+        )
+
+
+class Saver:
+    """Writes the checkpoints of a run, none of them newer than its metrics.
+
+    Args:
+        job: whose state is written.
+        store: where to.
+        metrics: what must be on the disk before; their digest is kept with the state.
+        found: the checkpoint that the run goes on from.
+        every: outer steps between checkpoints; None for `SECONDS`, or more as `SHARE` says.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        store: CheckpointStore,
+        metrics: MetricsWriter,
+        found: Checkpoint | None,
+        every: int | None,
+    ) -> None:
+        self._job, self._store, self._metrics, self._every = job, store, metrics, every
+        self._zero = time.perf_counter() - (found.seconds if found else 0.0)
+        self.saved = found.step if found else None
+        """Step of the newest checkpoint."""
+        self._tried, self._tried_at, self._cost = self.saved or 0, self.seconds, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Those of the run over all its sessions."""
+        return time.perf_counter() - self._zero
+
+    def save(self, step: int) -> None:
+        """Write one, unless this step has one."""
+        if step == self.saved:
+            return
+        started = self.seconds
+        try:
+            self._metrics.sync()
+            self._store.save(
+                self._job.state_dict(),
+                step=step,
+                config=to_plain(self._job.config),
+                versions=versions(),
+                seconds=started,
+                metrics=self._metrics.digest,
+            )
+        finally:
+            self._tried, self._tried_at = step, self.seconds
+            self._cost = self._tried_at - started
+        self.saved = step
+
+    def save_if_due(self, step: int) -> None:
+        """Write one if it is time to; a failure only warns."""
+        if self._every is None:
+            due = self.seconds - self._tried_at >= max(SECONDS, self._cost * (1 - SHARE) / SHARE)
+        else:
+            due = step - self._tried >= self._every
+        if due:
+            try:
+                self.save(step)
+            except CheckpointWriteError as error:
+                # The disk may have room again later; only the last save must succeed.
+                warnings.warn(str(error), stacklevel=2)
 
 
 @contextlib.contextmanager
@@ -129,12 +215,12 @@ def _told_where(saver: Saver, directory: RunDirectory) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _attached(job: Job, directory: RunDirectory) -> Iterator[None]:
+def _attached(job: Job, path: Path) -> Iterator[None]:
     """Let a job that writes files have its directory."""
     if not isinstance(job, WritesFiles):
         yield
         return
-    job.attach(directory)
+    job.attach(path)
     try:
         yield
     finally:
@@ -177,7 +263,7 @@ def summarise(
             allowed="a mapping from names to values",
             fix="return a dict",
         )
-    return dict(plain({**common, **found, **common}))
+    return dict(to_json({**common, **found, **common}))
 
 
 def draw_figures(

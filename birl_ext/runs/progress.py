@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeAlias
+from collections.abc import Iterator
 
-__all__ = ["Report", "progress"]
+from birl_ext.runs.job import Logger, Metrics
 
-Report: TypeAlias = Callable[[int, Mapping[str, float]], None]
+__all__ = ["progress"]
 
 SHOWN = 3
 """How many metrics stand beside the bar."""
 
 
 @contextlib.contextmanager
-def progress(description: str, *, total: int, completed: int = 0) -> Iterator[Report]:
+def progress(description: str, *, total: int, completed: int = 0) -> Iterator[Logger]:
     """Show the steps taken, on stderr; silent if it is not a terminal or rich is not installed.
 
     Args:
@@ -25,42 +25,28 @@ def progress(description: str, *, total: int, completed: int = 0) -> Iterator[Re
         completed: steps taken before, by the run that is resumed.
 
     Returns:
-        ``report(step, metrics)``, to be called after each step.
+        What shows a row, to be called after each step.
     """
-    if not sys.stderr.isatty():
-        yield _silent
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-    except ImportError:
-        yield _silent
+    if not (sys.stderr.isatty() and importlib.util.find_spec("rich")):
+        yield lambda row: None
         return
 
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[metrics]}", style="dim"),
+    from rich import progress as rich
+    from rich.console import Console
+
+    with rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.fields[metrics]}", style="dim"),
         console=Console(stderr=True),
         transient=True,
-    )
-    with bar:
+    ) as bar:
         task = bar.add_task(description, total=total, completed=completed, metrics="")
 
-        def report(step: int, metrics: Mapping[str, float]) -> None:
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:SHOWN])
-            bar.update(task, completed=step, metrics=shown)
+        def show(row: Metrics) -> None:
+            metrics = [f"{name} {value:.4g}" for name, value in row.items() if name != "step"]
+            bar.update(task, completed=row["step"], metrics="  ".join(metrics[:SHOWN]))
 
-        yield report
-
-
-def _silent(step: int, metrics: Mapping[str, float]) -> None:
-    """No terminal: no bar."""
+        yield show

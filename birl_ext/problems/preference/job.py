@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
     from matplotlib.figure import Figure
 
-    from birl_ext.runs.directory import RunDirectory
-
 __all__ = ["PreferenceJob"]
 
 _EVALUATION_SEED = 1_000_003  # added to the run's: episodes that are not those of training
@@ -107,11 +105,11 @@ class PreferenceJob:
         if self.teacher.rule.skip_share and config.initial_labels + self.schedule.counts[0]:
             self._play_first_round()
 
-    def attach(self, directory: RunDirectory) -> None:
+    def attach(self, path: Path) -> None:
         """Keep answers and videos there; a log of the same run is checked and continued."""
-        self._log = AnswerLog(directory.path / "answers.log")
+        self._log = AnswerLog(path / "answers.sqlite")
         self._log.rewind()
-        self._videos = directory.path / "videos"
+        self._videos = path / "videos"
 
     def detach(self) -> None:
         """Close the log and the environments; there are no more steps after that."""
