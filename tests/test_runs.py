@@ -32,13 +32,13 @@ from birl_ext.errors import (
     JobError,
     NotConvergedError,
 )
+from birl_ext.progress import progress
 from birl_ext.runs import loop, plots, toml
 from birl_ext.runs.checkpoint import CheckpointStore
 from birl_ext.runs.config import differences, from_plain, read_toml, to_plain
 from birl_ext.runs.directory import MetricsWriter, RunDirectory, default_path
 from birl_ext.runs.job import WritesFiles
 from birl_ext.runs.pace import Pace
-from birl_ext.runs.progress import progress
 from birl_ext.runs.saver import Saver
 
 # TOML

@@ -14,13 +14,13 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from birl_ext.errors import CheckpointIncompatibleError, JobError, MissingDependencyError
+from birl_ext.progress import progress
 from birl_ext.runs.checkpoint import Checkpoint, CheckpointStore
 from birl_ext.runs.config import differences, to_plain
 from birl_ext.runs.directory import MetricsWriter, RunDirectory, plain
 from birl_ext.runs.job import Job, WritesFiles, checked_metrics, require_job
 from birl_ext.runs.logger import OpenLogger, open_loggers
 from birl_ext.runs.pace import Pace
-from birl_ext.runs.progress import progress
 from birl_ext.runs.saver import Clock, Saver
 from birl_ext.runs.versions import versions
 
