@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "_version",
     "errors",
+    "state",
     "progress",
     "solution",
     "model",
