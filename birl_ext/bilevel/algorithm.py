@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -10,16 +12,24 @@ import torch
 from torch import Tensor
 
 from birl_ext.bilevel.guards import check_count, check_number
+from birl_ext.bilevel.variables import described
+from birl_ext.progress import Report
+from birl_ext.progress import progress as shown
+from birl_ext.state import Stateful
 
 __all__ = ["Algorithm"]
+
+LINES = 10.0
+"""Seconds between two lines of progress where there is no terminal."""
 
 _Outcome = TypeVar("_Outcome", bound=tuple[Any, ...])
 
 
-class Algorithm(ABC, Generic[_Outcome]):
+class Algorithm(Stateful, ABC, Generic[_Outcome]):
     """An upper level that is stepped on."""
 
-    x: Tensor
+    x: Any
+    """The upper-level variable, in the form it was given."""
 
     @abstractmethod
     def step(self) -> _Outcome:
@@ -31,6 +41,7 @@ class Algorithm(ABC, Generic[_Outcome]):
         *,
         tol: float = 0.0,
         tell: Callable[[int, _Outcome], object] | None = None,
+        progress: bool = True,
     ) -> list[_Outcome]:
         """At most so many steps; fewer once ‖∇φ‖₂ ≤ tol at every start.
 
@@ -39,6 +50,8 @@ class Algorithm(ABC, Generic[_Outcome]):
             tol: of the norm of the gradient, estimated where that is, units of φ over x; 0: all
                 steps.
             tell: called after each step with its number, from 1, and its outcome.
+            progress: show φ and ‖∇φ‖ on stderr, the least and the largest of all starts: as a bar
+                on a terminal, elsewhere as a line every ten seconds.
 
         Returns:
             The outcomes of the steps taken, each at the x before it; the last one meets `tol` if
@@ -48,18 +61,25 @@ class Algorithm(ABC, Generic[_Outcome]):
         """
         steps, tol = check_count("steps", steps), check_number("tol", tol)
         found: list[_Outcome] = []
-        for number in range(1, steps + 1):
-            outcome = self.step()
-            found.append(outcome)
-            if tell is not None:
-                tell(number, outcome)
-            norm: Any = outcome.gradient_norm  # type: ignore[attr-defined]
-            if tol > 0 and bool((torch.as_tensor(norm) <= tol).all()):
-                break
+        silent: contextlib.nullcontext[Report] = contextlib.nullcontext(lambda *_: None)
+        name = type(self).__name__
+        with shown(name, total=steps, lines=LINES) if progress else silent as report:
+            due = 0.0
+            for number in range(1, steps + 1):
+                outcome: Any = self.step()
+                found.append(outcome)
+                if tell is not None:
+                    tell(number, outcome)
+                norm: Tensor = torch.as_tensor(outcome.gradient_norm)
+                if progress and (now := time.monotonic()) >= due:
+                    due = now + 0.1
+                    least = torch.as_tensor(outcome.objective).min()
+                    report(number, {"φ": float(least), "‖∇φ‖": float(norm.max())})
+                if tol > 0 and bool((norm <= tol).all()):
+                    break
         return found
 
     def __repr__(self) -> str:
-        facts = {"x": tuple(self.x.shape)}
-        facts |= {name: getattr(self, name) for name in ("mode", "steps") if hasattr(self, name)}
-        words = ", ".join(f"{name}={fact!r}" for name, fact in facts.items())
-        return f"{type(self).__name__}({words})"
+        facts = {name: getattr(self, name) for name in ("mode", "steps") if hasattr(self, name)}
+        words = [f"x={described(self.x)}", *(f"{name}={fact!r}" for name, fact in facts.items())]
+        return f"{type(self).__name__}({', '.join(words)})"

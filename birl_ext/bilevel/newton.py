@@ -4,8 +4,7 @@ Hessian exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +15,20 @@ from birl_ext.bilevel.guards import (
     check_gradient,
     check_kind,
     check_number,
-    check_start,
     no_path,
 )
-from birl_ext.bilevel.problem import BilevelProblem, evaluate_at
+from birl_ext.bilevel.problem import BilevelProblem, direct_gradient, evaluate_at, known
+from birl_ext.bilevel.variables import (
+    Variables,
+    check_start,
+    entry,
+    joined,
+    leaves,
+    named,
+    rebuilt,
+    split,
+    tracked,
+)
 from birl_ext.errors import GradientError, ShapeError, UndeterminedError
 from birl_ext.model import checks as validation
 
@@ -47,7 +56,7 @@ class DampedNewton(Algorithm[NewtonOutcome]):
 
     Args:
         problem: the two levels; φ is a scalar.
-        x: start, (d,); copied.
+        x: start, (d,), or another of the forms of `BilevelProblem`, d numbers in all; copied.
         temperature: τ.
         damping: first μ, 0 or more.
 
@@ -56,8 +65,10 @@ class DampedNewton(Algorithm[NewtonOutcome]):
     Source: Levenberg (1944), Marquardt (1963); Hessian by double backward through (M12).
     """
 
+    STATE = ("x", "damping", "decrement", "_value")
+
     def __init__(
-        self, problem: BilevelProblem, x: Tensor, *, temperature: float, damping: float = 1e-2
+        self, problem: BilevelProblem, x: Variables, *, temperature: float, damping: float = 1e-2
     ) -> None:
         check_kind("problem", problem, BilevelProblem)
         self.problem = problem
@@ -80,7 +91,7 @@ class DampedNewton(Algorithm[NewtonOutcome]):
         objective, gradient, raw, passes, bound = self._expand()
         undetermined = _undetermined(raw, gradient)
         if undetermined is not None and undetermined.sloping:
-            raise undetermined.error()
+            raise undetermined.error(self.x)
         hessian = (raw + raw.mT) / 2
         unit = _units(raw)
         scale = torch.diag(unit.square())
@@ -100,20 +111,22 @@ class DampedNewton(Algorithm[NewtonOutcome]):
             if fault.item() == 0:
                 move = -torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
                 promised = -float(gradient @ move + move @ hessian @ move / 2)
+                parts = zip(leaves(self.x), split(move, self.x), strict=True)
+                moved = rebuilt(self.x, (leaf + part for leaf, part in parts))
                 with torch.no_grad():
-                    there, _ = self.problem.evaluate(self.x + move, self.temperature, self._value)
+                    there, _ = self.problem.evaluate(moved, self.temperature, self._value)
                 gained = float(objective - there)
                 if promised <= noise and (undetermined or gain_in_reach > 1e3 * noise):
                     break  # only a null step is left, and this is no minimum
                 if gained >= 1e-4 * promised - noise:
-                    self.x = self.x + move
+                    self.x = moved
                     if gained > 0.75 * promised:
                         self.damping = max(self.damping / 10, 1e-12)
                     return outcome
             self.damping = max(self.damping * 4, 1e-8)
         self.damping = damping
         if undetermined is not None and gain_in_reach <= 1e3 * noise:
-            raise undetermined.error()
+            raise undetermined.error(self.x)
         raise GradientError(
             f"no step along the gradient (norm {float(gradient.norm()):.3g}) "
             "decreases the objective",
@@ -136,40 +149,27 @@ class DampedNewton(Algorithm[NewtonOutcome]):
         _, gradient, hessian, _, _ = self._expand()
         undetermined = _undetermined(hessian, gradient)
         if undetermined is not None:
-            raise undetermined.error()
+            raise undetermined.error(self.x)
         unit = _units(hessian)
         inverse: Tensor = torch.linalg.inv(_per_unit((hessian + hessian.mT) / 2, unit))
         return _per_unit(inverse, unit) / count
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "x": self.x.clone(),
-            "damping": self.damping,
-            "decrement": self.decrement,
-            "value": None if self._value is None else self._value.clone(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.x = state["x"].clone()
-        self.damping, self.decrement = float(state["damping"]), float(state["decrement"])
-        self._value = state["value"]
 
     def _expand(self) -> tuple[Tensor, Tensor, Tensor, int, float]:
         """φ, g and H at x, H as it was computed; passes over P and the certified error of the lower
         level.
         """
-        x = self.x.detach().requires_grad_()
+        x = tracked(rebuilt(self.x, leaves(self.x)))
         objective, solution = evaluate_at(self.problem, x, self.temperature, self._value)
         if objective.dim():
             raise ShapeError(f"upper returned shape {tuple(objective.shape)}", allowed="a scalar")
-        gradient = None
-        if objective.requires_grad:
-            (gradient,) = torch.autograd.grad(objective, x, create_graph=True, allow_unused=True)
-        if gradient is None:
+        own = named(x)
+        if not objective.requires_grad:
             raise no_path()
-        rows = [_slope(entry, x) for entry in gradient.unbind()]
-        hessian = torch.stack(rows)
-        check_gradient(gradient)
+        parts = torch.autograd.grad(
+            objective, [*own.values()], create_graph=True, allow_unused=True
+        )
+        gradient = joined(known(parts, own, None))
+        hessian = torch.stack([_slope(slope, leaves(x)) for slope in gradient.unbind()])
         check_gradient(hessian, name="the Hessian")
         self._value = solution.value.detach()
         return (
@@ -181,12 +181,11 @@ class DampedNewton(Algorithm[NewtonOutcome]):
         )
 
 
-def _slope(entry: Tensor, x: Tensor) -> Tensor:
-    """∂/∂x of an entry of the gradient: zero where φ is linear."""
-    found = None
-    if entry.requires_grad:
-        (found,) = torch.autograd.grad(entry, x, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(x) if found is None else found
+def _slope(entry: Tensor, own: list[Tensor]) -> Tensor:
+    """∂/∂x of an entry of the gradient, (d,): zero where φ is linear."""
+    found = direct_gradient(entry, own, retain=True)
+    pairs = zip(found, own, strict=True)
+    return joined(torch.zeros_like(leaf) if part is None else part for part, leaf in pairs)
 
 
 class _Undetermined(NamedTuple):
@@ -201,10 +200,12 @@ class _Undetermined(NamedTuple):
     sloping: bool
     """Whether φ has a slope along it all the same: then it has no minimum there."""
 
-    def error(self) -> UndeterminedError:
+    def error(self, x: Variables) -> UndeterminedError:
         size = self.direction.abs()
         order = size.argsort(descending=True)[:4].tolist()
-        named = ", ".join(f"{self.direction[i]:.3g} in x[{i}]" for i in order if size[i] > 1e-3)
+        named = ", ".join(
+            f"{self.direction[i]:.3g} in {entry(x, i)}" for i in order if size[i] > 1e-3
+        )
         kind = "singular" if self.singular else "indefinite"
         slope = ", and a slope" * self.sloping
         return UndeterminedError(

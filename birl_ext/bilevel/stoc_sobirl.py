@@ -6,9 +6,8 @@ stated in docs/stochastic.md.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,13 +23,22 @@ from birl_ext.bilevel.guards import (
     check_kind,
     check_lower,
     check_objective,
-    check_start,
     make_optimiser,
     take_step,
 )
 from birl_ext.bilevel.problem import hypergradient
 from birl_ext.bilevel.score import FullHorizon
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
+from birl_ext.bilevel.variables import (
+    Variables,
+    check_start,
+    give,
+    joined,
+    leaves,
+    named,
+    split,
+    tracked,
+)
 from birl_ext.errors import OptionError, ShapeError
 from birl_ext.model import checks as validation
 from birl_ext.preferences.loss import RewardFunction
@@ -52,11 +60,11 @@ class SampledProblem:
             ∇log P_x at the transitions that are drawn is used. Which rows end must not depend on x.
     """
 
-    reward: Callable[[Tensor], Tensor]
-    loss: Callable[[Tensor, Sequence[Paths]], Tensor]
+    reward: Callable[[Any], Tensor]
+    loss: Callable[[Any, Sequence[Paths]], Tensor]
     paths: int = 2
     steps: int = 1
-    transition: Callable[[Tensor], Tensor] | None = None
+    transition: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         for name in ("paths", "steps"):
@@ -117,7 +125,7 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
     Args:
         problem: loss and reward.
         simulator: draws the paths; its transition is never read, mask and reference μ are.
-        x: start, (d,); copied.
+        x: start, (d,), or a list, tuple or dict of tensors, or a module; copied.
         discount: γ of the lower level.
         temperature: τ, units of reward.
         optimiser: from a list of parameters to any torch optimiser.
@@ -128,11 +136,13 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
     α_j = 1/(1 + (1 − γ)j) of the lower level: Wainwright (2019).
     """
 
+    STATE = ("x", "q", "optimiser", "simulator", "steps")
+
     def __init__(
         self,
         problem: SampledProblem,
         simulator: FiniteSimulator,
-        x: Tensor,
+        x: Variables,
         *,
         discount: float,
         temperature: float,
@@ -147,10 +157,10 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
         check_kind("effort", effort, Effort)
         self.problem = problem
         self.simulator = simulator
-        self.x = check_start(x, vector=True).requires_grad_()
+        self.x = tracked(check_start(x, vector=True))
         self.discount = check_discount(discount)
         self.temperature = temperature
-        self.optimiser = make_optimiser(optimiser, [self.x])
+        self.optimiser = make_optimiser(optimiser, leaves(self.x))
         self.effort = effort
         self.baseline: Baseline = baseline
         self.q = torch.zeros(simulator.states, simulator.actions, dtype=torch.float64)
@@ -170,11 +180,11 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
 
         def closure() -> float:
             found.append(self.hypergradient())
-            self.x.grad = found[-1][1]
+            give(self.x, split(found[-1][1], self.x))
             return found[-1][0]
 
         try:
-            take_step(self.optimiser, [self.x], closure, self.steps)
+            take_step(self.optimiser, named(self.x), closure, self.steps)
         except BaseException:
             self.q.copy_(q)
             self.simulator.load_state_dict(drawn)
@@ -184,7 +194,7 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
         return StocSoBiRLOutcome(objective, float(gradient.norm()), self.simulator.samples - before)
 
     def hypergradient(self) -> tuple[float, Tensor]:
-        """φ and ∇φ, estimated at the present x, after the lower level's update."""
+        """φ and ∇φ, (d,), estimated at the present x, after the lower level's update."""
         effort, problem, simulator = self.effort, self.problem, self.simulator
         check_kind("effort", effort, Effort)  # it may have been replaced
         table = validation.as_floating("reward", problem.reward(self.x))
@@ -241,7 +251,7 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
         gradient = hypergradient(
             surrogate, self.x, self.steps, levels="`loss`, `reward` or `transition`"
         )
-        return float(surrogate.detach()), gradient
+        return float(surrogate.detach()), joined(gradient)
 
     def _learn(self, reward: Tensor) -> None:
         """Synchronous soft Q-learning from the warm start."""
@@ -258,21 +268,3 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
     def _value(self) -> Tensor:
         """τ log Σ_a μ exp(Q/τ), (S,)."""
         return self.temperature * torch.logsumexp(self._preference(), -1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on, as a snapshot."""
-        return {
-            "x": self.x.detach().clone(),
-            "q": self.q.clone(),
-            "optimiser": copy.deepcopy(self.optimiser.state_dict()),
-            "simulator": self.simulator.state_dict(),
-            "steps": self.steps,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            self.x.copy_(state["x"])
-        self.q.copy_(state["q"])
-        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
-        self.simulator.load_state_dict(state["simulator"])
-        self.steps = int(state["steps"])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +17,24 @@ from birl_ext.bilevel.guards import (
     check_number,
     check_objective,
     check_seed,
-    check_start,
     make_optimiser,
     no_path,
     reaches,
     take_step,
 )
 from birl_ext.bilevel.problem import BilevelProblem, evaluate_at
+from birl_ext.bilevel.variables import (
+    Variables,
+    check_start,
+    drawn,
+    give,
+    joined,
+    leaves,
+    named,
+    rebuilt,
+    split,
+    tracked,
+)
 from birl_ext.errors import OptionError
 from birl_ext.model import checks as validation
 
@@ -49,7 +59,8 @@ class ZeroOrder(Algorithm[ZeroOrderOutcome]):
 
     Args:
         problem: the two levels.
-        x: start, (d,), or (M, d) for many starts at once; copied.
+        x: start, (d,), or (M, d) for many starts at once; or another of the forms of
+            `BilevelProblem`; copied.
         temperature: τ, units of reward.
         optimiser: from a list of parameters to any torch optimiser; one that asks again gets
             another direction.
@@ -62,10 +73,12 @@ class ZeroOrder(Algorithm[ZeroOrderOutcome]):
     Source: Nesterov and Spokoiny (2017).
     """
 
+    STATE = ("x", "optimiser", "generator", "steps")
+
     def __init__(
         self,
         problem: BilevelProblem,
-        x: Tensor,
+        x: Variables,
         *,
         temperature: float | Tensor,
         optimiser: Callable[[Iterable[Tensor]], Optimizer],
@@ -75,11 +88,11 @@ class ZeroOrder(Algorithm[ZeroOrderOutcome]):
         validation.check_temperature(temperature)
         check_kind("problem", problem, BilevelProblem)
         self.problem = problem
-        self.x = check_start(x).requires_grad_()
+        self.x = tracked(check_start(x))
         self.temperature = temperature
         self.radius = check_number("radius", radius, above=True)
         self.generator = torch.Generator().manual_seed(check_seed(seed))
-        self.optimiser = make_optimiser(optimiser, [self.x])
+        self.optimiser = make_optimiser(optimiser, leaves(self.x))
         self.steps = 0
         self._traced = False
 
@@ -97,14 +110,14 @@ class ZeroOrder(Algorithm[ZeroOrderOutcome]):
             if not self._traced:
                 self._check_paths()
             objective, gradient = self.estimate()
-            self.x.grad = gradient
+            give(self.x, split(gradient, self.x))
             norm = gradient.reshape(*objective.shape, -1).norm(dim=-1)
             outcomes.append(ZeroOrderOutcome(objective, norm))
             return float(objective.sum())
 
         kept = self.generator.get_state()
         try:
-            take_step(self.optimiser, [self.x], closure, self.steps)
+            take_step(self.optimiser, named(self.x), closure, self.steps)
         except BaseException:
             self.generator.set_state(kept)
             raise
@@ -112,50 +125,42 @@ class ZeroOrder(Algorithm[ZeroOrderOutcome]):
         return outcomes[0]
 
     def estimate(self) -> tuple[Tensor, Tensor]:
-        """φ, exactly, and ∇φ̂ at the present x."""
-        x = self.x.detach()
-        direction = torch.randn(x.shape, generator=self.generator, dtype=x.dtype).to(x.device)
-        aside = x + self.radius * direction
-        if torch.equal(aside, x):
-            raise OptionError(
-                f"radius is {self.radius:g}, which rounding takes off x",
-                where=f"outer step {self.steps}",
-                allowed="a step that x can hold",
-                fix=f"use a radius of {_least_radius(x):.0e} or more",
-            )
+        """φ, exactly, and ∇φ̂ at the present x: in its shape if it is a tensor, else (d,)."""
+        direction, moved = [], []
+        for name, leaf in named(self.x).items():
+            here = leaf.detach()
+            direction.append(drawn(here, self.generator))
+            moved.append(here + self.radius * direction[-1])
+            if torch.equal(moved[-1], here) and here.numel():
+                raise OptionError(
+                    f"radius is {self.radius:g}, which rounding takes off {name}",
+                    where=f"outer step {self.steps}",
+                    allowed=f"a step that {name} can hold",
+                    fix=f"use a radius of {_least_radius(here):.0e} or more",
+                )
+        aside = rebuilt(self.x, moved)
         with torch.no_grad():
-            here, solution = self.problem.evaluate(x, self.temperature)
+            here, solution = self.problem.evaluate(self.x, self.temperature)
             there = self.problem.objective(aside, self.temperature, solution.value)
         for objective in (here, there):
             check_objective(objective, self.steps)
         slope = (there - here) / self.radius  # one per start, along the first axis of x
-        axes = (*slope.shape, *[1] * (x.dim() - slope.dim()))
-        gradient = slope.reshape(axes) * direction
+        gradient = slope.unsqueeze(-1) * joined(direction, slope.shape)
+        if isinstance(self.x, Tensor):
+            gradient = gradient.reshape(self.x.shape)
         check_gradient(gradient, self.steps)
         return here, gradient
 
     def _check_paths(self) -> None:
         """Refuse an objective that does not depend on x; once, as it costs a solve of its own."""
         objective, _ = evaluate_at(self.problem, self.x, self.temperature, step=self.steps)
-        if not reaches([objective], self.x):
+        own = named(self.x)
+        if not reaches([objective], *own.values()):
             raise no_path()
+        for name, leaf in own.items():
+            if not reaches([objective], leaf):
+                raise no_path(name)
         self._traced = True
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on, as a snapshot."""
-        return {
-            "x": self.x.detach().clone(),
-            "optimiser": copy.deepcopy(self.optimiser.state_dict()),
-            "generator": self.generator.get_state(),
-            "steps": self.steps,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            self.x.copy_(state["x"])
-        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
-        self.generator.set_state(state["generator"])
-        self.steps = int(state["steps"])
 
 
 def _least_radius(x: Tensor) -> float:

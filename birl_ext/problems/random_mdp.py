@@ -36,7 +36,8 @@ class RandomMDPConfig:
     learning_rate: float | None = None
     """Outer step size; by default 0.008 in the published mode and 0.05 in the exact one."""
     sweeps: int = 10
-    sweep_tol: float = 1e-6
+    tol: float | None = None
+    """Certified relative error asked of the value; by default as far as rounding allows."""
     adjoint_rate: float = 0.5
     max_steps: int = 3000
     target: float = 1.0001
@@ -47,7 +48,7 @@ class RandomMDPConfig:
         check_settings(
             self,
             least=dict.fromkeys(("states", "actions", "dimension", "sweeps", "max_steps"), 1)
-            | {"discount": 0, "sweep_tol": 0},
+            | {"discount": 0, "tol": 0},
             above={"temperature": 0, "learning_rate": 0, "adjoint_rate": 0},
             below={"discount": 1},
             infinite=("target",),
@@ -113,7 +114,7 @@ class RandomMDPJob:
             optimiser=lambda parameters: torch.optim.SGD(parameters, lr=rate),
             mode=config.mode,
             sweeps=config.sweeps,
-            sweep_tol=config.sweep_tol,
+            tol=config.tol,
             adjoint_rate=config.adjoint_rate,
             seed=config.seed,
         )
