@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from birl_ext.errors import OptionError, ShapeError
 
@@ -17,8 +19,9 @@ __all__ = ["Stateful"]
 class Stateful:
     """An object whose state is that of the attributes named in `STATE`, those of its bases too.
 
-    They may be numbers, None, tensors, generators, whatever has a `state_dict` itself, and lists
-    and dicts of these. A leading underscore is no part of the name that a state has.
+    They may be numbers, None, tensors, generators, modules, optimisers, whatever has a state that
+    is a snapshot, and lists and dicts of these. A leading underscore is no part of the name that a
+    state has.
     """
 
     STATE: ClassVar[tuple[str, ...]] = ()
@@ -37,6 +40,20 @@ class Stateful:
             key = name.lstrip("_")
             setattr(self, name, _put(getattr(self, name), state[key], key))
 
+    @contextmanager
+    def taken_back(self, *, always: bool = False, without: Sequence[str] = ()) -> Iterator[None]:
+        """What happens inside to the state is taken back after an error, or `always`."""
+        names = [name for name in self._state() if name not in without]
+        kept = {name: _taken(getattr(self, name)) for name in names}
+        try:
+            yield
+        except BaseException:
+            always = True
+            raise
+        finally:
+            for name, part in kept.items() if always else ():
+                setattr(self, name, _put(getattr(self, name), part, name))
+
     @classmethod
     def _state(cls) -> list[str]:
         return [name for base in reversed(cls.__mro__) for name in base.__dict__.get("STATE", ())]
@@ -47,25 +64,28 @@ def _taken(value: Any) -> Any:
         return value.detach().clone()
     if isinstance(value, torch.Generator):
         return value.get_state()
-    if isinstance(value, Stateful):
-        return value.state_dict()
+    if isinstance(value, Optimizer):
+        return copy.deepcopy(value.state_dict())
     if isinstance(value, nn.Module):  # whose own holds the live parameters
         value = value.state_dict()
+    elif hasattr(value, "state_dict"):
+        return value.state_dict()
     if isinstance(value, Mapping):
         return {key: _taken(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_taken(part) for part in value]
-    return copy.deepcopy(value.state_dict() if hasattr(value, "state_dict") else value)
+    return copy.deepcopy(value)
 
 
 def _put(ours: Any, state: Any, name: str) -> Any:
     """What takes the place of `ours`: itself where it can be changed, for others may hold it."""
     if isinstance(ours, torch.Generator):
         ours.set_state(state)
-    elif isinstance(ours, Stateful | nn.Module):
-        ours.load_state_dict(state)
     elif hasattr(ours, "load_state_dict"):
-        ours.load_state_dict(copy.deepcopy(state))
+        if state is not None:
+            ours.load_state_dict(copy.deepcopy(state) if isinstance(ours, Optimizer) else state)
+    elif ours is None and isinstance(state, Mapping):
+        return None  # of a part that this object does without
     elif isinstance(ours, Tensor) and ours.requires_grad:
         if ours.shape != state.shape:
             raise ShapeError(

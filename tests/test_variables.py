@@ -374,21 +374,19 @@ def test_names_and_places() -> None:
 
 
 SHOWN = {
-    "list": r"x=\[\(3, 2\), \(2,\)\]",
-    "tuple": r"x=\[\(3, 2\), \(2,\)\]",
-    "named tuple": r"x=\[\(3, 2\), \(2,\)\]",
-    "dict": r"x=\{'weight': \(3, 2\), 'bias': \(2,\)\}",
-    "module": r"x=Net\(weight=\(3, 2\), bias=\(2,\)\)",
+    "list": "list([0]: (3, 2), [1]: (2,))",
+    "tuple": "tuple([0]: (3, 2), [1]: (2,))",
+    "named tuple": "Pair([0]: (3, 2), [1]: (2,))",
+    "dict": "dict(['weight']: (3, 2), ['bias']: (2,))",
+    "module": "Net(.weight: (3, 2), .bias: (2,))",
 }
 
 
 @every
 @forms
 def test_repr_shows_the_form(make: Any, form: str) -> None:
-    import re
 
-    shown = repr(make(FORMS[form], problem_of()))
-    assert re.search(SHOWN[form], shown), shown
+    assert f"(x={SHOWN[form]}" in repr(make(FORMS[form], problem_of()))
 
 
 # From samples

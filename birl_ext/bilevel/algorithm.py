@@ -5,24 +5,26 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from birl_ext.bilevel.guards import check_count, check_number
-from birl_ext.bilevel.variables import described
+from birl_ext.bilevel import variables
+from birl_ext.bilevel.guards import check_count, check_number, make_optimiser, take_step
 from birl_ext.progress import Report
 from birl_ext.progress import progress as shown
 from birl_ext.state import Stateful
 
-__all__ = ["Algorithm"]
+__all__ = ["Algorithm", "Descent"]
 
 LINES = 10.0
 """Seconds between two lines of progress where there is no terminal."""
 
 _Outcome = TypeVar("_Outcome", bound=tuple[Any, ...])
+Maker = Callable[[Iterable[Tensor]], Optimizer]
 
 
 class Algorithm(Stateful, ABC, Generic[_Outcome]):
@@ -81,5 +83,38 @@ class Algorithm(Stateful, ABC, Generic[_Outcome]):
 
     def __repr__(self) -> str:
         facts = {name: getattr(self, name) for name in ("mode", "steps") if hasattr(self, name)}
-        words = [f"x={described(self.x)}", *(f"{name}={fact!r}" for name, fact in facts.items())]
+        words = [
+            f"x={variables.described(self.x)}",
+            *(f"{name}={fact!r}" for name, fact in facts.items()),
+        ]
         return f"{type(self).__name__}({', '.join(words)})"
+
+
+class Descent(Algorithm[_Outcome]):
+    """An algorithm whose steps on x a torch optimiser takes."""
+
+    STATE: ClassVar[tuple[str, ...]] = ("x", "optimiser", "steps")
+
+    def _begin(self, x: variables.Variables, optimiser: Maker, *, vector: bool = False) -> None:
+        self.x = variables.tracked(variables.check_start(x, vector=vector))
+        self.optimiser = make_optimiser(optimiser, variables.leaves(self.x))
+        self.steps = 0
+
+    def _take(self, evaluate: Callable[[], tuple[_Outcome, Sequence[Tensor]]]) -> _Outcome:
+        """One step on the gradient, by leaves, of the first outcome; after any error all of the
+        state is what it was.
+        """
+        outcomes: list[_Outcome] = []
+
+        def closure() -> float:
+            outcome: Any
+            outcome, gradient = evaluate()
+            outcomes.append(outcome)
+            for leaf, part in zip(variables.leaves(self.x), gradient, strict=True):
+                leaf.grad = part
+            return float(torch.as_tensor(outcome.objective).sum())
+
+        with self.taken_back(without=Descent.STATE):  # these by `take_step`, to the bit
+            take_step(self.optimiser, variables.named(self.x), closure, self.steps)
+        self.steps += 1
+        return outcomes[0]

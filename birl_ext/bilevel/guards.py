@@ -48,24 +48,20 @@ _HUGE = 1e15  # ‖x‖ at which 1 is rounding: no error there is about the leve
 # Options
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
+def check_count(name: str, value: Any, least: int = 1, *, below: float = math.inf) -> int:
     """A whole number from `least` on."""
     try:
-        if not isinstance(value, bool) and operator.index(value) >= least:
+        if not isinstance(value, bool) and least <= operator.index(value) < below:
             return operator.index(value)
     except TypeError:
         pass
-    raise OptionError(f"{name} is {value!r}", allowed=f"a whole number, {least} or more")
+    top = "" if below == math.inf else f", below {below}"
+    raise OptionError(f"{name} is {value!r}", allowed=f"a whole number, {least} or more{top}")
 
 
 def check_seed(seed: Any) -> int:
     """A seed that a torch.Generator takes."""
-    try:
-        if not isinstance(seed, bool) and 0 <= operator.index(seed) < 2**64:
-            return operator.index(seed)
-    except TypeError:
-        pass
-    raise OptionError(f"seed is {seed!r}", allowed="a whole number, 0 to 2⁶⁴ − 1")
+    return check_count("seed", seed, 0, below=2**64)
 
 
 def check_number(

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from birl_ext.bilevel import variables
 from birl_ext.bilevel.guards import check_lower, check_objective, no_path
 from birl_ext.bilevel.problem import (
     BilevelProblem,
@@ -23,14 +24,7 @@ from birl_ext.bilevel.problem import (
     evaluate_at,
     hypergradient,
     known,
-)
-from birl_ext.bilevel.variables import (
-    Variables,
-    check_start,
-    joined,
-    leaves,
-    named,
-    tracked,
+    slope,
 )
 from birl_ext.errors import OptionError
 from birl_ext.model.layout import Flat
@@ -99,11 +93,6 @@ class Linearisation:
     value_error: Tensor
 
     @property
-    def objective(self) -> Tensor:
-        """φ as a number."""
-        return self.phi.detach()
-
-    @property
     def discount(self) -> Tensor:
         return self.flat.discount.detach()
 
@@ -132,7 +121,7 @@ class Linearisation:
         Raises:
             GradientError: neither depends on a leaf of x, or the gradient is not finite.
         """
-        own = named(self.x)
+        own = variables.named(self.x)
         *gradient, reward_bar = torch.autograd.grad(
             [self.phi, self.image],
             [*own.values(), self.flat.reward],
@@ -246,7 +235,9 @@ def linearise(
         solution = solution.closed(restore(available))
     phi = problem.judge(x, solution)
     check_objective(phi, step)
-    *direct, source, policy_bar = direct_gradient(phi, [*leaves(x), value, handed], retain=True)
+    *direct, source, policy_bar = direct_gradient(
+        phi, [*variables.leaves(x), value, handed], retain=True
+    )
     if source is None and all(part is None for part in direct):
         raise no_path()
     return Linearisation(
@@ -267,7 +258,7 @@ def linearise(
 
 def hypergradient_report(
     problem: BilevelProblem,
-    x: Variables,
+    x: variables.Variables,
     temperature: float | Tensor,
     *,
     estimate: tuple[Linearisation, Tensor] | None = None,
@@ -275,8 +266,8 @@ def hypergradient_report(
 ) -> HypergradientReport:
     """Compare a hyper-gradient with the exact one and certify its error.
 
-        ‖∇φ̂ − ∇φ‖₂ ≤ max_{s,a} ‖∂(r + γPV)/∂x‖₂ · ‖Δr̄‖₁ + γ‖r̄‖₁ ‖ΔV‖∞ · max_{s,a} Σ_t
-        ‖∂P(t|s,a)/∂x‖₂ + ‖ Σ_y |∂²f/∂x∂y| |Δy| ‖₂,   y = V, Q, A, π, log π
+        ‖∇φ̂ − ∇φ‖₂ ≤ max_{s,a} ‖∂(r + γPV)/∂x‖₂ · ‖Δr̄‖₁ + γ(‖r̄‖₁ + ‖Δr̄‖₁) ‖ΔV‖∞ · max_{s,a}
+        Σ_t ‖∂P(t|s,a)/∂x‖₂ + ‖ Σ_y |∂²f/∂x∂y| |Δy| ‖₂,   y = V, Q, A, π, log π
 
     Args:
         problem: the two levels.
@@ -299,16 +290,16 @@ def hypergradient_report(
     Source: (M5), (M7), (M13), combined.
     """
     declared = _lipschitz(smoothness)
-    x = tracked(check_start(x))
+    x = variables.tracked(variables.check_start(x))
     phi, solution = evaluate_at(problem, x, temperature)
     starts = phi.shape
-    exact = joined(hypergradient(phi, x), starts)
+    exact = variables.joined(hypergradient(phi, x), starts)
     if estimate is None:
         certified = solution.value.detach(), solution.error_bound
         point = linearise(problem, x, temperature, lambda _: certified)
         estimate = point, exact_flow(point)
     at, flow = estimate
-    approximate = joined(at.pull(flow)[0], starts)
+    approximate = variables.joined(at.pull(flow)[0], starts)
     residual = at.adjoint_residual(flow)
     gap, norm = _norm(approximate - exact), _norm(exact)
     tiny = torch.finfo(torch.float64).tiny
@@ -352,19 +343,14 @@ def _bound(at: Linearisation, flow: Tensor, smoothness: float, starts: torch.Siz
     """The right-hand side of the formula in `hypergradient_report`, summed over the problems of
     each start.
     """
-    flat, own, restore = at.flat, leaves(at.x), at.flat.layout.restore
-    infinite = at.objective.new_full(starts, torch.inf)
+    flat, own, restore = at.flat, variables.leaves(at.x), at.flat.layout.restore
+    infinite = torch.full(starts, torch.inf, dtype=torch.float64, device=flow.device)
     if smoothness == math.inf or flat.log_reference.requires_grad or flat.discount.requires_grad:
         return infinite
     states, actions = flat.reward.shape[-2:]
     transition_too = flat.transition.requires_grad
     if transition_too and flat.transition[0].numel() > _JACOBIAN_ROWS:
         return infinite
-
-    def slope(entry: Tensor) -> Tensor:
-        parts = direct_gradient(entry, own, retain=True)
-        pairs = zip(parts, own, strict=True)
-        return _norm(joined((torch.zeros_like(x) if p is None else p for p, x in pairs), starts))
 
     reward = flat.reward.double()
     if transition_too:  # r + γPV
@@ -374,13 +360,14 @@ def _bound(at: Linearisation, flow: Tensor, smoothness: float, starts: torch.Siz
     for s in range(states):
         for a in range(actions):
             for entry in _by_start(table[..., s, a], starts):
-                steepest = torch.maximum(steepest, slope(entry))
-    bound = steepest * _start_sum(restore(at.flow_error(flow, smoothness)), starts)
+                steepest = torch.maximum(steepest, _norm(slope(entry, own, starts)))
+    error = at.flow_error(flow, smoothness)
+    bound = steepest * _start_sum(restore(error), starts)
     if transition_too:
-        weight = at.pull(flow)[1]
-        mass = at.discount * weight.abs().sum((-1, -2)) * at.value_error
+        weight = at.pull(flow)[1].abs().sum((-1, -2)) + error
+        mass = at.discount * weight * at.value_error
         entries = flat.transition.reshape(flat.transition.shape[0], -1)
-        norms = torch.stack([slope(entries[:, i]) for i in range(entries.shape[-1])])
+        norms = torch.stack([_norm(slope(column, own, starts)) for column in entries.unbind(1)])
         by_row = norms.new_zeros((states * actions, *starts))
         steep = by_row.index_add(0, at.rows.entry_rows, norms).amax(0)
         bound = bound + steep * _start_sum(restore(mass), starts)
@@ -403,7 +390,9 @@ def _direct_error(
     objective = problem.judge(at.x, frozen)
     if smoothness == math.inf or not objective.requires_grad:
         return none
-    parts = torch.autograd.grad(objective.sum(), leaves(at.x), allow_unused=True, create_graph=True)
+    parts = torch.autograd.grad(
+        objective.sum(), variables.leaves(at.x), allow_unused=True, create_graph=True
+    )
     direct = [part for part in parts if part is not None and part.requires_grad]
     if not direct:
         return none
@@ -416,7 +405,7 @@ def _direct_error(
         relative.unsqueeze(-1).expand_as(at.policy),
         (2 * shift).unsqueeze(-1).expand_as(at.policy),
     )
-    entries = joined(direct, starts)
+    entries = variables.joined(direct, starts)
     if all(part is None for part in direct_gradient(entries, tables, retain=True)):
         return none
     if smoothness or entries.shape[-1] > _JACOBIAN_ROWS:
@@ -424,9 +413,9 @@ def _direct_error(
     errors = torch.zeros_like(entries, dtype=torch.float64)
     for k in range(entries.shape[-1]):
         found = direct_gradient(entries[..., k], tables, retain=True)
-        for slope, amount in zip(found, moved, strict=True):
-            if slope is not None:
-                errors[..., k] += _start_sum(slope.double().abs() * restore(amount), starts)
+        for part, amount in zip(found, moved, strict=True):
+            if part is not None:
+                errors[..., k] += _start_sum(part.double().abs() * restore(amount), starts)
     return _norm(errors)
 
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from birl_ext.bilevel.algorithm import Algorithm
+from birl_ext.bilevel import variables
+from birl_ext.bilevel.algorithm import Descent, Maker
 from birl_ext.bilevel.guards import (
     check_count,
     check_kind,
     check_number,
     check_seed,
-    make_optimiser,
-    take_step,
 )
 from birl_ext.bilevel.hypergradient import (
     HypergradientReport,
@@ -36,16 +34,6 @@ from birl_ext.bilevel.problem import (
     evaluate_at,
     hypergradient,
     temperature_at,
-)
-from birl_ext.bilevel.variables import (
-    Variables,
-    check_start,
-    drawn,
-    give,
-    joined,
-    leaves,
-    named,
-    tracked,
 )
 from birl_ext.errors import AccuracyWarning, OptionError
 from birl_ext.functional import solve
@@ -75,7 +63,7 @@ class MSoBiRLOutcome(NamedTuple):
     """Whether `relative_error` is above the accuracy asked for, at any start."""
 
 
-class MSoBiRL(Algorithm[MSoBiRLOutcome]):
+class MSoBiRL(Descent[MSoBiRLOutcome]):
     """Single-loop bilevel descent, all warm-started: V and its adjoint λ, then one step on x.
 
         V_k = T^N V_{k−1},   λ_k ≈ (I − γP_π)⁻ᵀ v̄,   x_{k+1} = x_k − β ∇φ̂(x_k, V_k, λ_k)
@@ -110,15 +98,15 @@ class MSoBiRL(Algorithm[MSoBiRLOutcome]):
     Source: Yang, Gao and Yuan (2025), Algorithm M-SoBiRL; (M5), (M13), (M14).
     """
 
-    STATE = ("x", "optimiser", "_value", "_flow", "generator", "steps")
+    STATE = ("_value", "_flow", "generator")
 
     def __init__(
         self,
         problem: BilevelProblem,
-        x: Variables,
+        x: variables.Variables,
         *,
         temperature: Temperature,
-        optimiser: Callable[[Iterable[Tensor]], Optimizer],
+        optimiser: Maker,
         mode: Mode = "exact",
         sweeps: int = 10,
         accuracy: float = 0.05,
@@ -131,7 +119,6 @@ class MSoBiRL(Algorithm[MSoBiRLOutcome]):
             raise OptionError(f"mode is {mode!r}", allowed=", ".join(map(repr, _MODES)))
         check_kind("problem", problem, BilevelProblem)
         self.problem = problem
-        self.x = tracked(check_start(x))
         self.temperature = check_schedule(temperature)
         self.mode = mode
         self.sweeps = check_count("sweeps", sweeps)
@@ -140,8 +127,7 @@ class MSoBiRL(Algorithm[MSoBiRLOutcome]):
         self.tol = None if tol is None else check_number("tol", tol)
         self.noise = check_number("noise", noise)
         self.generator = torch.Generator().manual_seed(check_seed(seed))
-        self.optimiser = make_optimiser(optimiser, leaves(self.x))
-        self.steps = 0
+        self._begin(x, optimiser)
         self._value: Tensor | None = None  # V, (*B, S)
         self._flow: Tensor | None = None  # λ, (N, G, S)
         self._counts = [0, 0]
@@ -158,24 +144,7 @@ class MSoBiRL(Algorithm[MSoBiRLOutcome]):
             BirlError: what else `upper`, `lower` or the optimiser is at fault for. After any error
                 x and the warm starts are what they were.
         """
-        outcomes: list[MSoBiRLOutcome] = []
-
-        def closure() -> float:
-            outcome, gradient = self._evaluated()
-            outcomes.append(outcome)
-            if self.noise:
-                gradient = [part + self.noise * drawn(part, self.generator) for part in gradient]
-            give(self.x, gradient)
-            return float(outcome.objective.sum())
-
-        kept = self._inner()
-        try:
-            take_step(self.optimiser, named(self.x), closure, self.steps)
-        except BaseException:
-            self._restore_inner(kept)
-            raise
-        self.steps += 1
-        first = outcomes[0]
+        first = self._take(self._evaluated)
         if first.missed and not self._warned:
             self._warned = True
             remedy = 'use mode="exact"' if self.mode == "published" else "raise the temperature"
@@ -194,36 +163,26 @@ class MSoBiRL(Algorithm[MSoBiRLOutcome]):
         policy one sweep further on.
         """
         tau = temperature_at(self.temperature, self.steps)
-        kept, estimate = self._inner(), None
-        try:
-            if self.mode == "published":
+        estimate = None
+        if self.mode == "published":
+            with self.taken_back(always=True, without=Descent.STATE):
                 estimate = self._estimate(tau)[:2]
-            elif self.tol is not None:
-                at = linearise(self.problem, self.x, tau, functools.partial(self._solved, tau))
-                estimate = at, exact_flow(at)
-        finally:
-            self._restore_inner(kept)
+        elif self.tol is not None:
+            at = linearise(self.problem, self.x, tau, functools.partial(self._solved, tau))
+            estimate = at, exact_flow(at)
         return hypergradient_report(
             self.problem, self.x, tau, estimate=estimate, smoothness=smoothness
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        device = leaves(self.x)[0].device
+        device = variables.leaves(self.x)[0].device
         for name in ("_value", "_flow"):
             kept: Tensor | None = getattr(self, name)
             setattr(self, name, None if kept is None else kept.to(device))
 
-    def _inner(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """What the inner problems are warm-started from: tensors that nobody changes."""
-        return self._value, self._flow, self.generator.get_state()
-
-    def _restore_inner(self, kept: tuple[Tensor | None, Tensor | None, Tensor]) -> None:
-        self._value, self._flow, generator = kept
-        self.generator.set_state(generator)
-
     def _evaluated(self) -> tuple[MSoBiRLOutcome, list[Tensor]]:
-        """What is known at the present x, and ∇φ̂ by leaves of x."""
+        """What is known at the present x, and ∇φ̂ by leaves of x, with its noise."""
         tau = temperature_at(self.temperature, self.steps)
         if self.mode == "exact":
             phi, solution = evaluate_at(
@@ -238,9 +197,13 @@ class MSoBiRL(Algorithm[MSoBiRLOutcome]):
             phi = at.phi
         phi = phi.detach()
         error = error.reshape(*phi.shape, -1).amax(-1)
-        norm = joined(gradient, phi.shape).double().norm(dim=-1)
+        norm = variables.joined(gradient, phi.shape).double().norm(dim=-1)
         missed = not bool((error <= self.accuracy).all())
         sweeps, products = self._counts
+        if self.noise:
+            gradient = [
+                part + self.noise * variables.drawn(part, self.generator) for part in gradient
+            ]
         return MSoBiRLOutcome(phi, norm, error, sweeps, products, tau, missed), gradient
 
     def _estimate(self, tau: float | Tensor) -> tuple[Linearisation, Tensor, list[Tensor], Tensor]:

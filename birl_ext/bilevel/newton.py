@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from birl_ext.bilevel import variables
 from birl_ext.bilevel.algorithm import Algorithm
 from birl_ext.bilevel.guards import (
     check_count,
@@ -17,18 +18,7 @@ from birl_ext.bilevel.guards import (
     check_number,
     no_path,
 )
-from birl_ext.bilevel.problem import BilevelProblem, direct_gradient, evaluate_at, known
-from birl_ext.bilevel.variables import (
-    Variables,
-    check_start,
-    entry,
-    joined,
-    leaves,
-    named,
-    rebuilt,
-    split,
-    tracked,
-)
+from birl_ext.bilevel.problem import BilevelProblem, evaluate_at, known, slope
 from birl_ext.errors import GradientError, ShapeError, UndeterminedError
 from birl_ext.model import checks as validation
 
@@ -68,11 +58,16 @@ class DampedNewton(Algorithm[NewtonOutcome]):
     STATE = ("x", "damping", "decrement", "_value")
 
     def __init__(
-        self, problem: BilevelProblem, x: Variables, *, temperature: float, damping: float = 1e-2
+        self,
+        problem: BilevelProblem,
+        x: variables.Variables,
+        *,
+        temperature: float,
+        damping: float = 1e-2,
     ) -> None:
         check_kind("problem", problem, BilevelProblem)
         self.problem = problem
-        self.x = check_start(x, vector=True)
+        self.x = variables.check_start(x, vector=True)
         validation.check_temperature(temperature)
         self.temperature = temperature
         self.damping = check_number("damping", damping)
@@ -111,8 +106,8 @@ class DampedNewton(Algorithm[NewtonOutcome]):
             if fault.item() == 0:
                 move = -torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
                 promised = -float(gradient @ move + move @ hessian @ move / 2)
-                parts = zip(leaves(self.x), split(move, self.x), strict=True)
-                moved = rebuilt(self.x, (leaf + part for leaf, part in parts))
+                parts = zip(variables.leaves(self.x), variables.split(move, self.x), strict=True)
+                moved = variables.rebuilt(self.x, (leaf + part for leaf, part in parts))
                 with torch.no_grad():
                     there, _ = self.problem.evaluate(moved, self.temperature, self._value)
                 gained = float(objective - there)
@@ -158,18 +153,18 @@ class DampedNewton(Algorithm[NewtonOutcome]):
         """φ, g and H at x, H as it was computed; passes over P and the certified error of the lower
         level.
         """
-        x = tracked(rebuilt(self.x, leaves(self.x)))
+        x = variables.tracked(variables.rebuilt(self.x, variables.leaves(self.x)))
         objective, solution = evaluate_at(self.problem, x, self.temperature, self._value)
         if objective.dim():
             raise ShapeError(f"upper returned shape {tuple(objective.shape)}", allowed="a scalar")
-        own = named(x)
+        own = variables.named(x)
         if not objective.requires_grad:
             raise no_path()
         parts = torch.autograd.grad(
             objective, [*own.values()], create_graph=True, allow_unused=True
         )
-        gradient = joined(known(parts, own, None))
-        hessian = torch.stack([_slope(slope, leaves(x)) for slope in gradient.unbind()])
+        gradient = variables.joined(known(parts, own, None))
+        hessian = torch.stack([slope(entry, variables.leaves(x)) for entry in gradient.unbind()])
         check_gradient(hessian, name="the Hessian")
         self._value = solution.value.detach()
         return (
@@ -179,13 +174,6 @@ class DampedNewton(Algorithm[NewtonOutcome]):
             int(solution.iterations.max()),
             float(solution.log_policy_error_bound.max()),
         )
-
-
-def _slope(entry: Tensor, own: list[Tensor]) -> Tensor:
-    """∂/∂x of an entry of the gradient, (d,): zero where φ is linear."""
-    found = direct_gradient(entry, own, retain=True)
-    pairs = zip(found, own, strict=True)
-    return joined(torch.zeros_like(leaf) if part is None else part for part, leaf in pairs)
 
 
 class _Undetermined(NamedTuple):
@@ -200,11 +188,11 @@ class _Undetermined(NamedTuple):
     sloping: bool
     """Whether φ has a slope along it all the same: then it has no minimum there."""
 
-    def error(self, x: Variables) -> UndeterminedError:
+    def error(self, x: variables.Variables) -> UndeterminedError:
         size = self.direction.abs()
         order = size.argsort(descending=True)[:4].tolist()
         named = ", ".join(
-            f"{self.direction[i]:.3g} in {entry(x, i)}" for i in order if size[i] > 1e-3
+            f"{self.direction[i]:.3g} in {variables.entry(x, i)}" for i in order if size[i] > 1e-3
         )
         kind = "singular" if self.singular else "indefinite"
         slope = ", and a slope" * self.sloping

@@ -18,7 +18,7 @@ from birl_ext.bilevel.guards import (
     check_objective,
     no_path,
 )
-from birl_ext.bilevel.variables import Variables, named, starts
+from birl_ext.bilevel.variables import Variables, joined, named, starts
 from birl_ext.errors import BirlError, DtypeError, OptionError, ShapeError, TemperatureError
 from birl_ext.functional import solve
 from birl_ext.model import checks as validation
@@ -152,6 +152,14 @@ def direct_gradient(
     return list(
         torch.autograd.grad(objective.sum(), inputs, allow_unused=True, retain_graph=retain)
     )
+
+
+def slope(entry: Tensor, own: Sequence[Tensor], starts: Sequence[int] = ()) -> Tensor:
+    """Its gradient with respect to leaves of x, (*starts, d): zero where it does not depend."""
+    if not entry.requires_grad:
+        return joined(map(torch.zeros_like, own), starts)
+    found = torch.autograd.grad(entry.sum(), own, retain_graph=True, materialize_grads=True)
+    return joined(found, starts)
 
 
 def evaluate_at(

@@ -7,38 +7,26 @@ stated in docs/stochastic.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from birl_ext.agents.agent import check_discount
+from birl_ext.bilevel import variables
 from birl_ext.bilevel.adaptation import AdaptedReward, path_log_probability
-from birl_ext.bilevel.algorithm import Algorithm
+from birl_ext.bilevel.algorithm import Descent, Maker
 from birl_ext.bilevel.guards import (
     check_count,
     check_kind,
     check_lower,
     check_objective,
-    make_optimiser,
-    take_step,
 )
 from birl_ext.bilevel.problem import hypergradient
 from birl_ext.bilevel.score import FullHorizon
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
-from birl_ext.bilevel.variables import (
-    Variables,
-    check_start,
-    give,
-    joined,
-    leaves,
-    named,
-    split,
-    tracked,
-)
 from birl_ext.errors import OptionError, ShapeError
 from birl_ext.model import checks as validation
 from birl_ext.preferences.loss import RewardFunction
@@ -116,7 +104,7 @@ class StocSoBiRLOutcome(NamedTuple):
     """Transitions drawn in this step."""
 
 
-class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
+class StocSoBiRL(Descent[StocSoBiRLOutcome]):
     """Single-loop stochastic bilevel descent from samples of the process alone.
 
         Q ← Q + α_j (r_x + γ τ log Σ_a μ exp(Q(s', ·)/τ) − Q), s' ~ P(·|s, a), N times, warm-started
@@ -136,17 +124,17 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
     α_j = 1/(1 + (1 − γ)j) of the lower level: Wainwright (2019).
     """
 
-    STATE = ("x", "q", "optimiser", "simulator", "steps")
+    STATE = ("q", "simulator")
 
     def __init__(
         self,
         problem: SampledProblem,
         simulator: FiniteSimulator,
-        x: Variables,
+        x: variables.Variables,
         *,
         discount: float,
         temperature: float,
-        optimiser: Callable[[Iterable[Tensor]], Optimizer],
+        optimiser: Maker,
         effort: Effort,
         baseline: Baseline = "others",
     ) -> None:
@@ -157,14 +145,12 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
         check_kind("effort", effort, Effort)
         self.problem = problem
         self.simulator = simulator
-        self.x = tracked(check_start(x, vector=True))
         self.discount = check_discount(discount)
         self.temperature = temperature
-        self.optimiser = make_optimiser(optimiser, leaves(self.x))
+        self._begin(x, optimiser, vector=True)
         self.effort = effort
         self.baseline: Baseline = baseline
         self.q = torch.zeros(simulator.states, simulator.actions, dtype=torch.float64)
-        self.steps = 0
 
     def step(self) -> StocSoBiRLOutcome:
         """One outer step.
@@ -175,23 +161,14 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
             NonFiniteResultError: the optimiser would make x infinite or NaN. After any error x, Q
                 and the generator are what they were.
         """
-        before, q, drawn = self.simulator.samples, self.q.clone(), self.simulator.state_dict()
-        found: list[tuple[float, Tensor]] = []
+        before = self.simulator.samples
 
-        def closure() -> float:
-            found.append(self.hypergradient())
-            give(self.x, split(found[-1][1], self.x))
-            return found[-1][0]
+        def evaluate() -> tuple[StocSoBiRLOutcome, list[Tensor]]:
+            objective, gradient = self.hypergradient()
+            outcome = StocSoBiRLOutcome(objective, float(gradient.norm()), 0)
+            return outcome, variables.split(gradient, self.x)
 
-        try:
-            take_step(self.optimiser, named(self.x), closure, self.steps)
-        except BaseException:
-            self.q.copy_(q)
-            self.simulator.load_state_dict(drawn)
-            raise
-        self.steps += 1
-        objective, gradient = found[0]
-        return StocSoBiRLOutcome(objective, float(gradient.norm()), self.simulator.samples - before)
+        return self._take(evaluate)._replace(samples=self.simulator.samples - before)
 
     def hypergradient(self) -> tuple[float, Tensor]:
         """φ and ∇φ, (d,), estimated at the present x, after the lower level's update."""
@@ -251,7 +228,7 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
         gradient = hypergradient(
             surrogate, self.x, self.steps, levels="`loss`, `reward` or `transition`"
         )
-        return float(surrogate.detach()), joined(gradient)
+        return float(surrogate.detach()), variables.joined(gradient)
 
     def _learn(self, reward: Tensor) -> None:
         """Synchronous soft Q-learning from the warm start."""

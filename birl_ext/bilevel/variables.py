@@ -28,7 +28,6 @@ __all__ = [
     "described",
     "drawn",
     "entry",
-    "give",
     "joined",
     "leaves",
     "named",
@@ -73,12 +72,6 @@ def split(vector: Tensor, x: Variables) -> list[Tensor]:
     like = leaves(x)
     parts = torch.split(vector.flatten(), [leaf.numel() for leaf in like])
     return [part.reshape(leaf.shape) for part, leaf in zip(parts, like, strict=True)]
-
-
-def give(x: Variables, gradient: Iterable[Tensor]) -> None:
-    """Set the gradient of each leaf, for an optimiser to take."""
-    for leaf, part in zip(leaves(x), gradient, strict=True):
-        leaf.grad = part
 
 
 def rebuilt(x: Variables, parts: Iterable[Tensor]) -> Any:
@@ -165,15 +158,11 @@ def entry(x: Variables, index: int) -> str:
 
 
 def described(x: Variables) -> str:
-    """The form of x: shapes, by name where there are names."""
+    """The form of x, and its shapes."""
     if isinstance(x, Tensor):
         return str(tuple(x.shape))
-    if isinstance(x, Mapping):
-        return str({key: tuple(leaf.shape) for key, leaf in x.items()})
-    if isinstance(x, nn.Module):
-        shapes = (f"{name[2:]}={tuple(leaf.shape)}" for name, leaf in named(x).items())
-        return f"{type(x).__name__}({', '.join(shapes)})"
-    return str([tuple(leaf.shape) for leaf in x])
+    shapes = (f"{name[1:]}: {tuple(leaf.shape)}" for name, leaf in named(x).items())
+    return f"{type(x).__name__}({', '.join(shapes)})"
 
 
 def require_finite(

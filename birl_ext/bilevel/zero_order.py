@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from birl_ext.bilevel.algorithm import Algorithm
+from birl_ext.bilevel import variables
+from birl_ext.bilevel.algorithm import Descent, Maker
 from birl_ext.bilevel.guards import (
     check_gradient,
     check_kind,
     check_number,
     check_objective,
     check_seed,
-    make_optimiser,
     no_path,
     reaches,
-    take_step,
 )
 from birl_ext.bilevel.problem import BilevelProblem, evaluate_at
-from birl_ext.bilevel.variables import (
-    Variables,
-    check_start,
-    drawn,
-    give,
-    joined,
-    leaves,
-    named,
-    rebuilt,
-    split,
-    tracked,
-)
 from birl_ext.errors import OptionError
 from birl_ext.model import checks as validation
 
@@ -49,7 +34,7 @@ class ZeroOrderOutcome(NamedTuple):
     """Of the estimate: about √d times too large, by the length of Z."""
 
 
-class ZeroOrder(Algorithm[ZeroOrderOutcome]):
+class ZeroOrder(Descent[ZeroOrderOutcome]):
     """Two exact solves per outer step, in one Gaussian direction.
 
         ∇φ̂ = (φ(x + uZ) − φ(x)) Z/u,   Z ~ N(0, I)
@@ -73,27 +58,25 @@ class ZeroOrder(Algorithm[ZeroOrderOutcome]):
     Source: Nesterov and Spokoiny (2017).
     """
 
-    STATE = ("x", "optimiser", "generator", "steps")
+    STATE = ("generator",)
 
     def __init__(
         self,
         problem: BilevelProblem,
-        x: Variables,
+        x: variables.Variables,
         *,
         temperature: float | Tensor,
-        optimiser: Callable[[Iterable[Tensor]], Optimizer],
+        optimiser: Maker,
         radius: float,
         seed: int = 0,
     ) -> None:
         validation.check_temperature(temperature)
         check_kind("problem", problem, BilevelProblem)
         self.problem = problem
-        self.x = tracked(check_start(x))
         self.temperature = temperature
         self.radius = check_number("radius", radius, above=True)
         self.generator = torch.Generator().manual_seed(check_seed(seed))
-        self.optimiser = make_optimiser(optimiser, leaves(self.x))
-        self.steps = 0
+        self._begin(x, optimiser)
         self._traced = False
 
     def step(self) -> ZeroOrderOutcome:
@@ -104,32 +87,22 @@ class ZeroOrder(Algorithm[ZeroOrderOutcome]):
             NonFiniteResultError: the optimiser would make x infinite or NaN. After any error x and
                 the generator are what they were.
         """
-        outcomes: list[ZeroOrderOutcome] = []
 
-        def closure() -> float:
+        def evaluate() -> tuple[ZeroOrderOutcome, list[Tensor]]:
             if not self._traced:
                 self._check_paths()
             objective, gradient = self.estimate()
-            give(self.x, split(gradient, self.x))
             norm = gradient.reshape(*objective.shape, -1).norm(dim=-1)
-            outcomes.append(ZeroOrderOutcome(objective, norm))
-            return float(objective.sum())
+            return ZeroOrderOutcome(objective, norm), variables.split(gradient, self.x)
 
-        kept = self.generator.get_state()
-        try:
-            take_step(self.optimiser, named(self.x), closure, self.steps)
-        except BaseException:
-            self.generator.set_state(kept)
-            raise
-        self.steps += 1
-        return outcomes[0]
+        return self._take(evaluate)
 
     def estimate(self) -> tuple[Tensor, Tensor]:
         """φ, exactly, and ∇φ̂ at the present x: in its shape if it is a tensor, else (d,)."""
         direction, moved = [], []
-        for name, leaf in named(self.x).items():
+        for name, leaf in variables.named(self.x).items():
             here = leaf.detach()
-            direction.append(drawn(here, self.generator))
+            direction.append(variables.drawn(here, self.generator))
             moved.append(here + self.radius * direction[-1])
             if torch.equal(moved[-1], here) and here.numel():
                 raise OptionError(
@@ -138,14 +111,14 @@ class ZeroOrder(Algorithm[ZeroOrderOutcome]):
                     allowed=f"a step that {name} can hold",
                     fix=f"use a radius of {_least_radius(here):.0e} or more",
                 )
-        aside = rebuilt(self.x, moved)
+        aside = variables.rebuilt(self.x, moved)
         with torch.no_grad():
             here, solution = self.problem.evaluate(self.x, self.temperature)
             there = self.problem.objective(aside, self.temperature, solution.value)
         for objective in (here, there):
             check_objective(objective, self.steps)
         slope = (there - here) / self.radius  # one per start, along the first axis of x
-        gradient = slope.unsqueeze(-1) * joined(direction, slope.shape)
+        gradient = slope.unsqueeze(-1) * variables.joined(direction, slope.shape)
         if isinstance(self.x, Tensor):
             gradient = gradient.reshape(self.x.shape)
         check_gradient(gradient, self.steps)
@@ -154,7 +127,7 @@ class ZeroOrder(Algorithm[ZeroOrderOutcome]):
     def _check_paths(self) -> None:
         """Refuse an objective that does not depend on x; once, as it costs a solve of its own."""
         objective, _ = evaluate_at(self.problem, self.x, self.temperature, step=self.steps)
-        own = named(self.x)
+        own = variables.named(self.x)
         if not reaches([objective], *own.values()):
             raise no_path()
         for name, leaf in own.items():

@@ -14,6 +14,7 @@ from birl_ext.model.checks import check_memory
 from birl_ext.model.mdp import DenseMDP
 from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
+from birl_ext.state import Stateful
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,8 +98,10 @@ def random_mdp_problem(config: RandomMDPConfig) -> tuple[BilevelProblem, Tensor]
     return BilevelProblem(lower, upper), normal(dimension)
 
 
-class RandomMDPJob:
+class RandomMDPJob(Stateful):
     """One run of M-SoBiRL on a random MDP."""
+
+    STATE = ("algorithm", "_objective")
 
     def __init__(self, config: RandomMDPConfig) -> None:
         self.config = config
@@ -139,13 +142,6 @@ class RandomMDPJob:
             "sweeps": outcome.sweeps,
             "products": outcome.products,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"algorithm": self.algorithm.state_dict(), "objective": self._objective}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.algorithm.load_state_dict(state["algorithm"])
-        self._objective = float(state["objective"])
 
     def summary(self) -> dict[str, Any]:
         # ∂f/∂π = π, so the cotangents move exactly as fast as the policy does
