@@ -38,13 +38,15 @@ class Outer(Inner):
         self.known: float | None = None
         self.kept: torch.Tensor | None = None
         self.share = 1.0
-        self.parts = {"a": torch.zeros(2).requires_grad_(), "b": [torch.zeros(())]}
+        self.parts: dict[str, Any] = {"a": torch.zeros(2).requires_grad_(), "b": [torch.zeros(())]}
 
     def step(self) -> torch.Tensor:
         noise = torch.randn(3, generator=self.generator)
-        loss = (self.x * noise).sum() + self.net(noise[:2]).sum() + self.parts["a"].sum()
+        loss: torch.Tensor = (
+            (self.x * noise).sum() + self.net(noise[:2]).sum() + self.parts["a"].sum()
+        )
         self.optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         self.optimiser.step()
         with torch.no_grad():
             self.parts["a"].add_(noise[:2])

@@ -75,7 +75,8 @@ forms = pytest.mark.parametrize("form", FORMS)
 def parts(x: Any) -> tuple[Tensor, Tensor]:
     if isinstance(x, Tensor):
         return x[: S * A].reshape(S, A), x[S * A :]
-    return (x["weight"], x["bias"]) if isinstance(x, dict) else tuple(leaves(x))
+    weight, bias = (x["weight"], x["bias"]) if isinstance(x, dict) else leaves(x)
+    return weight, bias
 
 
 def problem_of(form: Any = None) -> BilevelProblem:
@@ -320,6 +321,17 @@ def test_a_step_that_fails_leaves_every_leaf(make: Any) -> None:
     with pytest.raises(NonFiniteResultError, match=r"x\['bias'\] is"):
         algorithm.step()
     assert_same_bits(vector(algorithm.x), START, label="x")
+
+
+def test_the_norm_of_all_leaves_may_overflow_alone() -> None:
+    steep = BilevelProblem(
+        problem_of().lower,
+        lambda x, solution: (
+            solution.policy[0, 0] + 1e154 * (x["weight"][0, 0] + 1.3 * x["bias"][0])
+        ),
+    )
+    with pytest.raises(GradientError, match="the norm of the hyper-gradient is inf"):
+        exact({"weight": W, "bias": B}, steep).step()
 
 
 def test_an_infinite_slope_names_its_leaf() -> None:

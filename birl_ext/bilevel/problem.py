@@ -203,4 +203,5 @@ def known(
         what = "the hyper-gradient" + (name != "x") * f" of {name}"
         check_gradient(part, step, what, **words)
         found.append(part)
+    check_gradient(joined(found), step, **words)  # whose norm may overflow
     return found

@@ -38,7 +38,7 @@ __all__ = [
     "tracked",
 ]
 
-Variables = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | nn.Module
+Variables = Tensor | Sequence[Tensor] | Mapping[Any, Tensor] | nn.Module
 """x: of a module, its parameters that require a gradient."""
 
 
