@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -385,7 +387,7 @@ def test_a_path_is_a_question_to_the_graph() -> None:
     [
         (torch.zeros(8, dtype=torch.int64), DtypeError, "x has dtype int64"),
         (torch.zeros(8, dtype=torch.complex128), DtypeError, "x has dtype complex128"),
-        ([0.0] * 8, DtypeError, "x is a list"),
+        ([0.0] * 8, DtypeError, r"x\[0\] is a float"),
         (0.0, DtypeError, "x is a float"),
         (START * NAN, NonFiniteInputError, r"x is nan at entry \[0\]"),
         (START / 0, NonFiniteInputError, "x is -?inf"),
@@ -412,15 +414,14 @@ OPTIONS = [
     (published, "adjoint_rate", NAN),
     (published, "adjoint_rate", -0.5),
     (published, "adjoint_rate", 0.0),
-    (published, "sweep_tol", NAN),
-    (published, "sweep_tol", -1.0),
+    (published, "tol", NAN),
+    (published, "tol", -1.0),
+    (exact, "tol", INF),
     (exact, "accuracy", 0.0),
     (exact, "accuracy", NAN),
     (exact, "seed", 1.5),
     (exact, "seed", -1),
     (exact, "mode", "fast"),
-    (exact, "mode", "contracting"),
-    (exact, "max_inner", 1.5),
     (newton, "damping", -1.0),
     (newton, "damping", NAN),
     (newton, "damping", INF),
@@ -466,11 +467,6 @@ def test_zero_order_differences_are_one_per_start(shape: tuple[int, ...]) -> Non
     algorithm.generator.set_state(kept)
     norm = want.reshape(*starts, -1).norm(dim=-1)
     assert_close(algorithm.step().gradient_norm, norm, bound=1e-9, label="norm")
-
-
-def test_the_mode_that_is_gone_names_the_one_to_use() -> None:
-    with pytest.raises(OptionError, match=r'which is gone .*Fix: use mode="exact"'):
-        exact(BilevelProblem(lower, upper), mode="contracting")
 
 
 # Optimisers
@@ -999,6 +995,68 @@ def test_a_run_stops_at_its_tolerance_and_tells(make: Any) -> None:
         algorithm.run(1, tol=-1)
     with pytest.raises(OptionError, match="steps is 0"):
         algorithm.run(0)
+
+
+@every
+def test_a_run_shows_how_far_it_is(make: Any, capfd: Any, monkeypatch: Any) -> None:
+    """In lines where there is no terminal, some time apart; in a bar on one; or not at all."""
+    algorithm = make(BilevelProblem(lower, upper))
+    algorithm.run(2)
+    assert capfd.readouterr() == ("", ""), "ten seconds have not passed"
+    monkeypatch.setattr("birl_ext.bilevel.algorithm.LINES", 0.0)
+    algorithm.run(2, progress=False)
+    assert capfd.readouterr() == ("", "")
+    (outcome, *_) = algorithm.run(2)
+    out, err = capfd.readouterr()
+    assert not out
+    name, phi = type(algorithm).__name__, float(outcome.objective)
+    norm = float(outcome.gradient_norm)
+    assert err.splitlines()[0] == f"{name} 1/2  φ {phi:.4g}  ‖∇φ‖ {norm:.4g}"
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    pytest.importorskip("rich")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    algorithm.run(2, progress=False)
+    assert not sys.stderr.getvalue()  # type: ignore[attr-defined]
+    algorithm.run(2)
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert name in shown
+    assert "‖∇φ‖" in shown
+
+
+def test_what_is_shown_of_many_starts_is_the_least_and_the_largest(
+    capfd: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("birl_ext.bilevel.algorithm.LINES", 0.0)
+    problem = BilevelProblem(
+        lambda x: BASE.replace(reward=x.reshape(-1, S, A)),
+        lambda x, solution: x.square().sum(-1) - solution.log_policy[..., 0].mean(-1),
+    )
+    (outcome,) = exact(problem, torch.stack((START, 2 * START))).run(1)
+    assert outcome.objective.shape == (2,)
+    least, largest = float(outcome.objective.min()), float(outcome.gradient_norm.max())
+    assert capfd.readouterr().err == f"MSoBiRL 1/1  φ {least:.4g}  ‖∇φ‖ {largest:.4g}\n"
+
+
+@pytest.mark.parametrize("make", [exact, published])
+def test_a_tolerance_saves_passes_and_is_certified(make: Any) -> None:
+    """Both modes end their sweeps once V is known to `tol`, and say how well π is."""
+    problem, wide = BilevelProblem(lower, upper), {"sweeps": 400}
+    loose, tight = make(problem, tol=1e-3, **wide), make(problem, **wide)
+    few, many = loose.step(), tight.step()
+    assert few.sweeps < many.sweeps
+    assert float(few.relative_error) > float(many.relative_error)
+    report = loose.hypergradient_report(smoothness="linear")
+    error = float((report.estimate - report.exact).norm())
+    assert 0 < error <= float(report.bound) < INF
+    if make is exact:
+        solution = problem.evaluate(START, 0.5)[1]
+        assert few.sweeps <= int(solution.iterations)
+        assert float(many.relative_error) < 1e-12 < float(few.relative_error) < 0.1
 
 
 @every

@@ -17,6 +17,8 @@ LAYERS = (
     "_version",
     "errors",
     "files",
+    "state",
+    "progress",
     "solution",
     "model",
     "ops",

@@ -28,12 +28,12 @@ from birl_ext.preferences.fit import evaluate, fit
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import bradley_terry, margins
 from birl_ext.preferences.queries import Disagreement, Entropy
-from birl_ext.preferences.randomness import global_draws_from
 from birl_ext.preferences.reward_model import (
     NormalisedReward,
     RewardEnsemble,
     RewardModel,
     RewardNetwork,
+    global_draws_from,
 )
 from birl_ext.runs.checkpoint import CheckpointStore
 

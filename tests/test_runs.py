@@ -33,6 +33,7 @@ from birl_ext.errors import (
     MissingDependencyError,
     NotConvergedError,
 )
+from birl_ext.progress import progress
 from birl_ext.runs import loop, plots
 from birl_ext.runs.checkpoint import CheckpointStore
 from birl_ext.runs.config import differences, from_plain, read_toml, to_plain, write_toml
@@ -40,7 +41,6 @@ from birl_ext.runs.directory import MetricsWriter, RunDirectory, default_path
 from birl_ext.runs.intervals import mean_interval
 from birl_ext.runs.job import WritesFiles
 from birl_ext.runs.loop import Saver
-from birl_ext.runs.progress import progress
 
 # Configurations
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +12,15 @@ from torch.optim import Optimizer
 
 from birl_ext.agents.agent import check_discount, checked_reward
 from birl_ext.agents.networks import Twin
-from birl_ext.agents.target import Target, snapshot
+from birl_ext.agents.target import Target
 from birl_ext.agents.temperature import Temperature
 from birl_ext.environments.transitions import Transitions
+from birl_ext.state import Stateful
 
 __all__ = ["ActorCritic"]
 
 
-class ActorCritic(ABC):
+class ActorCritic(Stateful, ABC):
     """An actor, twin critics and the copies of these that they learn from.
 
         Q_i(s,a) ← r + γ (1 − terminated) V̄(s')
@@ -34,6 +34,16 @@ class ActorCritic(ABC):
         optimiser: from parameters to any torch optimiser; called for the actor and the critics.
         target_rate, target_period: of the copies Q̄, see `Target`.
     """
+
+    STATE: ClassVar[tuple[str, ...]] = (
+        "actor",
+        "critics",
+        "_target",
+        "actor_optimiser",
+        "critic_optimiser",
+        "_temperature",
+        "version",
+    )
 
     def __init__(
         self,
@@ -108,23 +118,3 @@ class ActorCritic(ABC):
     @abstractmethod
     def _actor_loss(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of what the actor minimises, and the mean entropy, detached; both ()."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "actor": snapshot(self.actor),
-            "critics": snapshot(self.critics),
-            "target": self._target.state_dict(),
-            "actor_optimiser": copy.deepcopy(self.actor_optimiser.state_dict()),
-            "critic_optimiser": copy.deepcopy(self.critic_optimiser.state_dict()),
-            "temperature": self._temperature.state_dict(),
-            "version": self.version,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.actor.load_state_dict(state["actor"])
-        self.critics.load_state_dict(state["critics"])
-        self._target.load_state_dict(state["target"])
-        self.actor_optimiser.load_state_dict(copy.deepcopy(state["actor_optimiser"]))
-        self.critic_optimiser.load_state_dict(copy.deepcopy(state["critic_optimiser"]))
-        self._temperature.load_state_dict(state["temperature"])
-        self.version = int(state["version"])

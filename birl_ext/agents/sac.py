@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +43,8 @@ class SAC(ActorCritic):
 
     Source: Haarnoja et al. (2018).
     """
+
+    STATE = ("_generator",)
 
     def __init__(
         self,
@@ -127,13 +128,6 @@ class SAC(ActorCritic):
         lowest = self.critics(observation, drawn).amin(0)
         loss = (self.temperature * log_prob - lowest).mean()
         return loss, -log_prob.mean().detach()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "generator": self._generator.get_state()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._generator.set_state(state["generator"])
 
     def _policy(self, observation: Tensor) -> SquashedGaussian:
         output: Tensor = self.actor(observation)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +10,15 @@ from torch.optim import Optimizer
 
 from birl_ext.agents.agent import check_discount, checked_reward
 from birl_ext.agents.categorical import CategoricalPolicy
-from birl_ext.agents.target import Target, snapshot
+from birl_ext.agents.target import Target
 from birl_ext.agents.temperature import Temperature
 from birl_ext.environments.transitions import Transitions
+from birl_ext.state import Stateful
 
 __all__ = ["SoftQ"]
 
 
-class SoftQ(CategoricalPolicy):
+class SoftQ(Stateful, CategoricalPolicy):
     """Q from samples, and π = softmax(Q/τ).
 
         Q(s,a) ← r + γ (1 − terminated) V̄(s'),   V̄(s') = τ log Σ_a exp(Q̄(s',a)/τ)
@@ -35,6 +34,8 @@ class SoftQ(CategoricalPolicy):
 
     Source: (M1) to (M3), sampled; Haarnoja et al. (2017).
     """
+
+    STATE = ("network", "_target", "optimiser", "_temperature", "version")
 
     def __init__(
         self,
@@ -96,19 +97,3 @@ class SoftQ(CategoricalPolicy):
         self.version += 1
         found = torch.stack([loss.detach(), chosen.detach().mean(), entropy]).tolist()
         return dict(zip(("loss", "q", "entropy"), found, strict=True)) | {"temperature": tau}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "network": snapshot(self.network),
-            "target": self._target.state_dict(),
-            "optimiser": copy.deepcopy(self.optimiser.state_dict()),
-            "temperature": self._temperature.state_dict(),
-            "version": self.version,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.network.load_state_dict(state["network"])
-        self._target.load_state_dict(state["target"])
-        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
-        self._temperature.load_state_dict(state["temperature"])
-        self.version = int(state["version"])

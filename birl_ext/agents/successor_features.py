@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from birl_ext.agents.agent import check_discount
-from birl_ext.agents.target import Target, snapshot
+from birl_ext.agents.target import Target
 from birl_ext.environments.transitions import Transitions
 from birl_ext.errors import NonFiniteInputError, ShapeError
+from birl_ext.state import Stateful
 
 __all__ = ["SuccessorFeatures"]
 
@@ -26,7 +26,7 @@ class DiscretePolicy(Protocol):
         ...
 
 
-class SuccessorFeatures:
+class SuccessorFeatures(Stateful):
     """M(s, a) = E[ Σ_k γᵏ ψ(s_k, a_k) ] from replay, by temporal differences.
 
         M(s, a) ← ψ(s, a) + γ Σ_a' π(a'|s') M̄(s', a')
@@ -44,6 +44,8 @@ class SuccessorFeatures:
 
     Source: Dayan (1993); Barreto et al. (2017).
     """
+
+    STATE = ("network", "_target", "optimiser")  # the features have one of their own
 
     def __init__(
         self,
@@ -102,19 +104,6 @@ class SuccessorFeatures:
         self.optimiser.step()
         self._target.follow()
         return {"features_loss": float(loss.detach())}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the next update depends on but the features, a snapshot."""
-        return {
-            "network": snapshot(self.network),
-            "target": self._target.state_dict(),
-            "optimiser": copy.deepcopy(self.optimiser.state_dict()),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.network.load_state_dict(state["network"])
-        self._target.load_state_dict(state["target"])
-        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
 
     @staticmethod
     def _shaped(output: Tensor, like: Tensor) -> Tensor:

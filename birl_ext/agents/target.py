@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from birl_ext.errors import OptionError
+from birl_ext.state import Stateful
 
-__all__ = ["Target", "snapshot"]
+__all__ = ["Target"]
 
 
-class Target:
+class Target(Stateful):
     """A network that follows another one.
 
         every `period` updates:  θ̄ ← θ̄ + rate · (θ − θ̄)
@@ -27,6 +26,8 @@ class Target:
         period: updates from one move to the next.
     """
 
+    STATE = ("_network", "_updates")
+
     def __init__(self, source: nn.Module, *, rate: float, period: int) -> None:
         if not 0 < rate <= 1:
             raise OptionError(f"target_rate is {rate!r}", allowed="(0, 1]")
@@ -34,16 +35,16 @@ class Target:
             raise OptionError(f"target_period is {period!r}", allowed="1 or more")
         self.rate = rate
         self.period = period
-        self._copy = copy.deepcopy(source).requires_grad_(False).eval()
-        self._ours: list[Tensor] = list(self._copy.parameters())
+        self._network = copy.deepcopy(source).requires_grad_(False).eval()
+        self._ours: list[Tensor] = list(self._network.parameters())
         self._theirs: list[Tensor] = list(source.parameters())
-        self._kept, self._live = list(self._copy.buffers()), list(source.buffers())
+        self._kept, self._live = list(self._network.buffers()), list(source.buffers())
         self._updates = 0
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What the copy says, without a gradient."""
         with torch.no_grad():
-            output: Tensor = self._copy(*inputs)
+            output: Tensor = self._network(*inputs)
             return output
 
     @torch.no_grad()
@@ -59,15 +60,3 @@ class Target:
             torch._foreach_lerp_(self._ours, self._theirs, self.rate)
         if self._kept:
             torch._foreach_copy_(self._kept, self._live)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"network": snapshot(self._copy), "updates": self._updates}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._copy.load_state_dict(state["network"])
-        self._updates = int(state["updates"])
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state, copied: torch's own refers to the live parameters."""
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}

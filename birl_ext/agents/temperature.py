@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.errors import OptionError, TemperatureError
+from birl_ext.state import Stateful
 
 __all__ = ["Temperature", "continuous_entropy_target", "discrete_entropy_target"]
 
@@ -33,7 +33,7 @@ def continuous_entropy_target(dimensions: int) -> float:
     return -float(dimensions)
 
 
-class Temperature:
+class Temperature(Stateful):
     """τ, units of reward.
 
     With an entropy target, τ follows the gradient of
@@ -50,6 +50,8 @@ class Temperature:
 
     Source: Haarnoja et al. (2018), with the logarithm in place of τ.
     """
+
+    STATE = ("_log", "_fixed", "_optimiser")
 
     def __init__(
         self,
@@ -84,21 +86,9 @@ class Temperature:
         self._log.grad = (entropy.detach() - self.entropy_target).to(self._log)
         self._optimiser.step()
 
-    def state_dict(self) -> dict[str, Any]:
-        optimiser = None if self._optimiser is None else self._optimiser.state_dict()
-        return {
-            "log": self._log.detach().clone(),
-            "fixed": self._fixed,
-            "optimiser": copy.deepcopy(optimiser),
-        }
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if (state["fixed"] is None) != (self._fixed is None):
             raise OptionError(
                 "the stored temperature was fixed and this one is not, or the reverse"
             )
-        with torch.no_grad():
-            self._log.copy_(state["log"])
-        self._fixed = None if state["fixed"] is None else float(state["fixed"])
-        if self._optimiser is not None:
-            self._optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
+        super().load_state_dict(state)

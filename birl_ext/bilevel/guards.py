@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from birl_ext.bilevel.variables import Variables, leaves, require_finite
 from birl_ext.errors import (
     BirlError,
     GradientError,
-    NonFiniteInputError,
     NonFiniteResultError,
     OptionError,
-    ShapeError,
 )
 from birl_ext.model import checks as validation
 from birl_ext.model.mdp import DenseMDP, SparseMDP
@@ -36,7 +35,6 @@ __all__ = [
     "check_number",
     "check_objective",
     "check_seed",
-    "check_start",
     "make_optimiser",
     "no_path",
     "reaches",
@@ -50,24 +48,20 @@ _HUGE = 1e15  # ‖x‖ at which 1 is rounding: no error there is about the leve
 # Options
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
+def check_count(name: str, value: Any, least: int = 1, *, below: float = math.inf) -> int:
     """A whole number from `least` on."""
     try:
-        if not isinstance(value, bool) and operator.index(value) >= least:
+        if not isinstance(value, bool) and least <= operator.index(value) < below:
             return operator.index(value)
     except TypeError:
         pass
-    raise OptionError(f"{name} is {value!r}", allowed=f"a whole number, {least} or more")
+    top = "" if below == math.inf else f", below {below}"
+    raise OptionError(f"{name} is {value!r}", allowed=f"a whole number, {least} or more{top}")
 
 
 def check_seed(seed: Any) -> int:
     """A seed that a torch.Generator takes."""
-    try:
-        if not isinstance(seed, bool) and 0 <= operator.index(seed) < 2**64:
-            return operator.index(seed)
-    except TypeError:
-        pass
-    raise OptionError(f"seed is {seed!r}", allowed="a whole number, 0 to 2⁶⁴ − 1")
+    return check_count("seed", seed, 0, below=2**64)
 
 
 def check_number(
@@ -101,15 +95,6 @@ def check_kind(name: str, value: Any, kind: type) -> None:
             allowed=f"a {kind.__name__}",
             fix=f"pass {name}={kind.__name__}(...)",
         )
-
-
-def check_start(x: Any, *, vector: bool = False) -> Tensor:
-    """A copy of x, without a graph: floating, finite; (d,) if `vector`."""
-    start = validation.as_floating("x", x).detach()
-    if vector and (start.dim() != 1 or not len(start)):
-        raise ShapeError(f"x has shape {tuple(start.shape)}", allowed="(d,)")
-    _require_finite(start, "x", NonFiniteInputError, allowed="finite numbers")
-    return start.clone()
 
 
 def make_optimiser(
@@ -147,17 +132,21 @@ def _require_held(optimiser: Optimizer, parameters: Sequence[Tensor]) -> None:
 
 
 def take_step(
-    optimiser: Optimizer, parameters: Sequence[Tensor], closure: Callable[[], float], step: int
+    optimiser: Optimizer,
+    named: Mapping[str, Tensor],
+    closure: Callable[[], float],
+    step: int,
 ) -> None:
     """One step of the optimiser; after any error the parameters are to the bit what they were, and
     the optimiser is too.
 
     Args:
         optimiser: over these parameters.
-        parameters: x, one tensor or several.
+        named: the tensors of x.
         closure: sets their gradients and returns φ; may be asked several times.
         step: steps taken before this one.
     """
+    parameters = list(named.values())
     _require_held(optimiser, parameters)
     before = [parameter.detach().clone() for parameter in parameters]
     state = {held: copy.deepcopy(kept) for held, kept in optimiser.state.items()}
@@ -198,10 +187,10 @@ def take_step(
                 allowed="an optimiser whose step calls its closure",
                 fix="call the closure in `step`, under torch.enable_grad()",
             )
-        for parameter in parameters:
-            _require_finite(
+        for which, parameter in named.items():
+            require_finite(
                 parameter,
-                f"after a step of {name} x",
+                f"after a step of {name} {which}",
                 NonFiniteResultError,
                 fix="lower the learning rate",
             )
@@ -221,7 +210,7 @@ def take_step(
 
 def check_objective(objective: Tensor, step: int | None = None, upper: str = "upper") -> None:
     """Refuse a φ, scalar or one per start, that is not finite; `upper` is its function's name."""
-    _require_finite(
+    require_finite(
         objective,
         f"the objective that `{upper}` returned",
         GradientError,
@@ -254,7 +243,7 @@ def check_gradient(
     if math.isfinite(norm):
         return
     for what, tensor in ((name, gradient), (f"the norm of {name}", norm)):
-        _require_finite(
+        require_finite(
             tensor,
             what,
             GradientError,
@@ -266,14 +255,14 @@ def check_gradient(
 
 def check_lower(
     made: DenseMDP | SparseMDP | Iterable[Any],
-    x: Tensor,
+    x: Variables,
     lower: str = "`lower`",
     parts: str = "reward, transition, reference or discount",
 ) -> None:
     """Refuse a lower level none of whose tensors depends on x; `lower` names its functions."""
     if isinstance(made, (DenseMDP, SparseMDP)):  # whose policy is the same wherever it starts
         made = [part for name, part in vars(made).items() if name != "initial_distribution"]
-    if not reaches(made, x):
+    if not reaches(made, *leaves(x)):
         raise GradientError(
             f"the lower level does not depend on x: no tensor of what {lower} returned leads to it",
             allowed=f"a {parts} made from x by torch",
@@ -281,43 +270,36 @@ def check_lower(
         )
 
 
-def no_path() -> GradientError:
-    """The error of an objective that does not depend on x."""
+def no_path(name: str = "x") -> GradientError:
+    """The error of an objective that does not depend on a leaf of x."""
+    leave = (
+        "" if name == "x" else f", or leave {name} out of x, by requires_grad_(False) in a module"
+    )
     return GradientError(
-        "the objective does not depend on x, neither directly nor through the solution",
+        f"the objective does not depend on {name}, neither directly nor through the solution",
         allowed="a φ made from x or from the Solution by torch",
-        fix="compute it from what `upper` is given, without detach, no_grad, NumPy or argmax",
+        fix="compute it from what `upper` is given, without detach, no_grad, NumPy or argmax"
+        + leave,
     )
 
 
-def reaches(tensors: Iterable[Any], x: Tensor) -> bool:
-    """Whether the graph of any of the tensors leads to the leaf x."""
+def reaches(tensors: Iterable[Any], *of: Tensor) -> bool:
+    """Whether the graph of any of the tensors leads to any of the leaves."""
+    targets = {id(leaf) for leaf in of}
     found = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-    if any(tensor is x for tensor in found):
+    if any(id(tensor) in targets for tensor in found):
         return True
     pending = [tensor.grad_fn for tensor in found if tensor.grad_fn is not None]
     seen = set(pending)
     while pending:
         node = pending.pop()
-        if getattr(node, "variable", None) is x:
+        if id(getattr(node, "variable", None)) in targets:
             return True
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 pending.append(following)
     return False
-
-
-def _require_finite(
-    tensor: Tensor, name: str, error: type[BirlError], *, where: str = "", **words: str
-) -> None:
-    finite = torch.isfinite(tensor.detach())
-    if not finite.all():
-        place = tuple((~finite).nonzero()[0].tolist())
-        value = float(tensor.detach()[place])
-        entry = "[" + ", ".join(map(str, place)) + "]" if place else ""
-        spot = ", ".join(part for part in (where, entry and f"entry {entry}") if part)
-        raise error(f"{name} is {value:g}", where=spot, **words)
 
 
 def _outer(step: int | None) -> str:

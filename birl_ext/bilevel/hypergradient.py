@@ -16,35 +16,39 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.bilevel.guards import check_lower, check_objective, check_start, no_path
+from birl_ext.bilevel import variables
+from birl_ext.bilevel.guards import check_lower, check_objective, no_path
 from birl_ext.bilevel.problem import (
     BilevelProblem,
     direct_gradient,
     evaluate_at,
     hypergradient,
+    known,
+    slope,
 )
 from birl_ext.errors import OptionError
 from birl_ext.model.layout import Flat
-from birl_ext.ops.backends import choice
-from birl_ext.ops.bellman import (
-    Cotangents,
-    Point,
-    fold_cotangents,
-    parameter_cotangents,
-)
-from birl_ext.ops.rows import Rows, widened
+from birl_ext.model.mdp import DenseMDP, SparseMDP
+from birl_ext.ops.backends.choice import AUTO
+from birl_ext.ops.bellman import bellman
+from birl_ext.ops.policy_solve import discounted_visits
+from birl_ext.ops.rows import Rows
 from birl_ext.solution import Solution, info_table
 
 __all__ = ["HypergradientReport", "Linearisation", "hypergradient_report", "linearise"]
 
 Smoothness = float | Literal["linear"]
+Sweep = Callable[[DenseMDP | SparseMDP], tuple[Tensor, Tensor]]
+"""MDP → (V (*B, S), certified bound on ‖V − V*‖∞ (*B))."""
 
 _EPS = torch.finfo(torch.float64).eps
 _JACOBIAN_ROWS = 20_000  # most rows of ∂P/∂x that the certificate will compute one by one
 
 
 class HypergradientReport(NamedTuple):
-    """How good a hyper-gradient is. Shapes: x as given; the others (M,) per start, or scalars."""
+    """How good a hyper-gradient is. Shapes: x as given, or (d,) of all its leaves where it is no
+    tensor; the others (M,) per start, or scalars.
+    """
 
     objective: Tensor
     exact: Tensor
@@ -61,79 +65,71 @@ class HypergradientReport(NamedTuple):
 
 @dataclass
 class Linearisation:
-    """φ and its cotangents at (x, V): all that does not depend on the flow.
+    """φ, TV and π_V as functions of (x, V), and all that does not depend on the flow.
 
     Attributes:
-        objective: φ at the policy of V, scalar or (M,).
+        flat: the lower level at x; its reward is part of the graph, or a leaf of it.
+        value: V, (N, G, S), a leaf.
+        image: TV, (N, G, S).
+        advantage, policy: Q − TV and π_V, (N, G, S, A).
+        phi: φ at the policy of V, scalar or (M,).
         solution: the solution handed to the upper level, exact only if V is.
-        source: v̄, the right-hand side of (I − γP_π)ᵀλ = v̄, (N, G, S).
+        source: v̄ = ∂φ/∂V, the right-hand side of (I − γP_π)ᵀλ = v̄, (N, G, S).
+        policy_bar: what f itself hands down to π.
         value_error: certified bound on ‖V − V*‖∞, (N, G).
     """
 
-    x: Tensor
+    x: Any
     flat: Flat
-    point: Point
-    objective: Tensor
+    rows: Rows
+    value: Tensor
+    image: Tensor
+    advantage: Tensor
+    policy: Tensor
+    phi: Tensor
     solution: Solution
-    direct: Tensor
-    folded: Cotangents
-    policy_bar: Tensor
     source: Tensor
+    policy_bar: Tensor
     value_error: Tensor
+
+    @property
+    def discount(self) -> Tensor:
+        return self.flat.discount.detach()
+
+    @property
+    def temperature(self) -> Tensor:
+        return self.flat.temperature.detach()
 
     def transposed(self, flow: Tensor) -> Tensor:
         """(I − γP_π)ᵀ λ, (N, G, S)."""
-        point = self.point
-        visits = flow.unsqueeze(-1) * point.policy * self._scale
-        return flow - point.discount.unsqueeze(-1) * point.rows.pull(visits)
+        visits = flow.unsqueeze(-1) * self.policy * self.rows.scale()
+        return flow - self.discount.unsqueeze(-1) * self.rows.pull(visits)
 
     def forward(self, vector: Tensor) -> Tensor:
         """(I − γP_π) v, (N, G, S)."""
-        point = self.point
-        ahead = point.rows.apply(vector) * self._scale
-        return vector - point.discount.unsqueeze(-1) * (point.policy * ahead).sum(-1)
-
-    @property
-    def _scale(self) -> Tensor:
-        return self.point.rows.scale()
+        ahead = self.rows.apply(vector) * self.rows.scale()
+        return vector - self.discount.unsqueeze(-1) * (self.policy * ahead).sum(-1)
 
     def adjoint_residual(self, flow: Tensor) -> Tensor:
         """ρ = ‖v̄ − (I − γP_π)ᵀλ‖₁ and its own rounding, (N, G)."""
         residual = (self.source - self.transposed(flow)).abs().sum(-1)
-        return residual + 4 * _EPS * self.point.rows.states * flow.abs().sum(-1)
+        return residual + 4 * _EPS * self.rows.states * flow.abs().sum(-1)
 
-    def gradient(self, flow: Tensor) -> Tensor:
-        """∇φ̂ = ∇_x f + the cotangents of (M12) carried through the lower level's x-dependence."""
-        flat = self.flat
-        tensors = (
-            flat.transition,
-            flat.log_reference,
-            flat.discount,
-            flat.temperature,
-            flat.reward,
-        )
-        needs = [t.requires_grad for t in tensors]
-        first = (needs[0], needs[1], needs[2], needs[3])
-        bars = parameter_cotangents(self.point, self.folded, flow, first)
-        pairs = [
-            (t, bar.to(t.dtype))
-            for t, bar, need in zip(tensors, bars, needs, strict=True)
-            if need and bar is not None
-        ]
-        if not pairs:
-            return self.direct
-        inner = torch.autograd.grad(
-            [t for t, _ in pairs],
-            self.x,
-            [bar for _, bar in pairs],
+    def pull(self, flow: Tensor, step: int | None = None) -> tuple[list[Tensor], Tensor]:
+        """∇φ̂ = ∂φ/∂x + λᵀ ∂(TV)/∂x at fixed V, by leaves of x, and r̄, (N, G, S, A) (M12).
+
+        Raises:
+            GradientError: neither depends on a leaf of x, or the gradient is not finite.
+        """
+        own = variables.named(self.x)
+        *gradient, reward_bar = torch.autograd.grad(
+            [self.phi, self.image],
+            [*own.values(), self.flat.reward],
+            [torch.ones_like(self.phi), flow],
             retain_graph=True,
             allow_unused=True,
-        )[0]
-        return self.direct if inner is None else self.direct + inner
-
-    def reward_cotangent(self, flow: Tensor) -> Tensor:
-        """r̄ = Q̄ + λπ (M12), (N, G, S, A)."""
-        return parameter_cotangents(self.point, self.folded, flow, (False, False, False, False))[4]
+        )
+        return known(gradient, own, step, published=True), reward_bar.double()
 
     def policy_shift(self) -> Tensor:
         """Certified bound on |π_V − π*| in every entry, (N, G, S, A).
@@ -143,11 +139,11 @@ class Linearisation:
         """
         smallest = torch.finfo(torch.float64).tiny  # what underflows to zero may be as large
         drift = self._drift()[..., None, None]
-        return ((self.point.policy + smallest) * drift).clamp(max=1.0)
+        return ((self.policy + smallest) * drift).clamp(max=1.0)
 
     def _drift(self) -> Tensor:
         """η = e^ε − 1, (N, G): inf where nothing is known."""
-        return torch.expm1(2 * self.value_error / self.point.temperature)
+        return torch.expm1(2 * self.value_error / self.temperature)
 
     def flow_error(self, flow: Tensor, smoothness: float = 0.0) -> Tensor:
         """Certified bound on ‖Δr̄‖₁, (N, G): what the errors of V and λ do to the cotangent of the
@@ -161,8 +157,7 @@ class Linearisation:
             smoothness: how the cotangents that f hands down move with π, see
                 `hypergradient_report`; 0 takes them as they are.
         """
-        point = self.point
-        discount, temperature = point.discount, point.temperature
+        discount, temperature = self.discount, self.temperature
         residual = self.adjoint_residual(flow)
         mass = flow.abs().sum(-1)
         turned = self._drift().clamp(max=2.0)
@@ -170,7 +165,7 @@ class Linearisation:
         q_error = (self.policy_bar.abs() * moved).sum((-1, -2)) / temperature
         if smoothness:
             shift = smoothness * moved.amax((-1, -2))
-            q_error = q_error + shift * point.rows.states / temperature
+            q_error = q_error + shift * self.rows.states / temperature
         source_error = (1 + discount) * q_error
         flow_error = (residual + discount * turned * mass + source_error) / (1 - discount)
         return q_error + turned * mass + flow_error
@@ -178,18 +173,18 @@ class Linearisation:
 
 def linearise(
     problem: BilevelProblem,
-    x: Tensor,
+    x: Any,
     temperature: float | Tensor,
-    sweep: Callable[[Flat], SweptValue],
+    sweep: Sweep,
     step: int | None = None,
 ) -> Linearisation:
     """Evaluate the upper level at the policy of an approximate value, and collect its cotangents.
 
     Args:
         problem: the two levels.
-        x: upper variable, a leaf that requires grad.
+        x: upper variable, whose leaves require a gradient.
         temperature: τ.
-        sweep: brings a warm-started value up to date for the MDP given in normal form.
+        sweep: brings a warm-started value up to date, without a graph.
         step: the outer step, for messages.
 
     Raises:
@@ -197,72 +192,73 @@ def linearise(
     """
     mdp = problem.model(x)
     check_lower(mdp, x)
-    flat = mdp.flatten(temperature)
     with torch.no_grad():
-        swept = sweep(flat)
-    rows = Rows(
-        flat.transition.detach(),
-        *flat.pattern,
-        flat.reward.shape[-2],
-        flat.reward.shape[-1],
+        found, error = sweep(mdp)
+    flat = mdp.flatten(temperature)
+    if not flat.reward.requires_grad:  # its cotangent is asked for all the same
+        flat = flat._replace(reward=flat.reward.detach().requires_grad_())
+    grouped, restore, available = flat.layout.grouped, flat.layout.restore, flat.available
+    value = grouped(found.double(), 1).clone().requires_grad_()
+    data = (flat.transition, *flat.pattern, flat.reward, flat.log_reference)
+    image, advantage, policy, log_policy = bellman(
+        *data, flat.discount, flat.temperature, value, AUTO
     )
-    point = Point(
-        rows,
-        flat.discount.detach(),
-        flat.temperature.detach(),
-        swept.value,
-        None,
-        swept.advantage,
-        swept.policy,
+    # Q − V and π are those of V itself (M11): TV in number, to a derivative V
+    now = image.detach() + (value - value.detach())
+    shift = (image - now).unsqueeze(-1)
+    change = shift / flat.temperature[..., None, None]
+    own = advantage + shift
+    handed = policy * change.exp()
+
+    def out(table: Tensor) -> Tensor:
+        return restore(table).to(flat.reward.dtype)
+
+    info = info_table(
+        error.shape,
+        value.shape[-1],
+        error.device,
+        residual=error,
+        error_bound=error,
+        temperature=restore(flat.temperature.detach()),
+        kernel=torch.nan,
     )
-    solution, leaves = _leaves(flat, swept)
-    objective = problem.judge(x, solution)
-    check_objective(objective, step)
-    found = direct_gradient(objective, [x, *leaves], retain=True)
-    if all(part is None for part in found):
+    solution = Solution(
+        value=out(now),
+        q=out(own + now.unsqueeze(-1)),
+        policy=out(handed),
+        log_policy=out(log_policy + change),
+        advantage=out(own),
+        info=info,
+        status=torch.zeros_like(error, dtype=torch.int64),
+    )
+    if available is not None:
+        solution = solution.closed(restore(available))
+    phi = problem.judge(x, solution)
+    check_objective(phi, step)
+    *direct, source, policy_bar = direct_gradient(
+        phi, [*variables.leaves(x), value, handed], retain=True
+    )
+    if source is None and all(part is None for part in direct):
         raise no_path()
-    direct, value_bar, q_bar, policy_bar, log_policy_bar, advantage_bar = found
-    grouped = flat.layout.grouped
-    q_bar = None if q_bar is None else grouped(q_bar, 2).double()
-    value_bar = None if value_bar is None else grouped(value_bar, 1).double()
-    advantage_bar = None if advantage_bar is None else grouped(advantage_bar, 2).double()
-    policy_bar = None if policy_bar is None else grouped(policy_bar, 2).double()
-    log_policy_bar = None if log_policy_bar is None else grouped(log_policy_bar, 2).double()
-    if q_bar is not None:  # Q = (Q − V) + V
-        advantage_bar = q_bar if advantage_bar is None else advantage_bar + q_bar
-        value_bar = q_bar.sum(-1) if value_bar is None else value_bar + q_bar.sum(-1)
-    folded = fold_cotangents(point, value_bar, advantage_bar, policy_bar, log_policy_bar)
-    source = torch.zeros_like(swept.value) if folded.value is None else folded.value
-    if folded.q is not None:
-        pulled = rows.pull(folded.q * rows.scale())
-        source = source + point.discount.unsqueeze(-1) * pulled
     return Linearisation(
         x=x,
         flat=flat,
-        point=point,
-        objective=objective.detach(),
+        rows=Rows(flat.transition.detach(), *flat.pattern, *flat.reward.shape[-2:]),
+        value=value,
+        image=image,
+        advantage=advantage,
+        policy=policy.detach(),
+        phi=phi,
         solution=solution,
-        direct=torch.zeros_like(x) if direct is None else direct,
-        folded=folded,
-        policy_bar=torch.zeros_like(swept.policy) if policy_bar is None else policy_bar,
-        source=source,
-        value_error=swept.error,
+        source=torch.zeros_like(value) if source is None else source,
+        policy_bar=torch.zeros_like(policy) if policy_bar is None else policy_bar,
+        value_error=grouped(error, 0),
     )
-
-
-class SweptValue(NamedTuple):
-    """A value after some sweeps, with the policy of the last one; (N, G, S) and (N, G, S, A)."""
-
-    value: Tensor
-    advantage: Tensor
-    policy: Tensor
-    log_policy: Tensor
-    error: Tensor  # certified bound on ‖V − V*‖∞, (N, G)
 
 
 def hypergradient_report(
     problem: BilevelProblem,
-    x: Tensor,
+    x: variables.Variables,
     temperature: float | Tensor,
     *,
     estimate: tuple[Linearisation, Tensor] | None = None,
@@ -270,12 +266,12 @@ def hypergradient_report(
 ) -> HypergradientReport:
     """Compare a hyper-gradient with the exact one and certify its error.
 
-        ‖∇φ̂ − ∇φ‖₂ ≤ max_{s,a} ‖∂(r + γPV)/∂x‖₂ · ‖Δr̄‖₁ + γ‖r̄‖₁ ‖ΔV‖∞ · max_{s,a} Σ_t
-        ‖∂P(t|s,a)/∂x‖₂ + ‖ Σ_y |∂²f/∂x∂y| |Δy| ‖₂,   y = V, Q, A, π, log π
+        ‖∇φ̂ − ∇φ‖₂ ≤ max_{s,a} ‖∂(r + γPV)/∂x‖₂ · ‖Δr̄‖₁ + γ(‖r̄‖₁ + ‖Δr̄‖₁) ‖ΔV‖∞ · max_{s,a}
+        Σ_t ‖∂P(t|s,a)/∂x‖₂ + ‖ Σ_y |∂²f/∂x∂y| |Δy| ‖₂,   y = V, Q, A, π, log π
 
     Args:
         problem: the two levels.
-        x: upper variable, (d,) or (M, d).
+        x: upper variable: a tensor, (d,) or (M, d), or another of the forms of `BilevelProblem`.
         temperature: τ.
         estimate: a linearisation and the flow used with it; None: the ones of the solver itself.
         smoothness: what you declare of f at a fixed x, and the bound is certified for: "linear", in
@@ -294,29 +290,31 @@ def hypergradient_report(
     Source: (M5), (M7), (M13), combined.
     """
     declared = _lipschitz(smoothness)
-    x = check_start(x).requires_grad_()
+    x = variables.tracked(variables.check_start(x))
     phi, solution = evaluate_at(problem, x, temperature)
-    exact = hypergradient(phi, x)
-    if estimate is None:
-        point = linearise(problem, x, temperature, lambda flat: exact_value(flat, solution))
-        estimate = point, _exact_flow(point)
-    at, flow = estimate
-    approximate = at.gradient(flow)
-    residual = at.adjoint_residual(flow)
     starts = phi.shape
-    gap, norm = _norm(approximate - exact, starts), _norm(exact, starts)
+    exact = variables.joined(hypergradient(phi, x), starts)
+    if estimate is None:
+        certified = solution.value.detach(), solution.error_bound
+        point = linearise(problem, x, temperature, lambda _: certified)
+        estimate = point, exact_flow(point)
+    at, flow = estimate
+    approximate = variables.joined(at.pull(flow)[0], starts)
+    residual = at.adjoint_residual(flow)
+    gap, norm = _norm(approximate - exact), _norm(exact)
     tiny = torch.finfo(torch.float64).tiny
-    cosine = (approximate * exact).reshape(*starts, -1).sum(-1)
-    cosine = cosine / (_norm(approximate, starts) * norm).clamp(min=tiny)
+    cosine = (approximate * exact).sum(-1) / (_norm(approximate) * norm).clamp(min=tiny)
+    shape = x.shape if isinstance(x, Tensor) else exact.shape
+    restore = at.flat.layout.restore
     return HypergradientReport(
         objective=phi.detach(),
-        exact=exact,
-        estimate=approximate,
+        exact=exact.reshape(shape),
+        estimate=approximate.reshape(shape),
         relative_error=gap / norm.clamp(min=tiny),
         cosine=cosine,
         bound=_bound(at, flow, declared, starts) + _direct_error(problem, at, declared, starts),
-        adjoint_residual=_lane_sum(at.flat.layout.restore(residual), starts),
-        adjoint_error=_lane_sum(at.flat.layout.restore(residual / (1 - at.point.discount)), starts),
+        adjoint_residual=_start_sum(restore(residual), starts),
+        adjoint_error=_start_sum(restore(residual / (1 - at.discount)), starts),
     )
 
 
@@ -334,76 +332,45 @@ def _lipschitz(smoothness: Any) -> float:
     return float(smoothness)
 
 
-def exact_value(flat: Flat, solution: Solution) -> SweptValue:
-    """The fixed point as a linearisation point, with its certificate."""
-    grouped = flat.layout.grouped
-    return SweptValue(
-        grouped(solution.value.detach().double(), 1),
-        grouped(solution.advantage.detach().double(), 2),
-        grouped(widened(solution.policy.detach()), 2),
-        grouped(solution.log_policy.detach().double(), 2),
-        grouped(solution.log_policy_error_bound, 0) * flat.temperature.detach() / 2,
-    )
-
-
-def _exact_flow(at: Linearisation) -> Tensor:
-    point = at.point
-    flow: Tensor
-    flow, _ = choice.policy_solve(
-        point.rows.data,
-        point.rows.crow,
-        point.rows.col,
-        point.policy,
-        point.discount,
-        at.source.unsqueeze(2),
-        True,
-        choice.AUTO,
-    )
-    return flow.squeeze(2)
+def exact_flow(at: Linearisation) -> Tensor:
+    """λ = (I − γP_π)⁻ᵀ v̄ as far as rounding allows, (N, G, S)."""
+    rhs = at.source.unsqueeze(2)
+    share, _ = discounted_visits(*at.rows[:3], at.policy, at.discount, rhs, AUTO)
+    return share.squeeze(2) / (1 - at.discount).unsqueeze(-1)
 
 
 def _bound(at: Linearisation, flow: Tensor, smoothness: float, starts: torch.Size) -> Tensor:
     """The right-hand side of the formula in `hypergradient_report`, summed over the problems of
     each start.
     """
-    flat, x = at.flat, at.x
-    infinite = at.objective.new_full(starts, torch.inf)
-    unknown = smoothness == math.inf
-    if unknown or flat.log_reference.requires_grad or flat.discount.requires_grad:
+    flat, own, restore = at.flat, variables.leaves(at.x), at.flat.layout.restore
+    infinite = torch.full(starts, torch.inf, dtype=torch.float64, device=flow.device)
+    if smoothness == math.inf or flat.log_reference.requires_grad or flat.discount.requires_grad:
         return infinite
     states, actions = flat.reward.shape[-2:]
     transition_too = flat.transition.requires_grad
     if transition_too and flat.transition[0].numel() > _JACOBIAN_ROWS:
         return infinite
-    error = at.flow_error(flow, smoothness)
+
     reward = flat.reward.double()
+    if transition_too:  # r + γPV
+        reward = at.advantage + at.image.unsqueeze(-1)
+    table = restore(reward)
+    steepest = torch.zeros(starts, dtype=torch.float64, device=flow.device)
+    for s in range(states):
+        for a in range(actions):
+            for entry in _by_start(table[..., s, a], starts):
+                steepest = torch.maximum(steepest, _norm(slope(entry, own, starts)))
+    error = at.flow_error(flow, smoothness)
+    bound = steepest * _start_sum(restore(error), starts)
     if transition_too:
-        rows = at.point.rows.with_data(flat.transition)
-        ahead = rows.apply(at.point.value) * rows.scale()
-        reward = reward + at.point.gamma * ahead
-    slope = torch.zeros(starts, dtype=torch.float64, device=x.device)
-    if reward.requires_grad:
-        table = flat.layout.restore(reward)
-        for s in range(states):
-            for a in range(actions):
-                for entry in _lanes(table[..., s, a], starts):
-                    row = direct_gradient(entry, [x], retain=True)[0]
-                    if row is not None:
-                        slope = torch.maximum(slope, _norm(row, starts))
-    per_problem = _lane_sum(flat.layout.restore(error), starts)
-    bound = slope * per_problem
-    if transition_too:
-        weight = at.reward_cotangent(flow)
-        mass = at.point.discount * weight.abs().sum((-1, -2)) * at.value_error
+        weight = at.pull(flow)[1].abs().sum((-1, -2)) + error
+        mass = at.discount * weight * at.value_error
         entries = flat.transition.reshape(flat.transition.shape[0], -1)
-        norms = torch.zeros((entries.shape[-1], *starts), dtype=torch.float64, device=x.device)
-        for i in range(entries.shape[-1]):
-            row = direct_gradient(entries[:, i], [x], retain=True)[0]
-            if row is not None:
-                norms[i] = _norm(row, starts)
+        norms = torch.stack([_norm(slope(column, own, starts)) for column in entries.unbind(1)])
         by_row = norms.new_zeros((states * actions, *starts))
-        steep = by_row.index_add(0, at.point.rows.entry_rows, norms).amax(0)
-        bound = bound + steep * _lane_sum(flat.layout.restore(mass), starts)
+        steep = by_row.index_add(0, at.rows.entry_rows, norms).amax(0)
+        bound = bound + steep * _start_sum(restore(mass), starts)
     return bound
 
 
@@ -413,95 +380,55 @@ def _direct_error(
     """What the errors of the solution do to ∂f/∂x itself, per start: zero if f has no terms in both
     x and the solution.
     """
-    x, solution = at.x, _closed(at.solution, at.flat)
-    none = torch.zeros(starts, dtype=torch.float64, device=x.device)
-    objective = problem.judge(x, solution)
+    none = torch.zeros(starts, dtype=torch.float64, device=at.source.device)
+    restore, available = at.flat.layout.restore, at.flat.available
+    value, q, policy, log_policy, advantage, info, status = at.solution.detach()
+    tables = [part.requires_grad_() for part in (value, q, policy, log_policy, advantage)]
+    frozen = Solution(value, q, policy, log_policy, advantage, info, status)
+    if available is not None:
+        frozen = frozen.closed(restore(available))
+    objective = problem.judge(at.x, frozen)
     if smoothness == math.inf or not objective.requires_grad:
         return none
-    (direct,) = torch.autograd.grad(objective.sum(), x, allow_unused=True, create_graph=True)
-    if direct is None or not direct.requires_grad:
+    parts = torch.autograd.grad(
+        objective.sum(), variables.leaves(at.x), allow_unused=True, create_graph=True
+    )
+    direct = [part for part in parts if part is not None and part.requires_grad]
+    if not direct:
         return none
-    restore = at.flat.layout.restore
     shift = at.value_error[..., None]
-    relative = 2 * shift / at.point.temperature[..., None]  # of log π, (M7)
-    moved = {
-        "value": shift.expand_as(at.source),
-        "q": (3 * shift).unsqueeze(-1).expand_as(at.point.policy),  # V plus A
-        "advantage": (2 * shift).unsqueeze(-1).expand_as(at.point.policy),
-        "policy": at.policy_shift(),
-        "log_policy": relative.unsqueeze(-1).expand_as(at.point.policy),
-    }
-    leaves = [getattr(at.solution, name) for name in moved]
-
-    def slopes(entry: Tensor) -> list[Tensor | None]:
-        if not entry.requires_grad:
-            return [None] * len(leaves)
-        return list(torch.autograd.grad(entry, leaves, allow_unused=True, retain_graph=True))
-
-    if all(part is None for part in slopes(direct.sum())):
+    relative = 2 * shift / at.temperature[..., None]  # of log π, (M7)
+    moved = (
+        shift.expand_as(at.source),
+        (3 * shift).unsqueeze(-1).expand_as(at.policy),  # Q: V plus A
+        at.policy_shift(),
+        relative.unsqueeze(-1).expand_as(at.policy),
+        (2 * shift).unsqueeze(-1).expand_as(at.policy),
+    )
+    entries = variables.joined(direct, starts)
+    if all(part is None for part in direct_gradient(entries, tables, retain=True)):
         return none
-    entries = direct.reshape(*starts, -1)
     if smoothness or entries.shape[-1] > _JACOBIAN_ROWS:
         return torch.full_like(none, torch.inf)
     errors = torch.zeros_like(entries, dtype=torch.float64)
     for k in range(entries.shape[-1]):
-        found = slopes(entries[..., k].sum())
-        for slope, amount in zip(found, moved.values(), strict=True):
-            if slope is not None:
-                errors[..., k] += _lane_sum(slope.double().abs() * restore(amount), starts)
-    return _norm(errors, starts)
+        found = direct_gradient(entries[..., k], tables, retain=True)
+        for part, amount in zip(found, moved, strict=True):
+            if part is not None:
+                errors[..., k] += _start_sum(part.double().abs() * restore(amount), starts)
+    return _norm(errors)
 
 
-def _lanes(entry: Tensor, starts: torch.Size) -> list[Tensor]:
+def _by_start(entry: Tensor, starts: torch.Size) -> list[Tensor]:
     """An entry of every problem, (*B), as tensors that hold one problem per start."""
-    if not starts:
-        return list(entry.reshape(-1))
     return list(entry.reshape(*starts, -1).unbind(-1))
 
 
-def _lane_sum(values: Tensor, starts: torch.Size) -> Tensor:
+def _start_sum(values: Tensor, starts: torch.Size) -> Tensor:
     return values.reshape(*starts, -1).sum(-1)
 
 
-def _norm(x: Tensor, starts: torch.Size) -> Tensor:
-    """ℓ₂ norm per start, or of the whole."""
-    norm: Tensor = torch.linalg.vector_norm(x.double().reshape(*starts, -1), dim=-1)
+def _norm(vector: Tensor) -> Tensor:
+    """ℓ₂ norm of each start's, or of the whole."""
+    norm: Tensor = torch.linalg.vector_norm(vector.double(), dim=-1)
     return norm
-
-
-def _leaves(flat: Flat, swept: SweptValue) -> tuple[Solution, list[Tensor]]:
-    """The solution as leaves of its own graph: what the upper level may differentiate."""
-    restore, dtype = flat.layout.restore, flat.reward.dtype
-
-    def leaf(tensor: Tensor) -> Tensor:
-        return restore(tensor).to(dtype).detach().requires_grad_()
-
-    value, advantage = leaf(swept.value), leaf(swept.advantage)
-    q = leaf(swept.advantage + swept.value.unsqueeze(-1))
-    policy, log_policy = leaf(swept.policy), leaf(swept.log_policy)
-    error = swept.error
-    solution = Solution(
-        value=value,
-        q=q,
-        policy=policy,
-        log_policy=log_policy,
-        advantage=advantage,
-        info=restore(
-            info_table(
-                error.shape,
-                value.shape[-1],
-                error.device,
-                residual=error,
-                error_bound=error,
-                temperature=flat.temperature.detach(),
-                kernel=torch.nan,
-            )
-        ),
-        status=restore(torch.zeros_like(error, dtype=torch.int64)),
-    )
-    return _closed(solution, flat), [value, q, policy, log_policy, advantage]
-
-
-def _closed(solution: Solution, flat: Flat) -> Solution:
-    available = flat.available
-    return solution if available is None else solution.closed(flat.layout.restore(available))

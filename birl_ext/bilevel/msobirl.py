@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from birl_ext.bilevel.algorithm import Algorithm
+from birl_ext.bilevel import variables
+from birl_ext.bilevel.algorithm import Descent, Maker
 from birl_ext.bilevel.guards import (
     check_count,
-    check_gradient,
     check_kind,
     check_number,
     check_seed,
-    check_start,
-    make_optimiser,
-    take_step,
 )
 from birl_ext.bilevel.hypergradient import (
     HypergradientReport,
     Linearisation,
     Smoothness,
-    SweptValue,
+    exact_flow,
     hypergradient_report,
     linearise,
 )
@@ -40,11 +36,9 @@ from birl_ext.bilevel.problem import (
     temperature_at,
 )
 from birl_ext.errors import AccuracyWarning, OptionError
+from birl_ext.functional import solve
 from birl_ext.model import checks as validation
-from birl_ext.model.layout import Flat
-from birl_ext.ops.backends.choice import AUTO
-from birl_ext.ops.certificate import sweep_rounding
-from birl_ext.ops.rows import Data
+from birl_ext.model.mdp import DenseMDP, SparseMDP
 
 __all__ = ["MSoBiRL", "MSoBiRLOutcome"]
 
@@ -60,7 +54,7 @@ class MSoBiRLOutcome(NamedTuple):
     relative_error: Tensor
     """Certified; inf where nothing is known. "published": bound on ‖Δr̄‖₁ / ‖r̄‖₁, how well the
     cotangent that reaches the reward is known, if f is linear in the Solution (the bound takes what
-    f hands down as it is). "exact": bound on max |Δ log π|, which is rounding.
+    f hands down as it is). "exact": bound on max |Δ log π|, which without `tol` is rounding.
     """
     sweeps: int
     products: int
@@ -69,25 +63,28 @@ class MSoBiRLOutcome(NamedTuple):
     """Whether `relative_error` is above the accuracy asked for, at any start."""
 
 
-class MSoBiRL(Algorithm[MSoBiRLOutcome]):
+class MSoBiRL(Descent[MSoBiRLOutcome]):
     """Single-loop bilevel descent, all warm-started: V and its adjoint λ, then one step on x.
 
         V_k = T^N V_{k−1},   λ_k ≈ (I − γP_π)⁻ᵀ v̄,   x_{k+1} = x_k − β ∇φ̂(x_k, V_k, λ_k)
 
     Args:
         problem: the two levels.
-        x: start, (d,), or (M, d) for many starts at once; copied.
+        x: start, (d,), or (M, d) for many starts at once; or another of the forms of
+            `BilevelProblem`; copied.
         temperature: τ, or a schedule of it (see `geometric`).
         optimiser: from a list of parameters to any torch optimiser, e.g. ``lambda p:
             torch.optim.Adam(p, lr=1e-2)``.
         mode: how the inner problems are solved.
-            "exact": both as far as rounding allows, by `birl_ext.solve` and its gradient.
+            "exact": by `birl_ext.solve` and its gradient, both as far as rounding allows, or the
+            value to `tol`.
             "published": N plain sweeps and one step w ← w − ζ(AᵀAw − Aᵀb) per outer step.
         sweeps: N, sweeps per outer step ("published").
         accuracy: of the hyper-gradient, as `MSoBiRLOutcome.relative_error` certifies it. Nothing is
             done to reach it; an outcome that misses it says so, and the first one warns.
         adjoint_rate: ζ, below 2/σ²max(A) ("published").
-        sweep_tol: stop the sweeps once a sweep moves V by less ("published"), units of reward.
+        tol: certified relative error asked of V, as in `birl_ext.solve`: fewer sweeps do once it is
+            met ("published"); None: as far as rounding allows.
         noise: standard deviation of Gaussian noise added to the hyper-gradient, units of φ per unit
             of x.
         seed: of the noise and of the published w₀ ~ N(0, I).
@@ -101,48 +98,37 @@ class MSoBiRL(Algorithm[MSoBiRLOutcome]):
     Source: Yang, Gao and Yuan (2025), Algorithm M-SoBiRL; (M5), (M13), (M14).
     """
 
+    STATE = ("_value", "_flow", "generator")
+
     def __init__(
         self,
         problem: BilevelProblem,
-        x: Tensor,
+        x: variables.Variables,
         *,
         temperature: Temperature,
-        optimiser: Callable[[Iterable[Tensor]], Optimizer],
+        optimiser: Maker,
         mode: Mode = "exact",
         sweeps: int = 10,
         accuracy: float = 0.05,
         adjoint_rate: float = 0.5,
-        sweep_tol: float = 0.0,
+        tol: float | None = None,
         noise: float = 0.0,
         seed: int = 0,
-        max_inner: int | None = None,
     ) -> None:
-        options: tuple[tuple[str, Any, bool], ...] = (
-            ("mode", mode, mode in _MODES),
-            ("max_inner", max_inner, max_inner is None),
-        )
-        for name, value, known in options:
-            if not known:
-                gone = name == "max_inner" or value == "contracting"
-                raise OptionError(
-                    f"{name} is {value!r}" + gone * ", of the contracting mode, which is gone",
-                    allowed=", ".join(map(repr, _MODES)) if name == "mode" else "nothing",
-                    fix='use mode="exact", which is faster, and leave `max_inner` out' * gone,
-                )
+        if mode not in _MODES:
+            raise OptionError(f"mode is {mode!r}", allowed=", ".join(map(repr, _MODES)))
         check_kind("problem", problem, BilevelProblem)
         self.problem = problem
-        self.x = check_start(x).requires_grad_()
         self.temperature = check_schedule(temperature)
         self.mode = mode
         self.sweeps = check_count("sweeps", sweeps)
         self.accuracy = check_number("accuracy", accuracy, above=True, infinite=True)
         self.adjoint_rate = check_number("adjoint_rate", adjoint_rate, above=True)
-        self.sweep_tol = check_number("sweep_tol", sweep_tol, infinite=True)
+        self.tol = None if tol is None else check_number("tol", tol)
         self.noise = check_number("noise", noise)
         self.generator = torch.Generator().manual_seed(check_seed(seed))
-        self.optimiser = make_optimiser(optimiser, [self.x])
-        self.steps = 0
-        self._value: Tensor | None = None  # V, (N, G, S), or the caller's (*B, S) in mode "exact"
+        self._begin(x, optimiser)
+        self._value: Tensor | None = None  # V, (*B, S)
         self._flow: Tensor | None = None  # λ, (N, G, S)
         self._counts = [0, 0]
         self._warned = False
@@ -158,26 +144,7 @@ class MSoBiRL(Algorithm[MSoBiRLOutcome]):
             BirlError: what else `upper`, `lower` or the optimiser is at fault for. After any error
                 x and the warm starts are what they were.
         """
-        outcomes: list[MSoBiRLOutcome] = []
-
-        def closure() -> float:
-            outcome, gradient = self._evaluated()
-            outcomes.append(outcome)
-            if self.noise:
-                shape, dtype = gradient.shape, gradient.dtype
-                shock = torch.randn(shape, generator=self.generator, dtype=dtype)
-                gradient = gradient + self.noise * shock.to(gradient.device)
-            self.x.grad = gradient
-            return float(outcome.objective.sum())
-
-        kept = self._inner()
-        try:
-            take_step(self.optimiser, [self.x], closure, self.steps)
-        except BaseException:
-            self._restore_inner(kept)
-            raise
-        self.steps += 1
-        first = outcomes[0]
+        first = self._take(self._evaluated)
         if first.missed and not self._warned:
             self._warned = True
             remedy = 'use mode="exact"' if self.mode == "published" else "raise the temperature"
@@ -192,108 +159,96 @@ class MSoBiRL(Algorithm[MSoBiRLOutcome]):
 
     def hypergradient_report(self, smoothness: Smoothness = math.inf) -> HypergradientReport:
         """The estimate of the next step against the exact one, with its certified bound, which is
-        inf unless the `smoothness` of f is declared.
+        inf unless the `smoothness` of f is declared. With `tol` in the exact mode, that at the
+        policy one sweep further on.
         """
         tau = temperature_at(self.temperature, self.steps)
-        if self.mode == "exact":
-            return hypergradient_report(self.problem, self.x, tau, smoothness=smoothness)
-        kept = self._inner()
-        try:
-            estimate = self._estimate(tau)[:2]
-        finally:
-            self._restore_inner(kept)
+        estimate = None
+        if self.mode == "published":
+            with self.taken_back(always=True, without=Descent.STATE):
+                estimate = self._estimate(tau)[:2]
+        elif self.tol is not None:
+            at = linearise(self.problem, self.x, tau, functools.partial(self._solved, tau))
+            estimate = at, exact_flow(at)
         return hypergradient_report(
             self.problem, self.x, tau, estimate=estimate, smoothness=smoothness
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on, as a snapshot."""
-        return {
-            "x": self.x.detach().clone(),
-            "optimiser": copy.deepcopy(self.optimiser.state_dict()),
-            **self._inner(),
-            "steps": self.steps,
-        }
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            self.x.copy_(state["x"])
-        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
-        self._restore_inner(state)
-        self.steps = int(state["steps"])
+        super().load_state_dict(state)
+        device = variables.leaves(self.x)[0].device
+        for name in ("_value", "_flow"):
+            kept: Tensor | None = getattr(self, name)
+            setattr(self, name, None if kept is None else kept.to(device))
 
-    def _inner(self) -> dict[str, Any]:
-        """What the inner problems are warm-started from, as a snapshot."""
-        return {
-            "value": None if self._value is None else self._value.clone(),
-            "flow": None if self._flow is None else self._flow.clone(),
-            "generator": self.generator.get_state(),
-        }
-
-    def _restore_inner(self, state: Mapping[str, Any]) -> None:
-        value, flow = state["value"], state["flow"]
-        self._value = None if value is None else value.clone()
-        self._flow = None if flow is None else flow.clone()
-        self.generator.set_state(state["generator"])
-
-    def _evaluated(self) -> tuple[MSoBiRLOutcome, Tensor]:
-        """What is known at the present x, and ∇φ̂."""
+    def _evaluated(self) -> tuple[MSoBiRLOutcome, list[Tensor]]:
+        """What is known at the present x, and ∇φ̂ by leaves of x, with its noise."""
         tau = temperature_at(self.temperature, self.steps)
         if self.mode == "exact":
-            phi, solution = evaluate_at(self.problem, self.x, tau, self._value, self.steps)
+            phi, solution = evaluate_at(
+                self.problem, self.x, tau, self._value, self.steps, self.tol
+            )
             gradient = hypergradient(phi, self.x, self.steps)
             self._value = solution.value.detach()
             self._counts = [int(solution.iterations.max()), 1]
-            phi = phi.detach()
-            error = solution.log_policy_error_bound.reshape(*phi.shape, -1).amax(-1)
+            error = solution.log_policy_error_bound
         else:
-            at, flow, error = self._estimate(tau)
-            phi, gradient = at.objective, at.gradient(flow)
-            check_gradient(gradient, self.steps, published=True)
-        norm = gradient.double().reshape(*phi.shape, -1).norm(dim=-1)
+            at, _, gradient, error = self._estimate(tau)
+            phi = at.phi
+        phi = phi.detach()
+        error = error.reshape(*phi.shape, -1).amax(-1)
+        norm = variables.joined(gradient, phi.shape).double().norm(dim=-1)
         missed = not bool((error <= self.accuracy).all())
         sweeps, products = self._counts
+        if self.noise:
+            gradient = [
+                part + self.noise * variables.drawn(part, self.generator) for part in gradient
+            ]
         return MSoBiRLOutcome(phi, norm, error, sweeps, products, tau, missed), gradient
 
-    def _estimate(self, tau: float | Tensor) -> tuple[Linearisation, Tensor, Tensor]:
-        """The linearisation after N sweeps, λ after one step, and the certified relative error of
-        the cotangent of the reward.
+    def _estimate(self, tau: float | Tensor) -> tuple[Linearisation, Tensor, list[Tensor], Tensor]:
+        """The linearisation after N sweeps, λ after one step, ∇φ̂, and the certified relative error
+        of the cotangent of the reward.
         """
         self._counts = [0, 0]
-        at = linearise(self.problem, self.x, tau, self._sweep, self.steps)
+        at = linearise(self.problem, self.x, tau, functools.partial(self._sweep, tau), self.steps)
+        self._value = at.solution.value.detach()
         flow = self._flow = self._published_flow(at)
-        error, left = at.flow_error(flow), at.reward_cotangent(flow).abs().sum((-1, -2))
+        gradient, reward_bar = at.pull(flow, self.steps)
+        error, left = at.flow_error(flow), reward_bar.abs().sum((-1, -2))
         relative = torch.where(error == 0, error, error / left).nan_to_num(torch.inf, torch.inf)
-        return at, flow, at.flat.layout.restore(relative).reshape(*at.objective.shape, -1).amax(-1)
+        return at, flow, gradient, at.flat.layout.restore(relative)
 
-    def _sweep(self, flat: Flat) -> SweptValue:
-        """Bring V up to date: N sweeps, or fewer once they move it by no more than `sweep_tol`."""
-        value = self._value
-        if value is None:
-            value = flat.discount.new_zeros(flat.reward.shape[:-1])
-        data = Data(
-            flat.transition,
-            *flat.pattern,
-            flat.reward,
-            flat.log_reference,
-            flat.discount,
-            flat.temperature,
+    def _solved(self, tau: float | Tensor, mdp: DenseMDP | SparseMDP) -> tuple[Tensor, Tensor]:
+        """V to `tol`, and its certified error."""
+        found = solve(mdp, temperature=tau, initial=self._value, tol=self.tol)
+        return found.value, found.error_bound
+
+    def _sweep(self, tau: float | Tensor, mdp: DenseMDP | SparseMDP) -> tuple[Tensor, Tensor]:
+        """V after N − 1 sweeps, or fewer once it is as good as `tol`, and its certified error; the
+        linearisation makes the last one.
+        """
+        before = self._value
+        if before is None:
+            before = mdp.reward.new_zeros(mdp.states)
+        found = solve(
+            mdp,
+            temperature=tau,
+            initial=before,
+            method="value-iteration",
+            tol=self.tol,
+            max_iterations=max(self.sweeps - 1, 1),
+            on_fail="status",
         )
-        while True:
-            swept = torch.ops.birl_ext.bellman(*data, value, AUTO)
-            self._counts[0] += 1
-            moved = (swept[0] - value).abs().amax(-1)
-            enough = bool((moved <= self.sweep_tol).all())
-            if enough or self._counts[0] >= self.sweeps:
-                break
-            value = swept[0]
-        self._value = swept[0]
-        # of the V that the policy was taken at (M5), and more than that of its image
-        error = (moved + sweep_rounding(data, value)) / (1 - flat.discount)
-        if not bool(torch.isfinite(error).all()):
-            validation.check_reward(flat.layout.restore(flat.reward))
-        image, advantage, policy, log_policy = swept
-        return SweptValue(image, advantage, policy, log_policy, error)
+        value, error = found.value, found.error_bound
+        if not bool(error.isfinite().all()):
+            validation.check_reward(mdp.reward)
+        if self.sweeps > 1:
+            self._counts[0] = int(found.iterations.max()) + 1
+            return value, error
+        before = before.expand_as(value)
+        self._counts[0] = 1  # the other one was for the certificate
+        return before, error + (value.double() - before).abs().amax(-1)
 
     def _published_flow(self, at: Linearisation) -> Tensor:
         """w ← w − ζ(AᵀAw − Aᵀb) with A = (I − γP_π)ᵀ; here for λ = −w/τ, which obeys the same
@@ -303,6 +258,6 @@ class MSoBiRL(Algorithm[MSoBiRLOutcome]):
         if flow is None:
             shape = at.source.shape
             start = torch.randn(shape, generator=self.generator, dtype=torch.float64)
-            flow = -start.to(at.source.device) / at.point.temperature.unsqueeze(-1)
+            flow = -start.to(at.source.device) / at.temperature.unsqueeze(-1)
         self._counts[1] += 1
         return flow - self.adjoint_rate * at.forward(at.transposed(flow) - at.source)

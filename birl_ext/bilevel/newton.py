@@ -4,22 +4,21 @@ Hessian exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from birl_ext.bilevel import variables
 from birl_ext.bilevel.algorithm import Algorithm
 from birl_ext.bilevel.guards import (
     check_count,
     check_gradient,
     check_kind,
     check_number,
-    check_start,
     no_path,
 )
-from birl_ext.bilevel.problem import BilevelProblem, evaluate_at
+from birl_ext.bilevel.problem import BilevelProblem, evaluate_at, known, slope
 from birl_ext.errors import GradientError, ShapeError, UndeterminedError
 from birl_ext.model import checks as validation
 
@@ -47,7 +46,7 @@ class DampedNewton(Algorithm[NewtonOutcome]):
 
     Args:
         problem: the two levels; φ is a scalar.
-        x: start, (d,); copied.
+        x: start, (d,), or another of the forms of `BilevelProblem`, d numbers in all; copied.
         temperature: τ.
         damping: first μ, 0 or more.
 
@@ -56,12 +55,19 @@ class DampedNewton(Algorithm[NewtonOutcome]):
     Source: Levenberg (1944), Marquardt (1963); Hessian by double backward through (M12).
     """
 
+    STATE = ("x", "damping", "decrement", "_value")
+
     def __init__(
-        self, problem: BilevelProblem, x: Tensor, *, temperature: float, damping: float = 1e-2
+        self,
+        problem: BilevelProblem,
+        x: variables.Variables,
+        *,
+        temperature: float,
+        damping: float = 1e-2,
     ) -> None:
         check_kind("problem", problem, BilevelProblem)
         self.problem = problem
-        self.x = check_start(x, vector=True)
+        self.x = variables.check_start(x, vector=True)
         validation.check_temperature(temperature)
         self.temperature = temperature
         self.damping = check_number("damping", damping)
@@ -80,7 +86,7 @@ class DampedNewton(Algorithm[NewtonOutcome]):
         objective, gradient, raw, passes, bound = self._expand()
         undetermined = _undetermined(raw, gradient)
         if undetermined is not None and undetermined.sloping:
-            raise undetermined.error()
+            raise undetermined.error(self.x)
         hessian = (raw + raw.mT) / 2
         unit = _units(raw)
         scale = torch.diag(unit.square())
@@ -100,20 +106,22 @@ class DampedNewton(Algorithm[NewtonOutcome]):
             if fault.item() == 0:
                 move = -torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
                 promised = -float(gradient @ move + move @ hessian @ move / 2)
+                parts = zip(variables.leaves(self.x), variables.split(move, self.x), strict=True)
+                moved = variables.rebuilt(self.x, (leaf + part for leaf, part in parts))
                 with torch.no_grad():
-                    there, _ = self.problem.evaluate(self.x + move, self.temperature, self._value)
+                    there, _ = self.problem.evaluate(moved, self.temperature, self._value)
                 gained = float(objective - there)
                 if promised <= noise and (undetermined or gain_in_reach > 1e3 * noise):
                     break  # only a null step is left, and this is no minimum
                 if gained >= 1e-4 * promised - noise:
-                    self.x = self.x + move
+                    self.x = moved
                     if gained > 0.75 * promised:
                         self.damping = max(self.damping / 10, 1e-12)
                     return outcome
             self.damping = max(self.damping * 4, 1e-8)
         self.damping = damping
         if undetermined is not None and gain_in_reach <= 1e3 * noise:
-            raise undetermined.error()
+            raise undetermined.error(self.x)
         raise GradientError(
             f"no step along the gradient (norm {float(gradient.norm()):.3g}) "
             "decreases the objective",
@@ -136,40 +144,27 @@ class DampedNewton(Algorithm[NewtonOutcome]):
         _, gradient, hessian, _, _ = self._expand()
         undetermined = _undetermined(hessian, gradient)
         if undetermined is not None:
-            raise undetermined.error()
+            raise undetermined.error(self.x)
         unit = _units(hessian)
         inverse: Tensor = torch.linalg.inv(_per_unit((hessian + hessian.mT) / 2, unit))
         return _per_unit(inverse, unit) / count
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "x": self.x.clone(),
-            "damping": self.damping,
-            "decrement": self.decrement,
-            "value": None if self._value is None else self._value.clone(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.x = state["x"].clone()
-        self.damping, self.decrement = float(state["damping"]), float(state["decrement"])
-        self._value = state["value"]
 
     def _expand(self) -> tuple[Tensor, Tensor, Tensor, int, float]:
         """φ, g and H at x, H as it was computed; passes over P and the certified error of the lower
         level.
         """
-        x = self.x.detach().requires_grad_()
+        x = variables.tracked(variables.rebuilt(self.x, variables.leaves(self.x)))
         objective, solution = evaluate_at(self.problem, x, self.temperature, self._value)
         if objective.dim():
             raise ShapeError(f"upper returned shape {tuple(objective.shape)}", allowed="a scalar")
-        gradient = None
-        if objective.requires_grad:
-            (gradient,) = torch.autograd.grad(objective, x, create_graph=True, allow_unused=True)
-        if gradient is None:
+        own = variables.named(x)
+        if not objective.requires_grad:
             raise no_path()
-        rows = [_slope(entry, x) for entry in gradient.unbind()]
-        hessian = torch.stack(rows)
-        check_gradient(gradient)
+        parts = torch.autograd.grad(
+            objective, [*own.values()], create_graph=True, allow_unused=True
+        )
+        gradient = variables.joined(known(parts, own, None))
+        hessian = torch.stack([slope(entry, variables.leaves(x)) for entry in gradient.unbind()])
         check_gradient(hessian, name="the Hessian")
         self._value = solution.value.detach()
         return (
@@ -179,14 +174,6 @@ class DampedNewton(Algorithm[NewtonOutcome]):
             int(solution.iterations.max()),
             float(solution.log_policy_error_bound.max()),
         )
-
-
-def _slope(entry: Tensor, x: Tensor) -> Tensor:
-    """∂/∂x of an entry of the gradient: zero where φ is linear."""
-    found = None
-    if entry.requires_grad:
-        (found,) = torch.autograd.grad(entry, x, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(x) if found is None else found
 
 
 class _Undetermined(NamedTuple):
@@ -201,10 +188,12 @@ class _Undetermined(NamedTuple):
     sloping: bool
     """Whether φ has a slope along it all the same: then it has no minimum there."""
 
-    def error(self) -> UndeterminedError:
+    def error(self, x: variables.Variables) -> UndeterminedError:
         size = self.direction.abs()
         order = size.argsort(descending=True)[:4].tolist()
-        named = ", ".join(f"{self.direction[i]:.3g} in x[{i}]" for i in order if size[i] > 1e-3)
+        named = ", ".join(
+            f"{self.direction[i]:.3g} in {variables.entry(x, i)}" for i in order if size[i] > 1e-3
+        )
         kind = "singular" if self.singular else "indefinite"
         slope = ", and a slope" * self.sloping
         return UndeterminedError(

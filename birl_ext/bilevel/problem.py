@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -18,6 +18,7 @@ from birl_ext.bilevel.guards import (
     check_objective,
     no_path,
 )
+from birl_ext.bilevel.variables import Variables, joined, named, starts
 from birl_ext.errors import BirlError, DtypeError, OptionError, ShapeError, TemperatureError
 from birl_ext.functional import solve
 from birl_ext.model import checks as validation
@@ -40,11 +41,12 @@ class BilevelProblem:
         upper: (x, Solution) → φ, a scalar, or one number per start when x has a leading axis of
             starts.
 
-    Many starts are one batch: let x be (M, d), the MDP's first batch axis M, and φ (M,).
+    x is a tensor, a list, tuple or dict of tensors, or a module; both levels are given it as it is.
+    Many starts are one batch: let x be one tensor (M, d), the MDP's first batch axis M, and φ (M,).
     """
 
-    lower: Callable[[Tensor], DenseMDP | SparseMDP]
-    upper: Callable[[Tensor, Solution], Tensor]
+    lower: Callable[[Any], DenseMDP | SparseMDP]
+    upper: Callable[[Any, Solution], Tensor]
 
     def __post_init__(self) -> None:
         for name, level in vars(self).items():
@@ -52,19 +54,19 @@ class BilevelProblem:
                 raise OptionError(f"{name} is a {type(level).__name__}", allowed="a function")
 
     def objective(
-        self, x: Tensor, temperature: float | Tensor, initial: Tensor | None = None
+        self, x: Variables, temperature: float | Tensor, initial: Tensor | None = None
     ) -> Tensor:
         """φ(x), exactly: solved as far as rounding allows, differentiable in x to any order."""
         return self.evaluate(x, temperature, initial)[0]
 
     def evaluate(
-        self, x: Tensor, temperature: float | Tensor, initial: Tensor | None = None
+        self, x: Variables, temperature: float | Tensor, initial: Tensor | None = None
     ) -> tuple[Tensor, Solution]:
         """φ(x) and the solution of the lower level there."""
         solution = solve(self.model(x), temperature=temperature, initial=initial)
         return self.judge(x, solution), solution
 
-    def model(self, x: Tensor) -> DenseMDP | SparseMDP:
+    def model(self, x: Variables) -> DenseMDP | SparseMDP:
         """The lower level at x, if it is one."""
         mdp = self.lower(x)
         if not isinstance(mdp, DenseMDP | SparseMDP):
@@ -75,7 +77,7 @@ class BilevelProblem:
             )
         return mdp
 
-    def judge(self, x: Tensor, solution: Solution) -> Tensor:
+    def judge(self, x: Variables, solution: Solution) -> Tensor:
         """The objective, if it is a scalar or has one number per start."""
         objective = self.upper(x, solution)
         if not isinstance(objective, Tensor) or not objective.is_floating_point():
@@ -86,9 +88,9 @@ class BilevelProblem:
                 allowed="a tensor of floating point",
                 fix="compute it by torch from x and the solution, without float() or .item()",
             )
-        starts = x.shape[:1] if x.dim() > 1 else ()
-        if objective.shape not in ((), starts):
-            rest = f", or ({starts[0]},): one number per start" if starts else ""
+        own = starts(x)
+        if objective.shape not in ((), own):
+            rest = f", or ({own[0]},): one number per start" if own else ""
             raise ShapeError(
                 f"upper returned shape {tuple(objective.shape)}",
                 allowed=f"a scalar{rest}",
@@ -152,30 +154,54 @@ def direct_gradient(
     )
 
 
+def slope(entry: Tensor, own: Sequence[Tensor], starts: Sequence[int] = ()) -> Tensor:
+    """Its gradient with respect to leaves of x, (*starts, d): zero where it does not depend."""
+    if not entry.requires_grad:
+        return joined(map(torch.zeros_like, own), starts)
+    found = torch.autograd.grad(entry.sum(), own, retain_graph=True, materialize_grads=True)
+    return joined(found, starts)
+
+
 def evaluate_at(
     problem: BilevelProblem,
-    x: Tensor,
+    x: Variables,
     temperature: float | Tensor,
     initial: Tensor | None = None,
     step: int | None = None,
+    tol: float | None = None,
 ) -> tuple[Tensor, Solution]:
-    """φ and the solution at the leaf x, refused where φ is not finite or the lower level does not
+    """φ and the solution at x, refused where φ is not finite or the lower level does not
     depend on x.
     """
     mdp = problem.model(x)
     check_lower(mdp, x)
-    solution = solve(mdp, temperature=temperature, initial=initial)
+    solution = solve(mdp, temperature=temperature, initial=initial, tol=tol)
     objective = problem.judge(x, solution)
     check_objective(objective, step)
     return objective, solution
 
 
 def hypergradient(
-    objective: Tensor, x: Tensor, step: int | None = None, levels: str = "`upper` or `lower`"
-) -> Tensor:
-    """∇φ of the sum over starts, finite; refused where φ does not depend on x."""
-    gradient = direct_gradient(objective, [x])[0]
-    if gradient is None:
-        raise no_path()
-    check_gradient(gradient, step, levels=levels)
-    return gradient
+    objective: Tensor,
+    x: Variables,
+    step: int | None = None,
+    levels: str = "`upper` or `lower`",
+) -> list[Tensor]:
+    """∇φ of the sum over starts, by leaves of x, finite; refused where φ does not depend on one."""
+    own = named(x)
+    return known(direct_gradient(objective, list(own.values())), own, step, levels=levels)
+
+
+def known(
+    gradient: Sequence[Tensor | None], own: Mapping[str, Tensor], step: int | None, **words: Any
+) -> list[Tensor]:
+    """The gradient by leaves, if none is missing and all are finite."""
+    found = []
+    for name, part in zip(own, gradient, strict=True):
+        if part is None:
+            raise no_path("x" if all(other is None for other in gradient) else name)
+        what = "the hyper-gradient" + (name != "x") * f" of {name}"
+        check_gradient(part, step, what, **words)
+        found.append(part)
+    check_gradient(joined(found), step, **words)  # whose norm may overflow
+    return found

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from birl_ext.agents.categorical import CategoricalPolicy
-from birl_ext.agents.target import snapshot
 from birl_ext.bilevel.guards import check_count, check_number, make_optimiser, take_step
 from birl_ext.bilevel.score import OneStep, Score
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
@@ -27,6 +25,7 @@ from birl_ext.preferences.loss import (
     steps_at_once,
 )
 from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, members_of
+from birl_ext.state import Stateful
 
 __all__ = ["DRLHF", "SoBiRL", "SoBiRLOutcome", "importance"]
 
@@ -118,7 +117,7 @@ def _check_stale(stale: str, limit: float) -> None:
     check_number("limit", limit, 1.0, above=True, infinite=True)
 
 
-class SoBiRL:
+class SoBiRL(Stateful):
     """The upper level: the reward that explains a teacher's answers about the behaviour it causes.
 
         φ(x) = E[ l(d₁, d₂, y; x) ],  l = −y log p − (1 − y) log(1 − p),  p = σ(R_x(d₁) − R_x(d₂)),
@@ -146,6 +145,8 @@ class SoBiRL:
 
     Source: Yang, Gao and Yuan (2025), Algorithm SoBiRL; (M16).
     """
+
+    STATE = ("reward", "optimiser", "steps")
 
     def __init__(
         self,
@@ -206,7 +207,8 @@ class SoBiRL:
             outcomes.append(self._prepare(pairs, follower, temperature))
             return outcomes[-1].loss
 
-        take_step(self.optimiser, self.parameters, closure, self.steps)
+        own = {f"x.{name}": part for name, part in self.reward.named_parameters()}
+        take_step(self.optimiser, own, closure, self.steps)
         self.steps += 1
         return outcomes[0]
 
@@ -335,19 +337,6 @@ class SoBiRL:
             log_prob = log_prob.to(part.log_prob)
             weight = weight * importance(part, log_prob, stale=self.stale, limit=self.limit)
         return weight
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on."""
-        return {
-            "reward": snapshot(self.reward),
-            "optimiser": copy.deepcopy(self.optimiser.state_dict()),
-            "steps": self.steps,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.reward.load_state_dict(state["reward"])
-        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
-        self.steps = int(state["steps"])
 
 
 class DRLHF(SoBiRL):

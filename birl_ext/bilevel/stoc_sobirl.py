@@ -6,27 +6,23 @@ stated in docs/stochastic.md.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from birl_ext.agents.agent import check_discount
+from birl_ext.bilevel import variables
 from birl_ext.bilevel.adaptation import AdaptedReward, path_log_probability
-from birl_ext.bilevel.algorithm import Algorithm
+from birl_ext.bilevel.algorithm import Descent, Maker
 from birl_ext.bilevel.guards import (
     check_count,
     check_kind,
     check_lower,
     check_objective,
-    check_start,
-    make_optimiser,
-    take_step,
 )
 from birl_ext.bilevel.problem import hypergradient
 from birl_ext.bilevel.score import FullHorizon
@@ -52,11 +48,11 @@ class SampledProblem:
             ∇log P_x at the transitions that are drawn is used. Which rows end must not depend on x.
     """
 
-    reward: Callable[[Tensor], Tensor]
-    loss: Callable[[Tensor, Sequence[Paths]], Tensor]
+    reward: Callable[[Any], Tensor]
+    loss: Callable[[Any, Sequence[Paths]], Tensor]
     paths: int = 2
     steps: int = 1
-    transition: Callable[[Tensor], Tensor] | None = None
+    transition: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         for name in ("paths", "steps"):
@@ -108,7 +104,7 @@ class StocSoBiRLOutcome(NamedTuple):
     """Transitions drawn in this step."""
 
 
-class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
+class StocSoBiRL(Descent[StocSoBiRLOutcome]):
     """Single-loop stochastic bilevel descent from samples of the process alone.
 
         Q ← Q + α_j (r_x + γ τ log Σ_a μ exp(Q(s', ·)/τ) − Q), s' ~ P(·|s, a), N times, warm-started
@@ -117,7 +113,7 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
     Args:
         problem: loss and reward.
         simulator: draws the paths; its transition is never read, mask and reference μ are.
-        x: start, (d,); copied.
+        x: start, (d,), or a list, tuple or dict of tensors, or a module; copied.
         discount: γ of the lower level.
         temperature: τ, units of reward.
         optimiser: from a list of parameters to any torch optimiser.
@@ -128,15 +124,17 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
     α_j = 1/(1 + (1 − γ)j) of the lower level: Wainwright (2019).
     """
 
+    STATE = ("q", "simulator")
+
     def __init__(
         self,
         problem: SampledProblem,
         simulator: FiniteSimulator,
-        x: Tensor,
+        x: variables.Variables,
         *,
         discount: float,
         temperature: float,
-        optimiser: Callable[[Iterable[Tensor]], Optimizer],
+        optimiser: Maker,
         effort: Effort,
         baseline: Baseline = "others",
     ) -> None:
@@ -147,14 +145,12 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
         check_kind("effort", effort, Effort)
         self.problem = problem
         self.simulator = simulator
-        self.x = check_start(x, vector=True).requires_grad_()
         self.discount = check_discount(discount)
         self.temperature = temperature
-        self.optimiser = make_optimiser(optimiser, [self.x])
+        self._begin(x, optimiser, vector=True)
         self.effort = effort
         self.baseline: Baseline = baseline
         self.q = torch.zeros(simulator.states, simulator.actions, dtype=torch.float64)
-        self.steps = 0
 
     def step(self) -> StocSoBiRLOutcome:
         """One outer step.
@@ -165,26 +161,17 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
             NonFiniteResultError: the optimiser would make x infinite or NaN. After any error x, Q
                 and the generator are what they were.
         """
-        before, q, drawn = self.simulator.samples, self.q.clone(), self.simulator.state_dict()
-        found: list[tuple[float, Tensor]] = []
+        before = self.simulator.samples
 
-        def closure() -> float:
-            found.append(self.hypergradient())
-            self.x.grad = found[-1][1]
-            return found[-1][0]
+        def evaluate() -> tuple[StocSoBiRLOutcome, list[Tensor]]:
+            objective, gradient = self.hypergradient()
+            outcome = StocSoBiRLOutcome(objective, float(gradient.norm()), 0)
+            return outcome, variables.split(gradient, self.x)
 
-        try:
-            take_step(self.optimiser, [self.x], closure, self.steps)
-        except BaseException:
-            self.q.copy_(q)
-            self.simulator.load_state_dict(drawn)
-            raise
-        self.steps += 1
-        objective, gradient = found[0]
-        return StocSoBiRLOutcome(objective, float(gradient.norm()), self.simulator.samples - before)
+        return self._take(evaluate)._replace(samples=self.simulator.samples - before)
 
     def hypergradient(self) -> tuple[float, Tensor]:
-        """φ and ∇φ, estimated at the present x, after the lower level's update."""
+        """φ and ∇φ, (d,), estimated at the present x, after the lower level's update."""
         effort, problem, simulator = self.effort, self.problem, self.simulator
         check_kind("effort", effort, Effort)  # it may have been replaced
         table = validation.as_floating("reward", problem.reward(self.x))
@@ -241,7 +228,7 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
         gradient = hypergradient(
             surrogate, self.x, self.steps, levels="`loss`, `reward` or `transition`"
         )
-        return float(surrogate.detach()), gradient
+        return float(surrogate.detach()), variables.joined(gradient)
 
     def _learn(self, reward: Tensor) -> None:
         """Synchronous soft Q-learning from the warm start."""
@@ -258,21 +245,3 @@ class StocSoBiRL(Algorithm[StocSoBiRLOutcome]):
     def _value(self) -> Tensor:
         """τ log Σ_a μ exp(Q/τ), (S,)."""
         return self.temperature * torch.logsumexp(self._preference(), -1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on, as a snapshot."""
-        return {
-            "x": self.x.detach().clone(),
-            "q": self.q.clone(),
-            "optimiser": copy.deepcopy(self.optimiser.state_dict()),
-            "simulator": self.simulator.state_dict(),
-            "steps": self.steps,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            self.x.copy_(state["x"])
-        self.q.copy_(state["q"])
-        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
-        self.simulator.load_state_dict(state["simulator"])
-        self.steps = int(state["steps"])

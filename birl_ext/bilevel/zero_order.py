@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from birl_ext.bilevel.algorithm import Algorithm
+from birl_ext.bilevel import variables
+from birl_ext.bilevel.algorithm import Descent, Maker
 from birl_ext.bilevel.guards import (
     check_gradient,
     check_kind,
     check_number,
     check_objective,
     check_seed,
-    check_start,
-    make_optimiser,
     no_path,
     reaches,
-    take_step,
 )
 from birl_ext.bilevel.problem import BilevelProblem, evaluate_at
 from birl_ext.errors import OptionError
@@ -39,7 +34,7 @@ class ZeroOrderOutcome(NamedTuple):
     """Of the estimate: about √d times too large, by the length of Z."""
 
 
-class ZeroOrder(Algorithm[ZeroOrderOutcome]):
+class ZeroOrder(Descent[ZeroOrderOutcome]):
     """Two exact solves per outer step, in one Gaussian direction.
 
         ∇φ̂ = (φ(x + uZ) − φ(x)) Z/u,   Z ~ N(0, I)
@@ -49,7 +44,8 @@ class ZeroOrder(Algorithm[ZeroOrderOutcome]):
 
     Args:
         problem: the two levels.
-        x: start, (d,), or (M, d) for many starts at once; copied.
+        x: start, (d,), or (M, d) for many starts at once; or another of the forms of
+            `BilevelProblem`; copied.
         temperature: τ, units of reward.
         optimiser: from a list of parameters to any torch optimiser; one that asks again gets
             another direction.
@@ -62,25 +58,25 @@ class ZeroOrder(Algorithm[ZeroOrderOutcome]):
     Source: Nesterov and Spokoiny (2017).
     """
 
+    STATE = ("generator",)
+
     def __init__(
         self,
         problem: BilevelProblem,
-        x: Tensor,
+        x: variables.Variables,
         *,
         temperature: float | Tensor,
-        optimiser: Callable[[Iterable[Tensor]], Optimizer],
+        optimiser: Maker,
         radius: float,
         seed: int = 0,
     ) -> None:
         validation.check_temperature(temperature)
         check_kind("problem", problem, BilevelProblem)
         self.problem = problem
-        self.x = check_start(x).requires_grad_()
         self.temperature = temperature
         self.radius = check_number("radius", radius, above=True)
         self.generator = torch.Generator().manual_seed(check_seed(seed))
-        self.optimiser = make_optimiser(optimiser, [self.x])
-        self.steps = 0
+        self._begin(x, optimiser)
         self._traced = False
 
     def step(self) -> ZeroOrderOutcome:
@@ -91,71 +87,53 @@ class ZeroOrder(Algorithm[ZeroOrderOutcome]):
             NonFiniteResultError: the optimiser would make x infinite or NaN. After any error x and
                 the generator are what they were.
         """
-        outcomes: list[ZeroOrderOutcome] = []
 
-        def closure() -> float:
+        def evaluate() -> tuple[ZeroOrderOutcome, list[Tensor]]:
             if not self._traced:
                 self._check_paths()
             objective, gradient = self.estimate()
-            self.x.grad = gradient
             norm = gradient.reshape(*objective.shape, -1).norm(dim=-1)
-            outcomes.append(ZeroOrderOutcome(objective, norm))
-            return float(objective.sum())
+            return ZeroOrderOutcome(objective, norm), variables.split(gradient, self.x)
 
-        kept = self.generator.get_state()
-        try:
-            take_step(self.optimiser, [self.x], closure, self.steps)
-        except BaseException:
-            self.generator.set_state(kept)
-            raise
-        self.steps += 1
-        return outcomes[0]
+        return self._take(evaluate)
 
     def estimate(self) -> tuple[Tensor, Tensor]:
-        """φ, exactly, and ∇φ̂ at the present x."""
-        x = self.x.detach()
-        direction = torch.randn(x.shape, generator=self.generator, dtype=x.dtype).to(x.device)
-        aside = x + self.radius * direction
-        if torch.equal(aside, x):
-            raise OptionError(
-                f"radius is {self.radius:g}, which rounding takes off x",
-                where=f"outer step {self.steps}",
-                allowed="a step that x can hold",
-                fix=f"use a radius of {_least_radius(x):.0e} or more",
-            )
+        """φ, exactly, and ∇φ̂ at the present x: in its shape if it is a tensor, else (d,)."""
+        direction, moved = [], []
+        for name, leaf in variables.named(self.x).items():
+            here = leaf.detach()
+            direction.append(variables.drawn(here, self.generator))
+            moved.append(here + self.radius * direction[-1])
+            if torch.equal(moved[-1], here) and here.numel():
+                raise OptionError(
+                    f"radius is {self.radius:g}, which rounding takes off {name}",
+                    where=f"outer step {self.steps}",
+                    allowed=f"a step that {name} can hold",
+                    fix=f"use a radius of {_least_radius(here):.0e} or more",
+                )
+        aside = variables.rebuilt(self.x, moved)
         with torch.no_grad():
-            here, solution = self.problem.evaluate(x, self.temperature)
+            here, solution = self.problem.evaluate(self.x, self.temperature)
             there = self.problem.objective(aside, self.temperature, solution.value)
         for objective in (here, there):
             check_objective(objective, self.steps)
         slope = (there - here) / self.radius  # one per start, along the first axis of x
-        axes = (*slope.shape, *[1] * (x.dim() - slope.dim()))
-        gradient = slope.reshape(axes) * direction
+        gradient = slope.unsqueeze(-1) * variables.joined(direction, slope.shape)
+        if isinstance(self.x, Tensor):
+            gradient = gradient.reshape(self.x.shape)
         check_gradient(gradient, self.steps)
         return here, gradient
 
     def _check_paths(self) -> None:
         """Refuse an objective that does not depend on x; once, as it costs a solve of its own."""
         objective, _ = evaluate_at(self.problem, self.x, self.temperature, step=self.steps)
-        if not reaches([objective], self.x):
+        own = variables.named(self.x)
+        if not reaches([objective], *own.values()):
             raise no_path()
+        for name, leaf in own.items():
+            if not reaches([objective], leaf):
+                raise no_path(name)
         self._traced = True
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on, as a snapshot."""
-        return {
-            "x": self.x.detach().clone(),
-            "optimiser": copy.deepcopy(self.optimiser.state_dict()),
-            "generator": self.generator.get_state(),
-            "steps": self.steps,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            self.x.copy_(state["x"])
-        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
-        self.generator.set_state(state["generator"])
-        self.steps = int(state["steps"])
 
 
 def _least_radius(x: Tensor) -> float:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["LearnedReward", "Transitions"]
+__all__ = ["Transitions"]
 
 
 class Transitions(NamedTuple):
@@ -43,7 +42,3 @@ class Transitions(NamedTuple):
     def to(self, device: torch.device | str) -> Transitions:
         """The same on another device."""
         return Transitions(*(part.to(device) for part in self))
-
-
-LearnedReward = Callable[[Transitions], Tensor]
-"""Transitions → r, (n,): what an agent is trained on."""

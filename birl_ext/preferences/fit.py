@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 from birl_ext.errors import NonFiniteResultError, OptionError
 from birl_ext.preferences.fragments import Pairs
 from birl_ext.preferences.loss import accuracy, bradley_terry, margins
-from birl_ext.preferences.randomness import global_draws_from
-from birl_ext.preferences.reward_model import RewardModel, members_of
+from birl_ext.preferences.reward_model import RewardModel, global_draws_from, members_of
 
 __all__ = ["Evaluation", "Fit", "evaluate", "fit"]
 

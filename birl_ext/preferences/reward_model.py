@@ -16,9 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from birl_ext.errors import NonFiniteInputError, OptionError, ShapeError
-from birl_ext.preferences.randomness import global_draws_from
 
-__all__ = ["NormalisedReward", "RewardEnsemble", "RewardModel", "RewardNetwork", "members_of"]
+__all__ = [
+    "NormalisedReward",
+    "RewardEnsemble",
+    "RewardModel",
+    "RewardNetwork",
+    "global_draws_from",
+    "members_of",
+]
 
 _SCALE = 1 / 255
 _CONVOLUTIONS = ((7, 3), (5, 2), (3, 1), (3, 1))
@@ -361,3 +367,25 @@ class NormalisedReward(RewardModel):
 def _as_model(module: nn.Module) -> RewardModel:
     assert isinstance(module, RewardModel)
     return module
+
+
+@contextmanager
+def global_draws_from(
+    generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Iterator[None]:
+    """Inside, torch's global generators continue one number drawn from `generator`; afterwards they
+    are as before.
+
+    Args:
+        generator: on the CPU; advances by one draw.
+        device: whose global generator follows, besides the CPU's.
+    """
+    device = torch.device(device)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for one in cuda:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(seed)
+        yield

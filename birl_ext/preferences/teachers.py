@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from birl_ext.errors import NonFiniteInputError, OptionError
 from birl_ext.preferences.fragments import Fragments
+from birl_ext.state import Stateful
 
 __all__ = ["TEACHERS", "ScriptedTeacher", "Teacher", "TeacherRule"]
 
@@ -123,7 +124,7 @@ TEACHERS: Mapping[str, TeacherRule] = MappingProxyType(
 """The six of B-Pref."""
 
 
-class ScriptedTeacher:
+class ScriptedTeacher(Stateful):
     """Answers by a rule, from the fragments' true rewards.
 
     Args:
@@ -133,6 +134,8 @@ class ScriptedTeacher:
             rule is `sign_only`; needed where the rule skips or ties, and kept up to date with
             `observe`.
     """
+
+    STATE = ("generator", "mean_reward")
 
     def __init__(
         self,
@@ -197,14 +200,6 @@ class ScriptedTeacher:
             poor = rule.skip_share * self._typical() * self._steps(first, second)
             label = torch.where(torch.maximum(ours, theirs) <= poor, math.nan, label)
         return label.to(torch.float32).to(first.reward.device)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the next answer depends on besides the rule."""
-        return {"generator": self.generator.get_state(), "mean_reward": self.mean_reward}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
-        self.mean_reward = state["mean_reward"]
 
     def _typical(self) -> float:
         if self.mean_reward is None:

@@ -27,6 +27,7 @@ from birl_ext.model.checks import check_memory
 from birl_ext.model.mdp import DenseMDP
 from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
+from birl_ext.state import Stateful
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -295,7 +296,7 @@ def bus_problem(data: BusData, discount: float, cost: str) -> BilevelProblem:
     return BilevelProblem(lower, upper)
 
 
-class BusJob:
+class BusJob(Stateful):
     """The maximum-likelihood estimate, with standard errors from the Hessian of φ.
 
     Raises:
@@ -303,6 +304,8 @@ class BusJob:
         UninformativeDataError: the likelihood of the tables has no maximum, or many.
         SizeLimitError: there are too many states.
     """
+
+    STATE = ("newton", "_steps")
 
     def __init__(self, config: BusConfig) -> None:
         self.config = config
@@ -350,13 +353,6 @@ class BusJob:
             "solver_passes": outcome.solver_passes,
             **self._named(x.tolist()),
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"newton": self.newton.state_dict(), "steps": self._steps}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.newton.load_state_dict(state["newton"])
-        self._steps = int(state["steps"])
 
     def summary(self) -> dict[str, Any]:
         """The estimate; standard errors only if the search converged and the data identify it."""

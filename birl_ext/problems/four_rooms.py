@@ -17,6 +17,7 @@ from birl_ext.model.checks import check_memory
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
+from birl_ext.state import Stateful
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -249,7 +250,7 @@ class FourRooms:
         return landing
 
 
-class FourRoomsJob:
+class FourRoomsJob(Stateful):
     """Maximise the upper value by Adam on exact hyper-gradients, all starts in one batch.
 
     The objective is flat where the walker is nearly deterministic, and full of local maxima (maths
@@ -257,6 +258,8 @@ class FourRoomsJob:
     first rung, and at the end of a rung only the best quarter of the starts goes on: most of the
     work is spent on those that lead, most of the steps as well.
     """
+
+    STATE = ("algorithm", "_values", "_heat", "_rung", "_taken", "_best", "_best_weights")
 
     def __init__(self, config: FourRoomsConfig) -> None:
         self.config = config
@@ -301,24 +304,9 @@ class FourRoomsJob:
         # a value at a higher temperature is not comparable: nothing to show until a start is cold
         return {"objective": self._best, **metrics} if self._best > -torch.inf else metrics
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "algorithm": self.algorithm.state_dict(),
-            "values": self._values,
-            "heat": self._heat,
-            "rung": self._rung,
-            "taken": self._taken,
-            "best": self._best,
-            "best_weights": self._best_weights,
-        }
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._rung, self._taken = int(state["rung"]), int(state["taken"])
-        self._best, self._best_weights = float(state["best"]), state["best_weights"]
-        self._heat = state["heat"]
-        self._climb(state["algorithm"]["x"])
-        self._values = state["values"]
-        self.algorithm.load_state_dict(state["algorithm"])
+        self._climb(state["algorithm"]["x"])  # with as many starts
+        super().load_state_dict(state)
 
     def summary(self) -> dict[str, Any]:
         """The best weights seen at λ, with a certified error of their value."""

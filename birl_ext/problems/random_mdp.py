@@ -14,6 +14,7 @@ from birl_ext.model.checks import check_memory
 from birl_ext.model.mdp import DenseMDP
 from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
+from birl_ext.state import Stateful
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,8 @@ class RandomMDPConfig:
     learning_rate: float | None = None
     """Outer step size; by default 0.008 in the published mode and 0.05 in the exact one."""
     sweeps: int = 10
-    sweep_tol: float = 1e-6
+    tol: float | None = None
+    """Certified relative error asked of the value; by default as far as rounding allows."""
     adjoint_rate: float = 0.5
     max_steps: int = 3000
     target: float = 1.0001
@@ -47,7 +49,7 @@ class RandomMDPConfig:
         check_settings(
             self,
             least=dict.fromkeys(("states", "actions", "dimension", "sweeps", "max_steps"), 1)
-            | {"discount": 0, "sweep_tol": 0},
+            | {"discount": 0, "tol": 0},
             above={"temperature": 0, "learning_rate": 0, "adjoint_rate": 0},
             below={"discount": 1},
             infinite=("target",),
@@ -96,8 +98,10 @@ def random_mdp_problem(config: RandomMDPConfig) -> tuple[BilevelProblem, Tensor]
     return BilevelProblem(lower, upper), normal(dimension)
 
 
-class RandomMDPJob:
+class RandomMDPJob(Stateful):
     """One run of M-SoBiRL on a random MDP."""
+
+    STATE = ("algorithm", "_objective")
 
     def __init__(self, config: RandomMDPConfig) -> None:
         self.config = config
@@ -113,7 +117,7 @@ class RandomMDPJob:
             optimiser=lambda parameters: torch.optim.SGD(parameters, lr=rate),
             mode=config.mode,
             sweeps=config.sweeps,
-            sweep_tol=config.sweep_tol,
+            tol=config.tol,
             adjoint_rate=config.adjoint_rate,
             seed=config.seed,
         )
@@ -138,13 +142,6 @@ class RandomMDPJob:
             "sweeps": outcome.sweeps,
             "products": outcome.products,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"algorithm": self.algorithm.state_dict(), "objective": self._objective}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.algorithm.load_state_dict(state["algorithm"])
-        self._objective = float(state["objective"])
 
     def summary(self) -> dict[str, Any]:
         # ∂f/∂π = π, so the cotangents move exactly as fast as the policy does

@@ -17,6 +17,7 @@ from birl_ext.model.checks import check_memory
 from birl_ext.model.mdp import DenseMDP
 from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
+from birl_ext.state import Stateful
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -213,8 +214,10 @@ class TaxEconomy:
         return torch.einsum("hb,cbn->chn", gain, self._choice(x)[1]).flatten(1)
 
 
-class TaxesJob:
+class TaxesJob(Stateful):
     """Maximise social welfare from taxes of .3 by Adam."""
+
+    STATE = ("algorithm",)
 
     def __init__(self, config: TaxesConfig) -> None:
         self.config = config
@@ -256,12 +259,6 @@ class TaxesJob:
             "gradient_norm": float(outcome.gradient_norm),
             **_named(taxes),
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"algorithm": self.algorithm.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.algorithm.load_state_dict(state["algorithm"])
 
     def summary(self) -> dict[str, Any]:
         """The last taxes, with a certified error of their welfare."""

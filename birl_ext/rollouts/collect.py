@@ -13,6 +13,7 @@ from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.environments.transitions import Transitions
 from birl_ext.environments.vector import Environments
 from birl_ext.errors import OptionError
+from birl_ext.state import Stateful
 
 __all__ = ["Collection", "Collector", "Episode"]
 
@@ -51,7 +52,7 @@ class Collection(NamedTuple):
     episodes: list[Episode]
 
 
-class Collector:
+class Collector(Stateful):
     """Lets an agent act, and keeps what happens.
 
     Args:
@@ -60,6 +61,8 @@ class Collector:
         seed: of the agent's actions.
         random_steps: this many transitions at the start have uniform actions.
     """
+
+    STATE = ("environments", "_uniform", "_generator", "_sums", "_lengths", "transitions")
 
     def __init__(
         self, environments: Environments, agent: Actor, *, seed: int = 0, random_steps: int = 0
@@ -114,29 +117,12 @@ class Collector:
             where, ended, log_prob = (torch.cat(rows) for rows in (where_each, ends, log_probs))
         return Collection(transitions, where, ended, log_prob, self.agent.version, episodes)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on, besides the agent."""
-        return {
-            "environments": self.environments.state_dict(),
-            "uniform": self._uniform.get_state(),
-            "generator": self._generator.get_state(),
-            "sums": list(self._sums),
-            "lengths": list(self._lengths),
-            "transitions": self.transitions,
-        }
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; see `Environments.load_state_dict` for episodes under way."""
-        self.environments.load_state_dict(state["environments"])
-        self._uniform.set_state(state["uniform"])
-        self._generator.set_state(state["generator"])
-        if self.environments.repeatable and state["environments"]["actions"] is not None:
-            self._sums = [float(value) for value in state["sums"]]
-            self._lengths = [int(value) for value in state["lengths"]]
-        else:  # new episodes have begun
-            self._sums = [0.0] * self.environments.count
+        super().load_state_dict(state)
+        if not self.environments.repeatable or state["environments"]["actions"] is None:
+            self._sums = [0.0] * self.environments.count  # new episodes have begun
             self._lengths = [0] * self.environments.count
-        self.transitions = int(state["transitions"])
 
     def _act(self) -> tuple[Tensor, Tensor]:
         """Actions of all environments, and their log-probabilities, on the CPU."""

@@ -21,11 +21,11 @@ from birl_ext.errors import (
     JobError,
     MissingDependencyError,
 )
+from birl_ext.progress import progress
 from birl_ext.runs.checkpoint import Checkpoint, CheckpointStore
 from birl_ext.runs.config import differences, to_plain
 from birl_ext.runs.directory import MetricsWriter, RunDirectory, to_json
 from birl_ext.runs.job import Job, Logger, WritesFiles, checked_metrics, require_job
-from birl_ext.runs.progress import progress
 from birl_ext.runs.versions import versions
 
 __all__ = ["RunOutcome", "Saver", "check_pace", "draw_figures", "restore", "run", "summarise"]

@@ -7,14 +7,14 @@ path goes on to its own end, as the values of the lower level do.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from birl_ext.errors import ShapeError
 from birl_ext.simulators.paths import Paths, Policy, follow
+from birl_ext.state import Stateful
 
 __all__ = ["CartPole", "Dynamics", "DynamicsSimulator", "Pendulum"]
 
@@ -124,7 +124,7 @@ class Pendulum:
         return after, torch.zeros_like(spin, dtype=torch.bool)
 
 
-class DynamicsSimulator:
+class DynamicsSimulator(Stateful):
     """Draws paths of an environment whose equations are known.
 
     Args:
@@ -134,6 +134,8 @@ class DynamicsSimulator:
     Attributes:
         samples: transitions drawn so far.
     """
+
+    STATE = ("generator", "samples")
 
     def __init__(self, dynamics: Dynamics, generator: torch.Generator) -> None:
         self.dynamics = dynamics
@@ -166,11 +168,3 @@ class DynamicsSimulator:
             return self.dynamics.observe(state).to(observation.dtype), ended
 
         return follow(follower, observation, action, steps, self.generator, advance)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the next draw depends on."""
-        return {"generator": self.generator.get_state(), "samples": self.samples}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
-        self.samples = int(state["samples"])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from birl_ext.errors import ShapeError
 from birl_ext.model.mdp import DenseMDP
 from birl_ext.simulators.paths import Paths, Policy, follow
+from birl_ext.state import Stateful
 
 __all__ = ["FiniteFollower", "FiniteSimulator", "Paths"]
 
@@ -39,7 +37,7 @@ class FiniteFollower:
         return _draw(self._cumulative[observation], generator)
 
 
-class FiniteSimulator:
+class FiniteSimulator(Stateful):
     """Draws paths of one finite MDP; any state can be started from.
 
     Args:
@@ -51,6 +49,8 @@ class FiniteSimulator:
         log_reference: log μ, (S, A), −∞ behind the mask; zero where μ ≡ 1.
         samples: transitions drawn so far.
     """
+
+    STATE = ("generator", "samples")
 
     def __init__(self, mdp: DenseMDP, generator: torch.Generator) -> None:
         if mdp.batch_shape:
@@ -107,14 +107,6 @@ class FiniteSimulator:
         """
         self.samples += self.states * self.actions
         return _draw(self._cumulative, self.generator), ~self._ends
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the next draw depends on."""
-        return {"generator": self.generator.get_state(), "samples": self.samples}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
-        self.samples = int(state["samples"])
 
 
 def _draw(cumulative: Tensor, generator: torch.Generator) -> Tensor:

@@ -20,6 +20,7 @@ from birl_ext.errors import (
 )
 from birl_ext.simulators.equations import CartPole, DynamicsSimulator, Pendulum
 from birl_ext.simulators.paths import Paths, Policy, follow
+from birl_ext.state import Stateful
 
 try:
     import gymnasium
@@ -65,7 +66,7 @@ def restore_mujoco(environment: Environment, observation: Any) -> None:
     bare.set_state(position, shown[count - hidden :][:speeds])
 
 
-class RestoredSimulator:
+class RestoredSimulator(Stateful):
     """Draws paths of an environment by restoring copies of it, one per path at a time.
 
     Every path begins with a seeded reset, so that a run resumes to the same bits. Rewards and
@@ -81,6 +82,8 @@ class RestoredSimulator:
     Attributes:
         samples: transitions drawn so far.
     """
+
+    STATE = ("generator", "samples")
 
     def __init__(
         self,
@@ -124,14 +127,6 @@ class RestoredSimulator:
         """Close the copies."""
         for environment in self._copies:
             environment.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the next draw depends on."""
-        return {"generator": self.generator.get_state(), "samples": self.samples}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
-        self.samples = int(state["samples"])
 
     def _together(
         self, follower: Policy, observation: Tensor, action: Tensor | None, steps: int

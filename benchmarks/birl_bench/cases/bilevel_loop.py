@@ -177,7 +177,8 @@ def _single_loop(level: _Level) -> Gradient:
             algorithm.x.copy_(x)
         algorithm.step()
         assert algorithm.x.grad is not None
-        return algorithm.x.grad.clone()
+        found: Tensor = algorithm.x.grad.clone()
+        return found
 
     return gradient
 

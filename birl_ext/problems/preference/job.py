@@ -44,6 +44,7 @@ from birl_ext.rollouts.collect import Collector
 from birl_ext.rollouts.evaluate import Evaluation, evaluate_agent
 from birl_ext.rollouts.video import film_writer, record_video
 from birl_ext.runs.device import check_device
+from birl_ext.state import Stateful
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
@@ -54,12 +55,30 @@ __all__ = ["PreferenceJob"]
 _EVALUATION_SEED = 1_000_003  # added to the run's: episodes that are not those of training
 
 
-class PreferenceJob:
+class PreferenceJob(Stateful):
     """One run of SoBiRL, or of reward learning alone, in one environment.
 
     With a directory (`attach`) every answer is on the disk before it is used, and episodes are
     recorded as videos.
     """
+
+    STATE = (
+        "agent",
+        "_collector",
+        "_replay",
+        "learner",
+        "teacher",
+        "answers",
+        "_log",
+        "_recorder",
+        "_features",
+        "_draws",
+        "_round",
+        "_asked",
+        "_return",
+        "_labels_to_threshold",
+        "_seconds",
+    )
 
     def __init__(self, config: PreferenceConfig) -> None:
         self.config = config
@@ -345,45 +364,6 @@ class PreferenceJob:
             )
             for _ in range(config.reward_steps)
         ]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "agent": self.agent.state_dict(),
-            "collector": self._collector.state_dict(),
-            "replay": self._replay.state_dict(),
-            "learner": self.learner.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "answers": self.answers.state_dict(),
-            "log": None if self._log is None else self._log.state_dict(),
-            "recorder": self._recorder.state_dict(),
-            "features": None if self._features is None else self._features.state_dict(),
-            "draws": self._draws.state_dict(),
-            "round": self._round,
-            "asked": self._asked,
-            "return": self._return,
-            "labels_to_threshold": self._labels_to_threshold,
-            "seconds": dict(self._seconds),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.agent.load_state_dict(state["agent"])
-        self._collector.load_state_dict(state["collector"])
-        self._replay.load_state_dict(state["replay"])
-        self.learner.load_state_dict(state["learner"])
-        self.teacher.load_state_dict(state["teacher"])
-        self.answers.load_state_dict(state["answers"])
-        if self._log is not None and state["log"] is not None:
-            self._log.load_state_dict(state["log"])
-        self._recorder.load_state_dict(state["recorder"])
-        if self._features is not None:
-            self._features.load_state_dict(state["features"])
-        self._draws.load_state_dict(state["draws"])
-        self._round = int(state["round"])
-        self._asked = int(state["asked"])
-        self._return = float(state["return"])
-        reached = state["labels_to_threshold"]
-        self._labels_to_threshold = None if reached is None else int(reached)
-        self._seconds = {name: float(value) for name, value in state["seconds"].items()}
 
     def summary(self) -> dict[str, Any]:
         total = sum(self._seconds.values()) or math.nan

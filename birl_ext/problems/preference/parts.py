@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -40,6 +40,7 @@ from birl_ext.replay.buffer import ReplayBuffer
 from birl_ext.replay.frames import FrameReplay
 from birl_ext.simulators.finite import FiniteSimulator
 from birl_ext.simulators.restored import simulator_for
+from birl_ext.state import Stateful
 
 if TYPE_CHECKING:
     import gymnasium
@@ -58,12 +59,14 @@ __all__ = [
 ]
 
 
-class Generators:
+class Generators(Stateful):
     """Independent generators of one seed, kept together for the checkpoint."""
+
+    STATE = ("_states",)
 
     def __init__(self, seed: int) -> None:
         self._seeds = np.random.SeedSequence(seed)
-        self._made: list[torch.Generator] = []
+        self._states: list[torch.Generator] = []
 
     def seed(self) -> int:
         """One that nothing else has."""
@@ -72,15 +75,8 @@ class Generators:
 
     def next(self, device: str = "cpu") -> torch.Generator:
         made = torch.Generator(device).manual_seed(self.seed())
-        self._made.append(made)
+        self._states.append(made)
         return made
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"states": [generator.get_state() for generator in self._made]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for generator, kept in zip(self._made, state["states"], strict=True):
-            generator.set_state(kept)
 
 
 def environment_source(name: str) -> str | Callable[..., gymnasium.Env[Any, Any]]:

@@ -1,0 +1,131 @@
+"""What `Stateful` takes out of an object and puts back: to the same bits, and sharing nothing."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from closeness import assert_same_bits
+from torch import nn
+
+from birl_ext.errors import OptionError, ShapeError
+from birl_ext.preferences.teachers import ScriptedTeacher, TeacherRule
+from birl_ext.state import Stateful
+
+
+class Inner(Stateful):
+    STATE: ClassVar[tuple[str, ...]] = ("_count",)
+
+    def __init__(self) -> None:
+        self._count = 0
+
+
+class Outer(Inner):
+    """One of each kind, drawn and stepped on."""
+
+    STATE = ("x", "net", "optimiser", "generator", "inner", "known", "kept", "share", "parts")
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(3, generator=self.generator).requires_grad_()
+        self.net = nn.Linear(2, 1)
+        with torch.no_grad():
+            self.net.weight.copy_(torch.randn(1, 2, generator=self.generator))
+        self.optimiser = torch.optim.Adam([self.x, *self.net.parameters()], lr=0.1)
+        self.inner = Inner()
+        self.known: float | None = None
+        self.kept: torch.Tensor | None = None
+        self.share = 1.0
+        self.parts: dict[str, Any] = {"a": torch.zeros(2).requires_grad_(), "b": [torch.zeros(())]}
+
+    def step(self) -> torch.Tensor:
+        noise = torch.randn(3, generator=self.generator)
+        loss: torch.Tensor = (
+            (self.x * noise).sum() + self.net(noise[:2]).sum() + self.parts["a"].sum()
+        )
+        self.optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        self.optimiser.step()
+        with torch.no_grad():
+            self.parts["a"].add_(noise[:2])
+        self.parts["b"] = [noise[2]]
+        self.kept = noise if self.kept is None else self.kept + noise
+        self.known, self.share = float(noise[0]), self.share / 2
+        self._count += 1
+        self.inner._count += 2
+        return loss.detach()
+
+
+def flat(state: Any, name: str = "") -> dict[str, Any]:
+    """Every number and tensor of a state, by its path."""
+    pairs = state.items() if isinstance(state, dict) else enumerate(state)
+    found: dict[str, Any] = {}
+    for key, part in pairs:
+        nested = isinstance(part, dict | list | tuple)
+        found |= flat(part, f"{name}.{key}") if nested else {f"{name}.{key}": part}
+    return found
+
+
+def assert_same(one: Any, other: Any) -> None:
+    ours, theirs = flat(one), flat(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if isinstance(value, torch.Tensor):
+            assert_same_bits(value, theirs[name], label=name)
+        else:
+            assert value == theirs[name], name
+
+
+def test_an_object_goes_on_from_its_state() -> None:
+    one, other = Outer(0), Outer(1)
+    for _ in range(3):
+        one.step()
+    kept = one.state_dict()
+    again = one.state_dict()
+    x, net, optimiser = other.x, other.net, other.optimiser
+    other.load_state_dict(kept)
+    assert (other.x, other.net, other.optimiser) == (x, net, optimiser), "others hold them"
+    assert_same(other.state_dict(), kept)
+    for _ in range(3):
+        assert_same_bits(one.step(), other.step(), label="loss")
+    assert_same(one.state_dict(), other.state_dict())
+    assert_same(kept, again)  # neither stepping nor loading reaches into it
+    assert [*kept] == ["count", *Outer.STATE]
+    assert kept["known"] is not None
+    Outer(2).load_state_dict(Outer(3).state_dict())
+
+
+def test_what_is_not_known_yet_may_be_put_back() -> None:
+    fresh, used = Outer(0), Outer(0)
+    state = fresh.state_dict()
+    used.step()
+    used.load_state_dict(state)
+    assert used.known is None
+    assert used.kept is None
+    assert_same_bits(used.step(), fresh.step(), label="loss")
+    rule = TeacherRule.oracle()
+    told, new = (ScriptedTeacher(rule, torch.Generator(), mean_reward=mean) for mean in (0.5, None))
+    kept, blank = told.state_dict(), new.state_dict()
+    told.load_state_dict(blank)
+    new.load_state_dict(kept)
+    assert (told.mean_reward, new.mean_reward) == (None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind", "words"),
+    [
+        ("x", torch.zeros(4), ShapeError, r"the stored x has shape \(4,\)"),
+        ("x", torch.zeros(()), ShapeError, r"the stored x has shape \(\)"),
+        ("parts", {"a": torch.zeros(2)}, OptionError, r"the stored parts has \['a'\]"),
+        ("parts", {"a": torch.zeros(1), "b": []}, ShapeError, r"the stored parts\['a'\] has shape"),
+        ("parts", {"a": torch.zeros(2), "b": []}, OptionError, r"stored parts\['b'\] has 0"),
+    ],
+)
+def test_the_state_of_another_object_is_refused(
+    key: str, value: Any, kind: Any, words: str
+) -> None:
+    ours = Outer(0)
+    with pytest.raises(kind, match=words):
+        ours.load_state_dict({**ours.state_dict(), key: value})
