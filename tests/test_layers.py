@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom to the top: a module imports from its own layer or from those before it.
 LAYERS = (
     "_version",
+    "torch_internals",
     "errors",
     "solution",
     "model",

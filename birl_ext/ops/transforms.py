@@ -13,11 +13,24 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import _unwrap_for_grad, _wrap_for_grad
-from torch._functorch.autograd_function import custom_function_call
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import forward_ad
+
+from birl_ext.torch_internals import (
+    DYNAMO,
+    custom_function_call,
+    dispatch_modes,
+    excluding_autograd,
+    forward_mode,
+    function_modes,
+    innermost_level,
+    is_mapped_by_the_older_vmap,
+    is_tracing,
+    is_zero_without_memory,
+    transforms_active,
+    unwrap_dead_wrappers,
+    unwrap_level,
+    within_forward_mode,
+    wrap_level,
+)
 
 __all__ = [
     "LIBRARY",
@@ -56,9 +69,9 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             return custom_function_call(cls, *args)
-        if torch._C._is_tracing():  # the op, which can be saved, at sizes that are numbers
+        if is_tracing():  # the op, which can be saved, at sizes that are numbers
             sizes = (tuple(map(int, x)) if isinstance(x, tuple) else x for x in args)
             return getattr(torch.ops.birl_ext, cls.op)(*sizes)
         base: Any = super(torch.autograd.Function, cls)
@@ -76,7 +89,7 @@ def register_derivative(op: str, rule: type[Function]) -> None:
 
 def below_autograd(op: str, *args: Any) -> Any:
     """The bare op from inside its Function, whose derivative it must not ask for again."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with excluding_autograd():
         return getattr(torch.ops.birl_ext, op)(*args)
 
 
@@ -88,19 +101,19 @@ def _one_level_below(rule: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(rule)
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        if not torch._C._are_functorch_transforms_active():
+        if not transforms_active():
             return rule(ctx, *tangents)
-        interpreter = retrieve_current_functorch_interpreter()
+        interpreter = innermost_level()
         level = interpreter.level()
 
         def unwrapped(value: Any) -> Any:
-            return _unwrap_for_grad(value, level) if isinstance(value, Tensor) else value
+            return unwrap_level(value, level) if isinstance(value, Tensor) else value
 
         below = _Below(ctx, tuple(map(unwrapped, ctx.saved_tensors)))
-        with torch.autograd.forward_ad._set_fwd_grad_enabled(True), interpreter.lower():
+        with forward_mode(True), interpreter.lower():
             found = rule(below, *map(unwrapped, tangents))
         return tuple(
-            _wrap_for_grad(value, level) if isinstance(value, Tensor) else value for value in found
+            wrap_level(value, level) if isinstance(value, Tensor) else value for value in found
         )
 
     return jvp
@@ -123,7 +136,7 @@ def in_graph(function: F) -> F:
     Without it Dynamo would trace into the autograd.Function and drop its rules: silent zeros. At
     once it would cost every `import birl_ext` the second that importing Dynamo takes.
     """
-    if "torch._dynamo" in sys.modules:
+    if DYNAMO in sys.modules:
         torch.compiler.allow_in_graph(function)
     else:
         if not _IN_GRAPH:
@@ -136,12 +149,12 @@ _IN_GRAPH: list[Callable[..., Any]] = []
 
 
 class _DynamoWatch(importlib.abc.MetaPathFinder):
-    """Finds torch._dynamo as anyone would, and speaks to it as soon as it has been executed."""
+    """Finds Dynamo as anyone would, and speaks to it as soon as it has been executed."""
 
     def find_spec(
         self, fullname: str, path: object = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "torch._dynamo":
+        if fullname != DYNAMO:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -168,28 +181,28 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
 
 def are_ordinary(tensors: Sequence[Tensor]) -> bool:
     """Whether all hold their own numbers: no subclass, not mapped, not lazily negated or zero."""
-    batched = torch._C._functorch.is_legacy_batchedtensor
     # tensors that are negated lazily or zero without memory are resolved by the dispatcher too
     return all(
-        type(t) in PLAIN and not batched(t) and not t.is_neg() and not t._is_zerotensor()
+        type(t) in PLAIN
+        and not is_mapped_by_the_older_vmap(t)
+        and not t.is_neg()
+        and not is_zero_without_memory(t)
         for t in tensors
     )
 
 
 def nobody_listens() -> bool:
     """Whether no transform, mode, trace or forward derivative follows what is computed now."""
-    return not (
-        _watched() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    return not (_watched() or transforms_active() or within_forward_mode())
 
 
 def _watched() -> bool:
     """Whether a compiler, a trace or a mode wants to see every op."""
     return bool(
         torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()  # a trace before the dispatcher is one of these
+        or is_tracing()
+        or dispatch_modes()
+        or function_modes()  # a trace before the dispatcher is one of these
     )
 
 
