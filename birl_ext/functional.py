@@ -27,13 +27,14 @@ from birl_ext.errors import (
     TerminalChoiceWarning,
 )
 from birl_ext.model import checks as validation
-from birl_ext.model.layout import Flat, Layout, absent, flatten, layout
+from birl_ext.model.layout import Data, Flat, Layout, absent, flatten, layout
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.ops import bellman as _bellman
 from birl_ext.ops import fast, policy_solve
 from birl_ext.ops import solve as _solve
 from birl_ext.ops.backends import choice
 from birl_ext.ops.backends.pytorch import RETRY_STATES
+from birl_ext.ops.request import AUTO, NATIVE, TORCH, Settings
 from birl_ext.solution import Method, Rigour, Solution, Status
 
 __all__ = ["bellman", "evaluate", "occupancy", "solve"]
@@ -169,9 +170,8 @@ def solve(
             solution = _solution(outcome.outputs)
             if outcome.failed == 0 or on_fail == "status":
                 return solution
-            data, nothing = outcome.transition, absent(torch.int64, outcome.transition)
-            axes = layout(tuple(data.shape[:-3]))
-            raise _failure(solution, outcome.outputs, data, nothing, nothing, outcome.reward, axes)
+            axes = layout(tuple(outcome.data.transition.shape[:-3]))
+            raise _failure(solution, outcome.outputs, outcome.data, axes)
     flat = _flat(
         reward,
         transition,
@@ -218,7 +218,6 @@ def solve(
     out_of_reach = tol is not None and 0 < tol <= rounded
     if out_of_reach and raising and not concrete:
         raise _too_tight(tol, rounded)
-    index = flat.pattern
     if isinstance(reward, Tensor):
         ending = not (mask is None and terminal is None)
     else:
@@ -227,27 +226,24 @@ def solve(
     if validate != "full":
         rigour = Rigour.OFF
     outputs = _solve.solve(
-        flat.transition,
-        *index,
-        flat.reward,
-        flat.log_reference,
-        flat.discount,
-        flat.temperature,
+        flat.data,
         guess,
-        flat.layout.output_shape,
-        int(_METHODS[method]),
-        0.0 if not tol or out_of_reach else tol - rounded,
-        int(max_iterations or 0),
-        int(rigour),
-        raising and not concrete,  # where nothing can be read here, the op itself raises
-        _backend(backend, flat.reward.device),
+        Settings(
+            flat.layout.output_shape,
+            int(_METHODS[method]),
+            0.0 if not tol or out_of_reach else tol - rounded,
+            int(max_iterations or 0),
+            int(rigour),
+            raising and not concrete,  # where nothing can be read here, the op itself raises
+            _backend(backend, flat.reward.device),
+        ),
     )
     if out_of_reach:
         status = outputs[-1]
         outputs = (*outputs[:-1], status.masked_fill(status == 0, int(Status.STAGNATED)))
     solution = _assemble(flat, outputs)
     if raising and concrete and _any(outputs[-1]):
-        error = _failure(solution, outputs, flat.transition, *index, flat.reward, flat.layout)
+        error = _failure(solution, outputs, flat.data, flat.layout)
         if out_of_reach and isinstance(error, StagnatedError):
             error = _too_tight(tol, rounded, solution)
         if initial is not None and isinstance(error, NonFiniteResultError):
@@ -309,12 +305,7 @@ def bellman(
     dtype = flat.reward.dtype
     trust = _trust(flat.discount, flat.temperature, validate=validate)
     image, advantage, policy, _ = _bellman.bellman(
-        flat.transition,
-        *flat.pattern,
-        flat.reward,
-        flat.log_reference,
-        flat.discount,
-        flat.temperature,
+        flat.data,
         flat.layout.grouped(value.double(), 1),
         _backend(backend, flat.reward.device),
     )
@@ -477,10 +468,7 @@ def _policy_system(
 ) -> Tensor:
     """A system of `ops.policy_solve` for one right-hand side (N, G, S)."""
     solution, residual = system(
-        flat.transition,
-        *flat.pattern,
-        policy,
-        flat.discount,
+        policy_solve.System(*flat.data[:3], policy, flat.discount),
         rhs.contiguous().unsqueeze(2),
         _backend(backend, flat.reward.device),
     )
@@ -644,7 +632,7 @@ def _unprepared(
     transition: Tensor | None,
     discount: float | Tensor | None,
     temperature: float | Tensor,
-) -> fast.FastSolve | None:
+) -> fast.Found | None:
     """What `solve` finds the short way; None if it has to take the general one."""
     if not isinstance(reward, DenseMDP):
         return fast.solve(reward, transition, discount, temperature, Rigour.STOCHASTIC)
@@ -666,14 +654,11 @@ def _solution(outputs: tuple[Tensor, ...]) -> Solution:
 def _failure(
     solution: Solution,
     outputs: tuple[Tensor, ...],
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    reward: Tensor,
+    data: Data,
     layout: Layout,
 ) -> BirlError:
     """The error of the first problem that failed; one of the solver holds the best iterate."""
-    error = choice.failure(outputs, transition, crow, col, reward, layout.locate)
+    error = choice.failure(outputs, data, layout.locate)
     if isinstance(error, SolveError):
         error.solution = solution
     return error
@@ -698,9 +683,9 @@ def _backend(name: str, device: torch.device) -> int:
     if not isinstance(name, str):
         raise _unknown("backend", name, ("auto", "torch", "cpu", "cuda"))
     if name == "auto":
-        return choice.AUTO
+        return AUTO
     if name == "torch":
-        return choice.TORCH
+        return TORCH
     if name not in ("cpu", "cuda"):
         raise _unknown("backend", name, ("auto", "torch", "cpu", "cuda"))
     if device.type != name:
@@ -710,7 +695,7 @@ def _backend(name: str, device: torch.device) -> int:
     reason = choice.unavailable(name)
     if reason:
         raise BackendUnavailableError(f'backend="{name}" is not available: {reason}')
-    return choice.NATIVE
+    return NATIVE
 
 
 def _require_shape(name: str, tensor: Tensor, event: tuple[int, ...]) -> None:

@@ -27,9 +27,9 @@ from birl_ext.bilevel import (
 from birl_ext.bilevel.hypergradient import SweptValue, _exact_flow, linearise
 from birl_ext.model.layout import Flat
 from birl_ext.model.mdp import DenseMDP
-from birl_ext.ops.backends.choice import AUTO, TORCH
+from birl_ext.ops.bellman import bellman
 from birl_ext.ops.certificate import sweep_rounding
-from birl_ext.ops.rows import Data
+from birl_ext.ops.request import AUTO, TORCH
 from birl_ext.problems.bus import bus_problem, load_bus_data
 from birl_ext.solution import Solution
 
@@ -419,20 +419,13 @@ def test_the_rounding_of_a_sweep_is_bounded() -> None:
         tensors = {k: None if v is None else torch.from_numpy(v) for k, v in options.items()}
         mdp = DenseMDP(torch.from_numpy(reward), torch.from_numpy(transition), gamma, **tensors)
         flat = mdp.flatten(tau)
-        data = Data(
-            flat.transition,
-            *flat.pattern,
-            flat.reward,
-            flat.log_reference,
-            flat.discount,
-            flat.temperature,
-        )
+        data = flat.data
         given = torch.from_numpy(value).reshape(1, 1, -1)
         model = exact.Model.of(reward, transition, discount=gamma, temperature=tau, **options)
         with ctx.workprec(model.bits):
             want = exact.sweep(model, [arb(v) for v in value.tolist()]).value
             for backend in (AUTO, TORCH):
-                image = torch.ops.birl_ext.bellman(*data, given, backend)[0].flatten()
+                image = bellman(data, given, backend)[0].flatten()
                 off = [float(abs(b - a)) for a, b in zip(image.tolist(), want, strict=True)]
                 ratios.append(max(off) / float(sweep_rounding(data, given)))
     assert max(ratios) <= 1
@@ -535,8 +528,7 @@ def nearby(
         exact = birl_ext.solve(problem.lower(start), temperature=0.5).value
         shock = torch.rand(exact.shape, generator=generator, dtype=torch.float64)
         value = (exact + off * (2 * shock - 1)).reshape(1, 1, S)
-        fields = (flat.transition, *flat.pattern, flat.reward, flat.log_reference)
-        out = torch.ops.birl_ext.bellman(*fields, flat.discount, flat.temperature, value, AUTO)
+        out = bellman(flat.data, value)
         return SweptValue(*out, torch.full((1, 1), off, dtype=torch.float64))
 
     at = linearise(problem, x, 0.5, swept)

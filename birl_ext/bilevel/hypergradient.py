@@ -25,13 +25,7 @@ from birl_ext.bilevel.problem import (
 )
 from birl_ext.errors import OptionError
 from birl_ext.model.layout import Flat
-from birl_ext.ops.backends import choice
-from birl_ext.ops.bellman import (
-    Cotangents,
-    Point,
-    fold_cotangents,
-    parameter_cotangents,
-)
+from birl_ext.ops.bellman import Cotangents, Point, fold, parameter_cotangents
 from birl_ext.ops.rows import Rows, widened
 from birl_ext.solution import Solution, info_table
 
@@ -228,14 +222,7 @@ def linearise(
     advantage_bar = None if advantage_bar is None else grouped(advantage_bar, 2).double()
     policy_bar = None if policy_bar is None else grouped(policy_bar, 2).double()
     log_policy_bar = None if log_policy_bar is None else grouped(log_policy_bar, 2).double()
-    if q_bar is not None:  # Q = (Q − V) + V
-        advantage_bar = q_bar if advantage_bar is None else advantage_bar + q_bar
-        value_bar = q_bar.sum(-1) if value_bar is None else value_bar + q_bar.sum(-1)
-    folded = fold_cotangents(point, value_bar, advantage_bar, policy_bar, log_policy_bar)
-    source = torch.zeros_like(swept.value) if folded.value is None else folded.value
-    if folded.q is not None:
-        pulled = rows.pull(folded.q * rows.scale())
-        source = source + point.discount.unsqueeze(-1) * pulled
+    folded = fold(point, value_bar, q_bar, advantage_bar, policy_bar, log_policy_bar)
     return Linearisation(
         x=x,
         flat=flat,
@@ -245,7 +232,7 @@ def linearise(
         direct=torch.zeros_like(x) if direct is None else direct,
         folded=folded,
         policy_bar=torch.zeros_like(swept.policy) if policy_bar is None else policy_bar,
-        source=source,
+        source=folded.source(point),
         value_error=swept.error,
     )
 
@@ -347,18 +334,7 @@ def exact_value(flat: Flat, solution: Solution) -> SweptValue:
 
 
 def _exact_flow(at: Linearisation) -> Tensor:
-    point = at.point
-    flow: Tensor
-    flow, _ = choice.policy_solve(
-        point.rows.data,
-        point.rows.crow,
-        point.rows.col,
-        point.policy,
-        point.discount,
-        at.source.unsqueeze(2),
-        True,
-        choice.AUTO,
-    )
+    flow, _ = at.point.system.solve(at.source.unsqueeze(2), transpose=True)
     return flow.squeeze(2)
 
 

@@ -42,9 +42,8 @@ from birl_ext.bilevel.problem import (
 from birl_ext.errors import AccuracyWarning, OptionError
 from birl_ext.model import checks as validation
 from birl_ext.model.layout import Flat
-from birl_ext.ops.backends.choice import AUTO
+from birl_ext.ops.bellman import bellman
 from birl_ext.ops.certificate import sweep_rounding
-from birl_ext.ops.rows import Data
 
 __all__ = ["MSoBiRL", "MSoBiRLOutcome"]
 
@@ -271,16 +270,8 @@ class MSoBiRL(Algorithm[MSoBiRLOutcome]):
         value = self._value
         if value is None:
             value = flat.discount.new_zeros(flat.reward.shape[:-1])
-        data = Data(
-            flat.transition,
-            *flat.pattern,
-            flat.reward,
-            flat.log_reference,
-            flat.discount,
-            flat.temperature,
-        )
         while True:
-            swept = torch.ops.birl_ext.bellman(*data, value, AUTO)
+            swept = bellman(flat.data, value)
             self._counts[0] += 1
             moved = (swept[0] - value).abs().amax(-1)
             enough = bool((moved <= self.sweep_tol).all())
@@ -289,7 +280,7 @@ class MSoBiRL(Algorithm[MSoBiRLOutcome]):
             value = swept[0]
         self._value = swept[0]
         # of the V that the policy was taken at (M5), and more than that of its image
-        error = (moved + sweep_rounding(data, value)) / (1 - flat.discount)
+        error = (moved + sweep_rounding(flat.data, value)) / (1 - flat.discount)
         if not bool(torch.isfinite(error).all()):
             validation.check_reward(flat.layout.restore(flat.reward))
         image, advantage, policy, log_policy = swept

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from birl_ext.ops.rows import Data
+from birl_ext.model.layout import Data
 
 __all__ = ["sweep_rounding"]
 

@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.ops.backends import choice, loader, native
+from birl_ext.ops.backends import loader, native
+from birl_ext.ops.request import AUTO, Data
 from birl_ext.ops.solve import Saved, pull_back, resolved
-from birl_ext.ops.transforms import PLAIN, are_ordinary, is_first_order, nobody_listens
+from birl_ext.ops.transforms import ORDINARY, are_ordinary, is_first_order, nobody_listens
 from birl_ext.solution import Info
 
 __all__ = ["solve"]
 
 
-class PlainSolve(torch.autograd.Function):
+class SolveFast(torch.autograd.Function):
     """`ops.solve.Solve` at numbers γ and τ; after the outputs, how many problems failed.
 
     Never mapped and never dual: it has a backward only.
@@ -35,7 +36,7 @@ class PlainSolve(torch.autograd.Function):
         temperature: float,
         validate: int,
     ) -> tuple[Any, ...]:
-        outputs, failed = native.solve_plain(
+        outputs, failed = native.solve_fast(
             reward, transition, discount, temperature, validate, derivable=True
         )
         _, _, advantage, policy, _, info, status, relative = outputs
@@ -54,13 +55,11 @@ class PlainSolve(torch.autograd.Function):
         saved, (discount, temperature) = ctx.saved_tensors, ctx.scalars
         wanted, needed = ctx.needs_input_grad[:2]
         needs = (needed, wanted, False, False, False)
-        # what was saved was plain; what arrives may be mapped, negated lazily, …
-        plain = bars[5] is None and is_first_order()
-        if plain and are_ordinary([bar for bar in bars if bar is not None]):
+        # what was saved was ordinary; what arrives may be mapped, negated lazily, …
+        direct = bars[5] is None and is_first_order()
+        if direct and are_ordinary([bar for bar in bars if bar is not None]):
             transition_bar, reward_bar, *_ = native.solve_vjp(
-                saved[0],
-                None,
-                None,
+                (saved[0], None, None),
                 discount,
                 temperature,
                 saved[1:],
@@ -99,14 +98,14 @@ def _general(
         status,
         info[..., Info.OFFSET],
     )
-    transition_bar, reward_bar, *_ = pull_back(saved, bars, needs, choice.AUTO)
+    transition_bar, reward_bar, *_ = pull_back(saved, bars, needs, AUTO)
     return (
         None if transition_bar is None else transition_bar.reshape(transition.shape),
         None if reward_bar is None else reward_bar.reshape(policy.shape),
     )
 
 
-class FastSolve(NamedTuple):
+class Found(NamedTuple):
     """What `ops.solve.solve` returns, how many problems failed, and of which data."""
 
     outputs: tuple[Tensor, ...]
@@ -114,20 +113,26 @@ class FastSolve(NamedTuple):
     reward: Tensor
     transition: Tensor
 
+    @property
+    def data(self) -> Data:
+        """What an error needs of them."""
+        nothing = torch.empty(0)
+        return Data(self.transition, nothing, nothing, self.reward, nothing, nothing, nothing)
+
 
 def solve(
     reward: Any, transition: Any, discount: Any, temperature: Any, validate: int
-) -> FastSolve | None:
-    """V, Q, Q − V, π, log π, info and status; None unless everything is plain.
+) -> Found | None:
+    """V, Q, Q − V, π, log π, info and status; None unless everything is ordinary.
 
-    Plain are: strided, contiguous CPU tensors (*B, S, A) and (*B, S, A, S) of float32 or float64
+    Ordinary are: strided, contiguous CPU tensors (*B, S, A) and (*B, S, A, S) of float32 or float64
     with the same batch axes, numbers γ and τ in range, eager mode, and a compiled module.
     """
     if type(temperature) is int and temperature < 2**53:
         temperature = float(temperature)
     if not (
-        type(reward) in PLAIN
-        and type(transition) in PLAIN
+        type(reward) in ORDINARY
+        and type(transition) in ORDINARY
         and type(discount) is float
         and type(temperature) is float
         and 0.0 <= discount < 1.0
@@ -154,10 +159,10 @@ def solve(
     ):
         return None
     if torch.is_grad_enabled() and (reward.requires_grad or transition.requires_grad):
-        apply: Any = super(torch.autograd.Function, PlainSolve).apply
+        apply: Any = super(torch.autograd.Function, SolveFast).apply
         *outputs, failed = apply(reward, transition, discount, temperature, validate)
-        return FastSolve(tuple(outputs[:7]), failed, reward, transition)
-    outputs, failed = native.solve_plain(
+        return Found(tuple(outputs[:7]), failed, reward, transition)
+    outputs, failed = native.solve_fast(
         reward, transition, discount, temperature, validate, derivable=False
     )
-    return FastSolve(outputs[:7], failed, reward, transition)
+    return Found(outputs[:7], failed, reward, transition)

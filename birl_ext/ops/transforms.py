@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -34,17 +34,16 @@ from birl_ext.torch_internals import (
 
 __all__ = [
     "LIBRARY",
-    "PLAIN",
+    "ORDINARY",
     "Function",
     "are_ordinary",
-    "are_plain",
-    "below_autograd",
-    "fold",
+    "computes_directly",
+    "define",
     "in_graph",
     "is_first_order",
+    "join_mapped_axis",
     "nobody_listens",
-    "register_derivative",
-    "to_lanes",
+    "split_mapped_axis",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,7 +52,7 @@ LIBRARY = torch.library.Library("birl_ext", "DEF")
 
 
 class Function(torch.autograd.Function):
-    """An autograd.Function that takes positional arguments only.
+    """An autograd.Function that takes positional arguments only: tensors, then options.
 
     Torch's own `apply` works out the signature of `forward` and binds it at every call, which costs
     more than the rest of the call. And torch calls `jvp` with forward mode switched off, so that an
@@ -61,6 +60,8 @@ class Function(torch.autograd.Function):
     """
 
     op: ClassVar[str]
+    tensors: ClassVar[int]  # how many
+    compute: ClassVar[Callable[..., tuple[Tensor, ...]]]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -77,20 +78,45 @@ class Function(torch.autograd.Function):
         base: Any = super(torch.autograd.Function, cls)
         return base.apply(*unwrap_dead_wrappers(args))
 
+    @classmethod
+    def forward(cls, *args: Any) -> tuple[Tensor, ...]:
+        if computes_directly(args[: cls.tensors]):
+            return cls.compute(*args)
+        with excluding_autograd():  # or the op would ask for its derivative again
+            outputs: tuple[Tensor, ...] = getattr(torch.ops.birl_ext, cls.op)(*args)
+        return outputs
 
-def register_derivative(op: str, rule: type[Function]) -> None:
-    """Give the bare op the derivative of its Function: an exported or traced graph holds the op
-    alone. A level of functorch is met before the dispatcher has entered it, as by `apply` itself.
+
+_KINDS = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", Sequence[int]: "SymInt[]"}
+
+
+def define(
+    rule: type[Function],
+    compute: Callable[..., tuple[Tensor, ...]],
+    fake: Callable[..., tuple[Tensor, ...]],
+    *arguments: type | dict[str, type],
+    results: int,
+) -> None:
+    """Declare an op, named as its Function in lower case: by the fields of named tuples and by
+    names with their types, what computes it, and shapes for a compiler.
+
+    The bare op has the derivative too: an exported or traced graph holds it alone. A level of
+    functorch is met before the dispatcher has entered it, as by `apply` itself.
     """
-    rule.op = op
+    named = [
+        (name, kind)
+        for group in arguments
+        for name, kind in (group if isinstance(group, dict) else get_type_hints(group)).items()
+    ]
+    op = rule.op = rule.__name__.lower()
+    rule.compute, rule.tensors = compute, sum(kind is Tensor for _, kind in named)
+    schema = ", ".join(f"{_KINDS[kind]} {name}" for name, kind in named)
+    LIBRARY.define(f"{op}({schema}) -> ({', '.join(['Tensor'] * results)})")
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(op, compute, key)
+    torch.library.register_fake(f"birl_ext::{op}", fake)
     for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):
         LIBRARY.impl(op, rule.apply, key)
-
-
-def below_autograd(op: str, *args: Any) -> Any:
-    """The bare op from inside its Function, whose derivative it must not ask for again."""
-    with excluding_autograd():
-        return getattr(torch.ops.birl_ext, op)(*args)
 
 
 def _one_level_below(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,7 +196,7 @@ class _DynamoWatch(importlib.abc.MetaPathFinder):
         return spec
 
 
-def are_plain(tensors: Sequence[Tensor]) -> bool:
+def computes_directly(tensors: Sequence[Tensor]) -> bool:
     """Whether an op may be computed at once: ordinary tensors, and nobody listens to the
     dispatcher.
 
@@ -183,7 +209,7 @@ def are_ordinary(tensors: Sequence[Tensor]) -> bool:
     """Whether all hold their own numbers: no subclass, not mapped, not lazily negated or zero."""
     # tensors that are negated lazily or zero without memory are resolved by the dispatcher too
     return all(
-        type(t) in PLAIN
+        type(t) in ORDINARY
         and not is_mapped_by_the_older_vmap(t)
         and not t.is_neg()
         and not is_zero_without_memory(t)
@@ -211,10 +237,10 @@ def is_first_order() -> bool:
     return not torch.is_grad_enabled() and nobody_listens()
 
 
-PLAIN = (Tensor, torch.nn.Parameter)
+ORDINARY = (Tensor, torch.nn.Parameter)
 
 
-def fold(
+def join_mapped_axis(
     tensors: Sequence[Tensor], dims: Sequence[int | None], size: int
 ) -> tuple[list[Tensor], int]:
     """Merge a vmapped axis into N if the transition varies along it, else into G, so that P stays
@@ -232,16 +258,16 @@ def fold(
         if dim is None and tensor.dim() == 1:  # absent
             merged.append(tensor)
             continue
-        lane = (
+        one = (
             tensor.unsqueeze(axis).expand(*tensor.shape[:axis], size, *tensor.shape[axis:])
             if dim is None
             else tensor.movedim(dim, axis)
         )
-        merged.append(lane.flatten(axis, axis + 1))
+        merged.append(one.flatten(axis, axis + 1))
     return merged, axis
 
 
-def to_lanes(
+def split_mapped_axis(
     outputs: Sequence[Tensor], axis: int, size: int
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """Split the merged axis of every output again."""
