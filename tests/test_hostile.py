@@ -175,9 +175,8 @@ def test_a_batch_of_more_than_two_to_the_31_entries() -> None:
     bar[-1] = 1.0
     solution = (*(found[i] for i in (0, 2, 3, 5, 6)),)
     bars, needs = (bar, None, None, None, None), (False, True, False, False, False)
-    reward_bar = native.solve_vjp((transition, None, None), 0.9 * one, one, solution, bars, needs)[
-        1
-    ]
+    model, numbers = (transition, None, None), (0.9 * one, one)
+    reward_bar = native.solve_vjp(model, numbers, solution, bars, needs)[1]
     assert reward_bar is not None
     assert not reward_bar[:-1].any()
     assert float(reward_bar[-1].sum()) == pytest.approx(states / (1 - 0.9), rel=1e-5)

@@ -6,6 +6,8 @@ arithmetic. Whatever is unusual returns None here and goes there.
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,27 +34,24 @@ class SolveFast(torch.autograd.Function):
         ctx: Any,
         reward: Tensor,
         transition: Tensor,
-        discount: float,
-        temperature: float,
+        numbers: array[float],
         validate: int,
     ) -> tuple[Any, ...]:
-        outputs, failed = native.solve_fast(
-            reward, transition, discount, temperature, validate, derivable=True
-        )
+        outputs, failed = native.solve_fast(reward, transition, numbers, validate, derivable=True)
         _, _, advantage, policy, _, info, status, relative = outputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(info, status)
         ctx.save_for_backward(transition, relative, advantage, policy, info, status)
-        ctx.scalars = discount, temperature
+        ctx.numbers = numbers
         return (*outputs, failed)
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
         bars = (*bars[:5], bars[7], None)
         if all(bar is None for bar in bars):
-            return (None,) * 5
+            return (None,) * 4
         bars = resolved(bars)
-        saved, (discount, temperature) = ctx.saved_tensors, ctx.scalars
+        saved = ctx.saved_tensors
         wanted, needed = ctx.needs_input_grad[:2]
         needs = (needed, wanted, False, False, False)
         # what was saved was ordinary; what arrives may be mapped, negated lazily, …
@@ -60,27 +59,27 @@ class SolveFast(torch.autograd.Function):
         if direct and are_ordinary([bar for bar in bars if bar is not None]):
             transition_bar, reward_bar, *_ = native.solve_vjp(
                 (saved[0], None, None),
-                discount,
-                temperature,
+                ctx.numbers,
                 saved[1:],
                 [None if bar is None else bar.contiguous() for bar in bars[:5]],
                 needs,
             )
         else:
-            transition_bar, reward_bar = _general(saved, (discount, temperature), bars, needs)
-        return (reward_bar, transition_bar, None, None, None)
+            transition_bar, reward_bar = _general(saved, ctx.numbers, bars, needs)
+        return (reward_bar, transition_bar, None, None)
 
 
 def _general(
     tensors: Sequence[Tensor],
-    scalars: tuple[float, float],
+    numbers: array[float],
     bars: Sequence[Tensor | None],
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The rule in operations that can be differentiated again, in the normal form (N, 1)."""
     transition, relative, advantage, policy, info, status = tensors
     discount, temperature = (
-        torch.full((status.numel(), 1), number, dtype=torch.float64) for number in scalars
+        torch.full((status.numel(), 1), number, dtype=torch.float64)
+        for number in (numbers[0], numbers[-1])
     )
     nothing = torch.empty(0, dtype=torch.int64)
     states, actions = policy.shape[-2:]
@@ -158,11 +157,10 @@ def solve(
         and loader.available("cpu")
     ):
         return None
+    numbers = native.for_all(math.prod(shape[:-2]), discount, temperature)
     if torch.is_grad_enabled() and (reward.requires_grad or transition.requires_grad):
         apply: Any = super(torch.autograd.Function, SolveFast).apply
-        *outputs, failed = apply(reward, transition, discount, temperature, validate)
+        *outputs, failed = apply(reward, transition, numbers, validate)
         return Found(tuple(outputs[:7]), failed, reward, transition)
-    outputs, failed = native.solve_fast(
-        reward, transition, discount, temperature, validate, derivable=False
-    )
+    outputs, failed = native.solve_fast(reward, transition, numbers, validate, derivable=False)
     return Found(outputs[:7], failed, reward, transition)

@@ -74,7 +74,7 @@ class Saved(NamedTuple):
 
 def resolved(tensors: Sequence[Any]) -> tuple[Any, ...]:
     """Lazily negated tensors as ordinary ones: the compiled code and its bits are for those."""
-    return tuple(None if tensor is None else tensor.resolve_neg() for tensor in tensors)
+    return tuple([None if tensor is None else tensor.resolve_neg() for tensor in tensors])
 
 
 def pull_back(

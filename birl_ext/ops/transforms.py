@@ -207,14 +207,16 @@ def computes_directly(tensors: Sequence[Tensor]) -> bool:
 
 def are_ordinary(tensors: Sequence[Tensor]) -> bool:
     """Whether all hold their own numbers: no subclass, not mapped, not lazily negated or zero."""
-    # tensors that are negated lazily or zero without memory are resolved by the dispatcher too
-    return all(
-        type(t) in ORDINARY
-        and not is_mapped_by_the_older_vmap(t)
-        and not t.is_neg()
-        and not is_zero_without_memory(t)
-        for t in tensors
-    )
+    for t in tensors:  # a generator would cost as much again
+        # tensors that are negated lazily or zero without memory are resolved by the dispatcher too
+        if (
+            type(t) not in ORDINARY
+            or is_mapped_by_the_older_vmap(t)
+            or t.is_neg()
+            or is_zero_without_memory(t)
+        ):
+            return False
+    return True
 
 
 def nobody_listens() -> bool:

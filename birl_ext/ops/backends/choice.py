@@ -85,8 +85,7 @@ def solve_vjp(
         return None
     transition_bar, reward_bar, reference_bar, *scalars = native.solve_vjp(
         (transition.contiguous(), crow, col),
-        discount.contiguous(),
-        temperature.contiguous(),
+        (discount.contiguous(), temperature.contiguous()),
         solution,
         [None if bar is None else bar.contiguous() for bar in bars],
         needs,

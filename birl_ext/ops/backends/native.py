@@ -29,6 +29,7 @@ from birl_ext.solution import INFO
 __all__ = [
     "LARGEST_CONDITION",
     "check_condition",
+    "for_all",
     "outer",
     "policy_solve",
     "solve",
@@ -90,7 +91,7 @@ class Call:
         shape: Sequence[int],
         dtype: torch.dtype = torch.float64,
     ) -> int:
-        if tensor is None or (tensor.dim() == 1 and tensor.numel() == 0 and len(shape) > 1):
+        if tensor is None:
             return 0
         if (
             tensor.shape == shape
@@ -99,6 +100,8 @@ class Call:
             and tensor.is_contiguous()
         ):
             return tensor.data_ptr()
+        if tensor.dim() == 1 and tensor.numel() == 0 and len(shape) > 1:
+            return 0
         if tensor.device != self.device:
             raise DeviceError(f"{name} is on {tensor.device}, transition on {self.device}")
         if tensor.dtype is not dtype:
@@ -110,10 +113,6 @@ class Call:
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=self.device)
 
-    def run(self, operation: str, request: dict[str, Any]) -> Any:
-        """What the module of this device says of it; of a GPU, nothing: its host does not wait."""
-        return _run(operation, self.device, self.problem, request, self.pattern)
-
 
 def _run(
     operation: str,
@@ -122,6 +121,7 @@ def _run(
     request: dict[str, Any],
     pattern: Sequence[Tensor | None],
 ) -> Any:
+    """What the module of this device says of it; of a GPU, nothing: its host does not wait."""
     if device.type == "cuda":
         return cuda.launch(operation, device, problem, request, pattern)
     if device.type != "cpu":
@@ -140,14 +140,13 @@ def _sizes(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
     return n, g, s, a
 
 
-def _outputs(q: Tensor, derivable: bool) -> tuple[tuple[Any, ...], dict[str, int]]:
+def _outputs(q: Tensor, derivable: bool) -> tuple[tuple[Any, ...], dict[str, float]]:
     """Where a solve writes, a table for Q given; the last is None unless `derivable`."""
-    double, device = torch.float64, q.device
-    *batch, states, _ = q.shape
-    value = torch.empty((*batch, states), dtype=double, device=device)
+    *batch, states, _ = q.shape  # a list: a torch.Size takes torch twice as long
+    value = q.new_empty([*batch, states], dtype=torch.float64)
     advantage, policy, log_policy = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
-    info = torch.empty((*batch, INFO + states), dtype=double, device=device)
-    status = torch.empty(batch, dtype=torch.int64, device=device)
+    info = q.new_empty([*batch, INFO + states], dtype=torch.float64)
+    status = q.new_empty(batch, dtype=torch.int64)
     relative = torch.empty_like(value) if derivable else None
     return (value, q, advantage, policy, log_policy, info, status, relative), {
         "value": value.data_ptr(),
@@ -196,7 +195,8 @@ def solve(data: Data, initial: Tensor | None, settings: Settings | None = None) 
     if outputs[6].numel() != n * g:
         raise ShapeError(f"batch is {tuple(how.batch)}", allowed=f"axes of {n * g} problems")
     request["initial"] = call.at("initial", initial, (n, g, s))
-    call.run("solve", request | dict(zip(_NUMBERS, how[1:5], strict=True)))
+    request.update(zip(_NUMBERS, how[1:5], strict=True))
+    _run("solve", call.device, call.problem, request, call.pattern)
     return outputs
 
 
@@ -206,8 +206,7 @@ _NUMBERS = Settings._fields[1:5]  # method, tol, max_iterations, validate
 def solve_fast(
     reward: Tensor,
     transition: Tensor,
-    discount: float,
-    temperature: float,
+    numbers: array[float],
     validate: int,
     *,
     derivable: bool,
@@ -217,7 +216,7 @@ def solve_fast(
     Args:
         reward: (*B, S, A), float32 or float64, contiguous, on the CPU.
         transition: (*B, S, A, S), as the reward.
-        discount, temperature: for all problems.
+        numbers: γ and τ, as `for_all` gives them.
         validate: a `Rigour`.
         derivable: whether the last output is wanted, which derivatives need; else it is None.
 
@@ -225,8 +224,8 @@ def solve_fast(
         What `solve` returns, and how many problems failed.
     """
     outputs, request = _outputs(torch.empty_like(reward), derivable)
-    count, states, actions = outputs[6].numel(), *reward.shape[-2:]
-    numbers = _for_all(count, discount, temperature)
+    *_, states, actions = reward.shape
+    count = outputs[6].numel()
     at, _ = numbers.buffer_info()
     request["validate"] = validate
     request["threads"] = torch.get_num_threads()
@@ -245,16 +244,15 @@ def solve_fast(
     return outputs, failed
 
 
-def _for_all(count: int, discount: float, temperature: float) -> array[float]:
+def for_all(count: int, discount: float, temperature: float) -> array[float]:
     """γ for each of so many problems, then τ."""
     numbers = array("d", (discount, temperature))
-    return numbers if count == 1 else numbers[:1] * count + numbers[1:] * count
+    return numbers if count < 2 else numbers[:1] * count + numbers[1:] * count
 
 
 def solve_vjp(
     model: Model,
-    discount: Tensor | float,
-    temperature: Tensor | float,
+    numbers: array[float] | tuple[Tensor, Tensor],
     solution: Sequence[Tensor],
     bars: Sequence[Tensor | None],
     needs: Sequence[bool],
@@ -262,8 +260,9 @@ def solve_vjp(
     """Derivatives at the fixed point that `solve` returned, on a CPU.
 
     Args:
-        model: as for `solve`; with numbers for γ and τ in axes (*B, S, A, S).
-        discount, temperature: (N, G) float64; or numbers, and a problem for every transition.
+        model: as for `solve`.
+        numbers: γ and τ, (N, G) float64; or as `for_all` gives them, for a model (*B, S, A, S) with
+            a problem for every transition.
         solution: V − `Info.OFFSET`, advantage, policy, info and status, as `solve` returned them in
             axes *B.
         bars: cotangents of V, Q, Q − V, π and log π, like these; None is zero.
@@ -280,18 +279,16 @@ def solve_vjp(
     """
     relative, advantage, policy, info, status = solution
     axes, table = status.shape, policy.shape
-    if isinstance(discount, Tensor):
-        n, g = discount.shape
-        call = Call(model, (n, g, *table[-2:]))
-        call.problem["discount"] = call.at("discount", discount, (n, g))
-        assert isinstance(temperature, Tensor)
-        call.problem["temperature"] = call.at("temperature", temperature, (n, g))
-    else:
+    if isinstance(numbers, array):
         n, g = status.numel(), 1
         call = Call(model, (n, g, *table[-2:]), axes)
-        numbers = _for_all(n, discount, float(temperature))
         at, _ = numbers.buffer_info()
-        call.problem |= {"discount": at, "temperature": at + 8 * n}
+        call.problem["discount"], call.problem["temperature"] = at, at + 8 * n
+    else:
+        n, g = numbers[0].shape
+        call = Call(model, (n, g, *table[-2:]))
+        call.problem["discount"] = call.at("discount", numbers[0], (n, g))
+        call.problem["temperature"] = call.at("temperature", numbers[1], (n, g))
     if status.numel() != n * g:
         raise ShapeError(f"status has shape {axes}", allowed=f"axes of {n * g} problems")
     wanted = (
@@ -307,16 +304,21 @@ def solve_vjp(
         "policy": call.at("policy", policy, table, call.storage),
         "info": call.at("info", info, (*axes, INFO + table[-2])),
         "status": call.at("status", status, axes, torch.int64),
-        "value_bar": call.at("cotangent of V", bars[0], table[:-1]),
+        "value_bar": call.at("value_bar", bars[0], table[:-1]),
     }
-    for name, bar in zip(("q", "advantage", "policy", "log_policy"), bars[1:], strict=True):
+    for name, bar in zip(_TABLE_BARS, bars[1:], strict=True):
         if bar is not None:
-            request[f"{name}_bar"] = call.at(f"cotangent of {name}", bar, table, call.storage)
-    for name, tensor in zip(Data._fields[:1] + Data._fields[3:], wanted, strict=True):
+            request[name] = call.at(name, bar, table, call.storage)
+    for name, tensor in zip(_WANTED_BARS, wanted, strict=True):
         if tensor is not None:
-            request[f"{name}_bar"] = tensor.data_ptr()
-    check_condition(*call.run("solve_vjp", request))
+            request[name] = tensor.data_ptr()
+    worst = _run("solve_vjp", call.device, call.problem, request, call.pattern)
+    check_condition(*worst)
     return wanted
+
+
+_TABLE_BARS = ("q_bar", "advantage_bar", "policy_bar", "log_policy_bar")
+_WANTED_BARS = tuple(f"{name}_bar" for name in (*Data._fields[:1], *Data._fields[3:]))
 
 
 def check_condition(condition: float, problem: int, largest: float = LARGEST_CONDITION) -> None:
@@ -360,7 +362,7 @@ def policy_solve(
     call = Call(model, pairs)
     call.problem["discount"] = call.at("discount", discount, (n, g))
     x, residual = call.new(n, g, k, s), call.new(n, g, k)
-    request = {
+    request: dict[str, float] = {
         "right_sides": k,
         "policy": call.at("policy", policy, pairs),
         "rhs": call.at("rhs", rhs, (n, g, k, s)),
@@ -368,7 +370,8 @@ def policy_solve(
         "residual": residual.data_ptr(),
         "transpose": transpose,
     }
-    failed = call.run("policy_solve", request | options)
+    request |= options
+    failed = _run("policy_solve", call.device, call.problem, request, call.pattern)
     return x, residual, failed or 0
 
 
@@ -393,5 +396,5 @@ def outer(model: Model, weight: Tensor, vector: Tensor, shift: Tensor) -> Tensor
         "shift": call.at("shift", shift, (n, s, a)),
         "out": out.data_ptr(),
     }
-    call.run("outer", request)
+    _run("outer", call.device, call.problem, request, call.pattern)
     return out
