@@ -19,6 +19,7 @@ LAYERS = (
     "errors",
     "solution",
     "model",
+    "options",
     "ops",
     "functional",
     "nn",
