@@ -548,10 +548,14 @@ def _solve_fast(
     found = fast.solve(reward, transition, discount, temperature, rigour)
     if found is None:
         return None
-    solution = _solution(found.outputs)
-    if found.failed and options.on_fail == "raise":
-        axes = layout(tuple(found.transition.shape[:-3]))
-        raise _failure(solution, found.outputs, found.data, axes)
+    outputs, failed = found
+    solution = _solution(outputs)
+    if failed and options.on_fail == "raise":
+        assert isinstance(reward, Tensor)
+        assert transition is not None
+        nothing = absent(torch.int64, transition)
+        data = Data(transition, nothing, nothing, reward, nothing, nothing, nothing)
+        raise _failure(solution, outputs, data, layout(tuple(transition.shape[:-3])))
     return solution
 
 

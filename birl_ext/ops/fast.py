@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from birl_ext.ops.backends import loader, native
-from birl_ext.ops.request import AUTO, Data
+from birl_ext.ops.request import AUTO
 from birl_ext.ops.solve import Saved, pull_back, resolved
 from birl_ext.ops.transforms import ORDINARY, are_ordinary, is_first_order, nobody_listens
 from birl_ext.solution import Info
@@ -48,15 +48,15 @@ class SolveFast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
         bars = (*bars[:5], bars[7], None)
-        if all(bar is None for bar in bars):
-            return (None,) * 4
         bars = resolved(bars)
+        given = [bar for bar in bars if bar is not None]
+        if not given:
+            return (None,) * 4
         saved = ctx.saved_tensors
         wanted, needed = ctx.needs_input_grad[:2]
         needs = (needed, wanted, False, False, False)
         # what was saved was ordinary; what arrives may be mapped, negated lazily, …
-        direct = bars[5] is None and is_first_order()
-        if direct and are_ordinary([bar for bar in bars if bar is not None]):
+        if bars[5] is None and is_first_order() and are_ordinary(given):
             transition_bar, reward_bar, *_ = native.solve_vjp(
                 (saved[0], None, None),
                 ctx.numbers,
@@ -67,6 +67,10 @@ class SolveFast(torch.autograd.Function):
         else:
             transition_bar, reward_bar = _general(saved, ctx.numbers, bars, needs)
         return (reward_bar, transition_bar, None, None)
+
+
+# Past torch's own `apply`, which binds the signature of `forward` at every call.
+_apply: Any = super(torch.autograd.Function, SolveFast).apply
 
 
 def _general(
@@ -104,25 +108,11 @@ def _general(
     )
 
 
-class Found(NamedTuple):
-    """What `ops.solve.solve` returns, how many problems failed, and of which data."""
-
-    outputs: tuple[Tensor, ...]
-    failed: int
-    reward: Tensor
-    transition: Tensor
-
-    @property
-    def data(self) -> Data:
-        """What an error needs of them."""
-        nothing = torch.empty(0)
-        return Data(self.transition, nothing, nothing, self.reward, nothing, nothing, nothing)
-
-
 def solve(
     reward: Any, transition: Any, discount: Any, temperature: Any, validate: int
-) -> Found | None:
-    """V, Q, Q − V, π, log π, info and status; None unless everything is ordinary.
+) -> tuple[tuple[Tensor, ...], int] | None:
+    """V, Q, Q − V, π, log π, info and status, and how many problems failed; None unless everything
+    is ordinary.
 
     Ordinary are: strided, contiguous CPU tensors (*B, S, A) and (*B, S, A, S) of float32 or float64
     with the same batch axes, numbers γ and τ in range, eager mode, and a compiled module.
@@ -159,8 +149,7 @@ def solve(
         return None
     numbers = native.for_all(math.prod(shape[:-2]), discount, temperature)
     if torch.is_grad_enabled() and (reward.requires_grad or transition.requires_grad):
-        apply: Any = super(torch.autograd.Function, SolveFast).apply
-        *outputs, failed = apply(reward, transition, numbers, validate)
-        return Found(tuple(outputs[:7]), failed, reward, transition)
+        *outputs, failed = _apply(reward, transition, numbers, validate)
+        return tuple(outputs[:7]), failed
     outputs, failed = native.solve_fast(reward, transition, numbers, validate, derivable=False)
-    return Found(outputs[:7], failed, reward, transition)
+    return outputs[:7], failed

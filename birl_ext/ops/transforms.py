@@ -221,7 +221,7 @@ def are_ordinary(tensors: Sequence[Tensor]) -> bool:
 
 def nobody_listens() -> bool:
     """Whether no transform, mode, trace or forward derivative follows what is computed now."""
-    return not (_watched() or transforms_active() or within_forward_mode())
+    return not (transforms_active() or within_forward_mode() or _watched())
 
 
 def _watched() -> bool:

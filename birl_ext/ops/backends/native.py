@@ -282,8 +282,8 @@ def solve_vjp(
     if isinstance(numbers, array):
         n, g = status.numel(), 1
         call = Call(model, (n, g, *table[-2:]), axes)
-        at, _ = numbers.buffer_info()
-        call.problem["discount"], call.problem["temperature"] = at, at + 8 * n
+        address, _ = numbers.buffer_info()
+        call.problem["discount"], call.problem["temperature"] = address, address + 8 * n
     else:
         n, g = numbers[0].shape
         call = Call(model, (n, g, *table[-2:]))
@@ -298,18 +298,21 @@ def solve_vjp(
         call.new(n, g) if needs[3] else None,
         call.new(n, g) if needs[4] else None,
     )
+    at, kind = call.at, call.storage
+    value_bar, q_bar, advantage_bar, policy_bar, log_policy_bar = bars
     request = {
-        "relative": call.at("value", relative, table[:-1]),
-        "advantage": call.at("advantage", advantage, table, call.storage),
-        "policy": call.at("policy", policy, table, call.storage),
-        "info": call.at("info", info, (*axes, INFO + table[-2])),
-        "status": call.at("status", status, axes, torch.int64),
-        "value_bar": call.at("value_bar", bars[0], table[:-1]),
+        "relative": at("relative", relative, table[:-1]),
+        "advantage": at("advantage", advantage, table, kind),
+        "policy": at("policy", policy, table, kind),
+        "info": at("info", info, (*axes, INFO + table[-2])),
+        "status": at("status", status, axes, torch.int64),
+        "value_bar": at("value_bar", value_bar, table[:-1]),
+        "q_bar": at("q_bar", q_bar, table, kind),
+        "advantage_bar": at("advantage_bar", advantage_bar, table, kind),
+        "policy_bar": at("policy_bar", policy_bar, table, kind),
+        "log_policy_bar": at("log_policy_bar", log_policy_bar, table, kind),
     }
-    for name, bar in zip(_TABLE_BARS, bars[1:], strict=True):
-        if bar is not None:
-            request[name] = call.at(name, bar, table, call.storage)
-    for name, tensor in zip(_WANTED_BARS, wanted, strict=True):
+    for name, tensor in zip(_WANTED, wanted, strict=True):
         if tensor is not None:
             request[name] = tensor.data_ptr()
     worst = _run("solve_vjp", call.device, call.problem, request, call.pattern)
@@ -317,8 +320,7 @@ def solve_vjp(
     return wanted
 
 
-_TABLE_BARS = ("q_bar", "advantage_bar", "policy_bar", "log_policy_bar")
-_WANTED_BARS = tuple(f"{name}_bar" for name in (*Data._fields[:1], *Data._fields[3:]))
+_WANTED = tuple(f"{name}_bar" for name in (*Data._fields[:1], *Data._fields[3:]))
 
 
 def check_condition(condition: float, problem: int, largest: float = LARGEST_CONDITION) -> None:
