@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from birl_ext._version import __version__
 from birl_ext.errors import (
@@ -29,6 +29,7 @@ from birl_ext.errors import (
     MissingDependencyError,
     SizeLimitError,
 )
+from birl_ext.options import MethodName
 
 if TYPE_CHECKING:
     from birl_ext.runs.directory import RunDirectory
@@ -102,9 +103,7 @@ class SolveOptions:
     out: Path | None = None
     """.npz or .safetensors file to write. Default: FILE.solution.npz beside the MDP."""
 
-    method: Literal["auto", "value-iteration", "newton", "newton-krylov", "policy-iteration"] = (
-        "auto"
-    )
+    method: MethodName = "auto"
     """Solver; auto chooses by shape and discount."""
 
     tol: float | None = None

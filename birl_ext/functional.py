@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -27,29 +27,29 @@ from birl_ext.errors import (
     TerminalChoiceWarning,
 )
 from birl_ext.model import checks as validation
-from birl_ext.model.layout import Flat, Layout, absent, flatten, layout
+from birl_ext.model.layout import Data, Flat, Layout, absent, flatten, layout
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.ops import bellman as _bellman
 from birl_ext.ops import fast, policy_solve
 from birl_ext.ops import solve as _solve
 from birl_ext.ops.backends import choice
 from birl_ext.ops.backends.pytorch import RETRY_STATES
-from birl_ext.solution import Method, Rigour, Solution, Status
+from birl_ext.ops.request import AUTO, NATIVE, TORCH, Settings
+from birl_ext.options import (
+    BACKENDS,
+    METHODS,
+    USUAL,
+    BackendName,
+    MethodName,
+    OnFail,
+    Options,
+    check_one_of,
+)
+from birl_ext.solution import Rigour, Solution, Status
 
 __all__ = ["bellman", "evaluate", "occupancy", "solve"]
 
 MDP = DenseMDP | SparseMDP
-MethodName = Literal["auto", "value-iteration", "newton", "newton-krylov", "policy-iteration"]
-BackendName = Literal["auto", "torch", "cpu", "cuda"]
-
-_METHODS = {
-    "auto": Method.AUTO,
-    "value-iteration": Method.VALUE_ITERATION,
-    "newton": Method.NEWTON,
-    "newton-krylov": Method.KRYLOV,
-    "policy-iteration": Method.POLICY_ITERATION,
-}
-_ON_FAIL = ("raise", "status")
 
 
 @overload
@@ -66,7 +66,7 @@ def solve(
     method: MethodName = "auto",
     tol: float | None = None,
     max_iterations: int | None = None,
-    on_fail: Literal["raise", "status"] = "raise",
+    on_fail: OnFail = "raise",
     validate: validation.Level = "full",
     backend: BackendName = "auto",
 ) -> Solution: ...
@@ -81,7 +81,7 @@ def solve(
     method: MethodName = "auto",
     tol: float | None = None,
     max_iterations: int | None = None,
-    on_fail: Literal["raise", "status"] = "raise",
+    on_fail: OnFail = "raise",
     backend: BackendName = "auto",
 ) -> Solution: ...
 
@@ -100,7 +100,7 @@ def solve(
     method: MethodName = "auto",
     tol: float | None = None,
     max_iterations: int | None = None,
-    on_fail: Literal["raise", "status"] = "raise",
+    on_fail: OnFail = "raise",
     validate: validation.Level = "full",
     backend: BackendName = "auto",
 ) -> Solution:
@@ -148,111 +148,22 @@ def solve(
 
     Source: Yang, Gao and Yuan, AISTATS 2025; (M1)-(M9).
     """
-    if (
-        isinstance(method, str)
-        and method == "auto"
-        and isinstance(backend, str)
-        and backend == "auto"
-        and isinstance(validate, str)
-        and validate == "full"
-        and isinstance(on_fail, str)
-        and on_fail in _ON_FAIL
-        and reference is None
-        and mask is None
-        and terminal is None
-        and initial is None
-        and tol is None
-        and max_iterations is None
-    ):
-        outcome = _unprepared(reward, transition, discount, temperature)
-        if outcome is not None:
-            solution = _solution(outcome.outputs)
-            if outcome.failed == 0 or on_fail == "status":
-                return solution
-            data, nothing = outcome.transition, absent(torch.int64, outcome.transition)
-            axes = layout(tuple(data.shape[:-3]))
-            raise _failure(solution, outcome.outputs, data, nothing, nothing, outcome.reward, axes)
-    flat = _flat(
-        reward,
-        transition,
-        discount,
-        temperature,
-        reference,
-        mask,
-        terminal,
-        validate,
-        regularised=True,
-    )
-    guess = absent(torch.float64, flat.reward)
-    if initial is not None:
-        initial = validation.as_floating("initial", initial)
-        validation.check_devices({"reward": flat.reward, "initial": initial})
-        _require_shape("initial", initial, (flat.reward.shape[-2],))
-        _require_batch("initial", tuple(initial.shape[:-1]), flat.layout.batch_shape)
-        guess = flat.layout.grouped(initial.detach().double(), 1)
-    if not (isinstance(on_fail, str) and on_fail in _ON_FAIL):
-        raise _unknown("on_fail", on_fail, _ON_FAIL)
-    if not (isinstance(method, str) and method in _METHODS):
-        raise _unknown("method", method, tuple(_METHODS))
-    if tol is not None:
-        asked = validation.real(tol)
-        if asked is None or not 0 <= asked < math.inf:
-            raise OptionError(f"tol is {tol!r}", allowed="0 or more, or None")
-        tol = asked
-    most = 1.0 if max_iterations is None else validation.real(max_iterations)
-    if most is None or not (1 <= most < 2**63 and most.is_integer()):
-        raise OptionError(
-            f"max_iterations is {max_iterations!r}", allowed="1 or more and whole, or None"
-        )
-    if method == "newton":
-        states = flat.reward.shape[-2]
-        validation.check_memory(
-            f'method="newton" with {states} states', states * states, fix='use method="auto"'
-        )
-    raising = on_fail == "raise"
-    concrete = validation.is_concrete(
-        flat.reward, flat.transition, flat.log_reference, flat.discount, flat.temperature
-    )
-    # what is handed out in float32 is known to half a unit in its last place, and no better
-    rounded = torch.finfo(flat.reward.dtype).eps / 2 if flat.reward.dtype != torch.float64 else 0.0
-    out_of_reach = tol is not None and 0 < tol <= rounded
-    if out_of_reach and raising and not concrete:
-        raise _too_tight(tol, rounded)
-    index = flat.pattern
-    if isinstance(reward, Tensor):
-        ending = not (mask is None and terminal is None)
-    else:
-        ending = reward.ending
-    rigour = Rigour.OR_ENDING if ending else Rigour.STOCHASTIC
-    if validate != "full":
-        rigour = Rigour.OFF
-    outputs = _solve.solve(
-        flat.transition,
-        *index,
-        flat.reward,
-        flat.log_reference,
-        flat.discount,
-        flat.temperature,
-        guess,
-        flat.layout.output_shape,
-        int(_METHODS[method]),
-        0.0 if not tol or out_of_reach else tol - rounded,
-        int(max_iterations or 0),
-        int(rigour),
-        raising and not concrete,  # where nothing can be read here, the op itself raises
-        _backend(backend, flat.reward.device),
-    )
-    if out_of_reach:
+    options = Options.of(method, tol, max_iterations, on_fail, validate, backend)
+    if reference is None and mask is None and terminal is None and initial is None:
+        found = _solve_fast(reward, transition, discount, temperature, options)
+        if found is not None:
+            return found
+    given = _Given(reward, transition, discount, temperature, reference, mask, terminal, validate)
+    flat = _flat(given, regularised=True)
+    start = _start(initial, flat)
+    settings, too_tight = _settings(options, flat, given.ending)
+    outputs = _solve.solve(flat.data, start, settings)
+    if too_tight is not None:
         status = outputs[-1]
         outputs = (*outputs[:-1], status.masked_fill(status == 0, int(Status.STAGNATED)))
     solution = _assemble(flat, outputs)
-    if raising and concrete and _any(outputs[-1]):
-        error = _failure(solution, outputs, flat.transition, *index, flat.reward, flat.layout)
-        if out_of_reach and isinstance(error, StagnatedError):
-            error = _too_tight(tol, rounded, solution)
-        if initial is not None and isinstance(error, NonFiniteResultError):
-            validation.check_initial(initial)
-        raise error
+    if options.on_fail == "raise" and not settings.strict and _any(outputs[-1]):
+        raise _failure(solution, outputs, flat.data, flat.layout, initial, too_tight)
     return solution
 
 
@@ -291,30 +202,14 @@ def bellman(
     Source: (M1), (M2), (M3).
     """
     value = validation.as_floating("value", value)
-    flat = _flat(
-        reward,
-        transition,
-        discount,
-        temperature,
-        reference,
-        mask,
-        terminal,
-        validate,
-        value.shape[:-1],
-        read=True,
-        regularised=True,
-    )
+    given = _Given(reward, transition, discount, temperature, reference, mask, terminal, validate)
+    flat = _flat(given, value.shape[:-1], read=True, regularised=True)
     validation.check_devices({"reward": flat.reward, "value": value})
     _require_shape("value", value, (flat.reward.shape[-2],))
     dtype = flat.reward.dtype
     trust = _trust(flat.discount, flat.temperature, validate=validate)
     image, advantage, policy, _ = _bellman.bellman(
-        flat.transition,
-        *flat.pattern,
-        flat.reward,
-        flat.log_reference,
-        flat.discount,
-        flat.temperature,
+        flat.data,
         flat.layout.grouped(value.double(), 1),
         _backend(backend, flat.reward.device),
     )
@@ -367,9 +262,8 @@ def evaluate(
     """
     policy = validation.as_floating("policy", policy)
     batch = tuple(policy.shape[:-2])
-    flat = _flat(
-        reward, transition, discount, 1.0, None, None, terminal, validate, batch, read=True
-    )
+    given = _Given(reward, transition, discount, 1.0, terminal=terminal, validate=validate)
+    flat = _flat(given, batch, read=True)
     validation.check_devices({"transition": flat.transition, "policy": policy})
     pi = _checked(policy, flat, reward, validate)
     gain = (pi * flat.reward.double()).sum(-1)
@@ -430,22 +324,17 @@ def occupancy(
             "initial_distribution": tuple(initial_distribution.shape[:-1]),
         }
     )
+    reward: Tensor | MDP
+    rows = None
     if isinstance(transition, (DenseMDP, SparseMDP)):
-        flat = _flat(transition, None, discount, 1.0, None, None, terminal, validate, batch)
+        reward = transition
     else:
-        transition = validation.as_floating("transition", transition)
-        states, actions = validation.states_and_actions("policy", policy)
-        nothing = transition.new_zeros(()).expand(states, actions)
-        flat = _flat(
-            nothing, transition, discount, 1.0, None, None, terminal, validate, batch, read=True
-        )
-    validation.check_devices(
-        {
-            "transition": flat.transition,
-            "policy": policy,
-            "initial_distribution": initial_distribution,
-        }
-    )
+        rows = validation.as_floating("transition", transition)
+        reward = rows.new_zeros(()).expand(*validation.states_and_actions("policy", policy))
+    given = _Given(reward, rows, discount, 1.0, terminal=terminal, validate=validate)
+    flat = _flat(given, batch, read=rows is not None)
+    tensors = {"policy": policy, "initial_distribution": initial_distribution}
+    validation.check_devices({"transition": flat.transition, **tensors})
     pi = _checked(policy, flat, transition, validate)
     _require_shape("initial_distribution", initial_distribution, (flat.reward.shape[-2],))
     if validate == "full" and validation.is_concrete(initial_distribution):
@@ -477,10 +366,7 @@ def _policy_system(
 ) -> Tensor:
     """A system of `ops.policy_solve` for one right-hand side (N, G, S)."""
     solution, residual = system(
-        flat.transition,
-        *flat.pattern,
-        policy,
-        flat.discount,
+        policy_solve.System(*flat.data[:3], policy, flat.discount),
         rhs.contiguous().unsqueeze(2),
         _backend(backend, flat.reward.device),
     )
@@ -527,88 +413,89 @@ def _require_solved(solution: Tensor, residual: Tensor, flat: Flat) -> None:
     )
 
 
+class _Given(NamedTuple):
+    """A problem as a caller gives it: tensors, or an MDP object in the place of the reward."""
+
+    reward: Tensor | MDP
+    transition: Tensor | None
+    discount: float | Tensor | None
+    temperature: float | Tensor
+    reference: Tensor | None = None
+    mask: Tensor | None = None
+    terminal: Tensor | None = None
+    validate: validation.Level = "full"
+
+    @property
+    def ending(self) -> bool:
+        """Whether rows of zeros may be meant."""
+        if isinstance(self.reward, Tensor):
+            return not (self.mask is None and self.terminal is None)
+        return self.reward.ending
+
+    def mdp(self) -> MDP | None:
+        """As an object, if it is one or has what only an object can hold."""
+        beside = ("transition", "discount", "reference", "mask", "terminal")
+        if isinstance(self.reward, (DenseMDP, SparseMDP)):
+            for name in beside:
+                if getattr(self, name) is not None:
+                    raise OptionError(
+                        f"{name} was given beside an MDP object",
+                        fix=f"use mdp.replace({name}=…)",
+                    )
+            return self.reward
+        for name in beside[:2]:
+            if getattr(self, name) is None:
+                raise OptionError(
+                    f"{name} is missing",
+                    allowed="reward, transition and discount, or an MDP object",
+                    fix="pass it, or wrap the problem in DenseMDP(reward, transition, discount)",
+                )
+        extras = {name: getattr(self, name) for name in beside[2:]}
+        if all(value is None for value in extras.values()):
+            return None
+        assert self.transition is not None
+        assert self.discount is not None
+        return DenseMDP(
+            self.reward, self.transition, self.discount, **extras, validate=self.validate
+        )
+
+
 def _flat(
-    reward: Tensor | MDP,
-    transition: Tensor | None,
-    discount: float | Tensor | None,
-    temperature: float | Tensor,
-    reference: Tensor | None,
-    mask: Tensor | None,
-    terminal: Tensor | None,
-    validate: validation.Level,
-    batch: tuple[int, ...] = (),
-    *,
-    read: bool = False,
-    regularised: bool = False,
+    given: _Given, batch: tuple[int, ...] = (), *, read: bool = False, regularised: bool = False
 ) -> Flat:
-    """Tensors or an MDP object, checked once, in the normal form of the ops.
+    """A problem, checked once, in the normal form of the ops.
 
     `read` is for ops that do not check the numbers themselves in their first pass, `regularised`
     for those in which a choice has an entropy. A tensor that a transform has wrapped keeps nobody
     from reading the others.
     """
-    if isinstance(reward, (DenseMDP, SparseMDP)):
-        extras = {
-            "transition": transition,
-            "discount": discount,
-            "reference": reference,
-            "mask": mask,
-            "terminal": terminal,
-        }
-        for name, value in extras.items():
-            if value is not None:
-                raise OptionError(
-                    f"{name} was given beside an MDP object",
-                    fix=f"use mdp.replace({name}=…)",
-                )
-    elif transition is None or discount is None:
-        raise OptionError(
-            f"{'transition' if transition is None else 'discount'} is missing",
-            allowed="reward, transition and discount, or an MDP object",
-            fix="pass it, or wrap the problem in DenseMDP(reward, transition, discount)",
-        )
-    elif not (reference is None and mask is None and terminal is None):
-        reward = DenseMDP(
-            reward,
-            transition,
-            discount,
-            mask=mask,
-            terminal=terminal,
-            reference=reference,
-            validate=validate,
-        )
-    if isinstance(reward, (DenseMDP, SparseMDP)):
-        temperature = validation.as_number("temperature", temperature)
-        validation.check_devices({"reward": reward.reward, "temperature": temperature})
-        validation.check_temperature(temperature, data=read and validate != "off")
+    mdp, full = given.mdp(), given.validate != "off"
+    if mdp is not None:
+        temperature = validation.as_number("temperature", given.temperature)
+        validation.check_devices({"reward": mdp.reward, "temperature": temperature})
+        validation.check_temperature(temperature, data=read and full)
         if regularised:
-            _tell_of_ends(reward)
-        return reward.flatten(temperature, batch)
-    assert transition is not None
-    assert discount is not None
-    validation.check_level(validate)
-    reward = validation.as_floating("reward", reward)
-    transition = validation.as_floating("transition", transition)
-    discount = validation.as_number("discount", discount)
-    temperature = validation.as_number("temperature", temperature)
-    checked = validate != "off"
-    validation.check_discount(discount, data=read and checked)
-    validation.check_temperature(temperature, data=read and checked)
-    if checked:
+            _tell_of_ends(mdp)
+        return mdp.flatten(temperature, batch)
+    validation.check_level(given.validate)
+    reward, transition = (
+        validation.as_floating(name, getattr(given, name)) for name in ("reward", "transition")
+    )
+    assert given.discount is not None
+    discount = validation.as_number("discount", given.discount)
+    temperature = validation.as_number("temperature", given.temperature)
+    validation.check_discount(discount, data=read and full)
+    validation.check_temperature(temperature, data=read and full)
+    if full:
+        tables = {"reward": reward, "transition": transition}
         validation.check_dense_shapes(reward, transition)
-        validation.check_same_dtype({"reward": reward, "transition": transition})
-        validation.check_devices(
-            {
-                "reward": reward,
-                "transition": transition,
-                "discount": discount,
-                "temperature": temperature,
-            }
-        )
-        reading = read and validate == "full"
-        if reading and validation.is_concrete(reward):
+        validation.check_same_dtype(tables)
+        numbers = {"discount": discount, "temperature": temperature}
+        validation.check_devices({**tables, **numbers})
+    if read and given.validate == "full":
+        if validation.is_concrete(reward):
             validation.check_reward(reward)
-        if reading and validation.is_concrete(transition):
+        if validation.is_concrete(transition):
             validation.check_rows(transition, None)
     no_reference = absent(torch.float64, reward)
     return flatten(reward, transition, no_reference, discount, temperature, batch=batch)
@@ -639,21 +526,86 @@ def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
     return Solution._make(map(flat.layout.restore, solution))
 
 
-def _unprepared(
+def _solve_fast(
     reward: Tensor | MDP,
     transition: Tensor | None,
     discount: float | Tensor | None,
     temperature: float | Tensor,
-) -> fast.FastSolve | None:
-    """What `solve` finds the short way; None if it has to take the general one."""
-    if not isinstance(reward, DenseMDP):
-        return fast.solve(reward, transition, discount, temperature, Rigour.STOCHASTIC)
-    if not (transition is discount is reward.mask is reward.reference is None):
+    options: Options,
+) -> Solution | None:
+    """`solve` the short way; None if it has to take the general one."""
+    if options is not USUAL[options.on_fail]:
         return None
-    _tell_of_ends(reward)
-    # rows may be zero where the process ends
-    rigour = Rigour.STOCHASTIC if reward.terminal is None else Rigour.OR_ENDING
-    return fast.solve(reward.reward, reward.transition, reward.discount, temperature, rigour)
+    rigour = Rigour.STOCHASTIC
+    if isinstance(reward, DenseMDP):
+        mdp = reward
+        if not (transition is discount is mdp.mask is mdp.reference is None):
+            return None
+        _tell_of_ends(mdp)
+        reward, transition, discount = mdp.reward, mdp.transition, mdp.discount
+        if mdp.terminal is not None:  # rows may be zero where the process ends
+            rigour = Rigour.OR_ENDING
+    found = fast.solve(reward, transition, discount, temperature, rigour)
+    if found is None:
+        return None
+    outputs, failed = found
+    solution = _solution(outputs)
+    if failed and options.on_fail == "raise":
+        assert isinstance(reward, Tensor)
+        assert transition is not None
+        nothing = absent(torch.int64, transition)
+        data = Data(transition, nothing, nothing, reward, nothing, nothing, nothing)
+        raise _failure(solution, outputs, data, layout(tuple(transition.shape[:-3])))
+    return solution
+
+
+def _start(initial: Tensor | None, flat: Flat) -> Tensor:
+    """V₀ (N, G, S) float64, or absent."""
+    if initial is None:
+        return absent(torch.float64, flat.reward)
+    initial = validation.as_floating("initial", initial)
+    validation.check_devices({"reward": flat.reward, "initial": initial})
+    _require_shape("initial", initial, (flat.reward.shape[-2],))
+    _require_batch("initial", tuple(initial.shape[:-1]), flat.layout.batch_shape)
+    return flat.layout.grouped(initial.detach().double(), 1)
+
+
+def _settings(options: Options, flat: Flat, ending: bool) -> tuple[Settings, StagnatedError | None]:
+    """What the op is asked, and what there is to say if `tol` is out of reach: then it goes as far
+    as it can.
+    """
+    states = flat.reward.shape[-2]
+    if options.method == "newton":
+        validation.check_memory(
+            f'method="newton" with {states} states', states * states, fix='use method="auto"'
+        )
+    # where nothing can be read here, the op itself raises
+    strict = options.on_fail == "raise" and not validation.is_concrete(
+        flat.reward, flat.transition, flat.log_reference, flat.discount, flat.temperature
+    )
+    # what is handed out in float32 is known to half a unit in its last place, and no better
+    dtype, tol, too_tight = flat.reward.dtype, options.tol or 0.0, None
+    rounded = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
+    if 0 < tol <= rounded:
+        too_tight = StagnatedError(
+            f"tol is {tol!r}, but values handed out in float32 are known no better than "
+            f"{rounded:.2g}",
+            allowed=f"above {rounded:.2g}",
+            fix="loosen `tol`, or pass float64 tensors",
+        )
+        if strict:
+            raise too_tight
+    rigour = Rigour.OR_ENDING if ending else Rigour.STOCHASTIC
+    settings = Settings(
+        batch=flat.layout.output_shape,
+        method=int(METHODS[options.method]),
+        tol=max(tol - rounded, 0.0),
+        max_iterations=options.max_iterations,
+        validate=int(rigour if options.validate == "full" else Rigour.OFF),
+        strict=strict,
+        backend=_backend(options.backend, flat.reward.device),
+    )
+    return settings, too_tight
 
 
 def _solution(outputs: tuple[Tensor, ...]) -> Solution:
@@ -666,28 +618,20 @@ def _solution(outputs: tuple[Tensor, ...]) -> Solution:
 def _failure(
     solution: Solution,
     outputs: tuple[Tensor, ...],
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    reward: Tensor,
-    layout: Layout,
+    data: Data,
+    axes: Layout,
+    initial: Tensor | None = None,
+    too_tight: StagnatedError | None = None,
 ) -> BirlError:
     """The error of the first problem that failed; one of the solver holds the best iterate."""
-    error = choice.failure(outputs, transition, crow, col, reward, layout.locate)
+    error = choice.failure(outputs, data, axes.locate)
+    if initial is not None and isinstance(error, NonFiniteResultError):
+        validation.check_initial(initial)
+    if too_tight is not None and isinstance(error, StagnatedError):
+        error = too_tight
     if isinstance(error, SolveError):
         error.solution = solution
     return error
-
-
-def _too_tight(
-    tol: float | None, rounded: float, solution: Solution | None = None
-) -> StagnatedError:
-    return StagnatedError(
-        f"tol is {tol!r}, but values handed out in float32 are known no better than {rounded:.2g}",
-        allowed=f"above {rounded:.2g}",
-        fix="loosen `tol`, or pass float64 tensors",
-        solution=solution,
-    )
 
 
 def _any(status: Tensor) -> bool:
@@ -695,14 +639,9 @@ def _any(status: Tensor) -> bool:
 
 
 def _backend(name: str, device: torch.device) -> int:
-    if not isinstance(name, str):
-        raise _unknown("backend", name, ("auto", "torch", "cpu", "cuda"))
-    if name == "auto":
-        return choice.AUTO
-    if name == "torch":
-        return choice.TORCH
-    if name not in ("cpu", "cuda"):
-        raise _unknown("backend", name, ("auto", "torch", "cpu", "cuda"))
+    check_one_of("backend", name, BACKENDS)
+    if name in ("auto", "torch"):
+        return AUTO if name == "auto" else TORCH
     if device.type != name:
         raise BackendUnavailableError(
             f'backend="{name}" for tensors on {device}', allowed=f'tensors on "{name}"'
@@ -710,7 +649,7 @@ def _backend(name: str, device: torch.device) -> int:
     reason = choice.unavailable(name)
     if reason:
         raise BackendUnavailableError(f'backend="{name}" is not available: {reason}')
-    return choice.NATIVE
+    return NATIVE
 
 
 def _require_shape(name: str, tensor: Tensor, event: tuple[int, ...]) -> None:
@@ -732,14 +671,3 @@ def _require_batch(name: str, own: tuple[int, ...], batch: tuple[int, ...]) -> N
             allowed=f"axes that broadcast to {batch} of the problem",
             fix=f"let the batch axes of {name} agree with the problem's, or be one",
         )
-
-
-def _unknown(option: str, value: Any, known: tuple[str, ...]) -> OptionError:
-    import difflib
-
-    near = difflib.get_close_matches(str(value), known, 1)
-    return OptionError(
-        f"{option} is {value!r}",
-        allowed=", ".join(repr(k) for k in known),
-        fix=f"use {option}={(near or known)[0]!r}",
-    )

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from birl_ext.errors import OptionError, ShapeError
-from birl_ext.functional import BackendName, MethodName, solve
+from birl_ext.functional import solve
 from birl_ext.model import checks as validation
 from birl_ext.model.mdp import SparseMDP
+from birl_ext.options import Options, SolveOptions, check_names
 from birl_ext.solution import Solution
 
 __all__ = ["SoftPlanner", "SolveOptions"]
-
-
-class SolveOptions(TypedDict, total=False):
-    """What of `birl_ext.solve` does not depend on the problem."""
-
-    method: MethodName
-    tol: float | None
-    max_iterations: int | None
-    on_fail: Literal["raise", "status"]
-    validate: validation.Level
-    backend: BackendName
 
 
 class SoftPlanner(nn.Module):
@@ -48,7 +37,7 @@ class SoftPlanner(nn.Module):
         options: further keyword arguments of `birl_ext.solve`, such as method and tol.
 
     Raises:
-        OptionError: an option that `birl_ext.solve` does not have.
+        OptionError: an option that `birl_ext.solve` does not have, or a value it does not take.
 
     Shapes: reward (*B, S, A) → Solution with value (*B, S) and policy (*B, S, A).
 
@@ -82,13 +71,8 @@ class SoftPlanner(nn.Module):
         **options: Unpack[SolveOptions],
     ) -> None:
         super().__init__()
-        for name in options.keys() - SolveOptions.__annotations__.keys():
-            near = difflib.get_close_matches(name, SolveOptions.__annotations__, 1)
-            raise OptionError(
-                f"SoftPlanner has no option {name!r}",
-                allowed=", ".join(SolveOptions.__annotations__),
-                fix=f"use {near[0]}" if near else "leave it out",
-            )
+        check_names("SoftPlanner", options)
+        Options.of(**options)
         validation.check_temperature(temperature)
         shape = torch.as_tensor(temperature).shape
         if shape.numel() != 1:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext.model.mdp import DenseMDP, SparseMDP
-from birl_ext.ops.backends import choice, loader, native
+from birl_ext.ops.backends import loader, native
+from birl_ext.ops.request import NATIVE, Data, Settings
 from birl_ext.ops.solve import solve as solve_op
 from birl_ext.solution import Solution
 
@@ -255,9 +256,10 @@ def test_no_problems(problems: tuple[int, int], calls: list[int]) -> None:
     reward = torch.zeros(n, g, 3, 2, dtype=torch.float64).requires_grad_()
     scalars = torch.full((n, g), 0.5, dtype=torch.float64)
     outputs = solve_op(
-        transition, index, index, reward, nothing, scalars, scalars, nothing, (n, g),
-        0, 0.0, 0, 1, False, choice.NATIVE,
-    )  # fmt: skip
+        Data(transition, index, index, reward, nothing, scalars, scalars),
+        nothing,
+        Settings((n, g), backend=NATIVE),
+    )
     slopes = torch.autograd.grad(outputs[0].sum(), (transition, reward))
     assert len(calls) == 1
     assert torch.equal(slopes[0], torch.zeros_like(transition))

@@ -357,7 +357,7 @@ def test_memory_that_runs_out_is_named_with_its_bytes() -> None:
 
 def test_a_plain_call_that_fails_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    plain, general = native.solve_plain, choice.solve
+    fast, general = native.solve_fast, choice.solve
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -366,7 +366,7 @@ def test_a_plain_call_that_fails_is_solved_once(monkeypatch: pytest.MonkeyPatch)
 
         return call
 
-    monkeypatch.setattr(native, "solve_plain", counted(plain))
+    monkeypatch.setattr(native, "solve_fast", counted(fast))
     monkeypatch.setattr(choice, "solve", counted(general))
     rewards, rows = torch.stack([R, R]), torch.stack([P, P])
     rows[1, 2, 0] *= 0.5

@@ -21,6 +21,7 @@ import torch
 
 import birl_ext
 from birl_ext import errors
+from birl_ext.ops import request
 from birl_ext.ops.backends import choice, cuda, loader, native
 from birl_ext.ops.rows import Rows
 from birl_ext.solution import Info, Kernel, Status
@@ -79,12 +80,7 @@ def gpu(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(cuda, "_index", lambda device: 0)
     # the short way to the CPU's kernels is not for tensors on a GPU
     monkeypatch.setattr(birl_ext.functional.fast, "solve", lambda *_: None)
-    monkeypatch.setattr(native, "solve", cuda.solve)
-
-    def policy_solve(*data, transpose):
-        return *cuda.policy_solve(*data, transpose=transpose), 0
-
-    monkeypatch.setattr(native, "policy_solve", policy_solve)
+    monkeypatch.setattr(native, "_run", cuda.launch)
     # The GPU has no fused backward of its own; its outer product is a kernel.
     monkeypatch.setattr(choice, "solve_vjp", lambda *_: None)
     monkeypatch.setattr(choice, "first_order", lambda rows, _: choice._CompiledRows(*rows))
@@ -210,7 +206,7 @@ def test_outer(gpu: ModuleType, sparse: bool, dtype: torch.dtype) -> None:
     absent = torch.empty(0, dtype=torch.int64)
     rows = Rows(data, absent if crow is None else crow, absent if col is None else col, s, a)
     arguments = [x.double() for x in (weight, vector, shift)]
-    found = cuda.outer(data, crow, col, *arguments)
+    found = native.outer((data, crow, col), *arguments)
     torch.testing.assert_close(found, rows.outer(*arguments))
 
 
@@ -330,7 +326,7 @@ def test_large_policy_systems(
     policy /= policy.sum(-1, keepdim=True)
     discount = torch.full((1, 1), 0.999, dtype=torch.float64)
     rhs = torch.randn(1, 1, right_sides, states, generator=random, dtype=torch.float64)
-    x, residual = cuda.policy_solve(*model, policy, discount, rhs, transpose=transpose)
+    x, residual, _ = native.policy_solve(model, policy, discount, rhs, transpose=transpose)
     matrix = torch.eye(states).double() - 0.999 * torch.einsum(
         "sat,sa->st", transition, policy[0, 0]
     )
@@ -363,7 +359,7 @@ def slow_system() -> tuple[torch.Tensor, ...]:
 
 def test_a_slow_system_is_no_answer(large: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     transition, policy, discount, rhs = slow_system()
-    x, residual = cuda.policy_solve(transition, None, None, policy, discount, rhs)
+    x, residual, _ = native.policy_solve((transition, None, None), policy, discount, rhs)
     assert bool(x.isnan().all())
     assert bool((residual > 1e-6).all())
     assert not choice._solved(x)
@@ -417,10 +413,10 @@ def test_a_device_without_code_is_refused_once(
     monkeypatch.setattr(cuda, "_capability", lambda index: (7, 0))
     device = torch.device("cuda", 0)
     with pytest.warns(errors.BackendFallbackWarning, match=r"compute capability 7\.0"):
-        assert not choice._compiled(device, choice.AUTO)
-    assert not choice._compiled(device, choice.AUTO)  # without a second warning
+        assert not choice._compiled(device, request.AUTO)
+    assert not choice._compiled(device, request.AUTO)  # without a second warning
     with pytest.raises(errors.BackendUnavailableError, match=r"built for 75-real"):
-        choice._compiled(device, choice.NATIVE)
+        choice._compiled(device, request.NATIVE)
 
 
 def test_a_refused_launch_ends_in_pytorch(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,9 +458,16 @@ def test_capture_cannot_raise(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_which_problems_the_whole_device_works_on(gpu: ModuleType) -> None:
-    assert cuda.solve_fits(1, 1, 512, 8)
-    assert not cuda.solve_fits(1, 1, 513, 8)
-    assert cuda.solve_fits(32, 1, 513, 8)
+    def fits(transitions: int, states: int) -> bool:
+        addresses = dict.fromkeys(
+            ("is_double", "transition", "reward", "discount", "temperature"), 0
+        )
+        sizes = {"transitions": transitions, "problems": 1, "states": states, "actions": 8}
+        return cuda.solve_fits(sizes | addresses)
+
+    assert fits(1, 512)
+    assert not fits(1, 513)
+    assert fits(32, 513)
     assert not cuda.policy_solve_fits(2501)
 
 

@@ -23,6 +23,7 @@ from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.ops import policy_solve
 from birl_ext.ops.backends import choice
 from birl_ext.ops.bellman import bellman as bellman_op
+from birl_ext.ops.request import NATIVE, TORCH, Data, Settings
 from birl_ext.ops.solve import solve as solve_op
 from birl_ext.solution import Solution
 
@@ -30,7 +31,7 @@ from birl_ext.solution import Solution
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 BACKENDS = ["torch", *([] if choice.unavailable("cpu") else ["cpu"])]
-CODES = {"torch": choice.TORCH, "cpu": choice.NATIVE}
+CODES = {"torch": TORCH, "cpu": NATIVE}
 
 
 class Draw(NamedTuple):
@@ -336,7 +337,8 @@ def op_under_test(
 
         def call(transition: Tensor, *rest: Tensor) -> Any:
             policy = rest[0] / rest[0].sum(-1, keepdim=True)
-            return system(transition, crow, col, policy, *rest[1:], code)[0]
+            model = policy_solve.System(transition, crow, col, policy, rest[1])
+            return system(model, rest[2], code)[0]
     else:
         names = ("transition", "reward", "log_reference", "discount", "temperature")
         names += ("value",) if op == "bellman" else ()
@@ -345,13 +347,10 @@ def op_under_test(
             if not reference:  # gradcheck hands over what requires grad
                 rest = (rest[0], inputs["log_reference"], *rest[1:])
             if op == "bellman":
-                return bellman_op(transition, crow, col, *rest, code)
+                return bellman_op(Data(transition, crow, col, *rest[:-1]), rest[-1], code)
             guess = torch.empty(0, dtype=torch.float64)
-            batch = rest[0].shape[:2]
-            outputs = solve_op(
-                transition, crow, col, *rest, guess, batch, 0, 0.0, 0, 0, False, code
-            )
-            return outputs[:5]
+            how = Settings(rest[0].shape[:2], validate=0, backend=code)
+            return solve_op(Data(transition, crow, col, *rest), guess, how)[:5]
 
     return call, [inputs[name] for name in names if inputs[name].requires_grad]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_native import EPS, Case, fixed_point, make_case, normalised, run_solve
+from test_native import EPS, Case, compiled_solve, fixed_point, make_case, normalised, run_solve
 
 import birl_ext
 from birl_ext import errors
@@ -51,14 +51,22 @@ def data(
 
 def call(entry: str, n: int, g: int, k: int, s: int, a: int, crow: int = 0, nnz: int = 0) -> None:
     """An entry point of the compiled module on sizes alone: it must not reach for the memory."""
-    module = loader.require("cpu")
-    model = (1, n, g, s, a, 0, crow, crow, nnz)
+    sizes = {"transitions": n, "problems": g, "states": s, "actions": a, "nnz": nnz}
+    data = dict.fromkeys(("is_double", "transition", "discount"), 0)
+    problem = sizes | data | {"crow": crow, "col": crow}
+    if entry != "policy_solve":
+        problem["temperature"] = 0
     if entry == "solve":
-        module.solve(*model, *[0] * 13, 0, 0.0, 0, 0, 1)
-    elif entry == "solve_vjp":
-        module.solve_vjp(*model, *[0] * 17, 1)
-    else:
-        module.policy_solve(1, n, g, k, *model[3:], *[0] * 5, False, 0, 0.0, 0, 1)
+        problem["reward"] = 0
+    names = {
+        "solve": "value q advantage policy log_policy info status validate",
+        "solve_vjp": "relative advantage policy info status threads",
+        "policy_solve": "policy rhs out residual transpose",
+    }
+    request = dict.fromkeys(names[entry].split(), 0) | {"threads": 1}
+    if entry == "policy_solve":
+        request["right_sides"] = k
+    getattr(loader.require("cpu"), entry)(problem, request)
 
 
 ENTRIES = ["solve", "solve_vjp", "policy_solve"]
@@ -112,12 +120,12 @@ def test_patterns_whose_counts_lie_are_refused() -> None:
         wrong = crow.clone()
         wrong[at] = number
         with pytest.raises(ValueError, match="crow"):
-            native.solve(transition, wrong, col, *rest, value)
+            compiled_solve(transition, wrong, col, *rest, value)
     for number in (-1, 2**31, 2**62, -(2**62)):
         wrong = col.clone()
         wrong[-1] = number
         with pytest.raises(ValueError, match="column"):
-            native.solve(transition, crow, wrong, *rest, value)
+            compiled_solve(transition, crow, wrong, *rest, value)
 
 
 def untouched(*shape: int) -> torch.Tensor:
@@ -138,7 +146,7 @@ def test_one_transition_of_more_than_two_to_the_31_entries() -> None:
     assert transition.numel() > 2**31
     reward = torch.linspace(-1, 1, states).reshape(1, 1, states, 1)
     rate, tau = torch.full((1, 1), 0.5, dtype=F64), torch.ones(1, 1, dtype=F64)
-    found = native.solve(transition, None, None, reward, None, rate, tau, None, method=1)
+    found = compiled_solve(transition, None, None, reward, None, rate, tau, None, method=1)
     assert int(found[6]) == Status.CONVERGED
     expected = reward.double().flatten()
     expected[-1] *= 2
@@ -156,18 +164,19 @@ def test_a_batch_of_more_than_two_to_the_31_entries() -> None:
     reward[-1] = torch.linspace(-1, 1, states)[:, None]
     reward[-2] = 3.0
     one = torch.ones(count, 1, dtype=F64)
-    found = native.solve(transition, None, None, reward, None, 0.9 * one, one, None)
+    found = compiled_solve(transition, None, None, reward, None, 0.9 * one, one, None)
     assert not found[6].any()
     assert bool((found[0][-2] == 3.0).all())
     assert not found[0][:-2].any()
     options = (None, 0.9 * one[-1:], one[-1:], None)
-    alone = native.solve(last, None, None, reward[-1:].contiguous(), *options)
+    alone = compiled_solve(last, None, None, reward[-1:].contiguous(), *options)
     assert torch.equal(found[0][-1:], alone[0])
     bar = torch.zeros_like(found[0])
     bar[-1] = 1.0
     solution = (*(found[i] for i in (0, 2, 3, 5, 6)),)
     bars, needs = (bar, None, None, None, None), (False, True, False, False, False)
-    reward_bar = native.solve_vjp(transition, None, None, 0.9 * one, one, solution, bars, needs)[1]
+    model, numbers = (transition, None, None), (0.9 * one, one)
+    reward_bar = native.solve_vjp(model, numbers, solution, bars, needs)[1]
     assert reward_bar is not None
     assert not reward_bar[:-1].any()
     assert float(reward_bar[-1].sum()) == pytest.approx(states / (1 - 0.9), rel=1e-5)
@@ -309,22 +318,22 @@ def test_memory_that_runs_out_is_a_memory_error() -> None:
 
         import torch
 
-        from birl_ext.ops.backends import loader
-        from birl_ext.ops.backends import native, loader
+        from birl_ext.ops.backends import native
+        from birl_ext.ops.request import Data
 
         torch.set_default_dtype(torch.float64)
         transition = torch.full((1, 3000, 1, 3000), 1 / 3000)
         tensors = transition, None, None, torch.randn(1, 1, 3000, 1), None
-        scalars = torch.full((1, 1), 0.9), torch.ones(1, 1)
+        data = Data(*tensors, torch.full((1, 1), 0.9), torch.ones(1, 1))
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), hard))  # P_π is 69 MiB
         try:
-            native.solve(*tensors, *scalars, None)
+            native.solve(data, None)
         except MemoryError:
             print("a memory error")
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-        print("afterwards", native.solve(*tensors, *scalars, None)[6].tolist())
+        print("afterwards", native.solve(data, None)[6].tolist())
     """
     command = [sys.executable, "-P", "-c", textwrap.dedent(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -388,12 +397,12 @@ def test_a_singular_system_spoils_no_other(states: int) -> None:
 
     def solutions(at: slice) -> list[torch.Tensor]:
         mine = transition[at].clone()
-        solved = native.solve(
+        solved = compiled_solve(
             mine, None, None, reward[at, None], None, half[at], one[at], None, method=2, validate=0
         )
         systems = [
             native.policy_solve(
-                mine, None, None, policy[at], half[at], rhs[at], method=2, transpose=transpose
+                (mine, None, None), policy[at], half[at], rhs[at], method=2, transpose=transpose
             )[0]
             for transpose in (False, True)
         ]

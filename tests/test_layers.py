@@ -15,12 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom to the top: a module imports from its own layer or from those before it.
 LAYERS = (
     "_version",
+    "torch_internals",
     "errors",
     "files",
     "state",
     "progress",
     "solution",
     "model",
+    "options",
     "ops",
     "functional",
     "nn",

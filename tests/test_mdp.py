@@ -725,7 +725,7 @@ def test_flatten_fills_in_scalars_and_references() -> None:
     assert flat.discount.tolist() == [[pytest.approx(v) for v in (0.1, 0.2, 0.3, 0.4)]]
     assert flat.temperature.tolist() == [[0.5] * 4]
     assert flat.log_reference.shape == (0,)
-    assert flat.crow is None
+    assert flat.crow.numel() == 0
     flat = DenseMDP(**parts(reward=batched(R))).flatten(0.5)
     want = parts()["reference"].log().masked_fill(~parts()["mask"], -INF)
     assert_same_bits(flat.log_reference, want.expand(1, 4, S, A), label="log μ")

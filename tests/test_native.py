@@ -19,6 +19,7 @@ from processes import fork
 
 from birl_ext.errors import DeviceError, DtypeError, ShapeError
 from birl_ext.ops.backends import loader, native
+from birl_ext.ops.request import Data, Settings
 from birl_ext.solution import Info, Kernel, Method, Rigour, Status
 
 if loader.reason("cpu") and os.environ.get("BIRL_REQUIRE_EXT") != "1":
@@ -185,9 +186,15 @@ class Solved:
     raw: list[bytes]
 
 
+def compiled_solve(*given: torch.Tensor | None, **options: float) -> tuple[torch.Tensor, ...]:
+    """transition, crow, col, reward, log_reference, discount, temperature and a start."""
+    data, initial = Data(*given[:7]), given[7]
+    return native.solve(data, initial, Settings(data.reward.shape[:2], **options))
+
+
 def run_solve(case: Case, *, initial: np.ndarray | None = None, **options: object) -> Solved:
     first = None if initial is None else torch.from_numpy(initial)
-    outputs = native.solve(*case.tensors(), first, **options)
+    outputs = compiled_solve(*case.tensors(), first, **options)
     raw = [x.numpy().tobytes() for x in outputs]
     return Solved(*(x.numpy() for x in outputs), raw=raw)
 
@@ -197,7 +204,11 @@ def run_policy_solve(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     transition, crow, col, _, _, discount, _ = case.tensors()
     x, residual, failed = native.policy_solve(
-        transition, crow, col, torch.from_numpy(policy), discount, torch.from_numpy(rhs), **options
+        (transition, crow, col),
+        torch.from_numpy(policy),
+        discount,
+        torch.from_numpy(rhs),
+        **options,
     )
     return x.numpy(), residual.numpy(), failed
 
@@ -227,7 +238,7 @@ def test_sweep(states: int, actions: int, storage: type, sparse: bool, extras: s
         terminal=extras in ("terminal", "both"), masked=extras in ("masked", "both"),
     )  # fmt: skip
     value = np.random.default_rng(1).standard_normal(case.reward.shape[:-1]) + 50.0
-    image, _, *pairs = native.solve(
+    image, _, *pairs = compiled_solve(
         *case.tensors(), torch.from_numpy(value), method=Method.SWEEP, max_iterations=1, validate=0
     )
     for n in range(2):
@@ -615,7 +626,7 @@ def test_malformed_sparsity_never_reaches_a_kernel() -> None:
     bad_crow[2] = bad_crow[3] + 1
     for pattern in ((crow, bad_col), (bad_crow, col)):
         with pytest.raises(ValueError, match=r"crow|column"):
-            native.solve(transition, *pattern, *rest, value)
+            compiled_solve(transition, *pattern, *rest, value)
 
 
 # ---- form ---------------------------------------------------------------------------------------
@@ -674,7 +685,7 @@ def test_empty_batches_return_at_once(lanes: tuple[int, int]) -> None:
     empty = np.zeros((*lanes, 3, 5))
     assert run_policy_solve(case, np.zeros((*lanes, 5, 2)), empty)[2] == 0
     value = torch.zeros((*lanes, 5), dtype=torch.float64)
-    native.solve(*case.tensors(), value)
+    compiled_solve(*case.tensors(), value)
 
 
 def test_no_right_hand_side_is_a_right_number_of_them() -> None:
@@ -701,7 +712,7 @@ def test_wrapper_refuses_what_the_kernel_would_misread() -> None:
         arguments = list(tensors)
         arguments[place] = tensor
         with pytest.raises(error):
-            native.solve(*arguments, value)
+            compiled_solve(*arguments, value)
 
 
 def test_interrupt_ends_a_long_solve() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from birl_ext.errors import OptionError
 from birl_ext.state import Stateful
+from birl_ext.torch_internals import copy_all_, lerp_all_
 
 __all__ = ["Target"]
 
@@ -55,8 +56,8 @@ class Target(Stateful):
             return
         # one call for all tensors: on small networks a loop in Python outlasts the arithmetic
         if self.rate == 1:
-            torch._foreach_copy_(self._ours, self._theirs)  # exactly, which x̄ + 1·(x − x̄) is not
+            copy_all_(self._ours, self._theirs)  # exactly, which x̄ + 1·(x − x̄) is not
         else:
-            torch._foreach_lerp_(self._ours, self._theirs, self.rate)
+            lerp_all_(self._ours, self._theirs, self.rate)
         if self._kept:
-            torch._foreach_copy_(self._kept, self._live)
+            copy_all_(self._kept, self._live)

@@ -29,9 +29,8 @@ from birl_ext.bilevel.problem import (
 from birl_ext.errors import OptionError
 from birl_ext.model.layout import Flat
 from birl_ext.model.mdp import DenseMDP, SparseMDP
-from birl_ext.ops.backends.choice import AUTO
 from birl_ext.ops.bellman import bellman
-from birl_ext.ops.policy_solve import discounted_visits
+from birl_ext.ops.policy_solve import System
 from birl_ext.ops.rows import Rows
 from birl_ext.solution import Solution, info_table
 
@@ -199,10 +198,7 @@ def linearise(
         flat = flat._replace(reward=flat.reward.detach().requires_grad_())
     grouped, restore, available = flat.layout.grouped, flat.layout.restore, flat.available
     value = grouped(found.double(), 1).clone().requires_grad_()
-    data = (flat.transition, *flat.pattern, flat.reward, flat.log_reference)
-    image, advantage, policy, log_policy = bellman(
-        *data, flat.discount, flat.temperature, value, AUTO
-    )
+    image, advantage, policy, log_policy = bellman(flat.data, value)
     # Q − V and π are those of V itself (M11): TV in number, to a derivative V
     now = image.detach() + (value - value.detach())
     shift = (image - now).unsqueeze(-1)
@@ -334,9 +330,9 @@ def _lipschitz(smoothness: Any) -> float:
 
 def exact_flow(at: Linearisation) -> Tensor:
     """λ = (I − γP_π)⁻ᵀ v̄ as far as rounding allows, (N, G, S)."""
-    rhs = at.source.unsqueeze(2)
-    share, _ = discounted_visits(*at.rows[:3], at.policy, at.discount, rhs, AUTO)
-    return share.squeeze(2) / (1 - at.discount).unsqueeze(-1)
+    system = System(*at.rows[:3], at.policy, at.discount)
+    flow, _ = system.solve(at.source.unsqueeze(2), transpose=True)
+    return flow.squeeze(2)
 
 
 def _bound(at: Linearisation, flow: Tensor, smoothness: float, starts: torch.Size) -> Tensor:

@@ -39,6 +39,7 @@ from birl_ext.errors import (
     SparseFormatError,
     TemperatureError,
 )
+from birl_ext.torch_internals import is_proxied, is_tracing, is_wrapped
 
 __all__ = [
     "Level",
@@ -97,7 +98,7 @@ def check_level(validate: str) -> None:
 
 def is_concrete(*tensors: Tensor | float | None) -> bool:
     """Whether every tensor holds numbers that may be read now without breaking a trace."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or is_tracing():
         return False
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
@@ -105,19 +106,11 @@ def is_concrete(*tensors: Tensor | float | None) -> bool:
         # Fake, functional and distributed tensors are subclasses; vmap and grad wrap.
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta:
             return False
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if is_wrapped(tensor):
             return False
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-    proxy = torch._C._TorchDispatchModeKey.PROXY
-    return not (
-        torch._C._get_dispatch_mode(proxy) is not None
-        # a trace before the dispatcher watches Python functions too
-        or (
-            torch._C._len_torch_function_stack()
-            and torch._ops._get_dispatch_mode_pre_dispatch(proxy) is not None  # type: ignore[no-untyped-call]
-        )
-    )
+    return not is_proxied()
 
 
 # Dtypes and devices

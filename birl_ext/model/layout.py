@@ -13,7 +13,7 @@ from torch import Tensor
 
 from birl_ext.model import checks as validation
 
-__all__ = ["Flat", "Layout", "absent", "flatten", "layout"]
+__all__ = ["Data", "Flat", "Layout", "absent", "flatten", "layout"]
 
 
 class Layout(NamedTuple):
@@ -110,35 +110,37 @@ def _product(sizes: list[int]) -> int:
     return total
 
 
-class Flat(NamedTuple):
-    """An MDP in normal form, ready for the ops.
+class Data(NamedTuple):
+    """What every op is given first; an empty tensor stands for what is absent."""
 
-    Attributes:
-        transition: (N, S, A, S), or the CSR values (N, nnz).
-        reward: (N, G, S, A).
-        log_reference: log μ, (N, G, S, A) float64, −inf where masked; (0,) when μ ≡ 1 everywhere.
-        discount: (N, G) float64.
-        temperature: (N, G) float64.
-        crow: (S·A + 1,) int64, or None for a dense transition.
-        col: (nnz,) int64, or None for a dense transition.
-        layout: how to get back to the batch axes of the caller.
-    """
+    transition: Tensor  # (N, S, A, S), or the CSR values (N, nnz)
+    crow: Tensor  # (S·A + 1,) int64; (0,) for a dense transition
+    col: Tensor  # (nnz,) int64; (0,) for a dense transition
+    reward: Tensor  # (N, G, S, A)
+    log_reference: Tensor  # log μ, (N, G, S, A) float64, −inf where masked; (0,) when μ ≡ 1
+    discount: Tensor  # (N, G) float64
+    temperature: Tensor  # (N, G) float64
+
+
+class Flat(NamedTuple):
+    """An MDP in normal form: the fields of `Data`, and how to get back to the caller's axes."""
 
     transition: Tensor
+    crow: Tensor
+    col: Tensor
     reward: Tensor
     log_reference: Tensor
     discount: Tensor
     temperature: Tensor
-    crow: Tensor | None
-    col: Tensor | None
     layout: Layout
 
     @property
+    def data(self) -> Data:
+        return Data(*self[:7])
+
+    @property
     def pattern(self) -> tuple[Tensor, Tensor]:
-        """crow and col as the ops take them: absent for a dense transition."""
-        if self.crow is None or self.col is None:
-            nothing = absent(torch.int64, self.reward)
-            return nothing, nothing
+        """crow and col."""
         return self.crow, self.col
 
     @property
@@ -208,13 +210,14 @@ def flatten(
         axes = layout(*batches.values())
     else:
         axes = _SINGLE
+    nothing = absent(torch.int64, reward)
     return Flat(
         transition=axes.shared(transition, event),
+        crow=nothing if crow is None else crow,
+        col=nothing if col is None else col,
         reward=axes.grouped(reward, 2),
         log_reference=axes.grouped(log_reference, 2) if has_reference else log_reference,
         discount=axes.scalar(discount, reward.device),
         temperature=axes.scalar(temperature, reward.device),
-        crow=crow,
-        col=col,
         layout=axes,
     )

@@ -1,57 +1,38 @@
 """One application of the soft Bellman operator (M1)-(M3): op, derivatives, vmap rule.
 
-Its first-order rules (`fold_cotangents`, `parameter_cotangents`, `backup_tangent`) serve the fixed
-point too: there only the cotangent of the value differs, by one adjoint solve.
+With P for P/σ, Q = r + γPV, TV = τ log Σ_a μ exp(Q/τ), A = Q − TV and H = −Σ_a π A/τ,
+
+    dQ = dr + dγ PV + γ (dP − P Σdp) V + γP dV,   dTV = Σ_a π (dQ + τ d log μ) + H dτ         (M10)
+    d log π = (dQ − dTV)/τ − A dτ/τ² + d log μ,   dπ = π d log π                              (M11)
+
+and transposed, from cotangents of V, Q − V, π and log π to those of the data:
+
+    s = π π̄ + (log π)‾,   Q̄ = Ā + s/τ,   λ = V̄ − Σ_a Q̄,   w = Q̄ + λπ = r̄                      (M11)
+    P̄ = γ w (V − PV)/σ,   γ̄ = Σ w PV,   (log μ)‾ = s + τλπ,   τ̄ = Σ λH − Σ sA/τ²             (M12)
+
+These rules serve the fixed point too: there only λ differs, by one adjoint solve.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from birl_ext.ops.backends import choice
+from birl_ext.ops.policy_solve import System
+from birl_ext.ops.request import AUTO, Data
 from birl_ext.ops.rows import Rows
 from birl_ext.ops.transforms import (
-    LIBRARY,
     Function,
-    are_plain,
-    below_autograd,
-    fold,
+    define,
     in_graph,
-    register_derivative,
-    to_lanes,
+    join_mapped_axis,
+    split_mapped_axis,
 )
 
-__all__ = ["bellman"]
-
-LIBRARY.define(
-    "bellman(Tensor transition, Tensor crow, Tensor col, Tensor reward, Tensor log_reference, "
-    "Tensor discount, Tensor temperature, Tensor value, int backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-@torch.library.register_fake("birl_ext::bellman")
-def _(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    reward: Tensor,
-    log_reference: Tensor,
-    discount: Tensor,
-    temperature: Tensor,
-    value: Tensor,
-    backend: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    advantage = reward.new_empty(reward.shape, dtype=torch.float64)
-    image = reward.new_empty(reward.shape[:-1], dtype=torch.float64)
-    return image, advantage, torch.empty_like(advantage), torch.empty_like(advantage)
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("bellman", choice.bellman, _key)
+__all__ = ["Cotangents", "Point", "bellman", "fold", "parameter_cotangents"]
 
 
 class Point(NamedTuple):
@@ -75,41 +56,72 @@ class Point(NamedTuple):
     def tau(self) -> Tensor:
         return self.temperature[..., None, None]
 
+    @property
+    def system(self) -> System:
+        """M = I − γP_π."""
+        return System(*self.rows[:3], self.policy, self.discount)
+
     def entropy(self) -> Tensor:
         """H(s) = −Σ_a π log(π/μ) = −Σ_a π·(Q − V)/τ, (N, G, S)."""
         return -(self.policy * self.advantage).sum(-1) / self.temperature.unsqueeze(-1)
 
 
 class Cotangents(NamedTuple):
-    """Cotangents of (advantage, log π) folded onto Q, V, τ and log μ."""
+    """Cotangents of V, Q, Q − V, π and log π folded onto Q, V, τ and log μ."""
 
     q: Tensor | None
     value: Tensor | None
     temperature: Tensor | None
     log_reference: Tensor | None
+    given: Tensor | None
+    """Of V, with what came for Q by way of V: before the actions took theirs."""
+
+    def source(self, point: Point) -> Tensor:
+        """v̄ = V̄ − Σ_a Q̄ + γPᵀQ̄, the right-hand side of the adjoint system, (N, G, S)."""
+        source = torch.zeros_like(point.value) if self.value is None else self.value
+        if self.q is None:
+            return source
+        return source + point.discount.unsqueeze(-1) * point.rows.pull(self.q * point.rows.scale())
 
 
-def fold_cotangents(
+def fold(
     point: Point,
     value_bar: Tensor | None,
+    q_bar: Tensor | None,
     advantage_bar: Tensor | None,
     policy_bar: Tensor | None,
     log_policy_bar: Tensor | None,
+    relative_bar: Tensor | None = None,
 ) -> Cotangents:
-    """Fold the cotangents of V, Q − V, π and log π into cotangents of Q and V (M11, transposed)."""
+    """Fold cotangents of the tables into those of Q and V (M11, transposed); `relative_bar` is of
+    the W of V = c + W alone.
+    """
+    if q_bar is not None:  # Q = (Q − V) + V
+        advantage_bar = _sum(advantage_bar, q_bar)
+        value_bar = _sum(value_bar, q_bar.sum(-1))
+    given, value_bar = value_bar, _sum(value_bar, relative_bar)
     score = log_policy_bar
     if policy_bar is not None:
-        through_log = point.policy * policy_bar
-        score = through_log if score is None else score + through_log
+        score = _sum(score, point.policy * policy_bar)
     q_bar, temperature_bar = advantage_bar, None
     if score is not None:
         scaled = score / point.tau
-        q_bar = scaled if q_bar is None else q_bar + scaled
+        q_bar = _sum(q_bar, scaled)
         temperature_bar = -(scaled * point.advantage).sum((-1, -2)) / point.temperature
     if q_bar is not None:
-        outflow = q_bar.sum(-1)
-        value_bar = -outflow if value_bar is None else value_bar - outflow
-    return Cotangents(q_bar, value_bar, temperature_bar, score)
+        value_bar = _sum(value_bar, -q_bar.sum(-1))
+    return Cotangents(q_bar, value_bar, temperature_bar, score, given)
+
+
+@overload
+def _sum(left: Tensor | None, right: Tensor) -> Tensor: ...
+@overload
+def _sum(left: Tensor | None, right: None) -> Tensor | None: ...
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Of cotangents, of which None is zero."""
+    if left is None:
+        return right
+    return left if right is None else left + right
 
 
 def parameter_cotangents(
@@ -144,15 +156,11 @@ def parameter_cotangents(
     return transition_bar, reference_bar, discount_bar, temperature_bar, weight
 
 
-def backup_tangent(
-    point: Point,
-    transition_dot: Tensor | None,
-    reward_dot: Tensor | None,
-    log_reference_dot: Tensor | None,
-    discount_dot: Tensor | None,
-    temperature_dot: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tangents of Q and of TV with V held fixed (M10, right-hand side), and 1/σ."""
+def backup_tangent(point: Point, data_dot: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Tangents of Q and of TV with V held fixed (M10, right-hand side), and 1/σ, from those of
+    `Data`, of which None is zero.
+    """
+    transition_dot, _, _, reward_dot, log_reference_dot, discount_dot, temperature_dot = data_dot
     scale = point.rows.scale()
     q_dot = torch.zeros_like(point.policy) if reward_dot is None else reward_dot.double()
     if transition_dot is not None or discount_dot is not None:
@@ -171,13 +179,9 @@ def backup_tangent(
     return q_dot, value_dot, scale
 
 
-def policy_tangent(
-    point: Point,
-    advantage_dot: Tensor,
-    log_reference_dot: Tensor | None,
-    temperature_dot: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def policy_tangent(point: Point, advantage_dot: Tensor, data_dot: Any) -> tuple[Tensor, Tensor]:
     """Tangents of π and log π (M11)."""
+    *_, log_reference_dot, _, temperature_dot = data_dot
     change = advantage_dot
     if temperature_dot is not None:
         change = change - temperature_dot[..., None, None] * point.advantage / point.tau
@@ -189,13 +193,6 @@ def policy_tangent(
 
 class Bellman(Function):
     """(TV, Q − TV, π, log π) at a given V. Shapes as in `bellman`."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        if are_plain(args[:8]):
-            return choice.bellman(*args)
-        outputs: tuple[Tensor, ...] = below_autograd("bellman", *args)
-        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -217,45 +214,22 @@ class Bellman(Function):
         if all(bar is None for bar in bars):
             return (None,) * 9
         point = Bellman._point(ctx)
-        folded = fold_cotangents(point, *bars)
+        value_bar, *tables = bars
+        folded = fold(point, value_bar, None, *tables)
         flow = torch.zeros_like(point.value) if folded.value is None else folded.value
         needs = tuple(ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
-        transition_bar, reference_bar, discount_bar, temperature_bar, weight = parameter_cotangents(
-            point, folded, flow, needs
-        )
+        transition_bar, *others, weight = parameter_cotangents(point, folded, flow, needs)
         value_bar = None
         if ctx.needs_input_grad[7]:
             value_bar = point.discount.unsqueeze(-1) * point.rows.pull(weight * point.rows.scale())
         reward_bar = weight.to(point.rows.data.dtype) if ctx.needs_input_grad[3] else None
-        return (
-            transition_bar,
-            None,
-            None,
-            reward_bar,
-            reference_bar,
-            discount_bar,
-            temperature_bar,
-            value_bar,
-            None,
-        )
+        return transition_bar, None, None, reward_bar, *others, value_bar, None
 
     @staticmethod
     def jvp(ctx: Any, *dots: Any) -> tuple[Tensor, ...]:
-        (
-            transition_dot,
-            _,
-            _,
-            reward_dot,
-            reference_dot,
-            discount_dot,
-            temperature_dot,
-            value_dot,
-            _,
-        ) = dots
+        data_dot, value_dot = Data(*dots[:7]), dots[7]
         point = Bellman._point(ctx)
-        q_dot, next_dot, scale = backup_tangent(
-            point, transition_dot, reward_dot, reference_dot, discount_dot, temperature_dot
-        )
+        q_dot, next_dot, scale = backup_tangent(point, data_dot)
         if value_dot is not None:
             carried = point.gamma * point.rows.apply(value_dot) * scale
             q_dot = q_dot + carried
@@ -264,31 +238,27 @@ class Bellman(Function):
         return (
             next_dot,
             advantage_dot,
-            *policy_tangent(point, advantage_dot, reference_dot, temperature_dot),
+            *policy_tangent(point, advantage_dot, data_dot),
         )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        lanes, axis = fold(args[:8], in_dims[:8], info.batch_size)
-        return to_lanes(Bellman.apply(*lanes, args[8]), axis, info.batch_size)
+        mapped, axis = join_mapped_axis(args[:8], in_dims[:8], info.batch_size)
+        return split_mapped_axis(Bellman.apply(*mapped, args[8]), axis, info.batch_size)
 
 
-register_derivative("bellman", Bellman)
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    reward = args[3]
+    tables = [reward.new_empty(reward.shape, dtype=torch.float64) for _ in range(3)]
+    return reward.new_empty(reward.shape[:-1], dtype=torch.float64), *tables
+
+
+define(Bellman, choice.bellman, _fake, Data, {"value": Tensor, "backend": int}, results=4)
 
 
 @in_graph
 def bellman(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    reward: Tensor,
-    log_reference: Tensor,
-    discount: Tensor,
-    temperature: Tensor,
-    value: Tensor,
-    backend: int,
+    data: Data, value: Tensor, backend: int = AUTO
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """TV (N, G, S) and Q − TV, π, log π (N, G, S, A), all float64, at value (N, G, S)."""
-    return Bellman.apply(
-        transition, crow, col, reward, log_reference, discount, temperature, value, backend
-    )
+    return Bellman.apply(*data, value, backend)

@@ -6,21 +6,24 @@ arithmetic. Whatever is unusual returns None here and goes there.
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from birl_ext.ops.backends import choice, loader, native
+from birl_ext.ops.backends import loader, native
+from birl_ext.ops.request import AUTO
 from birl_ext.ops.solve import Saved, pull_back, resolved
-from birl_ext.ops.transforms import PLAIN, are_ordinary, is_first_order, nobody_listens
+from birl_ext.ops.transforms import ORDINARY, are_ordinary, is_first_order, nobody_listens
 from birl_ext.solution import Info
 
 __all__ = ["solve"]
 
 
-class PlainSolve(torch.autograd.Function):
+class SolveFast(torch.autograd.Function):
     """`ops.solve.Solve` at numbers γ and τ; after the outputs, how many problems failed.
 
     Never mapped and never dual: it has a backward only.
@@ -31,57 +34,56 @@ class PlainSolve(torch.autograd.Function):
         ctx: Any,
         reward: Tensor,
         transition: Tensor,
-        discount: float,
-        temperature: float,
+        numbers: array[float],
         validate: int,
     ) -> tuple[Any, ...]:
-        outputs, failed = native.solve_plain(
-            reward, transition, discount, temperature, validate, derivable=True
-        )
+        outputs, failed = native.solve_fast(reward, transition, numbers, validate, derivable=True)
         _, _, advantage, policy, _, info, status, relative = outputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(info, status)
         ctx.save_for_backward(transition, relative, advantage, policy, info, status)
-        ctx.scalars = discount, temperature
+        ctx.numbers = numbers
         return (*outputs, failed)
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
         bars = (*bars[:5], bars[7], None)
-        if all(bar is None for bar in bars):
-            return (None,) * 5
         bars = resolved(bars)
-        saved, (discount, temperature) = ctx.saved_tensors, ctx.scalars
+        given = [bar for bar in bars if bar is not None]
+        if not given:
+            return (None,) * 4
+        saved = ctx.saved_tensors
         wanted, needed = ctx.needs_input_grad[:2]
         needs = (needed, wanted, False, False, False)
-        # what was saved was plain; what arrives may be mapped, negated lazily, …
-        plain = bars[5] is None and is_first_order()
-        if plain and are_ordinary([bar for bar in bars if bar is not None]):
+        # what was saved was ordinary; what arrives may be mapped, negated lazily, …
+        if bars[5] is None and is_first_order() and are_ordinary(given):
             transition_bar, reward_bar, *_ = native.solve_vjp(
-                saved[0],
-                None,
-                None,
-                discount,
-                temperature,
+                (saved[0], None, None),
+                ctx.numbers,
                 saved[1:],
                 [None if bar is None else bar.contiguous() for bar in bars[:5]],
                 needs,
             )
         else:
-            transition_bar, reward_bar = _general(saved, (discount, temperature), bars, needs)
-        return (reward_bar, transition_bar, None, None, None)
+            transition_bar, reward_bar = _general(saved, ctx.numbers, bars, needs)
+        return (reward_bar, transition_bar, None, None)
+
+
+# Past torch's own `apply`, which binds the signature of `forward` at every call.
+_apply: Any = super(torch.autograd.Function, SolveFast).apply
 
 
 def _general(
     tensors: Sequence[Tensor],
-    scalars: tuple[float, float],
+    numbers: array[float],
     bars: Sequence[Tensor | None],
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The rule in operations that can be differentiated again, in the normal form (N, 1)."""
     transition, relative, advantage, policy, info, status = tensors
     discount, temperature = (
-        torch.full((status.numel(), 1), number, dtype=torch.float64) for number in scalars
+        torch.full((status.numel(), 1), number, dtype=torch.float64)
+        for number in (numbers[0], numbers[-1])
     )
     nothing = torch.empty(0, dtype=torch.int64)
     states, actions = policy.shape[-2:]
@@ -99,35 +101,27 @@ def _general(
         status,
         info[..., Info.OFFSET],
     )
-    transition_bar, reward_bar, *_ = pull_back(saved, bars, needs, choice.AUTO)
+    transition_bar, reward_bar, *_ = pull_back(saved, bars, needs, AUTO)
     return (
         None if transition_bar is None else transition_bar.reshape(transition.shape),
         None if reward_bar is None else reward_bar.reshape(policy.shape),
     )
 
 
-class FastSolve(NamedTuple):
-    """What `ops.solve.solve` returns, how many problems failed, and of which data."""
-
-    outputs: tuple[Tensor, ...]
-    failed: int
-    reward: Tensor
-    transition: Tensor
-
-
 def solve(
     reward: Any, transition: Any, discount: Any, temperature: Any, validate: int
-) -> FastSolve | None:
-    """V, Q, Q − V, π, log π, info and status; None unless everything is plain.
+) -> tuple[tuple[Tensor, ...], int] | None:
+    """V, Q, Q − V, π, log π, info and status, and how many problems failed; None unless everything
+    is ordinary.
 
-    Plain are: strided, contiguous CPU tensors (*B, S, A) and (*B, S, A, S) of float32 or float64
+    Ordinary are: strided, contiguous CPU tensors (*B, S, A) and (*B, S, A, S) of float32 or float64
     with the same batch axes, numbers γ and τ in range, eager mode, and a compiled module.
     """
     if type(temperature) is int and temperature < 2**53:
         temperature = float(temperature)
     if not (
-        type(reward) in PLAIN
-        and type(transition) in PLAIN
+        type(reward) in ORDINARY
+        and type(transition) in ORDINARY
         and type(discount) is float
         and type(temperature) is float
         and 0.0 <= discount < 1.0
@@ -153,11 +147,9 @@ def solve(
         and loader.available("cpu")
     ):
         return None
+    numbers = native.for_all(math.prod(shape[:-2]), discount, temperature)
     if torch.is_grad_enabled() and (reward.requires_grad or transition.requires_grad):
-        apply: Any = super(torch.autograd.Function, PlainSolve).apply
-        *outputs, failed = apply(reward, transition, discount, temperature, validate)
-        return FastSolve(tuple(outputs[:7]), failed, reward, transition)
-    outputs, failed = native.solve_plain(
-        reward, transition, discount, temperature, validate, derivable=False
-    )
-    return FastSolve(outputs[:7], failed, reward, transition)
+        *outputs, failed = _apply(reward, transition, numbers, validate)
+        return tuple(outputs[:7]), failed
+    outputs, failed = native.solve_fast(reward, transition, numbers, validate, derivable=False)
+    return outputs[:7], failed

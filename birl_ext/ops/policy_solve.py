@@ -6,7 +6,14 @@ large constant and a small remainder, and one number for both would round the re
 which a sum over its right-hand side only has up to rounding (M20). D is the largest entry of d and
 κ = d/D: where every row continues D = 1 − γ and κ = 1, and no derivative of κ is left.
 
-Each derivative of either system is again a system of the two kinds.
+Each derivative of either system is again a system of the two kinds. With P for P/σ, `push` has
+
+    MW + κg = b,   M dW + κ dg = db − dM W − dκ g,   dM = −Σ_a (dγ πP + γ dπ P + γπ dP),
+    b̄ = λ with Mᵀλ = W̄ and Σκλ = ḡ,   P̄ = γπλ (W − PW)/σ,
+    π̄ = γλ PW − gλ ∂κ/∂π,   γ̄ = Σ λ P_π W − Σ gλ ∂κ/∂γ,
+
+and `flow`, whose unknown is that λ, has b̄ = W and m̄ = g with MW + κg = λ̄, and
+the other cotangents as there. π sums to one, and its tangents to zero.
 """
 
 from __future__ import annotations
@@ -18,19 +25,17 @@ from torch import Tensor
 
 from birl_ext.ops.backends import choice
 from birl_ext.ops.backends.native import LARGEST_CONDITION, check_condition
+from birl_ext.ops.request import AUTO
 from birl_ext.ops.rows import Rows
 from birl_ext.ops.transforms import (
-    LIBRARY,
     Function,
-    are_plain,
-    below_autograd,
-    fold,
+    define,
     in_graph,
-    register_derivative,
-    to_lanes,
+    join_mapped_axis,
+    split_mapped_axis,
 )
 
-__all__ = ["Exits", "Flow", "Push", "discounted_sum", "discounted_visits"]
+__all__ = ["Exits", "Flow", "Push", "System", "discounted_sum", "discounted_visits"]
 
 
 class Exits(NamedTuple):
@@ -82,35 +87,32 @@ class Exits(NamedTuple):
         )
 
 
-class _System(NamedTuple):
-    """M of N·G problems; vectors are (N, G, K, S), numbers for each of them (N, G, K)."""
+class System(NamedTuple):
+    """M of N·G problems, as the ops take it; vectors are (N, G, K, S), numbers for each of them
+    (N, G, K).
+    """
 
-    rows: Rows
-    policy: Tensor
-    discount: Tensor
-    backend: int
+    transition: Tensor  # as in Rows
+    crow: Tensor
+    col: Tensor
+    policy: Tensor  # (N, G, S, A)
+    discount: Tensor  # (N, G)
 
-    @classmethod
-    def of(cls, tensors: tuple[Any, ...], backend: int) -> _System:
-        transition, crow, col, policy, discount = tensors
-        states, actions = policy.shape[-2:]
-        rows = Rows(transition, crow, col, states, actions)
-        return cls(rows, policy, discount, backend)
+    @property
+    def rows(self) -> Rows:
+        return Rows(*self[:3], *self.policy.shape[-2:])
 
-    def exits(self, scale: Tensor) -> Exits:
-        return Exits.of(scale, self.policy, self.discount)
+    def exits(self) -> Exits:
+        return Exits.of(self.rows.scale(), self.policy, self.discount)
 
-    def solve(self, rhs: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
+    def solve(self, rhs: Tensor, transpose: bool, backend: int = AUTO) -> tuple[Tensor, Tensor]:
         """M⁻¹b or M⁻ᵀb in one number each, and its residual."""
-        rows = self.rows
-        return choice.policy_solve(
-            rows.data, rows.crow, rows.col, self.policy, self.discount, rhs, transpose, self.backend
-        )
+        return choice.policy_solve(self.rows, self.policy, self.discount, rhs, transpose, backend)
 
     def moves(self) -> tuple[Tensor, Tensor, Tensor]:
         """1/σ, and of κ the derivatives with respect to γ (N, G, S) and to π (N, G, S, A)."""
         scale = self.rows.scale()
-        exits = self.exits(scale)
+        exits = Exits.of(scale, self.policy, self.discount)
         largest = exits.largest
         by_discount = (exits.stopping - exits.most.unsqueeze(-1)) / largest.square().unsqueeze(-1)
         slope = (self.discount / largest)[..., None, None]
@@ -167,7 +169,7 @@ class _System(NamedTuple):
         if transition_dot is not None:
             rows_dot = self.rows.with_data(transition_dot)
             drift = (rows_dot.sums() * scale).unsqueeze(2)
-            going = self._replace(rows=rows_dot)
+            going = self._replace(transition=transition_dot)
             if transpose:
                 weight = gamma.unsqueeze(2) * pi * visits
                 moved = moved + going.pull(scale, weight) - self.pull(scale, weight * drift)
@@ -207,38 +209,16 @@ def _why(slow: Tensor, slow_residual: Tensor, residual: Tensor) -> Tensor:
 LIMITS = {1: (LARGEST_CONDITION, LARGEST_CONDITION, 1e-6), 2: (1e2, 1e3, 1e-3)}
 PROBES = torch.tensor([12.9898, 78.233, 37.719, 4.581], dtype=torch.float64)  # incommensurable
 
-LIBRARY.define(
-    "push(Tensor transition, Tensor crow, Tensor col, Tensor policy, Tensor discount, "
-    "Tensor rhs, int order, int backend) -> (Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    "flow(Tensor transition, Tensor crow, Tensor col, Tensor policy, Tensor discount, "
-    "Tensor rhs, Tensor mass, int order, int backend) -> (Tensor, Tensor)"
-)
-
-
-@torch.library.register_fake("birl_ext::push")
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rhs = args[5]
-    numbers = rhs.new_empty(rhs.shape[:-1])
-    return rhs.new_empty(rhs.shape), numbers, torch.empty_like(numbers)
-
-
-@torch.library.register_fake("birl_ext::flow")
-def _(*args: Any) -> tuple[Tensor, Tensor]:
-    rhs = args[5]
-    return rhs.new_empty(rhs.shape), rhs.new_empty(rhs.shape[:-1])
-
 
 def _push(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, rhs, order, backend = args
-    system = _System.of(tuple(tensors), backend)
-    exits = system.exits(system.rows.scale())
+    system = System(*tensors)
+    exits = system.exits()
     share = exits.share().unsqueeze(2)
-    slow, slow_residual = system.solve(_ones(rhs), True)
-    _check_condition(system, slow, share, order)
+    slow, slow_residual = system.solve(_ones(rhs), True, backend)
+    _check_condition(system, slow, share, order, backend)
     level = (slow * rhs).sum(-1) / (slow * share).sum(-1)
-    x, residual = system.solve(rhs - level.unsqueeze(-1) * share, False)
+    x, residual = system.solve(rhs - level.unsqueeze(-1) * share, False, backend)
     # where the process is most, W is zero: at a state that matters to the others
     busiest = slow.abs().argmax(-1, keepdim=True).expand(*x.shape[:-1], 1)
     middle = x.gather(-1, busiest)
@@ -246,7 +226,7 @@ def _push(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x - middle, gain, _why(slow, slow_residual, residual)
 
 
-def _check_condition(system: _System, slow: Tensor, share: Tensor, order: int) -> None:
+def _check_condition(system: System, slow: Tensor, share: Tensor, order: int, backend: int) -> None:
     """Warn where arbitrary right-hand sides without mass have an answer out of all proportion."""
     if order not in LIMITS or slow.is_cuda:
         return
@@ -257,10 +237,10 @@ def _check_condition(system: _System, slow: Tensor, share: Tensor, order: int) -
     place = torch.arange(1, slow.shape[-1] + 1, dtype=torch.float64)
     probe = (PROBES.unsqueeze(-1) * place).sin()
     probe = (probe - probe.mean(-1, keepdim=True)).expand(*slow.shape[:2], -1, -1)
-    x, _ = system.solve(probe, True)
+    x, _ = system.solve(probe, True, backend)
     x = x - (share * x).sum(-1, keepdim=True) / (share * slow).sum(-1, keepdim=True) * slow
     condition = (x.abs().sum(3) / probe.abs().sum(3).clamp(min=1e-300)).amax(2)
-    ending = system.exits(system.rows.scale()).most > 0
+    ending = system.exits().most > 0
     largest = torch.where(ending, ends, lasts).flatten()
     condition = condition.nan_to_num(0.0).flatten()
     worst = int((condition / largest).argmax())
@@ -269,11 +249,11 @@ def _check_condition(system: _System, slow: Tensor, share: Tensor, order: int) -
 
 def _flow(*args: Any) -> tuple[Tensor, Tensor]:
     *tensors, rhs, mass, order, backend = args
-    system = _System.of(tuple(tensors), backend)
-    share = system.exits(system.rows.scale()).share().unsqueeze(2)
-    both, residual = system.solve(torch.cat([rhs, _ones(rhs)], 2), True)
+    system = System(*tensors)
+    share = system.exits().share().unsqueeze(2)
+    both, residual = system.solve(torch.cat([rhs, _ones(rhs)], 2), True, backend)
     x, slow = both[:, :, :-1], both[:, :, -1:]
-    _check_condition(system, slow, share, order)
+    _check_condition(system, slow, share, order, backend)
     # What is nowhere negative has its digits entry by entry, zeros too: only its size is set.
     total = (share * x).sum(-1)
     positive = (rhs >= 0).all(-1) & (mass > 0) & (total > 0)
@@ -281,11 +261,6 @@ def _flow(*args: Any) -> tuple[Tensor, Tensor]:
     left = mass - total
     step = left / (share * along).sum(-1)
     return x + step.unsqueeze(-1) * along, _why(slow, residual[:, :, -1:], residual[:, :, :-1])
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("push", _push, _key)
-    LIBRARY.impl("flow", _flow, _key)
 
 
 class Push(Function):
@@ -296,13 +271,6 @@ class Push(Function):
     none: what its condition may be depends on it. W + k with g − kD is the same solution: what is
     made of the two must not tell them apart. π sums to one, and its tangents to zero.
     """
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        if are_plain(args[:6]):
-            return _push(*args)
-        outputs: tuple[Tensor, ...] = below_autograd("push", *args)
-        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -321,7 +289,7 @@ class Push(Function):
             return (None,) * 8
         x_bar = torch.zeros_like(x) if x_bar is None else x_bar
         gain_bar = torch.zeros_like(gain) if gain_bar is None else gain_bar
-        system = _System.of(tuple(tensors), ctx.backend)
+        system = System(*tensors)
         rhs_bar, _ = Flow.apply(*tensors, x_bar, gain_bar, ctx.order + 1, ctx.backend)
         needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4))
         transition_bar, policy_bar, discount_bar = system.cotangents(rhs_bar, x, gain, needs)
@@ -331,7 +299,7 @@ class Push(Function):
     def jvp(ctx: Any, *dots: Any) -> tuple[Tensor, Tensor, None]:
         *tensors, x, gain = ctx.saved_tensors
         rhs = torch.zeros_like(x) if dots[5] is None else dots[5]
-        system = _System.of(tuple(tensors), ctx.backend)
+        system = System(*tensors)
         moved = system.tangents(dots[:5], x, False)
         if moved is not None:
             rhs = rhs + moved[0] - gain.unsqueeze(-1) * moved[1].unsqueeze(2)
@@ -351,13 +319,6 @@ class Flow(Function):
     """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        if are_plain(args[:7]):
-            return _flow(*args)
-        outputs: tuple[Tensor, ...] = below_autograd("flow", *args)
-        return outputs
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, _, _, ctx.order, ctx.backend = inputs
         ctx.set_materialize_grads(False)
@@ -370,7 +331,7 @@ class Flow(Function):
         *tensors, x = ctx.saved_tensors
         if x_bar is None:
             return (None,) * 9
-        system = _System.of(tuple(tensors), ctx.backend)
+        system = System(*tensors)
         rhs_bar, gain, _ = Push.apply(*tensors, x_bar, ctx.order + 1, ctx.backend)
         needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4))
         transition_bar, policy_bar, discount_bar = system.cotangents(x, rhs_bar, gain, needs)
@@ -381,7 +342,7 @@ class Flow(Function):
         *tensors, x = ctx.saved_tensors
         rhs = torch.zeros_like(x) if dots[5] is None else dots[5]
         mass = torch.zeros_like(x[..., 0]) if dots[6] is None else dots[6]
-        system = _System.of(tuple(tensors), ctx.backend)
+        system = System(*tensors)
         moved = system.tangents(dots[:5], x, True)
         if moved is not None:
             rhs = rhs + moved[0]
@@ -392,10 +353,6 @@ class Flow(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         return _mapped(Flow, info.batch_size, in_dims, args, sides=2)
-
-
-register_derivative("push", Push)
-register_derivative("flow", Flow)
 
 
 def _mapped(
@@ -415,40 +372,34 @@ def _mapped(
         return tuple(x.unflatten(2, (size, x.shape[2] // size)) for x in outputs), (2,) * len(
             outputs
         )
-    lanes, axis = fold(tensors, dims[: 5 + sides], size)
-    return to_lanes(rule.apply(*lanes, *options), axis, size)
+    mapped, axis = join_mapped_axis(tensors, dims[: 5 + sides], size)
+    return split_mapped_axis(rule.apply(*mapped, *options), axis, size)
+
+
+def _like_push(*args: Any) -> tuple[Tensor, ...]:
+    rhs = args[5]
+    return rhs.new_empty(rhs.shape), *(rhs.new_empty(rhs.shape[:-1]) for _ in range(2))
+
+
+def _like_flow(*args: Any) -> tuple[Tensor, ...]:
+    return _like_push(*args)[:2]
+
+
+_OPTIONS: dict[str, type] = {"order": int, "backend": int}
+define(Push, _push, _like_push, System, {"rhs": Tensor}, _OPTIONS, results=3)
+define(Flow, _flow, _like_flow, System, {"rhs": Tensor, "mass": Tensor}, _OPTIONS, results=2)
 
 
 @in_graph
-def discounted_sum(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    policy: Tensor,
-    discount: Tensor,
-    rhs: Tensor,
-    backend: int,
-) -> tuple[Tensor, Tensor]:
+def discounted_sum(system: System, rhs: Tensor, backend: int = AUTO) -> tuple[Tensor, Tensor]:
     """M⁻¹b (N, G, K, S) and its residual (N, G, K)."""
-    tensors = (transition, crow, col, policy, discount)
-    x, gain, residual = Push.apply(*tensors, rhs, 0, backend)
-    exits = Exits.of(Rows(*tensors[:3], *policy.shape[-2:]).scale(), policy, discount)
-    return x + (gain / exits.largest.unsqueeze(-1)).unsqueeze(-1), residual
+    x, gain, residual = Push.apply(*system, rhs, 0, backend)
+    return x + (gain / system.exits().largest.unsqueeze(-1)).unsqueeze(-1), residual
 
 
 @in_graph
-def discounted_visits(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    policy: Tensor,
-    discount: Tensor,
-    start: Tensor,
-    backend: int,
-) -> tuple[Tensor, Tensor]:
+def discounted_visits(system: System, start: Tensor, backend: int = AUTO) -> tuple[Tensor, Tensor]:
     """(1 − γ)M⁻ᵀρ (N, G, K, S) and its residual (N, G, K)."""
-    tensors = (transition, crow, col, policy, discount)
-    exits = Exits.of(Rows(*tensors[:3], *policy.shape[-2:]).scale(), policy, discount)
-    rhs = (1 - discount)[..., None, None] * start
-    mass = exits.rest().unsqueeze(-1) * start.sum(-1)
-    return Flow.apply(*tensors, rhs, mass, 0, backend)
+    rhs = (1 - system.discount)[..., None, None] * start
+    mass = system.exits().rest().unsqueeze(-1) * start.sum(-1)
+    return Flow.apply(*system, rhs, mass, 0, backend)

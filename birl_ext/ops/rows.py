@@ -14,19 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Data", "Rows", "widened"]
-
-
-class Data(NamedTuple):
-    """What every op is given first, in normal form; an empty tensor stands for what is absent."""
-
-    transition: Tensor  # (N, S, A, S), or CSR values (N, nnz)
-    crow: Tensor
-    col: Tensor
-    reward: Tensor  # (N, G, S, A)
-    log_reference: Tensor  # (N, G, S, A), −inf where masked
-    discount: Tensor  # (N, G)
-    temperature: Tensor  # (N, G)
+__all__ = ["Rows", "widened"]
 
 
 class Rows(NamedTuple):
@@ -41,6 +29,11 @@ class Rows(NamedTuple):
     @property
     def dense(self) -> bool:
         return self.data.dim() == 4
+
+    @property
+    def model(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a compiled module is given of it."""
+        return self.data.contiguous(), self.crow, self.col
 
     @property
     def longest(self) -> int:

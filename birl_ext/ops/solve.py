@@ -14,66 +14,25 @@ from birl_ext.ops.backends import choice
 from birl_ext.ops.bellman import (
     Point,
     backup_tangent,
-    fold_cotangents,
+    fold,
     parameter_cotangents,
     policy_tangent,
 )
 from birl_ext.ops.policy_solve import Exits, Flow, Push
+from birl_ext.ops.request import Data, Settings
 from birl_ext.ops.rows import Rows, widened
 from birl_ext.ops.transforms import (
-    LIBRARY,
     Function,
     are_ordinary,
-    are_plain,
-    below_autograd,
-    fold,
+    define,
     in_graph,
     is_first_order,
-    register_derivative,
-    to_lanes,
+    join_mapped_axis,
+    split_mapped_axis,
 )
 from birl_ext.solution import info_table
 
 __all__ = ["Saved", "pull_back", "solve"]
-
-LIBRARY.define(
-    "solve(Tensor transition, Tensor crow, Tensor col, Tensor reward, Tensor log_reference, "
-    "Tensor discount, Tensor temperature, Tensor initial, SymInt[] batch, int method, "
-    "float tol, int max_iterations, int validate, bool strict, int backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-@torch.library.register_fake("birl_ext::solve")
-def _(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    reward: Tensor,
-    log_reference: Tensor,
-    discount: Tensor,
-    temperature: Tensor,
-    initial: Tensor,
-    batch: Sequence[int],
-    method: int,
-    tol: float,
-    max_iterations: int,
-    validate: int,
-    strict: bool,
-    backend: int,
-) -> tuple[Tensor, ...]:
-    states, actions = reward.shape[-2:]
-
-    def new(*event: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return reward.new_empty((*batch, *event), dtype=dtype)
-
-    tables = tuple(new(states, actions, dtype=reward.dtype) for _ in range(4))
-    info = info_table(batch, states, reward.device)
-    return new(states), *tables, info, new(dtype=torch.int64), new(states), new()
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("solve", choice.solve, _key)
 
 
 class Saved(NamedTuple):
@@ -115,7 +74,7 @@ class Saved(NamedTuple):
 
 def resolved(tensors: Sequence[Any]) -> tuple[Any, ...]:
     """Lazily negated tensors as ordinary ones: the compiled code and its bits are for those."""
-    return tuple(None if tensor is None else tensor.resolve_neg() for tensor in tensors)
+    return tuple([None if tensor is None else tensor.resolve_neg() for tensor in tensors])
 
 
 def pull_back(
@@ -129,45 +88,37 @@ def pull_back(
 
     One compiled call where nothing is to be derived from it again, else differentiable operations.
 
-        v̄ = V̄ + W̄ + Σ_a (γPᵀĀ − Ā),   m = (ΣV̄ + c̄)/D − Σ Ā (1 − γσ)/D,   Mᵀλ = v̄,   Σκλ = m
+        v̄ = V̄ + W̄ + Σ_a (γPᵀQ̄ − Q̄),   m = (ΣV̄ + c̄)/D − Σ Q̄ (1 − γσ)/D,   Mᵀλ = v̄,   Σκλ = m
 
-    with Ā what the tables make of the cotangent of Q − V, and (D, κ) of `Exits`.
+    with Q̄ of `fold` and (D, κ) of `Exits`; what λ then gives is (M12), see `ops.bellman`.
     """
     bars, saved = resolved(bars), Saved(*resolved(saved))
-    plain = is_first_order() and are_ordinary([*saved, *(bar for bar in bars if bar is not None)])
+    direct = is_first_order() and are_ordinary([*saved, *(bar for bar in bars if bar is not None)])
     *tables, relative_bar, constant_bar = bars
-    if plain and relative_bar is None and constant_bar is None:
+    if direct and relative_bar is None and constant_bar is None:
         wanted = choice.solve_vjp(saved, tables, needs, backend)
         if wanted is not None:
             return wanted
     point, exits, trust = saved.point()
-    if plain:
+    if direct:
         point = point._replace(rows=choice.first_order(point.rows, backend))
     shape = point.policy.shape
-    value_bar = None if bars[0] is None else bars[0].reshape(shape[:-1])
+    value_bar, relative_bar = (
+        None if bar is None else bar.reshape(shape[:-1]) for bar in (bars[0], relative_bar)
+    )
     q_bar, advantage_bar, policy_bar, log_policy_bar = (
         None if bar is None else bar.reshape(shape).double() for bar in tables[1:]
     )
-    if q_bar is not None:  # Q = (Q − V) + V
-        advantage_bar = q_bar if advantage_bar is None else advantage_bar + q_bar
-        inflow = q_bar.sum(-1)
-        value_bar = inflow if value_bar is None else value_bar + inflow
-    asked = torch.zeros_like(point.discount) if value_bar is None else value_bar.sum(-1)
+    folded = fold(point, value_bar, q_bar, advantage_bar, policy_bar, log_policy_bar, relative_bar)
+    asked = torch.zeros_like(point.discount) if folded.given is None else folded.given.sum(-1)
     if constant_bar is not None:
         asked = asked + constant_bar.reshape(asked.shape)
-    if relative_bar is not None:
-        own = relative_bar.reshape(shape[:-1])
-        value_bar = own if value_bar is None else value_bar + own
-    folded = fold_cotangents(point, value_bar, advantage_bar, policy_bar, log_policy_bar)
-    source = torch.zeros_like(point.value) if folded.value is None else folded.value
-    mass = asked / exits.largest
+    source, mass = folded.source(point), asked / exits.largest
     if folded.q is not None:
-        pulled = point.rows.pull(folded.q * point.rows.scale())
-        source = source + point.discount.unsqueeze(-1) * pulled
         mass = mass - (folded.q * exits.leave()).sum((-1, -2))
     mass = (mass.unsqueeze(-1) * trust).squeeze(-1)
     flow, _ = Flow.apply(
-        *_system(point), (source * trust).unsqueeze(2), mass.unsqueeze(2), 1, backend
+        *point.system, (source * trust).unsqueeze(2), mass.unsqueeze(2), 1, backend
     )
     transition_bar, reference_bar, discount_bar, temperature_bar, weight = parameter_cotangents(
         point, folded, flow.squeeze(2), (needs[0], needs[2], needs[3], needs[4])
@@ -176,11 +127,6 @@ def pull_back(
         discount_bar = discount_bar + asked * saved.constant.reshape(asked.shape) / exits.largest
     reward_bar = weight.to(point.rows.data.dtype) if needs[1] else None
     return transition_bar, reward_bar, reference_bar, discount_bar, temperature_bar
-
-
-def _system(point: Point) -> tuple[Tensor, ...]:
-    rows = point.rows
-    return rows.data, rows.crow, rows.col, point.policy, point.discount
 
 
 class Solve(Function):
@@ -193,22 +139,16 @@ class Solve(Function):
     """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        if are_plain(args[:8]):
-            return choice.solve(*args)
-        outputs: tuple[Tensor, ...] = below_autograd("solve", *args)
-        return outputs
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        transition, crow, col, _, _, discount, temperature, _, ctx.batch, *_, ctx.backend = inputs
+        data, settings = Data(*inputs[:7]), Settings(*inputs[8:])
+        ctx.batch, ctx.backend = settings.batch, settings.backend
         _, _, advantage, policy, _, info, status, relative, constant = output
         saved = Saved(
-            transition,
-            crow,
-            col,
-            discount,
-            temperature,
+            data.transition,
+            data.crow,
+            data.col,
+            data.discount,
+            data.temperature,
             relative,
             advantage,
             policy,
@@ -233,28 +173,22 @@ class Solve(Function):
 
     @staticmethod
     def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
-        transition_dot, _, _, reward_dot, reference_dot, discount_dot, temperature_dot = inputs[:7]
+        data_dot = Data(*inputs[:7])
         saved = Saved(*ctx.saved_tensors)
         point, exits, trust = saved.point()
-        q_dot, source, scale = backup_tangent(
-            point, transition_dot, reward_dot, reference_dot, discount_dot, temperature_dot
-        )
-        columns, gains, _ = Push.apply(
-            *_system(point), (source * trust).unsqueeze(2), 1, ctx.backend
-        )
+        q_dot, source, scale = backup_tangent(point, data_dot)
+        columns, gains, _ = Push.apply(*point.system, (source * trust).unsqueeze(2), 1, ctx.backend)
         relative_dot, gain = columns.squeeze(2), gains.squeeze(2)
         ahead = point.gamma * point.rows.apply(relative_dot) * scale
         advantage_dot = q_dot + ahead - relative_dot.unsqueeze(-1)
         advantage_dot = advantage_dot - gain[..., None, None] * exits.leave()
         constant_dot = gain / exits.largest
-        if discount_dot is not None:
+        if (discount_dot := data_dot.discount) is not None:
             constant = saved.constant.reshape(gain.shape)
             constant_dot = constant_dot + discount_dot * constant / exits.largest
         value_dot = relative_dot + constant_dot.unsqueeze(-1)
         q_dot = advantage_dot + value_dot.unsqueeze(-1)
-        policy_dot, log_policy_dot = policy_tangent(
-            point, advantage_dot, reference_dot, temperature_dot
-        )
+        policy_dot, log_policy_dot = policy_tangent(point, advantage_dot, data_dot)
         tables = (q_dot, advantage_dot, policy_dot, log_policy_dot)
         dots = (value_dot, *(dot.to(point.rows.data.dtype) for dot in tables))
         dots = (*dots, None, None, relative_dot, constant_dot)
@@ -262,58 +196,38 @@ class Solve(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        lanes, axis = fold(args[:8], in_dims[:8], info.batch_size)
-        batch, *options = args[8:]
-        merged = Solve.apply(*lanes, tuple(lanes[5].shape), *options)
-        outputs, _ = to_lanes(merged, axis, info.batch_size)
+        mapped, axis = join_mapped_axis(args[:8], in_dims[:8], info.batch_size)
+        settings = Settings(*args[8:])
+        merged = Solve.apply(*mapped, *settings._replace(batch=tuple(mapped[5].shape)))
+        outputs, _ = split_mapped_axis(merged, axis, info.batch_size)
         own = tuple(
-            x.movedim(axis, 0).reshape((info.batch_size, *batch, *x.shape[3:])) for x in outputs
+            x.movedim(axis, 0).reshape((info.batch_size, *settings.batch, *x.shape[3:]))
+            for x in outputs
         )
         return own, (0,) * len(own)
 
 
-register_derivative("solve", Solve)
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    reward, batch = Data(*args[:7]).reward, Settings(*args[8:]).batch
+    states, actions = reward.shape[-2:]
+
+    def new(*event: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return reward.new_empty((*batch, *event), dtype=dtype)
+
+    tables = tuple(new(states, actions, dtype=reward.dtype) for _ in range(4))
+    info = info_table(batch, states, reward.device)
+    return new(states), *tables, info, new(dtype=torch.int64), new(states), new()
+
+
+define(Solve, choice.solve, _fake, Data, {"initial": Tensor}, Settings, results=9)
 
 
 @in_graph
-def solve(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    reward: Tensor,
-    log_reference: Tensor,
-    discount: Tensor,
-    temperature: Tensor,
-    initial: Tensor,
-    batch: Sequence[int],
-    method: int,
-    tol: float,
-    max_iterations: int,
-    validate: int,
-    strict: bool,
-    backend: int,
-) -> tuple[Tensor, ...]:
-    """V, Q, Q − V, π, log π, info (…, 9 + S) and status, in axes `batch`.
+def solve(data: Data, initial: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    """V, Q, Q − V, π, log π, info (…, 9 + S) and status, in axes `settings.batch`.
 
-    V and info are float64, the four tables in the dtype of reward and transition.
-
-    The inputs have axes (N, G); `batch` are the caller's axes, of N·G problems in the same order.
+    V and info are float64, the four tables in the dtype of reward and transition. `initial` is a
+    start V₀ (N, G, S), or absent.
     """
-    outputs: tuple[Tensor, ...] = Solve.apply(
-        transition,
-        crow,
-        col,
-        reward,
-        log_reference,
-        discount,
-        temperature,
-        initial,
-        batch,
-        method,
-        tol,
-        max_iterations,
-        validate,
-        strict,
-        backend,
-    )
+    outputs: tuple[Tensor, ...] = Solve.apply(*data, initial, *settings)
     return outputs[:7]

@@ -9,29 +9,41 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
-from torch._C._functorch import _unwrap_for_grad, _wrap_for_grad
-from torch._functorch.autograd_function import custom_function_call
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import forward_ad
+
+from birl_ext.torch_internals import (
+    DYNAMO,
+    custom_function_call,
+    dispatch_modes,
+    excluding_autograd,
+    forward_mode,
+    function_modes,
+    innermost_level,
+    is_mapped_by_the_older_vmap,
+    is_tracing,
+    is_zero_without_memory,
+    transforms_active,
+    unwrap_dead_wrappers,
+    unwrap_level,
+    within_forward_mode,
+    wrap_level,
+)
 
 __all__ = [
     "LIBRARY",
-    "PLAIN",
+    "ORDINARY",
     "Function",
     "are_ordinary",
-    "are_plain",
-    "below_autograd",
-    "fold",
+    "computes_directly",
+    "define",
     "in_graph",
     "is_first_order",
+    "join_mapped_axis",
     "nobody_listens",
-    "register_derivative",
-    "to_lanes",
+    "split_mapped_axis",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,7 +52,7 @@ LIBRARY = torch.library.Library("birl_ext", "DEF")
 
 
 class Function(torch.autograd.Function):
-    """An autograd.Function that takes positional arguments only.
+    """An autograd.Function that takes positional arguments only: tensors, then options.
 
     Torch's own `apply` works out the signature of `forward` and binds it at every call, which costs
     more than the rest of the call. And torch calls `jvp` with forward mode switched off, so that an
@@ -48,6 +60,8 @@ class Function(torch.autograd.Function):
     """
 
     op: ClassVar[str]
+    tensors: ClassVar[int]  # how many
+    compute: ClassVar[Callable[..., tuple[Tensor, ...]]]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -56,28 +70,53 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             return custom_function_call(cls, *args)
-        if torch._C._is_tracing():  # the op, which can be saved, at sizes that are numbers
+        if is_tracing():  # the op, which can be saved, at sizes that are numbers
             sizes = (tuple(map(int, x)) if isinstance(x, tuple) else x for x in args)
             return getattr(torch.ops.birl_ext, cls.op)(*sizes)
         base: Any = super(torch.autograd.Function, cls)
         return base.apply(*unwrap_dead_wrappers(args))
 
+    @classmethod
+    def forward(cls, *args: Any) -> tuple[Tensor, ...]:
+        if computes_directly(args[: cls.tensors]):
+            return cls.compute(*args)
+        with excluding_autograd():  # or the op would ask for its derivative again
+            outputs: tuple[Tensor, ...] = getattr(torch.ops.birl_ext, cls.op)(*args)
+        return outputs
 
-def register_derivative(op: str, rule: type[Function]) -> None:
-    """Give the bare op the derivative of its Function: an exported or traced graph holds the op
-    alone. A level of functorch is met before the dispatcher has entered it, as by `apply` itself.
+
+_KINDS = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", Sequence[int]: "SymInt[]"}
+
+
+def define(
+    rule: type[Function],
+    compute: Callable[..., tuple[Tensor, ...]],
+    fake: Callable[..., tuple[Tensor, ...]],
+    *arguments: type | dict[str, type],
+    results: int,
+) -> None:
+    """Declare an op, named as its Function in lower case: by the fields of named tuples and by
+    names with their types, what computes it, and shapes for a compiler.
+
+    The bare op has the derivative too: an exported or traced graph holds it alone. A level of
+    functorch is met before the dispatcher has entered it, as by `apply` itself.
     """
-    rule.op = op
+    named = [
+        (name, kind)
+        for group in arguments
+        for name, kind in (group if isinstance(group, dict) else get_type_hints(group)).items()
+    ]
+    op = rule.op = rule.__name__.lower()
+    rule.compute, rule.tensors = compute, sum(kind is Tensor for _, kind in named)
+    schema = ", ".join(f"{_KINDS[kind]} {name}" for name, kind in named)
+    LIBRARY.define(f"{op}({schema}) -> ({', '.join(['Tensor'] * results)})")
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(op, compute, key)
+    torch.library.register_fake(f"birl_ext::{op}", fake)
     for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):
         LIBRARY.impl(op, rule.apply, key)
-
-
-def below_autograd(op: str, *args: Any) -> Any:
-    """The bare op from inside its Function, whose derivative it must not ask for again."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.birl_ext, op)(*args)
 
 
 def _one_level_below(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,19 +127,19 @@ def _one_level_below(rule: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(rule)
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        if not torch._C._are_functorch_transforms_active():
+        if not transforms_active():
             return rule(ctx, *tangents)
-        interpreter = retrieve_current_functorch_interpreter()
+        interpreter = innermost_level()
         level = interpreter.level()
 
         def unwrapped(value: Any) -> Any:
-            return _unwrap_for_grad(value, level) if isinstance(value, Tensor) else value
+            return unwrap_level(value, level) if isinstance(value, Tensor) else value
 
         below = _Below(ctx, tuple(map(unwrapped, ctx.saved_tensors)))
-        with torch.autograd.forward_ad._set_fwd_grad_enabled(True), interpreter.lower():
+        with forward_mode(True), interpreter.lower():
             found = rule(below, *map(unwrapped, tangents))
         return tuple(
-            _wrap_for_grad(value, level) if isinstance(value, Tensor) else value for value in found
+            wrap_level(value, level) if isinstance(value, Tensor) else value for value in found
         )
 
     return jvp
@@ -123,7 +162,7 @@ def in_graph(function: F) -> F:
     Without it Dynamo would trace into the autograd.Function and drop its rules: silent zeros. At
     once it would cost every `import birl_ext` the second that importing Dynamo takes.
     """
-    if "torch._dynamo" in sys.modules:
+    if DYNAMO in sys.modules:
         torch.compiler.allow_in_graph(function)
     else:
         if not _IN_GRAPH:
@@ -136,12 +175,12 @@ _IN_GRAPH: list[Callable[..., Any]] = []
 
 
 class _DynamoWatch(importlib.abc.MetaPathFinder):
-    """Finds torch._dynamo as anyone would, and speaks to it as soon as it has been executed."""
+    """Finds Dynamo as anyone would, and speaks to it as soon as it has been executed."""
 
     def find_spec(
         self, fullname: str, path: object = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "torch._dynamo":
+        if fullname != DYNAMO:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -157,7 +196,7 @@ class _DynamoWatch(importlib.abc.MetaPathFinder):
         return spec
 
 
-def are_plain(tensors: Sequence[Tensor]) -> bool:
+def computes_directly(tensors: Sequence[Tensor]) -> bool:
     """Whether an op may be computed at once: ordinary tensors, and nobody listens to the
     dispatcher.
 
@@ -168,28 +207,30 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
 
 def are_ordinary(tensors: Sequence[Tensor]) -> bool:
     """Whether all hold their own numbers: no subclass, not mapped, not lazily negated or zero."""
-    batched = torch._C._functorch.is_legacy_batchedtensor
-    # tensors that are negated lazily or zero without memory are resolved by the dispatcher too
-    return all(
-        type(t) in PLAIN and not batched(t) and not t.is_neg() and not t._is_zerotensor()
-        for t in tensors
-    )
+    for t in tensors:  # a generator would cost as much again
+        # tensors that are negated lazily or zero without memory are resolved by the dispatcher too
+        if (
+            type(t) not in ORDINARY
+            or is_mapped_by_the_older_vmap(t)
+            or t.is_neg()
+            or is_zero_without_memory(t)
+        ):
+            return False
+    return True
 
 
 def nobody_listens() -> bool:
     """Whether no transform, mode, trace or forward derivative follows what is computed now."""
-    return not (
-        _watched() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    return not (transforms_active() or within_forward_mode() or _watched())
 
 
 def _watched() -> bool:
     """Whether a compiler, a trace or a mode wants to see every op."""
     return bool(
         torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()  # a trace before the dispatcher is one of these
+        or is_tracing()
+        or dispatch_modes()
+        or function_modes()  # a trace before the dispatcher is one of these
     )
 
 
@@ -198,10 +239,10 @@ def is_first_order() -> bool:
     return not torch.is_grad_enabled() and nobody_listens()
 
 
-PLAIN = (Tensor, torch.nn.Parameter)
+ORDINARY = (Tensor, torch.nn.Parameter)
 
 
-def fold(
+def join_mapped_axis(
     tensors: Sequence[Tensor], dims: Sequence[int | None], size: int
 ) -> tuple[list[Tensor], int]:
     """Merge a vmapped axis into N if the transition varies along it, else into G, so that P stays
@@ -219,16 +260,16 @@ def fold(
         if dim is None and tensor.dim() == 1:  # absent
             merged.append(tensor)
             continue
-        lane = (
+        one = (
             tensor.unsqueeze(axis).expand(*tensor.shape[:axis], size, *tensor.shape[axis:])
             if dim is None
             else tensor.movedim(dim, axis)
         )
-        merged.append(lane.flatten(axis, axis + 1))
+        merged.append(one.flatten(axis, axis + 1))
     return merged, axis
 
 
-def to_lanes(
+def split_mapped_axis(
     outputs: Sequence[Tensor], axis: int, size: int
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """Split the merged axis of every output again."""

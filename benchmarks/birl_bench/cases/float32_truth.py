@@ -24,7 +24,7 @@ from birl_bench.families import dense
 from birl_bench.harness import Answer, Plan, facts
 from birl_bench.rivals import jax_dense, torch_dense
 from birl_bench.workloads import DenseProblem
-from birl_ext.functional import MethodName
+from birl_ext.options import MethodName
 
 __all__ = ["run"]
 

@@ -126,6 +126,8 @@ def _layers(problem: DenseProblem) -> list[Layer]:
         mine(reward, backend=problem.device.type)
         mine(wanted, backend=problem.device.type)
 
+    data, start, settings = function[0].arguments
+
     def with_backward() -> birl_ext.Solution:
         solution = mine(wanted)
         torch.autograd.grad(solution.value.sum(), wanted)
@@ -150,7 +152,7 @@ def _layers(problem: DenseProblem) -> list[Layer]:
             lambda: native.solve(*glue[0].arguments, **glue[0].keywords),
             first,
         ),
-        Layer("op", "the op", lambda: torch.ops.birl_ext.solve(*function[0].arguments), first),
+        Layer("op", "the op", lambda: torch.ops.birl_ext.solve(*data, start, *settings), first),
         Layer(
             "function",
             "its autograd Function",

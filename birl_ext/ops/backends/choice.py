@@ -13,13 +13,11 @@ from torch import Tensor
 from birl_ext import errors
 from birl_ext.model import checks as validation
 from birl_ext.ops.backends import cuda, loader, native, pytorch
-from birl_ext.ops.rows import Data, Rows
+from birl_ext.ops.request import NATIVE, TORCH, Data, Settings
+from birl_ext.ops.rows import Rows
 from birl_ext.solution import Info, Method, Rigour, Status
 
 __all__ = [
-    "AUTO",
-    "NATIVE",
-    "TORCH",
     "bellman",
     "failure",
     "first_order",
@@ -29,22 +27,18 @@ __all__ = [
     "unavailable",
 ]
 
-AUTO, TORCH, NATIVE = 0, 1, 2
-
 
 def bellman(*arguments: Any) -> tuple[Tensor, ...]:
-    """The op `bellman`: one pass of a solve that starts from V; its arguments are those of the
-    schema in `ops/bellman.py`.
-    """
+    """The op `bellman`: one pass of a solve that starts from V."""
     data, (value, backend) = Data(*arguments[:7]), arguments[7:]
-    outputs = _solve(
-        data,
-        backend,
-        initial=value.contiguous(),
-        method=int(Method.SWEEP),
+    sweep = Settings(
+        data.discount.shape,
+        method=Method.SWEEP,
         max_iterations=1,
-        validate=int(Rigour.OFF),
+        validate=Rigour.OFF,
+        backend=backend,
     )
+    outputs = _solve(data, value, sweep)
     if outputs is None:
         return pytorch.bellman(data, value)
     image, _, *tables = outputs[:5]
@@ -52,43 +46,34 @@ def bellman(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def solve(*arguments: Any) -> tuple[Tensor, ...]:
-    """The op `solve`; its arguments and results are those of the schema in `ops/solve.py`."""
-    data, (initial, *options, strict, backend) = Data(*arguments[:7]), arguments[7:]
-    if strict and _capturing(data.transition):
+    """The op `solve`: what `native.solve` returns, and c."""
+    data, initial, settings = Data(*arguments[:7]), arguments[7], Settings(*arguments[8:])
+    if settings.strict and _capturing(data.transition):
         raise errors.OptionError(
             'on_fail="raise" reads the status, and a CUDA graph is being captured',
             fix='use on_fail="status" and look at the status after the replay',
         )
-    batch, method, tol, max_iterations, validate = options
-    outputs = _solve(
-        data,
-        backend,
-        initial=None if initial.dim() == 1 else initial.contiguous(),
-        batch=batch,
-        method=method,
-        tol=tol,
-        max_iterations=max_iterations,
-        validate=validate,
-    )
+    outputs = _solve(data, initial, settings)
     if outputs is None:
-        outputs = pytorch.solve(data, initial, *options)
-    if strict and bool(outputs[6].any()):
-        raise failure(
-            outputs, data.transition, data.crow, data.col, data.reward, lambda flat: (flat,)
-        )
+        outputs = pytorch.solve(data, initial, settings)
+    if settings.strict and bool(outputs[6].any()):
+        raise failure(outputs, data, lambda flat: (flat,))
     return *outputs, outputs[5][..., Info.OFFSET].clone()
 
 
-def _solve(data: Data, backend: int, **options: Any) -> tuple[Tensor, ...] | None:
+def _solve(data: Data, initial: Tensor, settings: Settings) -> tuple[Tensor, ...] | None:
     """By compiled code; None where there is none for it."""
-    if not _compiled(data.transition.device, backend):
+    if not _compiled(data.transition.device, settings.backend):
         return None
     try:
-        module = native if data.transition.is_cpu else cuda
-        return module.solve(**_plain(data), **options)
+        return native.solve(_contiguous(data), initial.contiguous(), settings)
     except cuda.LaunchError as error:
-        _stand_in(error, backend)
+        _stand_in(error, settings.backend)
         return None
+
+
+def _contiguous(data: Data) -> Data:
+    return Data(*(tensor.contiguous() for tensor in data))
 
 
 def solve_vjp(
@@ -98,13 +83,9 @@ def solve_vjp(
     transition, crow, col, discount, temperature, *solution, _ = saved
     if not (transition.is_cpu and _compiled(transition.device, backend)):
         return None
-    sparse = transition.dim() == 2
     transition_bar, reward_bar, reference_bar, *scalars = native.solve_vjp(
-        transition.contiguous(),
-        crow if sparse else None,
-        col if sparse else None,
-        discount.contiguous(),
-        temperature.contiguous(),
+        (transition.contiguous(), crow, col),
+        (discount.contiguous(), temperature.contiguous()),
         solution,
         [None if bar is None else bar.contiguous() for bar in bars],
         needs,
@@ -115,49 +96,30 @@ def solve_vjp(
 
 
 def policy_solve(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    policy: Tensor,
-    discount: Tensor,
-    rhs: Tensor,
-    transpose: bool,
-    backend: int,
+    rows: Rows, policy: Tensor, discount: Tensor, rhs: Tensor, transpose: bool, backend: int
 ) -> tuple[Tensor, Tensor]:
     """(I − γP_π)⁻¹b or its transpose (N, G, K, S), and the residual; NaN where not solved."""
-    sparse = transition.dim() == 2
-    data = (
-        transition.contiguous(),
-        crow if sparse else None,
-        col if sparse else None,
-        policy.contiguous(),
-        discount.contiguous(),
-        rhs.contiguous(),
-    )
-    if _compiled(transition.device, backend):
-        if transition.is_cpu:
-            x, residual, failed = native.policy_solve(*data, transpose=transpose)
-            if not failed:
-                return x, residual
-            return pytorch.settle(transition, crow, col, policy, discount, rhs, transpose, 0.0, x)
+    if _compiled(rows.data.device, backend):
+        system = (tensor.contiguous() for tensor in (policy, discount, rhs))
         try:
-            x, residual = cuda.policy_solve(*data, transpose=transpose)
+            x, residual, failed = native.policy_solve(rows.model, *system, transpose=transpose)
         except cuda.LaunchError as error:
             _stand_in(error, backend)
         else:
-            if _solved(x):
+            if failed:
+                return pytorch.settle(rows, policy, discount, rhs, transpose, x)
+            if rows.data.is_cpu or _solved(x):
                 return x, residual
-    return pytorch.policy_solve(transition, crow, col, policy, discount, rhs, transpose, 0.0, 0)
+    return pytorch.policy_solve(rows, policy, discount, rhs, transpose)
 
 
 class _CompiledRows(Rows):
     """`Rows` whose outer product a GPU kernel writes; not differentiable."""
 
     def outer(self, weight: Tensor, vector: Tensor, shift: Tensor) -> Tensor:
-        pattern = (None, None) if self.dense else (self.crow, self.col)
         tables = (table.double().contiguous() for table in (weight, vector, shift))
         try:
-            return cuda.outer(self.data.contiguous(), *pattern, *tables)
+            return native.outer(self.model, *tables)
         except cuda.LaunchError as error:
             loader.stand_in("cuda", str(error))
             return super().outer(weight, vector, shift)
@@ -204,32 +166,13 @@ def _capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _plain(data: Data) -> dict[str, Any]:
-    """Contiguous tensors, and None for what is absent: what the compiled modules take."""
-    sparse, reference = data.transition.dim() == 2, data.log_reference
-    return {
-        "transition": data.transition.contiguous(),
-        "crow": data.crow if sparse else None,
-        "col": data.col if sparse else None,
-        "reward": data.reward.contiguous(),
-        "log_reference": None if reference.dim() == 1 else reference.contiguous(),
-        "discount": data.discount.contiguous(),
-        "temperature": data.temperature.contiguous(),
-    }
-
-
 def unavailable(name: str) -> str:
     """Why a compiled backend cannot be used; empty if it can."""
     return loader.reason(name)
 
 
 def failure(
-    outputs: Sequence[Tensor],
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    reward: Tensor,
-    locate: Callable[[int], tuple[int, ...]],
+    outputs: Sequence[Tensor], data: Data, locate: Callable[[int], tuple[int, ...]]
 ) -> errors.BirlError:
     """The error of the first problem that failed, with how many others did.
 
@@ -244,6 +187,7 @@ def failure(
     _, bound, passes, place, value = info[first, :5].tolist()
     batch = locate(first)
     if code >= Status.ROW_SUM:
+        transition, crow, col, reward, *_ = data
         sparse = transition.dim() == 2
         return validation.status_error(
             int(code),
@@ -263,7 +207,7 @@ def failure(
     known = f"certified error {bound:.3g} " if bound == bound else ""
     what, fix = f"{story}: {known}after {passes:.0f} passes", ""
     if code == Status.NON_FINITE and not bool(
-        transition.isfinite().all() & reward.isfinite().all()
+        data.transition.isfinite().all() & data.reward.isfinite().all()
     ):
         what, fix = "a number given is not finite", 'use validate="full", which says where'
     others = f"{len(failed)} of {status.numel()} problems, the first in batch {batch}"

@@ -1,13 +1,14 @@
-"""Calls of the compiled modules: tensors in, integers on, status out.
+"""Requests to the compiled modules of both devices, filled and checked by name: tensors in,
+addresses and sizes on, status out.
 
-The wrappers check device, dtype, shape and contiguity of what they are given, allocate what they
-return, and pass pointers and sizes. Shapes: N transitions, each shared by G problems, with S states
-and A actions.
+Shapes: N transitions, each shared by G problems, with S states and A actions. What is absent is
+None or empty, as in `Data`.
 """
 
 from __future__ import annotations
 
 import warnings
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,36 +22,73 @@ from birl_ext.errors import (
     IllConditionedWarning,
     ShapeError,
 )
-from birl_ext.ops.backends import loader
-from birl_ext.solution import INFO, Rigour
+from birl_ext.ops.backends import cuda, loader
+from birl_ext.ops.request import Data, Settings
+from birl_ext.solution import INFO
 
 __all__ = [
     "LARGEST_CONDITION",
     "check_condition",
+    "for_all",
+    "outer",
     "policy_solve",
     "solve",
-    "solve_plain",
+    "solve_fast",
     "solve_vjp",
 ]
 
 LARGEST_CONDITION = 1e6  # beyond it a derivative has fewer than ten digits
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """V, Q, Q − V, π, log π, info, status, and V without the constant in `info`."""
+Model = tuple[Tensor, Tensor | None, Tensor | None]
+"""A transition (N, S, A, S); or (N, nnz) with crow (S·A + 1,) and col (nnz,), int64."""
 
 
 class Call:
-    """The checks of one call: every tensor passes through `at` once and becomes a pointer."""
+    """The checks of one call: every tensor passes through `at` once and becomes an address.
 
-    def __init__(self, transition: Tensor) -> None:
+    Args:
+        model: of N transitions.
+        sizes: N, G, S and A.
+        models: axes of the transition, if not (N,).
+
+    Attributes:
+        problem: what every operation is given, by name; each adds what else it needs.
+    """
+
+    def __init__(
+        self, model: Model, sizes: Sequence[int], models: Sequence[int] | None = None
+    ) -> None:
+        transition, *self.pattern = model
         if transition.dtype not in (torch.float32, torch.float64):
             raise DtypeError(f"transition has dtype {transition.dtype}")
         self.device, self.storage = transition.device, transition.dtype
+        n, g, s, a = sizes
+        axes = (n,) if models is None else tuple(models)
+        self.problem: dict[str, float] = {
+            "is_double": self.storage is torch.float64,
+            "transitions": n,
+            "problems": g,
+            "states": s,
+            "actions": a,
+        }
+        shape: tuple[int, ...] = (*axes, s, a, s)
+        if transition.dim() == 2:
+            crow, col = self.pattern
+            if crow is None or col is None:
+                raise ShapeError("crow and col belong together", fix="give both or neither")
+            entries = col.numel()
+            shape = (*axes, entries)
+            self.problem["crow"] = self.at("crow", crow, (s * a + 1,), torch.int64)
+            self.problem["col"] = self.at("col", col, (entries,), torch.int64)
+            self.problem["nnz"] = entries
+        self.problem["transition"] = self.at("transition", transition, shape, self.storage)
 
     def at(
         self,
         name: str,
         tensor: Tensor | None,
-        shape: tuple[int, ...],
+        shape: Sequence[int],
         dtype: torch.dtype = torch.float64,
     ) -> int:
         if tensor is None:
@@ -62,142 +100,75 @@ class Call:
             and tensor.is_contiguous()
         ):
             return tensor.data_ptr()
+        if tensor.dim() == 1 and tensor.numel() == 0 and len(shape) > 1:
+            return 0
         if tensor.device != self.device:
             raise DeviceError(f"{name} is on {tensor.device}, transition on {self.device}")
         if tensor.dtype is not dtype:
             raise DtypeError(f"{name} has dtype {tensor.dtype}", allowed=str(dtype))
         if tensor.shape != shape:
-            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}", allowed=str(shape))
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}", allowed=str(tuple(shape)))
         raise ShapeError(f"{name} is not contiguous", fix="call .contiguous() on it")
-
-    def model(
-        self,
-        transition: Tensor,
-        crow: Tensor | None,
-        col: Tensor | None,
-        models: tuple[int, ...],
-        s: int,
-        a: int,
-    ) -> tuple[int, int, int, int]:
-        """Pointers to transition, crow, col, and the number of entries; zeros if dense."""
-        if (crow is None) != (col is None):
-            raise ShapeError("crow and col belong together", fix="give both or neither")
-        if crow is None or col is None:
-            return self.at("transition", transition, (*models, s, a, s), self.storage), 0, 0, 0
-        entries = col.numel()
-        return (
-            self.at("transition", transition, (*models, entries), self.storage),
-            self.at("crow", crow, (s * a + 1,), torch.int64),
-            self.at("col", col, (entries,), torch.int64),
-            entries,
-        )
-
-    def problem(
-        self,
-        transition: Tensor,
-        crow: Tensor | None,
-        col: Tensor | None,
-        reward: Tensor,
-        log_reference: Tensor | None,
-        discount: Tensor,
-        temperature: Tensor,
-    ) -> tuple[int, ...]:
-        """The integers that `sweep` and `solve` of every module begin with."""
-        pairs = n, g, s, a = sizes("reward", reward)
-        return (
-            self.dtype,
-            *pairs,
-            *self.model(transition, crow, col, (n,), s, a),
-            self.at("reward", reward, pairs, self.storage),
-            self.at("log_reference", log_reference, pairs),
-            self.at("discount", discount, (n, g)),
-            self.at("temperature", temperature, (n, g)),
-        )
-
-    def solve(
-        self,
-        problem: tuple[int, ...],
-        initial: Tensor | None,
-        batch: Sequence[int] | None,
-        method: int,
-        tol: float,
-        max_iterations: int,
-        validate: int,
-    ) -> tuple[tuple[float, ...], Outputs]:
-        """The numbers that every module's `solve` begins with, and the outputs it writes."""
-        n, g, s, a = problem[1:5]
-        axes = (n, g) if batch is None else tuple(batch)
-        value = self.new(*axes, s)
-        relative = torch.empty_like(value)
-        q = torch.empty((*axes, s, a), dtype=self.storage, device=self.device)
-        advantage, policy, log_policy = (
-            torch.empty_like(q),
-            torch.empty_like(q),
-            torch.empty_like(q),
-        )
-        info = self.new(*axes, INFO + s)
-        status = torch.empty(axes, dtype=torch.int64, device=self.device)
-        if status.numel() != n * g:
-            raise ShapeError(f"batch is {axes}", allowed=f"axes of {n * g} problems")
-        outputs = (value, q, advantage, policy, log_policy, info, status, relative)
-        arguments = (
-            *problem,
-            self.at("initial", initial, (n, g, s)),
-            value.data_ptr(),
-            relative.data_ptr(),
-            *(output.data_ptr() for output in outputs[1:7]),
-            method,
-            tol,
-            max_iterations,
-            int(validate),
-        )
-        return arguments, outputs
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=self.device)
 
-    @property
-    def dtype(self) -> int:
-        return int(self.storage is torch.float64)
+
+def _run(
+    operation: str,
+    device: torch.device,
+    problem: dict[str, float],
+    request: dict[str, Any],
+    pattern: Sequence[Tensor | None],
+) -> Any:
+    """What the module of this device says of it; of a GPU, nothing: its host does not wait."""
+    if device.type == "cuda":
+        return cuda.launch(operation, device, problem, request, pattern)
+    if device.type != "cpu":
+        raise BackendUnavailableError(
+            f"no compiled kernel of this operation for device {device}",
+            fix='move the tensors to the CPU, or use backend="torch"',
+        )
+    request["threads"] = torch.get_num_threads()
+    return getattr(loader.require("cpu"), operation)(problem, request)
 
 
-def sizes(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
+def _sizes(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
     if tensor.dim() != 4:
         raise ShapeError(f"{name} has shape {tuple(tensor.shape)}", allowed="(N, G, S, A)")
     n, g, s, a = tensor.shape
     return n, g, s, a
 
 
-def solve(
-    transition: Tensor,
-    crow: Tensor | None,
-    col: Tensor | None,
-    reward: Tensor,
-    log_reference: Tensor | None,
-    discount: Tensor,
-    temperature: Tensor,
-    initial: Tensor | None,
-    *,
-    batch: Sequence[int] | None = None,
-    method: int = 0,
-    tol: float = 0.0,
-    max_iterations: int = 0,
-    validate: int = Rigour.OR_ENDING,
-) -> Outputs:
+def _outputs(q: Tensor, derivable: bool) -> tuple[tuple[Any, ...], dict[str, float]]:
+    """Where a solve writes, a table for Q given; the last is None unless `derivable`."""
+    *batch, states, _ = q.shape  # a list: a torch.Size takes torch twice as long
+    value = q.new_empty([*batch, states], dtype=torch.float64)
+    advantage, policy, log_policy = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
+    info = q.new_empty([*batch, INFO + states], dtype=torch.float64)
+    status = q.new_empty(batch, dtype=torch.int64)
+    relative = torch.empty_like(value) if derivable else None
+    return (value, q, advantage, policy, log_policy, info, status, relative), {
+        "value": value.data_ptr(),
+        "q": q.data_ptr(),
+        "advantage": advantage.data_ptr(),
+        "policy": policy.data_ptr(),
+        "log_policy": log_policy.data_ptr(),
+        "info": info.data_ptr(),
+        "status": status.data_ptr(),
+        "relative": 0 if relative is None else relative.data_ptr(),
+    }
+
+
+def solve(data: Data, initial: Tensor | None, settings: Settings | None = None) -> Outputs:
     """The fixed point V* of every problem, with its certificate.
 
     Args:
-        transition: (N, S, A, S), or (N, nnz) with crow (S·A + 1,) and col (nnz,), int64.
-        reward: (N, G, S, A) in transition's dtype.
-        log_reference: (N, G, S, A) float64, −inf where masked; None is a reference of one.
-        discount, temperature: (N, G) float64.
+        data: reward in the dtype of the transition, all else float64; contiguous.
         initial: (N, G, S) float64, a first guess of V*.
-        batch: axes *B of the outputs, N·G problems in the same order; by default (N, G).
-        method: 0 automatic, 1 value iteration, 2 Newton, 3 Newton-Krylov, 4 modified policy
-            iteration.
-        tol: relative certified error; 0 goes as far as rounding allows.
-        max_iterations: most passes over P; 0 is a default by method.
-        validate: a `Rigour`, what to check of the rows of P.
+        settings: of which `strict` and `backend` say nothing here; None is the default, in axes
+            (N, G). On a GPU methods 2, 3 and 4 are Newton, with a direct solve where one block
+            solves a problem and with products of P_π where the whole device does.
 
     Returns:
         V (*B, S) float64; Q, Q − V, π and log π (*B, S, A) in transition's dtype; info (*B, 9 + S)
@@ -207,94 +178,91 @@ def solve(
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor is not as above.
         BackendUnavailableError: the module for this device is missing.
+        SizeLimitError: more than 2³¹ − 1 rows of P, on a GPU.
+        LaunchError: the driver refused.
 
     Source: (M3), (M6), (M9).
     """
-    call = Call(transition)
-    data = (transition, crow, col, reward, log_reference, discount, temperature)
-    arguments, outputs = call.solve(
-        call.problem(*data), initial, batch, method, tol, max_iterations, validate
-    )
-    _cpu(call).solve(*arguments, torch.get_num_threads())
+    pairs = n, g, s, a = _sizes("reward", data.reward)
+    how = settings or Settings((n, g))
+    call = Call(data[:3], pairs)
+    call.problem["reward"] = call.at("reward", data.reward, pairs, call.storage)
+    call.problem["log_reference"] = call.at("log_reference", data.log_reference, pairs)
+    call.problem["discount"] = call.at("discount", data.discount, (n, g))
+    call.problem["temperature"] = call.at("temperature", data.temperature, (n, g))
+    q = torch.empty((*how.batch, s, a), dtype=call.storage, device=call.device)
+    outputs, request = _outputs(q, True)
+    if outputs[6].numel() != n * g:
+        raise ShapeError(f"batch is {tuple(how.batch)}", allowed=f"axes of {n * g} problems")
+    request["initial"] = call.at("initial", initial, (n, g, s))
+    request.update(zip(_NUMBERS, how[1:5], strict=True))
+    _run("solve", call.device, call.problem, request, call.pattern)
     return outputs
 
 
-def solve_plain(
+_NUMBERS = Settings._fields[1:5]  # method, tol, max_iterations, validate
+
+
+def solve_fast(
     reward: Tensor,
     transition: Tensor,
-    discount: float,
-    temperature: float,
+    numbers: array[float],
     validate: int,
     *,
     derivable: bool,
 ) -> tuple[tuple[Any, ...], int]:
-    """`solve` without its checks and options, for one reward per transition and numbers γ and τ.
+    """`solve` without its checks and settings, for one reward per transition and numbers γ and τ.
 
     Args:
         reward: (*B, S, A), float32 or float64, contiguous, on the CPU.
         transition: (*B, S, A, S), as the reward.
-        discount, temperature: for all problems.
+        numbers: γ and τ, as `for_all` gives them.
         validate: a `Rigour`.
         derivable: whether the last output is wanted, which derivatives need; else it is None.
 
     Returns:
         What `solve` returns, and how many problems failed.
     """
-    *batch, states, actions = shape = reward.shape
-    double = torch.float64
-    value = torch.empty(shape[:-1], dtype=double)
-    relative = torch.empty_like(value) if derivable else None
-    q, advantage = torch.empty_like(reward), torch.empty_like(reward)
-    policy, log_policy = torch.empty_like(reward), torch.empty_like(reward)
-    info = torch.empty((*batch, INFO + states), dtype=double)
-    status = torch.empty(batch, dtype=torch.int64)
-    failed: int = loader.require("cpu").solve(
-        reward.dtype is double,
-        status.numel(),
-        1,
-        states,
-        actions,
-        transition.data_ptr(),
-        0,
-        0,
-        0,
-        reward.data_ptr(),
-        0,
-        discount,
-        temperature,
-        0,
-        value.data_ptr(),
-        0 if relative is None else relative.data_ptr(),
-        q.data_ptr(),
-        advantage.data_ptr(),
-        policy.data_ptr(),
-        log_policy.data_ptr(),
-        info.data_ptr(),
-        status.data_ptr(),
-        0,
-        0.0,
-        0,
-        validate,
-        torch.get_num_threads(),
-    )
-    return (value, q, advantage, policy, log_policy, info, status, relative), failed
+    outputs, request = _outputs(torch.empty_like(reward), derivable)
+    *_, states, actions = reward.shape
+    count = outputs[6].numel()
+    at, _ = numbers.buffer_info()
+    request["validate"] = validate
+    request["threads"] = torch.get_num_threads()
+    problem = {
+        "is_double": reward.dtype is torch.float64,
+        "transitions": count,
+        "problems": 1,
+        "states": states,
+        "actions": actions,
+        "transition": transition.data_ptr(),
+        "reward": reward.data_ptr(),
+        "discount": at,
+        "temperature": at + 8 * count,
+    }
+    failed: int = loader.require("cpu").solve(problem, request)
+    return outputs, failed
+
+
+def for_all(count: int, discount: float, temperature: float) -> array[float]:
+    """γ for each of so many problems, then τ."""
+    numbers = array("d", (discount, temperature))
+    return numbers if count < 2 else numbers[:1] * count + numbers[1:] * count
 
 
 def solve_vjp(
-    transition: Tensor,
-    crow: Tensor | None,
-    col: Tensor | None,
-    discount: Tensor | float,
-    temperature: Tensor | float,
+    model: Model,
+    numbers: array[float] | tuple[Tensor, Tensor],
     solution: Sequence[Tensor],
     bars: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Derivatives at the fixed point that `solve` returned.
+    """Derivatives at the fixed point that `solve` returned, on a CPU.
 
     Args:
-        transition, crow, col: as for `solve`; with numbers for γ and τ in axes (*B, S, A, S).
-        discount, temperature: (N, G) float64; or numbers, and a problem for every transition.
+        model: as for `solve`.
+        numbers: γ and τ, (N, G) float64; or as `for_all` gives them, for a model (*B, S, A, S) with
+            a problem for every transition.
         solution: V − `Info.OFFSET`, advantage, policy, info and status, as `solve` returned them in
             axes *B.
         bars: cotangents of V, Q, Q − V, π and log π, like these; None is zero.
@@ -311,44 +279,48 @@ def solve_vjp(
     """
     relative, advantage, policy, info, status = solution
     axes, table = status.shape, policy.shape
-    s, a = table[-2:]
-    n, g, models = status.numel(), 1, axes
-    if isinstance(discount, Tensor):
-        n, g = discount.shape
-        models = discount.shape[:1]
-    call = Call(transition)
+    if isinstance(numbers, array):
+        n, g = status.numel(), 1
+        call = Call(model, (n, g, *table[-2:]), axes)
+        address, _ = numbers.buffer_info()
+        call.problem["discount"], call.problem["temperature"] = address, address + 8 * n
+    else:
+        n, g = numbers[0].shape
+        call = Call(model, (n, g, *table[-2:]))
+        call.problem["discount"] = call.at("discount", numbers[0], (n, g))
+        call.problem["temperature"] = call.at("temperature", numbers[1], (n, g))
+    if status.numel() != n * g:
+        raise ShapeError(f"status has shape {axes}", allowed=f"axes of {n * g} problems")
     wanted = (
-        torch.empty_like(transition) if needs[0] else None,
+        torch.empty_like(model[0]) if needs[0] else None,
         torch.empty_like(policy) if needs[1] else None,
         call.new(*table) if needs[2] else None,
         call.new(n, g) if needs[3] else None,
         call.new(n, g) if needs[4] else None,
     )
-    if status.numel() != n * g:
-        raise ShapeError(f"status has shape {axes}", allowed=f"axes of {n * g} problems")
-    condition, problem = _cpu(call).solve_vjp(
-        call.dtype,
-        n,
-        g,
-        s,
-        a,
-        *call.model(transition, crow, col, models, s, a),
-        call.at("discount", discount, (n, g)) if isinstance(discount, Tensor) else discount,
-        call.at("temperature", temperature, (n, g))
-        if isinstance(temperature, Tensor)
-        else temperature,
-        call.at("value", relative, table[:-1]),
-        call.at("advantage", advantage, table, call.storage),
-        call.at("policy", policy, table, call.storage),
-        call.at("info", info, (*axes, INFO + s)),
-        call.at("status", status, axes, torch.int64),
-        call.at("cotangent of V", bars[0], table[:-1]),
-        *[0 if bar is None else call.at("cotangent", bar, table, call.storage) for bar in bars[1:]],
-        *[0 if tensor is None else tensor.data_ptr() for tensor in wanted],
-        torch.get_num_threads(),
-    )
-    check_condition(condition, problem)
+    at, kind = call.at, call.storage
+    value_bar, q_bar, advantage_bar, policy_bar, log_policy_bar = bars
+    request = {
+        "relative": at("relative", relative, table[:-1]),
+        "advantage": at("advantage", advantage, table, kind),
+        "policy": at("policy", policy, table, kind),
+        "info": at("info", info, (*axes, INFO + table[-2])),
+        "status": at("status", status, axes, torch.int64),
+        "value_bar": at("value_bar", value_bar, table[:-1]),
+        "q_bar": at("q_bar", q_bar, table, kind),
+        "advantage_bar": at("advantage_bar", advantage_bar, table, kind),
+        "policy_bar": at("policy_bar", policy_bar, table, kind),
+        "log_policy_bar": at("log_policy_bar", log_policy_bar, table, kind),
+    }
+    for name, tensor in zip(_WANTED, wanted, strict=True):
+        if tensor is not None:
+            request[name] = tensor.data_ptr()
+    worst = _run("solve_vjp", call.device, call.problem, request, call.pattern)
+    check_condition(*worst)
     return wanted
+
+
+_WANTED = tuple(f"{name}_bar" for name in (*Data._fields[:1], *Data._fields[3:]))
 
 
 def check_condition(condition: float, problem: int, largest: float = LARGEST_CONDITION) -> None:
@@ -358,69 +330,73 @@ def check_condition(condition: float, problem: int, largest: float = LARGEST_CON
 
 
 def policy_solve(
-    transition: Tensor,
-    crow: Tensor | None,
-    col: Tensor | None,
+    model: Model,
     policy: Tensor,
     discount: Tensor,
     rhs: Tensor,
     *,
     transpose: bool = False,
-    method: int = 0,
-    tol: float = 0.0,
-    max_iterations: int = 0,
+    **options: float,
 ) -> tuple[Tensor, Tensor, int]:
     """Solve (I − γP_π) x = b, or with the transposed matrix, for K right-hand sides each.
 
     Args:
-        transition, crow, col: as for `solve`.
+        model: as for `solve`.
         policy: (N, G, S, A) float64.
         discount: (N, G) float64.
         rhs: (N, G, K, S) float64.
-        method: 0 automatic, 2 direct, 3 Krylov, 5 Richardson with exact mass.
-        tol: residual relative to ‖b‖; 0 goes as far as rounding allows.
-        max_iterations: most products per correction; 0 is a default by method.
+        options: of `PolicySolve` in csrc/core/request.h: method (0 automatic, 2 direct, 3 Krylov, 5
+            Richardson with exact mass), tol and max_iterations.
 
     Returns:
         x (N, G, K, S); its residual (N, G, K), ‖b − Ax‖∞, or ‖b − Aᵀx‖₁ if `transpose`; and how
-        many systems missed both the tolerance and the rounding level.
+        many systems missed both the tolerance and the rounding level. On a GPU that is not known,
+        and a system that mixes too slowly for `cuda.policy_solve_fits` is NaN.
 
     Raises: as for `solve`.
 
     Source: (M10), (M12), (M13).
     """
-    pairs = n, g, s, a = sizes("policy", policy)
+    pairs = n, g, s, _ = _sizes("policy", policy)
     if rhs.dim() != 4:
         raise ShapeError(f"rhs has shape {tuple(rhs.shape)}", allowed="(N, G, K, S)")
     k = rhs.shape[2]
-    call = Call(transition)
-    out, residual = call.new(n, g, k, s), call.new(n, g, k)
-    failed: int = _cpu(call).policy_solve(
-        call.dtype,
-        n,
-        g,
-        k,
-        s,
-        a,
-        *call.model(transition, crow, col, (n,), s, a),
-        call.at("policy", policy, pairs),
-        call.at("discount", discount, (n, g)),
-        call.at("rhs", rhs, (n, g, k, s)),
-        out.data_ptr(),
-        residual.data_ptr(),
-        transpose,
-        method,
-        tol,
-        max_iterations,
-        torch.get_num_threads(),
-    )
-    return out, residual, failed
+    call = Call(model, pairs)
+    call.problem["discount"] = call.at("discount", discount, (n, g))
+    x, residual = call.new(n, g, k, s), call.new(n, g, k)
+    request: dict[str, float] = {
+        "right_sides": k,
+        "policy": call.at("policy", policy, pairs),
+        "rhs": call.at("rhs", rhs, (n, g, k, s)),
+        "out": x.data_ptr(),
+        "residual": residual.data_ptr(),
+        "transpose": transpose,
+    }
+    request |= options
+    failed = _run("policy_solve", call.device, call.problem, request, call.pattern)
+    return x, residual, failed or 0
 
 
-def _cpu(call: Call) -> Any:
-    if call.device.type != "cpu":
-        raise BackendUnavailableError(
-            f"no compiled kernel of this operation for device {call.device}",
-            fix='move the tensors to the CPU, or use backend="torch"',
-        )
-    return loader.require("cpu")
+def outer(model: Model, weight: Tensor, vector: Tensor, shift: Tensor) -> Tensor:
+    """Σ_g w(s,a) v(t) − shift(s,a) on the pattern of P, in the dtype of P, on a GPU: `Rows.outer`.
+
+    Args:
+        model: as for `solve`; only its shape and pattern are read.
+        weight: (N, G, S, A) float64.
+        vector: (N, G, S) float64.
+        shift: (N, S, A) float64.
+
+    Raises: as `solve`.
+
+    Source: (M12).
+    """
+    n, g, s, a = _sizes("weight", weight)
+    call, out = Call(model, (n, g, s, a)), torch.empty_like(model[0])
+    request = {
+        "weight": call.at("weight", weight, (n, g, s, a)),
+        "vector": call.at("vector", vector, (n, g, s)),
+        "shift": call.at("shift", shift, (n, s, a)),
+        "out": out.data_ptr(),
+    }
+    _run("outer", call.device, call.problem, request, call.pattern)
+    return out

@@ -8,7 +8,7 @@ another.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from birl_ext.model.checks import below_zero, row_sum_tolerance
 from birl_ext.ops.backends.refinement import drowns, refine
-from birl_ext.ops.rows import Data, Rows
+from birl_ext.ops.request import Data, Settings
+from birl_ext.ops.rows import Rows
 from birl_ext.solution import INFO, Info, Kernel, Method, Rigour, Status, info_table
 
 __all__ = ["bellman", "policy_solve", "settle", "solve"]
@@ -124,15 +125,8 @@ def bellman(data: Data, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(sweep)  # type: ignore[return-value]
 
 
-def solve(
-    data: Data,
-    initial: Tensor,
-    batch: Sequence[int],
-    method: int,
-    tol: float,
-    max_iterations: int,
-    validate: int,
-) -> tuple[Tensor, ...]:
+def solve(data: Data, initial: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    batch, method, tol, max_iterations, validate, *_ = settings
     problem, reward = _problem(data), data.reward
     status, place, culprit = _inspect(problem, data.transition, validate)
     states, actions = reward.shape[-2:]
@@ -335,39 +329,22 @@ def solve(
 
 
 def policy_solve(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    policy: Tensor,
-    discount: Tensor,
-    rhs: Tensor,
-    transpose: bool,
-    tol: float,
-    method: int,
+    rows: Rows, policy: Tensor, discount: Tensor, rhs: Tensor, transpose: bool
 ) -> tuple[Tensor, Tensor]:
-    system = _PolicySystem.of(transition, crow, col, policy, discount, transpose)
-    if method == Method.AUTO:
-        method = Method.NEWTON if system.rows.states <= DIRECT_STATES else Method.KRYLOV
-    x = system.eliminate(rhs) if method == Method.NEWTON else system.iterate(rhs, tol)
-    return _settled(system, rhs, x, tol, again=method != Method.NEWTON)
+    system = _PolicySystem.of(rows, policy, discount, transpose)
+    direct = rows.states <= DIRECT_STATES
+    x = system.eliminate(rhs) if direct else system.iterate(rhs)
+    return _settled(system, rhs, x, again=not direct)
 
 
 def settle(
-    transition: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    policy: Tensor,
-    discount: Tensor,
-    rhs: Tensor,
-    transpose: bool,
-    tol: float,
-    x: Tensor,
+    rows: Rows, policy: Tensor, discount: Tensor, rhs: Tensor, transpose: bool, x: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x of a policy system of which some columns may be unsolved, and its residual: those are
     tried again by elimination where it fits, and are NaN where that fails too.
     """
-    system = _PolicySystem.of(transition, crow, col, policy, discount, transpose)
-    return _settled(system, rhs, x, tol, again=True)
+    system = _PolicySystem.of(rows, policy, discount, transpose)
+    return _settled(system, rhs, x, again=True)
 
 
 class _PolicySystem(NamedTuple):
@@ -379,16 +356,8 @@ class _PolicySystem(NamedTuple):
     transpose: bool
 
     @classmethod
-    def of(
-        cls,
-        transition: Tensor,
-        crow: Tensor,
-        col: Tensor,
-        policy: Tensor,
-        discount: Tensor,
-        transpose: bool,
-    ) -> _PolicySystem:
-        rows = Rows(transition.double(), crow, col, policy.shape[-2], policy.shape[-1])
+    def of(cls, rows: Rows, policy: Tensor, discount: Tensor, transpose: bool) -> _PolicySystem:
+        rows = rows.with_data(rows.data.double())
         return cls(rows, policy * rows.scale(), discount, transpose)
 
     def product(self, x: Tensor) -> Tensor:
@@ -411,15 +380,15 @@ class _PolicySystem(NamedTuple):
         x = _back_substitute(factors, rhs, self.transpose)
         return x + _back_substitute(factors, rhs - self.product(x), self.transpose)
 
-    def iterate(self, rhs: Tensor, tol: float) -> Tensor:
+    def iterate(self, rhs: Tensor) -> Tensor:
         """By products. The recursion of BiCGStab loses the true residual: what it has nearly solved
         gets corrections.
         """
-        x = self._products(rhs, tol or 1e-14, 2000)
+        x = self._products(rhs, 1e-14, 2000)
         for _ in range(3):
             left = rhs - self.product(x)
             residual = self.size(left)
-            near = self.unsolved(rhs, x, residual, tol) & (residual <= 1e-6 * self.size(rhs))
+            near = self.unsolved(rhs, x, residual) & (residual <= 1e-6 * self.size(rhs))
             if not bool(near.any()):
                 break
             trial = x + self._products(left.where(near.unsqueeze(-1), 0.0), 1e-6, 500)
@@ -437,13 +406,11 @@ class _PolicySystem(NamedTuple):
     def residual(self, rhs: Tensor, x: Tensor) -> Tensor:
         return self.size(rhs - self.product(x))
 
-    def unsolved(self, rhs: Tensor, x: Tensor, residual: Tensor, tol: float) -> Tensor:
-        """(N, G, K), whether the residual is above both the tolerance and what rounding leaves."""
+    def unsolved(self, rhs: Tensor, x: Tensor, residual: Tensor) -> Tensor:
+        """(N, G, K), whether the residual is above what rounding leaves."""
         units = 128 + self.rows.longest / 4 + self.rows.actions
-        size = self.size(rhs)
-        floor = units * EPS * (size + 2 * self.size(x)) + TINY
-        level = torch.maximum(tol * size, floor)
-        return ~((residual <= level) & torch.isfinite(residual))
+        floor = units * EPS * (self.size(rhs) + 2 * self.size(x)) + TINY
+        return ~((residual <= floor) & torch.isfinite(residual))
 
     def one(self, n: int, g: int) -> _PolicySystem:
         own = slice(n, n + 1), slice(g, g + 1)
@@ -452,11 +419,11 @@ class _PolicySystem(NamedTuple):
 
 
 def _settled(
-    system: _PolicySystem, rhs: Tensor, x: Tensor, tol: float, *, again: bool
+    system: _PolicySystem, rhs: Tensor, x: Tensor, *, again: bool
 ) -> tuple[Tensor, Tensor]:
     """x and its residual; NaN, but a true residual, in the columns that are not solved."""
     residual = system.residual(rhs, x)
-    unsolved = system.unsolved(rhs, x, residual, tol)
+    unsolved = system.unsolved(rhs, x, residual)
     if again and system.rows.states <= RETRY_STATES:
         # NaN on the right is not for want of trying; one matrix at a time, for its size
         hopeful = (unsolved & torch.isfinite(rhs).all(-1)).any(-1)
@@ -468,7 +435,7 @@ def _settled(
             better = left < residual[n, g].nan_to_num(torch.inf)
             x[n, g] = torch.where(better.unsqueeze(-1), found[0, 0], x[n, g])
             residual[n, g] = torch.where(better, left, residual[n, g])
-        unsolved = system.unsolved(rhs, x, residual, tol)
+        unsolved = system.unsolved(rhs, x, residual)
     return x.masked_fill(unsolved.unsqueeze(-1), torch.nan), residual
 
 
