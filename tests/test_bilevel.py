@@ -519,6 +519,58 @@ def test_the_bound_holds_for_terms_in_both_x_and_the_solution(part: str, where: 
     assert float(nearby(problem, small.start, smoothness=1.0).bound) == math.inf
 
 
+@pytest.mark.parametrize("part", ["value", "q", "advantage", "policy", "log_policy"])
+def test_the_right_hand_side_is_that_of_the_value_itself(part: str) -> None:
+    """v̄ at any V, by loops: Q = r + γPV, A = Q − V and log π = A/τ with dV for the change of V."""
+    small, tau, gamma = Small(2), 0.5, 0.8
+    weight = torch.randn(S, A, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    given = 3 * small.cost[:, 0]
+
+    def upper(_: Tensor, solution: Solution) -> Tensor:
+        table = getattr(solution, part)
+        return (weight[:, 0] * table).sum() if part == "value" else (weight * table).sum()
+
+    x = small.start.clone().requires_grad_()
+    problem = BilevelProblem(small.lower, upper)
+    error = torch.tensor(1.0, dtype=torch.float64)
+    at = linearise(problem, x, tau, lambda _: (given, error))
+    q = small.reward(small.start) + gamma * small.transition(small.start) @ given
+    policy = (q / tau).softmax(-1)
+    assert_close(at.solution.q, q, bound=1e-12, label="Q")
+    assert_close(at.solution.value, tau * (q / tau).logsumexp(-1), bound=1e-12, label="TV")
+    assert_close(at.solution.policy, policy, bound=1e-13, label="π")
+    scale = {"policy": policy / tau, "log_policy": torch.full_like(policy, 1 / tau)}
+    on_q = weight * scale.get(part, torch.ones_like(policy))
+    want = torch.zeros(S, dtype=torch.float64)
+    rows = small.transition(small.start)
+    for s in range(S):
+        if part == "value":
+            want[s] += weight[s, 0]
+            continue
+        for a in range(A):
+            want += gamma * on_q[s, a] * rows[s, a]
+            want[s] -= on_q[s, a] if part != "q" else 0
+    assert_close(at.source.flatten(), want, bound=1e-11, label="v̄")
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("sweeps", [1, 2, 5])
+def test_the_error_of_the_value_is_certified(sweeps: int, where: str) -> None:
+    """Of that V at which the last sweep is made, from wherever it started."""
+    ratios = []
+    for seed in range(12):
+        small = Small(seed, where, discount=(0.0, 0.1, 0.8)[seed % 3])
+        algorithm = small.algorithm("published", sweeps=sweeps, seed=seed)
+        for _ in range(seed % 2):
+            algorithm.step()
+        at, *_ = algorithm._estimate(0.5)
+        exact = birl_ext.solve(small.lower(algorithm.x.detach()), temperature=0.5)
+        off = float((at.value.detach().flatten() - exact.value).abs().max())
+        assert off <= float(at.value_error), seed
+        ratios.append(off / float(at.value_error))
+    assert max(ratios) > 0.1
+
+
 def test_upper_levels_may_use_every_part_of_the_solution() -> None:
     """Value, Q, advantage and log-policy cotangents reach x as the exact gradient says."""
     small = Small(10)

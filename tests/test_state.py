@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import pytest
@@ -51,7 +52,8 @@ class Outer(Inner):
         with torch.no_grad():
             self.parts["a"].add_(noise[:2])
         self.parts["b"] = [noise[2]]
-        self.kept = noise if self.kept is None else self.kept + noise
+        self.kept = torch.zeros(3) if self.kept is None else self.kept
+        self.kept += noise  # in place
         self.known, self.share = float(noise[0]), self.share / 2
         self._count += 1
         self.inner._count += 2
@@ -83,7 +85,7 @@ def test_an_object_goes_on_from_its_state() -> None:
     for _ in range(3):
         one.step()
     kept = one.state_dict()
-    again = one.state_dict()
+    again = copy.deepcopy(kept)
     x, net, optimiser = other.x, other.net, other.optimiser
     other.load_state_dict(kept)
     assert (other.x, other.net, other.optimiser) == (x, net, optimiser), "others hold them"

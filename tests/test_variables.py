@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ from closeness import assert_close, assert_same_bits
 from torch import Tensor, nn
 
 from birl_ext.bilevel import (
+    DRLHF,
     BilevelProblem,
     DampedNewton,
     MSoBiRL,
@@ -33,6 +35,7 @@ from birl_ext.errors import (
     UndeterminedError,
 )
 from birl_ext.model.mdp import DenseMDP
+from birl_ext.preferences.reward_model import RewardNetwork
 from birl_ext.simulators.finite import FiniteSimulator
 from birl_ext.solution import Kernel, Solution
 
@@ -399,6 +402,14 @@ SHOWN = {
 def test_repr_shows_the_form(make: Any, form: str) -> None:
 
     assert f"(x={SHOWN[form]}" in repr(make(FORMS[form], problem_of()))
+
+
+def test_repr_of_many_leaves_is_a_line() -> None:
+    many = [torch.zeros(2, 2) for _ in range(9)]
+    shown = repr(exact(many, problem_of()))
+    assert shown == "MSoBiRL(x=list(9 tensors of 36 numbers), mode='exact', steps=0)"
+    learner = DRLHF(RewardNetwork.table(3, 2), optimiser=sgd)
+    assert re.fullmatch(r"DRLHF\(x=RewardNetwork\(\..*: \(3, 2\)\), steps=0\)", repr(learner))
 
 
 # From samples

@@ -14,6 +14,7 @@ from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.bilevel.guards import check_count, check_number, make_optimiser, take_step
 from birl_ext.bilevel.score import OneStep, Score
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
+from birl_ext.bilevel.variables import described
 from birl_ext.errors import GradientError, NonFiniteResultError, OptionError
 from birl_ext.model import checks as validation
 from birl_ext.preferences.fragments import Fragments, Pairs
@@ -337,6 +338,9 @@ class SoBiRL(Stateful):
             log_prob = log_prob.to(part.log_prob)
             weight = weight * importance(part, log_prob, stale=self.stale, limit=self.limit)
         return weight
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(x={described(self.reward)}, steps={self.steps})"
 
 
 class DRLHF(SoBiRL):

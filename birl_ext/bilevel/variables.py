@@ -161,8 +161,11 @@ def described(x: Variables) -> str:
     """The form of x, and its shapes."""
     if isinstance(x, Tensor):
         return str(tuple(x.shape))
-    shapes = (f"{name[1:]}: {tuple(leaf.shape)}" for name, leaf in named(x).items())
-    return f"{type(x).__name__}({', '.join(shapes)})"
+    own = named(x)
+    words = ", ".join(f"{name[1:]}: {tuple(leaf.shape)}" for name, leaf in own.items())
+    if len(own) > 8:
+        words = f"{len(own)} tensors of {sum(leaf.numel() for leaf in own.values())} numbers"
+    return f"{type(x).__name__}({words})"
 
 
 def require_finite(

@@ -35,7 +35,7 @@ __all__ = ["Checkpoint", "CheckpointStore"]
 FORMAT = 2
 MAX_BITS = 2000
 """Of an integer: what is longer is written, but not read with weights_only."""
-_NAME = re.compile(r"step-(\d{1,18})\.(\d{1,6})(?:-([0-9a-f]{64})\.pt)?")
+_NAME = re.compile(r"step-\d{1,18}\.\d{1,6}-[0-9a-f]{64}\.pt")
 
 
 class Checkpoint(NamedTuple):
@@ -104,7 +104,7 @@ class CheckpointStore:
                 with _HashedFile(draft) as file:
                     torch.save(document, cast(BinaryIO, file))
                 # A damaged one of the same step may lie there: never write over anything.
-                taken = [int(match[2]) for match, _ in self._found() if int(match[1]) == step]
+                taken = [attempt for other, attempt in map(_order, self.paths()) if other == step]
                 attempt = max(taken, default=-1) + 1
                 final = self.folder / f"step-{step:08d}.{attempt}-{file.hash}.pt"
                 put(draft, final)
@@ -157,20 +157,14 @@ class CheckpointStore:
         Raises:
             CheckpointIncompatibleError: there is a directory of the first format.
         """
-        found = self._found()
-        if old := [path for match, path in found if match[3] is None]:
+        if old := next(self.folder.glob("step-*/manifest.json"), None):
             raise CheckpointIncompatibleError(
                 "checkpoint format 1, a directory, is not read any more",
-                where=str(old[0]),
+                where=str(old.parent),
                 fix="start the run again in a new directory",
             )
-        return [path for _, path in found]
-
-    def _found(self) -> list[tuple[re.Match[str], Path]]:
-        if not self.folder.is_dir():
-            return []
-        found = [(m, p) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name))]
-        return sorted(found, key=lambda each: (-int(each[0][1]), -int(each[0][2])))
+        found = (path for path in self.folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
+        return sorted(found, key=_order, reverse=True)
 
     def _prune(self) -> None:
         # Damaged ones must not count as one of the two kept. Failing to delete does no harm.
@@ -179,6 +173,12 @@ class CheckpointStore:
             with contextlib.suppress(OSError):
                 path.unlink()
         self._damaged.clear()
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """Step and attempt in a name."""
+    step, attempt = path.name.split("-")[1].split(".")
+    return int(step), int(attempt)
 
 
 class _HashedFile:
