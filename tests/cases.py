@@ -12,7 +12,10 @@ import torch
 from hypothesis import strategies as st
 from oracle import float64
 
-from birl_ext.model.mdp import DenseMDP
+from birl_ext.model.layout import flatten
+from birl_ext.model.mdp import DenseMDP, SparseMDP
+from birl_ext.ops.backends import native
+from birl_ext.ops.request import Data, Settings
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 FLOATS = [torch.float32, torch.float64]
@@ -91,6 +94,29 @@ class Case:
         )
 
 
+def kernel_arguments(mdp: DenseMDP | SparseMDP, temperature: float) -> list[Any]:
+    """transition, crow, col, reward, log_reference, discount, temperature, as kernels take them."""
+    sparse = isinstance(mdp, SparseMDP)
+    flat = flatten(
+        mdp.reward,
+        mdp.values if sparse else mdp.transition,
+        mdp.log_reference,
+        mdp.discount,
+        temperature,
+        crow=mdp.crow if sparse else None,
+        col=mdp.col if sparse else None,
+    )
+    reference = flat.log_reference.contiguous() if flat.log_reference.ndim > 1 else None
+    model = (flat.transition, flat.crow, flat.col, flat.reward.contiguous())
+    return [*model, reference, flat.discount, flat.temperature]
+
+
+def compiled_solve(*given: torch.Tensor | None, **options: float) -> tuple[torch.Tensor, ...]:
+    """What `kernel_arguments` gives and a start, solved by compiled code."""
+    data = Data(*given[:7])
+    return native.solve(data, given[7], Settings(data.reward.shape[:2], **options))
+
+
 def problems(mdp: DenseMDP, temperature: float) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
     """Every problem of a batch as (batch index, keyword arguments of the oracles)."""
 
@@ -161,6 +187,22 @@ SMALL = (
     Case(states=1, actions=1, seed=10),
     Case(states=1, actions=4, discount=0.0, seed=11),
     Case(states=5, actions=1, seed=12),
+)
+# More states than the solver of small problems takes, and what else decides how rows are read.
+LARGE = (
+    Case(
+        "garnet",
+        130,
+        3,
+        batch=(2,),
+        discount=0.95,
+        temperature=0.1,
+        seed=13,
+        mask=True,
+        terminal=True,
+        reference=True,
+    ),
+    Case("dense", 129, 1, discount=0.99, temperature=10.0, seed=14),
 )
 WARP = tuple(Case("garnet", states, 4, batch=(2,), seed=states) for states in (1, 31, 32, 33, 65))
 

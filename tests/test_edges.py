@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -367,73 +366,6 @@ def test_a_mask_is_the_limit_of_a_bad_reward(backend: str) -> None:
 # Layouts
 
 
-def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The same numbers in every arrangement that torch allows."""
-    flipped = tensor.flip(-1).contiguous()
-    yield "transposed", tensor.transpose(0, -1).contiguous().transpose(0, -1)
-    yield "flipped twice", flipped.flip(-1)
-    for offset in (1, 2, 3):
-        storage = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)
-        view = storage[offset:].view(tensor.shape)
-        view.copy_(tensor)
-        yield f"offset by {offset}", view
-    wide = torch.empty(*tensor.shape[:-1], tensor.shape[-1] + 1, dtype=tensor.dtype)
-    wide[..., :-1] = tensor
-    yield "a slice of a wider tensor", wide[..., :-1]
-    yield "every other element", tensor.repeat_interleave(2, -1)[..., ::2]
-    yield "lazily negated", torch._neg_view(-tensor)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=["f32", "f64"])
-@pytest.mark.parametrize("moved", ["reward", "transition", "reference", "mask", "initial"])
-def test_the_layout_of_an_input_does_not_change_a_bit(
-    moved: str, dtype: torch.dtype, backend: str
-) -> None:
-    shape = (5, 7, 3)
-    inputs = {
-        "reward": tables(*shape, dtype=dtype),
-        "transition": rows(*shape, 7, dtype=dtype),
-        "reference": torch.rand(*shape).to(dtype) + 0.1,
-        "mask": torch.rand(*shape) < 0.8,
-        "initial": tables(5, 7, dtype=dtype),
-    }
-    inputs["mask"][..., 0] = True
-
-    def run(given: dict[str, Tensor]) -> tuple[Solution, list[Tensor]]:
-        leaves = {
-            name: given[name].detach().requires_grad_() for name in ("reward", "transition")
-        }  # detach keeps the layout
-        got = birl_ext.solve(**{**given, **leaves}, discount=0.9, temperature=0.3, backend=backend)
-        total = got.value.sum() + got.policy.square().sum()
-        return got, list(torch.autograd.grad(total, list(leaves.values())))
-
-    want, want_grads = run(inputs)
-    if moved == "mask":
-        arrangements = iter([("transposed", inputs[moved].mT.contiguous().mT)])
-    else:
-        arrangements = layouts(inputs[moved])
-    for name, other in arrangements:
-        got, grads = run({**inputs, moved: other})
-        assert_same_solution(got, want, f"{moved} {name}")
-        for ours, theirs in zip(grads, want_grads, strict=True):
-            assert_same_bits(ours, theirs, label=f"{moved} {name}: gradient")
-
-
-def test_an_expanded_batch_equals_a_copied_one(backend: str) -> None:
-    """Zero strides: one reward for many models, one model for many rewards."""
-    reward, transition = tables(7, 3), rows(7, 3, 7)
-    many = tables(4, 7, 3)
-    for r, p in (
-        (reward.expand(4, 7, 3), rows(4, 7, 3, 7)),
-        (many, transition.expand(4, 7, 3, 7)),
-    ):
-        got = birl_ext.solve(r, p, discount=0.9, temperature=0.3, backend=backend)
-        want = birl_ext.solve(
-            r.contiguous(), p.contiguous(), discount=0.9, temperature=0.3, backend=backend
-        )
-        assert_same_solution(got, want, "expanded")
-
-
 @pytest.mark.parametrize("discount", [0.0, 0.9])
 def test_outputs_never_alias_inputs_or_each_other(discount: float, backend: str) -> None:
     inputs = [tables(2, 4, 3), rows(2, 4, 3, 4), tables(2, 4)]
@@ -691,32 +623,6 @@ def test_an_in_place_change_is_caught_everywhere(function: str, backend: str) ->
 
 
 # Determinism
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-def test_the_same_input_gives_the_same_bits(sparse: bool, method: str, backend: str) -> None:
-    """Again, with another number of threads, and with the problem at another place of the batch."""
-    base = Case("garnet", 40, 3, batch=(6,), discount=0.97, seed=5).mdp()
-    threads = torch.get_num_threads()
-
-    def run(mdp: Any) -> tuple[Solution, Tensor]:
-        reward = mdp.reward.clone().requires_grad_()
-        mdp = mdp.replace(reward=reward)
-        mdp = mdp.to_sparse() if sparse else mdp
-        got = birl_ext.solve(mdp, temperature=0.5, method=method, backend=backend)
-        return got, torch.autograd.grad(got.policy.square().sum() + got.value.sum(), reward)[0]
-
-    try:
-        torch.set_num_threads(1)
-        want, want_grad = run(base)
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            got, grad = run(base)
-            assert_same_solution(got, want, f"{count} threads")
-            assert_same_bits(grad, want_grad, label=f"{count} threads: gradient")
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("method", METHODS)

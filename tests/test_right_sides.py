@@ -6,131 +6,136 @@ import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_native import EPS, STORAGE, Case, linear_solve, make_case, policy_system, run_policy_solve
+from cases import FLOATS, Case, kernel_arguments
+from oracle import float64
+from torch import Tensor
 
-from birl_ext.ops.backends import loader
+from birl_ext.model.mdp import DenseMDP
+from birl_ext.ops.backends import loader, native
 
 if loader.reason("cpu") and os.environ.get("BIRL_REQUIRE_EXT") != "1":
     pytest.skip(f"no compiled CPU module: {loader.reason('cpu')}", allow_module_level=True)
 
 COLUMNS = [1, 3, 4, 8, 9, 17]
+METHODS = {"auto": 0, "direct": 2, "krylov": 3, "richardson": 5}
+F64 = torch.float64
+EPS = torch.finfo(F64).eps
 
 
-def some_policy(case: Case) -> np.ndarray:
-    lane = case.reward.shape[:-1]
-    return np.random.default_rng(0).dirichlet(np.ones(case.reward.shape[-1]), lane)
+class Systems:
+    """The policy systems of one transition, a random policy for each of some problems."""
+
+    def __init__(self, mdp: DenseMDP, problems: int = 1, *, sparse: bool = False) -> None:
+        self.mdp, (states, actions) = mdp, mdp.reward.shape[-2:]
+        model = mdp.to_sparse() if sparse else mdp
+        self.model = kernel_arguments(model, 1.0)[:3]
+        self.discount = torch.full((1, problems), float(mdp.discount), dtype=F64)
+        weights = torch.rand(1, problems, states, actions, dtype=F64)
+        self.policy = weights / weights.sum(-1, keepdim=True)
+
+    def solve(self, rhs: Tensor, **options: Any) -> tuple[Tensor, Tensor, int]:
+        return native.policy_solve(*self.model, self.policy, self.discount, rhs, **options)
+
+    def rhs(self, count: int) -> Tensor:
+        return torch.randn(*self.policy.shape[:2], count, self.policy.shape[2], dtype=F64)
 
 
-def grid_case(side: int, discount: float) -> Case:
-    """A walk on a grid, the same successors for every action, with repeats at the walls merged."""
-    states, moves = side * side, ((0, 0), (-1, 0), (0, 1), (1, 0), (0, -1))
-    transition = np.zeros((1, states, len(moves), states))
-    for s in range(states):
-        for a in range(len(moves)):
-            for b, (down, right) in enumerate(moves):
-                row = min(max(s // side + down, 0), side - 1)
-                column = min(max(s % side + right, 0), side - 1)
-                transition[0, s, a, row * side + column] += 0.84 if a == b else 0.04
-    reward = np.random.default_rng(0).standard_normal((1, 1, states, len(moves)))
-    return Case(transition, reward, np.full((1, 1), discount), np.ones((1, 1)), sparse=True)
-
-
-def hub_case(states: int, discount: float) -> Case:
+def hub(states: int, discount: float) -> DenseMDP:
     """One state leads everywhere and is led to from everywhere; some actions have no successor in
     common with the others."""
     rng = np.random.default_rng(3)
-    transition = np.zeros((1, states, 2, states))
+    transition = np.zeros((states, 2, states))
     for s in range(states):
-        transition[0, s, 0, [s, 7]] = 0.5
-        transition[0, s, 1, rng.choice(states, 1 + s % 11, replace=False)] = 1.0
-    transition[0, 7] = rng.random((2, states)) + 0.1
+        transition[s, 0, [s, 7]] = 0.5
+        transition[s, 1, rng.choice(states, 1 + s % 11, replace=False)] = 1.0
+    transition[7] = rng.random((2, states)) + 0.1
     transition /= transition.sum(-1, keepdims=True)
-    reward = rng.standard_normal((1, 1, states, 2))
-    return Case(transition, reward, np.full((1, 1), discount), np.ones((1, 1)), sparse=True)
+    return DenseMDP(torch.zeros(states, 2, dtype=F64), torch.from_numpy(transition), discount)
 
 
-def cases(storage: type) -> dict[str, Case]:
-    return {
-        "small": make_case(1, 40, 3, storage=storage, discount=0.99, problems=2),
-        "small csr": make_case(1, 40, 3, storage=storage, discount=0.99, sparse=True),
-        "dense": make_case(2, 307, 2, storage=storage, discount=0.99, successors=307),
-        "csr": make_case(2, 307, 2, storage=storage, discount=0.99, sparse=True),
-        "terminal": make_case(3, 300, 2, storage=storage, sparse=True, terminal=True),
-        "grid": grid_case(18, 0.99),
-        "hub": hub_case(301, 0.99),
-    }
+def systems(name: str, dtype: torch.dtype = F64) -> Systems:
+    def case(*shape: Any, **options: Any) -> DenseMDP:
+        return Case(*shape, dtype=dtype, seed=1, **{"discount": 0.99, **options}).mdp()
+
+    match name:
+        case "small":
+            return Systems(case("garnet", 40, 3), 2)
+        case "small csr":
+            return Systems(case("garnet", 40, 3), sparse=True)
+        case "dense":
+            return Systems(case("dense", 307, 2))
+        case "csr":
+            return Systems(case("garnet", 307, 2, branching=4), sparse=True)
+        case "terminal":
+            return Systems(case("garnet", 300, 2, discount=0.9, terminal=True), sparse=True)
+        case "grid":
+            return Systems(case("grid", 324, 5), sparse=True)
+    return Systems(hub(301, 0.99), sparse=True)
 
 
-@pytest.mark.parametrize("name", list(cases(np.float64)))
-@pytest.mark.parametrize("storage", STORAGE, ids=["float32", "float64"])
-@pytest.mark.parametrize("method", [0, 2, 3, 5], ids=["auto", "direct", "krylov", "richardson"])
+NAMES = ["small", "small csr", "dense", "csr", "terminal", "grid", "hub"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=["float32", "float64"])
+@pytest.mark.parametrize("method", METHODS)
 def test_each_of_many_right_hand_sides_is_solved_as_if_alone(
-    name: str, storage: type, method: int
+    name: str, dtype: torch.dtype, method: str
 ) -> None:
-    case = cases(storage)[name]
-    policy = some_policy(case)
-    problems, states = policy.shape[1:3]
-    matrix = policy_system(case, 0, 0, policy[0, 0])
+    given = systems(name, dtype)
+    mdp, discount = given.mdp, float(given.mdp.discount)
+    system = float64.policy_system(
+        given.policy[0, 0].numpy(), mdp.transition.numpy(), discount, mdp.terminal
+    )
     for transpose in (False, True):
-        order = 1 if transpose else np.inf
-        for count in COLUMNS if method == 0 else (4, 9):
-            rhs = np.random.default_rng(count).standard_normal((1, problems, count, states))
-            rhs[:, :, 0] = np.abs(rhs[:, :, 0])
+        order = 1 if transpose else torch.inf
+        options = {"transpose": transpose, "method": METHODS[method]}
+        for count in COLUMNS if method == "auto" else (4, 9):
+            rhs = given.rhs(count)
+            rhs[:, :, 0] = rhs[:, :, 0].abs()
             if count > 1:
                 rhs[:, :, count // 2] = 0.0
                 rhs[:, :, -1] *= 1e-9
-            found, residual, failed = run_policy_solve(
-                case, policy, rhs, transpose=transpose, method=method
-            )
+            found, residual, failed = given.solve(rhs, **options)
             assert failed == 0
-            for k in range(count):
-                alone, _, _ = run_policy_solve(
-                    case, policy, rhs[:, :, [k]], transpose=transpose, method=method
-                )
-                for g in range(problems):
-                    b, x = rhs[0, g, k], found[0, g, k]
-                    where = f"transpose {transpose}, {count} columns, column {k}, problem {g}"
-                    rounding = 50 * EPS * (np.linalg.norm(b, order) + np.linalg.norm(x, order))
-                    allowed = 2 * rounding / (1 - case.discount[0, g])
-                    gap = np.linalg.norm(x - alone[0, g, 0], order)
-                    assert gap <= allowed, f"{where}: {gap:.3g} from the lone one > {allowed:.3g}"
-                    assert residual[0, g, k] <= rounding, f"{where}: {residual[0, g, k]:.3g}"
-            turned = matrix.T if transpose else matrix
-            truth = linear_solve(turned, rhs[0, 0, -1])
-            error = np.linalg.norm(np.float64(found[0, 0, -1] - truth), order)
-            assert error <= 100 * EPS * np.linalg.norm(np.float64(truth), order) / (
-                1 - case.discount[0, 0]
-            )
+            rounding = 50 * EPS * (rhs.norm(order, -1) + found.norm(order, -1))
+            assert (residual <= rounding).all(), f"{options}, {count} columns: {residual}"
+            alone = [given.solve(rhs[:, :, [k]].contiguous(), **options)[0] for k in range(count)]
+            gap = (found - torch.cat(alone, 2)).norm(order, -1)
+            allowed = 2 * rounding / (1 - discount)
+            assert (gap <= allowed).all(), f"{options}, {count} columns: {gap} from the lone ones"
+            want = float64.refined(system.T if transpose else system, rhs[0, 0, -1].numpy())
+            error = np.linalg.norm(found[0, 0, -1].numpy() - want, order)
+            assert error <= 100 * EPS * np.linalg.norm(want, order) / (1 - discount)
 
 
 @pytest.mark.parametrize("name", ["small", "dense", "csr"])
 def test_a_right_hand_side_that_is_not_finite_spoils_only_itself(name: str) -> None:
-    case = cases(np.float64)[name]
-    policy = some_policy(case)
-    rhs = np.random.default_rng(5).standard_normal((1, policy.shape[1], 6, policy.shape[2]))
-    broken = rhs.copy()
+    given = systems(name)
+    rhs = given.rhs(6)
+    broken = rhs.clone()
     broken[0, 0, 1, 3], broken[0, 0, 4, 0] = np.nan, np.inf
     for transpose in (False, True):
-        whole, _, _ = run_policy_solve(case, policy, rhs, transpose=transpose)
-        found, residual, failed = run_policy_solve(case, policy, broken, transpose=transpose)
+        whole, _, _ = given.solve(rhs, transpose=transpose)
+        found, residual, failed = given.solve(broken, transpose=transpose)
         assert failed == 2
-        assert np.isnan(found[0, 0, [1, 4]]).all()
-        assert np.isnan(residual[0, 0, [1, 4]]).all()
+        assert found[0, 0, [1, 4]].isnan().all()
+        assert residual[0, 0, [1, 4]].isnan().all()
         kept = [0, 2, 3, 5]
-        size = np.abs(whole[0, 0, kept]).sum(-1).max()
-        assert np.abs(found[0, 0, kept] - whole[0, 0, kept]).max() <= 1e-10 * size
+        size = whole[0, 0, kept].abs().sum(-1).max()
+        assert (found[0, 0, kept] - whole[0, 0, kept]).abs().max() <= 1e-10 * size
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
 def test_thread_count_does_not_change_a_bit_of_many_right_hand_sides(sparse: bool) -> None:
-    states, actions, successors = (2100, 1, 40) if sparse else (500, 2, 250)
-    case = make_case(0, states, actions, successors=successors, sparse=sparse)
-    policy = some_policy(case)
-    rhs = np.random.default_rng(1).standard_normal((1, 1, 13, policy.shape[2]))
+    shape = (2100, 1) if sparse else (500, 2)
+    given = Systems(Case("garnet", *shape, branching=40).mdp(), sparse=sparse)
+    rhs = given.rhs(13)
     results = []
     threads = torch.get_num_threads()
     try:
@@ -138,23 +143,25 @@ def test_thread_count_does_not_change_a_bit_of_many_right_hand_sides(sparse: boo
             torch.set_num_threads(count)
             results.append(
                 [
-                    part.tobytes()
+                    part
+                    for method in (0, 3, 5)
                     for transpose in (False, True)
-                    for part in run_policy_solve(case, policy, rhs, transpose=transpose)[:2]
+                    for part in given.solve(rhs, method=method, transpose=transpose)[:2]
                 ]
             )
     finally:
         torch.set_num_threads(threads)
-    assert results[0] == results[1] == results[2]
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_constants_cost_no_products_in_either_direction(count: int, sparse: bool) -> None:
     """At γ = 1 − 10⁻⁶ a constant alone would take ten million: minutes instead of nothing."""
-    case = make_case(0, 60, 2, successors=30, sparse=sparse, discount=1 - 1e-6)
-    policy = some_policy(case)
-    rhs = 1 + np.random.default_rng(1).standard_normal((1, 1, count, 60))
+    case = Case("garnet", 60, 2, branching=30, discount=1 - 1e-6)
+    given = Systems(case.mdp(), sparse=sparse)
+    rhs = 1 + given.rhs(count)
 
     def hang(*_: object) -> None:
         raise TimeoutError("the constant was iterated away")
@@ -163,7 +170,7 @@ def test_constants_cost_no_products_in_either_direction(count: int, sparse: bool
     signal.alarm(20)
     try:
         for transpose in (False, True):
-            assert run_policy_solve(case, policy, rhs, transpose=transpose, method=5)[2] == 0
+            assert given.solve(rhs, transpose=transpose, method=METHODS["richardson"])[2] == 0
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)

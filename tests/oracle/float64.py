@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Oracle", "bellman", "evaluate", "hard_bracket", "occupancy", "policy_matrix", "solve"]
+__all__ = [
+    "Oracle",
+    "bellman",
+    "evaluate",
+    "hard_bracket",
+    "occupancy",
+    "policy_matrix",
+    "policy_system",
+    "refined",
+    "solve",
+]
 
 Array = NDArray[np.float64]
 
@@ -85,6 +95,20 @@ def policy_matrix(policy: Any, transition: Any, *, terminal: Any = None) -> Arra
     policy = _array(policy)
     inputs = _inputs(np.zeros_like(policy), transition, policy > 0, terminal, None)
     return np.eye(len(policy)) - _system(policy, inputs, 1.0)
+
+
+def policy_system(policy: Any, transition: Any, discount: float, terminal: Any = None) -> Any:
+    """I − γP_π in extended precision, (S, S)."""
+    matrix = policy_matrix(policy, transition, terminal=terminal).astype(np.longdouble)
+    return np.eye(len(matrix)) - np.longdouble(discount) * matrix
+
+
+def refined(matrix: Any, b: Any) -> Array:
+    """A⁻¹b by float64 LU, refined with residuals in extended precision."""
+    low, x = matrix.astype(np.float64), np.zeros_like(b, dtype=np.longdouble)
+    for _ in range(5):
+        x = x + np.linalg.solve(low, (b - matrix @ x).astype(np.float64))
+    return _array(x)
 
 
 def evaluate(
