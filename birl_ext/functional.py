@@ -46,6 +46,7 @@ from birl_ext.options import (
     check_one_of,
 )
 from birl_ext.solution import Rigour, Solution, Status
+from birl_ext.torch_internals import is_concrete
 
 __all__ = ["bellman", "evaluate", "occupancy", "solve"]
 
@@ -86,7 +87,6 @@ def solve(
 ) -> Solution: ...
 
 
-@validation.within_memory
 def solve(
     reward: Tensor | MDP,
     transition: Tensor | None = None,
@@ -154,17 +154,7 @@ def solve(
         if found is not None:
             return found
     given = _Given(reward, transition, discount, temperature, reference, mask, terminal, validate)
-    flat = _flat(given, regularised=True)
-    start = _start(initial, flat)
-    settings, too_tight = _settings(options, flat, given.ending)
-    outputs = _solve.solve(flat.data, start, settings)
-    if too_tight is not None:
-        status = outputs[-1]
-        outputs = (*outputs[:-1], status.masked_fill(status == 0, int(Status.STAGNATED)))
-    solution = _assemble(flat, outputs)
-    if options.on_fail == "raise" and not settings.strict and _any(outputs[-1]):
-        raise _failure(solution, outputs, flat.data, flat.layout, initial, too_tight)
-    return solution
+    return _solve_in_normal_form(given, initial, options)
 
 
 @validation.within_memory
@@ -337,7 +327,7 @@ def occupancy(
     validation.check_devices({"transition": flat.transition, **tensors})
     pi = _checked(policy, flat, transition, validate)
     _require_shape("initial_distribution", initial_distribution, (flat.reward.shape[-2],))
-    if validate == "full" and validation.is_concrete(initial_distribution):
+    if validate == "full" and is_concrete(initial_distribution):
         validation.check_initial_distribution(initial_distribution)
     start = flat.layout.grouped(initial_distribution.double(), 1)
     share = _policy_system(policy_solve.discounted_visits, flat, pi, start, validate, backend)
@@ -347,9 +337,9 @@ def occupancy(
 def _checked(policy: Tensor, flat: Flat, model: Tensor | MDP, validate: validation.Level) -> Tensor:
     """π/Σπ in float64, (N, G, …)."""
     _require_shape("policy", policy, tuple(flat.reward.shape[-2:]))
-    if validate == "full" and validation.is_concrete(policy):
+    if validate == "full" and is_concrete(policy):
         forbidden = None
-        if not isinstance(model, Tensor) and validation.is_concrete(model.mask, model.terminal):
+        if not isinstance(model, Tensor) and is_concrete(model.mask, model.terminal):
             forbidden = model.forbidden()
         validation.check_policy(policy.detach(), forbidden)
     wide = policy.double().contiguous()  # the bits of a sum depend on the layout
@@ -371,7 +361,7 @@ def _policy_system(
         _backend(backend, flat.reward.device),
     )
     # on a GPU the look would make the host wait
-    if validation.is_concrete(solution) and not (validate == "off" and solution.is_cuda):
+    if is_concrete(solution) and not (validate == "off" and solution.is_cuda):
         _require_solved(solution.detach(), residual, flat)
     trust = _trust(flat.discount, validate=validate)
     if trust is not None:
@@ -385,7 +375,7 @@ def _trust(
     """(N, G), 1 where γ and τ lie in their range and NaN elsewhere; None where the border has read
     them.
     """
-    if validate != "off" and validation.is_concrete(discount, temperature):
+    if validate != "off" and is_concrete(discount, temperature):
         return None
     fine = (discount >= 0) & (discount < 1)
     if temperature is not None:
@@ -493,9 +483,9 @@ def _flat(
         numbers = {"discount": discount, "temperature": temperature}
         validation.check_devices({**tables, **numbers})
     if read and given.validate == "full":
-        if validation.is_concrete(reward):
+        if is_concrete(reward):
             validation.check_reward(reward)
-        if validation.is_concrete(transition):
+        if is_concrete(transition):
             validation.check_rows(transition, None)
     no_reference = absent(torch.float64, reward)
     return flatten(reward, transition, no_reference, discount, temperature, batch=batch)
@@ -559,6 +549,21 @@ def _solve_fast(
     return solution
 
 
+@validation.within_memory
+def _solve_in_normal_form(given: _Given, initial: Tensor | None, options: Options) -> Solution:
+    flat = _flat(given, regularised=True)
+    start = _start(initial, flat)
+    settings, too_tight = _settings(options, flat, given.ending)
+    outputs = _solve.solve(flat.data, start, settings)
+    if too_tight is not None:
+        status = outputs[-1]
+        outputs = (*outputs[:-1], status.masked_fill(status == 0, int(Status.STAGNATED)))
+    solution = _assemble(flat, outputs)
+    if options.on_fail == "raise" and not settings.strict and _any(outputs[-1]):
+        raise _failure(solution, outputs, flat.data, flat.layout, initial, too_tight)
+    return solution
+
+
 def _start(initial: Tensor | None, flat: Flat) -> Tensor:
     """V₀ (N, G, S) float64, or absent."""
     if initial is None:
@@ -580,7 +585,7 @@ def _settings(options: Options, flat: Flat, ending: bool) -> tuple[Settings, Sta
             f'method="newton" with {states} states', states * states, fix='use method="auto"'
         )
     # where nothing can be read here, the op itself raises
-    strict = options.on_fail == "raise" and not validation.is_concrete(
+    strict = options.on_fail == "raise" and not is_concrete(
         flat.reward, flat.transition, flat.log_reference, flat.discount, flat.temperature
     )
     # what is handed out in float32 is known to half a unit in its last place, and no better

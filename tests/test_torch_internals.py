@@ -278,3 +278,84 @@ def test_lerp_all() -> None:
     ours = [torch.zeros(2), torch.zeros(1)]
     internals.lerp_all_(ours, [torch.ones(2), torch.ones(1)], 0.25)
     assert [x.sum().item() for x in ours] == [0.5, 0.25]
+
+
+# ---- what they tell together --------------------------------------------------------------------
+
+
+class Labelled(Tensor):
+    """A subclass: its operators are its own."""
+
+
+def unusual() -> list[Tensor]:
+    """Tensors whose numbers are not simply there."""
+    return [
+        torch.ones(2).as_subclass(Labelled),
+        torch._neg_view(torch.ones(2)),
+        torch._efficientzerotensor(2),
+    ]
+
+
+def test_ordinary() -> None:
+    assert type(torch.ones(1)) in internals.ORDINARY
+    assert type(torch.nn.Parameter(torch.ones(1))) in internals.ORDINARY
+    assert Labelled not in internals.ORDINARY
+
+
+def test_are_ordinary() -> None:
+    assert internals.are_ordinary([torch.ones(2), torch.nn.Parameter(torch.ones(2))])
+    for tensor in unusual():
+        assert not internals.are_ordinary([torch.ones(2), tensor]), tensor
+
+
+def followed(question: Any, *, dual: bool) -> list[bool]:
+    """What is answered inside transforms, modes and traces that follow every computation."""
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    answers: list[bool] = []
+    asked = [torch.ones(2)]
+
+    def ask(x: Tensor) -> Tensor:
+        answers.append(question(asked))
+        return x + 1
+
+    for mode in (TorchFunctionMode, TorchDispatchMode):
+        with mode():
+            answers.append(question(asked))
+    torch.jit.trace(ask, torch.ones(1), check_trace=False)
+    if dual:
+        torch.func.vmap(ask)(torch.ones(1))
+        with forward_ad.dual_level():
+            ask(torch.ones(1))
+    return answers
+
+
+def test_computes_directly() -> None:
+    assert internals.computes_directly([torch.ones(2)])
+    assert followed(internals.computes_directly, dual=False) == [False] * 3
+    assert not internals.computes_directly(unusual())
+
+
+def test_nobody_follows() -> None:
+    assert internals.nobody_follows([torch.ones(2)])
+    assert followed(internals.nobody_follows, dual=True) == [False] * 5
+    assert not internals.nobody_follows(unusual())
+
+
+def test_is_first_order() -> None:
+    assert not internals.is_first_order([torch.ones(2)])
+    with torch.no_grad():
+        assert internals.is_first_order([torch.ones(2)])
+        assert followed(internals.is_first_order, dual=True) == [False] * 5
+        assert not internals.is_first_order(unusual())
+
+
+def test_is_concrete() -> None:
+    assert internals.is_concrete(torch.ones(2), None, 1.0)
+    for tensor in (torch.ones(2, device="meta"), torch.ones(2).as_subclass(Labelled)):
+        assert not internals.is_concrete(torch.ones(2), tensor)
+    for transform in (torch.func.vmap, torch.func.grad):
+        assert not seen_by(transform, internals.is_concrete)
+        outside = torch.ones(2)
+        assert seen_by(transform, lambda _, x=outside: internals.is_concrete(x))

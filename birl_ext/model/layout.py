@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.model import checks as validation
+from birl_ext.torch_internals import is_concrete
 
 __all__ = ["Data", "Flat", "Layout", "absent", "flatten", "layout"]
 
@@ -157,7 +158,7 @@ def absent(dtype: torch.dtype, like: Tensor) -> Tensor:
 
     Not `new_empty`, which under vmap is batched. Kept where that is safe: it is asked for often.
     """
-    if not like.is_cpu or not validation.is_concrete(like):
+    if not like.is_cpu or not is_concrete(like):
         return torch.empty(0, dtype=dtype, device=like.device)
     if dtype not in _ABSENT:
         with torch.inference_mode(False):  # one made in that mode could never be saved for backward

@@ -24,6 +24,7 @@ from birl_ext.model import checks as validation
 from birl_ext.model import layout as batching
 from birl_ext.model.checks import Level
 from birl_ext.model.tensor_files import FOREIGN, MAX_BYTES, read_tensors, write_tensors
+from birl_ext.torch_internals import is_concrete
 
 __all__ = ["DenseMDP", "SparseMDP", "load"]
 
@@ -92,7 +93,7 @@ class _MDP:
 
     def _check_opened(self, new: Self) -> None:
         """Raise NonStochasticError where actions open up whose rows the former mask has emptied."""
-        if self.mask is None or not validation.is_concrete(self.mask, new.mask):
+        if self.mask is None or not is_concrete(self.mask, new.mask):
             return
         opened = ~self.mask if new.mask is None else new.mask & ~self.mask
         if bool(opened.any()):
@@ -223,26 +224,25 @@ class _MDP:
         """Read the data of the fields named, and of those whose meaning they change; each where it
         holds numbers, whatever a transform has made of the others.
         """
-        concrete = validation.is_concrete
         masks = changed & {"mask", "terminal"}
-        if self.mask is not None and masks and concrete(self.mask, self.terminal):
+        if self.mask is not None and masks and is_concrete(self.mask, self.terminal):
             validation.check_actions(self.mask, self.terminal)
         ends = None if self.reference is not None else self.terminal
         seen = self.actions > 1 and masks | changed & {"reference"}
-        if ends is not None and seen and concrete(self.mask, ends):
+        if ends is not None and seen and is_concrete(self.mask, ends):
             free = ends if self.mask is None else ends & (self.mask.sum(-1) > 1)
             self._set(free_ends=bool(free.any()))
-        if "reward" in changed and concrete(self.reward):
+        if "reward" in changed and is_concrete(self.reward):
             validation.check_reward(self.reward)
         if masks or self._entries in changed:
             index = (getattr(self, name, None) for name in ("crow", "col"))
-            if concrete(getattr(self, self._entries), self.mask, self.terminal, *index):
+            if is_concrete(getattr(self, self._entries), self.mask, self.terminal, *index):
                 self._check_rows()
         weights = self.reference if changed & {"reference", "mask"} else None
-        if weights is not None and concrete(weights, self.mask):
+        if weights is not None and is_concrete(weights, self.mask):
             validation.check_reference(weights, self.mask)
         start = self.initial_distribution
-        if start is not None and "initial_distribution" in changed and concrete(start):
+        if start is not None and "initial_distribution" in changed and is_concrete(start):
             validation.check_initial_distribution(start)
 
     @property
@@ -475,7 +475,7 @@ class SparseMDP(_MDP):
             self._check_form()
         self._set(crow=self.crow.to(torch.int64), col=self.col.to(torch.int64))
         self._find_batch()
-        if validate == "full" and validation.is_concrete(self.crow, self.col):
+        if validate == "full" and is_concrete(self.crow, self.col):
             validation.check_crow_col(self.crow, self.col, self.states)
         self._mask_rewards()
         if (rows := self._continuing()) is not None:

@@ -6,7 +6,6 @@ arithmetic. Whatever is unusual returns None here and goes there.
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +15,14 @@ from torch import Tensor
 
 from birl_ext.ops.backends import loader, native
 from birl_ext.ops.request import AUTO
-from birl_ext.ops.solve import Saved, pull_back, resolved
-from birl_ext.ops.transforms import ORDINARY, are_ordinary, is_first_order, nobody_listens
+from birl_ext.ops.solve import Saved, pull_back
 from birl_ext.solution import Info
+from birl_ext.torch_internals import ORDINARY, is_first_order, nobody_follows
 
 __all__ = ["solve"]
+
+_MOST = 2**24
+"""Numbers of P: beyond them the general way costs nothing, and says what memory is missing."""
 
 
 class SolveFast(torch.autograd.Function):
@@ -34,10 +36,13 @@ class SolveFast(torch.autograd.Function):
         ctx: Any,
         reward: Tensor,
         transition: Tensor,
-        numbers: array[float],
+        discount: float,
+        temperature: float,
         validate: int,
     ) -> tuple[Any, ...]:
-        outputs, failed = native.solve_fast(reward, transition, numbers, validate, derivable=True)
+        outputs, failed, numbers = native.solve_fast(
+            reward, transition, discount, temperature, validate, derivable=True
+        )
         _, _, advantage, policy, _, info, status, relative = outputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(info, status)
@@ -48,15 +53,14 @@ class SolveFast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
         bars = (*bars[:5], bars[7], None)
-        bars = resolved(bars)
         given = [bar for bar in bars if bar is not None]
         if not given:
-            return (None,) * 4
+            return (None,) * 5
         saved = ctx.saved_tensors
         wanted, needed = ctx.needs_input_grad[:2]
         needs = (needed, wanted, False, False, False)
         # what was saved was ordinary; what arrives may be mapped, negated lazily, …
-        if bars[5] is None and is_first_order() and are_ordinary(given):
+        if bars[5] is None and is_first_order(given):
             transition_bar, reward_bar, *_ = native.solve_vjp(
                 (saved[0], None, None),
                 ctx.numbers,
@@ -66,7 +70,7 @@ class SolveFast(torch.autograd.Function):
             )
         else:
             transition_bar, reward_bar = _general(saved, ctx.numbers, bars, needs)
-        return (reward_bar, transition_bar, None, None)
+        return (reward_bar, transition_bar, None, None, None)
 
 
 # Past torch's own `apply`, which binds the signature of `forward` at every call.
@@ -126,7 +130,7 @@ def solve(
         and type(temperature) is float
         and 0.0 <= discount < 1.0
         and 0.0 < temperature < float("inf")
-        and nobody_listens()
+        and nobody_follows((reward, transition))
         and not (reward.is_nested or transition.is_nested)  # which have no shape
     ):
         return None
@@ -138,18 +142,17 @@ def solve(
         and dtype is transition.dtype
         and reward.is_cpu
         and transition.is_cpu
-        and transition.numel() > 0
+        and 0 < transition.numel() <= _MOST
         and reward.layout is torch.strided
         and transition.layout is torch.strided
         and reward.is_contiguous()
         and transition.is_contiguous()
-        and are_ordinary((reward, transition))
-        and loader.available("cpu")
+        and loader.CPU.module is not None
     ):
         return None
-    numbers = native.for_all(math.prod(shape[:-2]), discount, temperature)
+    given = (reward, transition, discount, temperature, validate)
     if torch.is_grad_enabled() and (reward.requires_grad or transition.requires_grad):
-        *outputs, failed = _apply(reward, transition, numbers, validate)
+        *outputs, failed = _apply(*given)
         return tuple(outputs[:7]), failed
-    outputs, failed = native.solve_fast(reward, transition, numbers, validate, derivable=False)
+    outputs, failed, _ = native.solve_fast(*given, derivable=False)
     return outputs[:7], failed

@@ -23,14 +23,13 @@ from birl_ext.ops.request import Data, Settings
 from birl_ext.ops.rows import Rows, widened
 from birl_ext.ops.transforms import (
     Function,
-    are_ordinary,
     define,
     in_graph,
-    is_first_order,
     join_mapped_axis,
     split_mapped_axis,
 )
 from birl_ext.solution import info_table
+from birl_ext.torch_internals import is_first_order
 
 __all__ = ["Saved", "pull_back", "solve"]
 
@@ -93,7 +92,7 @@ def pull_back(
     with Q̄ of `fold` and (D, κ) of `Exits`; what λ then gives is (M12), see `ops.bellman`.
     """
     bars, saved = resolved(bars), Saved(*resolved(saved))
-    direct = is_first_order() and are_ordinary([*saved, *(bar for bar in bars if bar is not None)])
+    direct = is_first_order([*saved, *(bar for bar in bars if bar is not None)])
     *tables, relative_bar, constant_bar = bars
     if direct and relative_bar is None and constant_bar is None:
         wanted = choice.solve_vjp(saved, tables, needs, backend)

@@ -16,33 +16,24 @@ from torch import Tensor
 
 from birl_ext.torch_internals import (
     DYNAMO,
+    computes_directly,
     custom_function_call,
-    dispatch_modes,
     excluding_autograd,
     forward_mode,
-    function_modes,
     innermost_level,
-    is_mapped_by_the_older_vmap,
     is_tracing,
-    is_zero_without_memory,
     transforms_active,
     unwrap_dead_wrappers,
     unwrap_level,
-    within_forward_mode,
     wrap_level,
 )
 
 __all__ = [
     "LIBRARY",
-    "ORDINARY",
     "Function",
-    "are_ordinary",
-    "computes_directly",
     "define",
     "in_graph",
-    "is_first_order",
     "join_mapped_axis",
-    "nobody_listens",
     "split_mapped_axis",
 ]
 
@@ -194,52 +185,6 @@ class _DynamoWatch(importlib.abc.MetaPathFinder):
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
-
-
-def computes_directly(tensors: Sequence[Tensor]) -> bool:
-    """Whether an op may be computed at once: ordinary tensors, and nobody listens to the
-    dispatcher.
-
-    The dispatcher costs more than the arithmetic of a small problem.
-    """
-    return not _watched() and are_ordinary(tensors)
-
-
-def are_ordinary(tensors: Sequence[Tensor]) -> bool:
-    """Whether all hold their own numbers: no subclass, not mapped, not lazily negated or zero."""
-    for t in tensors:  # a generator would cost as much again
-        # tensors that are negated lazily or zero without memory are resolved by the dispatcher too
-        if (
-            type(t) not in ORDINARY
-            or is_mapped_by_the_older_vmap(t)
-            or t.is_neg()
-            or is_zero_without_memory(t)
-        ):
-            return False
-    return True
-
-
-def nobody_listens() -> bool:
-    """Whether no transform, mode, trace or forward derivative follows what is computed now."""
-    return not (transforms_active() or within_forward_mode() or _watched())
-
-
-def _watched() -> bool:
-    """Whether a compiler, a trace or a mode wants to see every op."""
-    return bool(
-        torch.compiler.is_compiling()
-        or is_tracing()
-        or dispatch_modes()
-        or function_modes()  # a trace before the dispatcher is one of these
-    )
-
-
-def is_first_order() -> bool:
-    """Whether nobody differentiates or maps what is computed now."""
-    return not torch.is_grad_enabled() and nobody_listens()
-
-
-ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 def join_mapped_axis(

@@ -137,7 +137,7 @@ def _compiled(device: torch.device, backend: int) -> bool:
     if backend == TORCH or device.type not in ("cpu", "cuda"):
         return False
     if device.type == "cpu":
-        return loader.available("cpu")
+        return loader.CPU.module is not None or loader.available("cpu")
     refusal = cuda.refusal(device)
     if refusal:
         _stand_in(RuntimeError(refusal), backend)

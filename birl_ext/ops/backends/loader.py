@@ -120,7 +120,8 @@ def _sources() -> str:
 
 
 _backends = {name: _Backend(name) for name in MODULES}
-_backends["cpu"].load()
+CPU = _backends["cpu"]
+CPU.usable()  # so that `CPU.module` tells
 
 
 def available(name: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from array import array
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ from birl_ext.solution import INFO
 __all__ = [
     "LARGEST_CONDITION",
     "check_condition",
-    "for_all",
     "outer",
     "policy_solve",
     "solve",
@@ -130,7 +130,11 @@ def _run(
             fix='move the tensors to the CPU, or use backend="torch"',
         )
     request["threads"] = torch.get_num_threads()
-    return getattr(loader.require("cpu"), operation)(problem, request)
+    return getattr(_cpu(), operation)(problem, request)
+
+
+def _cpu() -> ModuleType:
+    return loader.CPU.module or loader.require("cpu")
 
 
 def _sizes(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
@@ -206,26 +210,30 @@ _NUMBERS = Settings._fields[1:5]  # method, tol, max_iterations, validate
 def solve_fast(
     reward: Tensor,
     transition: Tensor,
-    numbers: array[float],
+    discount: float,
+    temperature: float,
     validate: int,
     *,
     derivable: bool,
-) -> tuple[tuple[Any, ...], int]:
+) -> tuple[tuple[Any, ...], int, array[float]]:
     """`solve` without its checks and settings, for one reward per transition and numbers γ and τ.
 
     Args:
         reward: (*B, S, A), float32 or float64, contiguous, on the CPU.
         transition: (*B, S, A, S), as the reward.
-        numbers: γ and τ, as `for_all` gives them.
+        discount, temperature: γ and τ of all problems.
         validate: a `Rigour`.
         derivable: whether the last output is wanted, which derivatives need; else it is None.
 
     Returns:
-        What `solve` returns, and how many problems failed.
+        What `solve` returns; how many problems failed; and γ for each problem, then τ.
     """
     outputs, request = _outputs(torch.empty_like(reward), derivable)
     *_, states, actions = reward.shape
     count = outputs[6].numel()
+    numbers = array("d", (discount, temperature))
+    if count > 1:
+        numbers = numbers[:1] * count + numbers[1:] * count
     at, _ = numbers.buffer_info()
     request["validate"] = validate
     request["threads"] = torch.get_num_threads()
@@ -240,14 +248,8 @@ def solve_fast(
         "discount": at,
         "temperature": at + 8 * count,
     }
-    failed: int = loader.require("cpu").solve(problem, request)
-    return outputs, failed
-
-
-def for_all(count: int, discount: float, temperature: float) -> array[float]:
-    """γ for each of so many problems, then τ."""
-    numbers = array("d", (discount, temperature))
-    return numbers if count < 2 else numbers[:1] * count + numbers[1:] * count
+    failed: int = _cpu().solve(problem, request)
+    return outputs, failed, numbers
 
 
 def solve_vjp(
@@ -261,8 +263,8 @@ def solve_vjp(
 
     Args:
         model: as for `solve`.
-        numbers: γ and τ, (N, G) float64; or as `for_all` gives them, for a model (*B, S, A, S) with
-            a problem for every transition.
+        numbers: γ and τ, (N, G) float64; or as `solve_fast` returns them, for a model (*B, S, A, S)
+            with a problem for every transition.
         solution: V − `Info.OFFSET`, advantage, policy, info and status, as `solve` returned them in
             axes *B.
         bars: cotangents of V, Q, Q − V, π and log π, like these; None is zero.
