@@ -22,7 +22,7 @@ struct Means {
   double coarse_sweep = 0.0, sweep = 0.0, elimination_step = 0.0;
   // Products of a truncated series: at least, at most, and at most where those do not suffice.
   Index fewest = 20, most = 120, limit = 120;
-  double pass_products = 20.0;  // of a pass where the process mixes slowly
+  double pass_products = 20.0;  // expected of one where the process mixes slowly
 };
 
 // Passes after which Newton's method with elimination makes way for value iteration.
@@ -51,8 +51,7 @@ struct Control : Certificate {
   Index without_gain = 0, stalled = 0;
   double sought = 0.0;  // half-span at which a series may stop
 
-  template <class Request>
-  BIRL_CORE void pose(const Request& request, double discount_, double temperature_, Index states_,
+  BIRL_CORE void pose(const Solve& request, double discount_, double temperature_, Index states_,
                       Index actions_, bool is_double) {
     Certificate::pose(discount_, temperature_, actions_, request.tol, is_double);
     method = request.method;
@@ -144,6 +143,9 @@ struct Control : Certificate {
     return false;
   }
 
+  // Products in which news crosses a square grid.
+  BIRL_CORE double crossing() const { return 2.0 * __builtin_sqrt(states); }
+
   BIRL_CORE Outcome outcome() const {
     return {status, half_span(), error_bound(), passes, products, offset()};
   }
@@ -229,10 +231,6 @@ struct Control : Certificate {
     const double pace = log_positive(before / half) / static_cast<double>(length * means.most);
     return !(log_positive(half / target()) < limit * pace);
   }
-
- public:
-  // Products in which news crosses a square grid.
-  BIRL_CORE double crossing() const { return 2.0 * __builtin_sqrt(states); }
 };
 
 }  // namespace birl
