@@ -1,4 +1,4 @@
-// Python's view of the CPU kernels: integers in, status out, the GIL released. Pointers are
+// Python's view of the CPU: integers in, status out, the GIL released. Pointers are
 // integers from the caller, who owns the memory and has checked device, type, shape and contiguity.
 #include <pybind11/pybind11.h>
 
@@ -192,7 +192,7 @@ Index policy_solve(int dtype, Index N, Index G, Index K, Index S, Index A, Point
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-  module.doc() = "CPU kernels of birl_ext; see csrc/ and birl_ext/ops/backends/native.py.";
+  module.doc() = "CPU routines of birl_ext; see csrc/ and birl_ext/ops/backends/native.py.";
   module.def("build_info", &build_info);
   module.def("solve", &solve);
   module.def("solve_vjp", &solve_vjp);
