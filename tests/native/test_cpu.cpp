@@ -1,4 +1,4 @@
-// The CPU kernels and the code around them, run for the sanitizers: every solver, odd sizes, one
+// The CPU routines and the code around them, run for the sanitizers: every solver, odd sizes, one
 // thread and three. Values against the naive solver of cases.h; bits whatever the threads.
 #include "cpu.h"
 #include "cpu/isa/isa.h"

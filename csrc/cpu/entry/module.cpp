@@ -1,4 +1,4 @@
-// Python's view of the CPU kernels: requests by name in, status out, the GIL released.
+// Python's view of the CPU: requests by name in, status out, the GIL released.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -123,7 +123,7 @@ Index policy_solve(const py::dict& problem, const py::dict& how) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-  module.doc() = "CPU kernels of birl_ext; see csrc/ and birl_ext/ops/backends/native.py.";
+  module.doc() = "CPU routines of birl_ext; see csrc/ and birl_ext/ops/backends/native.py.";
   module.def("build_info", &build_info);
   module.def("solve", &solve);
   module.def("solve_vjp", &solve_vjp);

@@ -16,7 +16,7 @@ namespace birl {
 namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-constexpr Index kLanes = LaneElimination::kLanes;
+constexpr Index kAbreast = PackedElimination::kAbreast;
 constexpr double kSmallGap = 1e-3;  // 1 − γ, above which the mass of a flow has its digits anyway
 constexpr double kTinyGap = 1e-6;   // and above which no pivot is small
 
@@ -78,7 +78,7 @@ class Rule {
     const auto ends = std::minmax_element(given, given + S_);
     slot.middle = 0.5 * (*ends.first + *ends.second);
     std::transform(given, given + S_, slot.relative, [&](double w) { return w - slot.middle; });
-    vjp_kernels().rows<Real>().fold(tables(i, slot));
+    adjoint_routines().rows<Real>().fold(tables(i, slot));
     return true;
   }
 
@@ -114,7 +114,7 @@ class Rule {
     if (request_.log_reference_bar) out.log_reference_bar = request_.log_reference_bar + i * pairs_;
     if (request_.discount_bar) out.discount_bar = request_.discount_bar + i;
     if (request_.temperature_bar) out.temperature_bar = request_.temperature_bar + i;
-    vjp_kernels().rows<Real>().finish(tables(i, slot), out);
+    adjoint_routines().rows<Real>().finish(tables(i, slot), out);
   }
 
   // P̄(s,a,t) = Σ_g x_g(s,a) (W_g(t) − e_g(s,a)) for states [s0, s1) of transition n.
@@ -170,8 +170,9 @@ class Rule {
     Real* const out = static_cast<Real*>(request_.transition_bar);
     const Index row0 = s0 * batch_.actions, row1 = s1 * batch_.actions;
     if (!batch_.sparse()) {
-      vjp_kernels().rows<Real>().outer(row1 - row0, S_, groups, pairs_, weight + row0,
-                                       expected + row0, relative, out + (n * pairs_ + row0) * S_);
+      adjoint_routines().rows<Real>().outer(row1 - row0, S_, groups, pairs_, weight + row0,
+                                            expected + row0, relative,
+                                            out + (n * pairs_ + row0) * S_);
       return;
     }
     for (Index row = row0; row < row1; ++row)
@@ -192,24 +193,24 @@ class Rule {
 
 // ---- small dense problems: eliminated side by side ----------------------------------------------
 
-// Memory of one worker for kLanes problems.
-class LaneSpace {
+// Memory of one worker for kAbreast problems.
+class PackedSpace {
  public:
-  explicit LaneSpace(Index states)
-      : states_(states), numbers_(kLanes * (states * states + 5 * states)) {}
+  explicit PackedSpace(Index states)
+      : states_(states), numbers_(kAbreast * (states * states + 5 * states)) {}
 
   double* matrix() { return numbers_.data(); }
-  double* defect() { return matrix() + kLanes * states_ * states_; }
-  double* unknown() { return defect() + kLanes * states_; }
-  double* inverse_pivot() { return unknown() + kLanes * states_; }
-  double* given_defect() { return inverse_pivot() + kLanes * states_; }  // not eliminated
-  double* slow() { return given_defect() + kLanes * states_; }
+  double* defect() { return matrix() + kAbreast * states_ * states_; }
+  double* unknown() { return defect() + kAbreast * states_; }
+  double* inverse_pivot() { return unknown() + kAbreast * states_; }
+  double* given_defect() { return inverse_pivot() + kAbreast * states_; }  // not eliminated
+  double* slow() { return given_defect() + kAbreast * states_; }
 
   // Lanes without a problem hold the identity.
   void clear() {
-    std::fill_n(matrix(), kLanes * states_ * states_, 0.0);
-    std::fill_n(defect(), kLanes * states_, 1.0);
-    std::fill_n(unknown(), kLanes * states_, 0.0);
+    std::fill_n(matrix(), kAbreast * states_ * states_, 0.0);
+    std::fill_n(defect(), kAbreast * states_, 1.0);
+    std::fill_n(unknown(), kAbreast * states_, 0.0);
   }
 
  private:
@@ -223,26 +224,27 @@ void note(Conditioning& worst, double condition, Index problem) {
     worst = {condition, problem};
 }
 
-struct LaneWorker {
+struct PackedWorker {
   std::vector<Slot> slots;
-  LaneSpace space;
+  PackedSpace space;
   std::vector<double> row, pulled;
   Conditioning worst;
 
-  LaneWorker(Index lanes, Index S, Index A)
-      : slots(lanes, Slot(S, S * A)), space(S), row(S), pulled(S) {}
+  PackedWorker(Index problems, Index S, Index A)
+      : slots(problems, Slot(S, S * A)), space(S), row(S), pulled(S) {}
 };
 
 // Problems [first, first + count), one per lane.
 template <class Real>
-void solve_lanes(const Batch& batch, Rule<Real>& rule, LaneWorker& mine, Index first, Index count) {
-  const VjpRowKernels<Real>& kernel = vjp_kernels().rows<Real>();
+void solve_packed(const Batch& batch, Rule<Real>& rule, PackedWorker& mine, Index first,
+                  Index count) {
+  const AdjointRowRoutines<Real>& kernel = adjoint_routines().rows<Real>();
   const Index S = batch.states, A = batch.actions, G = batch.problems;
-  LaneSpace& space = mine.space;
-  bool opened[kLanes] = {};
-  double mass[kLanes] = {};
-  bool small[kLanes] = {};
-  bool full = count == kLanes;
+  PackedSpace& space = mine.space;
+  bool opened[kAbreast] = {};
+  double mass[kAbreast] = {};
+  bool small[kAbreast] = {};
+  bool full = count == kAbreast;
   for (Index lane = 0; lane < count; ++lane) {
     opened[lane] = rule.open(first + lane, mine.slots[lane]);
     full = full && opened[lane];
@@ -263,30 +265,32 @@ void solve_lanes(const Batch& batch, Rule<Real>& rule, LaneWorker& mine, Index f
       double stopping = 0.0;
       for (Index j = s * A; j < s * A + A; ++j)
         if (slot.inverse_sum[j] == 0.0) stopping += slot.probability[j];
-      space.defect()[s * kLanes + lane] = (1.0 - gamma) + gamma * stopping;
+      space.defect()[s * kAbreast + lane] = (1.0 - gamma) + gamma * stopping;
       kernels().rows<Real>().two_policy_rows(p + s * A * S, A, S, slot.weight + s * A,
                                              rule.pulls() ? slot.scaled.data() + s * A : nullptr,
                                              mine.row.data(), mine.pulled.data());
-      double* const entries = space.matrix() + s * S * kLanes + lane;
-      for (Index t = 0; t < S; ++t) entries[t * kLanes] = mine.row[t];
+      double* const entries = space.matrix() + s * S * kAbreast + lane;
+      for (Index t = 0; t < S; ++t) entries[t * kAbreast] = mine.row[t];
     }
     for (Index s = 0; s < S; ++s)
-      space.unknown()[s * kLanes + lane] = slot.source[s] + mine.pulled[s];
+      space.unknown()[s * kAbreast + lane] = slot.source[s] + mine.pulled[s];
     mass[lane] = rule.mass(i, slot);
     small[lane] = 1.0 - gamma < kSmallGap;
   }
-  const LaneElimination& lanes = vjp_kernels().lanes;
-  const bool any_small = std::count(small, small + kLanes, true) > 0;
-  if (any_small) std::copy_n(space.defect(), kLanes * S, space.given_defect());
-  lanes.solve_transpose(S, space.matrix(), space.defect(), space.inverse_pivot(), space.unknown());
+  const PackedElimination& packed = adjoint_routines().packed;
+  const bool any_small = std::count(small, small + kAbreast, true) > 0;
+  if (any_small) std::copy_n(space.defect(), kAbreast * S, space.given_defect());
+  packed.solve_transpose(S, space.matrix(), space.defect(), space.inverse_pivot(), space.unknown());
   const auto take_flows = [&](bool which) {
     for (Index lane = 0; lane < count; ++lane)
       if (opened[lane] && small[lane] == which)
-        for (Index s = 0; s < S; ++s) mine.slots[lane].flow[s] = space.unknown()[s * kLanes + lane];
+        for (Index s = 0; s < S; ++s)
+          mine.slots[lane].flow[s] = space.unknown()[s * kAbreast + lane];
   };
   take_flows(false);
   if (any_small) {
-    lanes.settle_mass(S, space.matrix(), space.given_defect(), mass, space.slow(), space.unknown());
+    packed.settle_mass(S, space.matrix(), space.given_defect(), mass, space.slow(),
+                       space.unknown());
     take_flows(true);
   }
   for (Index lane = 0; lane < count; ++lane) {
@@ -294,7 +298,7 @@ void solve_lanes(const Batch& batch, Rule<Real>& rule, LaneWorker& mine, Index f
     if (opened[lane]) {
       if (1.0 - batch.discount[first + lane] < kTinyGap) {
         SlowPivots slow;
-        for (Index s = 0; s < S; ++s) slow.add(space.inverse_pivot()[s * kLanes + lane]);
+        for (Index s = 0; s < S; ++s) slow.add(space.inverse_pivot()[s * kAbreast + lane]);
         note(mine.worst, slow.condition(), first + lane);
       }
       rule.close(first + lane, slot);
@@ -406,7 +410,7 @@ class SystemWorker {
   // One state while its rows of P are in the first-level cache.
   void read_state(const Model& model, const Rule<Real>& rule, Index i, System& system, Index s,
                   double* row, double* pulled) {
-    const VjpRowKernels<Real>& kernel = vjp_kernels().rows<Real>();
+    const AdjointRowRoutines<Real>& kernel = adjoint_routines().rows<Real>();
     const Index S = batch_.states, A = batch_.actions, j = s * A;
     const Real* const p = model.values + j * S;
     kernel.moments(p, A, S, slot_.relative, slot_.inverse_sum.data() + j, slot_.expected + j);
@@ -448,15 +452,15 @@ Conditioning solve_vjp(const Batch& batch, const SolveVjp& request, Interrupt& i
     const double work = 12.0 * model_of(0).work() + static_cast<double>(S * S * S / 3);
     Rule<Real> rule(batch, request);
     Team outer(request.threads), alone(1);
-    if (!batch.sparse() && S <= LaneElimination::kLaneStates) {
-      const Index blocks = (total + kLanes - 1) / kLanes;
-      std::vector<std::unique_ptr<LaneWorker>> workers(outer.size());
-      outer.run(blocks, work * static_cast<double>(total), [&](Index block, int worker) {
+    if (!batch.sparse() && S <= PackedElimination::kMostStates) {
+      const Index packs = (total + kAbreast - 1) / kAbreast;
+      std::vector<std::unique_ptr<PackedWorker>> workers(outer.size());
+      outer.run(packs, work * static_cast<double>(total), [&](Index pack, int worker) {
         interrupt.check();
         if (!workers[worker])
-          workers[worker] = std::make_unique<LaneWorker>(std::min(kLanes, total), S, A);
-        const Index first = block * kLanes;
-        solve_lanes(batch, rule, *workers[worker], first, std::min(kLanes, total - first));
+          workers[worker] = std::make_unique<PackedWorker>(std::min(kAbreast, total), S, A);
+        const Index first = pack * kAbreast;
+        solve_packed(batch, rule, *workers[worker], first, std::min(kAbreast, total - first));
       });
       for (const auto& worker : workers)
         if (worker) note(worst, worker->worst.condition, worker->worst.problem);

@@ -112,7 +112,7 @@ inline Double lane_sums(Double (&v)[kWidth]) {
   return v[0];
 }
 
-// Sums and products with w of kWidth/2 rows, to lanes [0, kWidth/2) and [kWidth/2, kWidth).
+// Sums and products with w of kWidth/2 rows, to packed [0, kWidth/2) and [kWidth/2, kWidth).
 template <class Real>
 inline void two_moments(const Real* p, Index cols, Index step, const double* w, double* out) {
   constexpr int kRows = kWidth / 2;
@@ -184,17 +184,17 @@ void outer(Index rows, Index cols, Index groups, Index stride, const double* x, 
 
 // ---- elimination, a problem per lane ------------------------------------------------------------
 
-typedef double Lane __attribute__((vector_size(8 * LaneElimination::kLanes), aligned(8)));
+typedef double Pack __attribute__((vector_size(8 * PackedElimination::kAbreast), aligned(8)));
 
-void lane_solve_transpose(Index n, double* entries, double* defects, double* inverse_pivots,
-                          double* unknowns) {
-  Lane* const a = reinterpret_cast<Lane*>(entries);
-  Lane* const d = reinterpret_cast<Lane*>(defects);
-  Lane* const inverse = reinterpret_cast<Lane*>(inverse_pivots);
-  Lane* const x = reinterpret_cast<Lane*>(unknowns);
+void packed_solve_transpose(Index n, double* entries, double* defects, double* inverse_pivots,
+                            double* unknowns) {
+  Pack* const a = reinterpret_cast<Pack*>(entries);
+  Pack* const d = reinterpret_cast<Pack*>(defects);
+  Pack* const inverse = reinterpret_cast<Pack*>(inverse_pivots);
+  Pack* const x = reinterpret_cast<Pack*>(unknowns);
   for (Index k = 0; k < n; ++k) {
-    const Lane* const row = a + k * n;
-    Lane pivot = d[k], odd = Lane{};
+    const Pack* const row = a + k * n;
+    Pack pivot = d[k], odd = Pack{};
     Index j = k + 1;
     for (; j + 1 < n; j += 2) {
       pivot += row[j];
@@ -203,15 +203,15 @@ void lane_solve_transpose(Index n, double* entries, double* defects, double* inv
     if (j < n) pivot += row[j];
     inverse[k] = 1.0 / (pivot + odd);
     for (Index i = k + 1; i < n; ++i) {
-      Lane* const below = a + i * n;
-      const Lane multiplier = below[k] * inverse[k];
+      Pack* const below = a + i * n;
+      const Pack multiplier = below[k] * inverse[k];
       below[k] = multiplier;
       d[i] += multiplier * d[k];
       for (j = k + 1; j < n; ++j) below[j] += multiplier * row[j];
     }
   }
   for (Index i = 0; i < n; ++i) {
-    const Lane top = x[i] * inverse[i];
+    const Pack top = x[i] * inverse[i];
     x[i] = top;
     for (Index j = i + 1; j < n; ++j) x[j] += a[i * n + j] * top;
   }
@@ -219,31 +219,32 @@ void lane_solve_transpose(Index n, double* entries, double* defects, double* inv
     for (Index j = 0; j < i; ++j) x[j] += a[i * n + j] * x[i];
 }
 
-void lane_settle_mass(Index n, const double* entries, const double* defects, const double* mass,
-                      double* slow, double* unknowns) {
-  const Lane* const a = reinterpret_cast<const Lane*>(entries);
-  const Lane* const d = reinterpret_cast<const Lane*>(defects);
-  Lane* const z = reinterpret_cast<Lane*>(slow);
-  Lane* const x = reinterpret_cast<Lane*>(unknowns);
-  for (Index i = 0; i < n - 1; ++i) z[i] = Lane{};
-  z[n - 1] = Lane{} + 1.0;
+void packed_settle_mass(Index n, const double* entries, const double* defects, const double* mass,
+                        double* slow, double* unknowns) {
+  const Pack* const a = reinterpret_cast<const Pack*>(entries);
+  const Pack* const d = reinterpret_cast<const Pack*>(defects);
+  Pack* const z = reinterpret_cast<Pack*>(slow);
+  Pack* const x = reinterpret_cast<Pack*>(unknowns);
+  for (Index i = 0; i < n - 1; ++i) z[i] = Pack{};
+  z[n - 1] = Pack{} + 1.0;
   for (Index i = n - 1; i > 0; --i)
     for (Index j = 0; j < i; ++j) z[j] += a[i * n + j] * z[i];
-  Lane left, unit = Lane{};
+  Pack left, unit = Pack{};
   __builtin_memcpy(&left, mass, sizeof left);
   for (Index i = 0; i < n; ++i) {
     left -= d[i] * x[i];
     unit += d[i] * z[i];
   }
-  const Lane step = left / unit;
+  const Pack step = left / unit;
   for (Index i = 0; i < n; ++i) x[i] += step * z[i];
 }
 
 template <class Real>
-constexpr VjpRowKernels<Real> kRows = {fold<Real>, finish<Real>, moments<Real>, outer<Real>};
+constexpr AdjointRowRoutines<Real> kRows = {fold<Real>, finish<Real>, moments<Real>, outer<Real>};
 
 }  // namespace
 
-const VjpKernels kAdjoint = {kRows<float>, kRows<double>, {lane_solve_transpose, lane_settle_mass}};
+const AdjointRoutines kAdjoint = {
+    kRows<float>, kRows<double>, {packed_solve_transpose, packed_settle_mass}};
 
 }  // namespace birl::BIRL_ISA

@@ -34,23 +34,23 @@ struct VjpOutputs {
   double* temperature_bar;  // one number
 };
 
-// Systems of up to kLaneStates states, kLanes of them side by side: entry (i,j) of all is one
+// Systems of up to kMostStates states, kAbreast of them side by side: entry (i,j) of all is one
 // vector. The elimination of cpu/solvers/elimination.h without a sum across a vector.
-struct LaneElimination {
-  static constexpr Index kLanes = 8;
-  static constexpr Index kLaneStates = 32;
-  // Factors |off-diagonals| a (n,n,kLanes) with row defects d (n,kLanes), in place, and solves the
-  // transposed systems for x (n,kLanes).
+struct PackedElimination {
+  static constexpr Index kAbreast = 8;
+  static constexpr Index kMostStates = 32;
+  // Factors |off-diagonals| a (n,n,kAbreast) with row defects d (n,kAbreast), in place, and solves
+  // the transposed systems for x (n,kAbreast).
   void (*solve_transpose)(Index n, double* a, double* defect, double* inverse_pivot, double* x);
-  // With the factors: x += α z such that Σ d x = mass (kLanes), z (n,kLanes) what one start leads
-  // to (M20). Rounding leaves an error along it, which 1/(1 − γ) magnifies. d as before the
+  // With the factors: x += α z such that Σ d x = mass (kAbreast), z (n,kAbreast) what one start
+  // leads to (M20). Rounding leaves an error along it, which 1/(1 − γ) magnifies. d as before the
   // factoring.
   void (*settle_mass)(Index n, const double* a, const double* defect, const double* mass, double* z,
                       double* x);
 };
 
 template <class Real>
-struct VjpRowKernels {
+struct AdjointRowRoutines {
   void (*fold)(const VjpTables<Real>&);
   void (*finish)(const VjpTables<Real>&, const VjpOutputs<Real>&);
   // inverse[i] = 1/Σ_t p[i,t], zero for an empty row, and expected[i] = inverse[i] Σ_t p[i,t] w[t]
@@ -61,13 +61,13 @@ struct VjpRowKernels {
                 const double* e, const double* w, Real* out);
 };
 
-struct VjpKernels {
-  VjpRowKernels<float> f32;
-  VjpRowKernels<double> f64;
-  LaneElimination lanes;
+struct AdjointRoutines {
+  AdjointRowRoutines<float> f32;
+  AdjointRowRoutines<double> f64;
+  PackedElimination packed;
 
   template <class Real>
-  const VjpRowKernels<Real>& rows() const {
+  const AdjointRowRoutines<Real>& rows() const {
     if constexpr (sizeof(Real) == 4)
       return f32;
     else
@@ -75,6 +75,6 @@ struct VjpKernels {
   }
 };
 
-const VjpKernels& vjp_kernels();
+const AdjointRoutines& adjoint_routines();
 
 }  // namespace birl

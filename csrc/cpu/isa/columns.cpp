@@ -219,17 +219,17 @@ void columns(const double* p, Index stride, Index count, Index cols, const doubl
 // Rows [i, i + count) of x += L or U times what is known already, then the small triangle.
 template <int Columns>
 void solve(const double* a, Index n, Index stride, const double* inverse_pivot, double* x) {
-  using Block = Row<Columns>;
+  using Numbers = Row<Columns>;
   for (Index i0 = 0; i0 < n; i0 += kRowsAbreast) {
     const Index i1 = i0 + kRowsAbreast < n ? i0 + kRowsAbreast : n;
     if (i1 - i0 == kRowsAbreast) {
-      Block acc[kRowsAbreast];
-      for (int k = 0; k < kRowsAbreast; ++k) acc[k] = Block::load(x + (i0 + k) * Columns);
+      Numbers acc[kRowsAbreast];
+      for (int k = 0; k < kRowsAbreast; ++k) acc[k] = Numbers::load(x + (i0 + k) * Columns);
       add_rows<Columns>(a + i0 * stride, stride, i0, x, acc);
       for (int k = 0; k < kRowsAbreast; ++k) acc[k].save(x + (i0 + k) * Columns);
     }
     for (Index i = i0; i < i1; ++i) {
-      Block acc[1] = {Block::load(x + i * Columns)};
+      Numbers acc[1] = {Numbers::load(x + i * Columns)};
       const Index from = i1 - i0 == kRowsAbreast ? i0 : 0;
       add_rows<Columns>(a + i * stride + from, stride, i - from, x + from * Columns, acc);
       acc[0].save(x + i * Columns);
@@ -238,16 +238,16 @@ void solve(const double* a, Index n, Index stride, const double* inverse_pivot, 
   for (Index i1 = n; i1 > 0; i1 -= i1 < kRowsAbreast ? i1 : kRowsAbreast) {
     const Index i0 = i1 < kRowsAbreast ? 0 : i1 - kRowsAbreast;
     if (i1 - i0 == kRowsAbreast) {
-      Block acc[kRowsAbreast];
-      for (int k = 0; k < kRowsAbreast; ++k) acc[k] = Block::load(x + (i0 + k) * Columns);
+      Numbers acc[kRowsAbreast];
+      for (int k = 0; k < kRowsAbreast; ++k) acc[k] = Numbers::load(x + (i0 + k) * Columns);
       add_rows<Columns>(a + i0 * stride + i1, stride, n - i1, x + i1 * Columns, acc);
       for (int k = 0; k < kRowsAbreast; ++k) acc[k].save(x + (i0 + k) * Columns);
     }
     for (Index i = i1 - 1; i >= i0; --i) {
-      Block acc[1] = {Block::load(x + i * Columns)};
+      Numbers acc[1] = {Numbers::load(x + i * Columns)};
       const Index to = i1 - i0 == kRowsAbreast ? i1 : n;
       add_rows<Columns>(a + i * stride + i + 1, stride, to - i - 1, x + (i + 1) * Columns, acc);
-      Block out = Block::zero();
+      Numbers out = Numbers::zero();
       out.add(inverse_pivot[i], acc[0]);
       out.save(x + i * Columns);
     }
@@ -271,12 +271,12 @@ BIRL_INLINE void spread(const double* a, Index stride, Index t0, Index t1, const
 template <int Columns>
 void solve_transpose(const double* a, Index n, Index stride, const double* inverse_pivot,
                      double* x) {
-  using Block = Row<Columns>;
+  using Numbers = Row<Columns>;
   for (Index i0 = 0; i0 < n; i0 += kRowsAbreast) {
     const Index i1 = i0 + kRowsAbreast < n ? i0 + kRowsAbreast : n;
     for (Index i = i0; i < i1; ++i) {
-      Block scaled = Block::zero();
-      scaled.add(inverse_pivot[i], Block::load(x + i * Columns));
+      Numbers scaled = Numbers::zero();
+      scaled.add(inverse_pivot[i], Numbers::load(x + i * Columns));
       scaled.save(x + i * Columns);
       spread<Columns, 1>(a + i * stride, stride, i + 1, i1, x + i * Columns, x);
     }
@@ -292,7 +292,7 @@ void solve_transpose(const double* a, Index n, Index stride, const double* inver
 
 }  // namespace
 
-const BlockKernels kColumns = {
+const ColumnRoutines kColumns = {
     {accumulate, residual, norms, defect, centre, direction, subtract, advance, add, range},
     {rows<4>, columns<4>, solve<4>, solve_transpose<4>},
     {rows<8>, columns<8>, solve<8>, solve_transpose<8>},

@@ -1,9 +1,9 @@
-// Inner loops on blocks of columns (cpu/isa/isa.h).
+// Inner loops on interleaved columns (cpu/isa/isa.h).
 //
-// A block holds 1, 4 or 8 vectors interleaved, [state][column], so that one reading of a matrix
-// serves them all. The loops on vectors see it as one flat array: `n` counts its numbers, and a
-// coefficient per column is given as kLanes numbers, repeated with the period of the columns. They
-// start at a multiple of kLanes. Sums and largest magnitudes come per lane too: the caller folds.
+// 1, 4 or 8 vectors lie interleaved, [state][column], so that one reading of a matrix serves them
+// all. The loops on vectors see one flat array: `n` counts its numbers, and a coefficient per
+// column is given as kColumnLanes numbers, repeated with the period of the columns. They start at a
+// multiple of kColumnLanes. Sums and largest magnitudes come per lane too: the caller folds.
 #pragma once
 
 #include "core/common.h"
@@ -13,7 +13,7 @@ namespace birl {
 constexpr int kBlockLanes = 16;
 constexpr Index kMostColumns = 8;
 
-// Norms of a block, per lane.
+// Norms, per lane.
 struct BlockNorms {
   double sum[kBlockLanes];      // Σ |x|
   double largest[kBlockLanes];  // max |x|; what is not a number shows in the sum
@@ -45,7 +45,7 @@ struct BlockVectors {
   void (*range)(Index n, const double* x, double* low, double* high);
 };
 
-// Products of a dense matrix with a block, and triangular solves with eliminated factors.
+// Products of a dense matrix with columns, and triangular solves with eliminated factors.
 struct BlockDense {
   // y[i] = Σ_t p[i,t] x[t] for rows [0, rows) of `cols` columns
   void (*rows)(const double* p, Index rows, Index cols, const double* x, double* y);
@@ -58,13 +58,13 @@ struct BlockDense {
                           double* x);
 };
 
-struct BlockKernels {
+struct ColumnRoutines {
   BlockVectors vectors;
   BlockDense four, eight;
 
   const BlockDense& dense(Index columns) const { return columns == 4 ? four : eight; }
 };
 
-const BlockKernels& block_kernels();
+const ColumnRoutines& block_kernels();
 
 }  // namespace birl

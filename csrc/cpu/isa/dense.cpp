@@ -258,7 +258,7 @@ inline void eliminate_entry(const double* a, Index n, Index stride, Index k, dou
 }
 
 // Pivot by pivot: the rows below one are independent of each other, so their updates overlap.
-void eliminate_block(double* a, Index n, Index stride, Index k0, Index k1, double* defect,
+void eliminate_panel(double* a, Index n, Index stride, Index k0, Index k1, double* defect,
                      double* inverse_pivot) {
   for (Index k = k0; k < k1; ++k) {
     const double* row = a + k * stride;
@@ -275,22 +275,22 @@ void eliminate_block(double* a, Index n, Index stride, Index k0, Index k1, doubl
 void eliminate_below(double* a, Index n, Index stride, Index k0, Index k1, Index i0, Index i1,
                      double* defect, const double* inverse_pivot) {
   constexpr Index kTogether = 8;  // rows; their chains of dependent multipliers overlap
-  constexpr Index kLength = EliminationKernels::kLargestBlock + EliminationKernels::kPadding;
-  double block[kTogether][kLength] = {};  // the panel's columns alone: whole vectors must not reach
+  constexpr Index kLength = EliminationKernels::kLargestPanel + EliminationKernels::kPadding;
+  double panel[kTogether][kLength] = {};  // the panel's columns alone: whole vectors must not reach
                                           // into the rest
   const Index width = k1 - k0;
   for (Index first = i0; first < i1; first += kTogether) {
     const Index rows = i1 - first < kTogether ? i1 - first : kTogether;
     for (Index r = 0; r < rows; ++r)
-      __builtin_memcpy(block[r], a + (first + r) * stride + k0, sizeof(double) * width);
+      __builtin_memcpy(panel[r], a + (first + r) * stride + k0, sizeof(double) * width);
     for (Index k = k0; k < k1; ++k)
       for (Index r = 0; r < rows; ++r)
-        eliminate_entry(a + k0 * stride + k0, width, stride, k - k0, block[r], defect + first + r,
+        eliminate_entry(a + k0 * stride + k0, width, stride, k - k0, panel[r], defect + first + r,
                         defect[k], inverse_pivot[k]);
     for (Index r = 0; r < rows; ++r) {
       double* row = a + (first + r) * stride;
-      __builtin_memcpy(row + k0, block[r], sizeof(double) * width);
-      combine(a + k0 * stride + k1, stride, width, n - k1, block[r], row + k1);
+      __builtin_memcpy(row + k0, panel[r], sizeof(double) * width);
+      combine(a + k0 * stride + k1, stride, width, n - k1, panel[r], row + k1);
     }
   }
 }
@@ -317,17 +317,17 @@ void eliminated_solve_transpose(const double* a, Index n, Index stride, const do
   for (Index i = n - 1; i > 0; --i) combine(a + i * stride, stride, 1, i, x + i, x);
 }
 
-// A block of states at a time, so that the exponentials form one long flat loop.
+// A chunk of states at a time, so that the exponentials form one long flat loop.
 void soft_maximum(const SoftMaximum& m) {
   const Index A = m.actions;
   const double inverse = inverse_temperature(m.temperature);
   const bool tiny = inverse < 1.0 / m.temperature;  // of a subnormal τ there is no 1/τ
   double* const top = m.scratch;                    // max_a q over available actions
-  double* const total = top + kSoftMaximumBlock;    // Σ_a e, then its logarithm
-  double* const x = total + kSoftMaximumBlock;
-  const Index block = A < kSoftMaximumBlock ? kSoftMaximumBlock / A : 1;
-  for (Index s0 = 0; s0 < m.states; s0 += block) {
-    const Index states = m.states - s0 < block ? m.states - s0 : block;
+  double* const total = top + kSoftMaximumChunk;    // Σ_a e, then its logarithm
+  double* const x = total + kSoftMaximumChunk;
+  const Index chunk = A < kSoftMaximumChunk ? kSoftMaximumChunk / A : 1;
+  for (Index s0 = 0; s0 < m.states; s0 += chunk) {
+    const Index states = m.states - s0 < chunk ? m.states - s0 : chunk;
     const Index entries = states * A;
     const double* q = m.q + s0 * A;
     const double* reference = m.log_reference ? m.log_reference + s0 * A : nullptr;
@@ -398,15 +398,15 @@ Range difference(Index n, const double* a, const double* b, double shift, double
 }
 
 template <class Real>
-constexpr RowKernels<Real> kRows = {products<Real>, sums<Real>,       products_and_sums<Real>,
-                                    combine<Real>,  policy_row<Real>, two_policy_rows<Real>,
-                                    q_values<Real>};
+constexpr RowRoutines<Real> kRows = {products<Real>, sums<Real>,       products_and_sums<Real>,
+                                     combine<Real>,  policy_row<Real>, two_policy_rows<Real>,
+                                     q_values<Real>};
 
 }  // namespace
 
 const Kernels kDense = {
     kRows<float>, kRows<double>,
-    soft_maximum, {eliminate_block, eliminate_below, eliminated_solve, eliminated_solve_transpose},
+    soft_maximum, {eliminate_panel, eliminate_below, eliminated_solve, eliminated_solve_transpose},
     dot,          difference,
 };
 

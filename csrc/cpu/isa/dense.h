@@ -7,7 +7,7 @@
 namespace birl {
 
 template <class Real>
-struct RowKernels {
+struct RowRoutines {
   // y[i] = Σ_t p[i,t] w[t]
   void (*products)(const Real* p, Index rows, Index cols, const double* w, double* y);
   // sum[i] = Σ_t p[i,t], least[i] = min_t p[i,t] (NaN entries show in the sum)
@@ -36,7 +36,7 @@ struct RowKernels {
 // beyond n.
 struct EliminationKernels {
   static constexpr Index kPadding = 8;
-  static constexpr Index kLargestBlock = 64;
+  static constexpr Index kLargestPanel = 64;
   // Rows [k0, k1) to their final form, over columns [k0, n).
   void (*block)(double* a, Index n, Index stride, Index k0, Index k1, double* defect,
                 double* inverse_pivot);
@@ -67,8 +67,8 @@ struct Range {
 };
 
 struct Kernels {
-  RowKernels<float> f32;
-  RowKernels<double> f64;
+  RowRoutines<float> f32;
+  RowRoutines<double> f64;
   void (*soft_maximum)(const SoftMaximum&);
   EliminationKernels elimination;
   double (*dot)(Index n, const double* x, const double* y);
@@ -76,7 +76,7 @@ struct Kernels {
   Range (*difference)(Index n, const double* a, const double* b, double shift, double* d);
 
   template <class Real>
-  const RowKernels<Real>& rows() const {
+  const RowRoutines<Real>& rows() const {
     if constexpr (sizeof(Real) == 4)
       return f32;
     else
@@ -84,9 +84,9 @@ struct Kernels {
   }
 };
 
-constexpr Index kSoftMaximumBlock = 512;
+constexpr Index kSoftMaximumChunk = 512;
 inline Index soft_maximum_scratch(Index actions) {
-  return 2 * kSoftMaximumBlock + (actions > kSoftMaximumBlock ? actions : kSoftMaximumBlock);
+  return 2 * kSoftMaximumChunk + (actions > kSoftMaximumChunk ? actions : kSoftMaximumChunk);
 }
 
 const Kernels& kernels();

@@ -46,9 +46,9 @@ const Isa& isa() {
 }
 
 const Kernels& kernels() { return isa().dense; }
-const VjpKernels& vjp_kernels() { return isa().adjoint; }
-const BlockKernels& block_kernels() { return isa().columns; }
-const CsrKernels& csr_kernels() { return isa().sliced; }
+const AdjointRoutines& adjoint_routines() { return isa().adjoint; }
+const ColumnRoutines& block_kernels() { return isa().columns; }
+const SlicedRoutines& csr_kernels() { return isa().sliced; }
 template <class Real>
 const LaneKernels<Real>& lane_kernels() {
   if constexpr (sizeof(Real) == 4)

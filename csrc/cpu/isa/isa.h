@@ -16,9 +16,9 @@ struct Isa {
   const Kernels& dense;
   const LaneKernels<float>& packed_single;
   const LaneKernels<double>& packed_double;
-  const VjpKernels& adjoint;
-  const BlockKernels& columns;
-  const CsrKernels& sliced;
+  const AdjointRoutines& adjoint;
+  const ColumnRoutines& columns;
+  const SlicedRoutines& sliced;
 };
 
 // The best the processor supports, or the one named by BIRL_ISA.
@@ -30,9 +30,9 @@ namespace BIRL_ISA {
 extern const Kernels kDense;
 extern const LaneKernels<float> kPackedSingle;
 extern const LaneKernels<double> kPackedDouble;
-extern const VjpKernels kAdjoint;
-extern const BlockKernels kColumns;
-extern const CsrKernels kSliced;
+extern const AdjointRoutines kAdjoint;
+extern const ColumnRoutines kColumns;
+extern const SlicedRoutines kSliced;
 extern const Isa kIsa;
 }  // namespace BIRL_ISA
 #endif

@@ -7,7 +7,7 @@ namespace {
 constexpr double kInf = __builtin_huge_val();
 
 template <class Real>
-constexpr int kBlock = kLength<Real>;
+constexpr int kPack = kLength<Real>;
 
 // q' of `Actions` actions of the states on one vector. Partial sums over t, enough of them to keep
 // the multipliers busy.
@@ -27,13 +27,12 @@ BIRL_INLINE void products(const Real* p, Index stride, Index states, const Numbe
       const Vec x = broadcast<Vec>(w[t + i]);
 #pragma GCC unroll 8
       for (int a = 0; a < Actions; ++a)
-        part[i][a] += load<Vec>(p + (t + i) * stride + a * kBlock<Real>) * x;
+        part[i][a] += load<Vec>(p + (t + i) * stride + a * kPack<Real>) * x;
     }
   for (; t < states; ++t) {
     const Vec x = broadcast<Vec>(w[t]);
 #pragma GCC unroll 8
-    for (int a = 0; a < Actions; ++a)
-      part[0][a] += load<Vec>(p + t * stride + a * kBlock<Real>) * x;
+    for (int a = 0; a < Actions; ++a) part[0][a] += load<Vec>(p + t * stride + a * kPack<Real>) * x;
   }
 #pragma GCC unroll 8
   for (int a = 0; a < Actions; ++a) {
@@ -43,20 +42,20 @@ BIRL_INLINE void products(const Real* p, Index stride, Index states, const Numbe
 }
 
 template <int Actions, class Vec, class Real>
-inline void q_values(const LaneSweep<NumberOf<Vec>, Real>& m, Index place, Index a0,
+inline void q_values(const PackedSweep<NumberOf<Vec>, Real>& m, Index place, Index a0,
                      const Real* p) {
-  const Index at = place + a0 * kBlock<Real>;
+  const Index at = place + a0 * kPack<Real>;
   Vec sum[Actions];
-  products<Actions, Vec>(p + a0 * kBlock<Real>, m.actions * kBlock<Real>, m.states, m.w, sum);
+  products<Actions, Vec>(p + a0 * kPack<Real>, m.actions * kPack<Real>, m.states, m.w, sum);
 #pragma GCC unroll 8
   for (int a = 0; a < Actions; ++a) {
-    const Index i = at + a * kBlock<Real>;
+    const Index i = at + a * kPack<Real>;
     store(m.q + i, load<Vec>(m.reward + i) + load<Vec>(m.scale + i) * sum[a]);
   }
 }
 
 template <class Vec, class Real>
-inline void all_q_values(const LaneSweep<NumberOf<Vec>, Real>& m, Index place, const Real* p) {
+inline void all_q_values(const PackedSweep<NumberOf<Vec>, Real>& m, Index place, const Real* p) {
   Index a = 0;
   for (; a + 8 <= m.actions; a += 8) q_values<8, Vec>(m, place, a, p);
   with_constant<7>(m.actions - a, [&](auto left) {
@@ -103,14 +102,14 @@ struct SoftMaximum {
   Vec top[Count], total[Count];  // value = top + τ log total
 };
 
-// Over `actions` entries of q, kBlock apart, for vectors of states at `place`: several at a time,
+// Over `actions` entries of q, kPack apart, for vectors of states at `place`: several at a time,
 // because each is one long chain of dependent operations.
 template <class Real, class Vec, int Count>
 BIRL_INLINE SoftMaximum<Vec, Count> soft_maximum(const NumberOf<Vec>* q,
                                                  const NumberOf<Vec>* reference,
                                                  const Index (&place)[Count], Index actions,
                                                  Vec temperature, Vec inverse) {
-  constexpr Index W = kBlock<Real>;
+  constexpr Index W = kPack<Real>;
   SoftMaximum<Vec, Count> m;
 #pragma GCC unroll 4
   for (int i = 0; i < Count; ++i) {
@@ -150,16 +149,16 @@ struct Ranges {
 };
 
 template <int Count, class Vec, class Real>
-BIRL_INLINE void sweep_states(const LaneSweep<NumberOf<Vec>, Real>& m, Index s, Vec temperature,
+BIRL_INLINE void sweep_states(const PackedSweep<NumberOf<Vec>, Real>& m, Index s, Vec temperature,
                               Vec inverse, Vec constant, Ranges<Vec>& ranges) {
-  constexpr Index L = kCount<Vec>, W = kBlock<Real>;
+  constexpr Index L = kCount<Vec>, W = kPack<Real>;
   const Index A = m.actions;
   Index place[Count];
 #pragma GCC unroll 4
   for (int i = 0; i < Count; ++i) {
-    const Index block = (s + i * L) / W, lane = (s + i * L) % W;
-    place[i] = block * A * W + lane;
-    const Real* p = m.transition + block * m.states * A * W + lane;
+    const Index pack = (s + i * L) / W, lane = (s + i * L) % W;
+    place[i] = pack * A * W + lane;
+    const Real* p = m.transition + pack * m.states * A * W + lane;
     if (!m.value) {
       for (Index a = 0; a < A; ++a)
         store(m.q + place[i] + a * W, load<Vec>(m.reward + place[i] + a * W));
@@ -184,7 +183,7 @@ BIRL_INLINE void sweep_states(const LaneSweep<NumberOf<Vec>, Real>& m, Index s, 
 }
 
 template <class Vec, class Real>
-Extent sweep(const LaneSweep<NumberOf<Vec>, Real>& m) {
+Extent sweep(const PackedSweep<NumberOf<Vec>, Real>& m) {
   using Number = NumberOf<Vec>;
   constexpr Index L = kCount<Vec>;
   const Index S = m.states;
@@ -205,11 +204,11 @@ Extent sweep(const LaneSweep<NumberOf<Vec>, Real>& m) {
 
 // ---- packing ------------------------------------------------------------------------------------
 
-// to[t·stride + i] = row[i][t] for i < rows and t < cols, kBlock of each at most.
+// to[t·stride + i] = row[i][t] for i < rows and t < cols, kPack of each at most.
 template <class Real>
-inline void transpose_tile(const Real* const (&row)[kBlock<Real>], Index rows, Index cols, Real* to,
+inline void transpose_tile(const Real* const (&row)[kPack<Real>], Index rows, Index cols, Real* to,
                            Index stride) {
-  constexpr int W = kBlock<Real>;
+  constexpr int W = kPack<Real>;
   const bool whole = rows >= W && cols >= W;
   if (!kMasks && !whole) {
     for (Index t = 0; t < cols && t < W; ++t)
@@ -228,10 +227,10 @@ inline void transpose_tile(const Real* const (&row)[kBlock<Real>], Index rows, I
   }
 }
 
-// (S,A,C) to [block][c][a][lane].
+// (S,A,C) to [pack][c][a][lane].
 template <class Real>
-inline void pack(const Real* from, Index S, Index A, Index C, Real* packed) {
-  constexpr Index W = kBlock<Real>;
+inline void pack_rows(const Real* from, Index S, Index A, Index C, Real* packed) {
+  constexpr Index W = kPack<Real>;
   for (Index s = 0; s < S; s += W, packed += C * A * W)
     for (Index a = 0; a < A; ++a) {
       const Real* row[W];
@@ -246,18 +245,18 @@ inline void pack(const Real* from, Index S, Index A, Index C, Real* packed) {
 
 template <class Real>
 void pack_transition(const Real* p, Index S, Index A, Real* packed) {
-  pack(p, S, A, S, packed);
+  pack_rows(p, S, A, S, packed);
 }
 
 template <class Real>
 bool inverse_row_sums(const Real* packed, Index S, Index A, double tolerance, bool ending,
                       double* inverse) {
-  constexpr Index W = kBlock<Real>, L = kWidth;
+  constexpr Index W = kPack<Real>, L = kWidth;
   const Double bound = broadcast<Double>(tolerance);
   bool sound = true;
   for (Index s = 0; s < S; s += L) {
-    const Index block = s / W, lane = s % W;
-    const Real* p = packed + block * S * A * W + lane;
+    const Index pack = s / W, lane = s % W;
+    const Real* p = packed + pack * S * A * W + lane;
     for (Index a = 0; a < A; ++a) {
       Double total[2] = {Double{}, Double{}}, least{};
       Index t = 0;
@@ -274,7 +273,7 @@ bool inverse_row_sums(const Real* packed, Index S, Index A, double tolerance, bo
         least = smaller(x, least);
       }
       const Double sigma = total[0] + total[1];
-      store(inverse + block * A * W + a * W + lane, sigma == 0.0 ? Double{} : 1.0 / sigma);
+      store(inverse + pack * A * W + a * W + lane, sigma == 0.0 ? Double{} : 1.0 / sigma);
       const Double excess = sigma - 1.0;
       const Double gap = excess < 0.0 ? -excess : excess;
       // one where the row is sound: a NaN compares false
@@ -288,7 +287,7 @@ bool inverse_row_sums(const Real* packed, Index S, Index A, double tolerance, bo
   return sound;
 }
 
-// Table (S,A) to [block][a][lane], in blocks of W.
+// Table (S,A) to [pack][a][lane], in packs of W.
 inline void pack_table(const double* table, Index S, Index A, Index W, double* packed) {
   for (Index s = 0; s < S; s += W, packed += A * W)
     for (Index lane = 0; lane < W; ++lane) {
@@ -299,8 +298,8 @@ inline void pack_table(const double* table, Index S, Index A, Index W, double* p
 
 // to (count, A) = the first `count` lanes of from [a][lane].
 template <class Real>
-inline void unpack_block(const Real* from, Index A, Index count, Real* to) {
-  constexpr Index W = kBlock<Real>;
+inline void unpack_states(const Real* from, Index A, Index count, Real* to) {
+  constexpr Index W = kPack<Real>;
   const Real* row[W];
   for (Index a = 0; a < A; a += W) {
     const Index rows = A - a < W ? A - a : W;
@@ -314,8 +313,8 @@ LaneProblem pack_problem(const Real* reward, const double* log_reference, Index 
                          const double* inverse_sum, double discount, Real* packed_reward,
                          double* scale, double* packed_reference, float* single_scale,
                          float* single_reference) {
-  constexpr Index W = kBlock<Real>;
-  pack(reward, S, 1, A, packed_reward);
+  constexpr Index W = kPack<Real>;
+  pack_rows(reward, S, 1, A, packed_reward);
   if (log_reference) pack_table(log_reference, S, A, W, packed_reference);
   const Index entries = (S + W - 1) / W * W * A;
   double largest = 0.0, largest_reference = 0.0, rest = 0.0, ends = 0.0;
@@ -356,14 +355,14 @@ LaneProblem pack_problem(const Real* reward, const double* log_reference, Index 
 
 template <class Real>
 void unpack(const double* packed, Index S, Index A, double* table) {
-  constexpr Index W = kBlock<Real>;
+  constexpr Index W = kPack<Real>;
   for (Index s = 0; s < S; ++s)
     for (Index a = 0; a < A; ++a) table[s * A + a] = packed[s / W * A * W + a * W + s % W];
 }
 
 template <class Real>
-void result(const LaneResult<Real>& m) {
-  constexpr Index W = kBlock<Real>, L = kWidth;
+void result(const PackedResult<Real>& m) {
+  constexpr Index W = kPack<Real>, L = kWidth;
   const Index S = m.states, A = m.actions;
   const Double inverse = broadcast<Double>(inverse_temperature(m.temperature));
   double* const exponent = m.scratch;                           // (A, L)
@@ -416,18 +415,18 @@ void result(const LaneResult<Real>& m) {
     if ((s + L) % W != 0 && s + L < S) continue;
     const Index first = s / W * W, count = S - first < W ? S - first : W;
     Real* const out[4] = {m.q, m.advantage, m.policy, m.log_policy};
-    for (int k = 0; k < 4; ++k) unpack_block(tables + k * A * W, A, count, out[k] + first * A);
+    for (int k = 0; k < 4; ++k) unpack_states(tables + k * A * W, A, count, out[k] + first * A);
   }
 }
 
 }  // namespace
 
 const LaneKernels<float> kPackedSingle = {
-    kBlock<float>,        pack_transition<float>, inverse_row_sums<float>, pack_problem<float>,
+    kPack<float>,         pack_transition<float>, inverse_row_sums<float>, pack_problem<float>,
     sweep<Double, float>, sweep<Single, float>,   unpack<float>,           result<float>};
-const LaneKernels<double> kPackedDouble = {kBlock<double>,           pack_transition<double>,
-                                           inverse_row_sums<double>, pack_problem<double>,
-                                           sweep<Double, double>,    nullptr,
-                                           unpack<double>,           result<double>};
+const LaneKernels<double> kPackedDouble = {
+    kPack<double>,        pack_transition<double>, inverse_row_sums<double>,
+    pack_problem<double>, sweep<Double, double>,   nullptr,
+    unpack<double>,       result<double>};
 
 }  // namespace birl::BIRL_ISA

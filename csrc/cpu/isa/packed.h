@@ -1,6 +1,6 @@
 // Inner loops on small problems, their states on the lanes of SIMD registers (cpu/isa/isa.h).
 //
-// A table over (S,A) is stored [block][a][lane], P is stored [block][t][a][lane], a block being
+// A table over (S,A) is stored [pack][a][lane], P is stored [pack][t][a][lane], a pack being
 // `width` states. One value V(t), broadcast, then multiplies whole registers of P, and everything
 // after the products (maximum, exp, sum, log) runs down the actions without crossing lanes. Lanes
 // beyond the last state repeat it, so that reductions need no mask.
@@ -19,7 +19,7 @@ struct Extent {
 // One application of T in the arithmetic of Number, on data stored as Real, in relative form:
 // W = value − centre, q' = r + scale·ΣPW, image = τ log Σ_a μ exp(q'/τ), δ = image − W − constant.
 template <class Number, class Real>
-struct LaneSweep {
+struct PackedSweep {
   Index states, actions;
   const Real* transition;
   const Real* reward;
@@ -41,7 +41,7 @@ struct LaneProblem {
 };
 
 template <class Real>
-struct LaneResult {
+struct PackedResult {
   Index states, actions;
   const double* q_relative;                   // q' of the last sweep, packed
   const double* image;                        // and its image
@@ -66,10 +66,10 @@ struct LaneKernels {
                               Index actions, const double* inverse_sum, double discount,
                               Real* packed_reward, double* scale, double* packed_reference,
                               float* single_scale, float* single_reference);
-  Extent (*sweep)(const LaneSweep<double, Real>&);
-  Extent (*sweep_single)(const LaneSweep<float, Real>&);  // null for double storage
+  Extent (*sweep)(const PackedSweep<double, Real>&);
+  Extent (*sweep_single)(const PackedSweep<float, Real>&);  // null for double storage
   void (*unpack)(const double* packed, Index states, Index actions, double* table);
-  void (*result)(const LaneResult<Real>&);
+  void (*result)(const PackedResult<Real>&);
 };
 
 template <class Real>

@@ -195,10 +195,10 @@ void form(const PolicyRows& rows, const Real* value, Index s0, Index s1, const d
 
 }  // namespace
 
-const CsrKernels kSliced = {{products<float>, form<float>},
-                            {products<double>, form<double>},
-                            multiply_one,
-                            multiply<4>,
-                            multiply<8>};
+const SlicedRoutines kSliced = {{products<float>, form<float>},
+                                {products<double>, form<double>},
+                                multiply_one,
+                                multiply<4>,
+                                multiply<8>};
 
 }  // namespace birl::BIRL_ISA

@@ -32,7 +32,7 @@ struct PolicyRows {
 };
 
 template <class Real>
-struct CsrRowKernels {
+struct SlicedRowRoutines {
   // y[i] = Σ_t P(i,t) x[t] for the rows i of states [s0, s1)
   void (*products)(const PolicyRows& rows, const Real* value, Index s0, Index s1, const double* x,
                    double* y);
@@ -41,16 +41,16 @@ struct CsrRowKernels {
                double* out);
 };
 
-struct CsrKernels {
+struct SlicedRoutines {
   using Multiply = void (*)(const SlicedMatrix& matrix, Index slice0, Index slice1, const double* x,
                             double* y);
-  CsrRowKernels<float> f32;
-  CsrRowKernels<double> f64;
+  SlicedRowRoutines<float> f32;
+  SlicedRowRoutines<double> f64;
   // y = Mx for the rows of slices [slice0, slice1); x and y hold 1, 4 or 8 columns interleaved
   Multiply one, four, eight;
 
   template <class Real>
-  const CsrRowKernels<Real>& rows() const {
+  const SlicedRowRoutines<Real>& rows() const {
     if constexpr (sizeof(Real) == 4)
       return f32;
     else
@@ -61,6 +61,6 @@ struct CsrKernels {
   }
 };
 
-const CsrKernels& csr_kernels();
+const SlicedRoutines& csr_kernels();
 
 }  // namespace birl

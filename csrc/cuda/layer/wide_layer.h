@@ -18,7 +18,7 @@
 //
 //   block.phase(f)           f(thread), then a barrier of the block;
 //   block.reduce<T>(f, join) as in cuda/layer/layer.h;
-//   block.groups<L>(f)       f(g) in every group of L lanes (cpu/isa/packed.h), then a barrier of
+//   block.groups<L>(f)       f(g) in every group of L lanes (cuda/layer/warp.h), then a barrier of
 //   the block; block.spread(f)          f(first, stride) in every thread, numbered over the whole
 //   team, then a
 //                            barrier of the block;
