@@ -745,7 +745,7 @@ def test_flatten_is_differentiable() -> None:
     temperature = leaves["temperature"]
     mdp = DenseMDP(**parts(**{k: v for k, v in leaves.items() if k != "temperature"}, mask=None))
     flat = mdp.flatten(temperature)
-    sum(part.sum() for part in flat[:5]).backward()
+    sum(part.sum() for part in flat.data if part.is_floating_point()).backward()
     for name, leaf in leaves.items():
         assert leaf.grad is not None, name
         assert (leaf.grad[:2] != 0).all() if leaf.ndim else leaf.grad == 1, name
