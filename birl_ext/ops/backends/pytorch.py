@@ -557,7 +557,7 @@ def _start(rhs: Tensor, weight: Tensor, discount: Tensor, transpose: bool) -> Te
 def _bicgstab(
     product: Callable[[Tensor], Tensor], rhs: Tensor, start: Tensor, tol: float, limit: int
 ) -> tuple[Tensor, Tensor]:
-    """Batched BiCGStab on the last axis, and the products of each lane; one that has converged
+    """Batched BiCGStab on the last axis, and the products of each column; one that has converged
     keeps its best iterate, whatever the others still need.
     """
     # squares of very small and very large numbers have no place among doubles
