@@ -29,9 +29,9 @@ from birl_ext.errors import (
 from birl_ext.model import checks as validation
 from birl_ext.model.layout import Data, Flat, Layout, absent, flatten, layout
 from birl_ext.model.mdp import DenseMDP, SparseMDP
-from birl_ext.ops import bellman as _bellman
+from birl_ext.ops import bellman as ops_bellman
 from birl_ext.ops import fast, policy_solve
-from birl_ext.ops import solve as _solve
+from birl_ext.ops import solve as ops_solve
 from birl_ext.ops.backends import choice
 from birl_ext.ops.backends.pytorch import RETRY_STATES
 from birl_ext.ops.request import AUTO, NATIVE, TORCH, Settings
@@ -198,7 +198,7 @@ def bellman(
     _require_shape("value", value, (flat.reward.shape[-2],))
     dtype = flat.reward.dtype
     trust = _trust(flat.discount, flat.temperature, validate=validate)
-    image, advantage, policy, _ = _bellman.bellman(
+    image, advantage, policy, _ = ops_bellman.bellman(
         flat.data,
         flat.layout.grouped(value.double(), 1),
         _backend(backend, flat.reward.device),
@@ -554,7 +554,7 @@ def _solve_in_normal_form(given: _Given, initial: Tensor | None, options: Option
     flat = _flat(given, regularised=True)
     start = _start(initial, flat)
     settings, too_tight = _settings(options, flat, given.ending)
-    outputs = _solve.solve(flat.data, start, settings)
+    outputs = ops_solve.solve(flat.data, start, settings)
     if too_tight is not None:
         status = outputs[-1]
         outputs = (*outputs[:-1], status.masked_fill(status == 0, int(Status.STAGNATED)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from birl_ext.errors import OptionError
@@ -100,11 +100,11 @@ class Options(NamedTuple):
 USUAL = {name: Options(on_fail=name) for name in ("raise", "status")}
 
 
-def check_one_of(option: str, value: Any, names: Iterable[str]) -> None:
+def check_one_of(option: str, value: Any, names: Collection[str]) -> None:
     """Raise OptionError unless the value of an option is one of its names."""
-    known = tuple(names)
-    if isinstance(value, str) and value in known:
+    if isinstance(value, str) and value in names:
         return
+    known = tuple(names)
     near = difflib.get_close_matches(str(value), known, 1)
     raise OptionError(
         f"{option} is {value!r}",

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import closeness
@@ -72,6 +73,34 @@ def call(entry: str, n: int, g: int, k: int, s: int, a: int, crow: int = 0, nnz:
     if entry == "policy_solve":
         request["right_sides"] = k
     getattr(loader.require("cpu"), entry)(problem, request)
+
+
+@pytest.mark.parametrize("entry", ["solve", "solve_vjp", "policy_solve"])
+def test_names_that_are_missing_or_unknown_are_refused(
+    entry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = loader.require("cpu")
+    said = []
+
+    def listen(problem: dict[str, int], request: dict[str, int]) -> None:
+        said.append((problem, request))
+
+    monkeypatch.setattr(loader, "require", lambda _: SimpleNamespace(**{entry: listen}))
+    call(entry, 0, 1, 1, 1, 1)
+    problem, request = said[0]
+    function = getattr(module, entry)
+    for part in (problem, request):
+        for name in part.keys() - {"crow", "col", "nnz", "threads"}:
+            value = part.pop(name)
+            with pytest.raises(TypeError, match=rf"^{name} is missing$"):
+                function(problem, request)
+            part[name] = value
+        part["statues"] = 0
+        with pytest.raises(TypeError, match=r"^statues is not asked for$"):
+            function(problem, request)
+        del part["statues"]
+    with pytest.raises(TypeError, match="float"):
+        function({**problem, "states": 1.0}, request)
 
 
 ENTRIES = ["solve", "solve_vjp", "policy_solve"]

@@ -102,6 +102,108 @@ def test_imports_go_one_way() -> None:
     assert not offences(ROOT / "birl_ext")
 
 
+def edges(root: Path) -> dict[str, set[str]]:
+    """Which file of a package imports which when it is imported itself, by dotted names."""
+    files = {}
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        files[".".join(parts).removesuffix(".__init__")] = path
+    found: dict[str, set[str]] = {name: set() for name in files}
+    for name, path in files.items():
+        tree = ast.parse(path.read_text())
+        for (
+            node
+        ) in tree.body:  # what only type checkers read, and what a call imports, is no circle
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names] + [str(node.module)]
+            else:
+                continue
+            found[name] |= {target for target in names if target in files} - {name, root.name}
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The files of one circle, or nothing."""
+    done: set[str] = set()
+
+    def walk(name: str, above: list[str]) -> list[str]:
+        if name in above:
+            return [*above[above.index(name) :], name]
+        if name in done:
+            return []
+        for target in sorted(graph[name]):
+            if found := walk(target, [*above, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := walk(name, []))), [])
+
+
+def test_no_file_stands_on_itself() -> None:
+    assert not circle(edges(ROOT / "birl_ext"))
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    root = tmp_path / "birl_ext"
+    root.mkdir()
+    (root / "a.py").write_text("from birl_ext.b import x")
+    (root / "b.py").write_text("from birl_ext import c")
+    (root / "c.py").write_text("def f():\n    import birl_ext.a")
+    assert not circle(edges(root))
+    (root / "c.py").write_text("import birl_ext.a")
+    assert circle(edges(root)) == ["birl_ext.a", "birl_ext.b", "birl_ext.c", "birl_ext.a"]
+
+
+def reaches_into_ops(source: str) -> list[str]:
+    """What a file takes of the private side of `birl_ext.ops`."""
+    tree, bound, found = ast.parse(source), set(), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("birl_ext.ops"):
+            bound |= {alias.asname or alias.name for alias in node.names}
+            names = (name for alias in node.names for name in (alias.name, alias.asname or ""))
+            found += [name for name in names if name.startswith("_")]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute):
+            continue
+        text = ast.unparse(node)
+        private = text.split(".")[0] in bound and re.search(
+            r"\._(?!replace|fields|make|asdict)", text
+        )
+        if private or text == "torch.ops.birl_ext":
+            found.append(text)
+    return found
+
+
+def test_nobody_reaches_into_ops() -> None:
+    files = [*(ROOT / "birl_ext").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    taken = {
+        str(path.relative_to(ROOT)): found
+        for path in files
+        if "birl_ext/ops" not in str(path) and (found := reaches_into_ops(path.read_text()))
+    }
+    # the bare op is one of the layers that this case times
+    assert taken.pop("benchmarks/birl_bench/cases/tiny_call.py", []) == ["torch.ops.birl_ext"]
+    assert not taken
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from birl_ext.ops.backends import choice as _backends", True),
+        ("from birl_ext.ops.solve import _fake", True),
+        ("from birl_ext.ops.backends import loader\nloader._backends['cpu']", True),
+        ("import torch\ntorch.ops.birl_ext.bellman(x)", True),
+        ("from birl_ext.ops.request import Settings\nSettings._fields", False),
+        ("from birl_ext.ops.bellman import bellman\nself._value = bellman(x)", False),
+    ],
+)
+def test_a_reach_into_ops_is_found(source: str, found: bool) -> None:
+    assert bool(reaches_into_ops(source)) == found
+
+
 def test_every_layer_exists() -> None:
     package = ROOT / "birl_ext"
     assert {*LAYERS} <= {layer(path.relative_to(package).parts) for path in package.rglob("*.py")}

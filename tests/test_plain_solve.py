@@ -14,7 +14,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext.errors import BirlError
-from birl_ext.ops import fast as plain
+from birl_ext.ops import fast
 from birl_ext.ops.backends import loader
 from birl_ext.solution import Solution
 
@@ -30,7 +30,7 @@ CASES = (*SMALL, *WARP, Case("dense", 140, 3, seed=1), Case("clusters", 40, 3, s
 @pytest.fixture
 def way(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], list[bool]]:
     """Opens or closes the short way; the list grows with every question whether to take it."""
-    original = plain.solve
+    original = fast.solve
 
     def choose(short: bool) -> list[bool]:
         taken: list[bool] = []
@@ -40,7 +40,7 @@ def way(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], list[bool]]:
             taken.append(outcome is not None)
             return outcome
 
-        monkeypatch.setattr(plain, "solve", asked)
+        monkeypatch.setattr(fast, "solve", asked)
         return taken
 
     return choose

@@ -17,16 +17,15 @@ from torch import Tensor
 import birl_ext
 from birl_ext.errors import NotConvergedError
 from birl_ext.model.mdp import DenseMDP, SparseMDP
-from birl_ext.ops.backends import choice as _backends
-from birl_ext.ops.backends import native as _native
-from birl_ext.ops.backends import pytorch
+from birl_ext.ops.backends import choice, pytorch
+from birl_ext.ops.backends import native as glue
 from birl_ext.solution import Solution, Status
 
 SLOW = (
     Case("clusters", 20, 3, discount=0.9999, temperature=0.1, seed=5),
     Case("clusters", 200, 3, discount=0.9999, temperature=0.1, seed=5),
 )
-BACKENDS = ["torch", *([] if _backends.unavailable("cpu") else ["cpu"])]
+BACKENDS = ["torch", *([] if choice.unavailable("cpu") else ["cpu"])]
 FORMS = ("dense", "sparse", "tensors")
 METHODS = ("auto", "value-iteration", "newton", "newton-krylov", "policy-iteration")
 EPS = {dtype: torch.finfo(dtype).eps for dtype in FLOATS}
@@ -523,7 +522,7 @@ def test_a_solution_has_the_dtype_of_its_data_and_names_its_kernel(
     assert found == expected
 
 
-@pytest.mark.skipif(len(BACKENDS) == 1, reason=f"_cpu: {_backends.unavailable('cpu')}")
+@pytest.mark.skipif(len(BACKENDS) == 1, reason=f"_cpu: {choice.unavailable('cpu')}")
 @pytest.mark.parametrize("form", ["dense", "sparse"])
 @pytest.mark.parametrize("case", SMALL + WARP, ids=str)
 def test_the_backends_give_the_same_answers(case: Case, form: str) -> None:
@@ -564,20 +563,20 @@ def test_policy_of_a_slowly_mixing_chain(backend: str, monkeypatch: pytest.Monke
     torch.testing.assert_close(share[0] * 1e6, value.mean(), rtol=1e-8, atol=0)
 
 
-@pytest.mark.skipif(len(BACKENDS) == 1, reason=f"_cpu: {_backends.unavailable('cpu')}")
+@pytest.mark.skipif(len(BACKENDS) == 1, reason=f"_cpu: {choice.unavailable('cpu')}")
 def test_what_the_compiled_code_gave_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """It says how many systems; these are found by their residuals, and eliminated if they fit."""
     mdp = Case(states=6, actions=2, batch=(3,)).mdp()
     policy = torch.full((6, 2), 0.5, dtype=torch.float64)
     right = birl_ext.evaluate(policy, mdp)
-    compiled = _native.policy_solve
+    compiled = glue.policy_solve
 
     def gives_up(*data: Any, **options: Any) -> tuple[Tensor, Tensor, int]:
         x, residual, _ = compiled(*data, **options)
         x.view(3, -1)[1] += 1
         return x, residual, 1
 
-    monkeypatch.setattr(_native, "policy_solve", gives_up)
+    monkeypatch.setattr(glue, "policy_solve", gives_up)
     torch.testing.assert_close(birl_ext.evaluate(policy, mdp), right, rtol=1e-12, atol=1e-12)
     monkeypatch.setattr(pytorch, "RETRY_STATES", 5)
     with pytest.raises(NotConvergedError, match=r"at batch \(1,\)"):

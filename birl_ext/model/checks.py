@@ -14,8 +14,8 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sized
-from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -39,9 +39,11 @@ from birl_ext.errors import (
     SparseFormatError,
     TemperatureError,
 )
+from birl_ext.solution import Status
 from birl_ext.torch_internals import is_proxied, is_tracing, is_wrapped
 
 __all__ = [
+    "Defects",
     "Level",
     "as_floating",
     "as_number",
@@ -67,11 +69,16 @@ __all__ = [
     "check_sparse_shapes",
     "check_state_shapes",
     "check_temperature",
+    "discount_defects",
     "is_concrete",
     "real",
+    "reference_defects",
+    "reward_defects",
     "row_sum_tolerance",
     "states_and_actions",
     "status_error",
+    "temperature_defects",
+    "transition_defects",
     "within_memory",
 ]
 
@@ -452,13 +459,9 @@ def check_discount(discount: float | Tensor, *, data: bool = True) -> None:
     if isinstance(discount, Tensor):
         as_floating("discount", discount)
         if data and is_concrete(discount):
-            # Written so that NaN fails too.
-            bad = ~((discount >= 0) & (discount < 1))
-            if bad.any():
-                index, value = _first(bad, discount)
-                raise _discount_error(value, _place(index))
+            _refuse(discount_defects(discount))
     elif not 0.0 <= _number("discount", discount) < 1.0:
-        raise _discount_error(discount, "")
+        raise status_error(Status.BAD_DISCOUNT, 0, discount)
 
 
 def check_temperature(temperature: float | Tensor, *, data: bool = True) -> None:
@@ -466,12 +469,9 @@ def check_temperature(temperature: float | Tensor, *, data: bool = True) -> None
     if isinstance(temperature, Tensor):
         as_floating("temperature", temperature)
         if data and is_concrete(temperature):
-            bad = ~((temperature > 0) & torch.isfinite(temperature))
-            if bad.any():
-                index, value = _first(bad, temperature)
-                raise _temperature_error(value, _place(index))
+            _refuse(temperature_defects(temperature))
     elif not 0.0 < _number("temperature", temperature) < math.inf:
-        raise _temperature_error(temperature, "")
+        raise status_error(Status.BAD_TEMPERATURE, 0, temperature)
 
 
 # Data
@@ -487,12 +487,77 @@ def below_zero(dtype: torch.dtype, terms: int) -> float:
     return terms * torch.finfo(dtype).eps
 
 
+# What can be wrong with data, in the order in which it is told: for the border, and for the ops as
+# PyTorch computes them. csrc/cpu/model/validate.h and csrc/cuda/block/verdict.h say the same.
+
+
+class Defects(NamedTuple):
+    """Where numbers are bad, for each problem of a batch."""
+
+    status: Status
+    bad: Tensor  # (*B, k) bool
+    values: Tensor  # broadcasts to `bad`
+
+
+def discount_defects(discount: Tensor) -> Iterator[Defects]:
+    """γ outside [0, 1), (*B); NaN is."""
+    bad = ~((discount >= 0) & (discount < 1))
+    yield Defects(Status.BAD_DISCOUNT, bad.unsqueeze(-1), discount.unsqueeze(-1))
+
+
+def temperature_defects(temperature: Tensor) -> Iterator[Defects]:
+    """τ that is not positive and finite, (*B)."""
+    bad = ~((temperature > 0) & torch.isfinite(temperature))
+    yield Defects(Status.BAD_TEMPERATURE, bad.unsqueeze(-1), temperature.unsqueeze(-1))
+
+
+def reference_defects(log_reference: Tensor) -> Iterator[Defects]:
+    """log μ that is NaN or infinite, (*B, S, A), and states without an action."""
+    logs = log_reference.flatten(-2)
+    yield Defects(Status.BAD_REFERENCE, ~(logs < math.inf), logs)
+    empty = (log_reference == -math.inf).all(-1)
+    yield Defects(Status.NO_ACTION, empty, empty)
+
+
+def reward_defects(reward: Tensor) -> Iterator[Defects]:
+    """NaN and infinities of r, (*B, S, A)."""
+    rewards = reward.flatten(-2)
+    yield Defects(Status.NON_FINITE_REWARD, ~torch.isfinite(rewards), rewards)
+
+
+def transition_defects(
+    entries: Tensor, sums: Tensor, ends: Tensor | None, dtype: torch.dtype, states: int
+) -> Iterator[Defects]:
+    """Rows of P that are no probability vectors; no more than a look at all is taken if they are.
+
+    Args:
+        entries: all that is stored of P, (*B, k).
+        sums: of its rows, (*B, S·A) float64.
+        ends: (*B, S·A) bool, rows that have been zeroed; None is none.
+        dtype: in which P is stored.
+        states: S.
+    """
+    least = -below_zero(dtype, states)
+    fine = (sums - 1).abs() <= row_sum_tolerance(dtype, states)
+    fine = fine if ends is None else fine | ends
+    if fine.all() and (entries.numel() == 0 or (entries.amin(-1) >= least).all()):
+        return
+    yield Defects(Status.NON_FINITE_TRANSITION, ~torch.isfinite(entries), entries)
+    yield Defects(Status.NEGATIVE_PROBABILITY, entries < least, entries)
+    yield Defects(Status.ROW_SUM, ~fine, sums)
+
+
+def _refuse(defects: Iterable[Defects], **described: Any) -> None:
+    """Raise the error of the first defect that there is."""
+    for status, bad, values in defects:
+        if bad.any():
+            (*batch, place), value = _first(bad, values)
+            raise status_error(status, place, value, batch=tuple(batch), **described)
+
+
 def check_reward(reward: Tensor) -> None:
     """Raise NonFiniteInputError at the first NaN or infinity of r, (*B, S, A)."""
-    bad = ~torch.isfinite(reward)
-    if bad.any():
-        (*batch, state, action), value = _first(bad, reward)
-        raise _reward_error(value, _place(batch, state=state, action=action))
+    _refuse(reward_defects(reward), shape=tuple(reward.shape[-2:]))
 
 
 def check_rows(transition: Tensor, continuing: Tensor | None) -> None:
@@ -505,23 +570,11 @@ def check_rows(transition: Tensor, continuing: Tensor | None) -> None:
     Raises:
         NonFiniteInputError, NegativeProbabilityError, NonStochasticError: in this order.
     """
-    states = transition.shape[-1]
-    total = transition.sum(-1, dtype=torch.float64)
-    tolerance = row_sum_tolerance(transition.dtype, states)
-    least = -below_zero(transition.dtype, states)
-    fine = ((total - 1).abs() <= tolerance) & (transition.amin(-1) >= least)
-    if _all_fine(fine, continuing):
-        return
-    for bad, error in (
-        (~torch.isfinite(transition), _probability_error),
-        (transition < least, _negative_error),
-    ):
-        if bad.any():
-            (*batch, state, action, following), value = _first(bad, transition)
-            raise error(value, _place(batch, state=state, action=action, next_state=following))
-    (*batch, state, action), value = _first(_bad_rows(fine, continuing), total)
-    where = _place(batch, state=state, action=action)
-    raise _row_sum_error(value, where, transition.dtype, states, transition)
+    dtype, shape = transition.dtype, (transition.shape[-1], transition.shape[-2])
+    sums = transition.sum(-1, dtype=torch.float64).flatten(-2)
+    ends = None if continuing is None else ~continuing.flatten(-2)
+    found = transition_defects(transition.flatten(-3), sums, ends, dtype, shape[0])
+    _refuse(found, shape=shape, dtype=dtype, transition=transition)
 
 
 def check_crow_col(crow: Tensor, col: Tensor, states: int) -> None:
@@ -554,35 +607,28 @@ def check_crow_col(crow: Tensor, col: Tensor, states: int) -> None:
 
 
 def check_sparse_rows(
-    values: Tensor, rows: Tensor, col: Tensor, shape: tuple[int, int], continuing: Tensor | None
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    shape: tuple[int, int],
+    continuing: Tensor | None,
 ) -> None:
     """`check_rows` for CSR values.
 
     Args:
         values: (*B, nnz).
-        rows: (nnz,) int64, the row s·A + a of each entry.
-        col: (nnz,) int64, its next state.
+        crow: (S·A + 1,) int64.
+        col: (nnz,) int64.
         shape: (S, A).
         continuing: (*B, S, A) bool, False for rows that have been zeroed; None means no such row.
     """
     states, actions = shape
-    total = values.new_zeros((*values.shape[:-1], states * actions), dtype=torch.float64)
-    total = total.index_add(-1, rows, values.to(torch.float64))
-    total = total.reshape(*values.shape[:-1], states, actions)
-    fine = (total - 1).abs() <= row_sum_tolerance(values.dtype, states)
-    wrong = ~((values >= -below_zero(values.dtype, states)) & torch.isfinite(values))
-    if not wrong.any() and _all_fine(fine, continuing):
-        return
-    if wrong.any():
-        infinite = ~torch.isfinite(values)
-        bad, error = (infinite, _probability_error) if infinite.any() else (wrong, _negative_error)
-        (*batch, entry), value = _first(bad, values)
-        state, action = divmod(int(rows[entry]), actions)
-        where = _place(batch, state=state, action=action, next_state=int(col[entry]))
-        raise error(value, where)
-    (*batch, state, action), value = _first(_bad_rows(fine, continuing), total)
-    where = _place(batch, state=state, action=action)
-    raise _row_sum_error(value, where, values.dtype, states)
+    rows = torch.arange(states * actions, device=crow.device).repeat_interleave(crow.diff())
+    sums = values.new_zeros((*values.shape[:-1], states * actions), dtype=torch.float64)
+    sums = sums.index_add(-1, rows, values.to(torch.float64))
+    ends = None if continuing is None else ~continuing.flatten(-2)
+    found = transition_defects(values, sums, ends, values.dtype, states)
+    _refuse(found, shape=shape, dtype=values.dtype, crow=crow, col=col)
 
 
 def check_actions(mask: Tensor, terminal: Tensor | None) -> None:
@@ -590,21 +636,24 @@ def check_actions(mask: Tensor, terminal: Tensor | None) -> None:
     empty = ~mask.any(-1)
     if terminal is not None:
         empty = empty & ~terminal
-    if empty.any():
-        (*batch, state), _ = _first(empty, empty)
-        raise _empty_error(mask.shape[-1], _place(batch, state=state))
+    _refuse([Defects(Status.NO_ACTION, empty, empty)], shape=tuple(mask.shape[-2:]))
 
 
 def check_reference(reference: Tensor, available: Tensor | None) -> None:
     """Raise unless μ is positive and finite wherever an action is available."""
-    for bad, error in (
-        (~torch.isfinite(reference), _reference_finite_error),
-        (reference <= 0, _reference_error),
-    ):
-        bad = bad if available is None else bad & available
-        if bad.any():
-            (*batch, state, action), value = _first(bad, reference)
-            raise error(value, _place(batch, state=state, action=action))
+    seen = True if available is None else available
+    broken = ~torch.isfinite(reference) & seen
+    weights = reference.broadcast_to(broken.shape).flatten(-2)
+    defects = Defects(Status.BAD_REFERENCE, broken.flatten(-2), weights)
+    _refuse([defects], shape=tuple(broken.shape[-2:]))
+    bad = (reference <= 0) & seen
+    if bad.any():
+        (*batch, state, action), value = _first(bad, reference)
+        raise ReferencePolicyError(
+            f"reference is {value:.6g}",
+            where=_place(batch, state=state, action=action),
+            allowed="above 0",
+        )
 
 
 def check_initial_distribution(initial: Tensor) -> None:
@@ -674,55 +723,66 @@ def check_policy(policy: Tensor, forbidden: Tensor | None = None) -> None:
 def status_error(
     status: int,
     location: int,
-    value: float,
+    value: Any,
     *,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
+    shape: tuple[int, ...] = (1, 1),
+    dtype: torch.dtype = torch.float64,
     transition: Tensor | None = None,
     batch: tuple[int, ...] = (),
     crow: Tensor | None = None,
     col: Tensor | None = None,
 ) -> BirlError:
-    """The error for an input that an op refused, in the words the border would have used.
+    """The error for a number that the border or an op refused.
 
     Args:
-        status: status code of one problem, 10 or more.
+        status: `Status` of one problem, 10 or more.
         location: its info[3], a flat index inside that problem.
         value: its info[4], the offending number.
         shape: (S, A).
         dtype: dtype of reward and transition.
-        transition: P, where a message may say more of it.
-        batch: index of the problem in the caller's batch axes.
+        transition: P, if it is dense: it may tell that its axes come in another order.
+        batch: index of the problem in the batch.
         crow: row pointers of a sparse transition.
         col: next states of a sparse transition.
     """
     states, actions = shape
-    if status in (11, 12):
+    row = location
+    if status in (Status.NEGATIVE_PROBABILITY, Status.NON_FINITE_TRANSITION):
         if crow is not None and col is not None:
             row = int(torch.searchsorted(crow, location, right=True)) - 1
             following = int(col[location])
         else:
             row, following = divmod(location, states)
-        where = _place(batch, state=row // actions, action=row % actions, next_state=following)
-        return (_negative_error if status == 11 else _probability_error)(value, where)
-    row_place = _place(batch, state=location // actions, action=location % actions)
-    if status == 10:
-        return _row_sum_error(value, row_place, dtype, states, transition)
-    if status == 13:
-        return _reward_error(value, row_place)
-    if status == 17:
-        return _reference_finite_error(value, row_place)
-    if status == 14:
-        return _discount_error(value, _place(batch))
-    if status == 15:
-        return _temperature_error(value, _place(batch))
-    if status == 16:
-        return _empty_error(actions, _place(batch, state=location))
-    raise ValueError(f"status {status} does not describe an input")
+        pair = _place(batch, state=row // actions, action=row % actions, next_state=following)
+    else:
+        pair = _place(batch, state=row // actions, action=row % actions)
+    if status == Status.ROW_SUM:
+        return _row_sum_error(value, pair, dtype, states, transition)
+    if status == Status.NO_ACTION:
+        state, allowed = _place(batch, state=location), "at least one available action"
+        return EmptyActionSetError(
+            f"mask forbids all {actions} actions", where=state, allowed=allowed
+        )
+    if status not in _INPUTS:
+        raise ValueError(f"status {status} does not describe an input")
+    kind, name, allowed = _INPUTS[status]
+    if name in ("discount", "temperature"):
+        return kind(f"{name} is {value!r}", where=_place(batch), allowed=allowed)
+    return kind(f"{name} is {value:.6g}", where=pair, allowed=allowed)
+
+
+_INPUTS: dict[int, tuple[type[BirlError], str, str]] = {
+    Status.NEGATIVE_PROBABILITY: (NegativeProbabilityError, "transition", "at least 0"),
+    Status.NON_FINITE_TRANSITION: (NonFiniteInputError, "transition", "finite numbers in [0, 1]"),
+    Status.NON_FINITE_REWARD: (NonFiniteInputError, "reward", "finite numbers"),
+    Status.BAD_REFERENCE: (NonFiniteInputError, "reference", "finite numbers above 0"),
+    Status.BAD_DISCOUNT: (DiscountError, "discount", "0 ≤ discount < 1"),
+    Status.BAD_TEMPERATURE: (TemperatureError, "temperature", "positive and finite"),
+}
 
 
 def _row_sum_error(
-    value: float, where: str, dtype: torch.dtype, states: int, dense: Tensor | None = None
+    value: float, where: str, dtype: torch.dtype, states: int, dense: Tensor | None
 ) -> BirlError:
     tolerance = row_sum_tolerance(dtype, states)
     order = "" if dense is None else _order(dense, tuple(dense.shape[-3:]))
@@ -748,41 +808,6 @@ def _row_sum_error(
     )
 
 
-def _negative_error(value: float, where: str) -> BirlError:
-    return NegativeProbabilityError(f"transition is {value:.6g}", where=where, allowed="at least 0")
-
-
-def _probability_error(value: float, where: str) -> BirlError:
-    allowed = "finite numbers in [0, 1]"
-    return NonFiniteInputError(f"transition is {value:.6g}", where=where, allowed=allowed)
-
-
-def _reward_error(value: float, where: str) -> BirlError:
-    return NonFiniteInputError(f"reward is {value:.6g}", where=where, allowed="finite numbers")
-
-
-def _reference_error(value: float, where: str) -> BirlError:
-    return ReferencePolicyError(f"reference is {value:.6g}", where=where, allowed="above 0")
-
-
-def _reference_finite_error(value: float, where: str) -> BirlError:
-    allowed = "finite numbers above 0"
-    return NonFiniteInputError(f"reference is {value:.6g}", where=where, allowed=allowed)
-
-
-def _empty_error(actions: int, where: str) -> BirlError:
-    what = f"mask forbids all {actions} actions"
-    return EmptyActionSetError(what, where=where, allowed="at least one available action")
-
-
-def _discount_error(value: float, where: str) -> BirlError:
-    return DiscountError(f"discount is {value!r}", where=where, allowed="0 ≤ discount < 1")
-
-
-def _temperature_error(value: float, where: str) -> BirlError:
-    return TemperatureError(f"temperature is {value!r}", where=where, allowed="positive and finite")
-
-
 # Helpers
 
 
@@ -806,14 +831,6 @@ def _check_finite(name: str, vector: Tensor, **remedy: str) -> None:
         (*batch, state), value = _first(bad, vector)
         where = _place(batch, state=state)
         raise NonFiniteInputError(f"{name} is {value:.6g}", where=where, **remedy)
-
-
-def _all_fine(fine: Tensor, continuing: Tensor | None) -> bool:
-    return bool((fine if continuing is None else fine | ~continuing).all())
-
-
-def _bad_rows(fine: Tensor, continuing: Tensor | None) -> Tensor:
-    return ~fine if continuing is None else ~fine & continuing
 
 
 def _first(bad: Tensor, values: Tensor) -> tuple[tuple[int, ...], float]:

@@ -568,7 +568,7 @@ class SparseMDP(_MDP):
 
     def _check_rows(self) -> None:
         validation.check_sparse_rows(
-            self.values, self.rows(), self.col, (self.states, self.actions), self._continuing()
+            self.values, self.crow, self.col, (self.states, self.actions), self._continuing()
         )
 
     def _normalised(self) -> Tensor:

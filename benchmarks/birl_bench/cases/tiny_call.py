@@ -107,7 +107,7 @@ def _layers(problem: DenseProblem) -> list[Layer]:
     """From the innermost outwards. The inner ones repeat what one public call passed on, whatever
     its form: so nothing here knows the signatures of a compiled module.
     """
-    kernel = loader._backends[problem.device.type].require()
+    kernel = loader.require(problem.device.type)
     reward, transition = problem.reward[0], problem.transition[0]
     wanted = reward.clone().requires_grad_()
     mdp = birl_ext.DenseMDP(wanted, transition, problem.discount)

@@ -100,8 +100,6 @@ class Call:
             and tensor.is_contiguous()
         ):
             return tensor.data_ptr()
-        if tensor.dim() == 1 and tensor.numel() == 0 and len(shape) > 1:
-            return 0
         if tensor.device != self.device:
             raise DeviceError(f"{name} is on {tensor.device}, transition on {self.device}")
         if tensor.dtype is not dtype:
@@ -142,6 +140,11 @@ def _sizes(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
         raise ShapeError(f"{name} has shape {tuple(tensor.shape)}", allowed="(N, G, S, A)")
     n, g, s, a = tensor.shape
     return n, g, s, a
+
+
+def _given(tensor: Tensor | None) -> Tensor | None:
+    """A table or a start, unless it is absent."""
+    return None if tensor is None or tensor.shape == (0,) else tensor
 
 
 def _outputs(q: Tensor, derivable: bool) -> tuple[tuple[Any, ...], dict[str, float]]:
@@ -187,18 +190,18 @@ def solve(data: Data, initial: Tensor | None, settings: Settings | None = None) 
 
     Source: (M3), (M6), (M9).
     """
-    pairs = n, g, s, a = _sizes("reward", data.reward)
+    shape = n, g, s, a = _sizes("reward", data.reward)
     how = settings or Settings((n, g))
-    call = Call(data[:3], pairs)
-    call.problem["reward"] = call.at("reward", data.reward, pairs, call.storage)
-    call.problem["log_reference"] = call.at("log_reference", data.log_reference, pairs)
+    call = Call(data[:3], shape)
+    call.problem["reward"] = call.at("reward", data.reward, shape, call.storage)
+    call.problem["log_reference"] = call.at("log_reference", _given(data.log_reference), shape)
     call.problem["discount"] = call.at("discount", data.discount, (n, g))
     call.problem["temperature"] = call.at("temperature", data.temperature, (n, g))
     q = torch.empty((*how.batch, s, a), dtype=call.storage, device=call.device)
     outputs, request = _outputs(q, True)
     if outputs[6].numel() != n * g:
         raise ShapeError(f"batch is {tuple(how.batch)}", allowed=f"axes of {n * g} problems")
-    request["initial"] = call.at("initial", initial, (n, g, s))
+    request["initial"] = call.at("initial", _given(initial), (n, g, s))
     request.update(zip(_NUMBERS, how[1:5], strict=True))
     _run("solve", call.device, call.problem, request, call.pattern)
     return outputs
@@ -359,16 +362,16 @@ def policy_solve(
 
     Source: (M10), (M12), (M13).
     """
-    pairs = n, g, s, _ = _sizes("policy", policy)
+    shape = n, g, s, _ = _sizes("policy", policy)
     if rhs.dim() != 4:
         raise ShapeError(f"rhs has shape {tuple(rhs.shape)}", allowed="(N, G, K, S)")
     k = rhs.shape[2]
-    call = Call(model, pairs)
+    call = Call(model, shape)
     call.problem["discount"] = call.at("discount", discount, (n, g))
     x, residual = call.new(n, g, k, s), call.new(n, g, k)
     request: dict[str, float] = {
         "right_sides": k,
-        "policy": call.at("policy", policy, pairs),
+        "policy": call.at("policy", policy, shape),
         "rhs": call.at("rhs", rhs, (n, g, k, s)),
         "out": x.data_ptr(),
         "residual": residual.data_ptr(),

@@ -8,13 +8,13 @@ another.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from birl_ext.model.checks import below_zero, row_sum_tolerance
+from birl_ext.model import checks
 from birl_ext.ops.backends.refinement import drowns, refine
 from birl_ext.ops.request import Data, Settings
 from birl_ext.ops.rows import Rows
@@ -557,7 +557,7 @@ def _start(rhs: Tensor, weight: Tensor, discount: Tensor, transpose: bool) -> Te
 def _bicgstab(
     product: Callable[[Tensor], Tensor], rhs: Tensor, start: Tensor, tol: float, limit: int
 ) -> tuple[Tensor, Tensor]:
-    """Batched BiCGStab on the last axis, and the products of each lane; one that has converged
+    """Batched BiCGStab on the last axis, and the products of each column; one that has converged
     keeps its best iterate, whatever the others still need.
     """
     # squares of very small and very large numbers have no place among doubles
@@ -609,38 +609,28 @@ def _inspect(problem: Problem, transition: Tensor, validate: int) -> tuple[Tenso
     status = torch.zeros(shape, dtype=torch.int64, device=problem.reward.device)
     place, culprit = torch.zeros_like(problem.discount), torch.zeros_like(problem.discount)
 
-    def mark(bad: Tensor, values: Tensor, code: Status) -> None:
-        nonlocal status, place, culprit
-        bad, values = bad.expand(*shape, bad.shape[-1]), values.expand(*shape, values.shape[-1])
-        if not bool(bad.any()):
+    def found() -> Iterator[checks.Defects]:
+        yield from checks.discount_defects(problem.discount)
+        yield from checks.temperature_defects(problem.temperature)
+        if validate == Rigour.OFF:
             return
+        if problem.log_reference is not None:
+            yield from checks.reference_defects(problem.log_reference)
+        yield from checks.reward_defects(problem.reward)
+        sums = problem.rows.sums().flatten(2)
+        ends = sums == 0 if validate == Rigour.OR_ENDING else None
+        entries = problem.rows.data.flatten(1).unsqueeze(1)
+        states = problem.rows.states
+        yield from checks.transition_defects(entries, sums, ends, transition.dtype, states)
+
+    for code, bad, values in found():
+        bad = bad.expand(*shape, bad.shape[-1])
+        if not bool(bad.any()):
+            continue
         where = bad.to(torch.uint8).argmax(-1)
         hit = bad.any(-1) & (status == 0)
+        number = values.expand_as(bad).gather(-1, where.unsqueeze(-1)).squeeze(-1)
         status = torch.where(hit, int(code), status)
         place = torch.where(hit, where.double(), place)
-        culprit = torch.where(
-            hit, values.gather(-1, where.unsqueeze(-1)).squeeze(-1).double(), culprit
-        )
-
-    mark(~((problem.discount >= 0) & (problem.discount < 1)).unsqueeze(-1),
-         problem.discount.unsqueeze(-1), Status.BAD_DISCOUNT)  # fmt: skip
-    tau = problem.temperature.unsqueeze(-1)
-    mark(~((tau > 0) & (tau < math.inf)), tau, Status.BAD_TEMPERATURE)
-    entries = problem.rows.data.flatten(1).unsqueeze(1)
-    if validate and entries.shape[-1]:
-        mark(~torch.isfinite(entries), entries, Status.NON_FINITE_TRANSITION)
-        lowest = -below_zero(transition.dtype, problem.rows.states)
-        mark(entries < lowest, entries, Status.NEGATIVE_PROBABILITY)
-    if validate:
-        sums = problem.rows.sums().flatten(2)
-        slack = row_sum_tolerance(transition.dtype, problem.rows.states)
-        ends = (sums == 0) & (validate == Rigour.OR_ENDING)
-        mark(((sums - 1).abs() > slack) & ~ends, sums, Status.ROW_SUM)
-    rewards = problem.reward.flatten(2)
-    mark(~torch.isfinite(rewards), rewards, Status.NON_FINITE_REWARD)
-    if problem.log_reference is not None:
-        logs = problem.log_reference.flatten(2)
-        mark(torch.isnan(logs) | (logs == math.inf), logs, Status.BAD_REFERENCE)
-        nothing = (problem.log_reference == -math.inf).all(-1)
-        mark(nothing, torch.zeros_like(nothing, dtype=torch.float64), Status.NO_ACTION)
+        culprit = torch.where(hit, number.double(), culprit)
     return status, place, culprit
