@@ -168,6 +168,10 @@ REFUSED: dict[str, tuple[type, dict[str, Any], type[errors.BirlError], str]] = {
         DenseMDP, plain(initial_distribution=torch.ones(A).double()), errors.ShapeError,
         r"E301 initial_distribution has shape \(2,\)",
     ),
+    "batches": (
+        DenseMDP, plain(reward=batched(R, 3), transition=batched(P, 4)), errors.ShapeError,
+        r"E301 reward has batch axes \(3,\) \(allowed: axes that broadcast with \(4,\)",
+    ),
     "initial batch": (
         DenseMDP, plain(initial_distribution=torch.full((4, S), 1 / S).double()),
         errors.ShapeError, r"E301 initial_distribution has batch axes \(4,\)",
@@ -193,6 +197,10 @@ REFUSED: dict[str, tuple[type, dict[str, Any], type[errors.BirlError], str]] = {
     "crow end": (
         SparseMDP, sparse(crow=put(sparse()["crow"], 6, 11)), errors.SparseFormatError,
         r"E105 crow is 11 at index 6 \(allowed: 12\)",
+    ),
+    "crow falls": (
+        SparseMDP, sparse(crow=put(sparse()["crow"], 2, 7)), errors.SparseFormatError,
+        r"E105 crow falls from 7 to 6 at index 3 ",
     ),
     "crow dtype": (
         SparseMDP, sparse(crow=sparse()["crow"].double()), errors.DtypeError,
