@@ -54,7 +54,7 @@ void solve_all(const Batch& batch, const Solve& request, ModelOf&& model_of, Tea
 template <class Model, class ModelOf>
 void solve_small(const Batch& batch, const Solve& request, ModelOf&& model_of, Team& team,
                  Interrupt& interrupt) {
-  using Solver = LaneSolver<Model>;
+  using Solver = PackedSolver<Model>;
   const Index S = batch.states, A = batch.actions;
   Team alone(1);
   const double work =
@@ -93,7 +93,7 @@ void solve(const Batch& batch, const Solve& request, Interrupt& interrupt) {
   Team team(request.threads);
   with_models(batch, [&](auto model_of) {
     using Model = decltype(model_of(0));
-    if (is_small(request) && LaneSolver<Model>::fits(batch.states, batch.actions))
+    if (is_small(request) && PackedSolver<Model>::fits(batch.states, batch.actions))
       solve_small<Model>(batch, request, model_of, team, interrupt);
     else
       solve_general<Model>(batch, request, model_of, team, interrupt);

@@ -238,7 +238,7 @@ struct PackedWorker {
 template <class Real>
 void solve_packed(const Batch& batch, Rule<Real>& rule, PackedWorker& mine, Index first,
                   Index count) {
-  const AdjointRowRoutines<Real>& kernel = adjoint_routines().rows<Real>();
+  const AdjointRowRoutines<Real>& routines = adjoint_routines().rows<Real>();
   const Index S = batch.states, A = batch.actions, G = batch.problems;
   PackedSpace& space = mine.space;
   bool opened[kAbreast] = {};
@@ -256,7 +256,7 @@ void solve_packed(const Batch& batch, Rule<Real>& rule, PackedWorker& mine, Inde
     const double gamma = batch.discount[i];
     const Real* const p = static_cast<const Real*>(batch.transition) + i / G * S * A * S;
     Slot& slot = mine.slots[lane];
-    kernel.moments(p, S * A, S, slot.relative, slot.inverse_sum.data(), slot.expected);
+    routines.moments(p, S * A, S, slot.relative, slot.inverse_sum.data(), slot.expected);
     if (rule.pulls()) rule.weigh(i, 0, S, slot);
     for (Index j = 0; j < S * A; ++j)
       slot.weight[j] = gamma * slot.probability[j] * slot.inverse_sum[j];
@@ -266,9 +266,9 @@ void solve_packed(const Batch& batch, Rule<Real>& rule, PackedWorker& mine, Inde
       for (Index j = s * A; j < s * A + A; ++j)
         if (slot.inverse_sum[j] == 0.0) stopping += slot.probability[j];
       space.defect()[s * kAbreast + lane] = (1.0 - gamma) + gamma * stopping;
-      kernels().rows<Real>().two_policy_rows(p + s * A * S, A, S, slot.weight + s * A,
-                                             rule.pulls() ? slot.scaled.data() + s * A : nullptr,
-                                             mine.row.data(), mine.pulled.data());
+      dense_routines().rows<Real>().two_policy_rows(
+          p + s * A * S, A, S, slot.weight + s * A,
+          rule.pulls() ? slot.scaled.data() + s * A : nullptr, mine.row.data(), mine.pulled.data());
       double* const entries = space.matrix() + s * S * kAbreast + lane;
       for (Index t = 0; t < S; ++t) entries[t * kAbreast] = mine.row[t];
     }
@@ -410,15 +410,15 @@ class SystemWorker {
   // One state while its rows of P are in the first-level cache.
   void read_state(const Model& model, const Rule<Real>& rule, Index i, System& system, Index s,
                   double* row, double* pulled) {
-    const AdjointRowRoutines<Real>& kernel = adjoint_routines().rows<Real>();
+    const AdjointRowRoutines<Real>& routines = adjoint_routines().rows<Real>();
     const Index S = batch_.states, A = batch_.actions, j = s * A;
     const Real* const p = model.values + j * S;
-    kernel.moments(p, A, S, slot_.relative, slot_.inverse_sum.data() + j, slot_.expected + j);
+    routines.moments(p, A, S, slot_.relative, slot_.inverse_sum.data() + j, slot_.expected + j);
     const double* const weight =
         system.weigh(s, s + 1, slot_.inverse_sum.data(), slot_.probability.data());
     if (pulled) rule.weigh(i, s, s + 1, slot_);
-    kernels().rows<Real>().two_policy_rows(p, A, S, weight + j,
-                                           pulled ? slot_.scaled.data() + j : nullptr, row, pulled);
+    dense_routines().rows<Real>().two_policy_rows(
+        p, A, S, weight + j, pulled ? slot_.scaled.data() + j : nullptr, row, pulled);
     system.matrix().put_row(s, row);
   }
 

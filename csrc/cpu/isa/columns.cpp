@@ -4,7 +4,7 @@
 namespace birl::BIRL_ISA {
 namespace {
 
-static_assert(kLanes == kBlockLanes);
+static_assert(kLanes == kColumnLanes);
 
 // body(tag, i, lane) over [0, n): in whole vectors, whose first entry is on `lane`, then one by
 // one.
@@ -57,7 +57,7 @@ void accumulate(Index n, double discount, double* y, double* sum) {
 
 // Norms of the vectors that value(tag, i, lane) gives.
 template <class Value>
-BIRL_INLINE void norms_of(Index n, BlockNorms* out, Value&& value) {
+BIRL_INLINE void norms_of(Index n, ColumnNorms* out, Value&& value) {
   Double largest[kParts];
   for (int part = 0; part < kParts; ++part) largest[part] = Double{};
   double tail[kLanes] = {};
@@ -75,7 +75,7 @@ BIRL_INLINE void norms_of(Index n, BlockNorms* out, Value&& value) {
 }
 
 void residual(Index n, const double* b, const double* constant, double discount, const double* x,
-              double* r, BlockNorms* out) {
+              double* r, ColumnNorms* out) {
   norms_of(n, out, [=](auto tag, Index i, int lane) {
     const auto image = BIRL_GET(x + i) - discount * BIRL_GET(r + i);
     const auto rest = (BIRL_GET(b + i) - BIRL_GET(constant + lane)) - image;
@@ -84,7 +84,7 @@ void residual(Index n, const double* b, const double* constant, double discount,
   });
 }
 
-void norms(Index n, const double* x, BlockNorms* out) {
+void norms(Index n, const double* x, ColumnNorms* out) {
   norms_of(n, out, [=](auto tag, Index i, int) { return BIRL_GET(x + i); });
 }
 

@@ -10,22 +10,22 @@
 
 namespace birl {
 
-constexpr int kBlockLanes = 16;
+constexpr int kColumnLanes = 16;
 constexpr Index kMostColumns = 8;
 
 // Norms, per lane.
-struct BlockNorms {
-  double sum[kBlockLanes];      // Σ |x|
-  double largest[kBlockLanes];  // max |x|; what is not a number shows in the sum
+struct ColumnNorms {
+  double sum[kColumnLanes];      // Σ |x|
+  double largest[kColumnLanes];  // max |x|; what is not a number shows in the sum
 };
 
-struct BlockVectors {
+struct ColumnVectors {
   // y := γ y, sum += y
   void (*accumulate)(Index n, double discount, double* y, double* sum);
   // r := (b − constant) − (x − γ r), and its norms
   void (*residual)(Index n, const double* b, const double* constant, double discount,
-                   const double* x, double* r, BlockNorms* norms);
-  void (*norms)(Index n, const double* x, BlockNorms* norms);
+                   const double* x, double* r, ColumnNorms* norms);
+  void (*norms)(Index n, const double* x, ColumnNorms* norms);
   // y := x − γ y, sum = Σ y
   void (*defect)(Index n, double discount, const double* x, double* y, double* sum);
   // y := y − mean; products = Σ y u and Σ y y
@@ -46,25 +46,25 @@ struct BlockVectors {
 };
 
 // Products of a dense matrix with columns, and triangular solves with eliminated factors.
-struct BlockDense {
+struct ColumnDense {
   // y[i] = Σ_t p[i,t] x[t] for rows [0, rows) of `cols` columns
   void (*rows)(const double* p, Index rows, Index cols, const double* x, double* y);
   // y[t] = Σ_s p[s,t] x[s] for columns [0, cols) of `rows` rows, `stride` apart
   void (*columns)(const double* p, Index stride, Index rows, Index cols, const double* x,
                   double* y);
-  // As EliminationKernels::solve and solve_transpose.
+  // As EliminationRoutines::solve and solve_transpose.
   void (*solve)(const double* a, Index n, Index stride, const double* inverse_pivot, double* x);
   void (*solve_transpose)(const double* a, Index n, Index stride, const double* inverse_pivot,
                           double* x);
 };
 
 struct ColumnRoutines {
-  BlockVectors vectors;
-  BlockDense four, eight;
+  ColumnVectors vectors;
+  ColumnDense four, eight;
 
-  const BlockDense& dense(Index columns) const { return columns == 4 ? four : eight; }
+  const ColumnDense& dense(Index columns) const { return columns == 4 ? four : eight; }
 };
 
-const ColumnRoutines& block_kernels();
+const ColumnRoutines& column_routines();
 
 }  // namespace birl

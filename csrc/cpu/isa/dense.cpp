@@ -275,7 +275,7 @@ void eliminate_panel(double* a, Index n, Index stride, Index k0, Index k1, doubl
 void eliminate_below(double* a, Index n, Index stride, Index k0, Index k1, Index i0, Index i1,
                      double* defect, const double* inverse_pivot) {
   constexpr Index kTogether = 8;  // rows; their chains of dependent multipliers overlap
-  constexpr Index kLength = EliminationKernels::kLargestPanel + EliminationKernels::kPadding;
+  constexpr Index kLength = EliminationRoutines::kLargestPanel + EliminationRoutines::kPadding;
   double panel[kTogether][kLength] = {};  // the panel's columns alone: whole vectors must not reach
                                           // into the rest
   const Index width = k1 - k0;
@@ -404,7 +404,7 @@ constexpr RowRoutines<Real> kRows = {products<Real>, sums<Real>,       products_
 
 }  // namespace
 
-const Kernels kDense = {
+const DenseRoutines kDense = {
     kRows<float>, kRows<double>,
     soft_maximum, {eliminate_panel, eliminate_below, eliminated_solve, eliminated_solve_transpose},
     dot,          difference,

@@ -34,13 +34,13 @@ struct RowRoutines {
 // GTH elimination of A = D - N, N >= 0 off the diagonal: rows of magnitudes, nothing is subtracted.
 // See cpu/solvers/elimination.h. Rows are `stride` apart, at least kPadding more than n, and zero
 // beyond n.
-struct EliminationKernels {
+struct EliminationRoutines {
   static constexpr Index kPadding = 8;
   static constexpr Index kLargestPanel = 64;
   // Rows [k0, k1) to their final form, over columns [k0, n).
-  void (*block)(double* a, Index n, Index stride, Index k0, Index k1, double* defect,
+  void (*panel)(double* a, Index n, Index stride, Index k0, Index k1, double* defect,
                 double* inverse_pivot);
-  // Rows [i0, i1) below that block: multipliers in columns [k0, k1), update of columns [k1, n).
+  // Rows [i0, i1) below that panel: multipliers in columns [k0, k1), update of columns [k1, n).
   void (*below)(double* a, Index n, Index stride, Index k0, Index k1, Index i0, Index i1,
                 double* defect, const double* inverse_pivot);
   void (*solve)(const double* a, Index n, Index stride, const double* inverse_pivot, double* x);
@@ -66,11 +66,11 @@ struct Range {
   bool finite;
 };
 
-struct Kernels {
+struct DenseRoutines {
   RowRoutines<float> f32;
   RowRoutines<double> f64;
   void (*soft_maximum)(const SoftMaximum&);
-  EliminationKernels elimination;
+  EliminationRoutines elimination;
   double (*dot)(Index n, const double* x, const double* y);
   // d = a - b - shift and its range
   Range (*difference)(Index n, const double* a, const double* b, double shift, double* d);
@@ -89,6 +89,6 @@ inline Index soft_maximum_scratch(Index actions) {
   return 2 * kSoftMaximumChunk + (actions > kSoftMaximumChunk ? actions : kSoftMaximumChunk);
 }
 
-const Kernels& kernels();
+const DenseRoutines& dense_routines();
 
 }  // namespace birl

@@ -45,18 +45,18 @@ const Isa& isa() {
   return chosen;
 }
 
-const Kernels& kernels() { return isa().dense; }
+const DenseRoutines& dense_routines() { return isa().dense; }
 const AdjointRoutines& adjoint_routines() { return isa().adjoint; }
-const ColumnRoutines& block_kernels() { return isa().columns; }
-const SlicedRoutines& csr_kernels() { return isa().sliced; }
+const ColumnRoutines& column_routines() { return isa().columns; }
+const SlicedRoutines& sliced_routines() { return isa().sliced; }
 template <class Real>
-const LaneKernels<Real>& lane_kernels() {
+const PackedRoutines<Real>& packed_routines() {
   if constexpr (sizeof(Real) == 4)
     return isa().packed_single;
   else
     return isa().packed_double;
 }
-template const LaneKernels<float>& lane_kernels();
-template const LaneKernels<double>& lane_kernels();
+template const PackedRoutines<float>& packed_routines();
+template const PackedRoutines<double>& packed_routines();
 
 }  // namespace birl

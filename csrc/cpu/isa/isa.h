@@ -13,9 +13,9 @@ namespace birl {
 
 struct Isa {
   const char* name;
-  const Kernels& dense;
-  const LaneKernels<float>& packed_single;
-  const LaneKernels<double>& packed_double;
+  const DenseRoutines& dense;
+  const PackedRoutines<float>& packed_single;
+  const PackedRoutines<double>& packed_double;
   const AdjointRoutines& adjoint;
   const ColumnRoutines& columns;
   const SlicedRoutines& sliced;
@@ -27,9 +27,9 @@ const char* compiled_instruction_sets();
 
 #ifdef BIRL_ISA
 namespace BIRL_ISA {
-extern const Kernels kDense;
-extern const LaneKernels<float> kPackedSingle;
-extern const LaneKernels<double> kPackedDouble;
+extern const DenseRoutines kDense;
+extern const PackedRoutines<float> kPackedSingle;
+extern const PackedRoutines<double> kPackedDouble;
 extern const AdjointRoutines kAdjoint;
 extern const ColumnRoutines kColumns;
 extern const SlicedRoutines kSliced;

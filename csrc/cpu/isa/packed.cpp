@@ -309,10 +309,10 @@ inline void unpack_states(const Real* from, Index A, Index count, Real* to) {
 }
 
 template <class Real>
-LaneProblem pack_problem(const Real* reward, const double* log_reference, Index S, Index A,
-                         const double* inverse_sum, double discount, Real* packed_reward,
-                         double* scale, double* packed_reference, float* single_scale,
-                         float* single_reference) {
+PackedProblem pack_problem(const Real* reward, const double* log_reference, Index S, Index A,
+                           const double* inverse_sum, double discount, Real* packed_reward,
+                           double* scale, double* packed_reference, float* single_scale,
+                           float* single_reference) {
   constexpr Index W = kPack<Real>;
   pack_rows(reward, S, 1, A, packed_reward);
   if (log_reference) pack_table(log_reference, S, A, W, packed_reference);
@@ -421,10 +421,10 @@ void result(const PackedResult<Real>& m) {
 
 }  // namespace
 
-const LaneKernels<float> kPackedSingle = {
+const PackedRoutines<float> kPackedSingle = {
     kPack<float>,         pack_transition<float>, inverse_row_sums<float>, pack_problem<float>,
     sweep<Double, float>, sweep<Single, float>,   unpack<float>,           result<float>};
-const LaneKernels<double> kPackedDouble = {
+const PackedRoutines<double> kPackedDouble = {
     kPack<double>,        pack_transition<double>, inverse_row_sums<double>,
     pack_problem<double>, sweep<Double, double>,   nullptr,
     unpack<double>,       result<double>};

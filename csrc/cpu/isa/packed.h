@@ -34,7 +34,7 @@ struct PackedSweep {
 };
 
 // What a problem looks like once packed. `reward` must be finite for the rest to mean anything.
-struct LaneProblem {
+struct PackedProblem {
   double largest_reward, largest_reference;  // over available actions
   bool finite;                               // reward
   bool continues;                            // every available row
@@ -53,7 +53,7 @@ struct PackedResult {
 };
 
 template <class Real>
-struct LaneKernels {
+struct PackedRoutines {
   Index width;
   // P (S,A,S) to the packed form.
   void (*pack_transition)(const Real* p, Index states, Index actions, Real* packed);
@@ -62,10 +62,10 @@ struct LaneKernels {
   bool (*inverse_row_sums)(const Real* packed, Index states, Index actions, double tolerance,
                            bool ending, double* inverse);
   // γ/σ, and log₂ μ, also in single precision unless `single_scale` is null.
-  LaneProblem (*pack_problem)(const Real* reward, const double* log_reference, Index states,
-                              Index actions, const double* inverse_sum, double discount,
-                              Real* packed_reward, double* scale, double* packed_reference,
-                              float* single_scale, float* single_reference);
+  PackedProblem (*pack_problem)(const Real* reward, const double* log_reference, Index states,
+                                Index actions, const double* inverse_sum, double discount,
+                                Real* packed_reward, double* scale, double* packed_reference,
+                                float* single_scale, float* single_reference);
   Extent (*sweep)(const PackedSweep<double, Real>&);
   Extent (*sweep_single)(const PackedSweep<float, Real>&);  // null for double storage
   void (*unpack)(const double* packed, Index states, Index actions, double* table);
@@ -73,7 +73,7 @@ struct LaneKernels {
 };
 
 template <class Real>
-const LaneKernels<Real>& lane_kernels();
+const PackedRoutines<Real>& packed_routines();
 
 inline Index padded(Index states, Index width) { return (states + width - 1) / width * width; }
 

@@ -61,6 +61,6 @@ struct SlicedRoutines {
   }
 };
 
-const SlicedRoutines& csr_kernels();
+const SlicedRoutines& sliced_routines();
 
 }  // namespace birl

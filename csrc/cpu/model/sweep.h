@@ -27,8 +27,8 @@ struct SweepScratch {
 template <class Real>
 void q_values(const Problem<Real>& problem, const double* product, const double* inverse_sum,
               Index row0, Index row1, double* q) {
-  kernels().rows<Real>().q_values(row1 - row0, problem.reward + row0, product, inverse_sum,
-                                  problem.discount, q);
+  dense_routines().rows<Real>().q_values(row1 - row0, problem.reward + row0, product, inverse_sum,
+                                         problem.discount, q);
 }
 
 }  // namespace birl

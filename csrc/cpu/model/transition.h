@@ -30,19 +30,19 @@ struct DenseTransition {
   }
 
   void products(Index row0, Index row1, const double* w, double* y) const {
-    kernels().rows<Real>().products(values + row0 * states, row1 - row0, states, w, y);
+    dense_routines().rows<Real>().products(values + row0 * states, row1 - row0, states, w, y);
   }
   void row_sums(Index row0, Index row1, double* sum, double* least) const {
-    kernels().rows<Real>().sums(values + row0 * states, row1 - row0, states, sum, least);
+    dense_routines().rows<Real>().sums(values + row0 * states, row1 - row0, states, sum, least);
   }
   void products_and_sums(Index row0, Index row1, const double* w, double* y, double* sum,
                          double* least) const {
-    kernels().rows<Real>().products_and_sums(values + row0 * states, row1 - row0, states, w, y, sum,
-                                             least);
+    dense_routines().rows<Real>().products_and_sums(values + row0 * states, row1 - row0, states, w,
+                                                    y, sum, least);
   }
   void policy_row(Index s, const double* weight, double* out) const {
-    kernels().rows<Real>().combine(values + s * actions * states, states, actions, states, weight,
-                                   out);
+    dense_routines().rows<Real>().combine(values + s * actions * states, states, actions, states,
+                                          weight, out);
   }
 };
 
@@ -77,8 +77,8 @@ struct CsrTransition {
   // With `rows`, of whole states.
   void products(Index row0, Index row1, const double* w, double* y) const {
     if (rows)
-      return csr_kernels().rows<Real>().products(*rows, values, row0 / actions, row1 / actions, w,
-                                                 y);
+      return sliced_routines().rows<Real>().products(*rows, values, row0 / actions, row1 / actions,
+                                                     w, y);
     for (Index row = row0; row < row1; ++row)
       y[row - row0] = sparse_dot(values, col, crow[row], crow[row + 1], w);
   }

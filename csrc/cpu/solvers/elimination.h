@@ -36,7 +36,7 @@ class Elimination {
  public:
   explicit Elimination(Index n)
       : n_(n),
-        stride_((n + EliminationKernels::kPadding + 7) / 8 * 8),
+        stride_((n + EliminationRoutines::kPadding + 7) / 8 * 8),
         magnitudes_(n * stride_),
         defect_(n),
         inverse_pivot_(n) {}
@@ -63,34 +63,35 @@ class Elimination {
 
   // Factors in place.
   void factor(Team& team, Interrupt& interrupt) {
-    constexpr Index kBlock = 32;
-    const EliminationKernels& kernel = kernels().elimination;
+    constexpr Index kPanel = 32;
+    const EliminationRoutines& routines = dense_routines().elimination;
     // Whole vectors reach past a row's end, where a singular system before may have left its NaN.
     for (Index i = 0; i < n_; ++i) std::fill(row(i) + n_, row(i) + stride_, 0.0);
-    for (Index k0 = 0; k0 < n_; k0 += kBlock) {
+    for (Index k0 = 0; k0 < n_; k0 += kPanel) {
       interrupt.check();
-      const Index k1 = std::min(n_, k0 + kBlock), below = n_ - k1;
-      kernel.block(magnitudes_.data(), n_, stride_, k0, k1, defect_.data(), inverse_pivot_.data());
+      const Index k1 = std::min(n_, k0 + kPanel), below = n_ - k1;
+      routines.panel(magnitudes_.data(), n_, stride_, k0, k1, defect_.data(),
+                     inverse_pivot_.data());
       constexpr Index kRows = 16;
       const double work = 2.0 * static_cast<double>((k1 - k0) * below * below);
       team.run((below + kRows - 1) / kRows, work, [&](Index c, int) {
         const Index i0 = k1 + c * kRows, i1 = std::min(n_, i0 + kRows);
-        kernel.below(magnitudes_.data(), n_, stride_, k0, k1, i0, i1, defect_.data(),
-                     inverse_pivot_.data());
+        routines.below(magnitudes_.data(), n_, stride_, k0, k1, i0, i1, defect_.data(),
+                       inverse_pivot_.data());
       });
     }
   }
 
-  // x := A⁻¹x, or A⁻ᵀx, on a block of `columns` interleaved columns (cpu/isa/columns.h).
+  // x := A⁻¹x, or A⁻ᵀx, on `columns` interleaved columns (cpu/isa/columns.h).
   void solve(double* x, bool transpose, Index columns = 1) const {
     if (columns > 1) {
-      const BlockDense& block = block_kernels().dense(columns);
-      return (transpose ? block.solve_transpose : block.solve)(magnitudes_.data(), n_, stride_,
+      const ColumnDense& dense = column_routines().dense(columns);
+      return (transpose ? dense.solve_transpose : dense.solve)(magnitudes_.data(), n_, stride_,
                                                                inverse_pivot_.data(), x);
     }
-    const EliminationKernels& kernel = kernels().elimination;
-    (transpose ? kernel.solve_transpose : kernel.solve)(magnitudes_.data(), n_, stride_,
-                                                        inverse_pivot_.data(), x);
+    const EliminationRoutines& routines = dense_routines().elimination;
+    (transpose ? routines.solve_transpose : routines.solve)(magnitudes_.data(), n_, stride_,
+                                                            inverse_pivot_.data(), x);
   }
 
   // How much a solution whose mass along the slow mode is known (M20) magnifies what rounding does

@@ -72,9 +72,9 @@ class GeneralSolver {
   void write(double offset, const Tables<Real>& out) {
     const Index S = model_->states, A = model_->actions;
     log_policy_.resize(S * A);
-    kernels().soft_maximum({S, A, q_.data(), problem_.log_reference, problem_.temperature,
-                            next_.data(), policy_.data(), log_policy_.data(), nullptr,
-                            scratch_[0].soft_maximum.data()});
+    dense_routines().soft_maximum({S, A, q_.data(), problem_.log_reference, problem_.temperature,
+                                   next_.data(), policy_.data(), log_policy_.data(), nullptr,
+                                   scratch_[0].soft_maximum.data()});
     hand_out(problem_, S, A, q_.data(), next_.data(), policy_.data(), log_policy_.data(), offset,
              out);
   }
@@ -155,11 +155,12 @@ class GeneralSolver {
         std::copy(problem_.reward + s0 * A, problem_.reward + s1 * A, q_.data() + s0 * A);
       else
         read_rows(s0, s1, sum, mine.product.data());
-      kernels().soft_maximum({s1 - s0, A, q_.data() + s0 * A, reference(s0), problem_.temperature,
-                              next_.data() + s0, with_policy ? policy_.data() + s0 * A : nullptr,
-                              nullptr, nullptr, mine.soft_maximum.data()});
-      ranges_[item] = kernels().difference(s1 - s0, next_.data() + s0, w_.data() + s0, constant,
-                                           delta_.data() + s0);
+      dense_routines().soft_maximum({s1 - s0, A, q_.data() + s0 * A, reference(s0),
+                                     problem_.temperature, next_.data() + s0,
+                                     with_policy ? policy_.data() + s0 * A : nullptr, nullptr,
+                                     nullptr, mine.soft_maximum.data()});
+      ranges_[item] = dense_routines().difference(s1 - s0, next_.data() + s0, w_.data() + s0,
+                                                  constant, delta_.data() + s0);
       if (with_policy) form(policy_, s0, s1, worker);
     };
     // Neighbouring chunks in one piece, so that what comes next is known and can be fetched ahead.
@@ -258,9 +259,9 @@ class GeneralSolver {
   void improve() {
     const Index S = model_->states, A = model_->actions;
     if (!formed_) {  // the last sweep was expected to be that: its policy is not known yet
-      kernels().soft_maximum({S, A, q_.data(), problem_.log_reference, problem_.temperature,
-                              next_.data(), policy_.data(), nullptr, nullptr,
-                              scratch_[0].soft_maximum.data()});
+      dense_routines().soft_maximum({S, A, q_.data(), problem_.log_reference, problem_.temperature,
+                                     next_.data(), policy_.data(), nullptr, nullptr,
+                                     scratch_[0].soft_maximum.data()});
       form(policy_);
     }
     const double half = control_.half_span();

@@ -10,7 +10,7 @@
 namespace birl {
 
 inline double dot(const std::vector<double>& x, const std::vector<double>& y) {
-  return kernels().dot(static_cast<Index>(x.size()), x.data(), y.data());
+  return dense_routines().dot(static_cast<Index>(x.size()), x.data(), y.data());
 }
 inline double norm2(const std::vector<double>& x) { return std::sqrt(dot(x, x)); }
 
@@ -19,13 +19,13 @@ struct KrylovResult {
   Index products;
 };
 
-// BiCGStab from x = 0 (van der Vorst 1992) on a block of columns that share the products. A column
+// BiCGStab from x = 0 (van der Vorst 1992) on columns that share the products. A column
 // stops at its target, or for good when its residual has grown a thousandfold; x is then the best
 // of the iterates kept on the way, one for each halving of the residual.
 template <class Operator>
 void bicgstab(const Operator& op, const std::vector<double>& b, std::vector<double>& x,
               const Columns& target, Index limit, std::array<KrylovResult, kMostColumns>& results) {
-  const BlockVectors& vectors = Operator::vectors();
+  const ColumnVectors& vectors = Operator::vectors();
   const Index columns = op.columns();
   const std::size_t n = b.size();
   std::vector<double> r = b, shadow = b, p(n, 0.0), v(n, 0.0), s(n), t(n), best(n, 0.0);
@@ -63,9 +63,9 @@ void bicgstab(const Operator& op, const std::vector<double>& b, std::vector<doub
       beta[w] = broken ? 0.0 : (shadow_r[w] / rho[w]) * (alpha[w] / omega[w]);
       rho[w] = shadow_r[w];
     }
-    const Lanes beta_lanes(beta, columns), omega_before(omega, columns);
+    const PerColumn each_beta(beta, columns), omega_before(omega, columns);
     op.sweep([&](Index, Index at, Index m) {
-      vectors.direction(m, r.data() + at, beta_lanes.lane, omega_before.lane, v.data() + at,
+      vectors.direction(m, r.data() + at, each_beta.repeated, omega_before.repeated, v.data() + at,
                         p.data() + at);
     });
     op.apply(p.data(), v.data(), shadow.data(), slope, tt);
@@ -78,17 +78,17 @@ void bicgstab(const Operator& op, const std::vector<double>& b, std::vector<doub
         alpha[w] = rho[w] / slope[w];
       }
     }
-    const Lanes alpha_lanes(alpha, columns);
+    const PerColumn each_alpha(alpha, columns);
     op.sweep([&](Index, Index at, Index m) {
-      vectors.subtract(m, r.data() + at, alpha_lanes.lane, v.data() + at, s.data() + at);
+      vectors.subtract(m, r.data() + at, each_alpha.repeated, v.data() + at, s.data() + at);
     });
     op.apply(s.data(), t.data(), s.data(), slope, tt);
     for (Index w = 0; w < columns; ++w)
       if (going[w]) omega[w] = tt[w] > 0.0 ? slope[w] / tt[w] : 0.0;
-    const Lanes omega_lanes(omega, columns);
+    const PerColumn each_omega(omega, columns);
     ChunkSums<2> sums(op.sweep_chunks());
     op.sweep([&](Index c, Index at, Index m) {
-      vectors.advance(m, alpha_lanes.lane, p.data() + at, omega_lanes.lane, s.data() + at,
+      vectors.advance(m, each_alpha.repeated, p.data() + at, each_omega.repeated, s.data() + at,
                       t.data() + at, x.data() + at, r.data() + at, shadow.data() + at, sums.of(c));
     });
     shadow_r = sums.total(columns, 0);

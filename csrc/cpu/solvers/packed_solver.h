@@ -16,24 +16,24 @@
 namespace birl {
 
 template <class Model>
-class LaneSolver {
+class PackedSolver {
   using Real = typename Model::Real;
 
  public:
   // P packed and a problem's tables should stay in a core's second-level cache.
   static bool fits(Index states, Index actions) {
     constexpr Index kLargest = 128, kBytes = 1 << 20;
-    return states <= kLargest && padded(states, lane_kernels<Real>().width) * states * actions <=
+    return states <= kLargest && padded(states, packed_routines<Real>().width) * states * actions <=
                                      kBytes / static_cast<Index>(sizeof(Real));
   }
 
-  LaneSolver(const Solve& request, Team& alone, Interrupt& interrupt, Index states, Index actions)
+  PackedSolver(const Solve& request, Team& alone, Interrupt& interrupt, Index states, Index actions)
       : request_(request),
         alone_(alone),
         interrupt_(interrupt),
         states_(states),
         actions_(actions),
-        width_(lane_kernels<Real>().width),
+        width_(packed_routines<Real>().width),
         entries_(padded(states, width_) * actions),
         transition_(entries_ * states),
         reward_(entries_),
@@ -59,7 +59,7 @@ class LaneSolver {
     ahead_ = 0;
     pack(model);
     const bool checked = request_.validate != Rigour::kOff;
-    const bool sound = lane_kernels<Real>().inverse_row_sums(
+    const bool sound = packed_routines<Real>().inverse_row_sums(
         transition_.data(), states_, actions_, row_sum_tolerance(sizeof(Real) == 8, states_),
         request_.validate != Rigour::kStochastic, inverse_sum_.data());
     if (checked && !sound) {
@@ -78,7 +78,7 @@ class LaneSolver {
     if (defect.status != Status::kConverged) return defect;
     outcome = {};
     start(initial);
-    // Of a subnormal τ there is no 1/τ, which the kernels of cpu/isa/packed.h want.
+    // Of a subnormal τ there is no 1/τ, which the loops of cpu/isa/packed.h want.
     if (!(1.0 / problem_.temperature < kInf)) {
       value_.assign(value_.size(), 0.0);
       if (refined(kInf, 0.0, value_.data(), out, outcome)) return {};
@@ -95,10 +95,10 @@ class LaneSolver {
     if (ended && drowns(control_, image_.data(), states_) &&
         refined(control_.rounding(), outcome.offset, image_.data(), out, outcome))
       return {};
-    lane_kernels<Real>().result({states_, actions_, q_.data(), image_.data(), reference(),
-                                 problem_.temperature, outcome.offset, out.value, out.relative,
-                                 out.q, out.advantage, out.policy, out.log_policy,
-                                 scratch_.data()});
+    packed_routines<Real>().result({states_, actions_, q_.data(), image_.data(), reference(),
+                                    problem_.temperature, outcome.offset, out.value, out.relative,
+                                    out.q, out.advantage, out.policy, out.log_policy,
+                                    scratch_.data()});
     if (overflows(control_, problem, out, states_ * actions_)) outcome.status = Status::kNonFinite;
     return {};
   }
@@ -106,7 +106,7 @@ class LaneSolver {
  private:
   Defect pack(const Problem<Real>& problem) {
     problem_ = problem;
-    packed_ = lane_kernels<Real>().pack_problem(
+    packed_ = packed_routines<Real>().pack_problem(
         problem.reward, problem.log_reference, states_, actions_, inverse_sum_.data(),
         problem.discount, reward_.data(), scale_.data(), log_reference_.data(),
         single_ ? single_scale_.data() : nullptr, single_reference_.data());
@@ -124,7 +124,7 @@ class LaneSolver {
       refinement_ = std::make_unique<Refinement<Model>>(*model_, request_, alone_, interrupt_);
       row_inverse_.resize(states_ * actions_);
     }
-    lane_kernels<Real>().unpack(inverse_sum_.data(), states_, actions_, row_inverse_.data());
+    packed_routines<Real>().unpack(inverse_sum_.data(), states_, actions_, row_inverse_.data());
     return refinement_->run(*model_, problem_, row_inverse_.data(), control_, coarse, c, value,
                             nullptr, out, outcome);
   }
@@ -135,7 +135,7 @@ class LaneSolver {
 
   template <class R>
   void pack(const DenseTransition<R>& model) {
-    lane_kernels<Real>().pack_transition(model.values, states_, actions_, transition_.data());
+    packed_routines<Real>().pack_transition(model.values, states_, actions_, transition_.data());
   }
   template <class R>
   void pack(const CsrTransition<R>& model) {
@@ -200,10 +200,10 @@ class LaneSolver {
   bool sweep_double() {
     fetch_ahead();
     const double constant = (1.0 - problem_.discount) * control_.c;
-    take(lane_kernels<Real>().sweep({states_, actions_, transition_.data(), reward_.data(),
-                                     scale_.data(), reference(), problem_.temperature,
-                                     control_.at_zero ? nullptr : value_.data(), control_.middle,
-                                     constant, image_.data(), q_.data(), w_.data()}));
+    take(packed_routines<Real>().sweep({states_, actions_, transition_.data(), reward_.data(),
+                                        scale_.data(), reference(), problem_.temperature,
+                                        control_.at_zero ? nullptr : value_.data(), control_.middle,
+                                        constant, image_.data(), q_.data(), w_.data()}));
     const Step step = control_.next();
     if (step == Step::kStop) return true;
     if (step == Step::kImprove) {
@@ -227,7 +227,7 @@ class LaneSolver {
 
   // W := W + x with (I − γP_π) x = δ less the certificate's share.
   void newton() {
-    const LaneKernels<Real>& lanes = lane_kernels<Real>();
+    const PackedRoutines<Real>& routines = packed_routines<Real>();
     const Index S = states_, A = actions_;
     const double gamma = problem_.discount;
     if (!elimination_) {
@@ -238,10 +238,11 @@ class LaneSolver {
       step_.resize(S);
       soft_maximum_.resize(soft_maximum_scratch(A));
     }
-    lanes.unpack(q_.data(), S, A, table_.data());
-    lanes.unpack(inverse_sum_.data(), S, A, row_inverse_.data());
-    kernels().soft_maximum({S, A, table_.data(), problem_.log_reference, problem_.temperature,
-                            step_.data(), policy_.data(), nullptr, nullptr, soft_maximum_.data()});
+    routines.unpack(q_.data(), S, A, table_.data());
+    routines.unpack(inverse_sum_.data(), S, A, row_inverse_.data());
+    dense_routines().soft_maximum({S, A, table_.data(), problem_.log_reference,
+                                   problem_.temperature, step_.data(), policy_.data(), nullptr,
+                                   nullptr, soft_maximum_.data()});
     for (Index s = 0; s < S; ++s)
       elimination_->set_row(*model_, s, policy_.data() + s * A, row_inverse_.data() + s * A, gamma,
                             table_.data());
@@ -270,7 +271,7 @@ class LaneSolver {
       float* const w = single_work_.data() + 2 * length;
       fetch_ahead();
       const double constant = (1.0 - problem_.discount) * control_.c;
-      take(lane_kernels<Real>().sweep_single(
+      take(packed_routines<Real>().sweep_single(
           {states_, actions_, transition_.data(), reward_.data(), single_scale_.data(),
            problem_.log_reference ? single_reference_.data() : nullptr,
            static_cast<float>(problem_.temperature), control_.at_zero ? nullptr : value,
@@ -335,7 +336,7 @@ class LaneSolver {
   const Model* model_ = nullptr;
   Problem<Real> problem_{};
   Defect transition_defect_;
-  LaneProblem packed_{};
+  PackedProblem packed_{};
   enum { kSingle, kDouble } phase_ = kDouble;
   bool swapped_ = false;
   bool warm_ = false;  // a start was given, and may be too good for single precision

@@ -33,9 +33,9 @@ class DensePolicyMatrix {
       if constexpr (std::is_same<Real, Stored>::value) {
         if (excess_.empty()) {
           const Index next = s + (s1 - s0);
-          kernels().rows<Real>().policy_row(model.values + s * size, A, n_, weight + s * A,
-                                            next < n_ ? model.values + next * size : nullptr,
-                                            values_.get() + s * n_);
+          dense_routines().rows<Real>().policy_row(model.values + s * size, A, n_, weight + s * A,
+                                                   next < n_ ? model.values + next * size : nullptr,
+                                                   values_.get() + s * n_);
           continue;
         }
       }
@@ -50,38 +50,38 @@ class DensePolicyMatrix {
     std::transform(row, row + n_, stored, [](double p) { return static_cast<Stored>(p); });
     if (excess_.empty()) return;
     double before, after, least;
-    kernels().rows<double>().sums(row, 1, n_, &before, &least);
-    kernels().rows<Stored>().sums(stored, 1, n_, &after, &least);
+    dense_routines().rows<double>().sums(row, 1, n_, &before, &least);
+    dense_routines().rows<Stored>().sums(stored, 1, n_, &after, &least);
     excess_[s] = before - after;
   }
 
   // out += scale · row s, its diagonal entry apart
   void add_row(Index s, double scale, double* out) const {
-    kernels().rows<Stored>().combine(values_.get() + s * n_, n_, 1, n_, &scale, out);
+    dense_routines().rows<Stored>().combine(values_.get() + s * n_, n_, 1, n_, &scale, out);
   }
 
   // States per piece of a product.
   Index chunk(bool transpose) const { return transpose ? 128 : 64; }
 
-  // y = Mx or Mᵀx for states [s0, s1), on blocks of `columns` interleaved columns; more than one
+  // y = Mx or Mᵀx for states [s0, s1), on `columns` interleaved columns; more than one
   // only of a matrix in double.
   void apply(Index s0, Index s1, Index columns, bool transpose, const double* x, double* y) const {
     const Stored* const p = values_.get() + (transpose ? s0 : s0 * n_);
     if constexpr (std::is_same<Stored, double>::value) {
       if (columns > 1) {
-        const BlockDense& kernel = block_kernels().dense(columns);
+        const ColumnDense& routines = column_routines().dense(columns);
         if (transpose)
-          kernel.columns(p, n_, n_, s1 - s0, x, y + s0 * columns);
+          routines.columns(p, n_, n_, s1 - s0, x, y + s0 * columns);
         else
-          kernel.rows(p, s1 - s0, n_, x, y + s0 * columns);
+          routines.rows(p, s1 - s0, n_, x, y + s0 * columns);
         return;
       }
     }
     if (transpose) {
       std::fill(y + s0, y + s1, 0.0);
-      kernels().rows<Stored>().combine(p, n_, n_, s1 - s0, x, y + s0);
+      dense_routines().rows<Stored>().combine(p, n_, n_, s1 - s0, x, y + s0);
     } else {
-      kernels().rows<Stored>().products(p, s1 - s0, n_, x, y + s0);
+      dense_routines().rows<Stored>().products(p, s1 - s0, n_, x, y + s0);
     }
     add_excess(s0, s1, x, y);
   }
@@ -109,7 +109,8 @@ class CsrPolicyMatrix {
   template <class Real>
   void form_rows(const CsrTransition<Real>& model, const double* weight, Index s0, Index s1,
                  double*) {
-    csr_kernels().rows<Real>().form(pattern_.rows(), model.values, s0, s1, weight, values_.data());
+    sliced_routines().rows<Real>().form(pattern_.rows(), model.values, s0, s1, weight,
+                                        values_.data());
   }
 
   // out += scale · row s of P_π
@@ -124,8 +125,8 @@ class CsrPolicyMatrix {
   // `transpose` is the pattern's.
   void apply(Index s0, Index s1, Index columns, bool, const double* x, double* y) const {
     constexpr Index kSlice = SlicedLayout::kSlice;
-    csr_kernels().multiply(columns)(pattern_.layout().with(values_.data()), s0 / kSlice,
-                                    (s1 + kSlice - 1) / kSlice, x, y);
+    sliced_routines().multiply(columns)(pattern_.layout().with(values_.data()), s0 / kSlice,
+                                        (s1 + kSlice - 1) / kSlice, x, y);
   }
 
  private:

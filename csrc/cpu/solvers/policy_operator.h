@@ -1,4 +1,4 @@
-// A = I − γP_π or its transpose as an operator on blocks of columns (cpu/isa/columns.h). Vectors
+// A = I − γP_π or its transpose as an operator on several columns (cpu/isa/columns.h). Vectors
 // are swept in chunks whose shape does not depend on the number of threads, and what has to be done
 // to a chunk of a product is done while it is in cache.
 #pragma once
@@ -13,29 +13,29 @@
 
 namespace birl {
 
-using Columns = std::array<double, kMostColumns>;  // a number per column of a block
+using Columns = std::array<double, kMostColumns>;  // a number per column
 
-// A number per column as the kernels want it.
-struct Lanes {
-  double lane[kBlockLanes];
-  Lanes(const Columns& number, Index columns) {
-    for (Index i = 0; i < kBlockLanes; ++i) lane[i] = number[i % columns];
+// A number per column as the routines want it.
+struct PerColumn {
+  double repeated[kColumnLanes];
+  PerColumn(const Columns& number, Index columns) {
+    for (Index i = 0; i < kColumnLanes; ++i) repeated[i] = number[i % columns];
   }
-  explicit Lanes(double number) { std::fill(lane, lane + kBlockLanes, number); }
+  explicit PerColumn(double number) { std::fill(repeated, repeated + kColumnLanes, number); }
 };
 
 // `Count` sums per lane and chunk, added up in an order of their own.
 template <int Count>
 class ChunkSums {
  public:
-  explicit ChunkSums(Index chunks) : sums_(chunks * Count * kBlockLanes) {}
+  explicit ChunkSums(Index chunks) : sums_(chunks * Count * kColumnLanes) {}
 
-  double* of(Index chunk) { return sums_.data() + chunk * Count * kBlockLanes; }
+  double* of(Index chunk) { return sums_.data() + chunk * Count * kColumnLanes; }
   Columns total(Index columns, int which = 0) const {
-    double lane[kBlockLanes] = {};
-    for (std::size_t at = which * kBlockLanes; at < sums_.size(); at += Count * kBlockLanes)
-      for (Index i = 0; i < kBlockLanes; ++i) lane[i] += sums_[at + i];
-    for (Index half = kBlockLanes / 2; half >= columns; half /= 2)
+    double lane[kColumnLanes] = {};
+    for (std::size_t at = which * kColumnLanes; at < sums_.size(); at += Count * kColumnLanes)
+      for (Index i = 0; i < kColumnLanes; ++i) lane[i] += sums_[at + i];
+    for (Index half = kColumnLanes / 2; half >= columns; half /= 2)
       for (Index i = 0; i < half; ++i) lane[i] += lane[i + half];
     Columns out{};
     std::copy(lane, lane + columns, out.begin());
@@ -76,16 +76,16 @@ class PolicyOperator {
   void apply(const double* x, double* y, const double* u, Columns& along, Columns& square) const {
     ChunkSums<2> products(product_chunks());
     if (deflate_) {
-      const Lanes mean = mean_of(image(x, y));
+      const PerColumn mean = mean_of(image(x, y));
       sweep([&](Index c, Index at, Index n) {
-        vectors().centre(n, mean.lane, y + at, u + at, products.of(c));
+        vectors().centre(n, mean.repeated, y + at, u + at, products.of(c));
       });
     } else {
-      const Lanes nothing(0.0);
+      const PerColumn nothing(0.0);
       product(x, y, [&](Index c, Index at, Index n) {
-        double sum[kBlockLanes];
+        double sum[kColumnLanes];
         vectors().defect(n, discount_, x + at, y + at, sum);
-        vectors().centre(n, nothing.lane, y + at, u + at, products.of(c));
+        vectors().centre(n, nothing.repeated, y + at, u + at, products.of(c));
       });
     }
     along = products.total(columns_, 0);
@@ -109,16 +109,16 @@ class PolicyOperator {
   // r = (b − constant) − Ax without deflation, and its norms
   Columns residual(const double* b, const Columns& constant, const double* x, double* r,
                    bool one_norm) const {
-    std::vector<BlockNorms> parts(product_chunks());
-    const Lanes lanes(constant, columns_);
+    std::vector<ColumnNorms> parts(product_chunks());
+    const PerColumn each(constant, columns_);
     product(x, r, [&](Index c, Index at, Index n) {
-      vectors().residual(n, b + at, lanes.lane, discount_, x + at, r + at, &parts[c]);
+      vectors().residual(n, b + at, each.repeated, discount_, x + at, r + at, &parts[c]);
     });
     return fold(parts, one_norm);
   }
 
   Columns norms(const double* x, bool one_norm) const {
-    std::vector<BlockNorms> parts(product_chunks());
+    std::vector<ColumnNorms> parts(product_chunks());
     sweep([&](Index c, Index at, Index n) { vectors().norms(n, x + at, &parts[c]); });
     return fold(parts, one_norm);
   }
@@ -127,7 +127,7 @@ class PolicyOperator {
     ChunkSums<1> sums(sweep_chunks());
     sweep([&](Index c, Index at, Index n) {
       double* const sum = sums.of(c);
-      for (Index i = 0; i < n; ++i) sum[i % kBlockLanes] += x[at + i] * y[at + i];
+      for (Index i = 0; i < n; ++i) sum[i % kColumnLanes] += x[at + i] * y[at + i];
     });
     return sums.total(columns_);
   }
@@ -137,44 +137,44 @@ class PolicyOperator {
     ChunkSums<1> sums(product_chunks());
     sweep([&](Index c, Index at, Index n) {
       double* const sum = sums.of(c);
-      for (Index i = 0; i < n; ++i) sum[i % kBlockLanes] += x[at + i];
+      for (Index i = 0; i < n; ++i) sum[i % kColumnLanes] += x[at + i];
     });
     const Columns total = sums.total(columns_);
-    const Lanes mean = mean_of(total);
+    const PerColumn mean = mean_of(total);
     shift(mean, x);
     Columns out{};
-    std::copy(mean.lane, mean.lane + columns_, out.begin());
+    std::copy(mean.repeated, mean.repeated + columns_, out.begin());
     return out;
   }
 
   // x −= α
-  void shift(const Lanes& alpha, double* x) const {
+  void shift(const PerColumn& alpha, double* x) const {
     sweep([&](Index, Index at, Index n) {
-      double products[2 * kBlockLanes];
-      vectors().centre(n, alpha.lane, x + at, x + at, products);
+      double products[2 * kColumnLanes];
+      vectors().centre(n, alpha.repeated, x + at, x + at, products);
     });
   }
 
   // x += α y
-  void add(const Lanes& alpha, const double* y, double* x) const {
-    sweep([&](Index, Index at, Index n) { vectors().add(n, alpha.lane, y + at, x + at); });
+  void add(const PerColumn& alpha, const double* y, double* x) const {
+    sweep([&](Index, Index at, Index n) { vectors().add(n, alpha.repeated, y + at, x + at); });
   }
 
   void range(const double* x, Columns& low, Columns& high) const {
-    std::vector<std::array<double, 2 * kBlockLanes>> parts(product_chunks());
+    std::vector<std::array<double, 2 * kColumnLanes>> parts(product_chunks());
     sweep([&](Index c, Index at, Index n) {
-      vectors().range(n, x + at, parts[c].data(), parts[c].data() + kBlockLanes);
+      vectors().range(n, x + at, parts[c].data(), parts[c].data() + kColumnLanes);
     });
     low.fill(HUGE_VAL);
     high.fill(-HUGE_VAL);
     for (Index c = 0; c < sweep_chunks(); ++c)
-      for (Index i = 0; i < kBlockLanes; ++i) {
+      for (Index i = 0; i < kColumnLanes; ++i) {
         low[i % columns_] = std::min(low[i % columns_], parts[c][i]);
-        high[i % columns_] = std::max(high[i % columns_], parts[c][kBlockLanes + i]);
+        high[i % columns_] = std::max(high[i % columns_], parts[c][kColumnLanes + i]);
       }
   }
 
-  // body(chunk, first number, count of numbers) for all chunks of a block
+  // body(chunk, first number, count of numbers) for all chunks of the columns
   template <class Body>
   void sweep(Body&& body) const {
     const Index length = kStates * columns_;
@@ -183,10 +183,10 @@ class PolicyOperator {
   }
   Index sweep_chunks() const { return (matrix_.size() + kStates - 1) / kStates; }
 
-  static const BlockVectors& vectors() { return block_kernels().vectors; }
+  static const ColumnVectors& vectors() { return column_routines().vectors; }
 
  private:
-  static constexpr Index kStates = 2048;  // of one chunk of a block; a product's are smaller
+  static constexpr Index kStates = 2048;  // of one chunk; a product's are smaller
 
   // y = P_π x; what comes after(chunk, first number, count) on each chunk of y
   template <class After>
@@ -205,16 +205,16 @@ class PolicyOperator {
     return (matrix_.size() + chunk - 1) / chunk;
   }
 
-  Lanes mean_of(Columns sum) const {
+  PerColumn mean_of(Columns sum) const {
     for (double& e : sum) e /= static_cast<double>(matrix_.size());
-    return Lanes(sum, columns_);
+    return PerColumn(sum, columns_);
   }
 
-  Columns fold(const std::vector<BlockNorms>& parts, bool one_norm) const {
+  Columns fold(const std::vector<ColumnNorms>& parts, bool one_norm) const {
     ChunkSums<1> sums(static_cast<Index>(parts.size()));
     Columns largest{};
     for (std::size_t c = 0; c < parts.size(); ++c)
-      for (Index i = 0; i < kBlockLanes; ++i) {
+      for (Index i = 0; i < kColumnLanes; ++i) {
         sums.of(static_cast<Index>(c))[i] = parts[c].sum[i];
         largest[i % columns_] = std::max(largest[i % columns_], parts[c].largest[i]);
       }

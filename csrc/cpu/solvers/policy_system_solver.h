@@ -121,7 +121,7 @@ class PolicySystem {
       columns_ = used_ == 1 ? 1 : (used_ <= 4 ? 4 : kMostColumns);
       products_ = 0;
       mass_ = mass ? mass + k : nullptr;
-      failed += solve_block(b + k * S, out + k * S, residual_out + k);
+      failed += solve_columns(b + k * S, out + k * S, residual_out + k);
       // Factors serve all that are left, and take about as long as S products with one of them.
       const Index left = right_sides - k - used_;
       if (options_.method == kAuto && first_ == kKrylov && S <= kDirectLimit &&
@@ -154,7 +154,7 @@ class PolicySystem {
   }
 
   // Right-hand sides `used_` of them, side by side.
-  Index solve_block(const double* b, double* out, double* residual_out) {
+  Index solve_columns(const double* b, double* out, double* residual_out) {
     const Index S = model_.states;
     const std::size_t n = static_cast<std::size_t>(S * columns_);
     rhs_.assign(n, 0.0);
@@ -262,7 +262,7 @@ class PolicySystem {
       constant[w] = (1.0 - discount_) * low[w];
     }
     shifted_ = x_;
-    op.shift(Lanes(low, columns_), shifted_.data());
+    op.shift(PerColumn(low, columns_), shifted_.data());
     return op.residual(rhs_.data(), constant, shifted_.data(), residual_.data(), false);
   }
 
@@ -289,10 +289,10 @@ class PolicySystem {
       if (!any(going) || gave_up_) break;
       if (std::count(drop.begin(), drop.begin() + columns_, -1.0) > 0) {
         const std::vector<double> all = residual_;
-        op.add(Lanes(drop, columns_), all.data(), residual_.data());
+        op.add(PerColumn(drop, columns_), all.data(), residual_.data());
       }
       correct(method, target, going);
-      op.add(Lanes(keep, columns_), correction_.data(), x_.data());
+      op.add(PerColumn(keep, columns_), correction_.data(), x_.data());
       current = residual();
       for (Index w = 0; w < columns_; ++w) {
         if (!going[w]) continue;
@@ -347,7 +347,7 @@ class PolicySystem {
       Columns sum = op.image(correction_.data(), shifted_.data());
       for (Index w = 0; w < columns_; ++w)
         sum[w] = (sum[w] / static_cast<double>(model_.states) - mean[w]) / (1.0 - discount_);
-      op.shift(Lanes(sum, columns_), correction_.data());
+      op.shift(PerColumn(sum, columns_), correction_.data());
     }
   }
 
@@ -477,8 +477,8 @@ class PolicySystem {
   bool gave_up_ = false;  // Richardson, for being slow
   bool patient_ = false;  // which it may be, as the last resort
   Method first_ = kAuto;
-  Index columns_ = 1, used_ = 0;  // of the block at work; those in use come first
-  Index products_ = 0;            // with the block, in Krylov methods
+  Index columns_ = 1, used_ = 0;  // at work; those in use come first
+  Index products_ = 0;            // with the columns, in Krylov methods
   Columns size_{};                // ‖b‖
   const double* mass_ = nullptr;  // of the columns in use
   std::vector<double> weight_, defect_;

@@ -170,13 +170,14 @@ class Refinement {
       double* const product = scratch_[worker].product.data();
       model_->products(row0, row1, w_.data(), product);
       q_values(problem_, product, inverse_sum_ + row0, row0, row1, q_.data() + row0);
-      kernels().soft_maximum({s1 - s0, A_, q_.data() + row0,
-                              problem_.log_reference ? problem_.log_reference + row0 : nullptr,
-                              problem_.temperature, image_.data() + s0, policy_.data() + row0,
-                              log_policy_.data() + row0, nullptr,
-                              scratch_[worker].soft_maximum.data()});
+      dense_routines().soft_maximum(
+          {s1 - s0, A_, q_.data() + row0,
+           problem_.log_reference ? problem_.log_reference + row0 : nullptr, problem_.temperature,
+           image_.data() + s0, policy_.data() + row0, log_policy_.data() + row0, nullptr,
+           scratch_[worker].soft_maximum.data()});
     });
-    const Range found = kernels().difference(S_, image_.data(), w_.data(), constant, delta_.data());
+    const Range found =
+        dense_routines().difference(S_, image_.data(), w_.data(), constant, delta_.data());
     certificate_.range = {found.low, found.high, found.least, found.most, found.finite};
     finite_ = found.finite && std::isfinite(c_);
   }
