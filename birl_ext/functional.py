@@ -426,12 +426,12 @@ class _Given(NamedTuple):
         """As an object, if it is one or has what only an object can hold."""
         beside = ("transition", "discount", "reference", "mask", "terminal")
         if isinstance(self.reward, (DenseMDP, SparseMDP)):
-            for name in beside:
-                if getattr(self, name) is not None:
-                    raise OptionError(
-                        f"{name} was given beside an MDP object",
-                        fix=f"use mdp.replace({name}=…)",
-                    )
+            given = [name for name in beside if getattr(self, name) is not None]
+            if given:
+                raise OptionError(
+                    f"{given[0]} was given beside an MDP object",
+                    fix=f"use mdp.replace({given[0]}=…)",
+                )
             return self.reward
         for name in beside[:2]:
             if getattr(self, name) is None:
@@ -440,13 +440,18 @@ class _Given(NamedTuple):
                     allowed="reward, transition and discount, or an MDP object",
                     fix="pass it, or wrap the problem in DenseMDP(reward, transition, discount)",
                 )
-        extras = {name: getattr(self, name) for name in beside[2:]}
-        if all(value is None for value in extras.values()):
+        if self.reference is None and self.mask is None and self.terminal is None:
             return None
         assert self.transition is not None
         assert self.discount is not None
         return DenseMDP(
-            self.reward, self.transition, self.discount, **extras, validate=self.validate
+            self.reward,
+            self.transition,
+            self.discount,
+            mask=self.mask,
+            terminal=self.terminal,
+            reference=self.reference,
+            validate=self.validate,
         )
 
 

@@ -526,25 +526,27 @@ def reward_defects(reward: Tensor) -> Iterator[Defects]:
 
 
 def transition_defects(
-    entries: Tensor, sums: Tensor, ends: Tensor | None, dtype: torch.dtype, states: int
+    transition: Tensor, sums: Tensor, ends: Tensor | None, event: int, dtype: torch.dtype
 ) -> Iterator[Defects]:
     """Rows of P that are no probability vectors; no more than a look at all is taken if they are.
 
     Args:
-        entries: all that is stored of P, (*B, k).
-        sums: of its rows, (*B, S·A) float64.
-        ends: (*B, S·A) bool, rows that have been zeroed; None is none.
+        transition: P, (*B, S, A, S), or its CSR values (*B, nnz).
+        sums: of its rows, (*B, S, A) float64.
+        ends: (*B, S, A) bool, rows that have been zeroed; None is none.
+        event: the axes of P behind *B.
         dtype: in which P is stored.
-        states: S.
     """
+    states = sums.shape[-2]
     least = -below_zero(dtype, states)
     fine = (sums - 1).abs() <= row_sum_tolerance(dtype, states)
     fine = fine if ends is None else fine | ends
-    if fine.all() and (entries.numel() == 0 or (entries.amin(-1) >= least).all()):
+    if fine.all() and (transition.numel() == 0 or (transition.amin(-1) >= least).all()):
         return
+    entries = transition.flatten(-event)
     yield Defects(Status.NON_FINITE_TRANSITION, ~torch.isfinite(entries), entries)
     yield Defects(Status.NEGATIVE_PROBABILITY, entries < least, entries)
-    yield Defects(Status.ROW_SUM, ~fine, sums)
+    yield Defects(Status.ROW_SUM, ~fine.flatten(-2), sums.flatten(-2))
 
 
 def _refuse(defects: Iterable[Defects], **described: Any) -> None:
@@ -571,9 +573,9 @@ def check_rows(transition: Tensor, continuing: Tensor | None) -> None:
         NonFiniteInputError, NegativeProbabilityError, NonStochasticError: in this order.
     """
     dtype, shape = transition.dtype, (transition.shape[-1], transition.shape[-2])
-    sums = transition.sum(-1, dtype=torch.float64).flatten(-2)
-    ends = None if continuing is None else ~continuing.flatten(-2)
-    found = transition_defects(transition.flatten(-3), sums, ends, dtype, shape[0])
+    sums = transition.sum(-1, dtype=torch.float64)
+    ends = None if continuing is None else ~continuing
+    found = transition_defects(transition, sums, ends, 3, dtype)
     _refuse(found, shape=shape, dtype=dtype, transition=transition)
 
 
@@ -626,8 +628,9 @@ def check_sparse_rows(
     rows = torch.arange(states * actions, device=crow.device).repeat_interleave(crow.diff())
     sums = values.new_zeros((*values.shape[:-1], states * actions), dtype=torch.float64)
     sums = sums.index_add(-1, rows, values.to(torch.float64))
-    ends = None if continuing is None else ~continuing.flatten(-2)
-    found = transition_defects(values, sums, ends, values.dtype, states)
+    sums = sums.reshape(*values.shape[:-1], states, actions)
+    ends = None if continuing is None else ~continuing
+    found = transition_defects(values, sums, ends, 1, values.dtype)
     _refuse(found, shape=shape, dtype=values.dtype, crow=crow, col=col)
 
 
@@ -643,9 +646,10 @@ def check_reference(reference: Tensor, available: Tensor | None) -> None:
     """Raise unless μ is positive and finite wherever an action is available."""
     seen = True if available is None else available
     broken = ~torch.isfinite(reference) & seen
-    weights = reference.broadcast_to(broken.shape).flatten(-2)
-    defects = Defects(Status.BAD_REFERENCE, broken.flatten(-2), weights)
-    _refuse([defects], shape=tuple(broken.shape[-2:]))
+    if broken.any():
+        weights = reference.broadcast_to(broken.shape).flatten(-2)
+        defects = Defects(Status.BAD_REFERENCE, broken.flatten(-2), weights)
+        _refuse([defects], shape=tuple(broken.shape[-2:]))
     bad = (reference <= 0) & seen
     if bad.any():
         (*batch, state, action), value = _first(bad, reference)

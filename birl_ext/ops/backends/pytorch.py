@@ -617,11 +617,10 @@ def _inspect(problem: Problem, transition: Tensor, validate: int) -> tuple[Tenso
         if problem.log_reference is not None:
             yield from checks.reference_defects(problem.log_reference)
         yield from checks.reward_defects(problem.reward)
-        sums = problem.rows.sums().flatten(2)
+        sums, data = problem.rows.sums(), problem.rows.data
         ends = sums == 0 if validate == Rigour.OR_ENDING else None
-        entries = problem.rows.data.flatten(1).unsqueeze(1)
-        states = problem.rows.states
-        yield from checks.transition_defects(entries, sums, ends, transition.dtype, states)
+        event, dtype = data.dim() - 1, transition.dtype
+        yield from checks.transition_defects(data.unsqueeze(1), sums, ends, event, dtype)
 
     for code, bad, values in found():
         bad = bad.expand(*shape, bad.shape[-1])
