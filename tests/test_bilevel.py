@@ -374,7 +374,8 @@ def test_every_outcome_bounds_its_own_error(where: str) -> None:
     for seed in range(60):
         small = Small(seed, where, discount=(0.3, 0.9)[seed % 2])
         small.problem = BilevelProblem(
-            small.lower, lambda _, solution, cost=small.cost: (cost * solution.policy).sum()
+            small.lower,
+            lambda _, solution, cost=small.cost: (cost * solution.policy).sum(),  # type: ignore[misc]
         )
         tau = (0.01, 0.3, 3.0)[seed // 2 % 3]
         algorithm = small.algorithm(
@@ -416,7 +417,7 @@ def test_the_rounding_of_a_sweep_is_bounded() -> None:
             mask = rng.uniform(size=(states, actions)) < 0.7
             mask[:, 0] = True
         options = {"reference": reference, "mask": mask}
-        tensors = {k: None if v is None else torch.from_numpy(v) for k, v in options.items()}
+        tensors: Any = {k: None if v is None else torch.from_numpy(v) for k, v in options.items()}
         mdp = DenseMDP(torch.from_numpy(reward), torch.from_numpy(transition), gamma, **tensors)
         flat = mdp.flatten(tau)
         data = Data(
@@ -537,7 +538,7 @@ def nearby(
         value = (exact + off * (2 * shock - 1)).reshape(1, 1, S)
         fields = (flat.transition, *flat.pattern, flat.reward, flat.log_reference)
         out = torch.ops.birl_ext.bellman(*fields, flat.discount, flat.temperature, value, AUTO)
-        return SweptValue(*out, torch.full((1, 1), off, dtype=torch.float64))
+        return SweptValue(*out, torch.full((1, 1), off, dtype=torch.float64))  # type: ignore[call-arg]
 
     at = linearise(problem, x, 0.5, swept)
     return hypergradient_report(
@@ -581,7 +582,7 @@ def test_upper_levels_may_use_every_part_of_the_solution() -> None:
             solution.policy,
             solution.log_policy,
         )
-        return sum((w * part).sum() for w, part in zip(weights, parts, strict=True))
+        return torch.stack([(w * part).sum() for w, part in zip(weights, parts, strict=True)]).sum()
 
     problem = BilevelProblem(small.lower, upper)
     want = differences(lambda x: problem.objective(x, 0.5), small.start)

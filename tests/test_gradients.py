@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import SMALL, Case, problems
+from cases import SMALL, Case, problems, untyped
 from closeness import assert_close
 from flint import arb
 from oracle import exact
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import birl_ext
+from birl_ext.functional import BackendName
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.ops import policy_solve
 from birl_ext.ops.backends import choice
@@ -29,7 +30,7 @@ from birl_ext.solution import Solution
 # forward mode makes torch load decompositions that it still scripts
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
-BACKENDS = ["torch", *([] if choice.unavailable("cpu") else ["cpu"])]
+BACKENDS: list[BackendName] = ["torch"] if choice.unavailable("cpu") else ["torch", "cpu"]
 CODES = {"torch": choice.TORCH, "cpu": choice.NATIVE}
 
 
@@ -63,7 +64,9 @@ class Draw(NamedTuple):
 
     def arguments(self, index: int) -> dict[str, Any]:
         """One problem as keyword arguments of the oracles."""
-        own = {name: leaf[index].detach().numpy() for name, leaf in self.leaves.items()}
+        own: dict[str, Any] = {
+            name: leaf[index].detach().numpy() for name, leaf in self.leaves.items()
+        }
         for name, flags in (("mask", self.mask), ("terminal", self.terminal)):
             own[name] = None if flags is None else flags[index].numpy()
         return {**own, "discount": float(own["discount"]), "temperature": float(own["temperature"])}
@@ -95,7 +98,7 @@ def draw(chunk: int, count: int = 50) -> Draw:
         mask = rng.random(reward.shape) < 0.7
         mask |= np.arange(actions) == rng.integers(actions, size=reward.shape[:-1])[..., None]
         terminal = (np.arange(states) == states - 1) & (rng.random(count) < 0.5)[:, None]
-    shapes = {"value": (count, states)}
+    shapes: dict[str, tuple[int, ...]] = {"value": (count, states)}
     for name in ("q", "policy", "log_policy"):
         shapes[name] = (count, states, actions)
     return Draw(
@@ -267,7 +270,9 @@ def test_gradients_agree_with_unrolled_sweeps(case: Case) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_occupancy_is_differentiable_in_the_initial_distribution(case: Case, backend: str) -> None:
+def test_occupancy_is_differentiable_in_the_initial_distribution(
+    case: Case, backend: BackendName
+) -> None:
     """d is linear in ρ: ∂(c·d)/∂ρ = (1−γ)(I − γP_π)⁻¹c, which is the value of a reward c."""
     mdp = case.mdp()
     policy = birl_ext.solve(mdp, temperature=case.temperature).policy
@@ -321,7 +326,7 @@ def sparse_inputs(reference: bool) -> tuple[dict[str, Tensor], Tensor, Tensor]:
 
 
 def op_under_test(
-    op: str, sparse: bool, reference: bool, backend: str
+    op: str, sparse: bool, reference: bool, backend: BackendName
 ) -> tuple[Callable[..., Any], list[Tensor]]:
     """A function of the differentiable inputs alone, and those inputs."""
     if sparse:
@@ -332,6 +337,7 @@ def op_under_test(
     code = CODES[backend]
     if op in ("discounted_sum", "discounted_visits"):
         system = getattr(policy_solve, op)
+        names: tuple[str, ...]
         names = ("transition", "policy", "discount", "rhs")
 
         def call(transition: Tensor, *rest: Tensor) -> Any:
@@ -345,10 +351,10 @@ def op_under_test(
             if not reference:  # gradcheck hands over what requires grad
                 rest = (rest[0], inputs["log_reference"], *rest[1:])
             if op == "bellman":
-                return bellman_op(transition, crow, col, *rest, code)
+                return untyped(bellman_op)(transition, crow, col, *rest, code)
             guess = torch.empty(0, dtype=torch.float64)
             batch = rest[0].shape[:2]
-            outputs = solve_op(
+            outputs = untyped(solve_op)(
                 transition, crow, col, *rest, guess, batch, 0, 0.0, 0, 0, False, code
             )
             return outputs[:5]
@@ -369,7 +375,9 @@ OPS = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize(("op", "reference"), OPS)
-def test_gradcheck_of_every_op(op: str, sparse: bool, reference: bool, backend: str) -> None:
+def test_gradcheck_of_every_op(
+    op: str, sparse: bool, reference: bool, backend: BackendName
+) -> None:
     call, inputs = op_under_test(op, sparse, reference, backend)
     gradcheck(
         call,
@@ -405,7 +413,7 @@ def public_functions() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
         crow = 2 * torch.arange(7)
         col = torch.tensor([0, 1, 1, 2, 0, 2, 2, 1, 1, 0, 0, 2])
         mdp = SparseMDP(r, p, crow, col, gamma, **off)
-        got = birl_ext.solve(mdp, temperature=tau, validate="off")
+        got = birl_ext.solve(mdp, temperature=tau, **off)
         return got.value, got.q, got.policy, got.log_policy, got.advantage
 
     def bellman(v: Tensor, r: Tensor, p: Tensor, gamma: Tensor, tau: Tensor, mu: Tensor) -> Any:
