@@ -24,6 +24,11 @@ KINDS = ("dense", "garnet", "clusters", "chain", "grid")
 Array = np.ndarray
 
 
+def untyped(argument: Any) -> Any:
+    """The argument itself, where its type is not known, or wrong on purpose."""
+    return argument
+
+
 @dataclass(frozen=True)
 class Case:
     """One batch of random MDPs; the same fields always build the same numbers.
@@ -94,27 +99,44 @@ class Case:
         )
 
 
-def kernel_arguments(mdp: DenseMDP | SparseMDP, temperature: float) -> list[Any]:
-    """transition, crow, col, reward, log_reference, discount, temperature, as kernels take them."""
-    sparse = isinstance(mdp, SparseMDP)
+def kernel_arguments(mdp: DenseMDP | SparseMDP, temperature: float) -> dict[str, Any]:
+    """The data of a kernel, by name."""
+    if isinstance(mdp, DenseMDP):
+        model, crow, col = mdp.transition, None, None
+    else:
+        model, crow, col = mdp.values, mdp.crow, mdp.col
     flat = flatten(
-        mdp.reward,
-        mdp.values if sparse else mdp.transition,
-        mdp.log_reference,
-        mdp.discount,
-        temperature,
-        crow=mdp.crow if sparse else None,
-        col=mdp.col if sparse else None,
+        mdp.reward, model, mdp.log_reference, mdp.discount, temperature, crow=crow, col=col
     )
     reference = flat.log_reference.contiguous() if flat.log_reference.ndim > 1 else None
-    model = (flat.transition, flat.crow, flat.col, flat.reward.contiguous())
-    return [*model, reference, flat.discount, flat.temperature]
+    return {
+        "transition": flat.transition,
+        "crow": crow,
+        "col": col,
+        "reward": flat.reward.contiguous(),
+        "log_reference": reference,
+        "discount": flat.discount,
+        "temperature": flat.temperature,
+    }
 
 
-def compiled_solve(*given: torch.Tensor | None, **options: float) -> tuple[torch.Tensor, ...]:
-    """What `kernel_arguments` gives and a start, solved by compiled code."""
-    data = Data(*given[:7])
-    return native.solve(data, given[7], Settings(data.reward.shape[:2], **options))
+def kernel_solve(arguments: dict[str, Any], initial: Any = None, **options: Any) -> Any:
+    """Of the compiled module: V, Q, Q − V, π, log π, info, status and V without its offset."""
+    data = Data(**arguments)
+    return native.solve(data, initial, Settings(data.reward.shape[:2], **options))
+
+
+def kernel_policy_solve(
+    model: tuple[Any, Any, Any], policy: Any, discount: Any, rhs: Any, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Of the compiled module: the solutions, their residuals, and how many were not found."""
+    return native.policy_solve(model, policy, discount, rhs, **options)
+
+
+def kernel_model(mdp: DenseMDP | SparseMDP) -> tuple[Any, Any, Any]:
+    """transition, crow and col, as the kernels take them."""
+    arguments = kernel_arguments(mdp, 1.0)
+    return arguments["transition"], arguments["crow"], arguments["col"]
 
 
 def problems(mdp: DenseMDP, temperature: float) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:

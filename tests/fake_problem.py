@@ -6,8 +6,9 @@
 import sys
 import time
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from birl_ext.runs.job import Problem
 
@@ -80,7 +81,7 @@ class FakeJob:
         self.taken += 1
         return {"objective": 0.5 * float(gradient @ gradient), "gradient": float(gradient.norm())}
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "x": self.x,
             "taken": self.taken,
@@ -88,13 +89,13 @@ class FakeJob:
             "generator": self.generator.get_state(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.x.data.copy_(state["x"])
         self.taken = state["taken"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
 
-    def summary(self) -> dict:
+    def summary(self) -> dict[str, Any]:
         gradient = self.x.detach() - self.target
         return {
             "parameters": self.x.detach(),
@@ -103,8 +104,8 @@ class FakeJob:
             "error_bound": float("inf"),
         }
 
-    def figures(self, history, summary):
-        def objective():
+    def figures(self, history: Any, summary: Any) -> dict[str, Any]:
+        def objective() -> Any:
             from birl_ext.runs.plots import learning_curve
 
             return learning_curve(
@@ -115,7 +116,7 @@ class FakeJob:
                 references={"at the end": summary["objective"]},
             )
 
-        def both():
+        def both() -> Any:
             from birl_ext.runs.plots import learning_curve
 
             return learning_curve(history, ["objective", "gradient"], ylabel="metric")
@@ -127,7 +128,7 @@ PROBLEM = Problem(FakeConfig, FakeJob, "noisy least squares")
 
 
 def main() -> int:
-    problems = types.ModuleType("birl_ext.problems")
+    problems: Any = types.ModuleType("birl_ext.problems")
     problems.PROBLEMS = {"fake": PROBLEM}
     sys.modules["birl_ext.problems"] = problems
     from birl_ext import cli

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import untyped
 from torch import Tensor
 
 import birl_ext
@@ -266,6 +267,7 @@ def test_a_process_that_ends() -> None:
     def objective(x: Tensor) -> Tensor:
         mdp = problem.mdp(x, terminal)
         policy = birl_ext.solve(mdp, temperature=TEMPERATURE).policy
+        assert mdp.initial_distribution is not None
         return mdp.initial_distribution @ (policy * problem.gain).sum(-1)
 
     (exact,) = torch.autograd.grad(objective(x), x)
@@ -314,7 +316,7 @@ def test_a_successor_that_is_not_there_adds_nothing() -> None:
             return Paths(torch.stack([here, 1 - here], -1), chosen.expand(steps, -1).T, ended)
 
     adapted = setting.adapted()
-    adapted.simulator = Ending()
+    adapted.simulator = untyped(Ending())
     where, chosen = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
     found, paid = adapted(where, chosen), (setting.problem.features @ setting.x)[0, 1]
     assert found[0] == paid

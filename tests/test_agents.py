@@ -12,6 +12,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from cases import untyped
 from closeness import assert_close, assert_same_bits
 from torch import Tensor, nn
 
@@ -164,7 +165,7 @@ class Corridor(gymnasium.Env[int, Any]):
     terminated, or it is only cut off and would have gone on for ever.
     """
 
-    observation_space = gymnasium.spaces.Discrete(2)
+    observation_space = untyped(gymnasium.spaces.Discrete(2))
 
     def __init__(self, terminates: bool, box: bool = False) -> None:
         self.terminates = terminates
@@ -205,7 +206,11 @@ class FixedActor(nn.Module):
 
 
 def corridor_agent(kind: str) -> Any:
-    options = {"discount": 0.5, "temperature": Temperature(1e-4), "target_period": 1}
+    options: dict[str, Any] = {
+        "discount": 0.5,
+        "temperature": Temperature(1e-4),
+        "target_period": 1,
+    }
     if kind == "soft Q":
         return SoftQ(table(2, 1, generator()), optimiser=sgd(0.5), **options)
     if kind == "discrete SAC":
@@ -412,7 +417,9 @@ def test_sac_finds_the_soft_optimum_of_a_parabola() -> None:
     for _ in range(600):
         action = low + (high - low) * torch.rand(128, 1, generator=source)
         reward = -(action - 1.5).square().squeeze(-1)
-        agent.update(Transitions(ones, action, ones, torch.ones(128, dtype=bool), reward), reward)
+        agent.update(
+            Transitions(ones, action, ones, torch.ones(128, dtype=torch.bool), reward), reward
+        )
     drawn = agent.sample(probe, generator(5))
     assert mean_reward() > start + 0.3
     assert float(drawn.mean()) == pytest.approx(1.5, abs=0.06)
@@ -641,10 +648,10 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def test_the_global_generators_are_left_alone() -> None:
-    before, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    before, legacy = torch.get_rng_state(), untyped(np.random.get_state())[1].copy()  # noqa: NPY002
     for kind in ("soft Q", "discrete SAC", "SAC"):
         run = Run(kind, seed=1)
         run.advance(12)
         run.environments.close()
     assert torch.equal(before, torch.get_rng_state())
-    assert np.array_equal(legacy, np.random.get_state()[1])  # noqa: NPY002
+    assert np.array_equal(legacy, untyped(np.random.get_state())[1])  # noqa: NPY002

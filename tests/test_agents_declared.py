@@ -12,6 +12,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from cases import untyped
 from gymnasium.spaces import (
     Box,
     Dict,
@@ -64,7 +65,7 @@ class Script(gymnasium.Env[Any, Any]):
     def answer(self) -> tuple[Any, ...]:
         space = self.observation_space
         parts = {
-            "observation": np.zeros(space.shape, space.dtype)
+            "observation": np.zeros(space.shape or (), space.dtype or float)
             + np.maximum(getattr(space, "low", 0), 0).astype(space.dtype),
             "reward": 1.0,
             "terminated": self.now == 3,
@@ -224,7 +225,8 @@ def test_what_fits_is_kept(at: int) -> None:
         seen = []
         for parallel in (False, True) if shown is RIGHT[at][1] else (False,):
             with make_environments(
-                lambda s=space, p=parts: Script(s, at, p), parallel=parallel
+                untyped(lambda s=space, p=parts: Script(s, at, p)),
+                parallel=parallel,
             ) as environments:
                 found = environments.observation
                 for _ in range(at):
@@ -291,7 +293,8 @@ def test_what_float32_does_not_hold_is_said_once(parallel: bool) -> None:
             value = np.array([number]) if name == "observation" else number
             # at the last step too, whose info lies elsewhere
             with make_environments(
-                lambda n=name, v=value: Script(ANY, 3, {n: v}), parallel=parallel
+                untyped(lambda n=name, v=value: Script(ANY, 3, {n: v})),
+                parallel=parallel,
             ) as environments:
                 words = (
                     f"'<lambda>': its {name} .* becomes ({becomes}), in float32" if becomes else ""
@@ -354,7 +357,9 @@ def test_foreign_vector_environments_are_held_to_it_too(mode: AutoresetMode) -> 
 def test_closing_that_raises_is_said_and_loses_nothing(parallel: bool) -> None:
     for error in (ValueError("stuck"), SystemExit(1)):
         environments = make_environments(
-            lambda e=error: Script(FLOATS, -1, {"close": e}), count=2, parallel=parallel
+            untyped(lambda e=error: Script(FLOATS, -1, {"close": e})),
+            count=2,
+            parallel=parallel,
         )
         step = environments.step(torch.tensor([0, 1]))
         words = f"'<lambda>': closing raised {type(error).__name__}: "
@@ -391,7 +396,10 @@ def test_a_restored_environment_is_held_to_it_too() -> None:
         ({"answer": None}, "its step returned a NoneType"),
     ):
         simulator = RestoredSimulator(
-            lambda p=parts: Script(FLOATS, 1, p), lambda *_: None, torch.Generator(), copies=2
+            untyped(lambda p=parts: Script(FLOATS, 1, p)),
+            lambda *_: None,
+            torch.Generator(),
+            copies=2,
         )
         with pytest.raises(EnvironmentFailureError, match=words):
             simulator.continuations(Still(), torch.zeros(2, 3), None, 4)

@@ -18,6 +18,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from cases import untyped
 from closeness import assert_same_bits
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -298,7 +299,7 @@ def provoke(fault: str, *, parallel: bool, timeout: float = 60.0) -> str:
     with pytest.raises(EnvironmentFailureError, match="are closed"):
         environments.step(torch.zeros(3, dtype=torch.int64))
     environments.close()
-    processes = environments._vector.processes if parallel else []
+    processes = untyped(environments._vector).processes if parallel else []
     assert not any(process.is_alive() for process in processes)
     return str(caught.value)
 
@@ -361,7 +362,7 @@ def test_closing_after_an_interrupt_does_not_wait(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         environments.step(action)
     environments.close()
-    assert not any(process.is_alive() for process in workers.processes)
+    assert not any(process.is_alive() for process in untyped(workers).processes)
 
 
 def parallel(**options: Any) -> Environments:
@@ -387,7 +388,10 @@ def test_a_signal_to_all_processes_leaves_workers_at_work(number: int) -> None:
                     environments.step(ZEROS)
             assert set(stop) == {number}
         for environments in (early, late):
-            assert [process.exitcode for process in environments._vector.processes] == [0, 0]
+            assert [process.exitcode for process in untyped(environments._vector).processes] == [
+                0,
+                0,
+            ]
 
     assert os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1]) == 0
 
@@ -423,7 +427,7 @@ def test_workers_that_nobody_closed_end_with_the_process() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     environments = parallel()
     environments.reset()
-    processes = environments._vector.processes
+    processes = untyped(environments._vector).processes
     del environments
     gc.collect()
     assert not any(process.is_alive() for process in processes)
@@ -433,7 +437,7 @@ def test_workers_that_nobody_closed_end_with_the_process() -> None:
 def test_a_worker_lost_between_steps_does_not_keep_the_others_from_closing(number: int) -> None:
     environments = parallel(timeout=1.0)
     environments.step(ZEROS)
-    first, second = environments._vector.processes
+    first, second = untyped(environments._vector).processes
     os.kill(first.pid, number)
     if number == signal.SIGKILL:
         first.join()
@@ -530,7 +534,7 @@ def test_spaces_are_read() -> None:
         assert environments.observation.dtype is torch.int64
 
     class Pixels(Clock):
-        observation_space = Box(0, 255, (1, 4, 4), np.uint8)
+        observation_space = Box(0, 255, (1, 4, 4), untyped(np.uint8))
 
         def reset(self, **keywords: Any) -> Any:
             super().reset(**keywords)
@@ -541,7 +545,7 @@ def test_spaces_are_read() -> None:
         assert environments.observation.flatten().tolist() == [200] * 16
 
     class Bytes(Clock):
-        observation_space = Box(0, 255, (1,), np.uint8)
+        observation_space = Box(0, 255, (1,), untyped(np.uint8))
 
         def reset(self, **keywords: Any) -> Any:
             super().reset(**keywords)

@@ -133,7 +133,7 @@ def test_rows_left_out_leave_no_wrong_frame() -> None:
 def test_each_frame_is_held_once_and_let_go(parts: tuple[int, ...]) -> None:
     """As many as differ among those that rows show, or that an environment showed last."""
     ours, plain = FrameReplay(40), ReplayBuffer(40)
-    latest = {}
+    latest: dict[Any, Any] = {}
     for found in film(parts, count=2):
         ours.record(found)
         plain.record(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import untyped
 from closeness import assert_close, assert_same_bits
 from torch import Tensor, nn
 
@@ -111,8 +112,8 @@ def test_pixels_are_scaled_exactly_once() -> None:
         assert layer.bias is not None
         weight, bias = layer.weight.double(), layer.bias.double()
         hidden = nn.functional.conv2d(hidden, weight, bias, stride=stride).relu()
-    hidden = hidden.flatten(1) @ layers[3].weight.double().T + layers[3].bias.double()
-    want = hidden.relu() @ layers[4].weight.double().T + layers[4].bias.double()
+    hidden = hidden.flatten(1) @ layers[3].weight.double().T + untyped(layers[3]).bias.double()
+    want = hidden.relu() @ layers[4].weight.double().T + untyped(layers[4]).bias.double()
     assert_close(found.double(), want.detach().numpy(), bound=1e-5, label="network by hand")
     for scaled in (pixels.float(), pixels.float() / 255):
         with pytest.raises(DtypeError, match="leave the scaling"):

@@ -92,7 +92,8 @@ def test_the_recipe_is_the_model(make: Any, follower: Any) -> None:
     shown, generator = observations(model, 6), torch.Generator().manual_seed(1)
     discrete = hasattr(model.action_space, "n")
     greedy = ours.act(shown, generator, greedy=True)
-    clip = (lambda a: a) if discrete else (lambda a: a.clamp(*edges))
+    edges: tuple[Any, ...] = ()
+    clip: Any = (lambda a: a) if discrete else (lambda a: a.clamp(*edges))
     if not discrete:
         edges = float(model.action_space.low[0]), float(model.action_space.high[0])
     want = torch.tensor(model.predict(shown.numpy(), deterministic=True)[0])

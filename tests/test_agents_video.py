@@ -13,6 +13,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from cases import untyped
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
@@ -87,7 +88,7 @@ def test_a_film_shows_each_step_in_its_size(tmp_path: Path) -> None:
     path = tmp_path / "lamp.mp4"
     video = record_video(player(0), Lamp, path)
     assert video == (path, 8, sum(range(1, 9)), True)
-    found = pictures(path)
+    found = pictures(path)  # type: ignore[unreachable]
     assert found.shape == (8, 38, 52, 3)  # even
     want = 40 + 20 * np.arange(8.0)
     np.testing.assert_allclose(found[:, 4:32, 4:44].mean((1, 2, 3)), want, atol=3)
@@ -208,4 +209,4 @@ def test_impossible_films_are_refused(tmp_path: Path) -> None:
         ("x.mp4", {"fps": 0}, "fps is 0"),
     ):
         with pytest.raises(OptionError, match=words):
-            record_video(player(0), Lamp, tmp_path / name, **keywords)
+            record_video(player(0), Lamp, tmp_path / name, **untyped(keywords))

@@ -18,7 +18,6 @@ from closeness import assert_close
 from torch import Tensor
 
 import birl_ext
-from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.ops.backends import loader, native
 from birl_ext.ops.request import NATIVE, Data, Settings
 from birl_ext.ops.solve import solve as solve_op
@@ -65,7 +64,7 @@ def leaves_of(case: Case, sparse: bool) -> dict[str, Tensor]:
 
 
 def solved(case: Case, sparse: bool, leaves: dict[str, Tensor]) -> Solution:
-    mdp: DenseMDP | SparseMDP = case.mdp()
+    mdp: Any = case.mdp()
     mine = {name: leaf for name, leaf in leaves.items() if name != "temperature"}
     if sparse:
         mdp = mdp.to_sparse()

@@ -36,6 +36,7 @@ from birl_bench import (
 from birl_bench.cases import grid_sparse, tiny_call
 from birl_bench.harness import Answer, Candidate, Case, Plan
 from birl_bench.rivals import sparse, torch_dense
+from cases import untyped
 from oracle import float64
 
 import birl_ext
@@ -578,7 +579,7 @@ def test_a_floor_is_bytes_over_bandwidth() -> None:
     found = floors.predict(shape, floors.H200)
     assert found.memory == pytest.approx(shape.bytes / 4.3e12)
     assert found.chip == pytest.approx(shape.bytes / (132 * 128 * 1.755e9))
-    assert found.solve == pytest.approx(3e-6 + found.memory + 11 * found.chip)
+    assert found.solve == pytest.approx(3e-6 + found.memory + 11 * untyped(found.chip))
     doubled = dataclasses.replace(floors.H200, memory=2 * 4.3e12)
     assert floors.predict(shape, doubled).memory == pytest.approx(found.memory / 2)
     large = floors.predict(floors.SHAPES[4], floors.H200)

@@ -368,7 +368,8 @@ def test_every_outcome_bounds_its_own_error(where: str) -> None:
     for seed in range(60):
         small = Small(seed, where, discount=(0.3, 0.9)[seed % 2])
         small.problem = BilevelProblem(
-            small.lower, lambda _, solution, cost=small.cost: (cost * solution.policy).sum()
+            small.lower,
+            lambda _, solution, cost=small.cost: (cost * solution.policy).sum(),  # type: ignore[misc]
         )
         tau = (0.01, 0.3, 3.0)[seed // 2 % 3]
         algorithm = small.algorithm(
@@ -584,7 +585,7 @@ def test_upper_levels_may_use_every_part_of_the_solution() -> None:
             solution.policy,
             solution.log_policy,
         )
-        return sum((w * part).sum() for w, part in zip(weights, parts, strict=True))
+        return torch.stack([(w * part).sum() for w, part in zip(weights, parts, strict=True)]).sum()
 
     problem = BilevelProblem(small.lower, upper)
     want = differences(lambda x: problem.objective(x, 0.5), small.start)

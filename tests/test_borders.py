@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import untyped
 from closeness import assert_close, assert_same_bits
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from birl_ext.nn import SoftPlanner
 from birl_ext.ops.backends import choice, native
 
 S, A = 4, 3
+NOTHING: Any = None  # where a signature asks for something
 P = torch.rand(S, A, S, generator=torch.Generator().manual_seed(0)).double()
 P = P / P.sum(-1, keepdim=True)
 R = torch.linspace(-1, 1, S * A, dtype=torch.float64).reshape(S, A).sin()
@@ -219,7 +221,7 @@ def test_what_subtractions_leave_of_one_is_no_mistake(
 
     def value(transition: Tensor) -> tuple[Tensor, Tensor]:
         leaf = transition.clone().requires_grad_()
-        model = (reward, leaf)
+        model: tuple[Any, ...] = (reward, leaf)
         options: dict[str, Any] = {"discount": 0.9}
         if sparse:
             crow, col = torch.arange(0, 19, 3), torch.arange(3).repeat(6)
@@ -431,8 +433,8 @@ def test_options_of_the_wrong_kind_are_named() -> None:
         with pytest.raises(errors.OptionError):
             birl_ext.solve(*problem, discount=0.9, temperature=0.3, **options)
     with pytest.raises(errors.ShapeError, match="temperature"):
-        SoftPlanner(discount=0.9, temperature=torch.tensor([0.3, 0.2]))
-    SoftPlanner(discount=0.9, temperature=torch.tensor([0.3]))
+        SoftPlanner(discount=0.9, temperature=untyped(torch.tensor([0.3, 0.2])))
+    SoftPlanner(discount=0.9, temperature=untyped(torch.tensor([0.3])))
     with pytest.raises(errors.DtypeError, match="transition"):
         SoftPlanner(
             discount=0.9,
@@ -445,14 +447,14 @@ def test_options_of_the_wrong_kind_are_named() -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda r, p: birl_ext.solve(None, p, discount=0.9, temperature=1.0),
-        lambda r, p: birl_ext.bellman(None, r, p, discount=0.9, temperature=1.0),
-        lambda r, p: birl_ext.evaluate(None, r, p, discount=0.9),
-        lambda r, p: birl_ext.evaluate(r, None, p, discount=0.9),
-        lambda r, p: birl_ext.occupancy(None, p, discount=0.9, initial_distribution=r[:, 0]),
-        lambda r, p: birl_ext.occupancy(r, None, discount=0.9, initial_distribution=r[:, 0]),
-        lambda r, p: birl_ext.DenseMDP(None, p, 0.9),
-        lambda r, p: birl_ext.DenseMDP(r, None, 0.9),
+        lambda r, p: birl_ext.solve(NOTHING, p, discount=0.9, temperature=1.0),
+        lambda r, p: birl_ext.bellman(NOTHING, r, p, discount=0.9, temperature=1.0),
+        lambda r, p: birl_ext.evaluate(NOTHING, r, p, discount=0.9),
+        lambda r, p: birl_ext.evaluate(r, NOTHING, p, discount=0.9),
+        lambda r, p: birl_ext.occupancy(NOTHING, p, discount=0.9, initial_distribution=r[:, 0]),
+        lambda r, p: birl_ext.occupancy(r, NOTHING, discount=0.9, initial_distribution=r[:, 0]),
+        lambda r, p: birl_ext.DenseMDP(NOTHING, p, 0.9),
+        lambda r, p: birl_ext.DenseMDP(r, NOTHING, 0.9),
     ],
 )
 def test_none_in_place_of_a_tensor_is_named(call: Callable[..., Any]) -> None:
@@ -481,7 +483,7 @@ def test_a_number_is_asked_for_and_nothing_else_is_taken(name: str, bad: Any) ->
     reward = torch.ones(3, 2, dtype=torch.float64)
     transition = torch.full((3, 2, 3), 1 / 3, dtype=torch.float64)
     with pytest.raises(errors.OptionError, match=f"{name} is "):
-        birl_ext.solve(reward, transition, discount=0.9, temperature=1.0, **{name: bad})
+        birl_ext.solve(reward, transition, discount=0.9, temperature=1.0, **untyped({name: bad}))
 
 
 @pytest.mark.parametrize("name", ["method", "backend", "validate", "on_fail"])
@@ -490,7 +492,9 @@ def test_a_word_is_asked_for_and_nothing_else_is_taken(name: str) -> None:
     transition = torch.full((3, 2, 3), 1 / 3, dtype=torch.float64)
     for bad in (np.array(["auto", "auto"]), torch.ones(2), 3, None):
         with pytest.raises(errors.OptionError, match=f"{name} is "):
-            birl_ext.solve(reward, transition, discount=0.9, temperature=1.0, **{name: bad})
+            birl_ext.solve(
+                reward, transition, discount=0.9, temperature=1.0, **untyped({name: bad})
+            )
 
 
 @pytest.mark.parametrize("shape", [(), (3,)], ids=str)

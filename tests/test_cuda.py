@@ -5,6 +5,8 @@ Skipped without a device. What can be tested without one is in test_device_host.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-OPTIONS = {"discount": 0.97, "temperature": 0.1}
+OPTIONS: dict[str, Any] = {"discount": 0.97, "temperature": 0.1}
 SHAPES = [  # batch, states, actions, kernel
     (1, 1, 1, Kernel.CUDA_WARP),
     (1000, 8, 16, Kernel.CUDA_WARP),
@@ -181,8 +183,8 @@ def ring(states: int, dtype: torch.dtype) -> birl_ext.SparseMDP:
     probabilities = torch.tensor([0.5, 0.25, 0.25], dtype=dtype).repeat(2 * states)
     crow = torch.arange(0, 6 * states + 1, 3)
     reward = torch.sin(0.01 * torch.arange(2 * states)).view(states, 2).to(dtype)
-    data = on_gpu(reward, probabilities, crow, col)
-    return birl_ext.SparseMDP(*data, discount=0.97)
+    data: Any = on_gpu(reward, probabilities, crow, col)
+    return birl_ext.SparseMDP(*data, discount=0.97)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -15,15 +15,18 @@ import subprocess
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from cases import untyped
 
 import birl_ext
 from birl_ext import errors
 from birl_ext.ops import request
 from birl_ext.ops.backends import choice, cuda, loader, native
 from birl_ext.ops.rows import Rows
+from birl_ext.options import BackendName, MethodName
 from birl_ext.solution import Info, Kernel, Status
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +82,7 @@ def gpu(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(cuda, "_stream", lambda index: 0)
     monkeypatch.setattr(cuda, "_index", lambda device: 0)
     # the short way to the CPU's kernels is not for tensors on a GPU
-    monkeypatch.setattr(birl_ext.functional.fast, "solve", lambda *_: None)
+    monkeypatch.setattr("birl_ext.functional.fast.solve", lambda *_: None)
     monkeypatch.setattr(native, "_run", cuda.launch)
     # The GPU has no fused backward of its own; its outer product is a kernel.
     monkeypatch.setattr(choice, "solve_vjp", lambda *_: None)
@@ -115,7 +118,7 @@ def test_solve_agrees_with_pytorch(
     gpu: ModuleType, states: int, actions: int, kernel: Kernel, dtype: torch.dtype
 ) -> None:
     reward, transition = problem(states, actions, dtype)
-    options = {"discount": 0.99, "temperature": 0.1}
+    options: dict[str, Any] = {"discount": 0.99, "temperature": 0.1}
     found = birl_ext.solve(reward, transition, **options)
     truth = birl_ext.solve(reward, transition, **options, backend="torch")
     assert found.info[..., Info.KERNEL].unique().tolist() == [kernel]
@@ -129,9 +132,11 @@ def test_solve_agrees_with_pytorch(
 def test_gradients_agree_with_pytorch(gpu: ModuleType) -> None:
     reward, transition = problem(17, 3, torch.float64)
 
-    def gradients(backend: str) -> list[torch.Tensor]:
+    def gradients(backend: BackendName) -> list[torch.Tensor]:
         leaves = [reward.clone().requires_grad_(), transition.clone().requires_grad_()]
-        found = birl_ext.solve(*leaves, discount=0.95, temperature=0.2, backend=backend)
+        found = birl_ext.solve(
+            leaves[0], leaves[1], discount=0.95, temperature=0.2, backend=backend
+        )
         (found.value.square().sum() + found.log_policy.sin().sum()).backward()
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
@@ -145,7 +150,12 @@ def test_masks_ends_and_starts(gpu: ModuleType) -> None:
     mask[:, 0] = True
     terminal = torch.zeros(9, dtype=torch.bool)
     terminal[3] = True
-    options = {"discount": 0.97, "temperature": 0.1, "mask": mask, "terminal": terminal}
+    options: dict[str, Any] = {
+        "discount": 0.97,
+        "temperature": 0.1,
+        "mask": mask,
+        "terminal": terminal,
+    }
     found = birl_ext.solve(reward, transition, **options)
     truth = birl_ext.solve(reward, transition, **options, backend="torch")
     torch.testing.assert_close(found.value, truth.value)
@@ -201,7 +211,7 @@ def test_outer(gpu: ModuleType, sparse: bool, dtype: torch.dtype) -> None:
         col = stored.nonzero()[:, 1].contiguous()
         data = torch.rand(n, col.numel(), generator=random).to(dtype)
     else:
-        crow = col = None
+        crow = col = untyped(None)
         data = torch.rand(n, s, a, s, generator=random).to(dtype)
     absent = torch.empty(0, dtype=torch.int64)
     rows = Rows(data, absent if crow is None else crow, absent if col is None else col, s, a)
@@ -253,7 +263,7 @@ def densely(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_large_dense_problems(large: ModuleType, states: int, dtype: torch.dtype) -> None:
     reward, transition = problem(states, 3, dtype, (3,))  # odd rows are not aligned
-    options = {"discount": 0.99, "temperature": 0.1}
+    options: dict[str, Any] = {"discount": 0.99, "temperature": 0.1}
     found = birl_ext.solve(reward, transition, **options)
     truth = birl_ext.solve(reward, transition, **options, backend="torch")
     assert found.info[..., Info.KERNEL].unique().tolist() == [Kernel.CUDA_GRID]
@@ -277,8 +287,8 @@ def test_a_lone_large_problem(gpu: ModuleType, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_large_sparse_problem(gpu: ModuleType, dtype: torch.dtype) -> None:
-    reward, *stored = sparse_problem(2600, 3, dtype)
-    mdp = birl_ext.SparseMDP(reward, *stored, discount=0.97)
+    reward, values, crow, col = sparse_problem(2600, 3, dtype)
+    mdp = birl_ext.SparseMDP(reward, values, crow, col, 0.97)
     found = birl_ext.solve(mdp, temperature=0.1)
     assert int(found.info[Info.KERNEL]) == Kernel.CUDA_GRID_CSR
     truth = birl_ext.solve(mdp, temperature=0.1, backend="torch")
@@ -294,13 +304,15 @@ def test_gradients_of_large_problems(large: ModuleType, sparse: bool) -> None:
     else:
         reward, values = problem(45, 3, torch.float64, ())
 
-    def gradients(backend: str) -> list[torch.Tensor]:
+    def gradients(backend: BackendName) -> list[torch.Tensor]:
         leaves = [reward.clone().requires_grad_(), values.clone().requires_grad_()]
         if sparse:
-            mdp = birl_ext.SparseMDP(*leaves, crow, col, discount=0.95)
+            mdp = birl_ext.SparseMDP(leaves[0], leaves[1], crow, col, 0.95)
             found = birl_ext.solve(mdp, temperature=0.2, backend=backend)
         else:
-            found = birl_ext.solve(*leaves, discount=0.95, temperature=0.2, backend=backend)
+            found = birl_ext.solve(
+                leaves[0], leaves[1], discount=0.95, temperature=0.2, backend=backend
+            )
         (found.value.square().sum() + found.log_policy.sin().sum()).backward()
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
@@ -318,7 +330,8 @@ def test_large_policy_systems(
     random = torch.Generator().manual_seed(4)
     if sparse:
         _, values, crow, col = sparse_problem(states, 2, torch.float64, ends=True)
-        transition, model = densely(values, crow, col, states), (values[None], crow, col)
+        transition = densely(values, crow, col, states)
+        model: tuple[Any, ...] = (values[None], crow, col)
     else:
         _, transition = problem(states, 2, torch.float64, ())
         model = (transition[None], None, None)
@@ -338,8 +351,9 @@ def test_large_policy_systems(
 
 def test_the_iteration_limit_of_large_problems(large: ModuleType) -> None:
     reward, transition = problem(20, 3, torch.float64, ())
-    options = {"discount": 0.99, "temperature": 0.1, "on_fail": "status"}
-    for method, limit in (("auto", 1), ("auto", 2), ("value-iteration", 5)):
+    options: dict[str, Any] = {"discount": 0.99, "temperature": 0.1, "on_fail": "status"}
+    ways: list[tuple[MethodName, int]] = [("auto", 1), ("auto", 2), ("value-iteration", 5)]
+    for method, limit in ways:
         found = birl_ext.solve(
             reward, transition, **options, method=method, max_iterations=limit, tol=1e-13
         )
@@ -427,7 +441,7 @@ def test_a_refused_launch_ends_in_pytorch(gpu: ModuleType, monkeypatch: pytest.M
     fake = ModuleType("fake")
     fake.__dict__.update({**vars(gpu), "solve": refuse})
     loader._backends["cuda"].module = fake
-    options = {"discount": 0.9, "temperature": 0.1}
+    options: dict[str, Any] = {"discount": 0.9, "temperature": 0.1}
     with pytest.warns(errors.BackendFallbackWarning, match="out of resources"):
         found = birl_ext.solve(reward, transition, **options)
     assert found.info[..., Info.KERNEL].unique().tolist() == [Kernel.TORCH]
@@ -441,7 +455,7 @@ def test_one_sweep(gpu: ModuleType, states: int) -> None:
     reward, transition = problem(states, 3, torch.float64)
     for size in (1.0, 1e9):
         value = size * torch.randn(2, states, dtype=torch.float64)
-        options = {"discount": 0.9, "temperature": 0.1}
+        options: dict[str, Any] = {"discount": 0.9, "temperature": 0.1}
         found = birl_ext.bellman(value, reward, transition, **options, backend="cpu")
         truth = birl_ext.bellman(value, reward, transition, **options, backend="torch")
         for one, other in zip(found, truth, strict=True):
@@ -450,7 +464,7 @@ def test_one_sweep(gpu: ModuleType, states: int) -> None:
 
 def test_capture_cannot_raise(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_capturing", lambda tensor: True)
-    monkeypatch.setattr(birl_ext.functional.validation, "is_concrete", lambda *_: False)
+    monkeypatch.setattr("birl_ext.functional.validation.is_concrete", lambda *_: False)
     reward, transition = problem(5, 2, torch.float64)
     with pytest.raises(errors.OptionError, match="CUDA graph"):
         birl_ext.solve(reward, transition, discount=0.9, temperature=0.1)
@@ -459,11 +473,11 @@ def test_capture_cannot_raise(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) 
 
 def test_which_problems_the_whole_device_works_on(gpu: ModuleType) -> None:
     def fits(transitions: int, states: int) -> bool:
-        addresses = dict.fromkeys(
-            ("is_double", "transition", "reward", "discount", "temperature"), 0
+        addresses: dict[str, float] = dict.fromkeys(
+            ("is_double", "transition", "reward", "discount", "temperature"), 0.0
         )
         sizes = {"transitions": transitions, "problems": 1, "states": states, "actions": 8}
-        return cuda.solve_fits(sizes | addresses)
+        return cuda.solve_fits(addresses | sizes)
 
     assert fits(1, 512)
     assert not fits(1, 513)
@@ -541,8 +555,12 @@ def test_one_pass_certifies_what_pytorch_does(
     gpu: ModuleType, states: int, actions: int, kernel: Kernel
 ) -> None:
     reward, transition = problem(states, actions, torch.float64)
-    options = {"discount": 0.99, "temperature": 0.1, "initial": reward[..., 0].clone()}
-    once = {"max_iterations": 1, "on_fail": "status"}
+    options: dict[str, Any] = {
+        "discount": 0.99,
+        "temperature": 0.1,
+        "initial": reward[..., 0].clone(),
+    }
+    once: dict[str, Any] = {"max_iterations": 1, "on_fail": "status"}
     found = birl_ext.solve(reward, transition, **options, **once)
     truth = birl_ext.solve(reward, transition, **options, **once, backend="torch")
     assert found.info[..., Info.KERNEL].unique().tolist() == [kernel]
@@ -553,7 +571,7 @@ def test_one_pass_certifies_what_pytorch_does(
 @pytest.mark.parametrize("states", [5, 17, 40])
 def test_wild_starts_and_penalties_nobody_takes(gpu: ModuleType, states: int) -> None:
     reward, transition = problem(states, 3, torch.float64)
-    options = {"discount": 0.99, "temperature": 0.1}
+    options: dict[str, Any] = {"discount": 0.99, "temperature": 0.1}
     plain = birl_ext.solve(reward, transition, **options)
     for size in (1e18, -1e18, 1e300, -1e300):
         initial = torch.full_like(reward[..., 0], size)
@@ -575,7 +593,7 @@ def test_derivatives_near_a_discount_of_one(gpu: ModuleType, states: int) -> Non
     for gap in (1e-4, 1e-12):
         discount = torch.tensor(1 - gap, dtype=torch.float64, requires_grad=True)
 
-        def slopes(backend: str, discount: torch.Tensor = discount) -> list[torch.Tensor]:
+        def slopes(backend: BackendName, discount: torch.Tensor = discount) -> list[torch.Tensor]:
             got = birl_ext.solve(reward, rows, discount=discount, temperature=0.1, backend=backend)
             loss = got.policy.square().sum()
             first = torch.autograd.grad(loss, (reward, discount), create_graph=True)

@@ -52,7 +52,7 @@ def blocks(text: str, page: str) -> list[Block]:
     fences = list(FENCE.finditer(text))
     found = []
     for fence, after in itertools.pairwise([*fences, None]):
-        if fence[1] != "python":
+        if fence is None or fence[1] != "python":
             continue
         output = None
         if after is not None and after[1] == "text":
@@ -237,7 +237,7 @@ def astray(text: str, page: Path | None = None) -> list[str]:
     for link in LINK.findall(text) if page else ():
         if "://" not in link:
             name, _, anchor = link.partition("#")
-            links.append((page.parent / name if name else page, anchor))
+            links.append((page.parent / name if name else page, anchor))  # type: ignore[union-attr]
     for target, anchor in links:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             wrong.append(f"{target.name}#{anchor}".rstrip("#"))

@@ -17,10 +17,11 @@ import birl_ext
 from birl_ext import errors
 from birl_ext.model.mdp import DenseMDP
 from birl_ext.ops.backends import choice
+from birl_ext.options import BackendName, MethodName
 from birl_ext.solution import Solution, Status
 
-BACKENDS = ["torch", *([] if choice.unavailable("cpu") else ["cpu"])]
-METHODS = ("value-iteration", "newton", "newton-krylov", "policy-iteration")
+BACKENDS: list[BackendName] = ["torch"] if choice.unavailable("cpu") else ["torch", "cpu"]
+METHODS: tuple[MethodName, ...] = ("value-iteration", "newton", "newton-krylov", "policy-iteration")
 DIFFERENTIABLE = ("value", "q", "policy", "log_policy", "advantage")
 EPS = torch.finfo(torch.float64).eps
 
@@ -53,7 +54,7 @@ def assert_same_solution(got: Solution, want: Solution, label: object) -> None:
 @pytest.mark.parametrize("batch", [(0,), (0, 3), (3, 0)], ids=str)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_an_empty_batch_gives_empty_answers_and_gradients(
-    batch: tuple[int, ...], sparse: bool, backend: str
+    batch: tuple[int, ...], sparse: bool, backend: BackendName
 ) -> None:
     reward = torch.zeros(*batch, 3, 2, dtype=torch.float64, requires_grad=True)
     transition = rows(3, 2, 3).requires_grad_()
@@ -81,7 +82,9 @@ def test_an_empty_batch_gives_empty_answers_and_gradients(
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=["f32", "f64"])
 @pytest.mark.parametrize("discount", [0.0, 0.5, 0.9999])
-def test_one_state_and_one_action(discount: float, dtype: torch.dtype, backend: str) -> None:
+def test_one_state_and_one_action(
+    discount: float, dtype: torch.dtype, backend: BackendName
+) -> None:
     """V = r/(1−γ) to two units in the last place; A = 1 adds no entropy; dV/dr = 1/(1−γ)."""
     reward = torch.tensor([[1.3]], dtype=dtype, requires_grad=True)
     got = birl_ext.solve(
@@ -101,7 +104,7 @@ def test_one_state_and_one_action(discount: float, dtype: torch.dtype, backend: 
     assert_close(slope, exact, bound=2 * unit * exact, label="slope")
 
 
-def test_one_state_with_many_actions(backend: str) -> None:
+def test_one_state_with_many_actions(backend: BackendName) -> None:
     """V = τ log Σ exp(r/τ) / (1−γ)."""
     reward = tables(1, 5)
     got = birl_ext.solve(
@@ -116,7 +119,7 @@ def test_one_state_with_many_actions(backend: str) -> None:
     assert_close(got.policy, torch.softmax(reward / 0.3, -1), bound=4 * EPS, label="policy")
 
 
-def test_one_action_per_state_is_policy_evaluation(backend: str) -> None:
+def test_one_action_per_state_is_policy_evaluation(backend: BackendName) -> None:
     transition, reward = rows(6, 1, 6), tables(6, 1)
     got = birl_ext.solve(reward, transition, discount=0.95, temperature=3.0, backend=backend)
     want = torch.linalg.solve(torch.eye(6).double() - 0.95 * transition[:, 0], reward[:, 0])
@@ -124,7 +127,7 @@ def test_one_action_per_state_is_policy_evaluation(backend: str) -> None:
     assert_same_bits(got.policy, torch.ones(6, 1).double(), label="policy")
 
 
-def test_no_discount_is_one_softmax(backend: str) -> None:
+def test_no_discount_is_one_softmax(backend: BackendName) -> None:
     reward = tables(7, 4)
     got = birl_ext.solve(reward, rows(7, 4, 7), discount=0.0, temperature=0.2, backend=backend)
     want = 0.2 * torch.logsumexp(reward / 0.2, -1)
@@ -139,7 +142,7 @@ def test_no_discount_is_one_softmax(backend: str) -> None:
 @pytest.mark.parametrize("temperature", [1e-8, 1e-5, 1e-2, 1.0, 1e2])
 @pytest.mark.parametrize("case", SMALL[:7], ids=str)
 def test_the_value_lies_in_the_hard_max_bracket(
-    case: Case, temperature: float, backend: str
+    case: Case, temperature: float, backend: BackendName
 ) -> None:
     """(M8): V_hard ≤ V ≤ V_hard + τ log A / (1−γ)."""
     mdp = case.mdp()
@@ -154,7 +157,9 @@ def test_the_value_lies_in_the_hard_max_bracket(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_tiny_temperature_gives_the_greedy_policy(method: str, backend: str) -> None:
+def test_a_tiny_temperature_gives_the_greedy_policy(
+    method: MethodName, backend: BackendName
+) -> None:
     """τ = 1e-8: no overflow, V is the hard maximum, the policy is greedy, gradients exist."""
     mdp = Case(states=8, actions=3, seed=4).mdp()
     reward = mdp.reward.clone().requires_grad_()
@@ -172,7 +177,9 @@ def test_a_tiny_temperature_gives_the_greedy_policy(method: str, backend: str) -
 
 
 @pytest.mark.parametrize("temperature", [1e6, 1e9, 1e12])
-def test_a_huge_temperature_gives_the_uniform_policy(temperature: float, backend: str) -> None:
+def test_a_huge_temperature_gives_the_uniform_policy(
+    temperature: float, backend: BackendName
+) -> None:
     """V → τ log A/(1−γ) + mean reward's value, π → 1/A; first order in 1/τ for the policy."""
     transition, reward = rows(5, 4, 5), tables(5, 4)
     got = birl_ext.solve(reward, transition, discount=0.9, temperature=temperature, backend=backend)
@@ -189,7 +196,7 @@ def test_a_huge_temperature_gives_the_uniform_policy(temperature: float, backend
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=["f32", "f64"])
 def test_huge_rewards_at_a_small_temperature_work_or_are_refused(
-    dtype: torch.dtype, backend: str
+    dtype: torch.dtype, backend: BackendName
 ) -> None:
     """r = 1e6, τ = 1e-3: the answer, or an error with a reason; its certificate tells the truth."""
     reward, transition = 1e6 * tables(6, 3, dtype=dtype), rows(6, 3, 6, dtype=dtype)
@@ -202,7 +209,7 @@ def test_huge_rewards_at_a_small_temperature_work_or_are_refused(
         backend=backend,
     )
     if got.status.item():  # then for a reason that names rounding or range, with a remedy
-        status = Status(got.status.item())
+        status = Status(int(got.status))
         assert status in (Status.STAGNATED, Status.NON_FINITE)
         assert "rescale" in status.sentence or "loosen" in status.sentence
         return
@@ -217,7 +224,9 @@ def test_huge_rewards_at_a_small_temperature_work_or_are_refused(
 
 @pytest.mark.parametrize("power", [-40, -3, 10, 300])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_power_of_two_scales_everything_exactly(method: str, power: int, backend: str) -> None:
+def test_a_power_of_two_scales_everything_exactly(
+    method: MethodName, power: int, backend: BackendName
+) -> None:
     """(r, τ) → 2ᵏ(r, τ) scales V by 2ᵏ and leaves the policy alone, to the last bit."""
     transition, reward = rows(6, 3, 6), tables(6, 3)
     scale = 2.0**power
@@ -240,7 +249,7 @@ def test_a_power_of_two_scales_everything_exactly(method: str, power: int, backe
     assert_same_bits(scaled.log_policy, one.log_policy, label="log_policy")
 
 
-def test_a_constant_added_to_the_reward_moves_the_value_only(backend: str) -> None:
+def test_a_constant_added_to_the_reward_moves_the_value_only(backend: BackendName) -> None:
     """r + c shifts V by c/(1−γ); with c = 1e6 the policy keeps the digits that c leaves in r."""
     transition, reward = rows(6, 3, 6), tables(6, 3)
     shift = 1e6
@@ -259,7 +268,7 @@ def test_a_constant_added_to_the_reward_moves_the_value_only(backend: str) -> No
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-def test_a_chain_with_an_end_has_its_closed_form(sparse: bool, backend: str) -> None:
+def test_a_chain_with_an_end_has_its_closed_form(sparse: bool, backend: BackendName) -> None:
     """One action, a step costs 1, the last state pays 10 and ends: a geometric sum."""
     states, gamma = 6, 0.9
     transition = torch.zeros(states, 1, states, dtype=torch.float64)
@@ -275,7 +284,7 @@ def test_a_chain_with_an_end_has_its_closed_form(sparse: bool, backend: str) -> 
     assert_close(got.value, want, bound=1e-14 * 20, label="value")
 
 
-def test_an_absorbing_state_is_not_an_end(backend: str) -> None:
+def test_an_absorbing_state_is_not_an_end(backend: BackendName) -> None:
     """A state that returns to itself is paid for ever: r/(1−γ); a terminal one is paid once."""
     transition = torch.ones(1, 1, 1, dtype=torch.float64)
     reward = torch.ones(1, 1, dtype=torch.float64)
@@ -286,7 +295,7 @@ def test_an_absorbing_state_is_not_an_end(backend: str) -> None:
     assert once.value.item() == 1.0
 
 
-def test_what_follows_an_end_has_no_gradient(backend: str) -> None:
+def test_what_follows_an_end_has_no_gradient(backend: BackendName) -> None:
     case = Case(terminal=True, seed=6)
     mdp = case.mdp()
     transition = mdp.transition.clone().requires_grad_()
@@ -307,7 +316,9 @@ def test_what_follows_an_end_has_no_gradient(backend: str) -> None:
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -1e300])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-def test_what_lies_behind_a_mask_is_never_read(sparse: bool, junk: float, backend: str) -> None:
+def test_what_lies_behind_a_mask_is_never_read(
+    sparse: bool, junk: float, backend: BackendName
+) -> None:
     case = Case(batch=(3,), mask=True, terminal=True, reference=True, seed=6)
     clean = case.mdp()
     assert clean.mask is not None
@@ -350,7 +361,7 @@ def test_what_lies_behind_a_mask_is_never_read(sparse: bool, junk: float, backen
         assert (grad[unseen] == 0).all()
 
 
-def test_a_mask_is_the_limit_of_a_bad_reward(backend: str) -> None:
+def test_a_mask_is_the_limit_of_a_bad_reward(backend: BackendName) -> None:
     """Forbidding an action equals paying −1e4 for it, where that means probability zero."""
     case = Case("grid", 9, 4, mask=True, seed=4)
     mdp = case.mdp()
@@ -367,7 +378,7 @@ def test_a_mask_is_the_limit_of_a_bad_reward(backend: str) -> None:
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.9])
-def test_outputs_never_alias_inputs_or_each_other(discount: float, backend: str) -> None:
+def test_outputs_never_alias_inputs_or_each_other(discount: float, backend: BackendName) -> None:
     inputs = [tables(2, 4, 3), rows(2, 4, 3, 4), tables(2, 4)]
     kept = [x.clone() for x in inputs]
     reward, transition, initial = inputs
@@ -414,7 +425,9 @@ BAD: dict[str, tuple[Status, str, Any]] = {  # status, tensor, and what stands i
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bad", BAD)
-def test_one_bad_problem_leaves_its_neighbours_alone(bad: str, method: str, backend: str) -> None:
+def test_one_bad_problem_leaves_its_neighbours_alone(
+    bad: str, method: MethodName, backend: BackendName
+) -> None:
     """Values and gradients of the other 63 keep every bit; the bad one has a status and NaN."""
     inputs = {
         "reward": tables(64, 4, 3),
@@ -422,13 +435,15 @@ def test_one_bad_problem_leaves_its_neighbours_alone(bad: str, method: str, back
         "discount": 0.5 + 0.4 * torch.rand(64, dtype=torch.float64),
         "temperature": 0.2 + torch.rand(64, dtype=torch.float64),
     }
-    poisoned = {name: tensor.clone() for name, tensor in inputs.items()}
+    poisoned: dict[str, Any] = {name: tensor.clone() for name, tensor in inputs.items()}
     status, where, instead = BAD[bad]
     place = (17, 2, 1) if where in ("transition", "reward") else (17,)
     poisoned[where][place] = torch.tensor(instead, dtype=torch.float64)
 
     def run(given: dict[str, Tensor]) -> tuple[Solution, tuple[Tensor, ...]]:
-        leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+        leaves: dict[str, Any] = {
+            name: tensor.clone().requires_grad_() for name, tensor in given.items()
+        }
         got = birl_ext.solve(**leaves, method=method, on_fail="status", backend=backend)
         total = got.value.sum() + got.policy.square().sum()
         return got, torch.autograd.grad(total, list(leaves.values()))
@@ -453,7 +468,9 @@ def test_one_bad_problem_leaves_its_neighbours_alone(bad: str, method: str, back
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_warm_start_changes_the_work_and_not_the_answer(method: str, backend: str) -> None:
+def test_a_warm_start_changes_the_work_and_not_the_answer(
+    method: MethodName, backend: BackendName
+) -> None:
     mdp = Case("garnet", 30, 3, batch=(2,), discount=0.99, seed=2).mdp()
 
     def solve(**options: Any) -> Solution:
@@ -476,7 +493,9 @@ def test_a_warm_start_changes_the_work_and_not_the_answer(method: str, backend: 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_tolerance_below_the_rounding_floor_is_refused(method: str, backend: str) -> None:
+def test_a_tolerance_below_the_rounding_floor_is_refused(
+    method: MethodName, backend: BackendName
+) -> None:
     """float32 data are solved in float64, so the floor that can be missed is the float64 one."""
     mdp = Case("garnet", 20, 3, discount=0.9999, dtype=torch.float32, seed=1).mdp()
     options: dict[str, Any] = {"temperature": 1e-3, "method": method, "backend": backend}
@@ -494,7 +513,7 @@ def test_a_tolerance_below_the_rounding_floor_is_refused(method: str, backend: s
 @pytest.mark.parametrize("tol", [1e-12, 1e-8])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_tolerance_that_float32_cannot_hold_is_refused(
-    method: str, tol: float, backend: str
+    method: MethodName, tol: float, backend: BackendName
 ) -> None:
     """The value is handed out in float32: a relative error of 1e-12 cannot be certified of it."""
     mdp = Case("garnet", 20, 3, discount=0.99, dtype=torch.float32, seed=1).mdp()
@@ -509,7 +528,7 @@ def test_a_tolerance_that_float32_cannot_hold_is_refused(
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("method", METHODS)
 def test_an_iteration_limit_raises_and_keeps_the_best_iterate(
-    method: str, sparse: bool, backend: str
+    method: MethodName, sparse: bool, backend: BackendName
 ) -> None:
     base = Case("clusters", 8, 3, batch=(3,), discount=0.9999, temperature=0.1, seed=2).mdp()
     reward = base.reward.clone().requires_grad_()
@@ -538,7 +557,7 @@ def test_an_iteration_limit_raises_and_keeps_the_best_iterate(
 
 
 @pytest.mark.parametrize("part", ["value", "q", "policy", "log_policy", "advantage"])
-def test_every_derivative_of_a_failed_solve_is_nan(part: str, backend: str) -> None:
+def test_every_derivative_of_a_failed_solve_is_nan(part: str, backend: BackendName) -> None:
     """Reverse and forward; a converged neighbour in the same batch keeps its own."""
     reward = tables(2, 8, 3)
     transition = Case("clusters", 8, 3, seed=2).mdp().transition
@@ -570,7 +589,7 @@ def test_every_derivative_of_a_failed_solve_is_nan(part: str, backend: str) -> N
     assert torch.isnan(tangent[1]).all()
 
 
-def test_an_overflow_is_an_error(backend: str) -> None:
+def test_an_overflow_is_an_error(backend: BackendName) -> None:
     """Rewards near the largest float: V = r/(1−γ) has no float64."""
     reward = torch.full((3, 2), 1e308, dtype=torch.float64)
     options: dict[str, Any] = {"discount": 0.99, "temperature": 1.0, "backend": backend}
@@ -582,7 +601,7 @@ def test_an_overflow_is_an_error(backend: str) -> None:
 
 
 @pytest.mark.parametrize("changed", ["reward", "transition", "policy"])
-def test_an_in_place_change_after_the_forward_is_caught(changed: str, backend: str) -> None:
+def test_an_in_place_change_after_the_forward_is_caught(changed: str, backend: BackendName) -> None:
     """Autograd's version counters; a reward may change, since its derivative does not need it."""
     reward, transition = tables(4, 3).requires_grad_(), rows(4, 3, 4).requires_grad_()
     got = birl_ext.solve(reward, transition, discount=0.9, temperature=0.5, backend=backend)
@@ -604,7 +623,7 @@ def test_an_in_place_change_after_the_forward_is_caught(changed: str, backend: s
 
 
 @pytest.mark.parametrize("function", ["bellman", "evaluate", "occupancy"])
-def test_an_in_place_change_is_caught_everywhere(function: str, backend: str) -> None:
+def test_an_in_place_change_is_caught_everywhere(function: str, backend: BackendName) -> None:
     transition = rows(4, 3, 4).requires_grad_()
     policy = rows(4, 3).requires_grad_()
     options: dict[str, Any] = {"discount": 0.9, "backend": backend}
@@ -626,7 +645,9 @@ def test_an_in_place_change_is_caught_everywhere(function: str, backend: str) ->
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_problem_does_not_know_its_place_in_the_batch(method: str, backend: str) -> None:
+def test_a_problem_does_not_know_its_place_in_the_batch(
+    method: MethodName, backend: BackendName
+) -> None:
     mdp = Case("dense", 9, 3, batch=(5,), discount=0.97, seed=5).mdp()
     order = torch.tensor([3, 1, 4, 0, 2])
     options: dict[str, Any] = {
@@ -642,7 +663,7 @@ def test_a_problem_does_not_know_its_place_in_the_batch(method: str, backend: st
 
 
 @pytest.mark.parametrize("case", WARP, ids=str)
-def test_states_can_be_renamed(case: Case, backend: str) -> None:
+def test_states_can_be_renamed(case: Case, backend: BackendName) -> None:
     """Permuting the states permutes the answer, to rounding."""
     mdp = case.mdp()
     order = torch.randperm(case.states)

@@ -413,13 +413,13 @@ SCALARS: dict[str, Row] = {
     "no transition": (
         "E203",
         r"transition is missing",
-        lambda: birl_ext.solve(model()["reward"], discount=0.9, temperature=1.0),
+        lambda: birl_ext.solve(model()["reward"], discount=0.9, temperature=1.0),  # type: ignore[call-overload]
     ),
     "no discount": ("E203", r"discount is missing", lambda: solve(discount=None)),
     "twice": (
         "E203",
         r"discount was given beside an MDP object\. Fix: use mdp\.replace",
-        lambda: birl_ext.solve(dense(), temperature=1.0, discount=0.5),
+        lambda: birl_ext.solve(dense(), temperature=1.0, discount=0.5),  # type: ignore[call-overload]
     ),
     "tol of words": ("E203", r"tol is 'a' \(allowed: 0 or more", lambda: solve(tol="a")),
     "passes NaN": ("E203", r"max_iterations is nan", lambda: solve(max_iterations=math.nan)),
@@ -437,7 +437,7 @@ SCALARS: dict[str, Row] = {
     "mode": (
         "E203",
         r"mode is 'fast' .*'exact', 'published'",
-        lambda: MSoBiRL(quadratic(), X0, temperature=1.0, optimiser=sgd, mode="fast"),
+        lambda: MSoBiRL(quadratic(), X0, temperature=1.0, optimiser=sgd, mode="fast"),  # type: ignore[arg-type]
     ),
     "sweeps": (
         "E203",
@@ -735,12 +735,12 @@ def test_scalars_out_of_range_give_nan_where_nothing_can_be_raised() -> None:
     start = torch.full((S,), 1 / S, dtype=torch.float64)
 
     def swept(gamma: Any, tau: Any) -> Tensor:
-        options = {"discount": gamma, "temperature": tau}
+        options: dict[str, Any] = {"discount": gamma, "temperature": tau}
         image, q, pi = birl_ext.bellman(reward[:, 0], reward, rows, **options)
         return torch.cat((image, q.flatten(), pi.flatten()))
 
     def share(gamma: Tensor) -> Tensor:
-        options = {"discount": gamma, "initial_distribution": start}
+        options: dict[str, Any] = {"discount": gamma, "initial_distribution": start}
         return birl_ext.occupancy(even, rows, **options)
 
     calls: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
@@ -782,7 +782,7 @@ def test_numbers_are_checked_without_validation_of_the_tables(
         name: torch.tensor(value, dtype=torch.float64),
     }
     for validate in ("cheap", "off"):
-        got = birl_ext.solve(**given, validate=validate, on_fail="status")
+        got = birl_ext.solve(**given, validate=validate, on_fail="status")  # type: ignore[call-overload]
         assert got.status == status
         assert got.error_bound.isnan()
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import hypothesis
 import pytest
 import torch
+from cases import untyped
 from hypothesis import strategies as st
 
 import birl_ext
@@ -76,7 +77,7 @@ OPTIONS = [
 ]
 
 
-class OneStep(list):  # type: ignore[type-arg]
+class OneStep(list):
     """Signals received: one after the first step."""
 
     asked = 0
@@ -104,7 +105,7 @@ def birl(capfd: Any, *words: str) -> tuple[int, str]:
     try:
         status = cli.main(list(words))
     except SystemExit as ending:  # of argparse and tyro, with words of their own
-        status = ending.code
+        status = untyped(ending.code)
     return status, capfd.readouterr().err
 
 
@@ -125,7 +126,7 @@ def assert_ends_well(status: int, said: str, *, made: bool) -> None:
 
 hurried = hypothesis.settings(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-    max_examples=hypothesis.settings.default.max_examples // 2,
+    max_examples=untyped(hypothesis.settings.default).max_examples // 2,
 )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from cases import untyped
 
 import birl_ext
 from birl_ext.errors import ConfigError
@@ -245,7 +246,7 @@ def test_run_directory_with_figures(tmp_path):
     job = FourRoomsJob(TINY)
     directory = RunDirectory.create(tmp_path / "run", "four-rooms", to_plain(TINY))
     outcome = loop.run(job, directory)
-    written, missing = loop.draw_figures(job, directory, outcome.summary)
+    written, missing = loop.draw_figures(job, directory, outcome.summary or {})
     names = {path.name for path in written if path.suffix == ".png"}
     assert names == {"learning_curve.png", "incentives.png", "policies.png"}
     assert not missing
@@ -262,4 +263,4 @@ def test_config_refuses(field, wrong):
 
 def test_unknown_noise_is_refused():
     with pytest.raises(ConfigError, match="noise"):
-        FourRooms(1.0, "none")
+        FourRooms(1.0, untyped("none"))

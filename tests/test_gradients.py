@@ -25,12 +25,13 @@ from birl_ext.ops.backends import choice
 from birl_ext.ops.bellman import bellman as bellman_op
 from birl_ext.ops.request import NATIVE, TORCH, Data, Settings
 from birl_ext.ops.solve import solve as solve_op
+from birl_ext.options import BackendName
 from birl_ext.solution import Solution
 
 # forward mode makes torch load decompositions that it still scripts
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
-BACKENDS = ["torch", *([] if choice.unavailable("cpu") else ["cpu"])]
+BACKENDS: list[BackendName] = ["torch"] if choice.unavailable("cpu") else ["torch", "cpu"]
 CODES = {"torch": TORCH, "cpu": NATIVE}
 
 
@@ -64,7 +65,9 @@ class Draw(NamedTuple):
 
     def arguments(self, index: int) -> dict[str, Any]:
         """One problem as keyword arguments of the oracles."""
-        own = {name: leaf[index].detach().numpy() for name, leaf in self.leaves.items()}
+        own: dict[str, Any] = {
+            name: leaf[index].detach().numpy() for name, leaf in self.leaves.items()
+        }
         for name, flags in (("mask", self.mask), ("terminal", self.terminal)):
             own[name] = None if flags is None else flags[index].numpy()
         return {**own, "discount": float(own["discount"]), "temperature": float(own["temperature"])}
@@ -96,7 +99,7 @@ def draw(chunk: int, count: int = 50) -> Draw:
         mask = rng.random(reward.shape) < 0.7
         mask |= np.arange(actions) == rng.integers(actions, size=reward.shape[:-1])[..., None]
         terminal = (np.arange(states) == states - 1) & (rng.random(count) < 0.5)[:, None]
-    shapes = {"value": (count, states)}
+    shapes: dict[str, tuple[int, ...]] = {"value": (count, states)}
     for name in ("q", "policy", "log_policy"):
         shapes[name] = (count, states, actions)
     return Draw(
@@ -268,7 +271,9 @@ def test_gradients_agree_with_unrolled_sweeps(case: Case) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_occupancy_is_differentiable_in_the_initial_distribution(case: Case, backend: str) -> None:
+def test_occupancy_is_differentiable_in_the_initial_distribution(
+    case: Case, backend: BackendName
+) -> None:
     """d is linear in ρ: ∂(c·d)/∂ρ = (1−γ)(I − γP_π)⁻¹c, which is the value of a reward c."""
     mdp = case.mdp()
     policy = birl_ext.solve(mdp, temperature=case.temperature).policy
@@ -322,7 +327,7 @@ def sparse_inputs(reference: bool) -> tuple[dict[str, Tensor], Tensor, Tensor]:
 
 
 def op_under_test(
-    op: str, sparse: bool, reference: bool, backend: str
+    op: str, sparse: bool, reference: bool, backend: BackendName
 ) -> tuple[Callable[..., Any], list[Tensor]]:
     """A function of the differentiable inputs alone, and those inputs."""
     if sparse:
@@ -333,6 +338,7 @@ def op_under_test(
     code = CODES[backend]
     if op in ("discounted_sum", "discounted_visits"):
         system = getattr(policy_solve, op)
+        names: tuple[str, ...]
         names = ("transition", "policy", "discount", "rhs")
 
         def call(transition: Tensor, *rest: Tensor) -> Any:
@@ -368,7 +374,9 @@ OPS = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize(("op", "reference"), OPS)
-def test_gradcheck_of_every_op(op: str, sparse: bool, reference: bool, backend: str) -> None:
+def test_gradcheck_of_every_op(
+    op: str, sparse: bool, reference: bool, backend: BackendName
+) -> None:
     call, inputs = op_under_test(op, sparse, reference, backend)
     gradcheck(
         call,
@@ -404,7 +412,7 @@ def public_functions() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
         crow = 2 * torch.arange(7)
         col = torch.tensor([0, 1, 1, 2, 0, 2, 2, 1, 1, 0, 0, 2])
         mdp = SparseMDP(r, p, crow, col, gamma, **off)
-        got = birl_ext.solve(mdp, temperature=tau, validate="off")
+        got = birl_ext.solve(mdp, temperature=tau, **off)
         return got.value, got.q, got.policy, got.log_policy, got.advantage
 
     def bellman(v: Tensor, r: Tensor, p: Tensor, gamma: Tensor, tau: Tensor, mu: Tensor) -> Any:

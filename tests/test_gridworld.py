@@ -48,6 +48,7 @@ def test_starts_are_those_of_the_mdp() -> None:
     for seed in range(4000):
         count[world.reset(seed=seed)[0]] += 1
     share = mdp.initial_distribution
+    assert share is not None
     assert bool(((count / 4000 - share).abs() <= 5 * (share / 4000).sqrt()).all())
 
 
@@ -72,6 +73,7 @@ def test_the_best_policy_passes_the_threshold_and_one_that_goes_for_the_near_rew
     import gymnasium
 
     threshold = gymnasium.spec(GRIDWORLD).reward_threshold
+    assert threshold is not None
     best = birl_ext.solve(gridworld_mdp(0.95), temperature=0.01).policy
     decoy = gridworld_mdp(0.95)
     near = decoy.replace(reward=torch.where(decoy.reward < 1, decoy.reward, 0.0))

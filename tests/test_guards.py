@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import re
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -192,7 +191,7 @@ def test_a_temperature_too_small_for_a_gradient_is_refused(make: Any) -> None:
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, NAN), (INF, 1.0), ("a", 1.0)])
 def test_the_ends_of_a_continuation_are_temperatures(ends: Any) -> None:
     with pytest.raises(TemperatureError, match=r"(start|end) is"):
-        geometric(*ends, 10)
+        geometric(*ends, 10)  # type: ignore[call-arg]
     with pytest.raises(OptionError, match=r"steps is 1\.5"):
         geometric(1.0, 0.1, 1.5)  # type: ignore[arg-type]
 
@@ -475,7 +474,7 @@ def test_zero_order_differences_are_one_per_start(shape: tuple[int, ...]) -> Non
 class Deaf(torch.optim.SGD):
     """Takes a closure and does not ask it."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step()
 
 
@@ -489,7 +488,7 @@ class Closed(torch.optim.SGD):
 class Rash(torch.optim.SGD):
     """Moves, then fails."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         closure()
         with torch.no_grad():
             self.param_groups[0]["params"][0].add_(1.0)
@@ -504,9 +503,9 @@ OPTIMISERS = {
     "nothing returned": (lambda p: None, "optimiser returned None"),
     "class returned": (lambda p: torch.optim.SGD, "optimiser returned a type"),
     "refused": (lambda p: torch.optim.SGD(p, lr=-1.0), "raised ValueError: Invalid learning rate"),
-    "arguments": (lambda p: torch.optim.SGD(p, rate=1.0), "optimiser raised TypeError"),
-    "failed": (lambda p: {}["adam"], "optimiser raised KeyError"),
-    "no such": (lambda p: torch.optim.Eve(p), "optimiser raised AttributeError"),
+    "arguments": (lambda p: torch.optim.SGD(p, rate=1.0), "optimiser raised TypeError"),  # type: ignore[call-arg]
+    "failed": (lambda p: {}["adam"], "optimiser raised KeyError"),  # type: ignore[index]
+    "no such": (lambda p: torch.optim.Eve(p), "optimiser raised AttributeError"),  # type: ignore[attr-defined]
     "broken": (lambda p: torch.zeros(2) @ torch.zeros(3), "optimiser raised RuntimeError"),
     "another tensor": (
         lambda p: sgd([torch.zeros(8, dtype=torch.float64, requires_grad=True)]),
@@ -930,7 +929,7 @@ SAMPLED = {
 @pytest.mark.parametrize("name", SAMPLED)
 def test_sampled_runs_are_refused_alike(name: str) -> None:
     options, kind, words = SAMPLED[name]
-    assert_refused(kind, words, sampled, **options)
+    assert_refused(kind, words, sampled, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [0, 1.5, -2, NAN, "many"])
@@ -1019,11 +1018,12 @@ def test_a_run_shows_how_far_it_is(make: Any, capfd: Any, monkeypatch: Any) -> N
 
     pytest.importorskip("rich")
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("sys.stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
     algorithm.run(2, progress=False)
-    assert not sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert not terminal.getvalue()
     algorithm.run(2)
-    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    shown = terminal.getvalue()
     assert name in shown
     assert "‖∇φ‖" in shown
 

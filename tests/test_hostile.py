@@ -17,7 +17,7 @@ import closeness
 import numpy as np
 import pytest
 import torch
-from cases import Case, compiled_solve, kernel_arguments
+from cases import Case, kernel_arguments, kernel_policy_solve, kernel_solve
 from closeness import assert_close
 from flint import arb, ctx
 from oracle import exact
@@ -25,13 +25,20 @@ from oracle import exact
 import birl_ext
 from birl_ext import errors
 from birl_ext.ops.backends import loader, native
+from birl_ext.options import BackendName, MethodName
 from birl_ext.solution import Info, Kernel, Solution, Status
 
 if loader.reason("cpu"):
     pytest.skip(f"no compiled CPU module: {loader.reason('cpu')}", allow_module_level=True)
 
 F32, F64 = torch.float32, torch.float64
-METHODS = ("auto", "value-iteration", "newton", "newton-krylov", "policy-iteration")
+METHODS: tuple[MethodName, ...] = (
+    "auto",
+    "value-iteration",
+    "newton",
+    "newton-krylov",
+    "policy-iteration",
+)
 GENERAL = 144  # states: too many for the solver of small problems, and whole vectors
 
 
@@ -50,6 +57,18 @@ def data(
     transition = torch.rand((*shape, states), generator=random, dtype=F64) ** 4
     transition /= transition.sum(-1, keepdim=True)
     return torch.randn(shape, generator=random, dtype=F64).to(dtype), transition.to(dtype)
+
+
+def dense(
+    transition: torch.Tensor,
+    reward: torch.Tensor,
+    discount: torch.Tensor,
+    temperature: torch.Tensor,
+) -> dict[str, Any]:
+    """Arguments of the kernels."""
+    rest = {"crow": None, "col": None, "log_reference": None}
+    numbers = {"discount": discount, "temperature": temperature}
+    return {"transition": transition, "reward": reward, **rest, **numbers}
 
 
 # ---- sizes --------------------------------------------------------------------------------------
@@ -145,8 +164,8 @@ def test_negative_sizes_are_refused(entry: str, place: int) -> None:
 
 def test_patterns_whose_counts_lie_are_refused() -> None:
     """crow and col that would lead far beyond the stored entries."""
-    transition, crow, col, *rest = kernel_arguments(Case("garnet", 5, 2).mdp().to_sparse(), 0.1)
-    value = torch.zeros(1, 1, 5, dtype=F64)
+    arguments = kernel_arguments(Case("garnet", 5, 2).mdp().to_sparse(), 0.1)
+    crow, col = arguments["crow"], arguments["col"]
     for at, number in (
         (10, 2**31),
         (10, 2**62),
@@ -159,12 +178,12 @@ def test_patterns_whose_counts_lie_are_refused() -> None:
         wrong = crow.clone()
         wrong[at] = number
         with pytest.raises(ValueError, match="crow"):
-            compiled_solve(transition, wrong, col, *rest, value)
+            kernel_solve({**arguments, "crow": wrong})
     for number in (-1, 5, 2**31, 2**62, -(2**62)):
         wrong = col.clone()
         wrong[-1] = number
         with pytest.raises(ValueError, match="column"):
-            compiled_solve(transition, crow, wrong, *rest, value)
+            kernel_solve({**arguments, "col": wrong})
 
 
 def untouched(*shape: int) -> torch.Tensor:
@@ -185,7 +204,7 @@ def test_one_transition_of_more_than_two_to_the_31_entries() -> None:
     assert transition.numel() > 2**31
     reward = torch.linspace(-1, 1, states).reshape(1, 1, states, 1)
     rate, tau = torch.full((1, 1), 0.5, dtype=F64), torch.ones(1, 1, dtype=F64)
-    found = compiled_solve(transition, None, None, reward, None, rate, tau, None, method=1)
+    found = kernel_solve(dense(transition, reward, rate, tau), method=1)
     assert int(found[6]) == Status.CONVERGED
     expected = reward.double().flatten()
     expected[-1] *= 2
@@ -203,12 +222,11 @@ def test_a_batch_of_more_than_two_to_the_31_entries() -> None:
     reward[-1] = torch.linspace(-1, 1, states)[:, None]
     reward[-2] = 3.0
     one = torch.ones(count, 1, dtype=F64)
-    found = compiled_solve(transition, None, None, reward, None, 0.9 * one, one, None)
+    found = kernel_solve(dense(transition, reward, 0.9 * one, one))
     assert not found[6].any()
     assert bool((found[0][-2] == 3.0).all())
     assert not found[0][:-2].any()
-    options = (None, 0.9 * one[-1:], one[-1:], None)
-    alone = compiled_solve(last, None, None, reward[-1:].contiguous(), *options)
+    alone = kernel_solve(dense(last, reward[-1:].contiguous(), 0.9 * one[-1:], one[-1:]))
     assert torch.equal(found[0][-1:], alone[0])
     bar = torch.zeros_like(found[0])
     bar[-1] = 1.0
@@ -259,13 +277,13 @@ def everything(
     transition: torch.Tensor,
     optional: dict[str, torch.Tensor],
     layout: Callable[[torch.Tensor], torch.Tensor],
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> list[torch.Tensor]:
     """solve and its gradient, bellman, evaluate and occupancy."""
     leaves = [layout(x).detach().requires_grad_() for x in (reward, transition)]
-    rates = {"discount": 0.9, "temperature": 0.3, "backend": backend}
-    given = {name: layout(tensor) for name, tensor in optional.items()}
-    solution = birl_ext.solve(*leaves, **rates, **given)
+    rates: dict[str, Any] = {"discount": 0.9, "temperature": 0.3, "backend": backend}
+    given: dict[str, Any] = {name: layout(tensor) for name, tensor in optional.items()}
+    solution = birl_ext.solve(leaves[0], leaves[1], **rates, **given)
     given.pop("initial", None)
     generator = torch.Generator().manual_seed(5)
     bar = torch.randn(solution.value.shape, generator=generator, dtype=F64).to(reward.dtype)
@@ -276,7 +294,7 @@ def everything(
     )
     plain = [leaf.detach() for leaf in leaves]
     policy = layout(solution.policy.detach())
-    swept = birl_ext.bellman(layout(bar), *plain, **rates, **given)
+    swept = birl_ext.bellman(layout(bar), plain[0], plain[1], **rates, **given)
     fixed: dict[str, Any] = {"discount": 0.9, "backend": backend}
     value = birl_ext.evaluate(policy, *plain, **fixed)
     start = layout(torch.full_like(bar, 1 / bar.shape[-1]))
@@ -296,7 +314,7 @@ def assert_same_bits(found: Sequence[torch.Tensor], expected: Sequence[torch.Ten
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_do_not_change_a_bit(
-    layout: str, states: int, optional: bool, dtype: torch.dtype, backend: str
+    layout: str, states: int, optional: bool, dtype: torch.dtype, backend: BackendName
 ) -> None:
     reward, transition = data(states, 3, 2, dtype=dtype)
     given = {}
@@ -311,7 +329,7 @@ def test_layouts_do_not_change_a_bit(
 
 
 @pytest.mark.parametrize(("states", "backend"), [(5, "torch"), (5, "cpu"), (GENERAL, "cpu")])
-def test_expanded_views_do_not_change_a_bit(states: int, backend: str) -> None:
+def test_expanded_views_do_not_change_a_bit(states: int, backend: BackendName) -> None:
     """One reward for many models, one model for many rewards, one of each."""
     reward, transition = data(states, 2)
     many, models = data(states, 2, 3, seed=1)
@@ -319,7 +337,7 @@ def test_expanded_views_do_not_change_a_bit(states: int, backend: str) -> None:
         views = r.expand(3, -1, -1), p.expand(3, -1, -1, -1)
         copies = [view.contiguous() for view in views]
         found = everything(*views, {}, lambda tensor: tensor, backend)
-        assert_same_bits(found, everything(*copies, {}, torch.clone, backend))
+        assert_same_bits(found, everything(copies[0], copies[1], {}, torch.clone, backend))
 
 
 # ---- nothing to do, and other devices -----------------------------------------------------------
@@ -347,7 +365,8 @@ def test_batches_of_nothing(states: int, batch: tuple[int, ...], dtype: torch.dt
 def test_tensors_on_two_devices_are_named() -> None:
     reward, transition = data(4, 2)
     value, policy = torch.zeros(4, dtype=F64), torch.full((4, 2), 0.5, dtype=F64)
-    far, rates = transition.to("meta"), {"discount": 0.9, "temperature": 0.1}
+    far = transition.to("meta")
+    rates: dict[str, Any] = {"discount": 0.9, "temperature": 0.1}
     start = torch.full((4,), 0.25, dtype=F64)
     calls: list[Callable[[], object]] = [
         lambda: birl_ext.solve(reward, far, **rates),
@@ -422,7 +441,7 @@ def test_the_same_input_gives_the_same_bits(
     batch: int,
     repeats: int,
     sparse: bool,
-    backend: str,
+    backend: BackendName,
 ) -> None:
     base = Case("garnet", states, 3, batch=(batch,), dtype=F32, seed=5).mdp()
     given = base.to_sparse() if sparse else base
@@ -467,11 +486,10 @@ def test_a_singular_system_spoils_no_other(states: int) -> None:
 
     def solutions(at: slice) -> list[torch.Tensor]:
         mine = transition[at].clone()
-        solved = compiled_solve(
-            mine, None, None, reward[at, None], None, half[at], one[at], None, method=2, validate=0
-        )
+        arguments = dense(mine, reward[at, None], half[at], one[at])
+        solved = kernel_solve(arguments, method=2, validate=0)
         systems = [
-            native.policy_solve(
+            kernel_policy_solve(
                 (mine, None, None), policy[at], half[at], rhs[at], method=2, transpose=transpose
             )[0]
             for transpose in (False, True)
@@ -521,7 +539,7 @@ def corner(
     temperature: float,
     discount: float,
     extras: str = "plain",
-) -> list[Any]:
+) -> dict[str, Any]:
     """Arguments of the kernels, one problem in single precision."""
     case = Case(
         "garnet",
@@ -535,22 +553,22 @@ def corner(
         seed=7 * actions,
     )
     arguments = kernel_arguments(case.mdp(), temperature)
-    size = arguments[3].abs().max().clamp(min=1e-9)  # all of it may lie behind the mask
-    arguments[3] = arguments[3] / size * reward
-    arguments[5].fill_(discount)
+    table = arguments["reward"]
+    size = table.abs().max().clamp(min=1e-9)  # all of it may lie behind the mask
+    arguments["reward"] = table / size * reward
+    arguments["discount"].fill_(discount)
     return arguments
 
 
-def exact_value(arguments: list[Any]) -> np.ndarray:
+def exact_value(arguments: dict[str, Any]) -> np.ndarray:
     """V* by 512 bits; a reference of any size counts as a reward, τ log μ."""
-    transition, _, _, reward, log_reference, discount, temperature = arguments
-    tau, logs = float(temperature), np.zeros(reward.shape[2:])
-    if log_reference is not None:
-        logs = log_reference[0, 0].numpy()
+    reward, log_reference = arguments["reward"][0, 0], arguments["log_reference"]
+    tau = float(arguments["temperature"])
+    logs = np.zeros(reward.shape) if log_reference is None else log_reference[0, 0].numpy()
     model = exact.Model.of(
-        reward[0, 0].numpy(),
-        transition[0].numpy(),
-        discount=float(discount),
+        reward.numpy(),
+        arguments["transition"][0].numpy(),
+        discount=float(arguments["discount"]),
         temperature=tau,
         mask=np.isfinite(logs),
     )
@@ -562,22 +580,22 @@ def exact_value(arguments: list[Any]) -> np.ndarray:
     return exact.solve(dataclasses.replace(model, reward=pays, bits=bits)).floats().value
 
 
-def check_corner(arguments: list[Any]) -> None:
+def check_corner(arguments: dict[str, Any]) -> None:
     """Within the bound of the truth; finite wherever arithmetic in double precision alone is.
 
     An overflow where the tables, which are in single precision, cannot hold it.
     """
-    transition, _, _, reward, *rest = arguments
-    wide = transition.double()
+    wide = arguments["transition"].double()
     total = wide.sum(-1, keepdim=True)
     wide /= total.where(total > 0, 1.0)
-    low = float(rest[1]) < 0.99
-    double = solved([wide, None, None, reward.double(), *rest], 1 if low else 2)
+    low = float(arguments["discount"]) < 0.99
+    reward = arguments["reward"].double()
+    double = solved({**arguments, "transition": wide, "reward": reward}, 1 if low else 2)
     truth = exact_value(arguments)
     for method in (0, 1) if low else (0,):
         found = solved(arguments, method)
         lost = np.abs(truth).max() > torch.finfo(F32).max
-        if rest[0] is None:
+        if arguments["log_reference"] is None:
             lost = lost or bool(found.q.isinf().any())
         assert double.status == Status.CONVERGED
         assert found.status == (Status.NON_FINITE if lost else Status.CONVERGED)
@@ -592,9 +610,9 @@ def check_corner(arguments: list[Any]) -> None:
         torch.testing.assert_close(found.policy.double(), double.policy, rtol=1e-5, atol=1e-7)
 
 
-def solved(arguments: list[Any], method: int = 0) -> Solution:
-    value, q, advantage, policy, log_policy, info, status, _ = compiled_solve(
-        *arguments, None, method=method
+def solved(arguments: dict[str, Any], method: int = 0) -> Solution:
+    value, q, advantage, policy, log_policy, info, status, _ = kernel_solve(
+        arguments, method=method
     )
     return Solution(value, q, policy, log_policy, advantage, info, status)
 
@@ -623,6 +641,7 @@ def test_sizes_and_discounts(states: int, actions: int, extras: str, discount: f
 def test_references_that_single_precision_cannot_hold(reference: float) -> None:
     for every in (False, True):
         arguments = corner(9, 3, 1.0, 0.5, 0.9, "masked")
-        available = arguments[4].isfinite()
-        arguments[4][available & (every | (torch.arange(3) == 1))] = reference
+        logs = arguments["log_reference"]
+        available = logs.isfinite()
+        logs[available & (every | (torch.arange(3) == 1))] = reference
         check_corner(arguments)

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,9 +70,10 @@ def test_every_public_name_is_there_and_documented() -> None:
 def test_what_a_type_checker_sees_is_what_is_loaded_lazily() -> None:
     tree = ast.parse(Path(birl_ext.__file__).read_text())
     (shown,) = (node for node in tree.body if isinstance(node, ast.If))
+    body: list[Any] = shown.body
     seen = {
         alias.name: "" if node.module == "birl_ext" else node.module.removeprefix("birl_ext.")
-        for node in shown.body
+        for node in body
         for alias in node.names
     }
     assert seen == birl_ext._LAZY

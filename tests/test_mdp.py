@@ -286,9 +286,9 @@ def test_compiled_code_draws_the_line_where_python_does(dtype: torch.dtype, stat
         for near, found in ((0.999, Status.CONVERGED), (1.001, status)):
             rows = torch.zeros(states, 1, states, dtype=dtype)
             rows[..., 0], rows[..., 1] = 1, near * number
-            options = {"discount": 0.5, "temperature": 1.0, "on_fail": "status"}
+            options: Any = {"discount": 0.5, "temperature": 1.0, "on_fail": "status"}
             for backend in backends:
-                solved = birl_ext.solve(reward, rows, **options, backend=backend)
+                solved = birl_ext.solve(reward, rows, backend=backend, **options)
                 assert int(solved.status) == found, (backend, near)
             with pytest.raises(errors.BirlError) if found else contextlib.nullcontext():
                 DenseMDP(reward, rows, 0.5)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import FLOATS, Case, compiled_solve, kernel_arguments
+from cases import FLOATS, Case, kernel_arguments, kernel_model, kernel_policy_solve, kernel_solve
 from closeness import assert_close
 from oracle import exact, float64
 from processes import fork
@@ -19,7 +19,7 @@ from torch import Tensor
 import birl_ext
 from birl_ext.errors import DeviceError, DtypeError, ShapeError
 from birl_ext.model.mdp import DenseMDP
-from birl_ext.ops.backends import loader, native
+from birl_ext.ops.backends import loader
 from birl_ext.solution import Info, Solution, Status
 
 if loader.reason("cpu") and os.environ.get("BIRL_REQUIRE_EXT") != "1":
@@ -39,10 +39,13 @@ def solve(*arguments: Any, **options: Any) -> Solution:
 
 def truth(mdp: DenseMDP, temperature: float) -> np.ndarray:
     """V* of one MDP, by 512 bits."""
-    model = exact.Model.of(
-        mdp.reward.numpy(), mdp.transition.numpy(), discount=mdp.discount, temperature=temperature
+    exact_model = exact.Model.of(
+        mdp.reward.numpy(),
+        mdp.transition.numpy(),
+        discount=float(mdp.discount),
+        temperature=temperature,
     )
-    return exact.solve(model).floats().value
+    return exact.solve(exact_model).floats().value
 
 
 # ---- values -------------------------------------------------------------------------------------
@@ -122,8 +125,8 @@ def test_row_sum_tolerance_follows_the_storage(dtype: torch.dtype) -> None:
     inside, outside = (0.5e-5, 4e-5) if dtype == torch.float32 else (0.5e-8, 4e-8)
     for excess, status in ((inside, Status.CONVERGED), (outside, Status.ROW_SUM)):
         arguments = kernel_arguments(Case(dtype=dtype).mdp(), 0.1)
-        arguments[0][0, 1, 0] *= 1 + excess
-        assert compiled_solve(*arguments, None)[6] == status, excess
+        arguments["transition"][0, 1, 0] *= 1 + excess
+        assert kernel_solve(arguments)[6] == status, excess
 
 
 @pytest.mark.parametrize(
@@ -135,9 +138,9 @@ def test_a_bad_reference_is_named_and_spoils_no_other(
 ) -> None:
     """The tensors' borders find it first, unless nobody asked them to."""
     arguments = kernel_arguments(Case(batch=(3,), reference=True).mdp(), 0.1)
-    before = compiled_solve(*arguments, None)
-    arguments[4][(1, 0, *place)] = value
-    after = compiled_solve(*arguments, None)
+    before = kernel_solve(arguments)
+    arguments["log_reference"][(1, 0, *place)] = value
+    after = kernel_solve(arguments)
     assert after[6].flatten().tolist() == [0, status, 0]
     assert after[5][1, 0, Info.PLACE] == (2 if len(place) == 1 else 2 * 3 + 1)
     for one, other in zip(before[:5], after[:5], strict=True):
@@ -162,7 +165,8 @@ def test_policy_solve(case: Case, method: str, sparse: bool) -> None:
     """Errors within the tolerance, or rounding, over 1 − γ; the residual that is told is true."""
     mdp = case.mdp()
     policy = birl_ext.solve(mdp, temperature=1.0).policy.double()
-    *model, _, _, discount, _ = kernel_arguments(mdp.to_sparse() if sparse else mdp, 1.0)
+    model = kernel_model(mdp.to_sparse() if sparse else mdp)
+    discount = kernel_arguments(mdp, 1.0)["discount"]
     pi = (policy / policy.sum(-1, keepdim=True)).view(1, -1, case.states, case.actions)
     rhs = torch.randn(*pi.shape[:2], 3, case.states, dtype=F64)
     rhs[:, :, 1] = rhs[:, :, 1].abs()
@@ -170,8 +174,7 @@ def test_policy_solve(case: Case, method: str, sparse: bool) -> None:
     for transpose in (False, True):
         order = 1 if transpose else np.inf
         for tol in (0.0, 1e-6):
-            found, residual, failed = native.policy_solve(
-                model, pi, discount, rhs,
+            found, residual, failed = kernel_policy_solve(model, pi, discount, rhs,
                 transpose=transpose, method=METHODS[method], tol=tol,
             )  # fmt: skip
             assert failed == 0
@@ -217,21 +220,23 @@ def test_direct_occupancy_is_non_negative_to_full_relative_accuracy() -> None:
 def test_policy_that_does_not_sum_to_one_is_taken_as_given() -> None:
     """Finite differences with respect to the policy leave the simplex."""
     mdp = Case("garnet", 20, 3).mdp()
-    *model, _, _, discount, _ = kernel_arguments(mdp, 1.0)
+    model = kernel_model(mdp)
+    discount = torch.full((1, 1), 0.9, dtype=F64)
     policy = torch.rand(1, 1, 20, 3, dtype=F64).softmax(-1) * 1.01
     rhs = torch.randn(1, 1, 1, 20, dtype=F64)
-    system = float64.policy_system(policy[0, 0].numpy(), mdp.transition.numpy(), mdp.discount)
+    system = float64.policy_system(policy[0, 0].numpy(), mdp.transition.numpy(), 0.9)
     want = float64.refined(system, rhs.flatten().numpy())
     for name, method in METHODS.items():
-        found, _, failed = native.policy_solve(model, policy, discount, rhs, method=method)
+        found, _, failed = kernel_policy_solve(model, policy, discount, rhs, method=method)
         assert failed == 0
         assert_close(found.flatten(), want, bound=1e-12, label=name)
 
 
 def test_no_right_hand_side_is_a_right_number_of_them() -> None:
-    *model, _, _, discount, _ = kernel_arguments(Case().mdp(), 1.0)
+    model = kernel_model(Case().mdp())
+    discount = torch.full((1, 1), 0.9, dtype=F64)
     policy, nothing = torch.full((1, 1, 6, 3), 1 / 3).double(), torch.zeros(1, 1, 0, 6).double()
-    assert native.policy_solve(model, policy, discount, nothing)[2] == 0
+    assert kernel_policy_solve(model, policy, discount, nothing)[2] == 0
 
 
 # ---- form ---------------------------------------------------------------------------------------
@@ -244,11 +249,11 @@ def test_a_forked_child_solves_with_threads() -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        expected = compiled_solve(*arguments, None)
+        expected = kernel_solve(arguments)
 
         def work() -> None:
             signal.alarm(20)  # a child that waits for ever is killed
-            found = compiled_solve(*arguments, None)
+            found = kernel_solve(arguments)
             assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
         _, status = os.waitpid(fork(work), 0)
@@ -259,20 +264,18 @@ def test_a_forked_child_solves_with_threads() -> None:
 
 def test_wrapper_refuses_what_the_kernel_would_misread() -> None:
     arguments = kernel_arguments(Case(states=5, actions=2).mdp(), 0.1)
-    transition, reward = arguments[0], arguments[3]
-    refused: list[tuple[int, Tensor, type[Exception]]] = [
-        (0, transition.half(), DtypeError),
-        (0, transition.transpose(1, 3), ShapeError),
-        (0, transition.transpose(2, 3).contiguous().transpose(2, 3), ShapeError),
-        (3, reward.float(), DtypeError),
-        (3, reward.to("meta"), DeviceError),
-        (5, torch.zeros(1, 2, dtype=F64), ShapeError),
+    transition, reward = arguments["transition"], arguments["reward"]
+    refused: list[tuple[str, Tensor, type[Exception]]] = [
+        ("transition", transition.half(), DtypeError),
+        ("transition", transition.transpose(1, 3), ShapeError),
+        ("transition", transition.transpose(2, 3).contiguous().transpose(2, 3), ShapeError),
+        ("reward", reward.float(), DtypeError),
+        ("reward", reward.to("meta"), DeviceError),
+        ("discount", torch.zeros(1, 2, dtype=F64), ShapeError),
     ]
-    for place, tensor, error in refused:
-        wrong = list(arguments)
-        wrong[place] = tensor
+    for name, tensor, error in refused:
         with pytest.raises(error):
-            compiled_solve(*wrong, torch.zeros(1, 1, 5, dtype=F64))
+            kernel_solve({**arguments, name: tensor})
 
 
 def test_interrupt_ends_a_long_solve() -> None:

@@ -15,9 +15,12 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext.errors import IllConditionedWarning
+from birl_ext.options import BackendName
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-BACKENDS = ["cpu", "torch"] if birl_ext.ops.backends.choice.unavailable("cpu") == "" else ["torch"]
+BACKENDS: list[BackendName] = (
+    ["cpu", "torch"] if birl_ext.ops.backends.choice.unavailable("cpu") == "" else ["torch"]
+)
 NAMES = ("reward", "transition", "reference", "discount", "temperature")
 
 
@@ -44,7 +47,7 @@ def ring(states: int) -> Tensor:
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("states", [1, 2, 9, 33, 300])
 def test_a_constant_added_to_the_reward_moves_no_policy(
-    states: int, sparse: bool, graph: bool, backend: str
+    states: int, sparse: bool, graph: bool, backend: BackendName
 ) -> None:
     if (states, sparse, backend) == (300, True, "torch"):
         pytest.skip("takes seconds")
@@ -61,7 +64,7 @@ def test_a_constant_added_to_the_reward_moves_no_policy(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("states", [3, 12, 40])
-def test_first_and_second_derivatives(states: int, backend: str) -> None:
+def test_first_and_second_derivatives(states: int, backend: BackendName) -> None:
     rng = np.random.default_rng(states)
     rows = chain(states, 2, states)
     for gap, tau, name in zip(
@@ -121,7 +124,7 @@ def test_first_and_second_derivatives(states: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_occupancy_by_the_discount(backend: str) -> None:
+def test_occupancy_by_the_discount(backend: BackendName) -> None:
     states, rows = 5, chain(5)
     policy = torch.full((states, 2), 0.5, dtype=torch.float64)
     start = torch.zeros(states, dtype=torch.float64)
@@ -134,7 +137,7 @@ def test_occupancy_by_the_discount(backend: str) -> None:
                 policy, rows, discount=gamma, initial_distribution=start, backend=backend
             )
 
-        (slope,) = torch.func.jvp(share, (gamma,), (torch.ones_like(gamma),))[1:]
+        slope = torch.func.jvp(share, (gamma,), (torch.ones_like(gamma),))[1]
         # d = (1 − γ)ρ + γ P_πᵀd, derived: the remainder mixes, and its sum is zero
         moves = (policy.unsqueeze(-1) * rows).sum(1)
         found = share(gamma)
@@ -150,7 +153,7 @@ def test_occupancy_by_the_discount(backend: str) -> None:
 @pytest.mark.parametrize("graph", [False, True], ids=["first order", "create_graph"])
 @pytest.mark.parametrize("states", [6, 33, 300])
 def test_parts_that_are_hardly_ever_left_are_said_to_be_ill_conditioned(
-    states: int, graph: bool, backend: str
+    states: int, graph: bool, backend: BackendName
 ) -> None:
     def conditions(rows: Tensor) -> list[float]:
         reward = torch.rand(
@@ -199,7 +202,7 @@ def test_a_problem_does_not_know_its_neighbours() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_process_that_ends_slowly_has_few_digits_at_second_order_and_says_so(
-    backend: str,
+    backend: BackendName,
 ) -> None:
     """No mass is known beforehand where a process ends: what 1/p magnifies is magnified again."""
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import untyped
 
 import birl_ext
 from birl_ext.nn import SoftPlanner
 
 
-def planner(dtype: torch.dtype, **options: bool) -> SoftPlanner:
+def planner(dtype: torch.dtype, **options: Any) -> SoftPlanner:
     rows = torch.rand(5, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     transition = (rows / rows.sum(-1, keepdim=True)).to(dtype)
     return SoftPlanner(discount=0.9, temperature=0.1, transition=transition, **options)
@@ -103,7 +104,7 @@ def test_former_state_dicts_are_read(learn: bool, assign: bool) -> None:
     """Those in which log τ has no axis and is float64, and which hold no mask and the like."""
     layer = torch.nn.Sequential(restricted(learn_temperature=learn))
     state = {"0.log_temperature": torch.tensor(math.log(0.3), dtype=torch.float64)}
-    state["0.transition"] = layer[0].transition.flip(0)
+    state["0.transition"] = untyped(layer[0].transition).flip(0)
     layer.load_state_dict(state, assign=assign)
     assert layer[0].log_temperature.shape == (1,)
     want = restricted()
@@ -115,7 +116,7 @@ def test_former_state_dicts_are_read(learn: bool, assign: bool) -> None:
 @pytest.mark.parametrize("name", ["transition", "mask", "terminal", "reference", "initial"])
 def test_what_is_no_tensor_is_refused(name: str) -> None:
     with pytest.raises(birl_ext.errors.DtypeError, match=f"E302 {name} is"):
-        SoftPlanner(discount=0.9, temperature=0.1, **{name: [1.0, 0.0]})
+        SoftPlanner(discount=0.9, temperature=0.1, **untyped({name: [1.0, 0.0]}))
 
 
 def test_discount_and_temperature_are_scheduled() -> None:
@@ -185,4 +186,4 @@ def test_a_sparse_transition() -> None:
 @pytest.mark.parametrize(("name", "near"), [("max_iteration", "use max_iterations"), ("xyz", "")])
 def test_an_unknown_option_is_refused_at_once(name: str, near: str) -> None:
     with pytest.raises(birl_ext.errors.OptionError, match=f"no option '{name}'.*{near}"):
-        SoftPlanner(discount=0.9, temperature=0.1, **{name: 3})
+        SoftPlanner(discount=0.9, temperature=0.1, **untyped({name: 3}))

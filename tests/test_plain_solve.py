@@ -65,7 +65,7 @@ def answers(case: Case, mdp: Any) -> tuple[Solution, list[Tensor]]:
         total = total + (weight * table.where(table > -torch.inf, 0.0)).sum()
     first = torch.autograd.grad(total, leaves, create_graph=True)
     second = torch.autograd.grad(
-        sum(slope.sin().sum() for slope in first), leaves, retain_graph=True
+        torch.stack([slope.sin().sum() for slope in first]).sum(), leaves, retain_graph=True
     )
     plainly = torch.autograd.grad(total, leaves)
     return solution, [*first, *second, *plainly]

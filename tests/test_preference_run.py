@@ -20,6 +20,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from cases import untyped
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from gymnasium.spaces import Box, Discrete
 from preference_run import TIMED, make_job
@@ -238,7 +239,7 @@ def test_reward_accuracy_is_measured_on_answers_not_learned_from(
 
     added: list[int] = []
     job = make_job()
-    plain = module.evaluate
+    plain = untyped(module).evaluate
     monkeypatch.setattr(
         module, "evaluate", lambda *given: (added.append(job.learner.steps), plain(*given))[1]
     )
@@ -338,7 +339,7 @@ class Clouded(CartPoleEnv):
 
 @pytest.mark.filterwarnings("default:.*found any fragment better than another:UserWarning")
 def test_answers_that_carry_nothing_are_said_to() -> None:
-    gymnasium.register("Clouded-v0", Clouded, max_episode_steps=50)
+    gymnasium.register("Clouded-v0", untyped(Clouded), max_episode_steps=50)
     words = "Clouded-v0: the oracle teacher has not found any fragment better than another"
     try:
         job = make_job(env="Clouded-v0", teacher="oracle")
@@ -526,7 +527,7 @@ def test_a_failing_environment_leaves_a_checkpoint_to_go_on_from(
         again = make_job(**changes)
         run(again, directory, checkpoint_every=1)
         gymnasium.registry.pop(name)
-        gymnasium.register(name, Fragile, max_episode_steps=500)
+        gymnasium.register(name, untyped(Fragile), max_episode_steps=500)
         whole = make_job(env=name)
         for row in directory.history():
             expected = {key: value for key, value in untimed(row).items() if key != "step"}

@@ -124,7 +124,9 @@ def test_an_empty_episode_has_no_fragments():
 
 
 def test_pairs_are_selected_with_all_their_parts():
-    pairs = Pairs(*(fragments_with(torch.randn(5, 2)) for _ in range(2)), torch.rand(5))
+    pairs = Pairs(
+        fragments_with(torch.randn(5, 2)), fragments_with(torch.randn(5, 2)), torch.rand(5)
+    )
     some = pairs.select(torch.tensor([4, 1]))
     assert len(pairs) == 5
     assert len(some) == 2
@@ -335,7 +337,7 @@ def test_disagreement_asks_where_the_spread_of_the_probabilities_is_largest():
 def test_uniform_queries_are_distinct_and_even():
     first, second = candidates(torch.zeros(10))
     generator = torch.Generator().manual_seed(0)
-    times = Counter()
+    times: Counter[int] = Counter()
     for _ in range(2000):
         chosen = Uniform()(first, second, 3, generator).tolist()
         assert len(set(chosen)) == 3

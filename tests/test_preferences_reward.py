@@ -8,10 +8,13 @@ import copy
 import io
 import math
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cases import untyped
 from preference_cases import fragments_with
 from torch import nn
 
@@ -40,6 +43,11 @@ from birl_ext.runs.checkpoint import CheckpointStore
 SIDE = 43
 
 
+def weight(model: Any) -> torch.nn.Parameter:
+    """Of a reward that is one linear layer."""
+    return untyped(model.body.weight)
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -57,7 +65,7 @@ def pixel_pairs(count: int, steps: int) -> Pairs:
         fragments_with(torch.randn(count, steps))._asdict() | {"observation": pixels(count, steps)}
         for _ in range(2)
     ]
-    return Pairs(*(Fragments(**side) for side in sides), torch.randint(2, (count,)).float())
+    return Pairs(Fragments(**sides[0]), Fragments(**sides[1]), torch.randint(2, (count,)).float())
 
 
 def linear_pairs(count: int, *, seed: int = 1) -> Pairs:
@@ -198,7 +206,7 @@ def test_the_networks_are_their_formula():
 
     table = RewardNetwork.table(4, 3)
     with torch.no_grad():
-        table.body.weight.copy_(torch.arange(12.0).view(4, 3))
+        weight(table).copy_(torch.arange(12.0).view(4, 3))
     assert table(torch.tensor([3, 0]), torch.tensor([2, 1])).tolist() == [11, 1]
 
 
@@ -208,7 +216,7 @@ def test_the_published_network_has_its_shape():
     convolutions = 16 * (4 * 49 + 16 * 25 + 16 * 9 + 16 * 9) + 4 * 16 + 4 * 2 * 16
     linear = 16 * 7 * 7 * 64 + 64 + 64 * 9 + 9
     assert sum(part.numel() for part in model.parameters()) == convolutions + linear
-    kinds = Counter(type(module).__name__ for module in model.body)
+    kinds = Counter(type(module).__name__ for module in untyped(model.body))
     assert kinds == {
         "Conv2d": 4,
         "BatchNorm2d": 4,
@@ -217,7 +225,7 @@ def test_the_published_network_has_its_shape():
         "Flatten": 1,
         "Linear": 2,
     }
-    assert {module.p for module in model.body if isinstance(module, nn.Dropout)} == {0.5}
+    assert {module.p for module in untyped(model.body) if isinstance(module, nn.Dropout)} == {0.5}
     observation = torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8)
     assert model.all_actions(observation).shape == (2, 9)
     with pytest.raises(ShapeError, match="43 × 43 or larger"):
@@ -260,7 +268,7 @@ def test_wrong_shapes_are_refused():
 def constant(*values: float) -> RewardNetwork:
     model = RewardNetwork.table(1, len(values))
     with torch.no_grad():
-        model.body.weight.copy_(torch.tensor([values]))
+        weight(model).copy_(torch.tensor([values]))
     return model
 
 
@@ -285,9 +293,9 @@ def test_normalisation_is_part_of_the_state_and_constant_in_between():
     assert torch.allclose(model(state, action), want)
     assert torch.allclose(model.all_actions(state)[0], want)
     model(state[:1], action[2:]).sum().backward()
-    assert torch.allclose(inner.body.weight.grad, torch.tensor([[0, 0, 1 / root]]))
+    assert torch.allclose(untyped(weight(inner).grad), torch.tensor([[0, 0, 1 / root]]))
     with torch.no_grad():
-        inner.body.weight.mul_(2)
+        weight(inner).mul_(2)
     assert torch.allclose(model(state, action), torch.tensor([-3.0, 5.0, 13.0]) / root)
     other = NormalisedReward(constant(0.0, 0.0, 0.0), centre=True)
     other.load_state_dict(model.state_dict())
@@ -308,7 +316,7 @@ def test_a_constant_reward_is_not_scaled_by_its_rounding(dtype):
         model.measure(state, action)
         assert float(model.scale) == 1, value
         with torch.no_grad():  # what a network computes of equal inputs may differ by as much
-            inner.body.weight[0, 1] *= 1 + 2 * torch.finfo(dtype).eps
+            weight(inner)[0, 1] *= 1 + 2 * torch.finfo(dtype).eps
         model.measure(state, action)
         assert float(model.scale) == 1, value
 
@@ -331,7 +339,7 @@ def test_the_scale_is_not_taken_from_nothing_or_from_what_is_not_finite():
     with pytest.raises(OptionError, match="the sample has no steps"):
         model.measure(state[:0], action[:0])
     for bad in (math.nan, math.inf, -math.inf):
-        model.reward.body.weight.data[0, 1] = bad
+        weight(model.reward).data[0, 1] = bad
         with pytest.raises(NonFiniteInputError, match=f"reward is {bad} at row 1 of the sample"):
             model.measure(state, action)
     for name in ("shift", "scale"):
@@ -341,7 +349,7 @@ def test_the_scale_is_not_taken_from_nothing_or_from_what_is_not_finite():
 def test_a_policy_of_the_normalised_reward_is_one_of_the_inner_reward_at_another_temperature():
     """Of one step, and of an infinite horizon, solved exactly."""
     inner = RewardNetwork.table(3, 2).double()
-    torch.nn.init.normal_(inner.body.weight, std=5.0)
+    torch.nn.init.normal_(weight(inner), std=5.0)
     state, tau = torch.arange(3), 0.7
     model = NormalisedReward(inner, centre=True)
     model.measure(state.repeat(2), torch.tensor([0, 0, 0, 1, 1, 1]))
@@ -349,7 +357,7 @@ def test_a_policy_of_the_normalised_reward_is_one_of_the_inner_reward_at_another
     assert inner_tau > 2 * tau
     with torch.no_grad():
         ours, inners = model.all_actions(state), inner.all_actions(state)
-    close = {"rtol": 0, "atol": 1e-12}
+    close: dict[str, Any] = {"rtol": 0, "atol": 1e-12}
     torch.testing.assert_close((ours / tau).softmax(-1), (inners / inner_tau).softmax(-1), **close)
     process = torch.rand(3, 2, 3, dtype=torch.float64).softmax(-1)
     one, other = (
@@ -362,7 +370,7 @@ def test_a_policy_of_the_normalised_reward_is_one_of_the_inner_reward_at_another
 # Buffer
 
 
-def numbered(numbers: list[float]) -> tuple[Fragments, Fragments, torch.Tensor]:
+def numbered(numbers: Sequence[float]) -> tuple[Fragments, Fragments, torch.Tensor]:
     value = torch.tensor(numbers, dtype=torch.float32)
     sides = [fragments_with(value[:, None].repeat(1, 2) + shift) for shift in (0, 1000)]
     return sides[0], sides[1], (value.long() % 2).float()
@@ -379,7 +387,8 @@ def contents(buffer: PreferenceBuffer) -> list[int]:
 
 
 def test_the_oldest_pairs_make_room():
-    buffer, model, number = PreferenceBuffer(7), [], 0
+    model: list[Any] = []
+    buffer, number = PreferenceBuffer(7), 0
     for size in (3, 0, 5, 1, 20, 2, 7, 6):
         numbers = list(range(number, number + size))
         number += size
@@ -533,7 +542,7 @@ def test_a_step_of_fitting_is_a_step_on_the_mean_loss():
     loss.backward()
     assert abs(found.training.loss - float(loss.detach())) < 1e-6
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(ours, theirs - 0.1 * theirs.grad, atol=1e-6)
+        assert torch.allclose(ours, theirs - 0.1 * untyped(theirs.grad), atol=1e-6)
 
 
 def test_fitting_finds_the_reward_behind_the_answers():
@@ -569,13 +578,13 @@ def test_members_see_orders_of_their_own_and_every_pair_once():
 
     class Watched(RewardNetwork):
         def forward(self, observation, action):
-            seen[self.number].append(float(observation[0, 0]))
+            seen[untyped(self.number)].append(float(observation[0, 0]))
             return super().forward(observation, action)
 
     members = []
     for number in range(3):
         member = Watched(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), actions=2)
-        member.number = number
+        untyped(member).number = number
         members.append(member)
         seen.append([])
     model = RewardEnsemble(members)
@@ -630,7 +639,7 @@ def test_an_ensemble_inside_another_model_is_not_fitted(around):
     assert_same(before, everything_in(model))
     assert generator.get_state().equal(seeded().get_state())
     fit(inner, linear_pairs(6), optimiser, generator)
-    single = NormalisedReward(inner.members[0])
+    single = NormalisedReward(untyped(inner.members[0]))
     fit(single, linear_pairs(6), optimiser, generator)
 
 
@@ -682,11 +691,11 @@ def test_fitting_resumes_to_the_same_bits(tmp_path):
 def test_fitting_is_in_training_mode_and_validation_is_not():
     pairs, model = pixel_pairs(6, 2), small_cnn()
     seen = []
-    model.body[0].register_forward_hook(lambda layer, *_: seen.append(layer.training))
+    untyped(model.body)[0].register_forward_hook(lambda layer, *_: seen.append(layer.training))
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
     fit(model, pairs, optimiser, seeded(), batch_size=3, epochs=2, validation=pairs)
     assert seen == [True, True, False, False] * 2
-    assert int(model.body[1].num_batches_tracked) == 4
+    assert int(untyped(model.body)[1].num_batches_tracked) == 4
 
 
 def test_a_reward_is_in_evaluation_mode_after_a_fit_that_failed():
@@ -757,8 +766,8 @@ def test_the_loss_reaches_the_parameters_through_two_derivatives():
     slopes = torch.autograd.grad(loss(0.0), list(model.parameters()), create_graph=True)
     slope = sum((a * b).sum() for a, b in zip(slopes, direction, strict=True))
     numeric = float((loss(1e-5) - loss(-1e-5)).detach()) / 2e-5
-    assert abs(float(slope.detach()) - numeric) < 1e-8
-    bends = torch.autograd.grad(slope, list(model.parameters()))
+    assert abs(float(untyped(slope).detach()) - numeric) < 1e-8
+    bends = torch.autograd.grad(untyped(slope), list(model.parameters()))
     bend = float(sum((a * b).sum() for a, b in zip(bends, direction, strict=True)))
     numeric = float((loss(1e-3) - 2 * loss(0.0) + loss(-1e-3)).detach()) / 1e-6
     assert abs(bend - numeric) < 1e-4 * max(1, abs(numeric))

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_origin, get_type_hints
 
 import pytest
 import torch
+from cases import untyped
 from closeness import assert_close, assert_same_bits
 from torch import Tensor
 
@@ -117,7 +118,7 @@ def test_the_exact_mode_needs_fewer_steps(seed: int) -> None:
 @pytest.mark.parametrize("mode", ["published", "exact"])
 def test_a_low_temperature_stays_finite(mode: str) -> None:
     """The authors' code overflows at τ = 0.01, where rewards are a thousand temperatures."""
-    job = RandomMDPJob(RandomMDPConfig(mode=mode, temperature=0.01, max_steps=200))
+    job = RandomMDPJob(RandomMDPConfig(mode=untyped(mode), temperature=0.01, max_steps=200))
     for row in finished(job):
         assert row.pop("certified_error") > 0  # infinite where nothing is known, never NaN
         assert all(math.isfinite(value) for value in row.values()), row
@@ -130,7 +131,7 @@ def test_an_instance_belongs_to_its_seed() -> None:
     for seed in (3, 3, 4):
         problem, start = random_mdp_problem(RandomMDPConfig(seed=seed))
         mdp = problem.lower(start)
-        parts.append((mdp.reward, mdp.transition, start))
+        parts.append((mdp.reward, untyped(mdp).transition, start))
     for one, same, other in zip(*parts, strict=True):
         assert_same_bits(same, one, label="same seed")
         assert not torch.equal(other, one)
@@ -144,7 +145,7 @@ def test_an_instance_is_as_the_sheet_says() -> None:
     zero = torch.zeros_like(start)
     assert float(problem.objective(zero, 1.0)) == pytest.approx(1.0, abs=1e-12)
     mdp = problem.lower(start)
-    support = (mdp.transition > 0).sum(-1)
+    support = (untyped(mdp).transition > 0).sum(-1)
     assert support.min() >= 1
     assert support.max() <= 9
     doubled = problem.lower(2 * start).reward
@@ -210,7 +211,7 @@ def test_bus_standard_errors_are_those_of_the_inverse_hessian(bus: Any) -> None:
 @pytest.mark.parametrize("cost", ["sqrt", "hyperbolic", "quadratic", "cubic"])
 def test_other_costs_reach_a_stationary_point(cost: str) -> None:
     """Costs with more parameters nest the linear one, or come close, so they fit no worse."""
-    job = BusJob(BusConfig(cost=cost))
+    job = BusJob(BusConfig(cost=untyped(cost)))
     history = finished(job)
     summary = job.summary()
     assert len(history) < 200
@@ -614,7 +615,7 @@ def test_figures_of_small_tables_are_drawn(states: int, tmp_path: Path) -> None:
         for draw in figures.values():
             draw()
         bars = figures["replacement_probability"]().axes[0].containers[0]
-    shown = [float(y) for y in bars.lines[0].get_ydata()]
+    shown = [float(y) for y in untyped(bars).lines[0].get_ydata()]
     assert len(shown) == -(-states // 5)
     months = torch.tensor([[50 - s, 3 + 2 * s] for s in range(states)]).split(5)
     want = [float(part[:, 1].sum() / part.sum()) for part in months]
@@ -641,7 +642,7 @@ def test_a_learning_rate_of_zero_is_not_the_default() -> None:
 )
 @pytest.mark.parametrize("mode", ["exact", "published"])
 @pytest.mark.filterwarnings("ignore::birl_ext.errors.AccuracyWarning")
-def test_no_row_of_a_run_is_certified_without_a_gradient(settings: Any, mode: str) -> None:
+def test_no_row_of_a_run_is_certified_without_a_gradient(settings: Any, mode: Any) -> None:
     """A gradient that is NaN ends the run at its step: it was certified with relative error 0."""
     job = RandomMDPJob(RandomMDPConfig(states=4, dimension=3, max_steps=30, mode=mode, **settings))
     rows = []

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import FLOATS, Case, kernel_arguments
+from cases import FLOATS, Case, kernel_model, kernel_policy_solve
 from oracle import float64
 from torch import Tensor
 
 from birl_ext.model.mdp import DenseMDP
-from birl_ext.ops.backends import loader, native
+from birl_ext.ops.backends import loader
 
 if loader.reason("cpu") and os.environ.get("BIRL_REQUIRE_EXT") != "1":
     pytest.skip(f"no compiled CPU module: {loader.reason('cpu')}", allow_module_level=True)
@@ -33,13 +33,13 @@ class Systems:
     def __init__(self, mdp: DenseMDP, problems: int = 1, *, sparse: bool = False) -> None:
         self.mdp, (states, actions) = mdp, mdp.reward.shape[-2:]
         model = mdp.to_sparse() if sparse else mdp
-        self.model = kernel_arguments(model, 1.0)[:3]
+        self.model = kernel_model(model)
         self.discount = torch.full((1, problems), float(mdp.discount), dtype=F64)
         weights = torch.rand(1, problems, states, actions, dtype=F64)
         self.policy = weights / weights.sum(-1, keepdim=True)
 
     def solve(self, rhs: Tensor, **options: Any) -> tuple[Tensor, Tensor, int]:
-        return native.policy_solve(*self.model, self.policy, self.discount, rhs, **options)
+        return kernel_policy_solve(self.model, self.policy, self.discount, rhs, **options)
 
     def rhs(self, count: int) -> Tensor:
         return torch.randn(*self.policy.shape[:2], count, self.policy.shape[2], dtype=F64)
@@ -59,8 +59,9 @@ def hub(states: int, discount: float) -> DenseMDP:
 
 
 def systems(name: str, dtype: torch.dtype = F64) -> Systems:
-    def case(*shape: Any, **options: Any) -> DenseMDP:
-        return Case(*shape, dtype=dtype, seed=1, **{"discount": 0.99, **options}).mdp()
+    def case(kind: str, states: int, actions: int, **options: Any) -> DenseMDP:
+        options = {"discount": 0.99, "dtype": dtype, "seed": 1, **options}
+        return Case(kind, states, actions, **options).mdp()
 
     match name:
         case "small":

@@ -15,9 +15,10 @@ from oracle import exact
 
 import birl_ext
 from birl_ext import Status
+from birl_ext.options import BackendName, MethodName
 from birl_ext.solution import Info, Kernel
 
-BACKENDS = ["auto", "torch"]
+BACKENDS: list[BackendName] = ["auto", "torch"]
 Array = np.ndarray
 
 
@@ -71,10 +72,14 @@ def penalised(kind: str, size: float, states: int, seed: int) -> tuple[Array, Ar
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [-1e3, -1e6, -1e9, -1e12, -1e15, 1e12])
 @pytest.mark.parametrize("kind", ["action", "wall", "unreachable", "constant"])
-def test_a_large_number_costs_other_states_no_digit(kind: str, size: float, backend: str) -> None:
+def test_a_large_number_costs_other_states_no_digit(
+    kind: str, size: float, backend: BackendName
+) -> None:
     if kind == "action":
         size = -abs(size)
-    for states, seed, method in ((12, 0, "auto"), (12, 1, "value-iteration"), (150, 2, "auto")):
+    drawn: list[tuple[int, int, MethodName]]
+    drawn = [(12, 0, "auto"), (12, 1, "value-iteration"), (150, 2, "auto")]
+    for states, seed, method in drawn:
         reward, transition, seen = penalised(kind, size, states, seed)
         want = penalised_policy(kind, size, states, seed)
         for sparse in (False, True):
@@ -90,7 +95,7 @@ def test_a_large_number_costs_other_states_no_digit(kind: str, size: float, back
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_large_number_costs_float32_no_digit(dtype: torch.dtype, backend: str) -> None:
+def test_a_large_number_costs_float32_no_digit(dtype: torch.dtype, backend: BackendName) -> None:
     for kind in ("action", "wall", "unreachable"):
         reward, transition, seen = penalised(kind, -1e12, 12, 3)
         given = torch.tensor(reward, dtype=dtype), torch.tensor(transition, dtype=dtype)
@@ -102,7 +107,7 @@ def test_a_large_number_costs_float32_no_digit(dtype: torch.dtype, backend: str)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["action", "wall", "unreachable"])
-def test_a_tolerance_follows_the_values_that_matter(kind: str, backend: str) -> None:
+def test_a_tolerance_follows_the_values_that_matter(kind: str, backend: BackendName) -> None:
     for size in (-1e6, -1e9, -1e15):
         for tol in (1e-3, 1e-6, 1e-9):
             reward, transition, seen = penalised(kind, size, 12, 4)
@@ -119,18 +124,26 @@ def test_a_tolerance_follows_the_values_that_matter(kind: str, backend: str) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("states", [6, 140])
-def test_any_start_ends_in_the_same_solution(states: int, dtype: torch.dtype, backend: str) -> None:
+def test_any_start_ends_in_the_same_solution(
+    states: int, dtype: torch.dtype, backend: BackendName
+) -> None:
     rng = np.random.default_rng(0)
     reward = torch.tensor(rng.random((states, 3)), dtype=dtype)
     transition = torch.tensor(transitions(rng, states, 3), dtype=dtype)
     noise = torch.tensor(rng.standard_normal(states))
     options: dict[str, Any] = {"discount": 0.99, "temperature": 0.1, "backend": backend}
     want = birl_ext.solve(reward, transition, **options)
-    methods = ["auto", "value-iteration", "newton", "newton-krylov", "policy-iteration"]
+    methods: list[MethodName] = [
+        "auto",
+        "value-iteration",
+        "newton",
+        "newton-krylov",
+        "policy-iteration",
+    ]
     for power in (16, 18, 20, 160, 300, 308):
         for start in (torch.ones(states).double(), -torch.ones(states).double(), noise):
             initial = start.clamp(-1, 1) * 10.0**power
-            for method in methods if power == 300 else ["auto"]:
+            for method in methods if power == 300 else methods[:1]:
                 for tol in (None, 1e-6) if power == 18 else (None,):
                     found = birl_ext.solve(
                         reward, transition, initial=initial, method=method, tol=tol, **options
@@ -178,7 +191,7 @@ def test_a_warm_float32_problem_is_the_same_in_company() -> None:
 
 
 @pytest.mark.parametrize("method", ["value-iteration", "policy-iteration", "auto"])
-def test_a_masked_action_does_not_cost_the_constant_mode(method: str) -> None:
+def test_a_masked_action_does_not_cost_the_constant_mode(method: MethodName) -> None:
     rng = np.random.default_rng(0)
     reward = torch.from_numpy(rng.random((20, 3)))
     transition = torch.from_numpy(transitions(rng, 20, 3, 1.0))
@@ -203,7 +216,7 @@ def test_on_torch_a_neighbour_changes_no_passes() -> None:
         mask[..., 0] = True
         start = 100 * size[..., 0] * torch.randn(5, states, generator=random, dtype=torch.float64)
         start[::2] = 0
-        given = {"mask": mask, "initial": start}
+        given: dict[str, Any] = {"mask": mask, "initial": start}
         for method in ("auto", "newton-krylov", "policy-iteration", "value-iteration"):
             options: dict[str, Any] = {
                 **{"discount": 0.9, "temperature": 0.2, "method": method},
@@ -211,7 +224,7 @@ def test_on_torch_a_neighbour_changes_no_passes() -> None:
             }
             whole = birl_ext.solve(reward, transition, **given, **options)
             for i in range(5):
-                own = {name: x[i].clone() for name, x in given.items()}
+                own: dict[str, Any] = {name: x[i].clone() for name, x in given.items()}
                 alone = birl_ext.solve(reward[i].clone(), transition[i].clone(), **own, **options)
                 assert alone.iterations == whole.iterations[i], (states, method)
                 assert alone.status == whole.status[i]
@@ -230,7 +243,7 @@ def test_certificates_of_one_pass_agree(ending: bool) -> None:
         reward = torch.from_numpy(rng.standard_normal((states, 3)))
         transition = torch.from_numpy(transitions(rng, states, 3))
         initial = torch.from_numpy(rng.standard_normal(states))
-        marks: dict[str, torch.Tensor] = {}
+        marks: dict[str, Any] = {}
         if masked:
             marks["mask"] = torch.from_numpy(rng.random((states, 3)) < 0.7)
             marks["mask"][:, 0] = True
@@ -306,7 +319,14 @@ def drawn(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return data, options
 
 
-METHODS = ["auto", "auto", "value-iteration", "newton", "newton-krylov", "policy-iteration"]
+METHODS: list[MethodName] = [
+    "auto",
+    "auto",
+    "value-iteration",
+    "newton",
+    "newton-krylov",
+    "policy-iteration",
+]
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -315,7 +335,7 @@ def test_every_bound_holds_on_a_thousand_problems(part: int) -> None:
     for seed in range(part, 1000, PARTS):
         data, options = drawn(seed)
         truth = exact.solve(exact.Model.of(**data))
-        tensors = {
+        tensors: dict[str, Any] = {
             name: torch.from_numpy(x) if isinstance(x, Array) else x for name, x in data.items()
         }
         logs = [x for x in truth.log_policy if x is not None]
@@ -349,7 +369,7 @@ def distances(found: torch.Tensor, truth: list[Any]) -> Array:
     [(50, 3e4, 1), (50, 3e3, 2), (200, 1e5, 1), (16, 2e3, 1), (50, 1e9, 10)],
 )
 def test_few_states_with_small_values_keep_their_digits(
-    states: int, factor: float, small: int, backend: str
+    states: int, factor: float, small: int, backend: BackendName
 ) -> None:
     """However few they are: those of the small states alone, which never touch the others. `tol` is
     theirs too where they are a sixteenth of all.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import untyped
 from torch import Tensor
 
 import birl_ext
@@ -105,9 +106,11 @@ def estimates(
     loss = pair_loss(table, problem.truth, first, second)
     scores = sum(score(problem.reward, problem.follower, *path) for path in paths)
     assert isinstance(scores, Tensor)
-    found = []
+    found: list[Any] = []
     for baseline in baselines:
-        surrogate = trajectory_surrogate(loss, scores, temperature=TEMPERATURE, baseline=baseline)
+        surrogate = trajectory_surrogate(
+            loss, scores, temperature=TEMPERATURE, baseline=untyped(baseline)
+        )
         found += torch.autograd.grad(surrogate, problem.x, retain_graph=True)
     return found
 
@@ -222,7 +225,7 @@ def test_what_happens_before_a_fragment_is_part_of_the_truth() -> None:
         return loss(s1[:, 2:], a1[:, 2:], s2[:, 2:], a2[:, 2:])
 
     found, expected = (
-        exact_pair_objective(mdp, of, temperature=TEMPERATURE, **steps)
+        exact_pair_objective(mdp, of, temperature=TEMPERATURE, **untyped(steps))
         for of, steps in ((loss, {"offset": 2, "steps": 1}), (late, {"steps": 3}))
     )
     torch.testing.assert_close(found, expected)

@@ -111,7 +111,7 @@ def test_second_derivatives_through_a_batched_backward(name: str, sparse: bool) 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_second_derivatives_are_finite_and_right_behind_a_mask(sparse: bool) -> None:
     """log π is −∞ there: one careless product makes every second derivative NaN."""
-    base = Case(mask=True, terminal=True, reference=True, seed=6).mdp()
+    base: Any = Case(mask=True, terminal=True, reference=True, seed=6).mdp()
     if sparse:
         base = base.to_sparse()
     assert base.reward is not None

@@ -62,7 +62,7 @@ def table_problem() -> tuple[Problem, RewardNetwork, Tensor]:
     reward = RewardNetwork.table(STATES, ACTIONS).double()
     table = (problem.features @ problem.x).detach().requires_grad_()
     with torch.no_grad():
-        reward.body.weight.copy_(table)  # type: ignore[operator, union-attr]
+        reward.body.weight.copy_(table)  # type: ignore[operator]
 
     def loss(s1: Tensor, a1: Tensor, s2: Tensor, a2: Tensor) -> Tensor:
         gap = (table[s1, a1] - table[s2, a2]).sum(-1)
@@ -110,7 +110,7 @@ def test_a_lead_scores_the_steps_before_a_fragment() -> None:
         features=torch.eye(STATES * ACTIONS).double().view(STATES, ACTIONS, -1)
     )
     ahead = successor_features(every)
-    score = Critic(lambda where: ahead[where], lambda: reward.body.weight.flatten())  # type: ignore[operator, union-attr]
+    score = Critic(lambda where: ahead[where], lambda: reward.body.weight.flatten())  # type: ignore[operator]
 
     def loss(s1: Tensor, a1: Tensor, s2: Tensor, a2: Tensor) -> Tensor:
         gap = (table[s1, a1] - table[s2, a2]).sum(-1)
@@ -144,7 +144,7 @@ def test_a_lead_scores_the_steps_before_a_fragment() -> None:
         return parameter.grad.flatten().clone()
 
     for lead, truth, other in ((2, whole, cut_off), (0, cut_off, whole)):
-        report = measure_estimator(lambda lead=lead: estimate(lead), truth, repetitions=10)
+        report = measure_estimator(lambda lead=lead: estimate(lead), truth, repetitions=10)  # type: ignore[misc]
         assert report.noise < 0.05, report
         assert report.relative_error < 4 * report.noise, report
         assert (report.mean - other).norm() / truth.norm() > 8 * report.noise, report
@@ -252,7 +252,7 @@ def pair_by_pair(
                 if not part.present[i, h]:
                     continue
                 where, chosen = part.observation[i, h], int(part.action[i, h])
-                values = [member.body(where.unsqueeze(0)).squeeze(0) for member in members]
+                values = [member.body(where.unsqueeze(0)).squeeze(0) for member in members]  # type: ignore[operator]
                 shares = (where @ policy.weight).softmax(-1)
                 margin = [m + sign * own[chosen] for m, own in zip(margin, values, strict=True)]
                 mean = sum(values) / len(values)
@@ -260,7 +260,7 @@ def pair_by_pair(
                 log_weight[k] += float(shares[chosen].log() - part.log_prob[i, h])
         y = pairs.label[i]
         of_each = [-y * m.sigmoid().log() - (1 - y) * (-m).sigmoid().log() for m in margin]
-        losses.append(sum(of_each))
+        losses.append(torch.stack(of_each).sum())
         scores.append(score)
         cut = [min(max(math.exp(x), 1 / limit), limit) for x in log_weight]
         weights.append(cut[0] * cut[1])
@@ -474,7 +474,7 @@ def test_what_has_no_path_to_the_reward_is_refused() -> None:
     def deaf(*arguments: Any) -> Tensor:
         return OneStep(4)(*arguments).detach()
 
-    algorithm = SoBiRL(reward, optimiser=torch.optim.SGD, score=deaf)
+    algorithm = SoBiRL(reward, optimiser=torch.optim.SGD, score=deaf)  # type: ignore[arg-type]
     before = [parameter.detach().clone() for parameter in algorithm.parameters]
     with pytest.raises(GradientError, match="score does not depend on any of the reward's param"):
         algorithm.step(pairs, policy, temperature=0.5)

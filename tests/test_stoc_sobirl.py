@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_mask_and_reference_are_those_of_the_process(shaped: str) -> None:
     draws = torch.Generator().manual_seed(5)
     base = torch.randn(4, 3, generator=draws, dtype=torch.float64) - 5
     transition = torch.rand(4, 3, 4, generator=draws, dtype=torch.float64).softmax(-1)
-    given: dict[str, Tensor] = {}
+    given: dict[str, Any] = {}
     if shaped == "mask":
         given["mask"] = torch.tensor([[True, True, False]] * 3 + [[True, False, False]])
         base[~given["mask"]] = torch.nan

@@ -46,9 +46,8 @@ class Process:
     def batch(self) -> Transitions:
         where, chosen, which = (part.ravel() for part in np.indices((S, A, 4)))
         after, ends = self.after[where, chosen, which], self.ends[where, chosen, which]
-        return Transitions(
-            *(torch.tensor(part) for part in (where, chosen, after, ends)), torch.zeros(S * A * 4)
-        )
+        parts = [torch.tensor(part) for part in (where, chosen, after, ends)]
+        return Transitions(*parts, torch.zeros(S * A * 4))  # type: ignore[call-arg]
 
     def exact(self) -> np.ndarray:
         """M, (S, A, F): (I − γ P Π)⁻¹ ψ over pairs."""

@@ -235,7 +235,7 @@ def test_run_directory_with_figures(tmp_path: Path) -> None:
     job = TaxesJob(config)
     directory = RunDirectory.create(tmp_path / "run", "taxes", to_plain(config))
     outcome = loop.run(job, directory)
-    written, missing = loop.draw_figures(job, directory, outcome.summary)
+    written, missing = loop.draw_figures(job, directory, outcome.summary or {})
     names = {path.name for path in written if path.suffix == ".png"}
     assert names == {"learning_curve.png", "taxes.png", "households.png"}
     assert not missing

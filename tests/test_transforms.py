@@ -147,33 +147,33 @@ def subject(name: str) -> Subject:
         return Subject(ours, plain, (reward, logits, gamma, tau))
     if kind == "bellman":
 
-        def ours(v: Tensor, r: Tensor, p: Tensor, g: Tensor, t: Tensor) -> Tensor:
+        def ours(v: Tensor, r: Tensor, p: Tensor, g: Tensor, t: Tensor) -> Tensor:  # type: ignore[misc]
             mdp, extras = model(r, p, g)
             return joined(birl_ext.bellman(v, *mdp, temperature=t, **extras))
 
-        def plain(v: Tensor, r: Tensor, p: Tensor, g: Tensor, t: Tensor) -> Tensor:
+        def plain(v: Tensor, r: Tensor, p: Tensor, g: Tensor, t: Tensor) -> Tensor:  # type: ignore[misc]
             return joined(plain_bellman(v, r, rows(p), g, t))
 
         return Subject(ours, plain, (draw(STATES), reward, logits, gamma, tau))
     if kind == "evaluate":
 
-        def ours(pi: Tensor, r: Tensor, p: Tensor, g: Tensor) -> Tensor:
+        def ours(pi: Tensor, r: Tensor, p: Tensor, g: Tensor) -> Tensor:  # type: ignore[misc]
             mdp, extras = model(r, p, g)
             return birl_ext.evaluate(pi.softmax(-1), *mdp, **extras)
 
-        def plain(pi: Tensor, r: Tensor, p: Tensor, g: Tensor) -> Tensor:
+        def plain(pi: Tensor, r: Tensor, p: Tensor, g: Tensor) -> Tensor:  # type: ignore[misc]
             return plain_evaluate(pi.softmax(-1), r, rows(p), g)
 
         return Subject(ours, plain, (policy, reward, logits, gamma))
 
-    def ours(pi: Tensor, p: Tensor, g: Tensor, rho: Tensor) -> Tensor:
+    def ours(pi: Tensor, p: Tensor, g: Tensor, rho: Tensor) -> Tensor:  # type: ignore[no-redef]
         mdp, extras = model(torch.zeros(STATES, ACTIONS).double(), p, g)
         start = rho.softmax(-1)
         return birl_ext.occupancy(
             pi.softmax(-1), mdp[-1], initial_distribution=start, **extras
         )  # fmt: skip
 
-    def plain(pi: Tensor, p: Tensor, g: Tensor, rho: Tensor) -> Tensor:
+    def plain(pi: Tensor, p: Tensor, g: Tensor, rho: Tensor) -> Tensor:  # type: ignore[no-redef]
         return plain_occupancy(pi.softmax(-1), rows(p), g, rho.softmax(-1))
 
     return Subject(ours, plain, (policy, logits, gamma, draw(STATES, seed=2)))
@@ -208,7 +208,7 @@ def by_backward(_: Function, scalar: Function, x: tuple[Tensor, ...]) -> Any:
 
 
 def by_vjp(vector: Function, _: Function, x: tuple[Tensor, ...]) -> Any:
-    out, pull = vjp(vector, *x)
+    out, pull = vjp(vector, *x)  # type: ignore[misc]
     return pull(torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype))
 
 
@@ -735,7 +735,7 @@ def test_a_failed_solve_is_not_silent_inside_a_transform(transform: str) -> None
     def values(r: Tensor, **options: Any) -> Tensor:
         return birl_ext.solve(r, rows, discount=0.6, temperature=0.5, **options).value.sum()
 
-    apply: Callable[..., Any] = {
+    apply: Callable[..., Any] = {  # type: ignore[assignment]
         "grad": grad,
         "compile": compiled,
         "vmap": lambda f: lambda r: vmap(f)(r.unsqueeze(0)),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import FLOATS, LARGE, SMALL, WARP, Case, cases, oracle, problems
+from cases import FLOATS, LARGE, SMALL, WARP, Case, cases, oracle, problems, untyped
 from closeness import assert_close
 from hypothesis import given
 from oracle import exact, float64
@@ -19,15 +19,22 @@ from birl_ext.errors import NotConvergedError
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.ops.backends import choice, pytorch
 from birl_ext.ops.backends import native as glue
+from birl_ext.options import BackendName, MethodName
 from birl_ext.solution import Solution, Status
 
 SLOW = (
     Case("clusters", 20, 3, discount=0.9999, temperature=0.1, seed=5),
     Case("clusters", 200, 3, discount=0.9999, temperature=0.1, seed=5),
 )
-BACKENDS = ["torch", *([] if choice.unavailable("cpu") else ["cpu"])]
+BACKENDS: list[BackendName] = ["torch"] if choice.unavailable("cpu") else ["torch", "cpu"]
 FORMS = ("dense", "sparse", "tensors")
-METHODS = ("auto", "value-iteration", "newton", "newton-krylov", "policy-iteration")
+METHODS: tuple[MethodName, ...] = (
+    "auto",
+    "value-iteration",
+    "newton",
+    "newton-krylov",
+    "policy-iteration",
+)
 EPS = {dtype: torch.finfo(dtype).eps for dtype in FLOATS}
 OPTIONAL = ("mask", "terminal", "reference")
 
@@ -104,7 +111,9 @@ def assert_solves(got: Solution, want: float64.Oracle, case: Case, dtype: torch.
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=["f32", "f64"])
 @pytest.mark.parametrize("case", SMALL + WARP + LARGE, ids=str)
-def test_solve_equals_the_oracle(case: Case, dtype: torch.dtype, form: str, backend: str) -> None:
+def test_solve_equals_the_oracle(
+    case: Case, dtype: torch.dtype, form: str, backend: BackendName
+) -> None:
     mdp = of_dtype(case, dtype)
     got = solve_as(form, mdp, case.temperature, backend=backend)
     assert_solves(got, oracle(mdp, case.temperature), case, dtype)
@@ -115,7 +124,7 @@ def test_solve_equals_the_oracle(case: Case, dtype: torch.dtype, form: str, back
 @pytest.mark.parametrize("form", ["dense", "sparse"])
 @pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
 def test_every_method_finds_the_same_solution(
-    case: Case, form: str, method: str, backend: str
+    case: Case, form: str, method: MethodName, backend: BackendName
 ) -> None:
     mdp = case.mdp()
     got = solve_as(form, mdp, case.temperature, method=method, backend=backend)
@@ -128,7 +137,7 @@ def test_every_method_finds_the_same_solution(
     ("case", "backend"), [(c, b) for c in SLOW for b in BACKENDS if c.states < 99 or b == "cpu"]
 )
 def test_what_takes_value_iteration_thousands_of_passes(
-    case: Case, form: str, method: str, backend: str
+    case: Case, form: str, method: MethodName, backend: BackendName
 ) -> None:
     """Its 14,000: the halves hardly mix."""
     mdp = case.mdp()
@@ -141,7 +150,9 @@ def test_what_takes_value_iteration_thousands_of_passes(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", ["auto", "newton", "newton-krylov", "policy-iteration"])
 @pytest.mark.parametrize("temperature", [1.0, 1e-2, 1e-3])
-def test_news_travels_one_state_per_sweep(temperature: float, method: str, backend: str) -> None:
+def test_news_travels_one_state_per_sweep(
+    temperature: float, method: MethodName, backend: BackendName
+) -> None:
     """River swim: it needs many Newton steps, and their residual is not monotone."""
     states = 65
     here = torch.arange(states)
@@ -161,7 +172,9 @@ def test_news_travels_one_state_per_sweep(temperature: float, method: str, backe
 @pytest.mark.parametrize("tol", [1e-2, 1e-6, 1e-10])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", METHODS[1:])
-def test_a_tolerance_is_met_and_not_overdone(method: str, backend: str, tol: float) -> None:
+def test_a_tolerance_is_met_and_not_overdone(
+    method: MethodName, backend: BackendName, tol: float
+) -> None:
     """The certified error is below tol·max(‖V‖, τ), the true one below the certified one."""
     case = Case("garnet", 12, 3, batch=(5,), discount=0.95, temperature=0.2, seed=3)
     mdp = case.mdp()
@@ -181,7 +194,7 @@ def test_a_tolerance_is_met_and_not_overdone(method: str, backend: str, tol: flo
 @pytest.mark.parametrize("states", [6, 200])
 @pytest.mark.parametrize("far", [1e6, -1e6])
 def test_a_tolerance_is_that_of_the_value_handed_out(
-    states: int, method: str, backend: str, far: float
+    states: int, method: MethodName, backend: BackendName, far: float
 ) -> None:
     """Not that of a start far above or below it."""
     random = torch.Generator().manual_seed(0)
@@ -205,13 +218,15 @@ def test_a_tolerance_is_that_of_the_value_handed_out(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=["f32", "f64"])
 @pytest.mark.parametrize("case", SMALL + WARP + LARGE, ids=str)
-def test_bellman_equals_the_oracle(case: Case, dtype: torch.dtype, form: str, backend: str) -> None:
+def test_bellman_equals_the_oracle(
+    case: Case, dtype: torch.dtype, form: str, backend: BackendName
+) -> None:
     mdp = of_dtype(case, dtype)
     value = torch.randn(*mdp.batch_shape, case.states, dtype=dtype)
     instead, extras = as_form(form, mdp)
     if instead is None:
         extras |= {"mask": mdp.mask, "reference": mdp.reference}
-        inputs = (mdp.reward, mdp.transition)
+        inputs: tuple[Any, ...] = (mdp.reward, mdp.transition)
     else:
         inputs = (instead,)
     got = birl_ext.bellman(value, *inputs, temperature=case.temperature, backend=backend, **extras)
@@ -237,7 +252,7 @@ def test_bellman_equals_the_oracle(case: Case, dtype: torch.dtype, form: str, ba
 @pytest.mark.parametrize("dtype", FLOATS, ids=["f32", "f64"])
 @pytest.mark.parametrize("case", SMALL + WARP + LARGE, ids=str)
 def test_evaluate_and_occupancy_equal_the_oracle(
-    case: Case, dtype: torch.dtype, form: str, backend: str
+    case: Case, dtype: torch.dtype, form: str, backend: BackendName
 ) -> None:
     mdp = of_dtype(case, dtype)
     policy = birl_ext.solve(mdp, temperature=case.temperature).policy
@@ -293,7 +308,7 @@ def test_batch_axes_broadcast(
     reward_batch: tuple[int, ...],
     discount_batch: tuple[int, ...],
     temperature_batch: tuple[int, ...],
-    backend: str,
+    backend: BackendName,
 ) -> None:
     """Each problem of a broadcast batch has the answer that it has alone."""
     states, actions = 4, 3
@@ -319,7 +334,7 @@ def test_batch_axes_broadcast(
         "temperature": temperature.expand(batch),
     }
     for index in np.ndindex(*batch):
-        own = {name: tensor[index].numpy() for name, tensor in expanded.items()}
+        own: dict[str, Any] = {name: tensor[index].numpy() for name, tensor in expanded.items()}
         alone = float64.solve(**own)
         for name in ("value", "q", "policy", "log_policy"):
             assert_close(
@@ -331,7 +346,7 @@ def test_batch_axes_broadcast(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_batch_axes_broadcast_in_bellman_evaluate_and_occupancy(backend: str) -> None:
+def test_batch_axes_broadcast_in_bellman_evaluate_and_occupancy(backend: BackendName) -> None:
     states, actions, batch = 4, 3, (4, 7)
     transition = torch.softmax(
         torch.randn(7, states, actions, states, dtype=torch.float64), -1
@@ -406,11 +421,12 @@ def assert_certified(got: Solution, case: Case, label: object) -> None:
 @pytest.mark.parametrize("method", METHODS[1:])
 @pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
 def test_the_certificate_is_never_below_the_true_error(
-    case: Case, method: str, backend: str
+    case: Case, method: MethodName, backend: BackendName
 ) -> None:
     """At the end, at a tolerance, and along the way."""
     mdp = case.mdp()
-    for options in ({}, {"tol": 1e-3}, *({"max_iterations": n} for n in (1, 2, 3, 5, 8))):
+    ways: list[dict[str, Any]] = [{}, {"tol": 1e-3}]
+    for options in (*ways, *({"max_iterations": n} for n in (1, 2, 3, 5, 8))):
         for form in ("dense", "sparse")[: 1 + (case in LARGE)]:
             options = {"on_fail": "status", **options, "method": method, "backend": backend}
             got = solve_as(form, mdp, case.temperature, **options)
@@ -418,7 +434,7 @@ def test_the_certificate_is_never_below_the_true_error(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_certificate_holds_on_random_problems(backend: str) -> None:
+def test_the_certificate_holds_on_random_problems(backend: BackendName) -> None:
     @given(cases())
     def holds(case: Case) -> None:
         mdp = case.mdp()
@@ -432,7 +448,7 @@ def test_the_certificate_holds_on_random_problems(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["dense", "garnet"])
-def test_float32_tells_the_truth_at_a_discount_near_one(kind: str, backend: str) -> None:
+def test_float32_tells_the_truth_at_a_discount_near_one(kind: str, backend: BackendName) -> None:
     """γ = .9999, τ = 1e-3: float32 data, float64 answers, gradients too, and an honest bound."""
     case = Case(
         kind, 32, 8, batch=(6,), discount=0.9999, temperature=1e-3, dtype=torch.float32, seed=7
@@ -475,7 +491,7 @@ def test_float32_tells_the_truth_at_a_discount_near_one(kind: str, backend: str)
     ids=["value", "q of one action"],
 )
 def test_what_float32_cannot_hold_is_an_overflow(
-    rewards: tuple[float, float], discount: float, states: int, backend: str
+    rewards: tuple[float, float], discount: float, states: int, backend: BackendName
 ) -> None:
     """Float64, in which it is computed, can."""
     for dtype, status in ((torch.float32, Status.NON_FINITE), (torch.float64, Status.CONVERGED)):
@@ -495,7 +511,7 @@ def test_what_float32_cannot_hold_is_an_overflow(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("states", [4, 150])
-def test_a_log_policy_that_overflows_has_no_bound(states: int, backend: str) -> None:
+def test_a_log_policy_that_overflows_has_no_bound(states: int, backend: BackendName) -> None:
     transition = torch.full((states, 2, states), 1 / states)
     reward = torch.tensor([1e30, -1e30]).expand(2, states, 2)
     options: dict[str, Any] = {"discount": 0.9, "temperature": 1e-9, "backend": backend}
@@ -508,11 +524,11 @@ def test_a_log_policy_that_overflows_has_no_bound(states: int, backend: str) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_solution_has_the_dtype_of_its_data_and_names_its_kernel(
-    dtype: torch.dtype, backend: str
+    dtype: torch.dtype, backend: BackendName
 ) -> None:
     mdp = Case(states=140, batch=(2,), dtype=dtype).mdp()
     expected = {"torch": {"TORCH"}, "cpu": {"CPU_ROWS", "CPU_CSR"}}[backend]
-    found = set()
+    found: set[str] = set()
     for one in (mdp, mdp.to_sparse()):
         solution = birl_ext.solve(one, temperature=0.5, backend=backend)
         assert {table.dtype for table in solution[:5]} == {dtype}
@@ -548,7 +564,9 @@ def reflecting_walk(states: int, discount: float) -> SparseMDP:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_policy_of_a_slowly_mixing_chain(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policy_of_a_slowly_mixing_chain(
+    backend: BackendName, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Products alone do not solve its systems in the passes allowed: they are eliminated."""
     monkeypatch.setattr(pytorch, "DIRECT_STATES", 100)
     walk = reflecting_walk(2000, 0.999999)
@@ -606,7 +624,7 @@ def test_policy_systems_left_unsolved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pytorch, "DIRECT_STATES", 100)
     monkeypatch.setattr(pytorch, "RETRY_STATES", 100)
     products = pytorch._bicgstab
-    monkeypatch.setattr(pytorch, "_bicgstab", lambda *given: products(*given[:4], 60))
+    monkeypatch.setattr(pytorch, "_bicgstab", lambda *given: untyped(products)(*given[:4], 60))
     discount = torch.tensor([0.5, 0.999999], dtype=torch.float64)
     walk = reflecting_walk(200, 0.5).replace(discount=discount)
     policy = torch.ones(200, 1, dtype=torch.float64)
@@ -636,7 +654,7 @@ def test_a_policy_that_is_accepted_leaks_nothing(dtype: torch.dtype) -> None:
         return birl_ext.evaluate(pi, paying, transition, discount=0.9999)
 
     def share(pi: Tensor) -> Tensor:
-        options = {"discount": 0.9999, "initial_distribution": start}
+        options: dict[str, Any] = {"discount": 0.9999, "initial_distribution": start}
         return birl_ext.occupancy(pi, transition, **options)
 
     bound = 1e-9 if dtype == torch.float64 else 1e-6
@@ -651,7 +669,7 @@ def test_a_policy_in_half_precision_is_promoted(half: torch.dtype) -> None:
     mdp = Case(states=4, actions=2).mdp()
     policy = torch.full((4, 2), 0.5)
     start = torch.full((4,), 0.25)
-    options = {"initial_distribution": start.to(half)}
+    options: dict[str, Any] = {"initial_distribution": start.to(half)}
     assert torch.equal(birl_ext.evaluate(policy.to(half), mdp), birl_ext.evaluate(policy, mdp))
     share = birl_ext.occupancy(policy.to(half), mdp, **options)
     assert torch.equal(share, birl_ext.occupancy(policy, mdp, initial_distribution=start))

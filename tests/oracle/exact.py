@@ -101,7 +101,7 @@ class Model:
                 states = self.rows.ncols()
                 goes_on = np.array([any(x != 0 for x in row) for row in self.rows.tolist()])
                 shift = np.where(goes_on[:, None], shift.reshape(-1, states), 0.0)
-                moved = arb_mat(*shift.shape, shift.ravel().tolist()) * step
+                moved = arb_mat(shift.shape[0], shift.shape[1], shift.ravel().tolist()) * step
                 changes["rows"] = (self.rows + moved).mid()
             else:
                 shift = np.where(self.free, shift, 0.0).ravel()

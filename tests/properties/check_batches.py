@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import draw
 import numpy as np
 import torch
@@ -150,7 +152,7 @@ def certificates(scene: Scene) -> None:
     """One sweep from one start, its residual well above rounding: all backends certify alike."""
     if scene.backend == BACKENDS[0]:
         return
-    options = {"method": "value-iteration", "max_iterations": 1, "tol": None}
+    options: dict[str, Any] = {"method": "value-iteration", "max_iterations": 1, "tol": None}
     one, other = (solved(scene.drawn, name, **options) for name in BACKENDS)
     for index in scene.shown:
         residual = float(scene.drawn.element(index)["discount"]) * float(one.residual[index])

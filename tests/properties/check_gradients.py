@@ -169,7 +169,7 @@ def outputs(drawn: Drawn, backend: str, given: dict[str, Any], path: Line) -> di
     extras = {k: v for k, v in keywords.items() if k in ("mask", "terminal", "reference")}
     rest: dict[str, Any] = {"backend": backend}
     if extras:
-        arguments = (birl_ext.DenseMDP(*arguments, keywords["discount"], **extras),)
+        arguments = (birl_ext.DenseMDP(arguments[0], arguments[1], keywords["discount"], **extras),)
     elif "discount" in keywords:
         rest["discount"] = keywords["discount"]
     tables["evaluate"] = birl_ext.evaluate(found.policy, *arguments, **rest)

@@ -116,7 +116,7 @@ def bar(scene: Scene, index: Index, errors: dict[str, Array]) -> None:
     if "terminal" in own:
         rows = np.where(own["terminal"][:, None, None], 0.0, rows)
         if "mask" in own:
-            closed = own["terminal"][:, None] & ~own["mask"].any(1)[:, None] & open_
+            closed = own["terminal"][:, None] & ~own["mask"].any(1, keepdims=True) & open_
     pays = np.where(open_ & ~closed, own["reward"], 0.0)
     log_mu = np.where(open_, np.log(np.where(closed, 1.0, own.get("reference", 1.0))), -np.inf)
     gamma, tau = float(own["discount"]), float(own["temperature"])

@@ -112,7 +112,8 @@ def check(seed: int) -> Judged:
     outcome.counts["problems"] += len(shown)
     models = {index: model(drawn, index) for index in shown}
     truths = {index: exact.solve(one) for index, one in models.items()}
-    part, memory = seed % 10, {}
+    memory: dict[str, Any] = {}
+    part = seed % 10
     checks: list[tuple[str, Check, bool]] = [
         ("values", check_values.values, True),
         ("company", check_batches.company, bool(drawn.batch)),
@@ -161,13 +162,13 @@ def solved(
     Every other seed says "auto" for "cpu", which for plain calls is another way to the same bits.
     """
     arguments, keywords = draw.problem(drawn, draw.tensors(drawn) if given is None else given)
+    options: dict[str, Any]
     options = {k: v for k, v in drawn.options.items() if k != "validate"} | changes
     if limited(drawn, backend):
         options["max_iterations"] = min(options["max_iterations"] or TORCH_PASSES, TORCH_PASSES)
     name = "auto" if backend == "cpu" and drawn.seed % 2 else backend
-    return birl_ext.solve(
-        *arguments, **keywords, **{"on_fail": "status", "backend": name} | options
-    )
+    options = {"on_fail": "status", "backend": name} | options
+    return birl_ext.solve(*arguments, **(keywords | options))
 
 
 def limited(drawn: Drawn, backend: str) -> bool:

@@ -144,7 +144,7 @@ def tensors(drawn: Drawn) -> dict[str, Any]:
 def problem(drawn: Drawn, given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What to call `solve` with: the MDP in the drawn form, from tensors that may carry a graph."""
     given = dict(given)
-    rest = {k: given.pop(k) for k in ("temperature", "initial") if k in given}
+    rest: dict[str, Any] = {k: given.pop(k) for k in ("temperature", "initial") if k in given}
     reward, transition, discount = (given.pop(k) for k in ("reward", "transition", "discount"))
     level = drawn.options["validate"]
     if drawn.form == "tensors":
