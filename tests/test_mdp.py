@@ -280,7 +280,7 @@ def test_row_sum_tolerance(dtype: torch.dtype, sign: int) -> None:
 def test_compiled_code_draws_the_line_where_python_does(dtype: torch.dtype, states: int) -> None:
     excess = validation.row_sum_tolerance(dtype, states)
     below = validation.below_zero(dtype, states)
-    backends = ["torch", *([] if choice.unavailable("cpu") else ["cpu"])]
+    backends: list[Any] = ["torch", *([] if choice.unavailable("cpu") else ["cpu"])]
     reward = torch.zeros(states, 1, dtype=dtype)
     for number, status in ((excess, Status.ROW_SUM), (-below, Status.NEGATIVE_PROBABILITY)):
         for near, found in ((0.999, Status.CONVERGED), (1.001, status)):
