@@ -466,9 +466,8 @@ def _flat(
     """
     mdp, full = given.mdp(), given.validate != "off"
     if mdp is not None:
-        temperature = validation.as_number("temperature", given.temperature)
+        temperature = validation.check_temperature(given.temperature, data=read and full)
         validation.check_devices({"reward": mdp.reward, "temperature": temperature})
-        validation.check_temperature(temperature, data=read and full)
         if regularised:
             _tell_of_ends(mdp)
         return mdp.flatten(temperature, batch)
@@ -477,10 +476,8 @@ def _flat(
         validation.as_floating(name, getattr(given, name)) for name in ("reward", "transition")
     )
     assert given.discount is not None
-    discount = validation.as_number("discount", given.discount)
-    temperature = validation.as_number("temperature", given.temperature)
-    validation.check_discount(discount, data=read and full)
-    validation.check_temperature(temperature, data=read and full)
+    discount = validation.check_discount(given.discount, data=read and full)
+    temperature = validation.check_temperature(given.temperature, data=read and full)
     if full:
         tables = {"reward": reward, "transition": transition}
         validation.check_dense_shapes(reward, transition)
@@ -649,9 +646,9 @@ def _any(status: Tensor) -> bool:
 
 
 def _backend(name: str, device: torch.device) -> int:
-    check_one_of("backend", name, BACKENDS)
     if name in ("auto", "torch"):
         return AUTO if name == "auto" else TORCH
+    check_one_of("backend", name, BACKENDS)
     if device.type != name:
         raise BackendUnavailableError(
             f'backend="{name}" for tensors on {device}', allowed=f'tensors on "{name}"'

@@ -40,22 +40,23 @@ from birl_ext.errors import (
     TemperatureError,
 )
 from birl_ext.solution import Status
-from birl_ext.torch_internals import is_proxied, is_tracing, is_wrapped
+from birl_ext.torch_internals import is_concrete
 
 __all__ = [
     "Defects",
     "Level",
     "as_floating",
-    "as_number",
     "as_tensor",
     "below_zero",
     "broadcast_batches",
     "check_actions",
     "check_crow_col",
+    "check_data",
     "check_dense_shapes",
     "check_devices",
     "check_discount",
     "check_flags",
+    "check_form",
     "check_initial",
     "check_initial_distribution",
     "check_level",
@@ -69,8 +70,9 @@ __all__ = [
     "check_sparse_shapes",
     "check_state_shapes",
     "check_temperature",
+    "common_batch",
     "discount_defects",
-    "is_concrete",
+    "promoted",
     "real",
     "reference_defects",
     "reward_defects",
@@ -101,23 +103,6 @@ def check_level(validate: str) -> None:
             allowed='"full", "cheap", "off"',
             fix='use validate="full" unless the same arrays were checked before',
         )
-
-
-def is_concrete(*tensors: Tensor | float | None) -> bool:
-    """Whether every tensor holds numbers that may be read now without breaking a trace."""
-    if torch.compiler.is_compiling() or is_tracing():
-        return False
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            continue
-        # Fake, functional and distributed tensors are subclasses; vmap and grad wrap.
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta:
-            return False
-        if is_wrapped(tensor):
-            return False
-        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
-    return not is_proxied()
 
 
 # Dtypes and devices
@@ -208,11 +193,6 @@ def check_flags(name: str, flags: Tensor | None) -> None:
         raise DtypeError(
             f"{name} is {_short(flags.dtype)}", allowed="a bool tensor", fix=f"pass {name} != 0"
         )
-
-
-def as_number(name: str, value: float | Tensor) -> float | Tensor:
-    """A tensor as it is, anything else as a float; DtypeError if it is not a number."""
-    return value if isinstance(value, Tensor) else _number(name, value)
 
 
 def check_same_dtype(tensors: Mapping[str, Tensor]) -> None:
@@ -454,24 +434,30 @@ def _check_event_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letter
 # Scalars
 
 
-def check_discount(discount: float | Tensor, *, data: bool = True) -> None:
-    """Raise DiscountError unless γ ∈ [0, 1); a tensor's values are read only if `data`."""
+def check_discount(discount: float | Tensor, *, data: bool = True) -> float | Tensor:
+    """A float, or a tensor as it is; DiscountError unless γ ∈ [0, 1), read only if `data`."""
     if isinstance(discount, Tensor):
         as_floating("discount", discount)
         if data and is_concrete(discount):
             _refuse(discount_defects(discount))
-    elif not 0.0 <= _number("discount", discount) < 1.0:
+        return discount
+    number = _number("discount", discount)
+    if not 0.0 <= number < 1.0:
         raise status_error(Status.BAD_DISCOUNT, 0, discount)
+    return number
 
 
-def check_temperature(temperature: float | Tensor, *, data: bool = True) -> None:
-    """Raise TemperatureError unless τ > 0 and finite; a tensor is read only if `data`."""
+def check_temperature(temperature: float | Tensor, *, data: bool = True) -> float | Tensor:
+    """A float, or a tensor as it is; TemperatureError unless 0 < τ < ∞, read only if `data`."""
     if isinstance(temperature, Tensor):
         as_floating("temperature", temperature)
         if data and is_concrete(temperature):
             _refuse(temperature_defects(temperature))
-    elif not 0.0 < _number("temperature", temperature) < math.inf:
+        return temperature
+    number = _number("temperature", temperature)
+    if not 0.0 < number < math.inf:
         raise status_error(Status.BAD_TEMPERATURE, 0, temperature)
+    return number
 
 
 # Data
@@ -719,6 +705,99 @@ def check_policy(policy: Tensor, forbidden: Tensor | None = None) -> None:
             allowed="0 there",
             fix="set it to zero there and normalise over the last axis",
         )
+
+
+# A whole MDP, from its fields by name; `entries` names the tensor that holds P's numbers
+
+
+def promoted(entries: str, fields: Mapping[str, Any], validate: str) -> dict[str, Any]:
+    """The numbers among the fields: half precision as float32; the discount as a float, if it is no
+    tensor.
+    """
+    check_level(validate)
+    for name in ("mask", "terminal"):
+        check_flags(name, fields[name])
+    found: dict[str, Any] = {
+        name: as_floating(name, fields[name])
+        for name in ("reward", entries, "reference", "initial_distribution")
+        if fields[name] is not None or name in ("reward", entries)
+    }
+    found["discount"] = check_discount(fields["discount"], data=False)
+    return found
+
+
+def check_form(entries: str, fields: Mapping[str, Any]) -> None:
+    """Shapes, dtypes, devices, numbers: all that can be checked without reading data."""
+    reward, transition = fields["reward"], fields[entries]
+    if "crow" in fields:
+        check_sparse_shapes(reward, transition, fields["crow"], fields["col"])
+    else:
+        check_dense_shapes(reward, transition)
+    check_same_dtype({"reward": reward, entries: transition})
+    check_devices(fields)
+    optional = {name: fields[name] for name in ("mask", "terminal", "reference")}
+    start = fields["initial_distribution"]
+    check_state_shapes(*reward.shape[-2:], **optional, initial_distribution=start)
+    check_discount(fields["discount"])
+
+
+def common_batch(entries: str, event: int, fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """The batch axes of an MDP whose P has so many axes of its own."""
+    axes = {entries: event, "reward": 2, "discount": 0, "mask": 2, "terminal": 1, "reference": 2}
+    batch = broadcast_batches(
+        {
+            name: tuple(tensor.shape[: max(tensor.ndim - own, 0)])
+            for name, own in axes.items()
+            if isinstance(tensor := fields[name], Tensor)
+        }
+    )
+    if (initial := fields["initial_distribution"]) is not None:
+        start = tuple(initial.shape[:-1])
+        if broadcast_batches({"": batch, "initial_distribution": start}) != batch:
+            raise ShapeError(
+                f"initial_distribution has batch axes {start}",
+                allowed=f"axes that broadcast to {batch} of the MDP",
+                fix="expand the reward to the batch that is meant",
+            )
+    return batch
+
+
+def check_data(
+    entries: str,
+    fields: Mapping[str, Any],
+    changed: frozenset[str],
+    check_its_rows: Callable[[], None],
+) -> bool | None:
+    """Read the data of the fields that changed, and of those whose meaning they change; each where
+    it holds numbers, whatever a transform has made of the others.
+
+    Returns:
+        Whether a terminal state has a choice whose entropy counts; None if that was not looked at.
+    """
+    reward, mask, terminal, reference = (
+        fields[name] for name in ("reward", "mask", "terminal", "reference")
+    )
+    masks, free = changed & {"mask", "terminal"}, None
+    if mask is not None and masks and is_concrete(mask, terminal):
+        check_actions(mask, terminal)
+    ends = None if reference is not None else terminal
+    seen = reward.shape[-1] > 1 and masks | changed & {"reference"}
+    if ends is not None and seen and is_concrete(mask, ends):
+        choices = ends if mask is None else ends & (mask.sum(-1) > 1)
+        free = bool(choices.any())
+    if "reward" in changed and is_concrete(reward):
+        check_reward(reward)
+    if masks or entries in changed:
+        index = (fields.get(name) for name in ("crow", "col"))
+        if is_concrete(fields[entries], mask, terminal, *index):
+            check_its_rows()
+    weights = reference if changed & {"reference", "mask"} else None
+    if weights is not None and is_concrete(weights, mask):
+        check_reference(weights, mask)
+    start = fields["initial_distribution"]
+    if start is not None and "initial_distribution" in changed and is_concrete(start):
+        check_initial_distribution(start)
+    return free
 
 
 # The second line of defence: what the ops found

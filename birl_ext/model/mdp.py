@@ -196,85 +196,29 @@ class _MDP:
             object.__setattr__(self, name, value)
 
     def _tensors(self) -> dict[str, Tensor]:
-        fields = [f.name for f in dataclasses.fields(self) if f.init]  # type: ignore[arg-type]
-        values = {name: getattr(self, name) for name in fields}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {k: value for k, value in self._fields().items() if isinstance(value, Tensor)}
 
-    def _promote(self) -> None:
-        """Half precision becomes float32; the discount becomes a float or stays a tensor."""
-        for name in ("mask", "terminal"):
-            validation.check_flags(name, getattr(self, name))
-        for name in ("reward", self._entries, "reference", "initial_distribution"):
-            tensor = getattr(self, name)
-            if tensor is not None or name in ("reward", self._entries):
-                self._set(**{name: validation.as_floating(name, tensor)})
-        self._set(discount=validation.as_number("discount", self.discount))
-        validation.check_discount(self.discount, data=False)
+    def _fields(self) -> dict[str, Any]:
+        """What it was made of, by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
 
-    def _check_form(self) -> None:
-        """Shapes, dtypes, devices, numbers: all that can be checked without reading data."""
-        entries = getattr(self, self._entries)
-        validation.check_same_dtype({"reward": self.reward, self._entries: entries})
-        validation.check_devices(self._tensors())
-        optional = {name: getattr(self, name) for name in _OPTIONAL}
-        validation.check_state_shapes(self.states, self.actions, **optional)
-        validation.check_discount(self.discount)
+    def _begin(self, validate: Level) -> None:
+        """The fields in the kinds that the rest takes them for, and all that needs no data."""
+        self._set(**validation.promoted(self._entries, self._fields(), validate))
+        fields = self._fields()
+        if validate != "off":
+            validation.check_form(self._entries, fields)
+        self._set(batch_shape=validation.common_batch(self._entries, self._event, fields))
 
     def _check_data(self, changed: frozenset[str]) -> None:
-        """Read the data of the fields named, and of those whose meaning they change; each where it
-        holds numbers, whatever a transform has made of the others.
-        """
-        masks = changed & {"mask", "terminal"}
-        if self.mask is not None and masks and is_concrete(self.mask, self.terminal):
-            validation.check_actions(self.mask, self.terminal)
-        ends = None if self.reference is not None else self.terminal
-        seen = self.actions > 1 and masks | changed & {"reference"}
-        if ends is not None and seen and is_concrete(self.mask, ends):
-            free = ends if self.mask is None else ends & (self.mask.sum(-1) > 1)
-            self._set(free_ends=bool(free.any()))
-        if "reward" in changed and is_concrete(self.reward):
-            validation.check_reward(self.reward)
-        if masks or self._entries in changed:
-            index = (getattr(self, name, None) for name in ("crow", "col"))
-            if is_concrete(getattr(self, self._entries), self.mask, self.terminal, *index):
-                self._check_rows()
-        weights = self.reference if changed & {"reference", "mask"} else None
-        if weights is not None and is_concrete(weights, self.mask):
-            validation.check_reference(weights, self.mask)
-        start = self.initial_distribution
-        if start is not None and "initial_distribution" in changed and is_concrete(start):
-            validation.check_initial_distribution(start)
+        free = validation.check_data(self._entries, self._fields(), changed, self._check_rows)
+        if free is not None:
+            self._set(free_ends=free)
 
     @property
     def ending(self) -> bool:
         """Whether rows of zeros may be meant: the process ends, or nobody can go there."""
         return self.mask is not None or self.terminal is not None
-
-    def _find_batch(self) -> None:
-        discount = self.discount.shape if isinstance(self.discount, Tensor) else ()
-        optional = {
-            name: tuple(tensor.shape[:-event])
-            for name, event in (("mask", 2), ("terminal", 1), ("reference", 2))
-            if (tensor := getattr(self, name)) is not None
-        }
-        batch = validation.broadcast_batches(
-            {
-                self._entries: tuple(getattr(self, self._entries).shape[: -self._event]),
-                "reward": tuple(self.reward.shape[:-2]),
-                "discount": tuple(discount),
-                **optional,
-            }
-        )
-        if self.initial_distribution is not None:
-            start = tuple(self.initial_distribution.shape[:-1])
-            together = validation.broadcast_batches({"": batch, "initial_distribution": start})
-            if together != batch:
-                raise ShapeError(
-                    f"initial_distribution has batch axes {start}",
-                    allowed=f"axes that broadcast to {batch} of the MDP",
-                    fix="expand the reward to the batch that is meant",
-                )
-        self._set(batch_shape=batch)
 
     def _mask_rewards(self) -> None:
         """Zero the reward behind the mask and take the logarithm of the reference."""
@@ -383,12 +327,7 @@ class DenseMDP(_MDP):
 
     @validation.within_memory
     def __post_init__(self, validate: Level) -> None:
-        validation.check_level(validate)
-        self._promote()
-        if validate != "off":
-            validation.check_dense_shapes(self.reward, self.transition)
-            self._check_form()
-        self._find_batch()
+        self._begin(validate)
         self._mask_rewards()
         if (rows := self._continuing()) is not None:
             self._set(transition=torch.where(rows.unsqueeze(-1), self.transition, 0.0))
@@ -468,13 +407,8 @@ class SparseMDP(_MDP):
 
     @validation.within_memory
     def __post_init__(self, validate: Level) -> None:
-        validation.check_level(validate)
-        self._promote()
-        if validate != "off":
-            validation.check_sparse_shapes(self.reward, self.values, self.crow, self.col)
-            self._check_form()
+        self._begin(validate)
         self._set(crow=self.crow.to(torch.int64), col=self.col.to(torch.int64))
-        self._find_batch()
         if validate == "full" and is_concrete(self.crow, self.col):
             validation.check_crow_col(self.crow, self.col, self.states)
         self._mask_rewards()
