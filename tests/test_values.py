@@ -214,6 +214,31 @@ def test_a_tolerance_is_that_of_the_value_handed_out(
     assert got.error_bound <= 1e-4 * max(got.value.abs().max(), reward.abs().max())
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="PyTorch starts at zero")
+@pytest.mark.parametrize("states", [6, 200])
+def test_the_first_guess_is_no_pass(states: int) -> None:
+    """T0 reads nothing of P: after one pass the value is T(T0) and a constant."""
+    random = torch.Generator().manual_seed(1)
+    transition = torch.rand(states, 3, states, dtype=torch.float64, generator=random) ** 8
+    transition /= transition.sum(-1, keepdim=True)
+    reward = torch.rand(states, 3, dtype=torch.float64, generator=random)
+    model: dict[str, Any] = {"discount": 0.99, "temperature": 0.1, "backend": "cpu"}
+    got = birl_ext.solve(
+        reward,
+        transition,
+        **model,
+        method="value-iteration",
+        max_iterations=1,
+        on_fail="status",
+    )
+    want = torch.zeros(states, dtype=torch.float64)
+    for _ in range(2):
+        want = birl_ext.bellman(want, reward, transition, **model)[0]
+    apart = got.value - want
+    assert int(got.iterations) == 1
+    assert apart.max() - apart.min() <= 1e-12 * got.value.abs().max()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=["f32", "f64"])
