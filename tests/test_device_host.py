@@ -464,7 +464,7 @@ def test_one_sweep(gpu: ModuleType, states: int) -> None:
 
 def test_capture_cannot_raise(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_capturing", lambda tensor: True)
-    monkeypatch.setattr("birl_ext.functional.validation.is_concrete", lambda *_: False)
+    monkeypatch.setattr("birl_ext.functional.is_concrete", lambda *_: False)
     reward, transition = problem(5, 2, torch.float64)
     with pytest.raises(errors.OptionError, match="CUDA graph"):
         birl_ext.solve(reward, transition, discount=0.9, temperature=0.1)

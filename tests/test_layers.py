@@ -111,13 +111,13 @@ def edges(root: Path) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {name: set() for name in files}
     for name, path in files.items():
         tree = ast.parse(path.read_text())
-        for (
-            node
-        ) in tree.body:  # what only type checkers read, and what a call imports, is no circle
+        # what only type checkers read, and what a call imports, is no circle
+        for node in tree.body:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.{alias.name}" for alias in node.names] + [str(node.module)]
+                inner = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [name if name in files else str(node.module) for name in inner]
             else:
                 continue
             found[name] |= {target for target in names if target in files} - {name, root.name}

@@ -707,15 +707,6 @@ def test_construction_under_compile_vmap_grad_and_fake_tensors() -> None:
         assert total(*fake).shape == ()
 
 
-def test_is_concrete() -> None:
-    assert validation.is_concrete(R, None, 0.5, torch.nn.Parameter(R))
-    assert not validation.is_concrete(R, R.to("meta"))
-    seen = []
-    torch.vmap(lambda x: (seen.append(validation.is_concrete(x)), x)[1])(R)
-    torch.func.grad(lambda x: (seen.append(validation.is_concrete(x)), x.sum())[1])(R)
-    assert seen == [False, False]
-
-
 def test_shapes_are_still_checked_inside_transforms() -> None:
     with pytest.raises(errors.ShapeError, match="transition has shape"):
         torch.vmap(lambda r: DenseMDP(r, P[:2], 0.9).reward)(batched(R))

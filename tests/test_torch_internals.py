@@ -352,7 +352,7 @@ def test_is_first_order() -> None:
 
 
 def test_is_concrete() -> None:
-    assert internals.is_concrete(torch.ones(2), None, 1.0)
+    assert internals.is_concrete(torch.ones(2), None, 1.0, torch.nn.Parameter(torch.ones(2)))
     for tensor in (torch.ones(2, device="meta"), torch.ones(2).as_subclass(Labelled)):
         assert not internals.is_concrete(torch.ones(2), tensor)
     for transform in (torch.func.vmap, torch.func.grad):
