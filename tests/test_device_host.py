@@ -474,7 +474,7 @@ def test_capture_cannot_raise(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) 
 def test_which_problems_the_whole_device_works_on(gpu: ModuleType) -> None:
     def fits(transitions: int, states: int) -> bool:
         addresses: dict[str, float] = dict.fromkeys(
-            ("is_double", "transition", "reward", "discount", "temperature"), 0.0
+            ("is_double", "transition", "reward", "discount", "temperature"), 0
         )
         sizes = {"transitions": transitions, "problems": 1, "states": states, "actions": 8}
         return cuda.solve_fits(addresses | sizes)

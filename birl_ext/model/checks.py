@@ -474,7 +474,7 @@ def below_zero(dtype: torch.dtype, terms: int) -> float:
 
 
 # What can be wrong with data, in the order in which it is told: for the border, and for the ops as
-# PyTorch computes them. csrc/cpu/model/validate.h and csrc/cuda/block/verdict.h say the same.
+# PyTorch computes them. csrc/core/findings.h says the same.
 
 
 class Defects(NamedTuple):
