@@ -126,206 +126,293 @@ def bellman(data: Data, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def solve(data: Data, initial: Tensor, settings: Settings) -> tuple[Tensor, ...]:
-    batch, method, tol, max_iterations, validate, *_ = settings
-    problem, reward = _problem(data), data.reward
-    status, place, culprit = _inspect(problem, data.transition, validate)
-    states, actions = reward.shape[-2:]
-    automatic = method == Method.AUTO
-    if automatic:
-        method = _choose(problem)
-    newton = method in (Method.NEWTON, Method.KRYLOV)
-    limit = max_iterations or (1000 if newton else 1_000_000)
+    iteration = _Iteration(data, initial, settings)
+    iteration.run()
+    iteration.refine()
+    return iteration.outputs()
 
-    gamma = data.discount
-    one_minus = 1 - gamma
-    available = problem.available
-    rows_go_on, seen = problem.continues, problem.reward.abs()
-    largest_reference = torch.zeros_like(gamma)
-    if available is not None and problem.log_reference is not None:
-        rows_go_on, seen = rows_go_on | ~available, torch.where(available, seen, 0.0)
-        weights = torch.where(available, problem.log_reference.abs(), 0.0)
-        largest_reference = weights.amax((-1, -2))
-    continuing = rows_go_on.flatten(2).all(-1).expand_as(gamma)
-    top_reward = seen.amax((-1, -2))
-    entropy = problem.temperature * (math.log(actions) + largest_reference)
-    soft = problem.temperature + entropy
-    rounding = 8 + math.log2(states + 1)  # what a product of S terms and a soft maximum are off by
-    # and what they can be off by: half an ulp for each addition
-    certain = 8 + problem.rows.longest / 2 + actions / 2
 
-    # what a value below the normal numbers loses where it is handed out
-    underflow = 2.0**-150 if reward.dtype == torch.float32 else 0.0
+class _Pass(NamedTuple):
+    """What one sweep of all problems proves, (N, G); (M6)."""
 
-    def scale_of(span: Tensor, value: Tensor, constant: Tensor, change: Tensor) -> Tensor:
+    step: Sweep
+    delta: Tensor  # TV − V, (N, G, S)
+    middle: Tensor  # of δ, where the constant mode is neutral
+    half: Tensor  # half-span of δ
+    bound: Tensor  # on the error, rounding included
+    unit: Tensor  # of what rounding makes of δ
+    magnitude: Tensor  # of the numbers behind it
+    anchor: Tensor  # middle of the image
+    constant: Tensor  # the image less its anchor, and this, is what the pass hands out
+    size: Tensor  # max(‖V‖∞, τ) of that
+    drowned: Tensor  # in a start far off: what looks converged is not
+
+    @property
+    def finite(self) -> Tensor:
+        return torch.isfinite(self.half) & torch.isfinite(self.size) & torch.isfinite(self.constant)
+
+
+class _Iteration:
+    """Sweeps and Newton's steps of a whole batch, each problem until it has ended: what
+    csrc/core/control.h decides for one.
+    """
+
+    def __init__(self, data: Data, initial: Tensor, settings: Settings) -> None:
+        self.settings, self.tol, self.dtype = settings, settings.tol, data.reward.dtype
+        self.problem = problem = _problem(data)
+        self.status, place, culprit = _inspect(problem, data.transition, settings.validate)
+        self.states, actions = data.reward.shape[-2:]
+        self.automatic = settings.method == Method.AUTO
+        self.method = Method(_choose(problem) if self.automatic else settings.method)
+        newton = self.method in (Method.NEWTON, Method.KRYLOV)
+        self.limit = settings.max_iterations or (1000 if newton else 1_000_000)
+
+        self.gamma = gamma = data.discount
+        self.one_minus = 1 - gamma
+        available = problem.available
+        rows_go_on, seen = problem.continues, problem.reward.abs()
+        largest_reference = torch.zeros_like(gamma)
+        if available is not None and problem.log_reference is not None:
+            rows_go_on, seen = rows_go_on | ~available, torch.where(available, seen, 0.0)
+            weights = torch.where(available, problem.log_reference.abs(), 0.0)
+            largest_reference = weights.amax((-1, -2))
+        self.continuing = rows_go_on.flatten(2).all(-1).expand_as(gamma)
+        self.top_reward = seen.amax((-1, -2))
+        entropy = problem.temperature * (math.log(actions) + largest_reference)
+        self.soft = problem.temperature + entropy
+        # what a product of S terms and a soft maximum are off by
+        self.rounding = 8 + math.log2(self.states + 1)
+        # and what they can be off by: half an ulp for each addition
+        self.certain = 8 + problem.rows.longest / 2 + actions / 2
+        # what a value below the normal numbers loses where it is handed out
+        self.underflow = 2.0**-150 if self.dtype == torch.float32 else 0.0
+        self._start(initial, (self.top_reward + entropy) / self.one_minus)
+
+        self.active = self.status == 0
+        self.done_value, self.done_offset = self.value.clone(), self.offset.clone()
+        self.table = [torch.full_like(problem.reward, torch.nan) for _ in range(3)]
+        self.info = info_table(
+            gamma.shape,
+            self.states,
+            gamma.device,
+            place=place,
+            culprit=culprit,
+            temperature=problem.temperature,
+            kernel=Kernel.TORCH,
+        )
+        self.best = torch.full_like(gamma, math.inf)
+        self.stalled, self.sizes = torch.zeros_like(self.status), torch.zeros_like(gamma)
+        self.products = torch.zeros_like(gamma)
+        # Where Krylov's method is stuck, or would be: ends that may be never reached, near γ = 1.
+        self.eliminated = (
+            ~self.continuing & (self.one_minus < 1e-6) & (self.states <= DIRECT_STATES)
+        )
+
+    def _start(self, initial: Tensor, most: Tensor) -> None:
+        """V = c + W: a start that V* cannot be as large as is no nearer to it."""
+        reward = self.problem.reward
+        self.value = torch.zeros(reward.shape[:-1], dtype=torch.float64, device=reward.device)
+        self.offset = torch.zeros_like(self.gamma)
+        if initial.dim() > 1:
+            most = most.unsqueeze(-1)
+            initial = torch.where(initial.isfinite(), initial.clamp(-most, most), initial)
+            self.offset = initial.amax(-1) / 2 + initial.amin(-1) / 2
+            self.value = initial - self.offset.unsqueeze(-1)
+
+    def run(self) -> None:
+        for passes in range(1, self.limit + 1):
+            found = self._sweep()
+            finished = self._judge(found, passes)
+            if bool(finished.any()):
+                self._keep(found, finished, passes)
+            if not bool(self.active.any()):
+                return
+            self._advance(found, passes)
+
+    def _scale(self, span: Tensor, value: Tensor, constant: Tensor, change: Tensor) -> Tensor:
         """Size of the numbers whose rounding enters δ; a reward counts where it is taken."""
-        base = span + one_minus * constant + torch.where(continuing, 0.0, value) + soft
-        return base + torch.minimum(top_reward, base + change)
+        base = span + self.one_minus * constant
+        base = base + torch.where(self.continuing, 0.0, value) + self.soft
+        return base + torch.minimum(self.top_reward, base + change)
 
-    value = torch.zeros(reward.shape[:-1], dtype=torch.float64, device=reward.device)
-    offset = torch.zeros_like(gamma)
-    if initial.dim() > 1:
-        # a start that V* cannot be as large as is no nearer to it
-        most = ((top_reward + entropy) / one_minus).unsqueeze(-1)
-        initial = torch.where(initial.isfinite(), initial.clamp(-most, most), initial)
-        offset = initial.amax(-1) / 2 + initial.amin(-1) / 2
-        value = initial - offset.unsqueeze(-1)
-
-    active = status == 0
-    done_value, done_offset = value.clone(), offset.clone()
-    table = [torch.full_like(problem.reward, torch.nan) for _ in range(3)]
-    info = info_table(
-        gamma.shape,
-        states,
-        gamma.device,
-        place=place,
-        culprit=culprit,
-        temperature=problem.temperature,
-        kernel=Kernel.TORCH,
-    )
-    best = torch.full_like(gamma, math.inf)
-    stalled, sizes = torch.zeros_like(status), torch.zeros_like(gamma)
-    inner_total = torch.zeros_like(gamma)
-
-    # Where Krylov's method is stuck, or would be: ends that may be never reached, near γ = 1.
-    eliminated = ~continuing & (one_minus < 1e-6) & (states <= DIRECT_STATES)
-    for passes in range(1, limit + 1):
-        step = problem.sweep(value, offset)
-        delta = step.image - value - (one_minus * offset).unsqueeze(-1)
+    def _sweep(self) -> _Pass:
+        gamma, one_minus, offset = self.gamma, self.one_minus, self.offset
+        step = self.problem.sweep(self.value, offset)
+        delta = step.image - self.value - (one_minus * offset).unsqueeze(-1)
         low, high = delta.amin(-1), delta.amax(-1)
         # where some row ends, the constant mode is not neutral: the bracket of (M6) must contain 0
-        low = torch.where(continuing, low, low.clamp(max=0))
-        high = torch.where(continuing, high, high.clamp(min=0))
-        middle = torch.where(continuing, (low + high) / 2, 0.0)
-        half = torch.where(continuing, (high - low) / 2, torch.maximum(-low, high))
-        span = value.amax(-1) - value.amin(-1)
+        low = torch.where(self.continuing, low, low.clamp(max=0))
+        high = torch.where(self.continuing, high, high.clamp(min=0))
+        middle = torch.where(self.continuing, (low + high) / 2, 0.0)
+        half = torch.where(self.continuing, (high - low) / 2, torch.maximum(-low, high))
+        span = self.value.amax(-1) - self.value.amin(-1)
         change = torch.maximum(low.abs(), high.abs())
-        magnitude = scale_of(span, offset.abs(), offset.abs(), change)
-        unit = rounding * (EPS * magnitude).clamp(min=LEAST)
-        bound = (gamma * half + certain / rounding * unit) / one_minus
+        magnitude = self._scale(span, offset.abs(), offset.abs(), change)
+        unit = self.rounding * (EPS * magnitude).clamp(min=LEAST)
+        bound = (gamma * half + self.certain / self.rounding * unit) / one_minus
         least, most = step.image.amin(-1), step.image.amax(-1)
         anchor = (most + least) / 2
         constant = gamma * offset + anchor + torch.where(gamma > 0, gamma / one_minus, 0.0) * middle
         # of the value that this pass hands out, not of the one it started from
         largest = constant.abs() + (most - least) / 2
-        size = torch.maximum(largest, problem.temperature)
-        after = scale_of(most - least, largest, largest, torch.zeros_like(gamma))
-        drowned = magnitude > 8 * after  # in a start far off: what looks converged is not
-        finite = torch.isfinite(half) & torch.isfinite(size) & torch.isfinite(constant)
+        after = self._scale(most - least, largest, largest, torch.zeros_like(gamma))
+        return _Pass(
+            step,
+            delta,
+            middle,
+            half,
+            bound,
+            unit,
+            magnitude,
+            anchor,
+            constant,
+            size=torch.maximum(largest, self.problem.temperature),
+            drowned=magnitude > 8 * after,
+        )
+
+    def _judge(self, found: _Pass, passes: int) -> Tensor:
+        """Which problems end with this pass; their status."""
         # a sweep's residual falls by a tenth within some sweeps unless rounding keeps it up
         by_sweeps = {Method.VALUE_ITERATION: 1, Method.POLICY_ITERATION: SWEEPS_PER_POLICY}
-        sweeps = by_sweeps.get(Method(method))
-        patience = 2 + torch.floor(0.11 / one_minus / sweeps) if sweeps else 3
-        slow = half > (0.9 if sweeps else 0.5) * best
-        stalled = torch.where(slow, stalled + 1, 0)
-        best = torch.where(slow, best, half)
-        at_floor = (half <= unit / 2) | ((half <= 100 * unit) & (stalled >= patience))
-        at_floor &= ~drowned
-        best = torch.where(drowned, math.inf, best)
-        reached = (bound + underflow <= tol * size) if tol > 0 else at_floor
+        sweeps = by_sweeps.get(self.method)
+        patience = 2 + torch.floor(0.11 / self.one_minus / sweeps) if sweeps else 3
+        half, unit, finite = found.half, found.unit, found.finite
+        slow = half > (0.9 if sweeps else 0.5) * self.best
+        self.stalled = torch.where(slow, self.stalled + 1, 0)
+        at_floor = (half <= unit / 2) | ((half <= 100 * unit) & (self.stalled >= patience))
+        at_floor &= ~found.drowned
+        self.best = torch.where(found.drowned, math.inf, torch.where(slow, self.best, half))
+        within = found.bound + self.underflow <= self.tol * found.size
+        reached = within if self.tol > 0 else at_floor
         hopeless = at_floor & ~reached
-        finished = active & (reached | hopeless | ~finite)
-        if passes == limit:
-            status = torch.where(active & ~finished, int(Status.MAX_ITERATIONS), status)
-            finished = active
-        status = torch.where(active & ~finite, int(Status.NON_FINITE), status)
-        status = torch.where(active & finite & hopeless, int(Status.STAGNATED), status)
+        finished = self.active & (reached | hopeless | ~finite)
+        if passes == self.limit:
+            late = self.active & ~finished
+            self.status = torch.where(late, int(Status.MAX_ITERATIONS), self.status)
+            finished = self.active
+        self.status = torch.where(self.active & ~finite, int(Status.NON_FINITE), self.status)
+        stagnated = self.active & finite & hopeless
+        self.status = torch.where(stagnated, int(Status.STAGNATED), self.status)
+        return finished
 
-        if bool(finished.any()):
-            keep = finished.unsqueeze(-1)
-            done_value = torch.where(keep, step.image - anchor.unsqueeze(-1), done_value)
-            done_offset = torch.where(finished, constant, done_offset)
-            found = (step.advantage, step.policy, step.log_policy)
-            table = [
-                torch.where(keep.unsqueeze(-1), new, old)
-                for new, old in zip(found, table, strict=True)
-            ]
-            info[..., Info.RESIDUAL] = half.where(finished, info[..., Info.RESIDUAL])
-            info[..., Info.ERROR_BOUND] = bound.where(finished, info[..., Info.ERROR_BOUND])
-            info[..., Info.PASSES].masked_fill_(finished, passes)
-            sizes = torch.where(finished, magnitude, sizes)
-            info[..., Info.PRODUCTS] = inner_total.where(finished, info[..., Info.PRODUCTS])
-            active = active & ~finished
-        if not bool(active.any()):
-            break
+    def _keep(self, found: _Pass, finished: Tensor, passes: int) -> None:
+        """What the problems that have ended are handed out."""
+        keep, info = finished.unsqueeze(-1), self.info
+        image = found.step.image - found.anchor.unsqueeze(-1)
+        self.done_value = torch.where(keep, image, self.done_value)
+        self.done_offset = torch.where(finished, found.constant, self.done_offset)
+        tables = (found.step.advantage, found.step.policy, found.step.log_policy)
+        self.table = [
+            torch.where(keep.unsqueeze(-1), new, old)
+            for new, old in zip(tables, self.table, strict=True)
+        ]
+        for column, number in (
+            (Info.RESIDUAL, found.half),
+            (Info.ERROR_BOUND, found.bound),
+            (Info.PRODUCTS, self.products),
+        ):
+            info[..., column] = number.where(finished, info[..., column])
+        info[..., Info.PASSES].masked_fill_(finished, passes)
+        self.sizes = torch.where(finished, found.magnitude, self.sizes)
+        self.active = self.active & ~finished
 
-        if automatic and method == Method.POLICY_ITERATION and passes >= HAND_OVER:
-            method = Method.NEWTON if problem.rows.states <= DIRECT_STATES else Method.KRYLOV
-        if method == Method.KRYLOV and passes >= GIVE_UP and states <= DIRECT_STATES:
-            method = Method.NEWTON
-        if method == Method.VALUE_ITERATION:
-            move, inner = _deflated(delta, middle, gamma, one_minus), torch.zeros_like(gamma)
-            shift = inner
+    def _advance(self, found: _Pass, passes: int) -> None:
+        direct = self.states <= DIRECT_STATES
+        if self.automatic and self.method == Method.POLICY_ITERATION and passes >= HAND_OVER:
+            self.method = Method.NEWTON if direct else Method.KRYLOV
+        if self.method == Method.KRYLOV and passes >= GIVE_UP and direct:
+            self.method = Method.NEWTON
+        if self.method == Method.VALUE_ITERATION:
+            move = _deflated(found.delta, found.middle, self.gamma, self.one_minus)
+            shift = inner = torch.zeros_like(self.gamma)
         else:
-            weight = step.policy * problem.scale
+            weight = found.step.policy * self.problem.scale
             move, shift, inner = _improve(
-                problem, weight, delta, continuing, method, passes, eliminated
+                self.problem,
+                weight,
+                found.delta,
+                self.continuing,
+                self.method,
+                passes,
+                self.eliminated,
             )
-        inner_total += inner
-        move = torch.where(active.unsqueeze(-1), move, 0.0)
-        value = value + move
+        self.products += inner
+        value = self.value + torch.where(self.active.unsqueeze(-1), move, 0.0)
         recentre = (value.amax(-1) + value.amin(-1)) / 2
-        value = value - recentre.unsqueeze(-1)
-        offset = offset + recentre + torch.where(active, shift, 0.0)
+        self.value = value - recentre.unsqueeze(-1)
+        self.offset = self.offset + recentre + torch.where(self.active, shift, 0.0)
 
-    info[..., INFO:] = info[..., Info.ERROR_BOUND].unsqueeze(-1)
-    absolute = done_value + done_offset.unsqueeze(-1)
-    ended = (status == int(Status.CONVERGED)) | (status == int(Status.STAGNATED))
-    bound = info[..., Info.ERROR_BOUND]
-    most = torch.maximum(absolute.abs().amax(-1), problem.temperature)
-    met = (bound + underflow <= tol * most) & (tol > 0)
-    lost = ended & drowns(absolute, problem.temperature, soft, sizes, bound, met)
-    stuck = (status == int(Status.STAGNATED)) & (states <= REFINED_STATES)
-    lost |= stuck  # of which an elimination may make more than the method at hand
-    for n, g in lost.nonzero().tolist():
-        at = (slice(n, n + 1), slice(g, g + 1))
-        used = int(info[n, g, Info.PASSES])
-        if max_iterations and used >= limit:
-            if not stuck[n, g]:
-                status[n, g] = int(Status.MAX_ITERATIONS)
-            continue
+    def refine(self) -> None:
+        """Solve those again whose small values drowned in large ones, each state by itself."""
+        info, status = self.info, self.status
+        info[..., INFO:] = info[..., Info.ERROR_BOUND].unsqueeze(-1)
+        absolute, temperature = self._absolute(), self.problem.temperature
+        ended = (status == int(Status.CONVERGED)) | (status == int(Status.STAGNATED))
+        bound = info[..., Info.ERROR_BOUND]
+        most = torch.maximum(absolute.abs().amax(-1), temperature)
+        met = (bound + self.underflow <= self.tol * most) & (self.tol > 0)
+        lost = ended & drowns(absolute, temperature, self.soft, self.sizes, bound, met)
+        stuck = (status == int(Status.STAGNATED)) & (self.states <= REFINED_STATES)
+        lost |= stuck  # of which an elimination may make more than the method at hand
+        for n, g in lost.nonzero().tolist():
+            self._refine_one(n, g, stuck=bool(stuck[n, g]))
+
+    def _refine_one(self, n: int, g: int, *, stuck: bool) -> None:
+        info, at = self.info, (slice(n, n + 1), slice(g, g + 1))
+        used, asked = int(info[n, g, Info.PASSES]), self.settings.max_iterations
+        if asked and used >= self.limit:
+            if not stuck:
+                self.status[n, g] = int(Status.MAX_ITERATIONS)
+            return
         fine = refine(
-            problem.one(n, g),
-            done_value[at],
-            done_offset[at],
-            soft=soft[at],
-            units=4 + certain,
-            continuing=bool(continuing[n, g]),
-            coarse=math.inf if stuck[n, g] else float(certain * EPS * sizes[n, g]),
-            eliminates=states <= REFINED_STATES,
-            tol=tol,
-            underflow=underflow,
-            budget=limit - used if max_iterations else 1000,
+            self.problem.one(n, g),
+            self.done_value[at],
+            self.done_offset[at],
+            soft=self.soft[at],
+            units=4 + self.certain,
+            continuing=bool(self.continuing[n, g]),
+            coarse=math.inf if stuck else float(self.certain * EPS * self.sizes[n, g]),
+            eliminates=self.states <= REFINED_STATES,
+            tol=self.tol,
+            underflow=self.underflow,
+            budget=self.limit - used if asked else 1000,
         )
         if fine is None:
-            continue
-        done_value[at], done_offset[at] = fine.sweep.image, fine.offset
-        for entry, new in zip(table, fine.sweep[1:], strict=True):
+            return
+        self.done_value[at], self.done_offset[at] = fine.sweep.image, fine.offset
+        for entry, new in zip(self.table, fine.sweep[1:], strict=True):
             entry[at] = new
         info[n, g, Info.RESIDUAL], info[n, g, INFO:] = fine.residual[0, 0], fine.bounds[0, 0]
         info[n, g, Info.ERROR_BOUND] = fine.bounds.amax()
         info[n, g, Info.PASSES] = used + fine.passes
-        status[n, g] = int(fine.status)
-        absolute[at] = done_value[at] + done_offset[at].unsqueeze(-1)
-    q = table[0] + absolute.unsqueeze(-1)
-    seen = torch.maximum(q.abs(), table[0].abs())
-    if problem.log_reference is not None:
-        seen = torch.where(problem.log_reference > -math.inf, seen, 0.0)
-    largest = torch.maximum(absolute.abs().amax(-1), seen.amax((-1, -2)))
-    held = largest <= torch.finfo(reward.dtype).max  # in the dtype handed out
-    status = torch.where((status < 10) & ~held, int(Status.NON_FINITE), status)
+        self.status[n, g] = int(fine.status)
 
-    bad = (status >= 10) | (status == int(Status.NON_FINITE))
-    absolute = torch.where(bad.unsqueeze(-1), torch.nan, absolute)
-    done_value = torch.where(bad.unsqueeze(-1), torch.nan, done_value)
-    done_offset = torch.where(bad, torch.nan, done_offset)
-    table = [torch.where(bad[..., None, None], torch.nan, entry) for entry in (q, *table)]
-    for columns in (info[..., :3], info[..., INFO:]):
-        columns.masked_fill_(bad.unsqueeze(-1), torch.nan)
-    info[..., Info.OFFSET] = done_offset
-    tables = (entry.to(reward.dtype) for entry in table)
-    outputs = (absolute, *tables, info, status, done_value)
-    # cloned, so that the caller owns what it gets and may write to it
-    return tuple(x.reshape((*batch, *x.shape[2:])).clone() for x in outputs)
+    def _absolute(self) -> Tensor:
+        return self.done_value + self.done_offset.unsqueeze(-1)
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """What `native.solve` returns; NaN where there is no solution."""
+        info, absolute = self.info, self._absolute()
+        q = self.table[0] + absolute.unsqueeze(-1)
+        seen = torch.maximum(q.abs(), self.table[0].abs())
+        if (log_reference := self.problem.log_reference) is not None:
+            seen = torch.where(log_reference > -math.inf, seen, 0.0)
+        largest = torch.maximum(absolute.abs().amax(-1), seen.amax((-1, -2)))
+        held = largest <= torch.finfo(self.dtype).max  # in the dtype handed out
+        status = torch.where((self.status < 10) & ~held, int(Status.NON_FINITE), self.status)
+        bad = (status >= 10) | (status == int(Status.NON_FINITE))
+        absolute = torch.where(bad.unsqueeze(-1), torch.nan, absolute)
+        value = torch.where(bad.unsqueeze(-1), torch.nan, self.done_value)
+        tables = (
+            torch.where(bad[..., None, None], torch.nan, entry).to(self.dtype)
+            for entry in (q, *self.table)
+        )
+        for columns in (info[..., :3], info[..., INFO:]):
+            columns.masked_fill_(bad.unsqueeze(-1), torch.nan)
+        info[..., Info.OFFSET] = torch.where(bad, torch.nan, self.done_offset)
+        found = (absolute, *tables, info, status, value)
+        # cloned, so that the caller owns what it gets and may write to it
+        return tuple(x.reshape((*self.settings.batch, *x.shape[2:])).clone() for x in found)
 
 
 def policy_solve(
