@@ -1,6 +1,18 @@
 #include "cpu/solvers/policy_system_solver.h"
 
 namespace birl {
+namespace {
+
+// 1/σ for every row, zero for a row without continuation.
+template <class Model>
+void inverse_row_sums(const Model& model, double* inverse) {
+  const Index rows = model.states * model.actions;
+  std::vector<double> least(rows);
+  model.row_sums(0, rows, inverse, least.data());
+  for (Index i = 0; i < rows; ++i) inverse[i] = inverse_row_sum(inverse[i]);
+}
+
+}  // namespace
 
 Index policy_solve(const Batch& batch, const PolicySolve& request, Interrupt& interrupt) {
   if (batch.total() == 0) return 0;

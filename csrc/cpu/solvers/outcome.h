@@ -6,8 +6,9 @@
 #include <limits>
 
 #include "core/certificate.h"
-#include "cpu/entry/solve.h"
+#include "cpu/model/batch.h"
 #include "cpu/model/validate.h"
+#include "cpu/support/parallel.h"
 
 namespace birl {
 

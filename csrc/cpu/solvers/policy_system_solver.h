@@ -8,7 +8,7 @@
 
 #include "core/control.h"
 #include "core/system.h"
-#include "cpu/entry/policy_solve.h"
+#include "cpu/model/batch.h"
 #include "cpu/solvers/elimination.h"
 #include "cpu/solvers/krylov.h"
 #include "cpu/solvers/policy_matrix.h"

@@ -2,9 +2,9 @@
 // cuda/block/outer.h).
 //
 // NOT YET RUN ON A GPU: see cuda/entry/block_solve.cu.
+#include "cuda/block/device.h"
 #include "cuda/block/dispatch.h"
 #include "cuda/entry/block.h"
-#include "cuda/layer/cuda_device.h"
 #include "cuda/layer/cuda_team.cuh"
 
 namespace birl {

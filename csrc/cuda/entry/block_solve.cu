@@ -4,9 +4,9 @@
 // bodies are tested on the host (tests/native); barriers, shuffles and launches are not.
 #include <type_traits>
 
+#include "cuda/block/device.h"
 #include "cuda/block/dispatch.h"
 #include "cuda/entry/block.h"
-#include "cuda/layer/cuda_device.h"
 #include "cuda/layer/cuda_team.cuh"
 
 namespace birl {

@@ -1,8 +1,8 @@
 // The grid of a wide kernel and its launch. No call synchronises or allocates.
 #pragma once
 
+#include "cuda/block/device.h"
 #include "cuda/grid/dispatch.h"
-#include "cuda/layer/cuda_device.h"
 #include "cuda/layer/cuda_wide_team.cuh"
 
 namespace birl::device {
