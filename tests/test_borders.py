@@ -323,6 +323,7 @@ def test_an_unchecked_nan_is_not_called_an_overflow(backend: Any) -> None:
 # Memory
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_is_named_with_its_bytes() -> None:
     """In a process of its own, which may have little."""
     program = """

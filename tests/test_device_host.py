@@ -29,6 +29,7 @@ from birl_ext.ops.rows import Rows
 from birl_ext.options import BackendName, MethodName
 from birl_ext.solution import Info, Kernel, Status
 
+pytestmark = pytest.mark.slow  # the kernels are compiled for the host
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = ROOT / "tests" / "native"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))

@@ -130,6 +130,7 @@ hurried = hypothesis.settings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("problem", PROBLEMS)
 @hurried

@@ -124,6 +124,7 @@ def slope_along(model: Model, cotangents: Cotangents, direction: dict[str, Any])
     return float(exact.slopes(model, direction, objective).first["L"][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(20))
 def test_gradients_of_a_thousand_problems_agree_with_the_oracle(chunk: int) -> None:
     """Against the oracle's adjoint to 1e-9 per parameter block, against its differences along a
@@ -371,6 +372,7 @@ OPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize(("op", "reference"), OPS)

@@ -429,6 +429,7 @@ def test_memory_that_runs_out_is_a_memory_error() -> None:
 # ---- the same bits ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize(
     ("states", "batch", "repeats", "backend"),
@@ -627,6 +628,7 @@ def test_rewards_and_temperatures_of_any_size(reward: float, temperature: float)
         check_corner(corner(9, 3, reward, temperature, 0.9, extras))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("discount", [0.0, 1e-30, 0.9, 1 - 1e-7])
 @pytest.mark.parametrize("extras", ["plain", "masked", "terminal", "masked terminal"])
 @pytest.mark.parametrize(("states", "actions"), SIZES)

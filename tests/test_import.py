@@ -79,6 +79,7 @@ def test_what_a_type_checker_sees_is_what_is_loaded_lazily() -> None:
     assert seen == birl_ext._LAZY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["import birl_ext", "import torch._dynamo"])
 def test_compiled_gradients_are_right_whichever_import_comes_first(first: str) -> None:
     """Dynamo must hear of the ops in either order: it would trace into them, to silent zeros."""

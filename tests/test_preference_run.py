@@ -83,6 +83,7 @@ def test_a_run_of_each_teacher(teacher: str) -> None:
     assert all(rows[-1][f"share_{name}"] > 0 for name in ("environment", "update", "reward"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -90,6 +90,7 @@ def test_the_largest_seed_draws_an_instance() -> None:
 # P1, the random MDP of SoBiRL
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::birl_ext.errors.AccuracyWarning")
 @pytest.mark.parametrize("seed", range(10))
 def test_the_published_mode_reaches_the_known_optimum(seed: int) -> None:

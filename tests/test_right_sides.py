@@ -177,6 +177,7 @@ def test_constants_cost_no_products_in_either_direction(count: int, sparse: bool
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_other_instruction_sets_agree(isa: str) -> None:
     """The kernels are chosen once per process: the same test once more in another."""

@@ -329,6 +329,7 @@ METHODS: list[MethodName] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_bound_holds_on_a_thousand_problems(part: int) -> None:
     """Bounds of value, states and log π, against 512 bits: never below the true error."""

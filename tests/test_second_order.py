@@ -83,6 +83,7 @@ def functions(sparse: bool, backend: str) -> dict[str, tuple[Callable[..., Any],
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("name", ["solve", "bellman", "evaluate", "occupancy"])

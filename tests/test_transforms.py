@@ -338,6 +338,7 @@ COMPILED: dict[str, tuple[str, Callable[[Function, Function, tuple[Tensor, ...]]
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", COMPILED)
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_compiled(name: str, transform: str) -> None:
@@ -349,6 +350,7 @@ def test_compiled(name: str, transform: str) -> None:
     assert_agree(apply(of.ours, ours, of.inputs), want, f"compiled {transform} of {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nested", ["hessian", "jacfwd-of-jacfwd", "vmap-of-grad"])
 def test_compiled_higher_transforms(nested: str) -> None:
     of = subject("solve")

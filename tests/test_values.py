@@ -442,6 +442,7 @@ def assert_certified(got: Solution, case: Case, label: object) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", METHODS[1:])
 @pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
@@ -456,6 +457,7 @@ def test_the_certificate_is_never_below_the_true_error(
             options = {"on_fail": "status", **options, "method": method, "backend": backend}
             got = solve_as(form, mdp, case.temperature, **options)
             assert_certified(got, case, f"{case} {form} {options}")
+            assert (got.iterations <= options.get("max_iterations", torch.inf)).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -30,6 +30,7 @@ ONCE_FAILED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seeds", [*(range(s, s + BLOCK) for s in range(0, SEEDS, BLOCK)), ONCE_FAILED], ids=str
 )
