@@ -109,7 +109,7 @@ main() {
     --no-build-isolation --no-deps --disable-pip-version-check -Cbuild-dir=build/gpu \
     -Ccmake.define.BIRL_CUDA=ON "-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=$architecture" -e .
   step "compiled module loads" 60 "$PYTHON" -c \
-    'from birl_ext import _native; import sys; sys.exit(_native.reason("cuda") or 0)'
+    'from birl_ext.ops.backends import loader; import sys; sys.exit(loader.reason("cuda") or 0)'
   step "every kernel agrees" 60 "$PYTHON" benchmarks/touch_kernels.py
   step "capture and replay" 60 "$PYTHON" benchmarks/touch_kernels.py --graph --brief
   step "GPU tests" 120 "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider

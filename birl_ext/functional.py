@@ -26,7 +26,7 @@ from birl_ext.errors import (
     StagnatedError,
     TerminalChoiceWarning,
 )
-from birl_ext.model import checks as validation
+from birl_ext.model import checks
 from birl_ext.model.layout import Data, Flat, Layout, absent, flatten, layout
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.ops import bellman as ops_bellman
@@ -68,7 +68,7 @@ def solve(
     tol: float | None = None,
     max_iterations: int | None = None,
     on_fail: OnFail = "raise",
-    validate: validation.Level = "full",
+    validate: checks.Level = "full",
     backend: BackendName = "auto",
 ) -> Solution: ...
 
@@ -101,7 +101,7 @@ def solve(
     tol: float | None = None,
     max_iterations: int | None = None,
     on_fail: OnFail = "raise",
-    validate: validation.Level = "full",
+    validate: checks.Level = "full",
     backend: BackendName = "auto",
 ) -> Solution:
     """The soft-optimal value, policy and Q of a batch of regularised MDPs, to a certified error.
@@ -157,7 +157,7 @@ def solve(
     return _solve_in_normal_form(given, initial, options)
 
 
-@validation.within_memory
+@checks.within_memory
 def bellman(
     value: Tensor,
     reward: Tensor | MDP,
@@ -168,7 +168,7 @@ def bellman(
     reference: Tensor | None = None,
     mask: Tensor | None = None,
     terminal: Tensor | None = None,
-    validate: validation.Level = "full",
+    validate: checks.Level = "full",
     backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One application of the soft Bellman operator.
@@ -191,10 +191,10 @@ def bellman(
 
     Source: (M1), (M2), (M3).
     """
-    value = validation.as_floating("value", value)
+    value = checks.as_floating("value", value)
     given = _Given(reward, transition, discount, temperature, reference, mask, terminal, validate)
     flat = _flat(given, value.shape[:-1], read=True, regularised=True)
-    validation.check_devices({"reward": flat.reward, "value": value})
+    checks.check_devices({"reward": flat.reward, "value": value})
     _require_shape("value", value, (flat.reward.shape[-2],))
     dtype = flat.reward.dtype
     trust = _trust(flat.discount, flat.temperature, validate=validate)
@@ -212,7 +212,7 @@ def bellman(
     return restore(image.to(dtype)), restore(q.to(dtype)), restore(policy.to(dtype))
 
 
-@validation.within_memory
+@checks.within_memory
 def evaluate(
     policy: Tensor,
     reward: Tensor | MDP,
@@ -220,7 +220,7 @@ def evaluate(
     *,
     discount: float | Tensor | None = None,
     terminal: Tensor | None = None,
-    validate: validation.Level = "full",
+    validate: checks.Level = "full",
     backend: BackendName = "auto",
 ) -> Tensor:
     """The value of a policy under a reward, which need not be the one it was made for.
@@ -250,18 +250,18 @@ def evaluate(
 
     Source: maths section 4, "Evaluation".
     """
-    policy = validation.as_floating("policy", policy)
+    policy = checks.as_floating("policy", policy)
     batch = tuple(policy.shape[:-2])
     given = _Given(reward, transition, discount, 1.0, terminal=terminal, validate=validate)
     flat = _flat(given, batch, read=True)
-    validation.check_devices({"transition": flat.transition, "policy": policy})
+    checks.check_devices({"transition": flat.transition, "policy": policy})
     pi = _checked(policy, flat, reward, validate)
     gain = (pi * flat.reward.double()).sum(-1)
     value = _policy_system(policy_solve.discounted_sum, flat, pi, gain, validate, backend)
     return flat.layout.restore(value.to(flat.reward.dtype))
 
 
-@validation.within_memory
+@checks.within_memory
 def occupancy(
     policy: Tensor,
     transition: Tensor | MDP,
@@ -269,7 +269,7 @@ def occupancy(
     discount: float | Tensor | None = None,
     initial_distribution: Tensor | None = None,
     terminal: Tensor | None = None,
-    validate: validation.Level = "full",
+    validate: checks.Level = "full",
     backend: BackendName = "auto",
 ) -> Tensor:
     """The discounted share of time that a policy spends in each state.
@@ -306,9 +306,9 @@ def occupancy(
             allowed="a probability vector (*B, S)",
             fix="pass initial_distribution, or an MDP object that has one",
         )
-    policy = validation.as_floating("policy", policy)
-    initial_distribution = validation.as_floating("initial_distribution", initial_distribution)
-    batch = validation.broadcast_batches(
+    policy = checks.as_floating("policy", policy)
+    initial_distribution = checks.as_floating("initial_distribution", initial_distribution)
+    batch = checks.broadcast_batches(
         {
             "policy": tuple(policy.shape[:-2]),
             "initial_distribution": tuple(initial_distribution.shape[:-1]),
@@ -319,29 +319,29 @@ def occupancy(
     if isinstance(transition, (DenseMDP, SparseMDP)):
         reward = transition
     else:
-        rows = validation.as_floating("transition", transition)
-        reward = rows.new_zeros(()).expand(*validation.states_and_actions("policy", policy))
+        rows = checks.as_floating("transition", transition)
+        reward = rows.new_zeros(()).expand(*checks.states_and_actions("policy", policy))
     given = _Given(reward, rows, discount, 1.0, terminal=terminal, validate=validate)
     flat = _flat(given, batch, read=rows is not None)
     tensors = {"policy": policy, "initial_distribution": initial_distribution}
-    validation.check_devices({"transition": flat.transition, **tensors})
+    checks.check_devices({"transition": flat.transition, **tensors})
     pi = _checked(policy, flat, transition, validate)
     _require_shape("initial_distribution", initial_distribution, (flat.reward.shape[-2],))
     if validate == "full" and is_concrete(initial_distribution):
-        validation.check_initial_distribution(initial_distribution)
+        checks.check_initial_distribution(initial_distribution)
     start = flat.layout.grouped(initial_distribution.double(), 1)
     share = _policy_system(policy_solve.discounted_visits, flat, pi, start, validate, backend)
     return flat.layout.restore(share.to(flat.reward.dtype))
 
 
-def _checked(policy: Tensor, flat: Flat, model: Tensor | MDP, validate: validation.Level) -> Tensor:
+def _checked(policy: Tensor, flat: Flat, model: Tensor | MDP, validate: checks.Level) -> Tensor:
     """π/Σπ in float64, (N, G, …)."""
     _require_shape("policy", policy, tuple(flat.reward.shape[-2:]))
     if validate == "full" and is_concrete(policy):
         forbidden = None
         if not isinstance(model, Tensor) and is_concrete(model.mask, model.terminal):
             forbidden = model.forbidden()
-        validation.check_policy(policy.detach(), forbidden)
+        checks.check_policy(policy.detach(), forbidden)
     wide = policy.double().contiguous()  # the bits of a sum depend on the layout
     return flat.layout.grouped(wide / wide.sum(-1, keepdim=True), 2)
 
@@ -351,7 +351,7 @@ def _policy_system(
     flat: Flat,
     policy: Tensor,
     rhs: Tensor,
-    validate: validation.Level,
+    validate: checks.Level,
     backend: BackendName,
 ) -> Tensor:
     """A system of `ops.policy_solve` for one right-hand side (N, G, S)."""
@@ -370,7 +370,7 @@ def _policy_system(
 
 
 def _trust(
-    discount: Tensor, temperature: Tensor | None = None, *, validate: validation.Level
+    discount: Tensor, temperature: Tensor | None = None, *, validate: checks.Level
 ) -> Tensor | None:
     """(N, G), 1 where γ and τ lie in their range and NaN elsewhere; None where the border has read
     them.
@@ -413,7 +413,7 @@ class _Given(NamedTuple):
     reference: Tensor | None = None
     mask: Tensor | None = None
     terminal: Tensor | None = None
-    validate: validation.Level = "full"
+    validate: checks.Level = "full"
 
     @property
     def ending(self) -> bool:
@@ -466,29 +466,29 @@ def _flat(
     """
     mdp, full = given.mdp(), given.validate != "off"
     if mdp is not None:
-        temperature = validation.check_temperature(given.temperature, data=read and full)
-        validation.check_devices({"reward": mdp.reward, "temperature": temperature})
+        temperature = checks.check_temperature(given.temperature, data=read and full)
+        checks.check_devices({"reward": mdp.reward, "temperature": temperature})
         if regularised:
             _tell_of_ends(mdp)
         return mdp.flatten(temperature, batch)
-    validation.check_level(given.validate)
+    checks.check_level(given.validate)
     reward, transition = (
-        validation.as_floating(name, getattr(given, name)) for name in ("reward", "transition")
+        checks.as_floating(name, getattr(given, name)) for name in ("reward", "transition")
     )
     assert given.discount is not None
-    discount = validation.check_discount(given.discount, data=read and full)
-    temperature = validation.check_temperature(given.temperature, data=read and full)
+    discount = checks.check_discount(given.discount, data=read and full)
+    temperature = checks.check_temperature(given.temperature, data=read and full)
     if full:
         tables = {"reward": reward, "transition": transition}
-        validation.check_dense_shapes(reward, transition)
-        validation.check_same_dtype(tables)
+        checks.check_dense_shapes(reward, transition)
+        checks.check_same_dtype(tables)
         numbers = {"discount": discount, "temperature": temperature}
-        validation.check_devices({**tables, **numbers})
+        checks.check_devices({**tables, **numbers})
     if read and given.validate == "full":
         if is_concrete(reward):
-            validation.check_reward(reward)
+            checks.check_reward(reward)
         if is_concrete(transition):
-            validation.check_rows(transition, None)
+            checks.check_rows(transition, None)
     no_reference = absent(torch.float64, reward)
     return flatten(reward, transition, no_reference, discount, temperature, batch=batch)
 
@@ -551,7 +551,7 @@ def _solve_fast(
     return solution
 
 
-@validation.within_memory
+@checks.within_memory
 def _solve_in_normal_form(given: _Given, initial: Tensor | None, options: Options) -> Solution:
     flat = _flat(given, regularised=True)
     start = _start(initial, flat)
@@ -570,8 +570,8 @@ def _start(initial: Tensor | None, flat: Flat) -> Tensor:
     """V₀ (N, G, S) float64, or absent."""
     if initial is None:
         return absent(torch.float64, flat.reward)
-    initial = validation.as_floating("initial", initial)
-    validation.check_devices({"reward": flat.reward, "initial": initial})
+    initial = checks.as_floating("initial", initial)
+    checks.check_devices({"reward": flat.reward, "initial": initial})
     _require_shape("initial", initial, (flat.reward.shape[-2],))
     _require_batch("initial", tuple(initial.shape[:-1]), flat.layout.batch_shape)
     return flat.layout.grouped(initial.detach().double(), 1)
@@ -583,7 +583,7 @@ def _settings(options: Options, flat: Flat, ending: bool) -> tuple[Settings, Sta
     """
     states = flat.reward.shape[-2]
     if options.method == "newton":
-        validation.check_memory(
+        checks.check_memory(
             f'method="newton" with {states} states', states * states, fix='use method="auto"'
         )
     # where nothing can be read here, the op itself raises
@@ -633,7 +633,7 @@ def _failure(
     """The error of the first problem that failed; one of the solver holds the best iterate."""
     error = choice.failure(outputs, data, axes.locate)
     if initial is not None and isinstance(error, NonFiniteResultError):
-        validation.check_initial(initial)
+        checks.check_initial(initial)
     if too_tight is not None and isinstance(error, StagnatedError):
         error = too_tight
     if isinstance(error, SolveError):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from birl_ext.errors import OptionError, ShapeError
 from birl_ext.functional import solve
-from birl_ext.model import checks as validation
+from birl_ext.model import checks
 from birl_ext.model.mdp import SparseMDP
 from birl_ext.options import Options, SolveOptions, check_names
 from birl_ext.solution import Solution
@@ -73,7 +73,7 @@ class SoftPlanner(nn.Module):
         super().__init__()
         check_names("SoftPlanner", options)
         Options.of(**options)
-        validation.check_temperature(temperature)
+        checks.check_temperature(temperature)
         shape = torch.as_tensor(temperature).shape
         if shape.numel() != 1:
             raise ShapeError(
@@ -85,7 +85,7 @@ class SoftPlanner(nn.Module):
             crow, col = transition.crow_indices(), transition.col_indices()
             transition = transition.values()
         if transition is not None:
-            transition = validation.as_floating("transition", transition)
+            transition = checks.as_floating("transition", transition)
         self.discount = discount
         self.options = options
         buffers = {
@@ -97,10 +97,10 @@ class SoftPlanner(nn.Module):
             "reference": reference,
             "initial": initial,
         }
-        validation.check_flags("mask", mask)
-        validation.check_flags("terminal", terminal)
+        checks.check_flags("mask", mask)
+        checks.check_flags("terminal", terminal)
         for name, buffer in buffers.items():
-            self.register_buffer(name, validation.as_tensor(name, buffer))
+            self.register_buffer(name, checks.as_tensor(name, buffer))
         start = torch.tensor([math.log(temperature)], dtype=torch.float64)
         if learn_temperature:
             dtype = torch.get_default_dtype() if transition is None else transition.dtype
@@ -115,7 +115,7 @@ class SoftPlanner(nn.Module):
 
     @discount.setter
     def discount(self, discount: float) -> None:
-        validation.check_discount(discount)
+        checks.check_discount(discount)
         self._discount = discount
 
     @property
@@ -125,7 +125,7 @@ class SoftPlanner(nn.Module):
 
     @temperature.setter
     def temperature(self, temperature: float) -> None:
-        validation.check_temperature(temperature)
+        checks.check_temperature(temperature)
         with torch.no_grad():
             self.log_temperature.fill_(math.log(temperature))
 

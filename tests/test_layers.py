@@ -111,8 +111,11 @@ def edges(root: Path) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {name: set() for name in files}
     for name, path in files.items():
         tree = ast.parse(path.read_text())
-        # what only type checkers read, and what a call imports, is no circle
-        for node in tree.body:
+        # what a call imports is no circle
+        guarded = [
+            n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)
+        ]
+        for node in [*tree.body, *(inner for block in guarded for inner in block.body)]:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext import errors
-from birl_ext.model import checks as validation
+from birl_ext.model import checks
 from birl_ext.model.layout import layout
 from birl_ext.model.mdp import DenseMDP, SparseMDP, load
 from birl_ext.ops.backends import choice
@@ -258,7 +258,7 @@ def test_full_reads_data_and_cheap_does_not(name: str) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_row_sum_tolerance(dtype: torch.dtype, sign: int) -> None:
-    tolerance = validation.row_sum_tolerance(dtype, 4)
+    tolerance = checks.row_sum_tolerance(dtype, 4)
     assert 0 < tolerance < 1.1 * (1e-5 if dtype == torch.float32 else 1e-8)
     rows = torch.full((4, 1, 4), 0.25, dtype=dtype)
     reward = torch.zeros(4, 1, dtype=dtype)
@@ -278,8 +278,8 @@ def test_row_sum_tolerance(dtype: torch.dtype, sign: int) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("states", [2, 40, 300])
 def test_compiled_code_draws_the_line_where_python_does(dtype: torch.dtype, states: int) -> None:
-    excess = validation.row_sum_tolerance(dtype, states)
-    below = validation.below_zero(dtype, states)
+    excess = checks.row_sum_tolerance(dtype, states)
+    below = checks.below_zero(dtype, states)
     backends: list[Any] = ["torch", *([] if choice.unavailable("cpu") else ["cpu"])]
     reward = torch.zeros(states, 1, dtype=dtype)
     for number, status in ((excess, Status.ROW_SUM), (-below, Status.NEGATIVE_PROBABILITY)):
@@ -354,7 +354,7 @@ def test_a_status_says_what_the_border_says(status: int, location: int, name: st
     with pytest.raises(error) as failure:
         kind(**arguments)
     values = {10: 0.97, 11: -1e-12, 12: INF, 13: -INF, 14: 1.0, 17: NAN}
-    found = validation.status_error(
+    found = checks.status_error(
         status, location, values.get(status, 0.0), shape=(S, A), dtype=torch.float64
     )
     assert type(found) is error
@@ -363,23 +363,23 @@ def test_a_status_says_what_the_border_says(status: int, location: int, name: st
 
 def test_a_sparse_status_is_placed_by_the_pattern() -> None:
     crow, col = torch.tensor([0, 0, 2, 2, 3, 3, 3]), torch.tensor([2, 0, 1])
-    found = validation.status_error(
+    found = checks.status_error(
         11, 2, -0.5, shape=(S, A), dtype=torch.float32, batch=(4,), crow=crow, col=col
     )
     assert "at batch 4, state 1, action 1, next state 1" in str(found)
     with pytest.raises(ValueError, match="status 3"):
-        validation.status_error(3, 0, 0.0, shape=(S, A), dtype=torch.float32)
+        checks.status_error(3, 0, 0.0, shape=(S, A), dtype=torch.float32)
 
 
 def test_temperature() -> None:
     for value in (0.0, -1.0, NAN, INF):
         with pytest.raises(errors.TemperatureError, match=rf"^BIRL-E202 temperature is {value!r}"):
-            validation.check_temperature(value)
+            checks.check_temperature(value)
         with pytest.raises(errors.TemperatureError, match=rf"is {value!r} at batch 1 "):
-            validation.check_temperature(torch.tensor([1.0, value]))
-        validation.check_temperature(torch.tensor([1.0, value]), data=False)
-    validation.check_temperature(5e-324)
-    validation.check_temperature(torch.tensor([1e-3, 1e30]))
+            checks.check_temperature(torch.tensor([1.0, value]))
+        checks.check_temperature(torch.tensor([1.0, value]), data=False)
+    checks.check_temperature(5e-324)
+    checks.check_temperature(torch.tensor([1e-3, 1e30]))
 
 
 # What is never read
@@ -521,10 +521,10 @@ def test_replace_changes_one_field_and_validates_it_again() -> None:
 def test_replace_reads_only_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     mdp = DenseMDP(**parts())
     seen = []
-    for name in [n for n in validation.__all__ if n.startswith("check_")]:
-        check = getattr(validation, name)
+    for name in [n for n in checks.__all__ if n.startswith("check_")]:
+        check = getattr(checks, name)
         monkeypatch.setattr(
-            validation, name, lambda *a, n=name, c=check, **k: (seen.append(n), c(*a, **k))[1]
+            checks, name, lambda *a, n=name, c=check, **k: (seen.append(n), c(*a, **k))[1]
         )
     data = {"check_reward", "check_rows", "check_actions", "check_reference",
             "check_initial_distribution"}  # fmt: skip

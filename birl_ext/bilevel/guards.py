@@ -24,7 +24,7 @@ from birl_ext.errors import (
     NonFiniteResultError,
     OptionError,
 )
-from birl_ext.model import checks as validation
+from birl_ext.model import checks
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 
 __all__ = [
@@ -76,7 +76,7 @@ def check_number(
     """A number in [least, below), without `least` itself if `above`, with inf if `infinite`."""
     number = None
     if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
-        number = validation.real(value.reshape(()) if isinstance(value, Tensor) else value)
+        number = checks.real(value.reshape(()) if isinstance(value, Tensor) else value)
     number = math.nan if number is None else number
     low = number > least if above else number >= least
     if low and (number < below or (infinite and number == math.inf)):

@@ -37,7 +37,7 @@ from birl_ext.bilevel.problem import (
 )
 from birl_ext.errors import AccuracyWarning, OptionError
 from birl_ext.functional import solve
-from birl_ext.model import checks as validation
+from birl_ext.model import checks
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 
 __all__ = ["MSoBiRL", "MSoBiRLOutcome"]
@@ -242,7 +242,7 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
         )
         value, error = found.value, found.error_bound
         if not bool(error.isfinite().all()):
-            validation.check_reward(mdp.reward)
+            checks.check_reward(mdp.reward)
         if self.sweeps > 1:
             self._counts[0] = int(found.iterations.max()) + 1
             return value, error

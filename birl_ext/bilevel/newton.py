@@ -20,7 +20,7 @@ from birl_ext.bilevel.guards import (
 )
 from birl_ext.bilevel.problem import BilevelProblem, evaluate_at, known, slope
 from birl_ext.errors import GradientError, ShapeError, UndeterminedError
-from birl_ext.model import checks as validation
+from birl_ext.model import checks
 
 __all__ = ["DampedNewton", "NewtonOutcome"]
 
@@ -68,7 +68,7 @@ class DampedNewton(Algorithm[NewtonOutcome]):
         check_kind("problem", problem, BilevelProblem)
         self.problem = problem
         self.x = variables.check_start(x, vector=True)
-        validation.check_temperature(temperature)
+        checks.check_temperature(temperature)
         self.temperature = temperature
         self.damping = check_number("damping", damping)
         self.decrement = float("inf")

@@ -21,7 +21,7 @@ from birl_ext.bilevel.guards import (
 from birl_ext.bilevel.variables import Variables, joined, named, starts
 from birl_ext.errors import BirlError, DtypeError, OptionError, ShapeError, TemperatureError
 from birl_ext.functional import solve
-from birl_ext.model import checks as validation
+from birl_ext.model import checks
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.solution import Solution
 
@@ -121,18 +121,18 @@ def geometric(start: float, end: float, steps: int) -> Callable[[int], float]:
 def check_schedule(temperature: Temperature) -> Temperature:
     """A temperature as it is given: a number that is one, or a schedule, read step by step."""
     if not callable(temperature):
-        validation.check_temperature(temperature)
+        checks.check_temperature(temperature)
     return temperature
 
 
 def temperature_at(temperature: Temperature, step: int) -> float | Tensor:
     """τ at an outer step, positive and finite."""
     if not callable(temperature):
-        validation.check_temperature(temperature)
+        checks.check_temperature(temperature)
         return temperature
     found = temperature(step)
     try:
-        validation.check_temperature(found)
+        checks.check_temperature(found)
     except BirlError as error:
         raise type(error)(
             error.what,

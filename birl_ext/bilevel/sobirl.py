@@ -16,7 +16,7 @@ from birl_ext.bilevel.score import OneStep, Score
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
 from birl_ext.bilevel.variables import described
 from birl_ext.errors import GradientError, NonFiniteResultError, OptionError
-from birl_ext.model import checks as validation
+from birl_ext.model import checks
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import (
     Steps,
@@ -198,7 +198,7 @@ class SoBiRL(Stateful):
             NonFiniteResultError: loss, gradient or the new parameters are NaN or infinite. After
                 any error the parameters are what they were.
         """
-        validation.check_temperature(temperature)
+        checks.check_temperature(temperature)
         if not len(pairs):
             raise OptionError("there are no pairs", allowed="1 or more")
         pairs.after(self.lead)  # refuses a lead that leaves nothing

@@ -28,7 +28,7 @@ from birl_ext.bilevel.problem import hypergradient
 from birl_ext.bilevel.score import FullHorizon
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
 from birl_ext.errors import OptionError, ShapeError
-from birl_ext.model import checks as validation
+from birl_ext.model import checks
 from birl_ext.preferences.loss import RewardFunction
 from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator, Paths
 
@@ -138,7 +138,7 @@ class StocSoBiRL(Descent[StocSoBiRLOutcome]):
         effort: Effort,
         baseline: Baseline = "others",
     ) -> None:
-        validation.check_temperature(temperature)
+        checks.check_temperature(temperature)
         check_baseline(baseline)
         check_kind("problem", problem, SampledProblem)
         check_kind("simulator", simulator, FiniteSimulator)
@@ -174,7 +174,7 @@ class StocSoBiRL(Descent[StocSoBiRLOutcome]):
         """φ and ∇φ, (d,), estimated at the present x, after the lower level's update."""
         effort, problem, simulator = self.effort, self.problem, self.simulator
         check_kind("effort", effort, Effort)  # it may have been replaced
-        table = validation.as_floating("reward", problem.reward(self.x))
+        table = checks.as_floating("reward", problem.reward(self.x))
         shape = (simulator.states, simulator.actions)
         if table.shape != shape:
             raise ShapeError(
@@ -184,7 +184,7 @@ class StocSoBiRL(Descent[StocSoBiRLOutcome]):
             )
         if simulator.mask is not None:
             table = torch.where(simulator.mask, table, 0.0)
-        validation.check_reward(table)
+        checks.check_reward(table)
         law = None if problem.transition is None else problem.transition(self.x)
         check_lower([table, law], self.x, "`reward` and `transition`", "reward or transition")
         if law is not None:

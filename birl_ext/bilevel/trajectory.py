@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.errors import OptionError, ShapeError
-from birl_ext.model import checks as validation
+from birl_ext.model import checks
 
 __all__ = ["Baseline", "check_baseline", "trajectory_surrogate"]
 
@@ -44,9 +44,9 @@ def trajectory_surrogate(
 
     Source: (M16), (M17); Yang, Gao and Yuan (2025), SoBiRL.
     """
-    validation.check_temperature(temperature)
+    checks.check_temperature(temperature)
     for name, tensor in (("loss", loss), ("score", score)):
-        validation.as_floating(name, tensor)
+        checks.as_floating(name, tensor)
     if loss.dim() != 1 or score.shape != loss.shape:
         raise ShapeError(
             f"loss has shape {tuple(loss.shape)}, score {tuple(score.shape)}",

@@ -20,7 +20,7 @@ from birl_ext.errors import (
     OptionError,
     ShapeError,
 )
-from birl_ext.model import checks as validation
+from birl_ext.model import checks
 
 __all__ = [
     "Variables",
@@ -107,7 +107,7 @@ def check_start(x: Any, *, vector: bool = False) -> Any:
     """A copy of x, without a graph: floating and finite; if `vector`, a tensor is (d,)."""
     module = isinstance(x, nn.Module)
     if not (module or isinstance(x, list | tuple | Mapping)):
-        validation.as_floating("x", x)
+        checks.as_floating("x", x)
     own = named(x)
     if not own:
         raise OptionError(
@@ -117,7 +117,7 @@ def check_start(x: Any, *, vector: bool = False) -> Any:
         )
     first = next(iter(own))
     for name, leaf in own.items():
-        if validation.as_floating(name, leaf) is not leaf and module:
+        if checks.as_floating(name, leaf) is not leaf and module:
             raise DtypeError(
                 f"{name} is {leaf.dtype}", allowed="float32 or float64", fix="float() it"
             )
@@ -143,7 +143,7 @@ def check_start(x: Any, *, vector: bool = False) -> Any:
         require_finite(leaf, name, NonFiniteInputError, allowed="finite numbers")
     if vector and isinstance(x, Tensor) and (x.dim() != 1 or not len(x)):
         raise ShapeError(f"x has shape {tuple(x.shape)}", allowed="(d,)")
-    return rebuilt(x, map(validation.as_floating, own, own.values()))
+    return rebuilt(x, map(checks.as_floating, own, own.values()))
 
 
 def entry(x: Variables, index: int) -> str:

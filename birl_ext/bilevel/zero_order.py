@@ -21,7 +21,7 @@ from birl_ext.bilevel.guards import (
 )
 from birl_ext.bilevel.problem import BilevelProblem, evaluate_at
 from birl_ext.errors import OptionError
-from birl_ext.model import checks as validation
+from birl_ext.model import checks
 
 __all__ = ["ZeroOrder", "ZeroOrderOutcome"]
 
@@ -70,7 +70,7 @@ class ZeroOrder(Descent[ZeroOrderOutcome]):
         radius: float,
         seed: int = 0,
     ) -> None:
-        validation.check_temperature(temperature)
+        checks.check_temperature(temperature)
         check_kind("problem", problem, BilevelProblem)
         self.problem = problem
         self.temperature = temperature

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from birl_ext.model import checks as validation
+from birl_ext.model import checks
 from birl_ext.torch_internals import is_concrete
 
 __all__ = ["Data", "Flat", "Layout", "absent", "flatten", "layout"]
@@ -207,7 +207,7 @@ def flatten(
             "temperature": tuple(temperature.shape) if isinstance(temperature, Tensor) else (),
             "policy, value or initial distribution": batch,
         }
-        validation.broadcast_batches(batches)  # names the one that does not fit
+        checks.broadcast_batches(batches)  # names the one that does not fit
         axes = layout(*batches.values())
     else:
         axes = _SINGLE

@@ -20,9 +20,9 @@ from birl_ext.errors import (
     ShapeError,
     SparseFormatError,
 )
-from birl_ext.model import checks as validation
-from birl_ext.model import layout as batching
+from birl_ext.model import checks
 from birl_ext.model.checks import Level
+from birl_ext.model.layout import Flat, flatten
 from birl_ext.model.tensor_files import FOREIGN, MAX_BYTES, read_tensors, write_tensors
 from birl_ext.torch_internals import is_concrete
 
@@ -79,7 +79,7 @@ class _MDP:
         Entries behind a former mask or in former terminal rows are zero: give the transition too
         when opening them.
         """
-        validation.check_level(validate)
+        checks.check_level(validate)
         if validate == "full" and changes.keys() & {"crow", "col"}:
             return dataclasses.replace(self, **changes, validate="full")  # type: ignore[type-var]
         new = dataclasses.replace(self, **changes, validate="off" if validate == "off" else "cheap")  # type: ignore[type-var]
@@ -134,14 +134,14 @@ class _MDP:
 
     # Normal form
 
-    def flatten(self, temperature: float | Tensor, batch: tuple[int, ...] = ()) -> batching.Flat:
+    def flatten(self, temperature: float | Tensor, batch: tuple[int, ...] = ()) -> Flat:
         """The MDP at temperature τ as (N, G) tensors: what the ops read.
 
         Args:
             temperature: τ, a number or (*B).
             batch: further batch axes to broadcast with, those of a policy or a value, say.
         """
-        return batching.flatten(
+        return flatten(
             self.reward,
             getattr(self, self._entries),
             self.log_reference,
@@ -204,14 +204,14 @@ class _MDP:
 
     def _begin(self, validate: Level) -> None:
         """The fields in the kinds that the rest takes them for, and all that needs no data."""
-        self._set(**validation.promoted(self._entries, self._fields(), validate))
+        self._set(**checks.promoted(self._entries, self._fields(), validate))
         fields = self._fields()
         if validate != "off":
-            validation.check_form(self._entries, fields)
-        self._set(batch_shape=validation.common_batch(self._entries, self._event, fields))
+            checks.check_form(self._entries, fields)
+        self._set(batch_shape=checks.common_batch(self._entries, self._event, fields))
 
     def _check_data(self, changed: frozenset[str]) -> None:
-        free = validation.check_data(self._entries, self._fields(), changed, self._check_rows)
+        free = checks.check_data(self._entries, self._fields(), changed, self._check_rows)
         if free is not None:
             self._set(free_ends=free)
 
@@ -325,7 +325,7 @@ class DenseMDP(_MDP):
     log_reference: Tensor = field(init=False)
     batch_shape: tuple[int, ...] = field(init=False)
 
-    @validation.within_memory
+    @checks.within_memory
     def __post_init__(self, validate: Level) -> None:
         self._begin(validate)
         self._mask_rewards()
@@ -355,7 +355,7 @@ class DenseMDP(_MDP):
         return sparse
 
     def _check_rows(self) -> None:
-        validation.check_rows(self.transition, self._continuing())
+        checks.check_rows(self.transition, self._continuing())
 
     def _normalised(self) -> Tensor:
         total = self.transition.sum(-1, keepdim=True)
@@ -405,12 +405,12 @@ class SparseMDP(_MDP):
     log_reference: Tensor = field(init=False)
     batch_shape: tuple[int, ...] = field(init=False)
 
-    @validation.within_memory
+    @checks.within_memory
     def __post_init__(self, validate: Level) -> None:
         self._begin(validate)
         self._set(crow=self.crow.to(torch.int64), col=self.col.to(torch.int64))
         if validate == "full" and is_concrete(self.crow, self.col):
-            validation.check_crow_col(self.crow, self.col, self.states)
+            checks.check_crow_col(self.crow, self.col, self.states)
         self._mask_rewards()
         if (rows := self._continuing()) is not None:
             keep = rows.flatten(-2)[..., self.rows()]
@@ -433,8 +433,8 @@ class SparseMDP(_MDP):
             raise SparseFormatError(
                 f"transition is {got}", allowed="torch.sparse_csr", fix="call to_sparse_csr() on it"
             )
-        reward = validation.as_floating("reward", reward)
-        states, actions = validation.states_and_actions("reward", reward)
+        reward = checks.as_floating("reward", reward)
+        states, actions = checks.states_and_actions("reward", reward)
         if tuple(transition.shape) != (states * actions, states):
             raise ShapeError(
                 f"transition has shape {tuple(transition.shape)}",
@@ -449,8 +449,8 @@ class SparseMDP(_MDP):
         cls, transition: Any, reward: Tensor, discount: float | Tensor, **options: Any
     ) -> Self:
         """From a SciPy sparse matrix (S·A, S), or a list of A matrices (S, S), one per action."""
-        reward = validation.as_floating("reward", reward)
-        states, actions = validation.states_and_actions("reward", reward)
+        reward = checks.as_floating("reward", reward)
+        states, actions = checks.states_and_actions("reward", reward)
         matrices = list(transition) if isinstance(transition, Sequence) else [transition]
         per_action = isinstance(transition, Sequence)
         want = (states, states) if per_action else (states * actions, states)
@@ -482,7 +482,7 @@ class SparseMDP(_MDP):
     def to_dense(self) -> DenseMDP:
         """The same MDP with a dense transition; duplicate entries are added up."""
         batch = self.values.shape[:-1]
-        validation.check_memory(
+        checks.check_memory(
             f"to_dense() of {self.states} states and {self.actions} actions",
             math.prod(batch) * self.states * self.actions * self.states,
             fix="keep the SparseMDP: every function takes it",
@@ -501,7 +501,7 @@ class SparseMDP(_MDP):
         return dense
 
     def _check_rows(self) -> None:
-        validation.check_sparse_rows(
+        checks.check_sparse_rows(
             self.values, self.crow, self.col, (self.states, self.actions), self._continuing()
         )
 

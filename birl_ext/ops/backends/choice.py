@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from birl_ext import errors
-from birl_ext.model import checks as validation
+from birl_ext.model import checks
 from birl_ext.ops.backends import cuda, loader, native, pytorch
 from birl_ext.ops.request import NATIVE, TORCH, Data, Settings
 from birl_ext.ops.rows import Rows
@@ -189,7 +189,7 @@ def failure(
     if code >= Status.ROW_SUM:
         transition, crow, col, reward, *_ = data
         sparse = transition.dim() == 2
-        return validation.status_error(
+        return checks.status_error(
             int(code),
             int(place),
             value,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.model import checks
+from birl_ext.ops.backends.problem import EPS, LEAST, Problem, Sweep, one_by_one
 from birl_ext.ops.backends.refinement import drowns, refine
 from birl_ext.ops.request import Data, Settings
 from birl_ext.ops.rows import Rows
@@ -22,8 +23,6 @@ from birl_ext.solution import INFO, Info, Kernel, Method, Rigour, Status, info_t
 
 __all__ = ["bellman", "policy_solve", "settle", "solve"]
 
-EPS = torch.finfo(torch.float64).eps
-LEAST = 5e-324  # no smaller number is positive
 TINY = torch.finfo(torch.float64).tiny  # below, numbers have fewer digits
 SPARSE_DIRECT_STATES = 200  # above, products with few entries per row beat a dense LU
 DIRECT_STATES = 1500  # above, an LU of (I − γP_π) costs more than the Krylov products it saves
@@ -34,94 +33,8 @@ HAND_OVER = 150  # passes after which modified policy iteration has met slow mix
 SWEEPS_PER_POLICY = 40  # of modified policy iteration: between the 20 and 60 that suit grids
 
 
-class Sweep(NamedTuple):
-    """One application of T in relative form: V = c + W, TV − γc = `image`."""
-
-    image: Tensor  # (N, G, S)
-    advantage: Tensor  # (N, G, S, A)
-    policy: Tensor
-    log_policy: Tensor
-
-
-class Problem(NamedTuple):
-    """The data of one solve, with P in float64 and what does not change between sweeps."""
-
-    rows: Rows
-    scale: Tensor  # 1/σ, 0 where nothing continues, (N, 1, S, A)
-    reward: Tensor  # float64
-    log_reference: Tensor | None
-    discount: Tensor
-    temperature: Tensor
-
-    @property
-    def continues(self) -> Tensor:
-        return self.scale > 0
-
-    @property
-    def available(self) -> Tensor | None:
-        """(N, G, S, A); None is everywhere."""
-        return None if self.log_reference is None else self.log_reference > -math.inf
-
-    def one(self, n: int, g: int) -> Problem:
-        own = slice(n, n + 1), slice(g, g + 1)
-        reference = None if self.log_reference is None else self.log_reference[own]
-        return Problem(
-            self.rows.with_data(self.rows.data[own[0]]),
-            self.scale[own[0]],
-            self.reward[own],
-            reference,
-            self.discount[own],
-            self.temperature[own],
-        )
-
-    def sweep(self, value: Tensor, offset: Tensor) -> Sweep:
-        gamma, tau = self.discount[..., None, None], self.temperature[..., None, None]
-        ahead = self.ahead(value) * self.scale
-        ended = torch.where(self.continues, 0.0, 1.0)
-        q = self.reward + gamma * (ahead - ended * offset[..., None, None])
-        available = self.available
-        if available is None or self.log_reference is None:
-            top = q.amax(-1, keepdim=True)
-            logits = (q - top) / tau
-        else:
-            top = torch.where(available, q, -math.inf).amax(-1, keepdim=True)
-            logits = torch.where(available, (q - top) / tau + self.log_reference, -math.inf)
-        log_total = torch.logsumexp(logits, -1, keepdim=True)
-        log_policy = logits - log_total
-        policy = torch.softmax(logits, -1)
-        image = top + tau * log_total
-        advantage = q - image
-        if available is not None:
-            advantage = torch.where(available, advantage, 0.0)
-        return Sweep(image.squeeze(-1), advantage, policy, log_policy)
-
-    def policy_product(self, weight: Tensor, vector: Tensor) -> Tensor:
-        """P_π v with weight = π/σ, (N, G, S)."""
-        return (weight * self.ahead(vector)).sum(-1)
-
-    def ahead(self, vector: Tensor) -> Tensor:
-        """Σ_t P(t|s,a) v(t), (N, G, S, A)."""
-        return _one_by_one(self.rows.apply, vector)
-
-
-def _one_by_one(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """The same for the problems (N, G) of a batch one after the other where they share P: BLAS adds
-    up several in another order than one, and one would hang on its neighbours.
-    """
-    if batch.shape[1] == 1 or not batch.is_cpu:
-        return function(batch)
-    return torch.cat([function(one) for one in batch.split(1, 1)], 1)
-
-
-def _problem(data: Data) -> Problem:
-    reward, reference = data.reward, data.log_reference
-    rows = Rows(data.transition.double(), data.crow, data.col, *reward.shape[-2:])
-    given = None if reference.numel() == 0 and reference.dim() == 1 else reference
-    return Problem(rows, rows.scale(), reward.double(), given, data.discount, data.temperature)
-
-
 def bellman(data: Data, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sweep = _problem(data).sweep(value, torch.zeros_like(data.discount))
+    sweep = Problem.of(data).sweep(value, torch.zeros_like(data.discount))
     return tuple(sweep)  # type: ignore[return-value]
 
 
@@ -159,7 +72,7 @@ class _Iteration:
 
     def __init__(self, data: Data, initial: Tensor, settings: Settings) -> None:
         self.settings, self.tol, self.dtype = settings, settings.tol, data.reward.dtype
-        self.problem = problem = _problem(data)
+        self.problem = problem = Problem.of(data)
         self.status, place, culprit = _inspect(problem, data.transition, settings.validate)
         self.states, actions = data.reward.shape[-2:]
         self.automatic = settings.method == Method.AUTO
@@ -484,7 +397,7 @@ class _PolicySystem(NamedTuple):
         return x
 
     def _products(self, rhs: Tensor, tol: float, limit: int) -> Tensor:
-        start = _start(rhs, self.weight, self.discount, self.transpose)
+        start = _start(rhs, self.discount, self.transpose)
         return _bicgstab(self.product, rhs, start, tol, limit)[0]
 
     def size(self, vector: Tensor) -> Tensor:
@@ -585,7 +498,7 @@ def _improve(
         # tighten with the passes: exact steps converge from anywhere, loose ones need not
         forcing = max(10.0 ** -(1 + passes / 2), 1e-13)
         side = apart(rhs).masked_fill(held, 0.0)
-        start = _start(rhs, weight, problem.discount, False).masked_fill(held | pinned, 0.0)
+        start = _start(rhs, problem.discount, False).masked_fill(held | pinned, 0.0)
         x, products = _bicgstab(product, side, start, forcing, 400)
         reached = image(x)
         level = (rhs - reached)[..., 0, 0].where(continuing, 0.0) / (1 - problem.discount)
@@ -611,7 +524,7 @@ def _factor(
     rows: Rows, weight: Tensor, discount: Tensor, bordered: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Of I − γP_π, with ones in the first column of those `bordered`."""
-    matrix = -discount[..., None, None] * _one_by_one(rows.policy_matrix, weight)
+    matrix = -discount[..., None, None] * one_by_one(rows.policy_matrix, weight)
     matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
     if bordered is not None:
         matrix[..., 0].masked_fill_(bordered.unsqueeze(-1), 1.0)
@@ -633,7 +546,7 @@ def _back_substitute(factors: tuple[Tensor, Tensor], rhs: Tensor, transpose: boo
     return torch.linalg.lu_solve(lu, pivots, rhs.mT, adjoint=transpose).mT
 
 
-def _start(rhs: Tensor, weight: Tensor, discount: Tensor, transpose: bool) -> Tensor:
+def _start(rhs: Tensor, discount: Tensor, transpose: bool) -> Tensor:
     """A guess that is exact in the constant mode: there A multiplies by 1 − γ."""
     gap = (1 - discount)[..., None, None]
     if not transpose:

@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from birl_ext.ops.backends.problem import EPS, LEAST, Problem, Sweep
 from birl_ext.solution import Status
-
-if TYPE_CHECKING:
-    from birl_ext.ops.backends.pytorch import Problem, Sweep
 
 __all__ = ["OUTLIER", "Refined", "drowns", "refine", "typical_size"]
 
-EPS = torch.finfo(torch.float64).eps
-LEAST = 5e-324
 OUTLIER = 100.0  # values that many times the typical one do not set the scale of `tol` for others
 DIGITS, FOLD = 1e-12, 16.0
 NEAR = 8.0  # units of rounding, where nothing more may be gained
