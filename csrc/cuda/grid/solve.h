@@ -83,11 +83,29 @@ struct PassRange {
 
 // What can be wrong besides P, and the range of the starting value.
 struct FirstLook {
-  Findings found;
+  Index reference = kNowhere, reward = kNowhere;  // as in Findings: all of it takes the registers
+  double largest_reference = 0.0, largest_reward = 0.0;
   double least = kInf, most = -kInf;
 
   BIRL_DEVICE static FirstLook join(const FirstLook& x, const FirstLook& y) {
-    return {Findings::join(x.found, y.found), smaller(x.least, y.least), larger(x.most, y.most)};
+    return {Findings::first(x.reference, y.reference),
+            Findings::first(x.reward, y.reward),
+            larger(x.largest_reference, y.largest_reference),
+            larger(x.largest_reward, y.largest_reward),
+            smaller(x.least, y.least),
+            larger(x.most, y.most)};
+  }
+  BIRL_DEVICE void take(const Findings& found) {
+    reference = found.reference;
+    reward = found.reward;
+    largest_reference = found.largest_reference;
+    largest_reward = found.largest_reward;
+  }
+  BIRL_DEVICE Findings findings() const {
+    Findings found;
+    found.reference = reference;
+    found.reward = reward;
+    return found;
   }
 };
 
@@ -113,8 +131,9 @@ class LargeSolving {
 
   BIRL_DEVICE void run() {
     const FirstLook first = look();
-    Defect defect = first.found.of_problem(request_.validate, discount(), temperature(), A_,
-                                           reference(0), [&](Index row) { return reward(row); });
+    Defect defect =
+        first.findings().of_problem(request_.validate, discount(), temperature(), A_, reference(0),
+                                    [&](Index row) { return reward(row); });
     if (defect.status == Status::kConverged) {
       begin(first);
       defect = iterate();
@@ -179,11 +198,13 @@ class LargeSolving {
           return block.template reduce<FirstLook>(
               [&](Thread t) {
                 FirstLook seen;
+                Findings found;
                 for (Index s = mine.begin + t.rank; s < mine.end; s += t.count) {
                   seen.least = smaller(seen.least, m_.image[0][s]);
                   seen.most = larger(seen.most, m_.image[0][s]);
-                  look_at(s, seen.found);
+                  look_at(s, found);
                 }
+                seen.take(found);
                 return seen;
               },
               FirstLook::join);
@@ -206,8 +227,8 @@ class LargeSolving {
       Control& c = block.chip.control;
       c = {};
       c.pose(request_, discount(), temperature(), S_, A_, batch_.is_double);
-      c.largest_reward = first.found.largest_reward;
-      c.largest_reference = first.found.largest_reference;
+      c.largest_reward = first.largest_reward;
+      c.largest_reference = first.largest_reference;
       if (request_.method != 1 && request_.method != kSweep) c.mode = Mode::kSeries;
       c.means.fewest = 1;
       c.means.most = 60;
