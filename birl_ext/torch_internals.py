@@ -16,6 +16,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 __all__ = [
+    "BEFORE_TRANSFORMS",
     "DYNAMO",
     "ORDINARY",
     "are_ordinary",
@@ -44,6 +45,8 @@ __all__ = [
 ]
 
 DYNAMO = "torch._dynamo"
+BEFORE_TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
+"""The dispatch key at which an op meets functorch's innermost level."""
 
 transforms_active = torch._C._are_functorch_transforms_active
 is_tracing = torch._C._is_tracing  # by torch.jit.trace

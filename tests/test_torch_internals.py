@@ -96,6 +96,21 @@ def test_dynamo() -> None:
     assert done.stdout.split()[-1] == "True", done.stdout
 
 
+def test_before_transforms() -> None:
+    """Implemented at that key, an op is asked before a transform has been applied to it."""
+    library = torch.library.Library("birl_ext_test_key", "DEF")
+    library.define("double(Tensor x) -> Tensor")
+    seen = []
+
+    def told(x: Tensor) -> Tensor:
+        seen.append(internals.is_wrapped(x))
+        return x
+
+    library.impl("double", told, internals.BEFORE_TRANSFORMS)
+    torch.func.vmap(torch.ops.birl_ext_test_key.double)(torch.ones(2))
+    assert seen == [True]
+
+
 def seen_by(transform: Any, question: Any) -> Any:
     """What a question about a tensor is answered inside a transform."""
     answers = []

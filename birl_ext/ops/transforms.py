@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.torch_internals import (
+    BEFORE_TRANSFORMS,
     DYNAMO,
     computes_directly,
     custom_function_call,
@@ -106,7 +107,7 @@ def define(
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(op, compute, key)
     torch.library.register_fake(f"birl_ext::{op}", fake)
-    for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):
+    for key in ("Autograd", BEFORE_TRANSFORMS):
         LIBRARY.impl(op, rule.apply, key)
 
 
