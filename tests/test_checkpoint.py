@@ -12,6 +12,7 @@ import pickle
 import re
 import resource
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def two(store: CheckpointStore) -> CheckpointStore:
 
 
 def test_values_and_structure_come_back(store):
-    state = {
+    state: dict[str, Any] = {
         "float": 0.1,
         "nan": math.nan,
         "inf": -math.inf,
@@ -278,7 +279,7 @@ def test_ctrl_c_while_writing_is_not_taken_for_a_full_disk(two, monkeypatch):
     left = 0
 
     class Interrupted(io.FileIO):
-        def write(self, data: bytes) -> int:
+        def write(self, data: Any) -> int:
             nonlocal left
             left -= 1
             if left == 0:

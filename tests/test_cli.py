@@ -16,6 +16,7 @@ import time
 import tomllib
 import types
 from pathlib import Path
+from typing import Any
 
 import fake_problem
 import pytest
@@ -32,7 +33,7 @@ BIRL = [sys.executable, str(ROOT / "tests" / "fake_problem.py")]
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    problems = types.ModuleType("birl_ext.problems")
+    problems: Any = types.ModuleType("birl_ext.problems")
     problems.PROBLEMS = {"fake": fake_problem.PROBLEM}
     monkeypatch.setitem(sys.modules, "birl_ext.problems", problems)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -46,7 +47,7 @@ def birl(capsys):
 
     def run(*words: str) -> tuple[int, str, str]:
         try:
-            status = cli.main(list(words))
+            status: Any = cli.main(list(words))
         except SystemExit as ending:  # tyro and argparse end this way
             status = ending.code
         captured = capsys.readouterr()
@@ -463,7 +464,7 @@ def test_doctor_runs_from_a_folder(birl, monkeypatch):
 
 
 def test_doctor_says_why_a_module_did_not_load(birl, monkeypatch):
-    loader = types.ModuleType("birl_ext.ops.backends.loader")
+    loader: Any = types.ModuleType("birl_ext.ops.backends.loader")
     loader.report = lambda: {
         "_cpu": {"loaded": True, "reason": "", "build_info": {"version": "1.2", "isa": "avx2"}},
         "_cuda": {"loaded": False, "reason": "the driver is too old", "build_info": {}},

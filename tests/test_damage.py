@@ -81,7 +81,7 @@ def damaged(whole: bytes, generator: random.Random) -> bytes:
 def checkpoint(folder: Path) -> tuple[list[Path], Callable[[], bool]]:
     """One checkpoint; nothing to fall back on."""
     store = CheckpointStore(folder / "checkpoints")
-    state = {
+    state: dict[str, Any] = {
         "x": torch.randn(200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
         "step": 3,
         "words": ["one", {"two": 2.0}],
@@ -118,7 +118,7 @@ def model(folder: Path) -> tuple[list[Path], Callable[[], bool]]:
             (getattr(found, name), getattr(mdp, name))
             for name in ("reward", "transition", "terminal")
         ]
-        return found.discount == mdp.discount and all(torch.equal(a, b) for a, b in pairs)
+        return bool(found.discount == mdp.discount) and all(torch.equal(a, b) for a, b in pairs)
 
     return [path], read
 

@@ -106,7 +106,7 @@ def birl_run(run: Path, tell: Callable[[bytes, int], object], *, look: Any = Non
         tell(SAVED, step)
         return path
 
-    PreferenceJob.step, CheckpointStore.save = told_step, told_save  # type: ignore[method-assign]
+    PreferenceJob.step, CheckpointStore.save = told_step, told_save  # type: ignore[assignment, method-assign]
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     known = (run / "config.toml").is_file()
     where = ["--resume", str(run)] if known else ["--config", f"{run.parent}/config.toml"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import functools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from cases import untyped
 from fake_problem import FakeConfig, FakeJob
 from hypothesis import given
 from hypothesis import strategies as st
@@ -186,12 +188,12 @@ def test_a_bad_config_file_is_refused(tmp_path, content, message):
 # The run directory
 
 
-def start(path: Path, **settings) -> tuple[FakeJob, RunDirectory]:
+def start(path: Path, **settings) -> tuple[Any, RunDirectory]:
     config = FakeConfig(**settings)
     return FakeJob(config), RunDirectory.create(path, "fake", to_plain(config))
 
 
-def again(path: Path) -> tuple[FakeJob, RunDirectory]:
+def again(path: Path) -> tuple[Any, RunDirectory]:
     directory = RunDirectory(path)
     return FakeJob(from_plain(FakeConfig, directory.config)), directory
 
@@ -338,7 +340,7 @@ class Seedless:
     [
         ({"config": Seedless()}, r"Broken\.config\.seed is None .*an integer"),
         ({"config": FakeConfig(seed=True)}, r"Broken\.config\.seed is True"),
-        ({"config": FakeConfig(seed="1")}, r"Broken\.config\.seed is '1'"),
+        ({"config": FakeConfig(seed=untyped("1"))}, r"Broken\.config\.seed is '1'"),
         ({"config": {"seed": 1}}, r"Broken\.config is \{'seed': 1\} .*dataclass"),
         ({"total_steps": "3"}, r"Broken\.total_steps is '3' .*an integer"),
         *(
@@ -421,6 +423,7 @@ def test_a_summary_cannot_replace_what_every_run_reports(tmp_path):
     job, directory = start(tmp_path / "run", steps=1, seed=3)
     job.summary = lambda: {"seed": 9, "seconds": "long", "objective": 1.0}
     found = loop.run(job, directory).summary
+    assert found is not None
     assert (found["seed"], found["objective"]) == (3, 1.0)
     assert isinstance(found["seconds"], float)
 
@@ -428,7 +431,7 @@ def test_a_summary_cannot_replace_what_every_run_reports(tmp_path):
 @pytest.mark.parametrize("figures", [None, ["objective"], {"objective": "a picture"}], ids=str)
 def test_figures_that_cannot_be_drawn_are_refused_by_name(tmp_path, figures):
     job, directory = start(tmp_path / "run", steps=1)
-    summary = loop.run(job, directory).summary
+    summary = loop.run(job, directory).summary or {}
     job.figures = lambda *_: figures
     with pytest.raises(JobError, match=r"BIRL-E803 FakeJob\.figures returned"):
         loop.draw_figures(job, directory, summary)
@@ -453,8 +456,8 @@ def test_the_files_of_a_run(tmp_path):
 class FilingJob(FakeJob):
     """Keeps each x in a file of its own, and all of them in one that grows."""
 
-    path: Path | None = None
-    seen: list[int] | None = None
+    path: Any = None
+    seen: Any = None
     detached = 0
 
     def detach(self) -> None:
@@ -467,7 +470,7 @@ class FilingJob(FakeJob):
         self.path, self.seen = path / "x", []
         self.path.mkdir(exist_ok=True)
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Any) -> None:
         super().load_state_dict(state)
         if self.path is not None:
             self.seen = [int(line) for line in (self.path / "seen").read_text().split()]
@@ -483,7 +486,7 @@ class FilingJob(FakeJob):
 
 def test_a_job_that_raises_lets_go_of_its_files(tmp_path):
     job, directory = start(tmp_path / "run", steps=6)
-    job = FilingJob(job.config)
+    job = untyped(FilingJob(job.config))
     job.step = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError) as raised:
         loop.run(job, directory)
@@ -499,14 +502,14 @@ def test_a_job_that_raises_lets_go_of_its_files(tmp_path):
 def test_a_job_may_write_files_of_its_own(tmp_path):
     """They lie beside those of the run, and a resumed run ends with the same."""
 
-    def filing(arguments: tuple[FakeJob, RunDirectory]) -> tuple[FakeJob, RunDirectory]:
+    def filing(arguments: tuple[Any, RunDirectory]) -> tuple[Any, RunDirectory]:
         return FilingJob(arguments[0].config), arguments[1]
 
     whole, its_directory = filing(start(tmp_path / "whole", steps=6))
     loop.run(whole, its_directory)
     assert whole.detached == 1
     job, directory = filing(start(tmp_path / "cut", steps=6))
-    assert isinstance(job, WritesFiles)
+    assert isinstance(untyped(job), WritesFiles)
     assert not isinstance(FakeJob(job.config), WritesFiles)
 
     def work() -> None:
@@ -543,7 +546,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
     }
 
 
-def signal_at(job: FakeJob, step: int, number: int) -> FakeJob:
+def signal_at(job: Any, step: int, number: int) -> Any:
     """Make the job send its own process a signal in the middle of a step."""
     take = job.step
 
@@ -615,9 +618,13 @@ def test_seconds_add_up_over_sessions(tmp_path):
     loop.run(signal_at(job, 1, signal.SIGTERM), directory)
     store = CheckpointStore(directory.checkpoints)
     found = store.load()
-    rest = {"config": found.config, "versions": found.versions, "metrics": found.metrics}
+    rest: dict[str, Any] = {
+        "config": found.config,
+        "versions": found.versions,
+        "metrics": found.metrics,
+    }
     store.save(found.state, step=1, seconds=1000.0, **rest)
-    assert loop.run(*again(path)).summary["seconds"] > 1000.0
+    assert (loop.run(*again(path)).summary or {})["seconds"] > 1000.0
     assert store.load().seconds > 1000.0
 
 
@@ -649,8 +656,8 @@ def test_another_configuration_is_refused(tmp_path):
 def test_other_versions_warn(tmp_path, monkeypatch):
     path = tmp_path / "run"
     loop.run(*start(path, steps=2))
-    monkeypatch.setattr(loop, "versions", lambda: {**original, "torch": "9.9"})
     original = CheckpointStore(path / "checkpoints").load().versions
+    monkeypatch.setattr(loop, "versions", lambda: {**original, "torch": "9.9"})
     with pytest.warns(UserWarning, match=r"torch .* -> 9\.9.*not to the same bits"):
         loop.run(*again(path))
 
@@ -674,7 +681,7 @@ class Simulation:
         self.cost = cost
         self.starts: list[float] = []
         self.config, self.digest = FakeConfig(), ""
-        monkeypatch.setattr(loop.time, "perf_counter", lambda: self.seconds)
+        monkeypatch.setattr(untyped(loop).time, "perf_counter", lambda: self.seconds)
         one: Any = self  # job, store and metrics
         saver = Saver(one, one, one, None, every)
         with warnings.catch_warnings():
@@ -781,12 +788,12 @@ def test_tensorboard_shows_each_row_once(tmp_path, uninterrupted, stops, number)
     def session(stop: int) -> None:
         job, directory = again(path)
         with contextlib.closing(board.TensorBoardWriter(directory.tensorboard)) as writer:
-            options = {"checkpoint_every": 3, "loggers": [writer]}
+            options: dict[str, Any] = {"checkpoint_every": 3, "loggers": [writer]}
             loop.run(signal_at(job, stop, number), directory, **options)
 
     for stop in stops:
         if number == signal.SIGKILL:
-            os.waitpid(fork(lambda stop=stop: session(stop)), 0)
+            os.waitpid(fork(functools.partial(session, stop)), 0)
         else:
             session(stop)
     session(0)
@@ -892,8 +899,8 @@ def test_a_run_in_a_thread(tmp_path):
 
 def test_figures_are_the_same_bytes_each_time(tmp_path):
     job, directory = start(tmp_path / "run", steps=5)
-    summary = loop.run(job, directory).summary
-    before = dict(plots.mpl.rcParams)
+    summary = loop.run(job, directory).summary or {}
+    before = dict(untyped(plots).mpl.rcParams)
     written, missing = loop.draw_figures(job, directory, summary)
     assert missing == []
     assert [path.name for path in written] == [
@@ -905,16 +912,17 @@ def test_figures_are_the_same_bytes_each_time(tmp_path):
     first = [path.read_bytes() for path in written]
     assert first[0].startswith(b"\x89PNG")
     assert b"<dc:date>" not in first[1]
-    plots.mpl.rcParams["xtick.major.size"] = 30
-    loop.draw_figures(job, directory, directory.read_summary())
+    untyped(plots).mpl.rcParams["xtick.major.size"] = 30
+    loop.draw_figures(job, directory, directory.read_summary() or {})
     assert [path.read_bytes() for path in written] == first
-    plots.mpl.rcParams["xtick.major.size"] = before["xtick.major.size"]
-    assert dict(plots.mpl.rcParams) == before
+    untyped(plots).mpl.rcParams["xtick.major.size"] = before["xtick.major.size"]
+    assert dict(untyped(plots).mpl.rcParams) == before
 
 
 def test_a_curve_shows_gaps_references_and_short_runs():
     history = [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0, "b_c": 3.0}]
     figure = plots.learning_curve(history, ["a", "b_c"], references={"optimum": 0.5}, log=True)
+    axes: Any
     (axes,) = figure.axes
     a, b, reference = axes.lines
     assert list(a.get_ydata()) == [1.0, 2.0]
