@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from birl_ext.runs.job import Job, Problem
     from birl_ext.runs.loop import RunOutcome
 
-__all__ = ["RunOptions", "SolveOptions", "main"]
+__all__ = ["RunOptions", "SolveFile", "main"]
 
 USAGE = """\
 usage: birl COMMAND [OPTIONS]
@@ -91,7 +91,7 @@ class RunOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class SolveOptions:
+class SolveFile:
     """Solve an MDP file and write value, policy and their certificate."""
 
     mdp: Path
@@ -346,7 +346,7 @@ def _plot(words: list[str]) -> int:
 
 
 def _solve(words: list[str]) -> int:
-    options: SolveOptions = _cli(SolveOptions, "birl solve", SolveOptions.__doc__ or "", words)
+    options: SolveFile = _cli(SolveFile, "birl solve", SolveFile.__doc__ or "", words)
     # Not with_suffix, which refuses "." and "/" by itself
     target = options.out or options.mdp.parent / f"{options.mdp.stem}.solution.npz"
 

@@ -51,12 +51,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def leaves_of(case: Case, sparse: bool) -> dict[str, Tensor]:
     mdp = case.mdp()
-    lanes = mdp.batch_shape
+    batch = mdp.batch_shape
     found = {
         "reward": mdp.reward,
         "transition": mdp.to_sparse().values if sparse else mdp.transition,
-        "discount": torch.full(lanes, case.discount, dtype=torch.float64),
-        "temperature": torch.full(lanes, case.temperature, dtype=torch.float64),
+        "discount": torch.full(batch, case.discount, dtype=torch.float64),
+        "temperature": torch.full(batch, case.temperature, dtype=torch.float64),
     }
     if mdp.reference is not None:
         found["reference"] = mdp.reference

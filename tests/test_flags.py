@@ -160,8 +160,8 @@ def test_any_option_of_a_run(word: str, capfd: Any) -> None:
 
 SOLVE = [
     f"--{field.name.replace('_', '-')}={value}"
-    for field in dataclasses.fields(cli.SolveOptions)
-    for value in values(field.name, typing.get_type_hints(cli.SolveOptions)[field.name])
+    for field in dataclasses.fields(cli.SolveFile)
+    for value in values(field.name, typing.get_type_hints(cli.SolveFile)[field.name])
 ]
 
 

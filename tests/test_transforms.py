@@ -182,7 +182,7 @@ def subject(name: str) -> Subject:
 SUBJECTS = ("solve", "bellman", "evaluate", "occupancy", "solve_csr", "evaluate_csr")
 
 
-def lanes(inputs: tuple[Tensor, ...], count: int = 4) -> tuple[Tensor, ...]:
+def stacked(inputs: tuple[Tensor, ...], count: int = 4) -> tuple[Tensor, ...]:
     """Every input with a leading axis, each lane a little different."""
     steps = torch.linspace(0.9, 1.1, count, dtype=torch.float64)
     return tuple(
@@ -229,14 +229,14 @@ TRANSFORMS: dict[str, Callable[[Function, Function, tuple[Tensor, ...]], Any]] =
     "grad-of-grad": by_grad_of_grad,
     "vjp": by_vjp,
     "jacrev": lambda f, s, x: jacrev(f, all_of(x))(*x),
-    "vmap": lambda f, s, x: vmap(f)(*lanes(x)),
-    "vmap-of-grad": lambda f, s, x: vmap(grad(s, all_of(x)))(*lanes(x)),
+    "vmap": lambda f, s, x: vmap(f)(*stacked(x)),
+    "vmap-of-grad": lambda f, s, x: vmap(grad(s, all_of(x)))(*stacked(x)),
     "jvp": lambda f, s, x: jvp(f, x, nudges(x))[1],
     "jacfwd": lambda f, s, x: jacfwd(f, all_of(x))(*x),
     "hessian": lambda f, s, x: hessian(s, all_of(x))(*x),
-    "vmap-of-hessian": lambda f, s, x: vmap(hessian(s))(*lanes(x)),
+    "vmap-of-hessian": lambda f, s, x: vmap(hessian(s))(*stacked(x)),
     "jacfwd-of-jacfwd": lambda f, s, x: jacfwd(jacfwd(s))(*x),
-    "vmap-of-jvp": lambda f, s, x: vmap(lambda *y: jvp(f, y, nudges(y))[1])(*lanes(x)),
+    "vmap-of-jvp": lambda f, s, x: vmap(lambda *y: jvp(f, y, nudges(y))[1])(*stacked(x)),
 }
 
 
@@ -333,7 +333,7 @@ COMPILED: dict[str, tuple[str, Callable[[Function, Function, tuple[Tensor, ...]]
     "forward": ("forward", lambda f, s, x: compiled(f)(*x)),
     "forward-and-backward": ("backward", lambda f, s, x: by_backward(f, compiled(s), x)),
     "grad": ("grad", lambda f, s, x: compiled(grad(s, all_of(x)))(*x)),
-    "vmap": ("vmap", lambda f, s, x: compiled(vmap(f))(*lanes(x))),
+    "vmap": ("vmap", lambda f, s, x: compiled(vmap(f))(*stacked(x))),
     "jvp": ("jvp", lambda f, s, x: compiled(lambda *y: jvp(f, y, nudges(x))[1])(*x)),
 }
 
@@ -361,7 +361,7 @@ def test_compiled_higher_transforms(nested: str) -> None:
     elif nested == "jacfwd-of-jacfwd":
         got, want = compiled(jacfwd(jacfwd(ours)))(*x), hessian(plain)(*x)
     else:
-        x = lanes(x)
+        x = stacked(x)
         got, want = compiled(vmap(grad(ours)))(*x), vmap(grad(plain))(*x)
     assert_agree(got, want, f"compiled {nested}")
 
@@ -507,7 +507,7 @@ def test_vmap_over_one_input(name: str, mapped: int) -> None:
     axes: list[int | None] = [None] * len(of.inputs)
     axes[mapped] = 0
     many = list(of.inputs)
-    many[mapped] = lanes(of.inputs)[mapped]
+    many[mapped] = stacked(of.inputs)[mapped]
     ours, plain = of.scalars()
     for what, one, other in (
         ("values", of.ours, of.plain),
