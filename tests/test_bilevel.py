@@ -661,3 +661,25 @@ def test_the_adjoint_error_is_certified(where: str, steps: int) -> None:
         error = float((flow - exact).abs().sum())
         assert error <= float(report.adjoint_error), f"problem {seed}"
         assert float(report.adjoint_residual) == pytest.approx(0.1 * float(report.adjoint_error))
+
+
+def test_published_sweeps_are_plain() -> None:
+    """V_k = T^N V_{k−1} (M5): from zero, after N sweeps, whatever is known of the fixed point."""
+    transition = torch.full((2, 2, 2), 0.5, dtype=torch.float64)
+    problem = BilevelProblem(
+        lambda x: DenseMDP(x, transition, 0.9), lambda x, solution: solution.value.sum()
+    )
+    x = torch.zeros(2, 2, dtype=torch.float64)
+    for sweeps in (1, 2, 3):
+        algorithm = MSoBiRL(
+            problem,
+            x,
+            temperature=1.0,
+            optimiser=lambda p: torch.optim.SGD(p, lr=0.0),
+            mode="published",
+            sweeps=sweeps,
+            accuracy=math.inf,
+        )
+        for outer in (1, 2):  # V = log 2 · (1 + γ + … ) in both states
+            powers = sum(0.9**k for k in range(sweeps * outer))
+            assert float(algorithm.step().objective) == pytest.approx(2 * math.log(2) * powers)

@@ -161,11 +161,18 @@ def test_a_clone_uses_the_module_of_the_installed_package_and_only_of_the_same_s
     """
     done = run_in(tree, program, PYTHONPATH=path)
     assert done.stdout.startswith("True"), done.stderr
+    (tree / "csrc" / "core" / ".#control.h").symlink_to("someone@somewhere")  # an editor's lock
+    done = run_in(tree, program, PYTHONPATH=path)
+    assert done.stdout.startswith("True"), done.stderr
     (header := tree / "csrc" / "core" / "common.h").write_text(header.read_text() + "// changed")
     done = run_in(tree, program, PYTHONPATH=path)
     assert "False" in done.stdout
     assert "was built from other sources than" in done.stdout
     assert "reinstall birl_ext" in done.stderr
+    (site / f"_cpu{suffix()}").unlink()
+    (site / f"_cpu{suffix()}").write_bytes(b"")  # an installation that was cut short
+    done = run_in(tree, program, PYTHONPATH=path)
+    assert "does not load" in done.stdout, done.stderr
 
 
 def test_required_extension_makes_a_missing_module_an_error_at_first_use(lone: Path) -> None:

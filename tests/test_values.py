@@ -715,3 +715,40 @@ def test_any_policy_will_do_where_a_terminal_state_has_no_action() -> None:
     assert value[2] == 0
     first = torch.tensor([[0.5, 0.5], [1, 0], [1, 0]], dtype=torch.float64)
     assert torch.equal(value, birl_ext.evaluate(first, mdp))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_sweep_keeps_the_digits_of_small_numbers(backend: BackendName) -> None:
+    """Q far below τ log A in float32, and V whose states differ in size by twenty orders."""
+    reward = torch.tensor([[1e-3, -1e-3]])
+    q = birl_ext.bellman(
+        torch.zeros(1), reward, torch.ones(1, 2, 1), discount=0.9, temperature=1e3, backend=backend
+    )[1]
+    torch.testing.assert_close(q, reward, rtol=1e-6, atol=0.0)
+    still = torch.eye(3, dtype=torch.float64)[:, None]
+    value = torch.tensor([1.0, 2.0, 1e20], dtype=torch.float64)
+    image = birl_ext.bellman(
+        value,
+        torch.zeros(3, 1, dtype=torch.float64),
+        still,
+        discount=0.5,
+        temperature=1.0,
+        backend=backend,
+    )[0]
+    torch.testing.assert_close(image, value / 2, rtol=1e-15, atol=0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_reference_that_nobody_checked_is_no_mask(backend: BackendName) -> None:
+    found = birl_ext.solve(
+        torch.zeros(1, 2, dtype=torch.float64),
+        torch.ones(1, 2, 1, dtype=torch.float64),
+        discount=0.5,
+        temperature=1.0,
+        reference=torch.tensor([[1.0, -1.0]], dtype=torch.float64),
+        validate="cheap",
+        on_fail="status",
+        backend=backend,
+    )
+    assert int(found.status) == Status.NON_FINITE
+    assert found.policy.isnan().all()

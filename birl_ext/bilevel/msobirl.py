@@ -36,7 +36,7 @@ from birl_ext.bilevel.problem import (
     temperature_at,
 )
 from birl_ext.errors import AccuracyWarning, OptionError
-from birl_ext.functional import solve
+from birl_ext.functional import bellman, solve
 from birl_ext.model import checks
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 
@@ -225,30 +225,33 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
         return found.value, found.error_bound
 
     def _sweep(self, tau: float | Tensor, mdp: DenseMDP | SparseMDP) -> tuple[Tensor, Tensor]:
-        """V after N − 1 sweeps, or fewer once it is as good as `tol`, and its certified error; the
-        linearisation makes the last one.
+        """V after N − 1 plain sweeps, or fewer once it is as good as `tol` (M5), and its certified
+        error; the linearisation makes the last one.
         """
-        before = self._value
-        if before is None:
-            before = mdp.reward.new_zeros(mdp.states)
-        found = solve(
+        value = self._value
+        if value is None:
+            value = mdp.reward.new_zeros(mdp.states)
+        self._counts[0] = 1
+        for _ in range(self.sweeps - 1):
+            before, (value, _, _) = value, bellman(value, mdp, temperature=tau)
+            self._counts[0] += 1
+            moved = (value - before).abs().amax(-1) * mdp.discount / (1 - mdp.discount)
+            size = value.abs().amax(-1).clamp(min=torch.as_tensor(tau).to(value))
+            if self.tol is not None and bool((moved <= self.tol * size).all()):
+                break
+        near = solve(
             mdp,
             temperature=tau,
-            initial=before,
+            initial=value,
             method="value-iteration",
-            tol=self.tol,
-            max_iterations=max(self.sweeps - 1, 1),
+            max_iterations=1,
             on_fail="status",
         )
-        value, error = found.value, found.error_bound
-        if not bool(error.isfinite().all()):
+        if not bool(near.error_bound.isfinite().all()):
             checks.check_reward(mdp.reward)
-        if self.sweeps > 1:
-            self._counts[0] = int(found.iterations.max()) + 1
-            return value, error
-        before = before.expand_as(value)
-        self._counts[0] = 1  # the other one was for the certificate
-        return before, error + (value.double() - before).abs().amax(-1)
+        value = value.expand_as(near.value)
+        off = (near.value.double() - value.double()).abs().amax(-1)
+        return value, near.error_bound + off
 
     def _published_flow(self, at: Linearisation) -> Tensor:
         """w ← w − ζ(AᵀAw − Aᵀb) with A = (I − γP_π)ᵀ; here for λ = −w/τ, which obeys the same

@@ -147,7 +147,7 @@ class Flat(NamedTuple):
     @property
     def available(self) -> Tensor | None:
         """(N, G, S, A) bool, False where an action is masked; None without mask or reference."""
-        return self.log_reference > -torch.inf if self.log_reference.ndim > 1 else None
+        return self.log_reference != -torch.inf if self.log_reference.ndim > 1 else None
 
 
 _ABSENT: dict[torch.dtype, Tensor] = {}

@@ -89,6 +89,15 @@ struct Certificate {
     most = w_most - middle;
   }
 
+  // The same of a start. Where one pass is asked for, only if that costs no state digits: values of
+  // different size stay as they are.
+  BIRL_CORE void centre_start(double w_least, double w_most) {
+    if (!sweep || w_most - w_least <= 0.5 * larger(magnitude(w_least), magnitude(w_most)))
+      return centre(w_least, w_most);
+    least = w_least;
+    most = w_most;
+  }
+
   // V := TV, corrected by the middle of (M6).
   BIRL_CORE void accept_sweep() {
     c = offset();

@@ -41,8 +41,12 @@ def bellman(*arguments: Any) -> tuple[Tensor, ...]:
     outputs = _solve(data, value, sweep)
     if outputs is None:
         return pytorch.bellman(data, value)
-    image, _, *tables = outputs[:5]
-    return image, *(table.double() for table in tables)
+    image, q, *tables = outputs[:5]
+    advantage, policy, log_policy = (table.double() for table in tables)
+    # in float32 the smaller of the two has the digits
+    exact = q.double() - image.unsqueeze(-1)
+    advantage = torch.where(q.abs() < advantage.abs(), exact, advantage)
+    return image, advantage, policy, log_policy
 
 
 def solve(*arguments: Any) -> tuple[Tensor, ...]:

@@ -39,9 +39,7 @@ class _Backend:
         self._tried = True
         full = f"birl_ext.{MODULES[self.name]}"
         try:
-            self.module = importlib.import_module(full)
-        except ModuleNotFoundError:
-            self.module = _installed(full)
+            self.module = _found(full)
             if self.module is None:
                 self.reason = f"{full} was not built"
         except ImportError as error:  # a truncated file, a missing symbol, another Python
@@ -89,6 +87,13 @@ def _built(module: ModuleType, entry: str) -> str:
         return f"an unknown {entry}"
 
 
+def _found(full: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(full)
+    except ModuleNotFoundError:
+        return _installed(full)
+
+
 def _installed(full: str) -> ModuleType | None:
     """The module of an installed birl_ext, where this one is run from a clone beside it."""
     package, _, name = full.partition(".")
@@ -113,7 +118,7 @@ def _sources() -> str:
     if not folder.is_dir():
         return ""
     kinds = (".cpp", ".cu", ".cuh", ".h")
-    files = (path for path in folder.rglob("*") if path.suffix in kinds)
+    files = (path for path in folder.rglob("*") if path.suffix in kinds and path.is_file())
     named = sorted((path.relative_to(folder).as_posix(), path) for path in files)
     hashes = (hashlib.sha256(path.read_bytes()).hexdigest() for _, path in named)
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]

@@ -53,7 +53,7 @@ class Problem(NamedTuple):
     @property
     def available(self) -> Tensor | None:
         """(N, G, S, A); None is everywhere."""
-        return None if self.log_reference is None else self.log_reference > -math.inf
+        return None if self.log_reference is None else self.log_reference != -math.inf
 
     def one(self, n: int, g: int) -> Problem:
         own = slice(n, n + 1), slice(g, g + 1)

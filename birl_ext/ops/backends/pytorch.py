@@ -308,8 +308,8 @@ class _Iteration:
         info, absolute = self.info, self._absolute()
         q = self.table[0] + absolute.unsqueeze(-1)
         seen = torch.maximum(q.abs(), self.table[0].abs())
-        if (log_reference := self.problem.log_reference) is not None:
-            seen = torch.where(log_reference > -math.inf, seen, 0.0)
+        if (available := self.problem.available) is not None:
+            seen = torch.where(available, seen, 0.0)
         largest = torch.maximum(absolute.abs().amax(-1), seen.amax((-1, -2)))
         held = largest <= torch.finfo(self.dtype).max  # in the dtype handed out
         status = torch.where((self.status < 10) & ~held, int(Status.NON_FINITE), self.status)

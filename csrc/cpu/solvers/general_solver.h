@@ -125,7 +125,7 @@ class GeneralSolver {
       std::transform(initial_, initial_ + S, w_.begin(),
                      [&](double start) { return control_.start(start); });
       const auto ends = std::minmax_element(w_.begin(), w_.end());
-      control_.centre(*ends.first, *ends.second);
+      control_.centre_start(*ends.first, *ends.second);
       take_middle_off();
     }
   }

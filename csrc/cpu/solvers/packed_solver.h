@@ -164,7 +164,7 @@ class PackedSolver {
       for (std::size_t s = 0; s < value_.size(); ++s)
         value_[s] = control_.start(initial[std::min<Index>(static_cast<Index>(s), states_ - 1)]);
       const auto ends = std::minmax_element(value_.begin(), value_.end());
-      control_.centre(*ends.first, *ends.second);
+      control_.centre_start(*ends.first, *ends.second);
     }
     phase_ = single_ && !initial ? kSingle : kDouble;
     warm_ = single_ && initial;
