@@ -13,6 +13,7 @@ from birl_ext import nn
 from birl_ext._version import __version__
 from birl_ext.functional import bellman, evaluate, occupancy, solve
 from birl_ext.model.mdp import DenseMDP, SparseMDP
+from birl_ext.nn import SoftPlanner
 from birl_ext.solution import Solution, Status
 
 if TYPE_CHECKING:
@@ -22,20 +23,24 @@ if TYPE_CHECKING:
         environments,
         errors,
         preferences,
+        problems,
         replay,
         rollouts,
+        runs,
         simulators,
     )
     from birl_ext.agents.sac import SAC
     from birl_ext.agents.sac_discrete import DiscreteSAC
     from birl_ext.agents.soft_q import SoftQ
+    from birl_ext.bilevel.adaptation import AdaptedReward
     from birl_ext.bilevel.bias_meter import measure_estimator
     from birl_ext.bilevel.hypergradient import hypergradient_report
     from birl_ext.bilevel.msobirl import MSoBiRL
     from birl_ext.bilevel.newton import DampedNewton
     from birl_ext.bilevel.problem import BilevelProblem, geometric
+    from birl_ext.bilevel.score import FullHorizon, OneStep
     from birl_ext.bilevel.sobirl import DRLHF, SoBiRL
-    from birl_ext.bilevel.stoc_sobirl import SampledProblem, StocSoBiRL
+    from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
     from birl_ext.bilevel.zero_order import ZeroOrder
     from birl_ext.environments.vector import make_environments
     from birl_ext.preferences.buffer import PreferenceBuffer
@@ -56,18 +61,24 @@ _LAZY = {
     "environments": "",
     "errors": "",
     "preferences": "",
+    "problems": "",
     "replay": "",
     "rollouts": "",
+    "runs": "",
     "simulators": "",
+    "AdaptedReward": "bilevel.adaptation",
     "BilevelProblem": "bilevel.problem",
     "Collector": "rollouts.collect",
     "DRLHF": "bilevel.sobirl",
     "DampedNewton": "bilevel.newton",
     "DiscreteSAC": "agents.sac_discrete",
     "DynamicsSimulator": "simulators.equations",
+    "Effort": "bilevel.stoc_sobirl",
     "FiniteSimulator": "simulators.finite",
     "FrameReplay": "replay.frames",
+    "FullHorizon": "bilevel.score",
     "MSoBiRL": "bilevel.msobirl",
+    "OneStep": "bilevel.score",
     "PreferenceBuffer": "preferences.buffer",
     "ReplayBuffer": "replay.buffer",
     "RestoredSimulator": "simulators.restored",
@@ -93,15 +104,19 @@ __all__ = [
     "DRLHF",
     "SAC",
     "TEACHERS",
+    "AdaptedReward",
     "BilevelProblem",
     "Collector",
     "DampedNewton",
     "DenseMDP",
     "DiscreteSAC",
     "DynamicsSimulator",
+    "Effort",
     "FiniteSimulator",
     "FrameReplay",
+    "FullHorizon",
     "MSoBiRL",
+    "OneStep",
     "PreferenceBuffer",
     "ReplayBuffer",
     "RestoredSimulator",
@@ -110,6 +125,7 @@ __all__ = [
     "SampledProblem",
     "ScriptedTeacher",
     "SoBiRL",
+    "SoftPlanner",
     "SoftQ",
     "Solution",
     "SparseMDP",
@@ -131,9 +147,11 @@ __all__ = [
     "nn",
     "occupancy",
     "preferences",
+    "problems",
     "record_video",
     "replay",
     "rollouts",
+    "runs",
     "simulators",
     "solve",
 ]

@@ -187,11 +187,11 @@ class Solution(NamedTuple):
         Raises:
             IndexError: there is no such problem, or an index is missing.
         """
-        axes = self.status.dim()
-        if len(index) != axes:
-            raise IndexError(
-                f"{len(index)} indices, for a batch of shape {tuple(self.status.shape)}"
-            )
+        shape = tuple(self.status.shape)
+        if len(index) != len(shape):
+            raise IndexError(f"{len(index)} indices, for a batch of shape {shape}")
+        if any(isinstance(i, bool) or not hasattr(i, "__index__") for i in index):
+            raise IndexError(f"{index} are no whole numbers, for a batch of shape {shape}")
         return Solution(*(table[index] for table in self))
 
     def detach(self) -> Solution:
@@ -200,7 +200,7 @@ class Solution(NamedTuple):
 
     def to(self, device: torch.device | str) -> Solution:
         """The same on another device."""
-        return Solution(*(table.to(device) for table in self))
+        return Solution(*(table.to(torch.device(device)) for table in self))
 
     def _facts(self) -> dict[str, str]:
         """What a screen shows: the statuses by name, where they can be read."""

@@ -10,7 +10,7 @@ from birl_ext.bilevel.newton import DampedNewton, NewtonOutcome
 from birl_ext.bilevel.problem import BilevelProblem, geometric
 from birl_ext.bilevel.score import FullHorizon, OneStep
 from birl_ext.bilevel.sobirl import DRLHF, SoBiRL, SoBiRLOutcome, importance
-from birl_ext.bilevel.stoc_sobirl import SampledProblem, StocSoBiRL, StocSoBiRLOutcome
+from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL, StocSoBiRLOutcome
 from birl_ext.bilevel.zero_order import ZeroOrder, ZeroOrderOutcome
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "AdaptedReward",
     "BilevelProblem",
     "DampedNewton",
+    "Effort",
     "EstimatorReport",
     "FullHorizon",
     "HypergradientReport",

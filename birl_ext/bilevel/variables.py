@@ -6,7 +6,7 @@ The levels are given it in that form, an optimiser its leaves, the tensors that 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +106,8 @@ def tracked(x: Any) -> Any:
 def check_start(x: Any, *, vector: bool = False) -> Any:
     """A copy of x, without a graph: floating and finite; if `vector`, a tensor is (d,)."""
     module = isinstance(x, nn.Module)
+    if isinstance(x, Iterator):  # a module's parameters()
+        x = list(x)
     if not (module or isinstance(x, list | tuple | Mapping)):
         checks.as_floating("x", x)
     own = named(x)
