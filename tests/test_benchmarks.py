@@ -533,6 +533,14 @@ def test_a_run_with_a_wrong_answer_of_ours_says_so(
     assert "wrong answers of birl_ext in: tiny" in capsys.readouterr().err
 
 
+def test_a_place_that_cannot_be_written_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["bench", "tiny_call", "--out", "/dev/null/x"]) == 2
+    assert re.search("E801 .* at /dev/null/x.*another --out", capsys.readouterr().err)
+
+
 def test_the_command(tmp_path: Path, stubs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--list"]) == 0
     listed = capsys.readouterr().out
