@@ -81,7 +81,7 @@ def predictions(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for case in run["cases"]:
-        ours = next((row for row in case["rows"] if row["key"] == "ours"), {})
+        ours: dict[str, Any] = next((row for row in case["rows"] if row["key"] == "ours"), {})
         if ours.get("status") != "timed" or not ours.get("passes") or "cold" not in ours:
             continue
         predicted = _predicted(case, float(ours["passes"]), rates)
@@ -134,7 +134,11 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
         )
         if not pattern.search(text):
             raise ValueError(f"{PAGE.name} has no part {name!r}")
-        text = pattern.sub(lambda found, part=part: f"{found[1]}{part}\n{found[2]}", text)
+
+        def put(found: re.Match[str], part: str = part) -> str:
+            return f"{found[1]}{part}\n{found[2]}"
+
+        text = pattern.sub(put, text)
     return text
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from birl_bench.families import normalised
@@ -22,6 +22,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext.ops.backends import loader
+from birl_ext.options import BackendName
 from birl_ext.solution import Kernel
 
 SHAPES = (
@@ -53,7 +54,7 @@ class Touch(NamedTuple):
 
     name: str
     reward: Tensor
-    call: Callable[[str, Tensor], list[Tensor]]
+    call: Callable[[Any, Tensor], list[Tensor]]
     kernels: set[str]
 
 
@@ -74,6 +75,7 @@ def touches(device: torch.device, brief: bool) -> Iterator[Touch]:
             plain = birl_ext.DenseMDP(reward, transition, DISCOUNT)
             special = plain.replace(mask=mask, terminal=terminal)
             shared = plain.replace(transition=transition[0])
+            kinds: dict[str, birl_ext.DenseMDP | birl_ext.SparseMDP]
             kinds = {"dense": plain, "masked": special, "shared": shared}
             kinds["sparse"] = special.to_sparse()
             for kind, mdp in kinds.items():
@@ -85,22 +87,21 @@ def _calls(
 ) -> Iterator[Touch]:
     kernels: set[str] = set()
 
-    def solve(backend: str, reward: Tensor) -> list[Tensor]:
+    def solve(backend: BackendName, reward: Tensor) -> list[Tensor]:
         reward = reward.clone().requires_grad_()
-        found = birl_ext.solve(
-            mdp.replace(reward=reward, validate="off"), temperature=TEMPERATURE, backend=backend
-        )
+        model: Any = mdp.replace(reward=reward, validate="off")
+        found = birl_ext.solve(model, temperature=TEMPERATURE, backend=backend)
         if backend != "torch":
             kernels.update(found.kernels)
         (grad,) = torch.autograd.grad(found.value.sum() + found.policy.square().sum(), reward)
         return [found.value.detach(), found.policy.detach(), grad]
 
-    def bellman(backend: str, reward: Tensor) -> list[Tensor]:
+    def bellman(backend: BackendName, reward: Tensor) -> list[Tensor]:
         model = mdp.replace(reward=reward, validate="off")
         value = reward.amax(-1)
         return list(birl_ext.bellman(value, model, temperature=TEMPERATURE, backend=backend))
 
-    def policy(backend: str, reward: Tensor) -> list[Tensor]:
+    def policy(backend: BackendName, reward: Tensor) -> list[Tensor]:
         model = mdp.replace(reward=reward, validate="off")
         chosen = torch.softmax(reward, -1)
         if mdp.mask is not None:
@@ -167,9 +168,9 @@ def main() -> int:
             failures.append(f"{touch.name}: {type(error).__name__}: {error}")
             continue
         reached |= touch.kernels
-        error = _error([one.to(host) for one in found], right)
-        if not error <= ALLOWED[touch.reward.dtype]:
-            failures.append(f"{touch.name}: off by {error:.2g}")
+        off = _error([one.to(host) for one in found], right)
+        if not off <= ALLOWED[touch.reward.dtype]:
+            failures.append(f"{touch.name}: off by {off:.2g}")
     wanted = {kernel.name for kernel in Kernel if kernel.name.startswith(_prefix(device))}
     if not options.graph:
         failures += [f"{name} was not reached" for name in sorted(wanted - reached)]
