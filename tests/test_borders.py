@@ -509,3 +509,19 @@ def test_a_table_without_both_axes_is_named(shape: tuple[int, ...]) -> None:
     rows = scipy.csr_array(transition.reshape(6, 3).numpy())
     with pytest.raises(errors.ShapeError, match="reward has shape"):
         birl_ext.SparseMDP.from_scipy(rows, table, 0.9)
+
+
+def test_memory_that_is_missing_is_counted_for_what_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def out_of_memory(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("birl_ext.functional.ops_solve.solve", out_of_memory)
+    mask = torch.ones(S, A, dtype=torch.bool)
+    size = sum(x.numel() * x.itemsize for x in (R, P, mask))
+    with pytest.raises(errors.SizeLimitError, match=f"more than the {size} bytes"):
+        solve(mask=mask)
+    mdp = DenseMDP(R, P, 0.5, mask=mask)
+    with pytest.raises(errors.SizeLimitError, match=r"more than the \d{3,} bytes"):
+        birl_ext.solve(mdp, temperature=0.5)

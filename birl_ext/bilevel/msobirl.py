@@ -235,9 +235,11 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
         for _ in range(self.sweeps - 1):
             before, (value, _, _) = value, bellman(value, mdp, temperature=tau)
             self._counts[0] += 1
+            if self.tol is None:
+                continue
             moved = (value - before).abs().amax(-1) * mdp.discount / (1 - mdp.discount)
             size = value.abs().amax(-1).clamp(min=torch.as_tensor(tau).to(value))
-            if self.tol is not None and bool((moved <= self.tol * size).all()):
+            if bool((moved <= self.tol * size).all()):
                 break
         near = solve(
             mdp,

@@ -276,6 +276,7 @@ def _shortage(error: BaseException, given: list[Any]) -> SizeLimitError | None:
     if asked:
         needed = f"{round(float(asked[1]) * _UNITS[asked[2][0].lower()])} bytes more"
     elif isinstance(error, MemoryError):
+        given = [x for some in given for x in (some if isinstance(some, tuple) else (some,))]
         for model in [x for x in given if hasattr(x, "__dict__") and not isinstance(x, Tensor)]:
             given = [*given, *vars(model).values()]
         size = sum(x.numel() * x.itemsize for x in given if isinstance(x, Tensor))
