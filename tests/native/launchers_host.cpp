@@ -5,8 +5,8 @@
 #include "cuda/entry/block.h"
 #include "cuda/entry/grid.h"
 #include "cuda/grid/dispatch.h"
+#include "cuda/layer/host_grid_team.h"
 #include "cuda/layer/host_team.h"
-#include "cuda/layer/host_wide_team.h"
 
 namespace birl {
 
@@ -24,29 +24,30 @@ cudaError_t check(const Batch& batch) {
 
 // As run_items does: the chip's memory in one piece, and so many blocks in the workspace given.
 template <class Kernel>
-cudaError_t run(const Kernel& kernel, Index items, const Grid& grid, void* workspace) {
-  std::vector<double> chip(grid.bytes.chip / sizeof(double) + 1);
+cudaError_t run(const Kernel& kernel, Index items, const LaunchConfig& config, void* workspace) {
+  std::vector<double> chip(config.bytes.chip / sizeof(double) + 1);
   for (Index item = 0; item < items; ++item) {
     Arena on_chip(chip.data());
-    Arena spill(static_cast<char*>(workspace) + grid.bytes.spill * (item % grid.blocks));
+    Arena spill(static_cast<char*>(workspace) + config.bytes.spill * (item % config.blocks));
     const auto arrays = kernel.lay_out(on_chip, spill);
-    SerialTeam team(static_cast<int>(grid.threads), Order::kShuffled, static_cast<unsigned>(item));
+    SerialTeam team(static_cast<int>(config.threads), Order::kShuffled,
+                    static_cast<unsigned>(item));
     kernel.run(team, arrays, item);
   }
   return cudaSuccess;
 }
 
-// As run_wide does: the items in turn with the teams of a grid, each team in its part of the
+// As run_grid does: the items in turn with the teams of the launch, each team in its part of the
 // workspace.
 template <class Kernel>
-cudaError_t run_large(const Kernel& kernel, const Batch& batch, void* workspace) {
+cudaError_t run_on_grid(const Kernel& kernel, const Batch& batch, void* workspace) {
   if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
-  const WideGrid grid = wide_grid(kernel, batch, kLimits, kResident);
+  const GridLaunchConfig config = grid_launch_config(kernel, batch, kLimits, kResident);
   for (Index item = 0; item < batch.total(); ++item) {
-    Arena common(static_cast<char*>(workspace) + grid.bytes * (item % grid.teams));
-    common.take<char>(static_cast<Index>(2 * kLargestWide) * grid.blocks);
+    Arena common(static_cast<char*>(workspace) + config.bytes * (item % config.teams));
+    common.take<char>(static_cast<Index>(2 * kLargestReduced) * config.blocks);
     const auto arrays = kernel.lay_out(common);
-    SerialWide<Kernel> team(static_cast<int>(grid.blocks), 8, Order::kForward,
+    SerialGrid<Kernel> team(static_cast<int>(config.blocks), 8, Order::kForward,
                             static_cast<unsigned>(item));
     kernel.run(team, arrays, item);
   }
@@ -54,54 +55,53 @@ cudaError_t run_large(const Kernel& kernel, const Batch& batch, void* workspace)
 }
 
 template <class Kernel>
-cudaError_t large_workspace(const Kernel& kernel, const Batch& batch, std::size_t& bytes) {
+cudaError_t grid_workspace(const Kernel& kernel, const Batch& batch, std::size_t& bytes) {
   if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
-  bytes = wide_grid(kernel, batch, kLimits, kResident).workspace();
+  bytes = grid_launch_config(kernel, batch, kLimits, kResident).workspace();
   return cudaSuccess;
 }
 
 }  // namespace
 
-cudaError_t large_solve_workspace(const Batch& batch, const WidePattern& pattern,
-                                  std::size_t& bytes) {
-  return with_large_solve(batch, {}, pattern, [&](const auto& kernel) {
-    return large_workspace(kernel, batch, bytes);
-  });
+cudaError_t grid_solve_workspace(const Batch& batch, const GridPattern& pattern,
+                                 std::size_t& bytes) {
+  return with_grid_solve(batch, {}, pattern,
+                         [&](const auto& kernel) { return grid_workspace(kernel, batch, bytes); });
 }
 
-cudaError_t launch_large_solve(const Batch& batch, const Solve& request, const WidePattern& pattern,
-                               void* workspace, cudaStream_t) {
-  return with_large_solve(batch, request, pattern,
-                          [&](const auto& kernel) { return run_large(kernel, batch, workspace); });
+cudaError_t launch_grid_solve(const Batch& batch, const Solve& request, const GridPattern& pattern,
+                              void* workspace, cudaStream_t) {
+  return with_grid_solve(batch, request, pattern,
+                         [&](const auto& kernel) { return run_on_grid(kernel, batch, workspace); });
 }
 
-cudaError_t large_policy_solve_workspace(const Batch& batch, const WidePattern& pattern,
-                                         Index right_sides, std::size_t& bytes) {
+cudaError_t grid_policy_solve_workspace(const Batch& batch, const GridPattern& pattern,
+                                        Index right_sides, std::size_t& bytes) {
   PolicySolve request{};
   request.right_sides = right_sides;
-  return with_large_policy_solve(batch, request, pattern, [&](const auto& kernel) {
-    return large_workspace(kernel, batch, bytes);
+  return with_grid_policy_solve(batch, request, pattern, [&](const auto& kernel) {
+    return grid_workspace(kernel, batch, bytes);
   });
 }
 
-cudaError_t launch_large_policy_solve(const Batch& batch, const PolicySolve& request,
-                                      const WidePattern& pattern, void* workspace, cudaStream_t) {
-  return with_large_policy_solve(batch, request, pattern, [&](const auto& kernel) {
-    return run_large(kernel, batch, workspace);
+cudaError_t launch_grid_policy_solve(const Batch& batch, const PolicySolve& request,
+                                     const GridPattern& pattern, void* workspace, cudaStream_t) {
+  return with_grid_policy_solve(batch, request, pattern, [&](const auto& kernel) {
+    return run_on_grid(kernel, batch, workspace);
   });
 }
 
 cudaError_t solve_workspace(const Batch& batch, std::size_t& bytes) {
   if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
   bytes = with_solve(batch, {}, kLimits,
-                     [](const auto&, const Grid& grid) { return grid.workspace(); });
+                     [](const auto&, const auto& config) { return config.workspace(); });
   return cudaSuccess;
 }
 
 cudaError_t launch_solve(const Batch& batch, const Solve& request, void* workspace, cudaStream_t) {
   if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
-  return with_solve(batch, request, kLimits, [&](const auto& kernel, const Grid& grid) {
-    return run(kernel, batch.total(), grid, workspace);
+  return with_solve(batch, request, kLimits, [&](const auto& kernel, const auto& config) {
+    return run(kernel, batch.total(), config, workspace);
   });
 }
 
@@ -110,22 +110,22 @@ cudaError_t policy_solve_workspace(const Batch& batch, Index right_sides, std::s
   PolicySolve request{};
   request.right_sides = right_sides;
   bytes = with_policy_solve(batch, request, kLimits,
-                            [](const auto&, const Grid& grid) { return grid.workspace(); });
+                            [](const auto&, const auto& config) { return config.workspace(); });
   return cudaSuccess;
 }
 
 cudaError_t launch_policy_solve(const Batch& batch, const PolicySolve& request, void* workspace,
                                 cudaStream_t) {
   if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
-  return with_policy_solve(batch, request, kLimits, [&](const auto& kernel, const Grid& grid) {
-    return run(kernel, batch.total(), grid, workspace);
+  return with_policy_solve(batch, request, kLimits, [&](const auto& kernel, const auto& config) {
+    return run(kernel, batch.total(), config, workspace);
   });
 }
 
 cudaError_t launch_outer(const Batch& batch, const Outer& request, cudaStream_t) {
   if (const cudaError_t error = check(batch); error != cudaSuccess) return error;
-  return with_outer(batch, request, [&](const auto& kernel, Index items, const Grid& grid) {
-    return run(kernel, items, grid, nullptr);
+  return with_outer(batch, request, [&](const auto& kernel, Index items, const auto& config) {
+    return run(kernel, items, config, nullptr);
   });
 }
 

@@ -83,10 +83,11 @@ void everything_fits() {
           const Batch batch = batch_of(1000000, S, A, kind & 1, kind & 2);
           const std::string what =
               std::to_string(S) + "x" + std::to_string(A) + " on " + std::string(name);
-          const auto fits = [&](const auto&, const Grid& grid) {
-            expect(grid.bytes.chip <= limits.chip, what + ": chip");
-            expect(grid.blocks == 1 || grid.workspace() <= kWorkspaceLimit, what + ": workspace");
-            expect(grid.threads % 32 == 0 && grid.threads <= kBlockThreads, what + ": threads");
+          const auto fits = [&](const auto&, const auto& config) {
+            expect(config.bytes.chip <= limits.chip, what + ": chip");
+            expect(config.blocks == 1 || config.workspace() <= kWorkspaceLimit,
+                   what + ": workspace");
+            expect(config.threads % 32 == 0 && config.threads <= kBlockThreads, what + ": threads");
             return 0;
           };
           with_solve(batch, {}, limits, fits);

@@ -1,8 +1,8 @@
-// From a request to a kernel and its grid: the code between a launcher and the kernels, the same
+// From a request to a kernel and its launch: the code between a launcher and the kernels, the same
 // for the GPU (cuda/entry/block_solve.cu, cuda/entry/block_policy_solve.cu) and for the host
 // (tests/native).
 //
-// Each function calls body(kernel, grid) with the kernel of the plan that cuda/block/selection.h
+// Each function calls body(kernel, config) with the kernel of the plan that cuda/block/selection.h
 // makes, and returns what it returns.
 #pragma once
 
@@ -54,7 +54,8 @@ auto with_home(const Batch& batch, const Plan& plan, Body&& body) {
 }
 
 template <class Kernel>
-Grid grid_of(const Kernel& kernel, const Batch& batch, const DeviceLimits& limits, bool one_warp) {
+LaunchConfig launch_config(const Kernel& kernel, const Batch& batch, const DeviceLimits& limits,
+                           bool one_warp) {
   const Bytes bytes = footprint(kernel);
   return {block_count(batch.total(), bytes, limits),
           block_threads(batch.states * batch.actions, one_warp ? 32 : kBlockThreads), bytes};
@@ -80,7 +81,8 @@ auto with_solve(const Batch& batch, const Solve& request, const DeviceLimits& li
     });
     return with_home<Real>(batch, plan, [&](const auto& home) {
       const auto kernel = solve_kernel(home, batch, request, plan);
-      return body(kernel, grid_of(kernel, batch, limits, plan.residence == Residence::kRegisters));
+      return body(kernel,
+                  launch_config(kernel, batch, limits, plan.residence == Residence::kRegisters));
     });
   });
 }
@@ -106,7 +108,7 @@ auto with_policy_solve(const Batch& batch, const PolicySolve& request, const Dev
     });
     return with_block_home<Real>(batch, plan, [&](const auto& home) {
       const auto kernel = policy_solve_kernel(home, batch, request, plan);
-      return body(kernel, grid_of(kernel, batch, limits, false));
+      return body(kernel, launch_config(kernel, batch, limits, false));
     });
   });
 }
@@ -127,8 +129,8 @@ auto with_outer(const Batch& batch, const Outer& request, Body&& body) {
                                    request.shift,
                                    static_cast<Real*>(request.out)};
     const Index items = batch.transitions * kernel.items_per_transition();
-    const Grid grid{block_count(items, {0, 0}, {}), kBlockThreads, {0, 0}};
-    return body(kernel, items, grid);
+    const LaunchConfig config{block_count(items, {0, 0}, {}), kBlockThreads, {0, 0}};
+    return body(kernel, items, config);
   });
 }
 

@@ -28,7 +28,7 @@ cudaError_t policy_solve_workspace(const Batch& batch, Index right_sides, std::s
   PolicySolve request{};
   request.right_sides = right_sides;
   bytes = with_policy_solve(batch, request, limits,
-                            [](const auto&, const Grid& grid) { return grid.workspace(); });
+                            [](const auto&, const auto& config) { return config.workspace(); });
   return cudaSuccess;
 }
 
@@ -37,15 +37,15 @@ cudaError_t launch_policy_solve(const Batch& batch, const PolicySolve& request, 
   DeviceLimits limits{};
   const cudaError_t error = check(batch, request.right_sides, limits);
   if (error != cudaSuccess) return error;
-  return with_policy_solve(batch, request, limits, [&](const auto& kernel, const Grid& grid) {
-    return launch<BlockTeam>(kernel, batch.total(), grid, workspace, stream);
+  return with_policy_solve(batch, request, limits, [&](const auto& kernel, const auto& config) {
+    return launch<BlockTeam>(kernel, batch.total(), config, workspace, stream);
   });
 }
 
 cudaError_t launch_outer(const Batch& batch, const Outer& request, cudaStream_t stream) {
   if (!indexable(batch)) return cudaErrorInvalidValue;
-  return with_outer(batch, request, [&](const auto& kernel, Index items, const Grid& grid) {
-    return launch<BlockTeam>(kernel, items, grid, nullptr, stream);
+  return with_outer(batch, request, [&](const auto& kernel, Index items, const auto& config) {
+    return launch<BlockTeam>(kernel, items, config, nullptr, stream);
   });
 }
 

@@ -17,8 +17,8 @@ cudaError_t solve_workspace(const Batch& batch, std::size_t& bytes) {
   DeviceLimits limits{};
   const cudaError_t error = check(batch, limits);
   if (error != cudaSuccess) return error;
-  bytes =
-      with_solve(batch, {}, limits, [](const auto&, const Grid& grid) { return grid.workspace(); });
+  bytes = with_solve(batch, {}, limits,
+                     [](const auto&, const auto& config) { return config.workspace(); });
   return cudaSuccess;
 }
 
@@ -27,10 +27,10 @@ cudaError_t launch_solve(const Batch& batch, const Solve& request, void* workspa
   DeviceLimits limits{};
   const cudaError_t error = check(batch, limits);
   if (error != cudaSuccess) return error;
-  return with_solve(batch, request, limits, [&](const auto& kernel, const Grid& grid) {
+  return with_solve(batch, request, limits, [&](const auto& kernel, const auto& config) {
     constexpr bool one_warp = std::decay_t<decltype(kernel)>::kOneWarp;
     using Team = std::conditional_t<one_warp, WarpTeam, BlockTeam>;
-    return launch<Team>(kernel, batch.total(), grid, workspace, stream);
+    return launch<Team>(kernel, batch.total(), config, workspace, stream);
   });
 }
 

@@ -1,4 +1,4 @@
-// Launches of the fixed-point kernel for large problems (cuda/grid/solve.h).
+// Launches of the grid's fixed-point kernel (cuda/grid/solve.h).
 //
 // NOT YET RUN ON A GPU: it compiles for every architecture of the build, and the very same kernel
 // body is tested on the host (tests/native); barriers, shuffles and launches are not.
@@ -9,15 +9,15 @@ namespace birl {
 
 using namespace device;
 
-cudaError_t large_solve_workspace(const Batch& batch, const WidePattern& pattern,
-                                  std::size_t& bytes) {
-  return with_large_solve(batch, {}, pattern,
-                          [&](const auto& kernel) { return workspace_of(kernel, batch, bytes); });
+cudaError_t grid_solve_workspace(const Batch& batch, const GridPattern& pattern,
+                                 std::size_t& bytes) {
+  return with_grid_solve(batch, {}, pattern,
+                         [&](const auto& kernel) { return workspace_of(kernel, batch, bytes); });
 }
 
-cudaError_t launch_large_solve(const Batch& batch, const Solve& request, const WidePattern& pattern,
-                               void* workspace, cudaStream_t stream) {
-  return with_large_solve(batch, request, pattern, [&](const auto& kernel) {
+cudaError_t launch_grid_solve(const Batch& batch, const Solve& request, const GridPattern& pattern,
+                              void* workspace, cudaStream_t stream) {
+  return with_grid_solve(batch, request, pattern, [&](const auto& kernel) {
     return launch_on_grid(kernel, batch, workspace, stream);
   });
 }

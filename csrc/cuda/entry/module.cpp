@@ -72,7 +72,7 @@ Launch launch_from(const py::dict& given) {
   return birl::filled(kFields, given);
 }
 
-birl::WidePattern pattern_of(const Launch& launch, const Batch& batch) {
+birl::GridPattern pattern_of(const Launch& launch, const Batch& batch) {
   return {launch.pattern_crow, launch.pattern_col, launch.pattern_slot, batch.nnz};
 }
 
@@ -85,7 +85,7 @@ std::size_t solve_workspace(const py::dict& problem, const py::dict&, const py::
   const Launch launch = launch_from(where);
   const DeviceGuard guard(launch.device);
   std::size_t bytes = 0;
-  check(launch.large ? birl::large_solve_workspace(batch, pattern_of(launch, batch), bytes)
+  check(launch.large ? birl::grid_solve_workspace(batch, pattern_of(launch, batch), bytes)
                      : birl::solve_workspace(batch, bytes),
         "solve_workspace");
   return bytes;
@@ -97,8 +97,8 @@ void solve(const py::dict& problem, const py::dict& how, const py::dict& where) 
   const Launch launch = launch_from(where);
   py::gil_scoped_release release;
   const DeviceGuard guard(launch.device);
-  check(launch.large ? birl::launch_large_solve(batch, request, pattern_of(launch, batch),
-                                                launch.workspace, launch.stream)
+  check(launch.large ? birl::launch_grid_solve(batch, request, pattern_of(launch, batch),
+                                               launch.workspace, launch.stream)
                      : birl::launch_solve(batch, request, launch.workspace, launch.stream),
         "solve");
 }
@@ -114,8 +114,8 @@ std::size_t policy_solve_workspace(const py::dict& problem, const py::dict& how,
   const Launch launch = launch_from(where);
   const DeviceGuard guard(launch.device);
   std::size_t bytes = 0;
-  check(launch.large ? birl::large_policy_solve_workspace(batch, pattern_of(launch, batch),
-                                                          right_sides, bytes)
+  check(launch.large ? birl::grid_policy_solve_workspace(batch, pattern_of(launch, batch),
+                                                         right_sides, bytes)
                      : birl::policy_solve_workspace(batch, right_sides, bytes),
         "policy_solve_workspace");
   return bytes;
@@ -127,8 +127,8 @@ void policy_solve(const py::dict& problem, const py::dict& how, const py::dict& 
   const Launch launch = launch_from(where);
   py::gil_scoped_release release;
   const DeviceGuard guard(launch.device);
-  check(launch.large ? birl::launch_large_policy_solve(batch, request, pattern_of(launch, batch),
-                                                       launch.workspace, launch.stream)
+  check(launch.large ? birl::launch_grid_policy_solve(batch, request, pattern_of(launch, batch),
+                                                      launch.workspace, launch.stream)
                      : birl::launch_policy_solve(batch, request, launch.workspace, launch.stream),
         "policy_solve");
 }

@@ -1,9 +1,8 @@
-// Norms over all states, one or more for each column of a vector (S, kRight), for a team of several
-// blocks: partial results over Pieces, joined in one order, so the bits depend on the team in no
-// way.
+// Norms over all states, one or more for each column of a vector (S, kRight), for the grid: partial
+// results over Pieces, joined in one order, so the bits depend on the team in no way.
 #pragma once
 
-#include "cuda/layer/wide_layer.h"
+#include "cuda/layer/grid_layer.h"
 
 namespace birl::device {
 

@@ -1,5 +1,5 @@
-// From a request to a wide kernel, as cuda/block/dispatch.h for one block: the same for the GPU
-// (cuda/entry/grid_solve.cu, cuda/entry/grid_policy_solve.cu) and for the host.
+// From a request to a kernel of the grid, as cuda/block/dispatch.h for one block: the same for the
+// GPU (cuda/entry/grid_solve.cu, cuda/entry/grid_policy_solve.cu) and for the host.
 #pragma once
 
 #include "cuda/block/dispatch.h"
@@ -15,45 +15,45 @@ inline bool one_block_each(const Batch& batch, const DeviceLimits& limits) {
 
 // `resident`: blocks that run at once. Each problem gets one of them, or all.
 template <class Kernel>
-WideGrid wide_grid(const Kernel& kernel, const Batch& batch, const DeviceLimits& limits,
-                   Index resident) {
-  WideGrid grid{1, 1, kWideThreads, 0};
+GridLaunchConfig grid_launch_config(const Kernel& kernel, const Batch& batch,
+                                    const DeviceLimits& limits, Index resident) {
+  GridLaunchConfig config{1, 1, kGridThreads, 0};
   const bool alone = one_block_each(batch, limits);
   if (!alone)
-    grid.blocks = static_cast<unsigned>(resident < batch.states ? resident : batch.states);
-  grid.bytes = wide_footprint(kernel, grid.blocks);
-  if (alone) grid.teams = block_count(batch.total(), {0, grid.bytes}, limits);
-  return grid;
+    config.blocks = static_cast<unsigned>(resident < batch.states ? resident : batch.states);
+  config.bytes = grid_footprint(kernel, config.blocks);
+  if (alone) config.teams = block_count(batch.total(), {0, config.bytes}, limits);
+  return config;
 }
 
 // body(home) with the home of P; of a policy's matrix, or its transpose, sparse ones need a
 // pattern.
 template <class Body>
-auto with_wide_home(const Batch& batch, const WidePattern& pattern, bool transpose, Body&& body) {
+auto with_grid_home(const Batch& batch, const GridPattern& pattern, bool transpose, Body&& body) {
   const Stored values{batch.transition, batch.is_double};
   if (batch.sparse())
-    return body(
-        CsrWide{values, batch.states, batch.actions, batch.crow, batch.col, batch.nnz, pattern});
-  return body(DenseWide{values, batch.states, batch.actions, transpose});
+    return body(GridCsrRows{values, batch.states, batch.actions, batch.crow, batch.col, batch.nnz,
+                            pattern});
+  return body(GridDenseRows{values, batch.states, batch.actions, transpose});
 }
 
 template <class Body>
-auto with_large_solve(const Batch& batch, const Solve& request, const WidePattern& pattern,
-                      Body&& body) {
-  return with_wide_home(batch, pattern, false, [&](const auto& home) {
+auto with_grid_solve(const Batch& batch, const Solve& request, const GridPattern& pattern,
+                     Body&& body) {
+  return with_grid_home(batch, pattern, false, [&](const auto& home) {
     const Kernel name = batch.sparse() ? Kernel::kCudaGridCsr : Kernel::kCudaGrid;
-    return body(LargeSolve<std::decay_t<decltype(home)>>{home, batch, request, name});
+    return body(GridSolveKernel<std::decay_t<decltype(home)>>{home, batch, request, name});
   });
 }
 
 template <class Body>
-auto with_large_policy_solve(const Batch& batch, const PolicySolve& request,
-                             const WidePattern& pattern, Body&& body) {
-  return with_wide_home(batch, pattern, request.transpose, [&](const auto& home) {
+auto with_grid_policy_solve(const Batch& batch, const PolicySolve& request,
+                            const GridPattern& pattern, Body&& body) {
+  return with_grid_home(batch, pattern, request.transpose, [&](const auto& home) {
     using Home = std::decay_t<decltype(home)>;
     if (request.right_sides == 1)
-      return body(LargePolicySolve<Home, 1>{home, batch.problems, batch.discount, request});
-    return body(LargePolicySolve<Home, 4>{home, batch.problems, batch.discount, request});
+      return body(GridPolicySolveKernel<Home, 1>{home, batch.problems, batch.discount, request});
+    return body(GridPolicySolveKernel<Home, 4>{home, batch.problems, batch.discount, request});
   });
 }
 

@@ -7,7 +7,7 @@
 
 namespace birl {
 
-struct WidePattern {
+struct GridPattern {
   const Index* crow;        // (S + 1)
   const std::int32_t* col;  // (count)
   const Index* slot;        // (nnz) entry k of P adds to entry slot[k]

@@ -1,6 +1,6 @@
-// (I − γP_π) x = b or its transpose for one large problem (n, g), kRight right-hand sides at once,
-// by a team of several blocks: x += Σ_j M^j r with M = γP_π or its transpose and r = b − (I − M)x,
-// until r, computed afresh each time (M13), meets the tolerance or falls no further.
+// (I − γP_π) x = b or its transpose for one problem (n, g), kRight right-hand sides at once, by
+// the grid: x += Σ_j M^j r with M = γP_π or its transpose and r = b − (I − M)x, until r, computed
+// afresh each time (M13), meets the tolerance or falls no further.
 //
 // Powers of M turn everything into the slow mode, constants or the stationary distribution, which
 // shrinks by γ each time. So the series is closed by t γ/(1−γ) after its last term t = M t', and
@@ -12,8 +12,8 @@
 // Who owns what: P_π, or its transpose, is formed once, in double precision, block by block, so
 // that every product is by rows, and nothing is added by two. Bytes: P twice (once from memory),
 // the matrix (8·S², or 12 per merged entry) per product of kRight columns, the vectors about six
-// times. Floor on an H200, data sheets: S=4096 25 µs a product, a grid of 1e6 states 14 µs, and 1.7
-// µs for the barrier after each.
+// times. Floor on an H200, data sheets: S=4096 25 µs a product, a square of 1e6 states 14 µs,
+// and 1.7 µs for the barrier after each.
 //
 // Invariants: bits depend neither on the team nor on the other right-hand sides; a right-hand side
 // that is not finite makes its own solution NaN and no other.
@@ -39,7 +39,7 @@ struct SystemColumn {
 };
 
 template <class Home_, int kRight_>
-struct LargePolicySolve {
+struct GridPolicySolveKernel {
   using Home = Home_;
   static constexpr int kRight = kRight_;
 
@@ -113,8 +113,8 @@ struct ColumnRanges {
 };
 
 template <class Home, int kRight, class Team>
-class LargePolicySolving {
-  using Problem = LargePolicySolve<Home, kRight>;
+class GridPolicySolving {
+  using Problem = GridPolicySolveKernel<Home, kRight>;
   using Block = typename Team::Block;
   using Reading = typename Home::template Reading<Block>;
   using Arrays = typename Problem::Arrays;
@@ -122,8 +122,7 @@ class LargePolicySolving {
   using Ranges = ColumnRanges<kRight>;
 
  public:
-  BIRL_DEVICE LargePolicySolving(const Problem& kernel, Team& team, const Arrays& arrays,
-                                 Index item)
+  BIRL_DEVICE GridPolicySolving(const Problem& kernel, Team& team, const Arrays& arrays, Index item)
       : kernel_(kernel),
         home_(kernel.home),
         request_(kernel.request),
@@ -401,9 +400,9 @@ class LargePolicySolving {
 
 template <class Home, int kRight>
 template <class Team>
-BIRL_DEVICE void LargePolicySolve<Home, kRight>::run(Team& team, const Arrays& arrays,
-                                                     Index item) const {
-  LargePolicySolving<Home, kRight, Team>(*this, team, arrays, item).run();
+BIRL_DEVICE void GridPolicySolveKernel<Home, kRight>::run(Team& team, const Arrays& arrays,
+                                                          Index item) const {
+  GridPolicySolving<Home, kRight, Team>(*this, team, arrays, item).run();
 }
 
 }  // namespace birl::device

@@ -1,5 +1,5 @@
-// Rows of P, and of a policy's matrix P_π or its transpose, for a team of several blocks: how they
-// are read and formed.
+// Rows of P, and of a policy's matrix P_π or its transpose, for the grid: how they are
+// read and formed.
 //
 // A home is copied to the device with its kernel; Home::Reading binds one transition to one block.
 //   rows<kProducts, kInspect>(first, last, x, take)
@@ -12,7 +12,7 @@
 
 #include "core/findings.h"
 #include "cuda/grid/pattern.h"
-#include "cuda/layer/wide_layer.h"
+#include "cuda/layer/grid_layer.h"
 
 namespace birl::device {
 
@@ -142,7 +142,7 @@ BIRL_HD constexpr Index padded(Index n) { return (n + 3) / 4 * 4; }
 
 // A warp reads two rows of P at a time, coalesced, 16 bytes a lane. The rows of a tile of states
 // are read again while their part of P_π is formed, from L1 or L2, where they still are.
-struct DenseWide {
+struct GridDenseRows {
   static constexpr int kStateLanes = 32;  // that work on one state's actions
 
   Stored values;  // (N, S, A, S)
@@ -161,7 +161,7 @@ struct DenseWide {
   template <class Block>
   class Reading {
    public:
-    BIRL_DEVICE Reading(const DenseWide& home, Block& block, Index n)
+    BIRL_DEVICE Reading(const GridDenseRows& home, Block& block, Index n)
         : home_(home),
           block_(block),
           own_(share_of(home.states, block.rank, block.count)),
@@ -182,9 +182,9 @@ struct DenseWide {
           double sums[2 * kSums];
           g.sums(sums, [&](int lane, double (&part)[2 * kSums]) {
             if (home_.values.is_double)
-              lanes<kProducts, kInspect, double>(row, pair, lane, x, part);
+              lane_share<kProducts, kInspect, double>(row, pair, lane, x, part);
             else
-              lanes<kProducts, kInspect, float>(row, pair, lane, x, part);
+              lane_share<kProducts, kInspect, float>(row, pair, lane, x, part);
           });
           g.each([&](int lane) {
             if (lane >= (pair ? 2 : 1)) return;
@@ -234,14 +234,15 @@ struct DenseWide {
 
    private:
     template <bool kProducts, bool kInspect, class Real>
-    BIRL_DEVICE void lanes(Index row, bool pair, int lane, const Shifted& x, double* part) const {
+    BIRL_DEVICE void lane_share(Index row, bool pair, int lane, const Shifted& x,
+                                double* part) const {
       const Index S = home_.states;
       const Real* const values = static_cast<const Real*>(home_.values.first) + offset_;
       const Real* const both[2] = {values + row * S, values + (row + (pair ? 1 : 0)) * S};
       lane_sums<kProducts, kInspect, Real>(both, rows_aligned(values, S), S, lane, x, part);
     }
 
-    const DenseWide& home_;
+    const GridDenseRows& home_;
     Block& block_;
     Share own_;
     Index offset_;
@@ -251,7 +252,7 @@ struct DenseWide {
 // ---- CSR ---------------------------------------------------------------------------------------
 
 // A few lanes read one row. A product reads the merged values of P_π, 12 bytes an entry.
-struct CsrWide {
+struct GridCsrRows {
   static constexpr int kLanes = 8;  // rows of 5 to 50 entries keep most of them busy
   static constexpr int kStateLanes = 1;
 
@@ -260,7 +261,7 @@ struct CsrWide {
   const Index* crow;  // (S·A + 1)
   const Index* col;   // (nnz)
   Index nnz;
-  WidePattern pattern;  // of P_π, or of its transpose
+  GridPattern pattern;  // of P_π, or of its transpose
 
   BIRL_HD Index tile() const { return actions < 512 ? 512 / actions : 1; }
   BIRL_HD Index matrix_entries() const { return pattern.count; }
@@ -273,7 +274,7 @@ struct CsrWide {
   template <class Block>
   class Reading {
    public:
-    BIRL_DEVICE Reading(const CsrWide& home, Block& block, Index n)
+    BIRL_DEVICE Reading(const GridCsrRows& home, Block& block, Index n)
         : home_(home),
           block_(block),
           own_(share_of(home.states, block.rank, block.count)),
@@ -324,7 +325,7 @@ struct CsrWide {
 
     template <int kRight, class Take>
     BIRL_DEVICE void product(const double* matrix, const double* x, Take&& take) {
-      const WidePattern& pattern = home_.pattern;
+      const GridPattern& pattern = home_.pattern;
       block_.template groups<kLanes>([&](const auto& g) {
         for (Index s = own_.begin + g.rank; s < own_.end; s += g.count) {
           double sums[kRight];
@@ -344,7 +345,7 @@ struct CsrWide {
     }
 
    private:
-    const CsrWide& home_;
+    const GridCsrRows& home_;
     Block& block_;
     Share own_;
     Index offset_;

@@ -7,7 +7,7 @@
 
 namespace birl::device {
 
-struct LaneSoftMaximum {
+struct GroupSoftMaximum {
   const double* q;          // (A) of the state
   const double* reference;  // (A) log μ, or null
   Index actions;

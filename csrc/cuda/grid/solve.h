@@ -1,6 +1,6 @@
-// The fixed point V* = TV* of one large problem (n, g) by a team of several blocks, in the relative
-// form V = c + W: Newton's method, its linear system solved by products with P_π as far as the step
-// is worth it, or value iteration; the certificate is that of every other solver here.
+// The fixed point V* = TV* of one problem (n, g) by the grid, in the relative form
+// V = c + W: Newton's method, its linear system solved by products with P_π as far as the step is
+// worth it, or value iteration; the certificate is that of every other solver here.
 //
 // Who owns what: a block owns a contiguous share of the states (share_of) and everything indexed by
 // them. A pass over P, for one tile of its states after another:
@@ -14,7 +14,7 @@
 // Bytes: a pass reads P once from memory and the rewards, writes 16·S·A of q' and π/σ and the S²
 // (or merged) entries of P_π in double precision; a product reads those once. Floors on an H200
 // (4.3 TB/s, L2 5.5 TB/s, barrier 1.7 µs; all from data sheets, nothing measured): S=1000 A=10
-// float32 11 µs a pass and 3.2 µs a product, S=4096 A=16 280 µs and 31 µs; 1e6 states on a grid
+// float32 11 µs a pass and 3.2 µs a product, S=4096 A=16 280 µs and 31 µs; 1e6 states on a square
 // with five actions, float64, 93 µs and 14 µs.
 //
 // Invariants: bits depend neither on the number of blocks nor of threads; an invalid problem writes
@@ -29,7 +29,7 @@
 namespace birl::device {
 
 template <class Home_>
-struct LargeSolve {
+struct GridSolveKernel {
   using Home = Home_;
 
   Home home;
@@ -111,14 +111,14 @@ struct FirstLook {
 
 // One problem while a team works on it.
 template <class Home, class Team>
-class LargeSolving {
-  using Problem = LargeSolve<Home>;
+class GridSolving {
+  using Problem = GridSolveKernel<Home>;
   using Block = typename Team::Block;
   using Reading = typename Home::template Reading<Block>;
   using Arrays = typename Problem::Arrays;
 
  public:
-  BIRL_DEVICE LargeSolving(const Problem& kernel, Team& team, const Arrays& arrays, Index item)
+  BIRL_DEVICE GridSolving(const Problem& kernel, Team& team, const Arrays& arrays, Index item)
       : home_(kernel.home),
         batch_(kernel.batch),
         request_(kernel.request),
@@ -161,7 +161,7 @@ class LargeSolving {
     return Reading(home_, block, item_ / batch_.problems);
   }
   BIRL_DEVICE Share own(const Block& block) const { return share_of(S_, block.rank, block.count); }
-  BIRL_DEVICE LaneSoftMaximum soft(const double* q, Index s) const {
+  BIRL_DEVICE GroupSoftMaximum soft(const double* q, Index s) const {
     return {q + s * A_, reference(s * A_), A_, inverse_temperature(temperature())};
   }
 
@@ -184,7 +184,7 @@ class LargeSolving {
                 for (Index row = s * A_ + lane; row < (s + 1) * A_; row += Group::kLanes)
                   m_.q[row] = reward(row);
               });
-              LaneSoftMaximum start = soft(m_.q, s);
+              GroupSoftMaximum start = soft(m_.q, s);
               if (!initial) start.measure(g);
               g.each([&](int lane) {
                 if (lane == 0) m_.image[0][s] = initial ? initial[s] : start.value(temperature());
@@ -325,7 +325,7 @@ class LargeSolving {
     block.template groups<Home::kStateLanes>([&](const auto& g) {
       using Group = std::decay_t<decltype(g)>;
       for (Index s = first + g.rank; s < last; s += g.count) {
-        LaneSoftMaximum maximum = soft(m_.q, s);
+        GroupSoftMaximum maximum = soft(m_.q, s);
         maximum.measure(g);
         g.each([&](int lane) {
           for (Index a = lane; a < A_; a += Group::kLanes) {
@@ -451,7 +451,7 @@ class LargeSolving {
       block.template groups<Home::kStateLanes>([&](const auto& g) {
         using Group = std::decay_t<decltype(g)>;
         for (Index s = mine.begin + g.rank; s < mine.end; s += g.count) {
-          LaneSoftMaximum maximum = soft(m_.q, s);
+          GroupSoftMaximum maximum = soft(m_.q, s);
           maximum.measure(g);
           g.each([&](int lane) {
             const double value = values[s] + offset;
@@ -549,8 +549,8 @@ class LargeSolving {
 
 template <class Home>
 template <class Team>
-BIRL_DEVICE void LargeSolve<Home>::run(Team& team, const Arrays& arrays, Index item) const {
-  LargeSolving<Home, Team>(*this, team, arrays, item).run();
+BIRL_DEVICE void GridSolveKernel<Home>::run(Team& team, const Arrays& arrays, Index item) const {
+  GridSolving<Home, Team>(*this, team, arrays, item).run();
 }
 
 }  // namespace birl::device

@@ -57,7 +57,6 @@ class WarpTeam {
 class BlockTeam {
  public:
   static constexpr int kMaxThreads = 256;
-  static constexpr std::size_t kLargestReduced = 96;
 
   template <class T>
   using Private = OwnRegister<BlockTeam, T>;
@@ -123,18 +122,18 @@ __global__ void __launch_bounds__(Team::kMaxThreads, Kernel::kTeamsPerProcessor)
 }
 
 template <class Team, class Kernel>
-cudaError_t launch(const Kernel& kernel, Index items, const Grid& grid, void* workspace,
+cudaError_t launch(const Kernel& kernel, Index items, const LaunchConfig& config, void* workspace,
                    cudaStream_t stream) {
-  if (items == 0) return cudaSuccess;  // a grid cannot be empty
+  if (items == 0) return cudaSuccess;  // a launch cannot be empty
   constexpr std::size_t kWithoutAsking = 48 * 1024;
-  if (grid.bytes.chip > kWithoutAsking) {
+  if (config.bytes.chip > kWithoutAsking) {
     const cudaError_t error =
         cudaFuncSetAttribute(run_items<Team, Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(grid.bytes.chip));
+                             static_cast<int>(config.bytes.chip));
     if (error != cudaSuccess) return error;
   }
-  run_items<Team, Kernel><<<grid.blocks, grid.threads, grid.bytes.chip, stream>>>(
-      kernel, items, static_cast<char*>(workspace), grid.bytes.spill);
+  run_items<Team, Kernel><<<config.blocks, config.threads, config.bytes.chip, stream>>>(
+      kernel, items, static_cast<char*>(workspace), config.bytes.spill);
   return cudaGetLastError();
 }
 

@@ -110,8 +110,6 @@ class Barrier {
 // What the threads of one ThreadTeam share.
 class ThreadTeam {
  public:
-  static constexpr std::size_t kLargestReduced = 96;
-
   struct Shared {
     Shared(int threads, int skipped) : barrier(threads, skipped) {
       for (auto& slots : reduced) slots.resize(threads * kLargestReduced);

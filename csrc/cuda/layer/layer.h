@@ -49,13 +49,14 @@ struct Thread {
   int rank, count;
 };
 
-constexpr std::size_t kAlignment = 16;  // of every array: the widest vector load
+constexpr std::size_t kAlignment = 16;       // of every array: the widest vector load
+constexpr std::size_t kLargestReduced = 96;  // bytes of what a team reduces
 
 BIRL_HD constexpr std::size_t aligned(std::size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-// Hands out consecutive pieces of a block of memory.
+// Hands out consecutive pieces of memory.
 class Arena {
  public:
   BIRL_HD explicit Arena(void* start) : next_(static_cast<char*>(start)) {}
@@ -92,7 +93,7 @@ struct Bytes {
 };
 
 // How a kernel is launched: teams in flight, threads of each, bytes of each.
-struct Grid {
+struct LaunchConfig {
   unsigned blocks, threads;
   Bytes bytes;
 

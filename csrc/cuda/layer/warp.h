@@ -25,12 +25,12 @@ namespace birl::device {
 #if defined(__CUDACC__)
 
 template <int kLanes_>
-class Lanes {
+class LaneGroup {
  public:
   static constexpr int kLanes = kLanes_;
   const Index rank, count, place, places;
 
-  BIRL_DEVICE Lanes(Index block, Index blocks)
+  BIRL_DEVICE LaneGroup(Index block, Index blocks)
       : rank(threadIdx.x / kLanes),
         count(blockDim.x / kLanes),
         place(block * count + rank),
@@ -89,12 +89,12 @@ class Lanes {
 
 // The lanes run one after another, in an order that must not matter.
 template <int kLanes_>
-class Lanes {
+class LaneGroup {
  public:
   static constexpr int kLanes = kLanes_;
   const Index rank, count, place, places;
 
-  Lanes(Index rank, Index count, Index block, Index blocks, unsigned seed)
+  LaneGroup(Index rank, Index count, Index block, Index blocks, unsigned seed)
       : rank(rank), count(count), place(block * count + rank), places(blocks * count) {
     std::iota(order_, order_ + kLanes, 0);
     if (seed == 1) std::reverse(order_, order_ + kLanes);

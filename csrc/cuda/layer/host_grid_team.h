@@ -1,15 +1,15 @@
-// The host doubles of a team of several blocks, as in cuda/layer/host_team.h:
+// The host doubles of the grid, as in cuda/layer/host_team.h:
 //
-// SerialWide   one block after another, one thread after another, one lane after another, each in
+// SerialGrid   one block after another, one thread after another, one lane after another, each in
 //              forward, reverse or random order.
-// ThreadWide   every thread of every block is a host thread, with real barriers of the block and of
+// ThreadGrid   every thread of every block is a host thread, with real barriers of the block and of
 //              the team. A group of lanes is one host thread.
 #pragma once
 
 #include <cstdlib>
 
+#include "cuda/layer/grid_layer.h"
 #include "cuda/layer/host_team.h"
-#include "cuda/layer/wide_layer.h"
 
 namespace birl::device {
 
@@ -34,7 +34,7 @@ class SerialBlock : public SerialTeam {
   template <int kLanes, class F>
   void groups(F&& f) {
     phase([&](Thread t) {
-      f(Lanes<kLanes>(t.rank, t.count, rank, count, lane_seed(order_, random_)));
+      f(LaneGroup<kLanes>(t.rank, t.count, rank, count, lane_seed(order_, random_)));
     });
   }
 
@@ -49,11 +49,11 @@ class SerialBlock : public SerialTeam {
 };
 
 template <class Kernel>
-class SerialWide {
+class SerialGrid {
  public:
   using Block = SerialBlock<typename Kernel::Chip>;
 
-  SerialWide(int blocks, int threads, Order order, unsigned seed) : order_(order), random_(seed) {
+  SerialGrid(int blocks, int threads, Order order, unsigned seed) : order_(order), random_(seed) {
     for (int b = 0; b < blocks; ++b) chips_.push_back(std::make_unique<typename Kernel::Chip>());
     for (int b = 0; b < blocks; ++b)
       blocks_.push_back(std::make_unique<Block>(b, blocks, *chips_[b], threads, order, seed + b));
@@ -110,7 +110,7 @@ class ThreadBlock : public ThreadTeam {
 
   template <int kLanes, class F>
   void groups(F&& f) {
-    phase([&](Thread t) { f(Lanes<kLanes>(t.rank, t.count, rank, count, 0)); });
+    phase([&](Thread t) { f(LaneGroup<kLanes>(t.rank, t.count, rank, count, 0)); });
   }
 
   template <class F>
@@ -120,19 +120,19 @@ class ThreadBlock : public ThreadTeam {
 };
 
 template <class Kernel>
-class ThreadWide {
+class ThreadGrid {
  public:
   using Block = ThreadBlock<typename Kernel::Chip>;
 
   struct Shared {
     Shared(int blocks, int threads, int skipped) : barrier(blocks * threads, skipped) {
-      for (auto& slots : reduced) slots.resize(blocks * kLargestWide);
+      for (auto& slots : reduced) slots.resize(blocks * kLargestReduced);
     }
     Barrier barrier;
     std::vector<unsigned char> reduced[2];
   };
 
-  ThreadWide(Shared& shared, Index block, Index blocks, typename Kernel::Chip& chip,
+  ThreadGrid(Shared& shared, Index block, Index blocks, typename Kernel::Chip& chip,
              ThreadTeam::Shared& inner, Thread thread)
       : shared_(shared), block_(block, blocks, chip, inner, thread), first_(thread.rank == 0) {}
 
@@ -149,15 +149,15 @@ class ThreadWide {
 
   template <class T, class F, class Join>
   T reduce(F&& f, Join&& join) {
-    static_assert(sizeof(T) <= kLargestWide, "enlarge kLargestWide");
+    static_assert(sizeof(T) <= kLargestReduced, "enlarge kLargestReduced");
     unsigned char* const slots = shared_.reduced[reductions_++ & 1].data();
     const T mine = f(block_);
-    if (first_) std::memcpy(slots + block_.rank * kLargestWide, &mine, sizeof(T));
+    if (first_) std::memcpy(slots + block_.rank * kLargestReduced, &mine, sizeof(T));
     shared_.barrier.wait(barriers_);
     T total, part;
     std::memcpy(&total, slots, sizeof(T));
     for (Index b = 1; b < block_.count; ++b) {
-      std::memcpy(&part, slots + b * kLargestWide, sizeof(T));
+      std::memcpy(&part, slots + b * kLargestReduced, sizeof(T));
       total = join(total, part);
     }
     return total;
@@ -179,17 +179,17 @@ class ThreadWide {
   int barriers_ = 0;
 };
 
-struct WideRun {
+struct GridRun {
   int blocks = 3, threads = 4;
   Order order = Order::kForward;
   unsigned seed = 0;
 };
 
 template <class Kernel>
-void run_wide_serial(const Kernel& kernel, Index items, const WideRun& how) {
+void run_grid_serial(const Kernel& kernel, Index items, const GridRun& how) {
   HostMemory common;
   const auto arrays = kernel.lay_out(common);
-  SerialWide<Kernel> team(how.blocks, how.threads, how.order, how.seed);
+  SerialGrid<Kernel> team(how.blocks, how.threads, how.order, how.seed);
   for (Index item = 0; item < items; ++item) kernel.run(team, arrays, item);
 }
 
@@ -200,11 +200,11 @@ struct Passed {
 
 // `skipped`: the number of a barrier to leave out, of the team or (`inner`) of every block.
 template <class Kernel>
-Passed run_wide_threads(const Kernel& kernel, Index items, int blocks, int threads,
+Passed run_grid_threads(const Kernel& kernel, Index items, int blocks, int threads,
                         int skipped = -1, bool inner = false) {
   HostMemory common;
   const auto arrays = kernel.lay_out(common);
-  typename ThreadWide<Kernel>::Shared shared(blocks, threads, inner ? -1 : skipped);
+  typename ThreadGrid<Kernel>::Shared shared(blocks, threads, inner ? -1 : skipped);
   std::vector<std::unique_ptr<typename Kernel::Chip>> chips;
   std::vector<std::unique_ptr<ThreadTeam::Shared>> within;
   for (int b = 0; b < blocks; ++b) {
@@ -213,7 +213,7 @@ Passed run_wide_threads(const Kernel& kernel, Index items, int blocks, int threa
   }
   Passed passed{};
   const auto work = [&](int b, int rank) {
-    ThreadWide<Kernel> team(shared, b, blocks, *chips[b], *within[b], {rank, threads});
+    ThreadGrid<Kernel> team(shared, b, blocks, *chips[b], *within[b], {rank, threads});
     for (Index item = 0; item < items; ++item) kernel.run(team, arrays, item);
     if (b == 0 && rank == 0) passed = {team.barriers(), team.block_barriers()};
   };

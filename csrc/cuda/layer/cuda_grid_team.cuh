@@ -1,5 +1,5 @@
-// The team of several blocks on a GPU, and the __global__ function that runs every wide kernel. The
-// layer it implements is described in cuda/layer/wide_layer.h. Nothing here has run on a GPU yet.
+// The grid as a team of a GPU, and the __global__ function that runs its kernels. The layer it
+// implements is described in cuda/layer/grid_layer.h. Nothing here has run on a GPU yet.
 //
 // All blocks of a cooperative launch work on one item after another, or every block on items of its
 // own: which of the two is known at run time, so that both are one instance of every kernel.
@@ -8,22 +8,22 @@
 #include <cooperative_groups.h>
 
 #include "cuda/layer/cuda_team.cuh"
-#include "cuda/layer/wide_layer.h"
+#include "cuda/layer/grid_layer.h"
 
 namespace birl::device {
 
 template <class Chip>
-class WideBlock : public BlockTeam {
+class GridBlock : public BlockTeam {
  public:
   const unsigned count;
   const unsigned rank = blockIdx.x % count;
   Chip& chip;
 
-  BIRL_DEVICE WideBlock(unsigned count, Chip& chip) : count(count), chip(chip) {}
+  BIRL_DEVICE GridBlock(unsigned count, Chip& chip) : count(count), chip(chip) {}
 
   template <int kLanes, class F>
   BIRL_DEVICE void groups(F&& f) {
-    f(Lanes<kLanes>(rank, count));
+    f(LaneGroup<kLanes>(rank, count));
     __syncthreads();
   }
 
@@ -35,11 +35,11 @@ class WideBlock : public BlockTeam {
 };
 
 template <class Chip>
-class WideTeam {
+class GridTeam {
  public:
-  using Block = WideBlock<Chip>;
+  using Block = GridBlock<Chip>;
 
-  BIRL_DEVICE WideTeam(unsigned blocks, Chip& chip, char* slots)
+  BIRL_DEVICE GridTeam(unsigned blocks, Chip& chip, char* slots)
       : block_(blocks, chip), slots_(slots) {}
 
   template <class F>
@@ -55,19 +55,19 @@ class WideTeam {
 
   template <class T, class F, class Join>
   BIRL_DEVICE T reduce(F&& f, Join&& join) {
-    static_assert(sizeof(T) <= kLargestWide, "enlarge kLargestWide");
-    char* const slots = slots_ + (reductions_++ & 1) * block_.count * kLargestWide;
+    static_assert(sizeof(T) <= kLargestReduced, "enlarge kLargestReduced");
+    char* const slots = slots_ + (reductions_++ & 1) * block_.count * kLargestReduced;
     const T mine = f(block_);
-    if (threadIdx.x == 0) __builtin_memcpy(slots + block_.rank * kLargestWide, &mine, sizeof(T));
+    if (threadIdx.x == 0) __builtin_memcpy(slots + block_.rank * kLargestReduced, &mine, sizeof(T));
     wait();
     return block_.template reduce<T>(
         [&](Thread t) {
           // Every thread starts from a part there is: joining one twice changes nothing.
           const Index own = t.rank < block_.count ? t.rank : 0;
           T total, part;
-          __builtin_memcpy(&total, slots + own * kLargestWide, sizeof(T));
+          __builtin_memcpy(&total, slots + own * kLargestReduced, sizeof(T));
           for (Index i = own + t.count; i < block_.count; i += t.count) {
-            __builtin_memcpy(&part, slots + i * kLargestWide, sizeof(T));
+            __builtin_memcpy(&part, slots + i * kLargestReduced, sizeof(T));
             total = join(total, part);
           }
           return total;
@@ -95,8 +95,8 @@ class WideTeam {
 
 // Workspace: `bytes` for each team.
 template <class Kernel>
-__global__ void __launch_bounds__(kWideThreads, 2)
-    run_wide(const __grid_constant__ Kernel kernel, unsigned blocks, Index items, char* workspace,
+__global__ void __launch_bounds__(kGridThreads, 2)
+    run_grid(const __grid_constant__ Kernel kernel, unsigned blocks, Index items, char* workspace,
              std::size_t bytes) {
   using Chip = typename Kernel::Chip;
   using Arrays = typename Kernel::Arrays;
@@ -104,29 +104,29 @@ __global__ void __launch_bounds__(kWideThreads, 2)
   __shared__ alignas(kAlignment) char pointers[sizeof(Arrays)];  // there they take no registers
   const Index team_number = blockIdx.x / blocks, teams = gridDim.x / blocks;
   Arena common(workspace + bytes * static_cast<std::size_t>(team_number));
-  char* const slots = common.template take<char>(static_cast<Index>(2 * kLargestWide) * blocks);
+  char* const slots = common.template take<char>(static_cast<Index>(2 * kLargestReduced) * blocks);
   Arrays& arrays = *reinterpret_cast<Arrays*>(pointers);
   if (threadIdx.x == 0) arrays = kernel.lay_out(common);
   __syncthreads();
-  WideTeam<Chip> team(blocks, *reinterpret_cast<Chip*>(memory), slots);
+  GridTeam<Chip> team(blocks, *reinterpret_cast<Chip*>(memory), slots);
   for (Index item = team_number; item < items; item += teams) kernel.run(team, arrays, item);
 }
 
 template <class Kernel>
-cudaError_t launch_wide(const Kernel& kernel, Index items, const WideGrid& grid, void* workspace,
-                        cudaStream_t stream) {
+cudaError_t launch_grid(const Kernel& kernel, Index items, const GridLaunchConfig& config,
+                        void* workspace, cudaStream_t stream) {
   if (items == 0) return cudaSuccess;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid.teams * grid.blocks);
-  config.blockDim = dim3(grid.threads);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = grid.blocks > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, run_wide<Kernel>, kernel, grid.blocks, items,
-                            static_cast<char*>(workspace), grid.bytes);
+  cudaLaunchConfig_t how{};
+  how.gridDim = dim3(config.teams * config.blocks);
+  how.blockDim = dim3(config.threads);
+  how.stream = stream;
+  how.attrs = &attribute;
+  how.numAttrs = config.blocks > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&how, run_grid<Kernel>, kernel, config.blocks, items,
+                            static_cast<char*>(workspace), config.bytes);
 }
 
 }  // namespace birl::device

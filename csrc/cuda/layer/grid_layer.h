@@ -1,6 +1,6 @@
-// Kernels whose team is several blocks. cuda/layer/layer.h with one more level.
+// The grid: many blocks that are one team. cuda/layer/layer.h with one more level.
 //
-// A wide kernel is a plain struct with
+// A kernel of the grid is a plain struct with
 //
 //   Chip                            what every block keeps in its shared memory;
 //   template <class Memory> Arrays lay_out(Memory& memory) const;
@@ -19,8 +19,8 @@
 //   block.phase(f)           f(thread), then a barrier of the block;
 //   block.reduce<T>(f, join) as in cuda/layer/layer.h;
 //   block.groups<L>(f)       f(g) in every group of L lanes (cuda/layer/warp.h), then a barrier of
-//   the block; block.spread(f)          f(first, stride) in every thread, numbered over the whole
-//   team, then a
+//                            the block;
+//   block.spread(f)          f(first, stride) in every thread, numbered over the whole team, then a
 //                            barrier of the block;
 //   block.chip               its own Chip.
 //
@@ -40,9 +40,8 @@
 
 namespace birl::device {
 
-constexpr std::size_t kLargestWide = 96;  // bytes of what a team reduces
 // Of a block; two of them on a multiprocessor leave each thread 168 registers.
-constexpr unsigned kWideThreads = 192;
+constexpr unsigned kGridThreads = 192;
 
 // States in pieces for partial sums: a function of their number, never of the team.
 struct Pieces {
@@ -59,8 +58,8 @@ struct Pieces {
   }
 };
 
-// How a wide kernel is launched.
-struct WideGrid {
+// How a kernel of the grid is launched.
+struct GridLaunchConfig {
   unsigned teams, blocks, threads;  // blocks of each team
   std::size_t bytes;                // of each team in the workspace
 
@@ -69,9 +68,9 @@ struct WideGrid {
 
 // What a team of so many blocks needs in the workspace.
 template <class Kernel>
-std::size_t wide_footprint(const Kernel& kernel, Index blocks) {
+std::size_t grid_footprint(const Kernel& kernel, Index blocks) {
   Footprint common;
-  common.take<char>(static_cast<Index>(2 * kLargestWide) * blocks);
+  common.take<char>(static_cast<Index>(2 * kLargestReduced) * blocks);
   kernel.lay_out(common);
   return common.bytes();
 }

@@ -1,6 +1,6 @@
-// The large solve kernel against the naive solver of cases.h, for every home and kind of team.
+// The solve kernel of the grid against the naive solver of cases.h, for every home and launch.
 #include "agreement.h"
-#include "run_large.h"
+#include "run_grid.h"
 
 namespace test {
 namespace {
@@ -8,16 +8,16 @@ namespace {
 using birl::Rigour;
 using birl::Status;
 
-const WideRun kFirst{1, 4, Order::kForward, 0};
-const WideRun kRuns[] = {
+const GridRun kFirst{1, 4, Order::kForward, 0};
+const GridRun kRuns[] = {
     {3, 4, Order::kBackward, 0}, {2, 5, Order::kShuffled, 1}, {7, 3, Order::kShuffled, 2}};
 
 template <class Real>
 void orders(const Case<Real>& c, const HostPattern* pattern, const char* what, Index method) {
-  const Solution<Real> found = solve_large(c, pattern, options(method), kFirst);
+  const Solution<Real> found = solve_grid(c, pattern, options(method), kFirst);
   agrees(c, found, std::string(what) + " method " + std::to_string(method));
-  for (const WideRun& run : kRuns)
-    expect(same_bits(found, solve_large(c, pattern, options(method), run)),
+  for (const GridRun& run : kRuns)
+    expect(same_bits(found, solve_grid(c, pattern, options(method), run)),
            std::string(what) + " " + c.name + ": bits depend on the team");
 }
 
@@ -61,10 +61,10 @@ void methods() {
   const Case<double> c = make_case<double>(40, 4, traits, 3);
   for (const Index method : {1, 2, 3, 4}) all_homes(c, method);
   const std::vector<double> initial(c.items() * c.S, 1e3);
-  agrees(c, solve_large(c, nullptr, options(), {}, initial.data()), "initial");
+  agrees(c, solve_grid(c, nullptr, options(), {}, initial.data()), "initial");
 
-  const Solution<double> loose = solve_large(c, nullptr, options(1, 1e-3));
-  const Solution<double> tight = solve_large(c, nullptr, options(1, 1e-10));
+  const Solution<double> loose = solve_grid(c, nullptr, options(1, 1e-3));
+  const Solution<double> tight = solve_grid(c, nullptr, options(1, 1e-10));
   expect(loose.status[0] == 0 && tight.status[0] == 0, "a tolerance is met");
   expect(loose.row(0)[2] < tight.row(0)[2], "a loose tolerance takes fewer passes");
   double largest = 0.0;
@@ -72,23 +72,23 @@ void methods() {
   expect(loose.row(0)[1] <= 1.01e-3 * largest && tight.row(0)[1] <= 1.01e-10 * largest,
          "it is the certified error that meets the tolerance");
   const std::vector<double> far(c.items() * c.S, 1e9);
-  const Solution<double> back = solve_large(c, nullptr, options(1, 1e-4), {}, far.data());
+  const Solution<double> back = solve_grid(c, nullptr, options(1, 1e-4), {}, far.data());
   expect(back.status[0] == 0 && back.row(0)[1] <= 1.01e-4 * largest,
          "a tolerance is that of the value handed out");
-  const Solution<double> few = solve_large(c, nullptr, options(1, 1e-10, 3));
+  const Solution<double> few = solve_grid(c, nullptr, options(1, 1e-10, 3));
   expect(few.status[0] == static_cast<Index>(Status::kMaxIterations), "iteration limit");
   expect(few.row(0)[2] == 3.0, "exactly the passes allowed");
-  const Solution<double> beyond = solve_large(c, nullptr, options(0, 1e-18));
+  const Solution<double> beyond = solve_grid(c, nullptr, options(0, 1e-18));
   expect(beyond.status[0] == static_cast<Index>(Status::kStagnated), "below the rounding floor");
-  const Solution<double> warm = solve_large(c, nullptr, options(), {}, tight.value.data());
-  const Solution<double> cold = solve_large(c, nullptr, options());
+  const Solution<double> warm = solve_grid(c, nullptr, options(), {}, tight.value.data());
+  const Solution<double> cold = solve_grid(c, nullptr, options());
   expect(warm.row(0)[2] < cold.row(0)[2], "a good start saves passes");
   expect(cold.row(0)[2] < 12.0 && cold.row(0)[5] > 0.0, "Newton's inner products are counted");
 }
 
 void cycle() {
   const Case<double> c = make_cycle(0.9999);
-  const Solution<double> found = solve_large(c, nullptr, options(1));
+  const Solution<double> found = solve_grid(c, nullptr, options(1));
   expect(found.status[0] == 0 && found.row(0)[1] <= 1e-5, "value iteration on a cycle");
   agrees(c, found, "cycle");
 }
@@ -110,11 +110,11 @@ void slow_mixing() {
     std::copy(moved.begin(), moved.end(), p);
   }
   find_pattern(c);
-  const Solution<double> newton = solve_large(c);
+  const Solution<double> newton = solve_grid(c);
   agrees(c, newton, "slow");
   expect(newton.row(0)[2] < 60.0, "where it mixes slowly the passes stay few");
   const HostPattern pattern(c);
-  const Solution<double> sparse = solve_large(c, &pattern);
+  const Solution<double> sparse = solve_grid(c, &pattern);
   agrees(c, sparse, "slow csr");
   expect(sparse.row(0)[2] < 60.0, "where it mixes slowly the passes stay few, csr");
 }
@@ -132,9 +132,9 @@ void invalid() {
   const auto as_the_small_kernel = [&](const char* what, auto&& change) {
     Case<Real> c = good;
     change(c);
-    const Solution<Real> wanted = solve(shared_rows(c), c), well = solve_large(good);
-    for (const WideRun& run : kRuns)
-      for (const Solution<Real>& found : {solve_large(c, nullptr, options(), run)}) {
+    const Solution<Real> wanted = solve(shared_rows(c), c), well = solve_grid(good);
+    for (const GridRun& run : kRuns)
+      for (const Solution<Real>& found : {solve_grid(c, nullptr, options(), run)}) {
         int failed = 0;
         for (Index item = 0; item < c.items(); ++item) {
           const std::string where = std::string(what) + " item " + std::to_string(item);
@@ -177,22 +177,22 @@ void invalid() {
   Case<Real> masked = good;
   masked.log_reference.assign(masked.reward.size(), 0.0);
   for (int a = 0; a < 3; ++a) masked.log_reference[9 + a] = -INFINITY;
-  const Solution<Real> without = solve_large(masked);
+  const Solution<Real> without = solve_grid(masked);
   expect(without.status[0] == static_cast<Index>(Status::kNoAction) && without.row(0)[3] == 3.0,
          "a state without an action");
   masked.log_reference[4] = nan;
-  const Solution<Real> wrong = solve_large(masked);
+  const Solution<Real> wrong = solve_grid(masked);
   expect(wrong.status[0] == static_cast<Index>(Status::kReference) && wrong.row(0)[3] == 4.0,
          "a reference that is no number");
 
   Case<Real> ending = good;  // a row of zeros ends the process, or is a row sum of zero
   for (int t = 0; t < 6; ++t) ending.transition[t] = 0;
   const SolveOptions strict = options(0, 0.0, 0, Rigour::kStochastic);
-  agrees(ending, solve_large(ending), "an ending row");
-  const Solution<Real> refused = solve_large(ending, nullptr, strict);
+  agrees(ending, solve_grid(ending), "an ending row");
+  const Solution<Real> refused = solve_grid(ending, nullptr, strict);
   expect(refused.status[0] == static_cast<Index>(Status::kRowSum), "or not");
   const SolveOptions off = options(0, 0.0, 0, Rigour::kOff);
-  expect(solve_large(ending, nullptr, off).status[0] == 0, "no check at all");
+  expect(solve_grid(ending, nullptr, off).status[0] == 0, "no check at all");
 }
 
 // More states than a naive solver takes: a ring on which all move forward or stay.
@@ -214,9 +214,9 @@ void many_states() {
       c.reward.push_back(std::sin(0.01 * s * (a + 1)));
     }
   const HostPattern pattern(c);
-  const Solution<double> found = solve_large(c, &pattern, options());
+  const Solution<double> found = solve_grid(c, &pattern, options());
   expect(found.status[0] == 0 && found.row(0)[5] > 0.0, "many states");
-  expect(same_bits(found, solve_large(c, &pattern, options(), {5, 3, Order::kShuffled, 3})),
+  expect(same_bits(found, solve_grid(c, &pattern, options(), {5, 3, Order::kShuffled, 3})),
          "many states: bits depend on the team");
   for (int s = 0; s < c.S; ++s) {  // ‖TV − V‖ <= (1 + γ)·bound
     Long top = -INFINITY, total = 0, q[2];
@@ -239,7 +239,7 @@ void one_long_row() {
   for (int t = 0; t < c.S; ++t) c.transition[t] = 1.0 / c.S;
   find_pattern(c);
   const HostPattern pattern(c);
-  const Solution<double> with = solve_large(c, &pattern);
+  const Solution<double> with = solve_grid(c, &pattern);
   // half-span and rounding make up the bound: what is left are units of eps, 8 + additions + 0.5
   const double gamma = c.discount[0];
   const double rounding = with.row(0)[1] * (1.0 - gamma) - gamma * with.row(0)[0];
@@ -255,11 +255,11 @@ void grids() {
   Solution<float> out(c);
   with_kernel(c, nullptr, out, options(), nullptr, [&](const auto& kernel) {
     Batch batch = device_batch(c, false);
-    const WideGrid few = wide_grid(kernel, batch, limits, 264);
+    const GridLaunchConfig few = grid_launch_config(kernel, batch, limits, 264);
     expect(few.teams == 1 && few.blocks == 6, "no more blocks than states");
-    expect(wide_grid(kernel, batch, limits, 4).blocks == 4, "no more than are resident");
+    expect(grid_launch_config(kernel, batch, limits, 4).blocks == 4, "no more than are resident");
     batch.transitions = 264;
-    const WideGrid many = wide_grid(kernel, batch, limits, 264);
+    const GridLaunchConfig many = grid_launch_config(kernel, batch, limits, 264);
     expect(many.teams == 264 && many.blocks == 1, "one block for each of many problems");
     expect(many.workspace() == 264 * many.bytes && few.workspace() == few.bytes, "workspace");
     return 0;
@@ -271,11 +271,11 @@ void overflow() {
   c.discount[0] = 0.999;
   for (double& reward : c.reward) reward = 1e308;
   c.reward[0] = -1e308;
-  expect(solve_large(c).status[0] == static_cast<Index>(Status::kNonFinite), "overflow");
+  expect(solve_grid(c).status[0] == static_cast<Index>(Status::kNonFinite), "overflow");
   Case<float> narrow = make_case<float>(4, 2, {}, 5);
   narrow.discount[0] = 0.99;
   for (float& reward : narrow.reward) reward = 1e37f;
-  expect(solve_large(narrow).status[0] == static_cast<Index>(Status::kNonFinite),
+  expect(solve_grid(narrow).status[0] == static_cast<Index>(Status::kNonFinite),
          "a value beyond single precision");
 }
 
@@ -297,5 +297,5 @@ int main() {
   one_long_row();
   overflow();
   grids();
-  return summary("large solve");
+  return summary("grid solve");
 }

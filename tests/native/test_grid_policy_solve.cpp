@@ -1,6 +1,6 @@
-// The large policy systems against Gaussian elimination in long double.
+// The policy systems of the grid against Gaussian elimination in long double.
 #include "check.h"
-#include "run_large.h"
+#include "run_grid.h"
 #include "systems.h"
 
 namespace test {
@@ -12,18 +12,17 @@ struct Answer {
 
 template <class Real>
 Answer answer(const Case<Real>& c, const Systems& systems, bool transpose, bool sparse,
-              const WideRun& how = {}) {
+              const GridRun& how = {}) {
   Answer out{std::vector<double>(systems.rhs.size(), -7.0),
              std::vector<double>(c.items() * systems.K, -7.0)};
   const HostPattern pattern(c, transpose);
   const birl::PolicySolve request{systems.K,    systems.policy.data(), systems.rhs.data(),
                                   out.x.data(), out.residual.data(),   transpose,
                                   0.0};
-  with_large_policy_solve(device_batch(c, sparse), request, pattern.view(),
-                          [&](const auto& kernel) {
-                            run_wide_serial(kernel, c.items(), how);
-                            return 0;
-                          });
+  with_grid_policy_solve(device_batch(c, sparse), request, pattern.view(), [&](const auto& kernel) {
+    run_grid_serial(kernel, c.items(), how);
+    return 0;
+  });
   return out;
 }
 
@@ -68,9 +67,9 @@ void solves(const Case<Real>& c, const Systems& systems) {
           std::string(sparse ? "csr" : "dense") + (transpose ? " transposed" : "");
       const Answer found = answer(c, systems, transpose, sparse, {1, 4, Order::kForward, 0});
       compare(c, systems, transpose, found, what);
-      for (const WideRun& run :
-           {WideRun{3, 4, Order::kBackward, 0}, WideRun{2, 5, Order::kShuffled, 1},
-            WideRun{7, 3, Order::kShuffled, 2}})
+      for (const GridRun& run :
+           {GridRun{3, 4, Order::kBackward, 0}, GridRun{2, 5, Order::kShuffled, 1},
+            GridRun{7, 3, Order::kShuffled, 2}})
         expect(same_bits(found, answer(c, systems, transpose, sparse, run)),
                what + " " + c.name + ": bits depend on the team");
     }
@@ -139,5 +138,5 @@ int main() {
   sizes<float>();
   many_columns();
   close_to_one();
-  return summary("large policy solve");
+  return summary("grid policy solve");
 }

@@ -1,15 +1,15 @@
-// Calling the wide kernels on the host.
+// Calling the kernels of the grid on the host.
 #pragma once
 
 #include <map>
 
 #include "cuda/grid/dispatch.h"
-#include "cuda/layer/host_wide_team.h"
+#include "cuda/layer/host_grid_team.h"
 #include "run_solve.h"
 
 namespace test {
 
-using birl::WidePattern;
+using birl::GridPattern;
 
 // The pattern of P_π, or of its transpose, as ops/backends/cuda.py sorts it on the device.
 struct HostPattern {
@@ -35,7 +35,7 @@ struct HostPattern {
     for (const auto& place : places) slot.push_back(entries[place]);
   }
 
-  WidePattern view() const {
+  GridPattern view() const {
     return {crow.data(), col.data(), slot.data(), static_cast<Index>(col.size())};
   }
 };
@@ -44,17 +44,17 @@ struct HostPattern {
 template <class Real, class Body>
 auto with_kernel(const Case<Real>& c, const HostPattern* pattern, Solution<Real>& out,
                  const SolveOptions& how, const double* initial, Body&& body) {
-  return with_large_solve(device_batch(c, pattern), request_of(out, how, initial),
-                          pattern ? pattern->view() : WidePattern{}, body);
+  return with_grid_solve(device_batch(c, pattern), request_of(out, how, initial),
+                         pattern ? pattern->view() : GridPattern{}, body);
 }
 
 template <class Real>
-Solution<Real> solve_large(const Case<Real>& c, const HostPattern* pattern = nullptr,
-                           const SolveOptions& how = options(), const WideRun& run = {},
-                           const double* initial = nullptr) {
+Solution<Real> solve_grid(const Case<Real>& c, const HostPattern* pattern = nullptr,
+                          const SolveOptions& how = options(), const GridRun& run = {},
+                          const double* initial = nullptr) {
   Solution<Real> out(c);
   with_kernel(c, pattern, out, how, initial, [&](const auto& kernel) {
-    run_wide_serial(kernel, c.items(), run);
+    run_grid_serial(kernel, c.items(), run);
     return 0;
   });
   return out;

@@ -1,13 +1,13 @@
-// Planted faults in the kernels of several blocks: ThreadSanitizer has to report each barrier of
-// the team that is left out, and most of those inside the blocks (the last of a step is always
-// followed by one of the team, and is there for the sake of a simple rule). Exit code 0: it did.
+// Planted faults in the kernels of the grid: ThreadSanitizer has to report each barrier of the team
+// that is left out, and most of those inside the blocks (the last of a step is always followed by
+// one of the team, and is there for the sake of a simple rule). Exit code 0: it did.
 //
 // The argument names the kernel: solve, sparse, policy.
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "check.h"
-#include "run_large.h"
+#include "run_grid.h"
 #include "systems.h"
 
 namespace test {
@@ -60,7 +60,7 @@ int main_of(const std::string& kernel) {
     return [&c, of](int skipped, bool inner) {
       Solution<double> out(c);
       return with_kernel(c, of, out, options(0, 0.0, 2), nullptr, [&](const auto& task) {
-        return run_wide_threads(task, 1, kBlocks, kThreads, skipped, inner);
+        return run_grid_threads(task, 1, kBlocks, kThreads, skipped, inner);
       });
     };
   };
@@ -73,9 +73,9 @@ int main_of(const std::string& kernel) {
         2, systems.policy.data(), systems.rhs.data(), x.data(), residual.data(), true, 1e-2};
     all_barriers(
         [&](int skipped, bool inner) {
-          return with_large_policy_solve(
+          return with_grid_policy_solve(
               device_batch(c, false), request, transposed.view(), [&](const auto& task) {
-                return run_wide_threads(task, 1, kBlocks, kThreads, skipped, inner);
+                return run_grid_threads(task, 1, kBlocks, kThreads, skipped, inner);
               });
         },
         "policy", 8);
