@@ -115,8 +115,9 @@ int barriers() {
       std::vector<double> out(rhs.size()), residual(2);
       const PolicySolveKernel<SharedRows<double>> kernel{
           shared_rows(c),
-          {c.G, 2, policy.data(), c.discount.data(), rhs.data(), out.data(), residual.data(),
-           transpose, 0.0, false, false}};
+          device_batch(c, false),
+          {2, policy.data(), rhs.data(), out.data(), residual.data(), transpose, 0.0},
+          {}};
       return run_threads(kernel, c.items(), 2, skipped);
     });
   return summary("barriers");

@@ -57,6 +57,9 @@ Solution<Real> solve_grid(const Case<Real>& c, const HostPattern* pattern = null
     run_grid_serial(kernel, c.items(), run);
     return 0;
   });
+  const birl::Kernel name = pattern ? birl::Kernel::kCudaGridCsr : birl::Kernel::kCudaGrid;
+  for (Index item = 0; item < c.items(); ++item)
+    expect(out.row(item)[birl::kInfo - 1] == static_cast<double>(name), "a kernel's name");
   return out;
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cases.h"
+#include "check.h"
 #include "cuda/block/solve.h"
 #include "cuda/layer/host_team.h"
 
@@ -41,11 +42,14 @@ bool same_bits(const std::vector<T>& x, const std::vector<T>& y) {
          (x.empty() || std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0);
 }
 
+// Whatever the kernel is called.
 template <class Real>
 bool same_bits(const Solution<Real>& x, const Solution<Real>& y) {
+  std::vector<double> info = x.info;
+  for (std::size_t i = birl::kInfo - 1; i < info.size(); i += x.width) info[i] = y.info[i];
   return same_bits(x.value, y.value) && same_bits(x.q, y.q) &&
          same_bits(x.advantage, y.advantage) && same_bits(x.policy, y.policy) &&
-         same_bits(x.log_policy, y.log_policy) && same_bits(x.info, y.info) &&
+         same_bits(x.log_policy, y.log_policy) && same_bits(info, y.info) &&
          same_bits(x.status, y.status);
 }
 
@@ -112,13 +116,8 @@ template <class Home, class Real = typename Home::Real>
 SolveKernel<Home> solve_kernel(const Home& home, const Case<Real>& c, Solution<Real>& out,
                                const SolveOptions& how, const double* initial = nullptr,
                                bool direct = true) {
-  return {home,
-          device_batch(c, false),
-          request_of(out, how, initial),
-          birl::Kernel::kCudaBlock,
-          direct,
-          true,
-          true};
+  return {home, device_batch(c, false), request_of(out, how, initial),
+          Plan{Residence::kGlobal, 0, direct, true, true}};
 }
 
 template <class Home, class Real = typename Home::Real>
@@ -126,6 +125,8 @@ Solution<Real> solve(const Home& home, const Case<Real>& c, const SolveOptions& 
                      const HostRun& run = {}, const double* initial = nullptr) {
   Solution<Real> out(c);
   run_serial(solve_kernel(home, c, out, how, initial), c.items(), run);
+  for (Index item = 0; item < c.items(); ++item)
+    expect(out.row(item)[birl::kInfo - 1] == static_cast<double>(Home::kName), "a kernel's name");
   return out;
 }
 

@@ -17,10 +17,11 @@ Answer policy_solve(const Home& home, const Case<Real>& c, const Systems& system
                     const HostRun& how = {}) {
   Answer answer{std::vector<double>(systems.rhs.size(), -7.0),
                 std::vector<double>(c.items() * systems.K, -7.0)};
-  const PolicySolveKernel<Home> kernel{
-      home,
-      {c.G, systems.K, systems.policy.data(), c.discount.data(), systems.rhs.data(),
-       answer.x.data(), answer.residual.data(), transpose, 0.0, false, false}};
+  const PolicySolveKernel<Home> kernel{home,
+                                       device_batch(c, false),
+                                       {systems.K, systems.policy.data(), systems.rhs.data(),
+                                        answer.x.data(), answer.residual.data(), transpose, 0.0},
+                                       {}};
   run_serial(kernel, c.items(), how);
   return answer;
 }
@@ -107,26 +108,11 @@ void outer(const Case<Real>& c) {
   for (Index i = 0; i < c.N * c.table(); ++i) shift.push_back(0.25 * static_cast<double>(i % 5));
   const Index nnz = static_cast<Index>(c.col.size());
   std::vector<Real> dense(c.transition.size(), Real(-7)), sparse(c.stored.size(), Real(-7));
-  const OuterKernel<Real> on_dense{c.G,
-                                   c.S,
-                                   c.A,
-                                   nullptr,
-                                   nullptr,
-                                   0,
-                                   systems.policy.data(),
-                                   systems.rhs.data(),
-                                   shift.data(),
-                                   dense.data()};
-  const OuterKernel<Real> on_pattern{c.G,
-                                     c.S,
-                                     c.A,
-                                     c.crow.data(),
-                                     c.col.data(),
-                                     nnz,
-                                     systems.policy.data(),
-                                     systems.rhs.data(),
-                                     shift.data(),
-                                     sparse.data()};
+  const auto kernel = [&](bool on_pattern, std::vector<Real>& out) {
+    return OuterKernel<Real>{device_batch(c, on_pattern),
+                             {systems.policy.data(), systems.rhs.data(), shift.data(), out.data()}};
+  };
+  const auto on_dense = kernel(false, dense), on_pattern = kernel(true, sparse);
   run_serial(on_dense, c.N * on_dense.items_per_transition(), {32, Order::kShuffled, 3, 2});
   run_serial(on_pattern, c.N * on_pattern.items_per_transition(), {32, Order::kShuffled, 3, 2});
   const double eps = std::numeric_limits<Real>::epsilon();

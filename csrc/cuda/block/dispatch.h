@@ -64,10 +64,7 @@ LaunchConfig launch_config(const Kernel& kernel, const Batch& batch, const Devic
 template <class Home>
 SolveKernel<Home> solve_kernel(const Home& home, const Batch& batch, const Solve& request,
                                const Plan& plan) {
-  const Kernel name = plan.residence == Residence::kRegisters ? Kernel::kCudaWarp
-                      : plan.residence == Residence::kCsr     ? Kernel::kCudaCsr
-                                                              : Kernel::kCudaBlock;
-  return {home, batch, request, name, plan.direct, plan.spill_matrix, plan.spill_vectors};
+  return {home, batch, request, plan};
 }
 
 template <class Body>
@@ -90,10 +87,7 @@ auto with_solve(const Batch& batch, const Solve& request, const DeviceLimits& li
 template <class Home>
 PolicySolveKernel<Home> policy_solve_kernel(const Home& home, const Batch& batch,
                                             const PolicySolve& request, const Plan& plan) {
-  return {home,
-          {batch.problems, static_cast<int>(request.right_sides), request.policy, batch.discount,
-           request.rhs, request.out, request.residual, request.transpose, request.tol,
-           plan.spill_matrix, plan.spill_vectors}};
+  return {home, batch, request, plan};
 }
 
 template <class Body>
@@ -117,17 +111,7 @@ auto with_policy_solve(const Batch& batch, const PolicySolve& request, const Dev
 template <class Body>
 auto with_outer(const Batch& batch, const Outer& request, Body&& body) {
   return with_storage(batch, [&](auto zero) {
-    using Real = decltype(zero);
-    const OuterKernel<Real> kernel{batch.problems,
-                                   static_cast<int>(batch.states),
-                                   static_cast<int>(batch.actions),
-                                   batch.crow,
-                                   batch.col,
-                                   batch.nnz,
-                                   request.weight,
-                                   request.vector,
-                                   request.shift,
-                                   static_cast<Real*>(request.out)};
+    const OuterKernel<decltype(zero)> kernel{batch, request};
     const Index items = batch.transitions * kernel.items_per_transition();
     const LaunchConfig config{block_count(items, {0, 0}, {}), kBlockThreads, {0, 0}};
     return body(kernel, items, config);

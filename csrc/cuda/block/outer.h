@@ -6,6 +6,7 @@
 // Invariant: the sum over g runs in its own order, so bits do not depend on the launch.
 #pragma once
 
+#include "core/request.h"
 #include "cuda/layer/layer.h"
 
 namespace birl::device {
@@ -15,15 +16,8 @@ struct OuterKernel {
   static constexpr int kTeamsPerProcessor = 4;
   static constexpr Index kEntries = 4096;  // dense entries of one item, about
 
-  Index problems;       // G
-  int states, actions;  // S, A
-  const Index* crow;    // (S·A + 1), or null: dense
-  const Index* col;     // (nnz)
-  Index nnz;
-  const double* weight;  // (N,G,S,A)
-  const double* vector;  // (N,G,S)
-  const double* shift;   // (N,S,A)
-  Real* out;             // (N,S,A,S), or (N,nnz)
+  Batch batch;
+  Outer request;
 
   struct Arrays {};
   template <class Chip, class Spill>
@@ -31,9 +25,9 @@ struct OuterKernel {
     return {};
   }
 
-  BIRL_HD Index rows() const { return static_cast<Index>(states) * actions; }
+  BIRL_HD Index rows() const { return batch.states * batch.actions; }
   BIRL_HD Index rows_per_item() const {
-    const Index fitting = kEntries / (crow ? (nnz + rows()) / rows() : states);
+    const Index fitting = kEntries / (batch.crow ? (batch.nnz + rows()) / rows() : batch.states);
     return fitting < 1 ? 1 : fitting;
   }
   BIRL_HD Index items_per_transition() const {
@@ -45,23 +39,25 @@ struct OuterKernel {
     const Index n = item / items_per_transition();
     const Index row0 = item % items_per_transition() * rows_per_item();
     const Index row1 = row0 + rows_per_item() < rows() ? row0 + rows_per_item() : rows();
+    const Index S = batch.states;
+    Real* const out = static_cast<Real*>(request.out) + n * (batch.crow ? batch.nnz : rows() * S);
     team.phase([&](Thread t) {
-      if (crow)
+      if (batch.crow)
         for (Index row = row0 + t.rank; row < row1; row += t.count)
-          for (Index k = crow[row]; k < crow[row + 1]; ++k)
-            out[n * nnz + k] = entry(n, row, col[k]);
+          for (Index k = batch.crow[row]; k < batch.crow[row + 1]; ++k)
+            out[k] = entry(n, row, batch.col[k]);
       else
-        for (Index e = row0 * states + t.rank; e < row1 * states; e += t.count)
-          out[n * rows() * states + e] = entry(n, e / states, e % states);
+        for (Index e = row0 * S + t.rank; e < row1 * S; e += t.count)
+          out[e] = entry(n, e / S, e % S);
     });
   }
 
  private:
   BIRL_DEVICE Real entry(Index n, Index row, Index next) const {
     double sum = 0.0;
-    for (Index i = n * problems; i < (n + 1) * problems; ++i)
-      sum += weight[i * rows() + row] * vector[i * states + next];
-    return static_cast<Real>(sum - shift[n * rows() + row]);
+    for (Index i = n * batch.problems; i < (n + 1) * batch.problems; ++i)
+      sum += request.weight[i * rows() + row] * request.vector[i * batch.states + next];
+    return static_cast<Real>(sum - request.shift[n * rows() + row]);
   }
 };
 

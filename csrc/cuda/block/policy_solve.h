@@ -14,29 +14,18 @@
 #include "core/system.h"
 #include "cuda/block/elimination.h"
 #include "cuda/block/rows.h"
+#include "cuda/block/selection.h"
 
 namespace birl::device {
-
-struct PolicySolveArguments {
-  Index problems;          // G: item = n·G + g
-  int right_sides;         // K
-  const double* policy;    // (N,G,S,A)
-  const double* discount;  // (N,G)
-  const double* rhs;       // (N,G,K,S)
-  double* out;             // (N,G,K,S)
-  double* residual;        // (N,G,K): ‖b − Ax‖∞, or ‖b − Aᵀx‖₁ if transposed
-  bool transpose;
-  double tol;         // of the residual, relative to ‖b‖
-  bool spill_matrix;  // the matrix lies in the workspace
-  bool spill_vectors;
-};
 
 template <class Home>
 struct PolicySolveKernel {
   static constexpr int kTeamsPerProcessor = 2;
 
   Home home;
-  PolicySolveArguments arguments;
+  Batch batch;
+  PolicySolve request;
+  Plan plan;
 
   struct Arrays {
     typename Home::Memory rows;
@@ -56,9 +45,9 @@ struct PolicySolveKernel {
     Arrays m{};
     m.rows = home.lay_out(chip, spill);
     const Index S = home.states;
-    m.matrix = arguments.spill_matrix ? spill.template take<double>(S * S)
-                                      : chip.template take<double>(S * S);
-    if (arguments.spill_vectors)
+    m.matrix =
+        plan.spill_matrix ? spill.template take<double>(S * S) : chip.template take<double>(S * S);
+    if (plan.spill_vectors)
       lay_out_vectors(spill, m);
     else
       lay_out_vectors(chip, m);
@@ -67,7 +56,7 @@ struct PolicySolveKernel {
 
   template <class Team>
   BIRL_DEVICE void run(Team& team, const Arrays& m, Index item) const {
-    typename Home::template Local<Team> rows(home, team, m.rows, item / arguments.problems);
+    typename Home::template Local<Team> rows(home, team, m.rows, item / batch.problems);
     using Entries = typename Home::template Local<Team>::Entries;
     rows.load();
     team.phase([&](Thread t) {
@@ -76,15 +65,15 @@ struct PolicySolveKernel {
         m.inverse_sum[row] = inverse_row_sum(sum);
       });
     });
-    const bool constants = weigh(team, m, item) && !arguments.transpose;
+    const bool constants = weigh(team, m, item) && !request.transpose;
     // The first residual is b itself; after a correction the second says whether it was enough.
     for (int corrections = 0;; ++corrections) {
       if (constants) find_middles(team, m, item);
-      rows.form(m.weight, MatrixView{m.matrix, home.states, arguments.transpose});
+      rows.form(m.weight, MatrixView{m.matrix, home.states, request.transpose});
       residuals(team, m, item);
       if (!measure(team, m, item) || corrections == kCorrections) return;
-      eliminate(team, Elimination{home.states, m.matrix, m.work, m.pivot}, arguments.transpose,
-                arguments.right_sides, m.correction);
+      eliminate(team, Elimination{home.states, m.matrix, m.work, m.pivot}, request.transpose,
+                static_cast<int>(request.right_sides), m.correction);
       correct(team, m, item);
     }
   }
@@ -92,13 +81,11 @@ struct PolicySolveKernel {
  private:
   static constexpr int kCorrections = 3;
 
-  BIRL_DEVICE Index columns() const {
-    return static_cast<Index>(arguments.right_sides) * home.states;
-  }
+  BIRL_DEVICE Index columns() const { return request.right_sides * batch.states; }
 
   template <class Memory>
   BIRL_HD void lay_out_vectors(Memory& memory, Arrays& m) const {
-    const Index S = home.states, rows = S * home.actions, K = arguments.right_sides;
+    const Index S = home.states, rows = S * home.actions, K = request.right_sides;
     m.weight = memory.template take<double>(rows);
     m.inverse_sum = memory.template take<double>(rows);
     m.defect = memory.template take<double>(S);
@@ -113,8 +100,8 @@ struct PolicySolveKernel {
   template <class Team>
   BIRL_DEVICE bool weigh(Team& team, const Arrays& m, Index item) const {
     const int S = home.states, A = home.actions;
-    const double* const policy = arguments.policy + item * S * A;
-    const double discount = arguments.discount[item];
+    const double* const policy = request.policy + item * S * A;
+    const double discount = batch.discount[item];
     return team.template reduce<int>(
                [&](Thread t) {
                  int all = 1;
@@ -128,8 +115,8 @@ struct PolicySolveKernel {
                    all = all && mass.closed(A);
                  }
                  for (Index i = t.rank; i < columns(); i += t.count)
-                   arguments.out[item * columns() + i] = 0.0;
-                 for (int k = t.rank; k < arguments.right_sides; k += t.count) m.middle[k] = 0.0;
+                   request.out[item * columns() + i] = 0.0;
+                 for (int k = t.rank; k < request.right_sides; k += t.count) m.middle[k] = 0.0;
                  return all;
                },
                [](int x, int y) { return x && y ? 1 : 0; }) != 0;
@@ -139,9 +126,9 @@ struct PolicySolveKernel {
   template <class Team>
   BIRL_DEVICE void find_middles(Team& team, const Arrays& m, Index item) const {
     const int S = home.states;
-    const double* const x = arguments.out + item * columns();
+    const double* const x = request.out + item * columns();
     team.phase([&](Thread t) {
-      for (int k = t.rank; k < arguments.right_sides; k += t.count) {
+      for (int k = t.rank; k < request.right_sides; k += t.count) {
         double low = kInf, high = -kInf;
         for (int s = 0; s < S; ++s) {
           low = smaller(low, x[static_cast<Index>(k) * S + s]);
@@ -157,9 +144,9 @@ struct PolicySolveKernel {
   template <class Team>
   BIRL_DEVICE void residuals(Team& team, const Arrays& m, Index item) const {
     const int S = home.states;
-    const double* const b = arguments.rhs + item * columns();
-    const double* const x = arguments.out + item * columns();
-    const double discount = arguments.discount[item];
+    const double* const b = request.rhs + item * columns();
+    const double* const x = request.out + item * columns();
+    const double discount = batch.discount[item];
     team.phase([&](Thread t) {
       for (Index i = t.rank; i < columns(); i += t.count) {
         const Index k = i / S, s = i % S;
@@ -176,18 +163,19 @@ struct PolicySolveKernel {
   // Norms of the residuals, and whether any column needs a correction.
   template <class Team>
   BIRL_DEVICE bool measure(Team& team, const Arrays& m, Index item) const {
-    const int S = home.states, K = arguments.right_sides;
-    const double* const b = arguments.rhs + item * columns();
-    const double* const x = arguments.out + item * columns();
+    const int S = home.states;
+    const Index K = request.right_sides;
+    const double* const b = request.rhs + item * columns();
+    const double* const x = request.out + item * columns();
     return team.template reduce<int>(
                [&](Thread t) {
                  int any = 0;
                  for (int k = t.rank; k < K; k += t.count) {
                    const Index at = static_cast<Index>(k) * S;
                    const double left = norm(m.correction + at), size = norm(b + at);
-                   arguments.residual[item * K + k] = left;
+                   request.residual[item * K + k] = left;
                    // NaN wants, and gets, NaN.
-                   m.wanting[k] = !Tolerance(arguments.tol, size, norm(x + at)).met(left);
+                   m.wanting[k] = !Tolerance(request.tol, size, norm(x + at)).met(left);
                    any = any || m.wanting[k];
                  }
                  return any;
@@ -196,8 +184,7 @@ struct PolicySolveKernel {
   }
 
   BIRL_DEVICE double norm(const double* x) const {
-    if (arguments.transpose)
-      return chained_sum(home.states, [&](int i) { return magnitude(x[i]); });
+    if (request.transpose) return chained_sum(home.states, [&](int i) { return magnitude(x[i]); });
     double largest = 0.0, sum = 0.0;  // the sum brings NaN along
     for (int i = 0; i < home.states; ++i) {
       largest = larger(largest, magnitude(x[i]));
@@ -208,7 +195,7 @@ struct PolicySolveKernel {
 
   template <class Team>
   BIRL_DEVICE void correct(Team& team, const Arrays& m, Index item) const {
-    double* const x = arguments.out + item * columns();
+    double* const x = request.out + item * columns();
     team.phase([&](Thread t) {
       for (Index i = t.rank; i < columns(); i += t.count)
         if (m.wanting[i / home.states]) x[i] += m.correction[i] / m.pivot[i % home.states];

@@ -3,6 +3,7 @@
 // cuda/layer/chained_sum.h, so that the three dense homes agree to the last bit.
 //
 // A home H is copied to the device with the kernel and offers
+//   kName                            what `info` calls the kernel
 //   lay_out(chip, spill)             its memory
 //   padded()                         length of the vectors it multiplies, zero beyond S
 //   H::Local<Team>(home, team, …)    one transition, bound to a team, with
@@ -36,6 +37,7 @@ struct MatrixView {
 template <class Real_, int kStates, int kRows>
 struct RegisterRows {
   using Real = Real_;
+  static constexpr Kernel kName = Kernel::kCudaWarp;
   static constexpr bool kOnChip = true;
   static constexpr int kTile = kStates + 1;  // row pitch: lanes fall on different banks
   // What the compiler is told to make room for; P and some ninety others have to fit.
@@ -148,6 +150,7 @@ struct RegisterRows {
 template <class Real_>
 struct SharedRows {
   using Real = Real_;
+  static constexpr Kernel kName = Kernel::kCudaBlock;
   static constexpr bool kOnChip = true;
   static constexpr int kTeamsPerProcessor = 2;
   static constexpr bool kOneWarp = false;
@@ -233,6 +236,7 @@ struct SharedRows {
 template <class Real_>
 struct GlobalRows {
   using Real = Real_;
+  static constexpr Kernel kName = Kernel::kCudaBlock;
   static constexpr bool kOnChip = false;
   static constexpr int kTeamsPerProcessor = 2;
   static constexpr bool kOneWarp = false;
@@ -310,6 +314,7 @@ struct GlobalRows {
 template <class Real_>
 struct CsrRows {
   using Real = Real_;
+  static constexpr Kernel kName = Kernel::kCudaCsr;
   static constexpr bool kOnChip = false;
   static constexpr int kTeamsPerProcessor = 2;
   static constexpr bool kOneWarp = false;

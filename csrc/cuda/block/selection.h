@@ -25,9 +25,9 @@ constexpr RegisterTile kRegisterTiles[kRegisterTileCount] = {{8, 2}, {8, 4}, {16
 
 struct Plan {
   Residence residence = Residence::kGlobal;
-  int tile = 0;         // of kRegisterTiles
-  bool direct = false;  // room for an S² elimination
-  bool spill_matrix = false, spill_vectors = false;
+  int tile = 0;                                      // of kRegisterTiles
+  bool direct = false;                               // room for an S² elimination
+  bool spill_matrix = false, spill_vectors = false;  // in the workspace instead of on chip
 };
 
 // A block has so many threads for n rows or states: whole warps.

@@ -20,6 +20,7 @@
 #include "core/system.h"
 #include "cuda/block/elimination.h"
 #include "cuda/block/rows.h"
+#include "cuda/block/selection.h"
 #include "cuda/block/soft_maximum.h"
 
 namespace birl::device {
@@ -33,9 +34,7 @@ struct SolveKernel {
   Home home;
   Batch batch;
   Solve request;
-  Kernel name;                       // what `info` will call this one
-  bool direct;                       // whether to make room for an elimination
-  bool spill_matrix, spill_vectors;  // what lies in the workspace instead of on chip
+  Plan plan;
 
   struct Arrays {
     typename Home::Memory rows;
@@ -61,11 +60,11 @@ struct SolveKernel {
       lay_out_vectors(chip, m);
       lay_out_matrix(chip, m);
     } else {
-      if (spill_vectors)
+      if (plan.spill_vectors)
         lay_out_vectors(spill, m);
       else
         lay_out_vectors(chip, m);
-      if (spill_matrix)
+      if (plan.spill_matrix)
         lay_out_matrix(spill, m);
       else
         lay_out_matrix(chip, m);
@@ -91,7 +90,7 @@ struct SolveKernel {
   template <class Memory>
   BIRL_HD void lay_out_matrix(Memory& memory, Arrays& m) const {
     const Index S = home.states;
-    if (!direct) return;
+    if (!plan.direct) return;
     m.matrix = memory.template take<double>(S * S);
     m.defect = memory.template take<double>(S);
     m.pivot = memory.template take<double>(S);
@@ -219,11 +218,11 @@ class Solving {
       control.continues = found.continues;
       control.at_zero = initial == nullptr;
       const Index method = request_.method;
-      if (kernel_.direct && method >= 2 && method != kSweep) control.mode = Mode::kElimination;
+      if (kernel_.plan.direct && method >= 2 && method != kSweep) control.mode = Mode::kElimination;
       // Clocks of one team, from instruction counts (not measured on a GPU): latency first, then
       // work over some hundred lanes. They depend on the shape alone, so all kernels decide alike.
       const double S = S_, A = A_;
-      control.means.elimination = kernel_.direct;
+      control.means.elimination = kernel_.plan.direct;
       control.means.sweep = 1000.0 + S * A * (S + 100.0) / 128.0;
       control.means.elimination_step = control.means.sweep + S * (150.0 + 0.75 * S + S * S / 256.0);
       return 0;
@@ -365,7 +364,7 @@ class Solving {
     for (int s = t.rank; s < S_; s += t.count) info[kInfo + s] = outcome.error_bound;
     if (t.rank != 0) return;
     request_.status[item_] = static_cast<Index>(outcome.status);
-    write_info(outcome, defect, temperature_, kernel_.name, info);
+    write_info(outcome, defect, temperature_, Home::kName, info);
   }
 
   const Problem& kernel_;

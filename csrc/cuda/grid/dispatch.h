@@ -41,8 +41,7 @@ template <class Body>
 auto with_grid_solve(const Batch& batch, const Solve& request, const GridPattern& pattern,
                      Body&& body) {
   return with_grid_home(batch, pattern, false, [&](const auto& home) {
-    const Kernel name = batch.sparse() ? Kernel::kCudaGridCsr : Kernel::kCudaGrid;
-    return body(GridSolveKernel<std::decay_t<decltype(home)>>{home, batch, request, name});
+    return body(GridSolveKernel<std::decay_t<decltype(home)>>{home, batch, request});
   });
 }
 
@@ -51,9 +50,8 @@ auto with_grid_policy_solve(const Batch& batch, const PolicySolve& request,
                             const GridPattern& pattern, Body&& body) {
   return with_grid_home(batch, pattern, request.transpose, [&](const auto& home) {
     using Home = std::decay_t<decltype(home)>;
-    if (request.right_sides == 1)
-      return body(GridPolicySolveKernel<Home, 1>{home, batch.problems, batch.discount, request});
-    return body(GridPolicySolveKernel<Home, 4>{home, batch.problems, batch.discount, request});
+    if (request.right_sides == 1) return body(GridPolicySolveKernel<Home, 1>{home, batch, request});
+    return body(GridPolicySolveKernel<Home, 4>{home, batch, request});
   });
 }
 

@@ -44,8 +44,7 @@ struct GridPolicySolveKernel {
   static constexpr int kRight = kRight_;
 
   Home home;
-  Index problems;          // G: item = n·G + g
-  const double* discount;  // (N,G)
+  Batch batch;
   PolicySolve request;
 
   struct Chip {
@@ -129,7 +128,7 @@ class GridPolicySolving {
         team_(team),
         m_(arrays),
         item_(item),
-        transition_(item / kernel.problems),
+        transition_(item / kernel.batch.problems),
         S_(kernel.home.states),
         A_(kernel.home.actions) {}
 
@@ -204,7 +203,7 @@ class GridPolicySolving {
         },
         Shape::join);
     team_.decide([&](Block& block) {
-      block.chip.discount = kernel_.discount[item_];
+      block.chip.discount = kernel_.batch.discount[item_];
       block.chip.additions = home_.additions(shape.longest);
       return block.chip.shifts = shape.deflates != 0 && !request_.transpose;
     });
@@ -353,7 +352,7 @@ class GridPolicySolving {
           team_, S_, request_.transpose, m_.partial,
           [&](Index s, Index c, double (&norm)[2]) {
             const Index i = s * kRight + c;
-            norm[0] = magnitude(next[i] - kernel_.discount[item_] * term[i]),
+            norm[0] = magnitude(next[i] - kernel_.batch.discount[item_] * term[i]),
             norm[1] = magnitude(next[i]);
           },
           [](Block& block) { return block.chip.norms; });

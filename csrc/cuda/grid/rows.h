@@ -143,6 +143,7 @@ BIRL_HD constexpr Index padded(Index n) { return (n + 3) / 4 * 4; }
 // A warp reads two rows of P at a time, coalesced, 16 bytes a lane. The rows of a tile of states
 // are read again while their part of P_π is formed, from L1 or L2, where they still are.
 struct GridDenseRows {
+  static constexpr Kernel kName = Kernel::kCudaGrid;
   static constexpr int kStateLanes = 32;  // that work on one state's actions
 
   Stored values;  // (N, S, A, S)
@@ -253,6 +254,7 @@ struct GridDenseRows {
 
 // A few lanes read one row. A product reads the merged values of P_π, 12 bytes an entry.
 struct GridCsrRows {
+  static constexpr Kernel kName = Kernel::kCudaGridCsr;
   static constexpr int kLanes = 8;  // rows of 5 to 50 entries keep most of them busy
   static constexpr int kStateLanes = 1;
 

@@ -35,7 +35,6 @@ struct GridSolveKernel {
   Home home;
   Batch batch;
   Solve request;
-  Kernel name;  // what `info` will call this one
 
   struct Chip {
     Control control;
@@ -122,7 +121,6 @@ class GridSolving {
       : home_(kernel.home),
         batch_(kernel.batch),
         request_(kernel.request),
-        name_(kernel.name),
         team_(team),
         m_(arrays),
         item_(item),
@@ -534,13 +532,12 @@ class GridSolving {
     for (Index s = first; s < S_; s += stride) info[kInfo + s] = outcome.error_bound;
     if (first != 0) return;
     request_.status[item_] = static_cast<Index>(outcome.status);
-    write_info(outcome, defect, temperature(), name_, info);
+    write_info(outcome, defect, temperature(), Home::kName, info);
   }
 
   const Home& home_;
   const Batch& batch_;
   const Solve& request_;
-  Kernel name_;
   Team& team_;
   const Arrays& m_;
   Index item_, S_, A_;
