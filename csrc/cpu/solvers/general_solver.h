@@ -10,9 +10,9 @@
 
 #include "core/control.h"
 #include "cpu/model/sweep.h"
-#include "cpu/solvers/outcome.h"
 #include "cpu/solvers/policy_system_solver.h"
 #include "cpu/solvers/refinement.h"
+#include "cpu/solvers/solution.h"
 
 namespace birl {
 

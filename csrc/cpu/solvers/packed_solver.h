@@ -9,8 +9,8 @@
 #include "core/control.h"
 #include "cpu/isa/packed.h"
 #include "cpu/solvers/elimination.h"
-#include "cpu/solvers/outcome.h"
 #include "cpu/solvers/refinement.h"
+#include "cpu/solvers/solution.h"
 #include "cpu/support/aligned.h"
 
 namespace birl {

@@ -17,7 +17,7 @@
 #include "core/control.h"
 #include "cpu/model/sweep.h"
 #include "cpu/solvers/elimination.h"
-#include "cpu/solvers/outcome.h"
+#include "cpu/solvers/solution.h"
 
 namespace birl {
 

@@ -195,7 +195,7 @@ void form(const PolicyRows& rows, const Real* value, Index s0, Index s1, const d
 
 }  // namespace
 
-const SlicedRoutines kSliced = {{products<float>, form<float>},
+const SparseRoutines kSparse = {{products<float>, form<float>},
                                 {products<double>, form<double>},
                                 multiply_one,
                                 multiply<4>,

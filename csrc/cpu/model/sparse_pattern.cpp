@@ -1,4 +1,4 @@
-#include "cpu/model/sparse.h"
+#include "cpu/model/sparse_pattern.h"
 
 #include <algorithm>
 #include <limits>
