@@ -98,6 +98,13 @@ struct Certificate {
     most = w_most;
   }
 
+  // To single precision; c takes the rest.
+  BIRL_CORE void round_middle() {
+    const double rounded = static_cast<double>(static_cast<float>(middle));
+    c += rounded - middle;
+    middle = rounded;
+  }
+
   // V := TV, corrected by the middle of (M6).
   BIRL_CORE void accept_sweep() {
     c = offset();

@@ -101,17 +101,6 @@ void finish(const VjpTables<Real>& m, const VjpOutputs<Real>& out) {
 
 // ---- rows of P ----------------------------------------------------------------------------------
 
-// Folds kWidth vectors into one: lane i of the result is the sum of vector i.
-inline Double lane_sums(Double (&v)[kWidth]) {
-#pragma GCC unroll 4
-  for (int count = kWidth; count > 1; count /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < count / 2; ++i)
-      v[i] = shuffle<kWidth>(v[2 * i], v[2 * i + 1], [](int k) { return 2 * k; }) +
-             shuffle<kWidth>(v[2 * i], v[2 * i + 1], [](int k) { return 2 * k + 1; });
-  return v[0];
-}
-
 // Sums and products with w of kWidth/2 rows, to packed [0, kWidth/2) and [kWidth/2, kWidth).
 template <class Real>
 inline void two_moments(const Real* p, Index cols, Index step, const double* w, double* out) {
@@ -184,7 +173,7 @@ void outer(Index rows, Index cols, Index groups, Index stride, const double* x, 
 
 // ---- elimination, a problem per lane ------------------------------------------------------------
 
-typedef double Pack __attribute__((vector_size(8 * PackedElimination::kAbreast), aligned(8)));
+using Pack = VectorOf<double, PackedElimination::kAbreast>::type;
 
 void packed_solve_transpose(Index n, double* entries, double* defects, double* inverse_pivots,
                             double* unknowns) {
@@ -244,7 +233,7 @@ constexpr AdjointRowRoutines<Real> kRows = {fold<Real>, finish<Real>, moments<Re
 
 }  // namespace
 
-const AdjointRoutines kAdjoint = {
-    kRows<float>, kRows<double>, {packed_solve_transpose, packed_settle_mass}};
+const AdjointRoutines kAdjoint = {{kRows<float>, kRows<double>},
+                                  {packed_solve_transpose, packed_settle_mass}};
 
 }  // namespace birl::BIRL_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/common.h"
+#include "cpu/isa/by_precision.h"
 
 namespace birl {
 
@@ -41,21 +42,12 @@ struct SparseRowRoutines {
                double* out);
 };
 
-struct SparseRoutines {
+struct SparseRoutines : ByPrecision<SparseRowRoutines> {
   using Multiply = void (*)(const SlicedMatrix& matrix, Index slice0, Index slice1, const double* x,
                             double* y);
-  SparseRowRoutines<float> f32;
-  SparseRowRoutines<double> f64;
   // y = Mx for the rows of slices [slice0, slice1); x and y hold 1, 4 or 8 columns interleaved
   Multiply one, four, eight;
 
-  template <class Real>
-  const SparseRowRoutines<Real>& rows() const {
-    if constexpr (sizeof(Real) == 4)
-      return f32;
-    else
-      return f64;
-  }
   Multiply multiply(Index columns) const {
     return columns == 1 ? one : (columns == 4 ? four : eight);
   }

@@ -80,7 +80,7 @@ class Refinement {
     certificate_.additions = std::max(certificate_.additions, model.additions());
     c_ = certificate_.continues ? c : 0.0;
     w_.assign(value, value + S_);
-    if (out_of(outcome.passes)) {
+    if (certificate_.used_up(outcome.passes)) {
       outcome.status = Status::kMaxIterations;
       return false;
     }
@@ -100,7 +100,7 @@ class Refinement {
       best = std::min(best, worst);
       if (settled || since_best >= (worst <= kNear ? 4 : 30 + S_)) break;
       settled = count > 0 && worst <= 1.0;  // the start has the rounding of another method
-      if (out_of(outcome.passes) || count >= most(evaluate)) break;
+      if (certificate_.used_up(outcome.passes) || count >= most(evaluate)) break;
       noisy = noisy || since_best >= 3;
       advance(evaluate, count, noisy);
     }
@@ -127,12 +127,9 @@ class Refinement {
   static constexpr Index kEliminated = 512;  // states; where products do not suffice kDirectLimit
   static constexpr double kNear = 8.0;       // units of rounding, where nothing more may be gained
 
-  bool out_of(Index passes) const {
-    return request_.max_iterations > 0 && passes >= request_.max_iterations;
-  }
   bool direct(const Evaluate& evaluate) const { return S_ <= kEliminated || !evaluate; }
   Index most(const Evaluate& evaluate) const {
-    return direct(evaluate) ? 1000 : 100 + certificate_.most_sweeps() / 20;
+    return direct(evaluate) ? kMostPasses : 100 + certificate_.most_sweeps() / 20;
   }
 
   // body(first state, last, worker) over all states
@@ -176,10 +173,9 @@ class Refinement {
            image_.data() + s0, policy_.data() + row0, log_policy_.data() + row0, nullptr,
            scratch_[worker].soft_maximum.data()});
     });
-    const Range found =
+    certificate_.range =
         dense_routines().difference(S_, image_.data(), w_.data(), constant, delta_.data());
-    certificate_.range = {found.low, found.high, found.least, found.most, found.finite};
-    finite_ = found.finite && std::isfinite(c_);
+    finite_ = certificate_.range.finite && std::isfinite(c_);
   }
 
   // ρ of the last sweep, and the largest |δ|/ρ.
@@ -218,7 +214,7 @@ class Refinement {
     };
     double sum = 0.0, peak = -kInf;
     for (Index row = s * A_; row < (s + 1) * A_; ++row) {
-      if (reference && reference[row] == -kInf) continue;
+      if (masked(reference, row)) continue;
       const double x = at(row) / tau;
       if (x < 1.0) {
         sum += policy_[row] * std::expm1(x);
@@ -230,7 +226,7 @@ class Refinement {
     if (peak < 700.0 * tau) return tau * std::log1p(sum);
     sum = 0.0;
     for (Index row = s * A_; row < (s + 1) * A_; ++row)
-      if (!(reference && reference[row] == -kInf)) sum += std::exp((weight(row) - peak) / tau);
+      if (!masked(reference, row)) sum += std::exp((weight(row) - peak) / tau);
     return peak + tau * std::log(sum);
   }
 
