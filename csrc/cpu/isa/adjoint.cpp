@@ -6,6 +6,12 @@ namespace {
 
 // ---- tables -------------------------------------------------------------------------------------
 
+// Bars are cotangents. Since log π = (Q − V)/τ + log μ, (M11) transposed makes of them
+//     s = π π̄ + log π bar              at log π, Q and V held
+//     Ā' = s/τ + Ā                     at Q − V
+//     v̄ = V̄ − Σ_a Ā'                   at V: `source`, before what Q sends back to it
+//     Q̄' = Ā' + Q̄                      at Q, in `q`
+// and Σ V̄ + Σ Q̄, the inflow, is what the mass of the flow is known from (M20).
 template <class Real>
 void fold(const VjpTables<Real>& m) {
   const Index A = m.actions, entries = m.states * A;
@@ -50,6 +56,11 @@ void fold(const VjpTables<Real>& m) {
     for (Index i = 0; i < entries; ++i) q[i] += static_cast<double>(m.q_bar[i]);
 }
 
+// With the flow λ of (I − γP_π)ᵀλ = v̄ + γPᵀQ̄' (M12), and V = c + W:
+//     r̄ = w = Q̄' + λπ, and γ w/σ for P̄ = γ (w/σ) ⊗ (W − PW/σ)
+//     log μ bar = τ λπ + s
+//     τ̄ = −Σ (λπ + s/τ) (Q − V)/τ
+//     γ̄ = Σ w PW/σ and what the constant brings, of which all but the leak cancels (M20).
 template <class Real>
 void finish(const VjpTables<Real>& m, const VjpOutputs<Real>& out) {
   const Index A = m.actions, entries = m.states * A;
@@ -61,7 +72,6 @@ void finish(const VjpTables<Real>& m, const VjpOutputs<Real>& out) {
         out.log_reference_bar[i] =
             m.temperature * (out.flow[s] * pi[i]) + (scored ? m.score[i] : 0.0);
   if (out.temperature_bar) {
-    // λ·H with H = −Σ_a π (Q − V)/τ, and what log π = (Q − V)/τ + log μ brings
     const double inverse = inverse_temperature(m.temperature);
     double total = 0.0;
     for (Index s = 0; s < m.states; ++s)
@@ -71,7 +81,7 @@ void finish(const VjpTables<Real>& m, const VjpOutputs<Real>& out) {
       }
     *out.temperature_bar = total * inverse;
   }
-  double* __restrict w = m.q;  // Q̄ + λπ, the cotangent of r
+  double* __restrict w = m.q;
   for (Index s = 0; s < m.states; ++s) {
     const double flow = out.flow[s];
     for (Index i = s * A; i < s * A + A; ++i) w[i] += flow * pi[i];

@@ -50,7 +50,7 @@ class PackedSolver {
         single_reference_(single_scale_.size()),
         single_work_(single_ ? entries_ + 3 * value_.size() : 0) {}
 
-  static constexpr Kernel kKernel = Kernel::kCpuLanes;
+  static constexpr Kernel kKernel = Kernel::kCpuPacked;
 
   // Packs a transition, and finds the first thing wrong with it.
   void take(const Model& model) {

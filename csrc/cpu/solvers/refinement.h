@@ -78,7 +78,7 @@ class Refinement {
     inverse_sum_ = inverse_sum;
     certificate_ = control;
     certificate_.additions = std::max(certificate_.additions, model.additions());
-    c_ = certificate_.continues ? c : 0.0;
+    certificate_.c = certificate_.continues ? c : 0.0;
     w_.assign(value, value + S_);
     if (certificate_.used_up(outcome.passes)) {
       outcome.status = Status::kMaxIterations;
@@ -106,7 +106,7 @@ class Refinement {
     }
     outcome.status = best <= kNear ? Status::kConverged : Status::kMaxIterations;
     outcome.residual = certificate_.half_span();
-    outcome.offset = problem_.discount * c_;
+    outcome.offset = problem_.discount * certificate_.c;
     hand_out(problem_, S_, A_, q_.data(), image_.data(), policy_.data(), log_policy_.data(),
              outcome.offset, out);
     certificate_.lowest = certificate_.range.least + outcome.offset;
@@ -155,13 +155,13 @@ class Refinement {
     if (!certificate_.continues) return;
     double middle = w_[0];
     for (const double w : w_)
-      if (std::abs(c_ + w) < std::abs(c_ + middle)) middle = w;
-    c_ += middle;
+      if (std::abs(certificate_.c + w) < std::abs(certificate_.c + middle)) middle = w;
+    certificate_.c += middle;
     for (double& w : w_) w -= middle;
   }
 
   void sweep() {
-    const double constant = (1.0 - problem_.discount) * c_;
+    const double constant = (1.0 - problem_.discount) * certificate_.c;
     over_states(2.0 * model_->work(), [&](Index s0, Index s1, int worker) {
       const Index row0 = s0 * A_, row1 = s1 * A_;
       double* const product = scratch_[worker].product.data();
@@ -175,15 +175,15 @@ class Refinement {
     });
     certificate_.range =
         dense_routines().difference(S_, image_.data(), w_.data(), constant, delta_.data());
-    finite_ = certificate_.range.finite && std::isfinite(c_);
+    finite_ = certificate_.finite();
   }
 
   // ρ of the last sweep, and the largest |δ|/ρ.
   double measure() {
     std::transform(w_.begin(), w_.end(), size_.begin(), [](double w) { return std::abs(w); });
     look_ahead(size_, blur_);
-    const double units = 4.0 + certificate_.additions, tau = problem_.temperature;
-    const double constant = (1.0 - problem_.discount) * std::abs(c_);
+    const double units = 4.0 + certificate_.additions;
+    const double constant = (1.0 - problem_.discount) * std::abs(certificate_.c);
     double worst = 0.0;
     for (Index s = 0; s < S_; ++s) {
       const double image = std::abs(image_[s]);
@@ -191,8 +191,7 @@ class Refinement {
         blur_[row] = kEps * (units * blur_[row] + 4.0 * (std::abs(q_[row]) + image));
       const double own = image + size_[s] + constant + certificate_.soft();
       // The last part is for those that look at this state: so no Q is off by more than its bound.
-      floor_[s] = 8.0 * std::max(kEps * own, kLeast) + certificate_.long_sum * tau +
-                  kEps * units * size_[s];
+      floor_[s] = certificate_.rounding(8.0, own) + kEps * units * size_[s];
       rounding_[s] = floor_[s] + excess(s, [&](Index row) { return blur_[row]; });
       worst = std::max(worst, std::abs(delta_[s]) / rounding_[s]);
     }
@@ -259,7 +258,7 @@ class Refinement {
                               : 0.0;
       for (double& x : trial_) x -= seen;
       evaluate(policy_, trial_);
-      c_ += seen / (1.0 - problem_.discount);
+      certificate_.c += seen / (1.0 - problem_.discount);
     }
     for (Index s = 0; s < S_; ++s) w_[s] += trial_[s];
   }
@@ -335,7 +334,7 @@ class Refinement {
   // Each state by a tolerance of its own; values far beyond the typical one do not count for
   // others.
   void judge(Outcome& outcome) const {
-    if (request_.tol == 0.0) return;
+    if (certificate_.tol == 0.0) return;
     std::vector<double> sizes(S_);
     for (Index s = 0; s < S_; ++s) sizes[s] = std::abs(image_[s] + outcome.offset);
     const double typical = typical_size(sizes, problem_.temperature);
@@ -344,7 +343,7 @@ class Refinement {
       if (size <= kOutlier * typical) unit = std::max(unit, size);
     bool met = true;
     for (Index s = 0; s < S_; ++s)
-      met = met && bound_[s] + certificate_.underflow() <= request_.tol * std::max(sizes[s], unit);
+      met = met && certificate_.meets(bound_[s], std::max(sizes[s], unit));
     if (met)
       outcome.status = Status::kConverged;
     else if (outcome.status != Status::kMaxIterations)
@@ -359,8 +358,7 @@ class Refinement {
   const Model* model_ = nullptr;
   Problem<Real> problem_{};
   const double* inverse_sum_ = nullptr;  // (S,A)
-  Control certificate_;
-  double c_ = 0.0;  // V = c + W
+  Control certificate_;                  // V = c + W
   bool finite_ = true;
   std::vector<double> w_, image_, delta_, q_, policy_, log_policy_;
   std::vector<double> blur_, floor_, rounding_;  // of q, of δ without that, and of δ
