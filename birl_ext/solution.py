@@ -59,7 +59,7 @@ class Kernel(IntEnum):
     """The code that solves a problem, chosen by device, storage form and size."""
 
     TORCH = 0  # plain PyTorch, any device
-    CPU_LANES = 1  # small dense: states on the lanes of a vector
+    CPU_PACKED = 1  # small dense: states on the lanes of a vector
     CPU_ROWS = 2  # dense, row by row
     CPU_CSR = 3  # sparse
     CUDA_WARP = 10  # one warp per problem

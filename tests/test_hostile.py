@@ -634,7 +634,7 @@ def test_rewards_and_temperatures_of_any_size(reward: float, temperature: float)
 @pytest.mark.parametrize(("states", "actions"), SIZES)
 def test_sizes_and_discounts(states: int, actions: int, extras: str, discount: float) -> None:
     arguments = corner(states, actions, 1.0, 0.1, discount, extras)
-    kernel = Kernel.CPU_LANES if states <= 128 else Kernel.CPU_ROWS
+    kernel = Kernel.CPU_PACKED if states <= 128 else Kernel.CPU_ROWS
     assert solved(arguments).info[0, 0, Info.KERNEL] == kernel
     check_corner(arguments)
 

@@ -192,7 +192,7 @@ def test_an_upper_level_that_looks_behind_a_mask(loss: str) -> None:
         return birl_ext.DenseMDP(x.reshape(STATES, ACTIONS), P, DISCOUNT, mask=MASK)
 
     def upper(x: Tensor, found: Any) -> Tensor:
-        assert found.kernels in ((), ("CPU_LANES",), ("CPU_ROWS",), ("TORCH",))
+        assert found.kernels in ((), ("CPU_PACKED",), ("CPU_ROWS",), ("TORCH",))
         tables = (found.q, found.policy, found.log_policy, found.advantage)
         return LOSSES[loss](*tables) + (x * found.policy.flatten()).sum()
 

@@ -98,6 +98,13 @@ struct Certificate {
     most = w_most;
   }
 
+  // To single precision; c takes the rest.
+  BIRL_CORE void round_middle() {
+    const double rounded = static_cast<double>(static_cast<float>(middle));
+    c += rounded - middle;
+    middle = rounded;
+  }
+
   // V := TV, corrected by the middle of (M6).
   BIRL_CORE void accept_sweep() {
     c = offset();
@@ -132,8 +139,9 @@ struct Certificate {
 
   // Rounding error of one component of δ: 8 units for the handful of operations after the sums, and
   // half an ulp for each dependent addition in them.
-  BIRL_CORE double rounding() const {
-    return (8.0 + additions) * larger(kEps * scale(), kLeast) + long_sum * temperature;
+  BIRL_CORE double rounding() const { return rounding(8.0 + additions, scale()); }
+  BIRL_CORE double rounding(double units, double size) const {
+    return units * larger(kEps * size, kLeast) + long_sum * temperature;
   }
 
   BIRL_CORE double error_bound() const { return (discount * half_span() + rounding()) * horizon; }
@@ -170,9 +178,11 @@ struct Certificate {
     return !(largest_size() <= (single ? 0x1.fffffep127 : 0x1.fffffffffffffp1023));
   }
 
-  BIRL_CORE bool converged() const {
-    return tol > 0.0 && error_bound() + underflow() <= tol * largest_value();
+  // Whether a number of that size is known as well as it is asked for.
+  BIRL_CORE bool meets(double bound, double size) const {
+    return bound + underflow() <= tol * size;
   }
+  BIRL_CORE bool converged() const { return tol > 0.0 && meets(error_bound(), largest_value()); }
 
   // Half-span at which iteration ends, as far as it can be told now.
   BIRL_CORE double target() const {

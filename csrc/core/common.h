@@ -44,7 +44,7 @@ BIRL_HD double inverse_row_sum(double sigma) { return sigma == 0.0 ? 0.0 : 1.0 /
 // What solved a problem, in the last column of `info`.
 enum class Kernel : Index {
   kTorch = 0,
-  kCpuLanes = 1,      // small dense: states on the lanes of a vector
+  kCpuPacked = 1,     // small dense: states on the lanes of a vector
   kCpuRows = 2,       // dense, row by row
   kCpuCsr = 3,        // sparse
   kCudaWarp = 10,     // one warp per problem

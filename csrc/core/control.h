@@ -25,8 +25,8 @@ struct Means {
   double pass_products = 20.0;  // expected of one where the process mixes slowly
 };
 
-// Passes after which Newton's method with elimination makes way for value iteration.
-constexpr Index kMostNewton = 1000;
+// Passes after which a method that should long have ended makes way for the next one.
+constexpr Index kMostPasses = 1000;
 
 struct Control : Certificate {
   // What is asked, and what there is:
@@ -69,7 +69,7 @@ struct Control : Certificate {
     if (exhausted(half) && passes > 0)
       return stop(tol > 0.0 ? Status::kStagnated : Status::kConverged);
     if (out_of_passes()) return stop(Status::kMaxIterations);
-    if (mode == Mode::kElimination && passes - switched_at >= kMostNewton) {
+    if (mode == Mode::kElimination && passes - switched_at >= kMostPasses) {
       // Unless the sweeps are not worth waiting for.
       if (max_iterations == 0 && most_sweeps() > 1000000) return stop(Status::kMaxIterations);
       give_up(Mode::kValueIteration);
@@ -85,10 +85,27 @@ struct Control : Certificate {
     at_zero = false;
   }
 
+  // After a sweep in single precision, which leaves that `noise` in the half-span: accepts it, and
+  // says whether another one has more to give. A last pass is left for one in double.
+  BIRL_CORE bool accept_single_sweep(double noise) {
+    if (!at_zero) ++passes;
+    const double half = half_span();
+    const bool ended = half > 0.9 * previous && half <= 16.0 * noise;
+    measure_rate(half);
+    accept_sweep();
+    round_middle();
+    return half > larger(target(), noise) && !ended && passes < kMostPasses &&
+           !used_up(passes + 1) &&
+           !(passes % 8 == 6 && method == 0 && elimination_pays(half, noise));
+  }
+
   BIRL_CORE void measure_rate(double half) {
     if (previous < kInf) rate = half / previous;
     previous = half;
   }
+
+  // Whether those are all that may be made.
+  BIRL_CORE bool used_up(Index used) const { return max_iterations > 0 && used >= max_iterations; }
 
   // By which value iteration has contracted to the rounding level.
   BIRL_CORE Index most_sweeps() const {
@@ -196,7 +213,7 @@ struct Control : Certificate {
   }
 
   BIRL_CORE bool out_of_passes() const {
-    if (max_iterations > 0) return passes >= max_iterations;
+    if (max_iterations > 0) return used_up(passes);
     return (mode == Mode::kValueIteration || mode == Mode::kSeries) &&
            passes - switched_at >= most_sweeps();
   }

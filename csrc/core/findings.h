@@ -2,7 +2,7 @@
 // whatever order.
 #pragma once
 
-#include "core/scalar_math.h"
+#include "core/soft_maximum.h"
 
 namespace birl {
 
@@ -55,7 +55,7 @@ struct Findings {
   BIRL_CORE bool see_action(Index s, Index a, Index actions, double r, double log_mu) {
     if (!is_finite(r)) reward = first(reward, s * actions + a);
     if (!(log_mu < kInf)) reference = first(reference, s * (actions + 1) + a);
-    if (log_mu == -kInf) return false;
+    if (masked(log_mu)) return false;
     largest_reward = larger(largest_reward, magnitude(r));
     largest_reference = larger(largest_reference, magnitude(log_mu));
     return true;

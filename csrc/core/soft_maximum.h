@@ -16,6 +16,10 @@ template <class Number>
 BIRL_HD auto masked(Number log_mu) {
   return log_mu == nothing<Number>();
 }
+// Without a table of log μ, none is.
+BIRL_HD bool masked(const double* log_reference, Index row) {
+  return log_reference && masked(log_reference[row]);
+}
 
 // x of an action that is not masked.
 template <class Number>
@@ -23,7 +27,10 @@ BIRL_HD Number available(Number x, Number log_mu) {
   return masked(log_mu) ? nothing<Number>() : x;
 }
 
-// 1/τ, finite also for a subnormal τ, which must not turn 0·(1/τ) into NaN.
+// Whether 1/τ is a number: that of a subnormal τ is not.
+BIRL_HD bool has_inverse(double temperature) { return is_finite(1.0 / temperature); }
+
+// 1/τ, or the largest number, which does not turn 0·(1/τ) into NaN.
 template <class Number>
 BIRL_HD Number inverse_temperature(Number temperature) {
   constexpr Number kLargest =

@@ -22,24 +22,24 @@ Index policy_solve(const Batch& batch, const PolicySolve& request, Interrupt& in
     using Model = decltype(model_of(0));
     std::unique_ptr<PolicyPattern> pattern;
     const double work = 4.0 * model_of(0).work() + static_cast<double>(S * S * K);
-    Team outer(request.threads), alone(1);
+    Team team(request.threads), alone(1);
     if (batch.sparse())
       pattern =
-          std::make_unique<PolicyPattern>(batch.crow, batch.col, S, A, request.transpose, outer);
-    const bool across = batch.total() >= outer.size();
-    Team& within = across ? alone : outer;
+          std::make_unique<PolicyPattern>(batch.crow, batch.col, S, A, request.transpose, team);
+    const bool across = batch.total() >= team.size();
+    Team &outer = across ? team : alone, &within = across ? alone : team;
     struct Workspace {
       std::unique_ptr<typename PolicySystem<Model>::Matrix> matrix;
       std::unique_ptr<Elimination> elimination;
       std::vector<double> inverse_sum;
       Index transition = -1;
     };
-    std::vector<Workspace> workspaces(across ? outer.size() : 1);
-    std::vector<std::vector<double>> rows(outer.size(), std::vector<double>(S));
+    std::vector<Workspace> workspaces(outer.size());
+    std::vector<std::vector<double>> rows(team.size(), std::vector<double>(S));
     const PolicySystemOptions options{request.transpose, request.method, request.tol,
                                       request.max_iterations};
 
-    const auto one = [&](Index i, int worker) {
+    outer.run(batch.total(), work * static_cast<double>(batch.total()), [&](Index i, int worker) {
       interrupt.check();
       Workspace& workspace = workspaces[worker];
       const Index n = i / batch.problems;
@@ -55,16 +55,12 @@ Index policy_solve(const Batch& batch, const PolicySolve& request, Interrupt& in
       const Index chunk = model.chunk();
       within.run((S + chunk - 1) / chunk, 2.0 * model.work(), [&](Index c, int helper) {
         system.form(c * chunk, std::min(S, (c + 1) * chunk), workspace.inverse_sum.data(),
-                    request.policy + i * S * A, rows[across ? worker : helper].data());
+                    request.policy + i * S * A, rows[std::max(worker, helper)].data());
       });
       failed.fetch_add(system.solve(K, request.rhs + i * K * S, request.out + i * K * S,
                                     request.residual + i * K),
                        std::memory_order_relaxed);
-    };
-    if (across)
-      outer.run(batch.total(), work * static_cast<double>(batch.total()), one);
-    else
-      for (Index i = 0; i < batch.total(); ++i) one(i, 0);
+    });
   });
   return failed.load();
 }

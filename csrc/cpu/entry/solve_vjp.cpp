@@ -224,87 +224,134 @@ void note(Conditioning& worst, double condition, Index problem) {
     worst = {condition, problem};
 }
 
-struct PackedWorker {
-  std::vector<Slot> slots;
-  PackedSpace space;
-  std::vector<double> row, pulled;
+template <class Workers>
+Conditioning worst_of(const Workers& workers) {
   Conditioning worst;
+  for (const auto& worker : workers)
+    if (worker) note(worst, worker->worst().condition, worker->worst().problem);
+  return worst;
+}
 
-  PackedWorker(Index problems, Index S, Index A)
-      : slots(problems, Slot(S, S * A)), space(S), row(S), pulled(S) {}
-};
-
-// Problems [first, first + count), one per lane.
+// Problems side by side, a problem per lane.
 template <class Real>
-void solve_packed(const Batch& batch, Rule<Real>& rule, PackedWorker& mine, Index first,
-                  Index count) {
-  const AdjointRowRoutines<Real>& routines = adjoint_routines().rows<Real>();
-  const Index S = batch.states, A = batch.actions, G = batch.problems;
-  PackedSpace& space = mine.space;
-  bool opened[kAbreast] = {};
-  double mass[kAbreast] = {};
-  bool small[kAbreast] = {};
-  bool full = count == kAbreast;
-  for (Index lane = 0; lane < count; ++lane) {
-    opened[lane] = rule.open(first + lane, mine.slots[lane]);
-    full = full && opened[lane];
+class PackedWorker {
+ public:
+  PackedWorker(const Batch& batch, Rule<Real>& rule, Index most)
+      : batch_(batch),
+        rule_(rule),
+        S_(batch.states),
+        A_(batch.actions),
+        slots_(most, Slot(S_, S_ * A_)),
+        space_(S_),
+        row_(S_),
+        pulled_(S_) {}
+
+  // Problems [first, first + count).
+  void solve(Index first, Index count) {
+    first_ = first;
+    count_ = count;
+    bool full = count == kAbreast;
+    for (Index lane = 0; lane < count; ++lane) {
+      opened_[lane] = rule_.open(first + lane, slots_[lane]);
+      full = full && opened_[lane];
+    }
+    if (!full) space_.clear();
+    std::fill_n(mass_, kAbreast, 0.0);
+    std::fill_n(small_, kAbreast, false);
+    for (Index lane = 0; lane < count; ++lane)
+      if (opened_[lane]) read(lane);
+    eliminate();
+    for (Index lane = 0; lane < count; ++lane) close(lane);
   }
-  if (!full) space.clear();
-  for (Index lane = 0; lane < count; ++lane) {
-    if (!opened[lane]) continue;
-    const Index i = first + lane;
-    const double gamma = batch.discount[i];
-    const Real* const p = static_cast<const Real*>(batch.transition) + i / G * S * A * S;
-    Slot& slot = mine.slots[lane];
+
+  const Conditioning& worst() const { return worst_; }
+
+ private:
+  // The system of a problem, from the only reading of its P.
+  void read(Index lane) {
+    const AdjointRowRoutines<Real>& routines = adjoint_routines().rows<Real>();
+    const Index i = first_ + lane, S = S_, A = A_;
+    const double gamma = batch_.discount[i];
+    const Real* const p =
+        static_cast<const Real*>(batch_.transition) + i / batch_.problems * S * A * S;
+    Slot& slot = slots_[lane];
     routines.moments(p, S * A, S, slot.relative, slot.inverse_sum.data(), slot.expected);
-    if (rule.pulls()) rule.weigh(i, 0, S, slot);
+    if (rule_.pulls()) rule_.weigh(i, 0, S, slot);
     for (Index j = 0; j < S * A; ++j)
       slot.weight[j] = gamma * slot.probability[j] * slot.inverse_sum[j];
-    std::fill(mine.pulled.begin(), mine.pulled.end(), 0.0);
+    std::fill(pulled_.begin(), pulled_.end(), 0.0);
     for (Index s = 0; s < S; ++s) {
-      double stopping = 0.0;
-      for (Index j = s * A; j < s * A + A; ++j)
-        if (slot.inverse_sum[j] == 0.0) stopping += slot.probability[j];
-      space.defect()[s * kAbreast + lane] = (1.0 - gamma) + gamma * stopping;
+      RowMass mass;
+      for (Index j = s * A; j < s * A + A; ++j) mass.add(slot.probability[j], slot.inverse_sum[j]);
+      space_.defect()[s * kAbreast + lane] = mass.defect(gamma, A);
       dense_routines().rows<Real>().two_policy_rows(
           p + s * A * S, A, S, slot.weight + s * A,
-          rule.pulls() ? slot.scaled.data() + s * A : nullptr, mine.row.data(), mine.pulled.data());
-      double* const entries = space.matrix() + s * S * kAbreast + lane;
-      for (Index t = 0; t < S; ++t) entries[t * kAbreast] = mine.row[t];
+          rule_.pulls() ? slot.scaled.data() + s * A : nullptr, row_.data(), pulled_.data());
+      double* const entries = space_.matrix() + s * S * kAbreast + lane;
+      for (Index t = 0; t < S; ++t) entries[t * kAbreast] = row_[t];
     }
     for (Index s = 0; s < S; ++s)
-      space.unknown()[s * kAbreast + lane] = slot.source[s] + mine.pulled[s];
-    mass[lane] = rule.mass(i, slot);
-    small[lane] = 1.0 - gamma < kSmallGap;
+      space_.unknown()[s * kAbreast + lane] = slot.source[s] + pulled_[s];
+    mass_[lane] = rule_.mass(i, slot);
+    small_[lane] = 1.0 - gamma < kSmallGap;
   }
-  const PackedElimination& packed = adjoint_routines().packed;
-  const bool any_small = std::count(small, small + kAbreast, true) > 0;
-  if (any_small) std::copy_n(space.defect(), kAbreast * S, space.given_defect());
-  packed.solve_transpose(S, space.matrix(), space.defect(), space.inverse_pivot(), space.unknown());
-  const auto take_flows = [&](bool which) {
-    for (Index lane = 0; lane < count; ++lane)
-      if (opened[lane] && small[lane] == which)
-        for (Index s = 0; s < S; ++s)
-          mine.slots[lane].flow[s] = space.unknown()[s * kAbreast + lane];
-  };
-  take_flows(false);
-  if (any_small) {
-    packed.settle_mass(S, space.matrix(), space.given_defect(), mass, space.slow(),
-                       space.unknown());
+
+  void eliminate() {
+    const PackedElimination& packed = adjoint_routines().packed;
+    const bool any_small = std::count(small_, small_ + kAbreast, true) > 0;
+    if (any_small) std::copy_n(space_.defect(), kAbreast * S_, space_.given_defect());
+    packed.solve_transpose(S_, space_.matrix(), space_.defect(), space_.inverse_pivot(),
+                           space_.unknown());
+    take_flows(false);
+    if (!any_small) return;
+    packed.settle_mass(S_, space_.matrix(), space_.given_defect(), mass_, space_.slow(),
+                       space_.unknown());
     take_flows(true);
   }
-  for (Index lane = 0; lane < count; ++lane) {
-    Slot& slot = mine.slots[lane];
-    if (opened[lane]) {
-      if (1.0 - batch.discount[first + lane] < kTinyGap) {
-        SlowPivots slow;
-        for (Index s = 0; s < S; ++s) slow.add(space.inverse_pivot()[s * kAbreast + lane]);
-        note(mine.worst, slow.condition(), first + lane);
-      }
-      rule.close(first + lane, slot);
-    }
-    if (rule.writes() && !rule.deferred()) rule.write_transition(first + lane, 0, S, slot);
+
+  void take_flows(bool small) {
+    for (Index lane = 0; lane < count_; ++lane)
+      if (opened_[lane] && small_[lane] == small)
+        for (Index s = 0; s < S_; ++s) slots_[lane].flow[s] = space_.unknown()[s * kAbreast + lane];
   }
+
+  void close(Index lane) {
+    const Index i = first_ + lane;
+    if (opened_[lane]) {
+      if (1.0 - batch_.discount[i] < kTinyGap) {
+        SlowPivots slow;
+        for (Index s = 0; s < S_; ++s) slow.add(space_.inverse_pivot()[s * kAbreast + lane]);
+        note(worst_, slow.condition(), i);
+      }
+      rule_.close(i, slots_[lane]);
+    }
+    if (rule_.writes() && !rule_.deferred()) rule_.write_transition(i, 0, S_, slots_[lane]);
+  }
+
+  const Batch& batch_;
+  Rule<Real>& rule_;
+  const Index S_, A_;
+  Index first_ = 0, count_ = 0;
+  std::vector<Slot> slots_;
+  PackedSpace space_;
+  std::vector<double> row_, pulled_;
+  bool opened_[kAbreast] = {}, small_[kAbreast] = {};  // small: 1 − γ
+  double mass_[kAbreast] = {};
+  Conditioning worst_;
+};
+
+template <class Real>
+Conditioning solve_packed(const Batch& batch, Rule<Real>& rule, Team& team, double work,
+                          Interrupt& interrupt) {
+  const Index total = batch.total(), most = std::min(kAbreast, total);
+  std::vector<std::unique_ptr<PackedWorker<Real>>> workers(team.size());
+  team.run((total + kAbreast - 1) / kAbreast, work, [&](Index pack, int worker) {
+    interrupt.check();
+    if (!workers[worker]) workers[worker] = std::make_unique<PackedWorker<Real>>(batch, rule, most);
+    const Index first = pack * kAbreast;
+    workers[worker]->solve(first, std::min(kAbreast, total - first));
+  });
+  return worst_of(workers);
 }
 
 // ---- the others: one after the other ------------------------------------------------------------
@@ -434,6 +481,29 @@ class SystemWorker {
   Conditioning worst_;
 };
 
+// Across problems where there are enough of them, else across the states of one.
+template <class ModelOf, class Real>
+Conditioning solve_systems(const Batch& batch, Rule<Real>& rule, ModelOf&& model_of, Team& team,
+                           double work, Interrupt& interrupt) {
+  using Worker = SystemWorker<decltype(model_of(0))>;
+  const Index total = batch.total();
+  std::unique_ptr<PolicyPattern> pattern;
+  if (batch.sparse())
+    pattern = std::make_unique<PolicyPattern>(batch.crow, batch.col, batch.states, batch.actions,
+                                              true, team);
+  Team alone(1);
+  const bool across = total >= team.size();
+  Team &outer = across ? team : alone, &within = across ? alone : team;
+  std::vector<std::unique_ptr<Worker>> workers(outer.size());
+  outer.run(total, work, [&](Index i, int worker) {
+    interrupt.check();
+    if (!workers[worker])
+      workers[worker] = std::make_unique<Worker>(batch, pattern.get(), within, interrupt);
+    workers[worker]->solve(with_pattern(model_of(i / batch.problems), pattern.get()), rule, i);
+  });
+  return worst_of(workers);
+}
+
 }  // namespace
 
 Conditioning solve_vjp(const Batch& batch, const SolveVjp& request, Interrupt& interrupt) {
@@ -449,49 +519,19 @@ Conditioning solve_vjp(const Batch& batch, const SolveVjp& request, Interrupt& i
   with_models(batch, [&](auto model_of) {
     using Model = decltype(model_of(0));
     using Real = typename Model::Real;
-    const double work = 12.0 * model_of(0).work() + static_cast<double>(S * S * S / 3);
+    const double problems = static_cast<double>(total), pass = model_of(0).work();
+    const double work = problems * (12.0 * pass + static_cast<double>(S * S * S / 3));
     Rule<Real> rule(batch, request);
-    Team outer(request.threads), alone(1);
-    if (!batch.sparse() && S <= PackedElimination::kMostStates) {
-      const Index packs = (total + kAbreast - 1) / kAbreast;
-      std::vector<std::unique_ptr<PackedWorker>> workers(outer.size());
-      outer.run(packs, work * static_cast<double>(total), [&](Index pack, int worker) {
-        interrupt.check();
-        if (!workers[worker])
-          workers[worker] = std::make_unique<PackedWorker>(std::min(kAbreast, total), S, A);
-        const Index first = pack * kAbreast;
-        solve_packed(batch, rule, *workers[worker], first, std::min(kAbreast, total - first));
-      });
-      for (const auto& worker : workers)
-        if (worker) note(worst, worker->worst.condition, worker->worst.problem);
-    } else {
-      std::unique_ptr<PolicyPattern> pattern;
-      if (batch.sparse())
-        pattern = std::make_unique<PolicyPattern>(batch.crow, batch.col, S, A, true, outer);
-      const bool across = total >= outer.size();
-      Team& within = across ? alone : outer;
-      std::vector<std::unique_ptr<SystemWorker<Model>>> workers(across ? outer.size() : 1);
-      const auto one = [&](Index i, int worker) {
-        interrupt.check();
-        if (!workers[worker])
-          workers[worker] =
-              std::make_unique<SystemWorker<Model>>(batch, pattern.get(), within, interrupt);
-        workers[worker]->solve(with_pattern(model_of(i / batch.problems), pattern.get()), rule, i);
-      };
-      if (across)
-        outer.run(total, work * static_cast<double>(total), one);
-      else
-        for (Index i = 0; i < total; ++i) one(i, 0);
-      for (const auto& worker : workers)
-        if (worker) note(worst, worker->worst().condition, worker->worst().problem);
-    }
+    Team team(request.threads);
+    worst = !batch.sparse() && S <= PackedElimination::kMostStates
+                ? solve_packed(batch, rule, team, work, interrupt)
+                : solve_systems(batch, rule, model_of, team, work, interrupt);
     if (!rule.deferred()) return;
     const Index chunk = model_of(0).chunk(), chunks = (S + chunk - 1) / chunk;
-    outer.run(batch.transitions * chunks, 2.0 * model_of(0).work() * static_cast<double>(total),
-              [&](Index item, int) {
-                const Index s0 = item % chunks * chunk;
-                rule.write_deferred(item / chunks, s0, std::min(S, s0 + chunk));
-              });
+    team.run(batch.transitions * chunks, 2.0 * problems * pass, [&](Index item, int) {
+      const Index s0 = item % chunks * chunk;
+      rule.write_deferred(item / chunks, s0, std::min(S, s0 + chunk));
+    });
   });
   return worst;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/common.h"
+#include "cpu/isa/by_precision.h"
 
 namespace birl {
 
@@ -39,8 +40,8 @@ struct VjpOutputs {
 struct PackedElimination {
   static constexpr Index kAbreast = 8;
   static constexpr Index kMostStates = 32;
-  // Factors |off-diagonals| a (n,n,kAbreast) with row defects d (n,kAbreast), in place, and solves
-  // the transposed systems for x (n,kAbreast).
+  // Numbers begin on a cache line. Factors |off-diagonals| a (n,n,kAbreast) with row defects d
+  // (n,kAbreast), in place, and solves the transposed systems for x (n,kAbreast).
   void (*solve_transpose)(Index n, double* a, double* defect, double* inverse_pivot, double* x);
   // With the factors: x += α z such that Σ d x = mass (kAbreast), z (n,kAbreast) what one start
   // leads to (M20). Rounding leaves an error along it, which 1/(1 − γ) magnifies. d as before the
@@ -61,18 +62,8 @@ struct AdjointRowRoutines {
                 const double* e, const double* w, Real* out);
 };
 
-struct AdjointRoutines {
-  AdjointRowRoutines<float> f32;
-  AdjointRowRoutines<double> f64;
+struct AdjointRoutines : ByPrecision<AdjointRowRoutines> {
   PackedElimination packed;
-
-  template <class Real>
-  const AdjointRowRoutines<Real>& rows() const {
-    if constexpr (sizeof(Real) == 4)
-      return f32;
-    else
-      return f64;
-  }
 };
 
 const AdjointRoutines& adjoint_routines();

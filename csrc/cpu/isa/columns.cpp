@@ -40,11 +40,6 @@ BIRL_INLINE void reduce(Index n, double* out, Body&& body) {
   }
 }
 
-template <class T>
-BIRL_INLINE T magnitude(T x) {
-  return x < 0.0 ? -x : x;
-}
-
 #define BIRL_GET(p) load<decltype(tag)>(p)
 
 void accumulate(Index n, double discount, double* y, double* sum) {

@@ -321,9 +321,9 @@ void eliminated_solve_transpose(const double* a, Index n, Index stride, const do
 void soft_maximum(const SoftMaximum& m) {
   const Index A = m.actions;
   const double inverse = inverse_temperature(m.temperature);
-  const bool tiny = inverse < 1.0 / m.temperature;  // of a subnormal τ there is no 1/τ
-  double* const top = m.scratch;                    // max_a q over available actions
-  double* const total = top + kSoftMaximumChunk;    // Σ_a e, then its logarithm
+  const bool tiny = !has_inverse(m.temperature);
+  double* const top = m.scratch;                  // max_a q over available actions
+  double* const total = top + kSoftMaximumChunk;  // Σ_a e, then its logarithm
   double* const x = total + kSoftMaximumChunk;
   const Index chunk = A < kSoftMaximumChunk ? kSoftMaximumChunk / A : 1;
   for (Index s0 = 0; s0 < m.states; s0 += chunk) {
@@ -371,8 +371,7 @@ void soft_maximum(const SoftMaximum& m) {
     if (m.advantage)
       for (Index s = 0; s < states; ++s)
         for (Index a = s * A; a < s * A + A; ++a)
-          m.advantage[s0 * A + a] =
-              reference && masked(reference[a]) ? 0.0 : q[a] - m.value[s0 + s];
+          m.advantage[s0 * A + a] = masked(reference, a) ? 0.0 : q[a] - m.value[s0 + s];
   }
 }
 
@@ -382,7 +381,7 @@ double dot(Index n, const double* x, const double* y) {
   return result;
 }
 
-Range difference(Index n, const double* a, const double* b, double shift, double* d) {
+SweepRange difference(Index n, const double* a, const double* b, double shift, double* d) {
   double low = __builtin_huge_val(), high = -__builtin_huge_val(), sum = 0.0;
   double least = low, most = high;
   for (Index i = 0; i < n; ++i) {
@@ -405,9 +404,11 @@ constexpr RowRoutines<Real> kRows = {products<Real>, sums<Real>,       products_
 }  // namespace
 
 const DenseRoutines kDense = {
-    kRows<float>, kRows<double>,
-    soft_maximum, {eliminate_panel, eliminate_below, eliminated_solve, eliminated_solve_transpose},
-    dot,          difference,
+    {kRows<float>, kRows<double>},
+    soft_maximum,
+    {eliminate_panel, eliminate_below, eliminated_solve, eliminated_solve_transpose},
+    dot,
+    difference,
 };
 
 }  // namespace birl::BIRL_ISA

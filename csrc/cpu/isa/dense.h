@@ -2,7 +2,8 @@
 // tree, then the tail.
 #pragma once
 
-#include "core/common.h"
+#include "core/certificate.h"
+#include "cpu/isa/by_precision.h"
 
 namespace birl {
 
@@ -60,28 +61,12 @@ struct SoftMaximum {
   double* scratch;     // soft_maximum_scratch(actions) numbers
 };
 
-struct Range {
-  double low, high;    // of the difference
-  double least, most;  // of a
-  bool finite;
-};
-
-struct DenseRoutines {
-  RowRoutines<float> f32;
-  RowRoutines<double> f64;
+struct DenseRoutines : ByPrecision<RowRoutines> {
   void (*soft_maximum)(const SoftMaximum&);
   EliminationRoutines elimination;
   double (*dot)(Index n, const double* x, const double* y);
-  // d = a - b - shift and its range
-  Range (*difference)(Index n, const double* a, const double* b, double shift, double* d);
-
-  template <class Real>
-  const RowRoutines<Real>& rows() const {
-    if constexpr (sizeof(Real) == 4)
-      return f32;
-    else
-      return f64;
-  }
+  // d = a - b - shift, its range and that of a
+  SweepRange (*difference)(Index n, const double* a, const double* b, double shift, double* d);
 };
 
 constexpr Index kSoftMaximumChunk = 512;

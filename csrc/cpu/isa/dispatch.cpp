@@ -48,7 +48,7 @@ const Isa& isa() {
 const DenseRoutines& dense_routines() { return isa().dense; }
 const AdjointRoutines& adjoint_routines() { return isa().adjoint; }
 const ColumnRoutines& column_routines() { return isa().columns; }
-const SlicedRoutines& sliced_routines() { return isa().sliced; }
+const SparseRoutines& sparse_routines() { return isa().sparse; }
 template <class Real>
 const PackedRoutines<Real>& packed_routines() {
   if constexpr (sizeof(Real) == 4)

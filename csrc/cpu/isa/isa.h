@@ -7,7 +7,7 @@
 #include "cpu/isa/columns.h"
 #include "cpu/isa/dense.h"
 #include "cpu/isa/packed.h"
-#include "cpu/isa/sliced.h"
+#include "cpu/isa/sparse.h"
 
 namespace birl {
 
@@ -18,7 +18,7 @@ struct Isa {
   const PackedRoutines<double>& packed_double;
   const AdjointRoutines& adjoint;
   const ColumnRoutines& columns;
-  const SlicedRoutines& sliced;
+  const SparseRoutines& sparse;
 };
 
 // The best the processor supports, or the one named by BIRL_ISA.
@@ -32,7 +32,7 @@ extern const PackedRoutines<float> kPackedSingle;
 extern const PackedRoutines<double> kPackedDouble;
 extern const AdjointRoutines kAdjoint;
 extern const ColumnRoutines kColumns;
-extern const SlicedRoutines kSliced;
+extern const SparseRoutines kSparse;
 extern const Isa kIsa;
 }  // namespace BIRL_ISA
 #endif

@@ -4,8 +4,6 @@
 namespace birl::BIRL_ISA {
 namespace {
 
-constexpr double kInf = __builtin_huge_val();
-
 template <class Real>
 constexpr int kPack = kLength<Real>;
 
@@ -183,7 +181,7 @@ BIRL_INLINE void sweep_states(const PackedSweep<NumberOf<Vec>, Real>& m, Index s
 }
 
 template <class Vec, class Real>
-Extent sweep(const PackedSweep<NumberOf<Vec>, Real>& m) {
+SweepRange sweep(const PackedSweep<NumberOf<Vec>, Real>& m) {
   using Number = NumberOf<Vec>;
   constexpr Index L = kCount<Vec>;
   const Index S = m.states;
@@ -274,8 +272,7 @@ bool inverse_row_sums(const Real* packed, Index S, Index A, double tolerance, bo
       }
       const Double sigma = total[0] + total[1];
       store(inverse + pack * A * W + a * W + lane, sigma == 0.0 ? Double{} : 1.0 / sigma);
-      const Double excess = sigma - 1.0;
-      const Double gap = excess < 0.0 ? -excess : excess;
+      const Double gap = magnitude(sigma - 1.0);
       // one where the row is sound: a NaN compares false
       const Double whole = gap <= bound ? broadcast<Double>(1.0) : Double{};
       const Double fine = least >= 0.0
@@ -331,7 +328,7 @@ PackedProblem pack_problem(const Real* reward, const double* log_reference, Inde
     Double most{}, sum{}, least = broadcast<Double>(kInf);
     for (Index i = 0; i < entries; i += kWidth) {
       const Double r = load<Double>(packed_reward + i);
-      most = larger(r < 0.0 ? -r : r, most);
+      most = larger(magnitude(r), most);
       sum += r - r;
       least = smaller(load<Double>(inverse_sum + i), least);
     }
@@ -344,7 +341,7 @@ PackedProblem pack_problem(const Real* reward, const double* log_reference, Inde
       rest = r - r == 0.0 ? rest : 1.0;
       const double mu = packed_reference[i];
       if (masked(mu)) continue;
-      const double size = r < 0.0 ? -r : r, bias = mu < 0.0 ? -mu : mu;
+      const double size = magnitude(r), bias = magnitude(mu);
       largest = size > largest ? size : largest;
       largest_reference = bias > largest_reference ? bias : largest_reference;
       if (inverse_sum[i] == 0.0) ends = 1.0;

@@ -6,15 +6,9 @@
 // beyond the last state repeat it, so that reductions need no mask.
 #pragma once
 
-#include "core/common.h"
+#include "core/certificate.h"
 
 namespace birl {
-
-// Of one sweep: the range of δ, the range of the image, and whether all of it is finite.
-struct Extent {
-  double low, high, least, most;
-  bool finite;
-};
 
 // One application of T in the arithmetic of Number, on data stored as Real, in relative form:
 // W = value − centre, q' = r + scale·ΣPW, image = τ log Σ_a μ exp(q'/τ), δ = image − W − constant.
@@ -66,8 +60,8 @@ struct PackedRoutines {
                                 Index actions, const double* inverse_sum, double discount,
                                 Real* packed_reward, double* scale, double* packed_reference,
                                 float* single_scale, float* single_reference);
-  Extent (*sweep)(const PackedSweep<double, Real>&);
-  Extent (*sweep_single)(const PackedSweep<float, Real>&);  // null for double storage
+  SweepRange (*sweep)(const PackedSweep<double, Real>&);
+  SweepRange (*sweep_single)(const PackedSweep<float, Real>&);  // null for double storage
   void (*unpack)(const double* packed, Index states, Index actions, double* table);
   void (*result)(const PackedResult<Real>&);
 };

@@ -155,6 +155,11 @@ BIRL_INLINE Vec larger(Vec x, Vec y) {
   return extreme<true>(x, y);
 }
 
+template <class T>
+BIRL_INLINE T magnitude(T x) {
+  return x < 0.0 ? -x : x;
+}
+
 // ---- across lanes -------------------------------------------------------------------------------
 
 template <class Vec, class At, int... Place>
@@ -205,6 +210,17 @@ BIRL_INLINE VectorOf<double, 2>::type lane_sums(Double u, Double v) {
   const auto first = [](int i) { return i % 2 ? kWidth + i - 1 : i; };
   const auto second = [](int i) { return i % 2 ? kWidth + i : i + 1; };
   return fold(fold, shuffle<kWidth>(u, v, first) + shuffle<kWidth>(u, v, second));
+}
+
+// Of kWidth vectors, the sum of each on a lane of its own: neighbours first, at every stage.
+inline Double lane_sums(Double (&v)[kWidth]) {
+#pragma GCC unroll 4
+  for (int count = kWidth; count > 1; count /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < count / 2; ++i)
+      v[i] = shuffle<kWidth>(v[2 * i], v[2 * i + 1], [](int k) { return 2 * k; }) +
+             shuffle<kWidth>(v[2 * i], v[2 * i + 1], [](int k) { return 2 * k + 1; });
+  return v[0];
 }
 
 // Of a square: each stage deals the rows of its two halves into each other.
@@ -263,6 +279,24 @@ struct Row {
     for (int i = 0; i < kCount; ++i) part[i] += scale * x.part[i];
   }
 };
+
+// x[col] of eight columns.
+BIRL_INLINE Row<8> gather(const double* x, const std::int32_t* col) {
+  Row<8> out;
+#if defined(__AVX512F__)
+  const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(col));
+  out.part[0] = _mm512_i32gather_pd(index, x, 8);
+#elif defined(__AVX2__)
+  for (int i = 0; i < 2; ++i) {
+    const __m128i index = _mm_loadu_si128(reinterpret_cast<const __m128i*>(col + 4 * i));
+    const __m256d all = _mm256_castsi256_pd(_mm256_set1_epi64x(-1));
+    out.part[i] = _mm256_mask_i32gather_pd(__m256d{}, x, index, all, 8);
+  }
+#else
+  for (int i = 0; i < 4; ++i) out.part[i] = Double{x[col[2 * i]], x[col[2 * i + 1]]};
+#endif
+  return out;
+}
 
 }  // namespace
 }  // namespace BIRL_ISA

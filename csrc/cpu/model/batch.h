@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/request.h"
-#include "cpu/model/sparse.h"
+#include "cpu/model/sparse_pattern.h"
 #include "cpu/model/transition.h"
 
 namespace birl {

@@ -9,7 +9,7 @@
 #include <algorithm>
 
 #include "cpu/isa/dense.h"
-#include "cpu/isa/sliced.h"
+#include "cpu/isa/sparse.h"
 
 namespace birl {
 
@@ -77,7 +77,7 @@ struct CsrTransition {
   // With `rows`, of whole states.
   void products(Index row0, Index row1, const double* w, double* y) const {
     if (rows)
-      return sliced_routines().rows<Real>().products(*rows, values, row0 / actions, row1 / actions,
+      return sparse_routines().rows<Real>().products(*rows, values, row0 / actions, row1 / actions,
                                                      w, y);
     for (Index row = row0; row < row1; ++row)
       y[row - row0] = sparse_dot(values, col, crow[row], crow[row + 1], w);

@@ -2,17 +2,17 @@
 // solve, modified policy iteration, value iteration, or Newton with elimination as a last resort.
 #pragma once
 
-#include <functional>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "core/control.h"
 #include "cpu/model/sweep.h"
-#include "cpu/solvers/outcome.h"
 #include "cpu/solvers/policy_system_solver.h"
 #include "cpu/solvers/refinement.h"
+#include "cpu/solvers/solution.h"
 
 namespace birl {
 
@@ -130,9 +130,7 @@ class GeneralSolver {
     }
   }
 
-  bool available(Index row) const {
-    return !(problem_.log_reference && problem_.log_reference[row] == -kInf);
-  }
+  bool available(Index row) const { return !masked(problem_.log_reference, row); }
 
   void take_middle_off() {
     for (double& e : w_) e -= control_.middle;
@@ -169,10 +167,7 @@ class GeneralSolver {
       for (Index item = piece * length; item < std::min(chunks, (piece + 1) * length); ++item)
         one(item, worker);
     });
-    SweepRange found;
-    for (const Range& part : ranges_)
-      found = SweepRange::join(found, {part.low, part.high, part.least, part.most, part.finite});
-    control_.take(found);
+    control_.take(std::accumulate(ranges_.begin(), ranges_.end(), SweepRange(), SweepRange::join));
     summed_ = summed_ || sum;
     formed_ = with_policy;
   }
@@ -297,7 +292,7 @@ class GeneralSolver {
   bool summed_ = false, checked_ = false, formed_ = false;
   std::vector<double> q_, policy_, log_policy_;  // q' until the end, then Q − V
   std::vector<double> w_, next_, delta_, inverse_sum_, sum_, least_;
-  std::vector<Range> ranges_;
+  std::vector<SweepRange> ranges_;
   std::vector<SweepScratch<Model>> scratch_;
   std::vector<std::vector<double>> rows_;
   std::unique_ptr<typename System::Matrix> matrix_;

@@ -9,8 +9,8 @@
 #include "core/control.h"
 #include "cpu/isa/packed.h"
 #include "cpu/solvers/elimination.h"
-#include "cpu/solvers/outcome.h"
 #include "cpu/solvers/refinement.h"
+#include "cpu/solvers/solution.h"
 #include "cpu/support/aligned.h"
 
 namespace birl {
@@ -50,7 +50,7 @@ class PackedSolver {
         single_reference_(single_scale_.size()),
         single_work_(single_ ? entries_ + 3 * value_.size() : 0) {}
 
-  static constexpr Kernel kKernel = Kernel::kCpuLanes;
+  static constexpr Kernel kKernel = Kernel::kCpuPacked;
 
   // Packs a transition, and finds the first thing wrong with it.
   void take(const Model& model) {
@@ -78,8 +78,8 @@ class PackedSolver {
     if (defect.status != Status::kConverged) return defect;
     outcome = {};
     start(initial);
-    // Of a subnormal τ there is no 1/τ, which the loops of cpu/isa/packed.h want.
-    if (!(1.0 / problem_.temperature < kInf)) {
+    // The loops of cpu/isa/packed.h want 1/τ.
+    if (!has_inverse(problem_.temperature)) {
       value_.assign(value_.size(), 0.0);
       if (refined(kInf, 0.0, value_.data(), out, outcome)) return {};
     }
@@ -200,10 +200,10 @@ class PackedSolver {
   bool sweep_double() {
     fetch_ahead();
     const double constant = (1.0 - problem_.discount) * control_.c;
-    take(packed_routines<Real>().sweep({states_, actions_, transition_.data(), reward_.data(),
-                                        scale_.data(), reference(), problem_.temperature,
-                                        control_.at_zero ? nullptr : value_.data(), control_.middle,
-                                        constant, image_.data(), q_.data(), w_.data()}));
+    control_.take(packed_routines<Real>().sweep(
+        {states_, actions_, transition_.data(), reward_.data(), scale_.data(), reference(),
+         problem_.temperature, control_.at_zero ? nullptr : value_.data(), control_.middle,
+         constant, image_.data(), q_.data(), w_.data()}));
     const Step step = control_.next();
     if (step == Step::kStop) return true;
     if (step == Step::kImprove) {
@@ -212,17 +212,12 @@ class PackedSolver {
       value_.swap(image_);
       control_.accept_sweep();
       // Single precision is no loss where the start was not that good; a last sweep is in double.
-      const Index given = request_.max_iterations;
       if (warm_ && control_.half_span() > 16.0 * single_noise() &&
-          (given == 0 || control_.passes + 2 <= given))
+          !control_.used_up(control_.passes + 1))
         to_single();
     }
     warm_ = false;
     return false;
-  }
-
-  void take(const Extent& found) {
-    control_.take({found.low, found.high, found.least, found.most, found.finite});
   }
 
   // W := W + x with (I − γP_π) x = δ less the certificate's share.
@@ -264,32 +259,21 @@ class PackedSolver {
   // give.
   void sweep_single() {
     if constexpr (sizeof(Real) == 4) {
-      constexpr Index kMost = 1000;
       const Index length = static_cast<Index>(value_.size());
       float* const value = single_work_.data() + (swapped_ ? length : 0);
       float* const image = single_work_.data() + (swapped_ ? 0 : length);
       float* const w = single_work_.data() + 2 * length;
       fetch_ahead();
       const double constant = (1.0 - problem_.discount) * control_.c;
-      take(packed_routines<Real>().sweep_single(
+      control_.take(packed_routines<Real>().sweep_single(
           {states_, actions_, transition_.data(), reward_.data(), single_scale_.data(),
            problem_.log_reference ? single_reference_.data() : nullptr,
            static_cast<float>(problem_.temperature), control_.at_zero ? nullptr : value,
            static_cast<float>(control_.middle), static_cast<float>(constant), image, w + length,
            w}));
       if (!control_.finite()) return start_double();
-      if (!control_.at_zero) ++control_.passes;
-      const double half = control_.half_span(), noise = single_noise();
-      const bool exhausted = half > 0.9 * control_.previous && half <= 16.0 * noise;
-      control_.measure_rate(half);
-      control_.accept_sweep();
-      round_middle();
       swapped_ = !swapped_;
-      if (half > std::max(control_.target(), noise) && !exhausted && control_.passes < kMost &&
-          !(request_.max_iterations > 0 && control_.passes + 1 >= request_.max_iterations) &&
-          !(control_.passes % 8 == 6 && request_.method == 0 &&
-            control_.elimination_pays(half, noise)))
-        return;
+      if (control_.accept_single_sweep(single_noise())) return;
       std::transform(image, image + length, value_.begin(),
                      [](float x) { return static_cast<double>(x); });
       control_.previous = kInf;
@@ -301,18 +285,12 @@ class PackedSolver {
     return 2.0 * std::numeric_limits<float>::epsilon() * control_.scale();
   }
 
-  void round_middle() {
-    const double rounded = static_cast<double>(static_cast<float>(control_.middle));
-    control_.c += rounded - control_.middle;
-    control_.middle = rounded;
-  }
-
   void to_single() {
     // A sweep in double writes fewer lanes than one in single reads.
     std::fill(value_.begin() + states_, value_.end(), value_[states_ - 1]);
     std::transform(value_.begin(), value_.end(), single_work_.begin(),
                    [](double x) { return static_cast<float>(x); });
-    round_middle();
+    control_.round_middle();
     swapped_ = false;
     phase_ = kSingle;
   }

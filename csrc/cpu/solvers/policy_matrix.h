@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cpu/isa/columns.h"
-#include "cpu/model/sparse.h"
+#include "cpu/model/sparse_pattern.h"
 #include "cpu/model/transition.h"
 #include "cpu/support/huge_pages.h"
 #include "cpu/support/parallel.h"
@@ -109,7 +109,7 @@ class CsrPolicyMatrix {
   template <class Real>
   void form_rows(const CsrTransition<Real>& model, const double* weight, Index s0, Index s1,
                  double*) {
-    sliced_routines().rows<Real>().form(pattern_.rows(), model.values, s0, s1, weight,
+    sparse_routines().rows<Real>().form(pattern_.rows(), model.values, s0, s1, weight,
                                         values_.data());
   }
 
@@ -125,7 +125,7 @@ class CsrPolicyMatrix {
   // `transpose` is the pattern's.
   void apply(Index s0, Index s1, Index columns, bool, const double* x, double* y) const {
     constexpr Index kSlice = SlicedLayout::kSlice;
-    sliced_routines().multiply(columns)(pattern_.layout().with(values_.data()), s0 / kSlice,
+    sparse_routines().multiply(columns)(pattern_.layout().with(values_.data()), s0 / kSlice,
                                         (s1 + kSlice - 1) / kSlice, x, y);
   }
 

@@ -15,6 +15,11 @@ namespace birl {
 
 using Columns = std::array<double, kMostColumns>;  // a number per column
 
+inline void copy_column(Index w, Index columns, const std::vector<double>& from,
+                        std::vector<double>& to) {
+  for (std::size_t i = static_cast<std::size_t>(w); i < from.size(); i += columns) to[i] = from[i];
+}
+
 // A number per column as the routines want it.
 struct PerColumn {
   double repeated[kColumnLanes];

@@ -299,12 +299,12 @@ class PolicySystem {
         const bool better = current[w] < least[w];
         if (better) {
           least[w] = current[w];
-          copy_column(w, x_, best_);
+          copy_column(w, columns_, x_, best_);
         }
         if (!(current[w] < 0.5 * previous[w]) && (round > 0 || !(current[w] < 1e3 * previous[w]))) {
           going[w] = false;
           if (!better) {
-            copy_column(w, best_, x_);
+            copy_column(w, columns_, best_, x_);
             restored = true;
           }
         }
@@ -319,11 +319,6 @@ class PolicySystem {
       open[w] = !Tolerance(options_.tol, size_[w], length[w])
                      .solved(current[w], model_.additions(), model_.actions);
     }
-  }
-
-  void copy_column(Index w, const std::vector<double>& from, std::vector<double>& to) const {
-    for (std::size_t i = static_cast<std::size_t>(w); i < from.size(); i += columns_)
-      to[i] = from[i];
   }
 
   // correction ≈ A⁻¹ residual, in the columns that are going
@@ -352,15 +347,15 @@ class PolicySystem {
   }
 
   // BiCGStab, in at most so many products, and where it fails GMRES in `more`, or in what is left.
-  std::array<KrylovResult, kMostColumns> krylov(const Operator& op, const Columns& target,
-                                                const Flags& going, Index limit, Index more) {
+  KrylovResults krylov(const Operator& op, const Columns& target, const Flags& going, Index limit,
+                       Index more) {
     // Max norm and 1-norm against the 2-norm of the recursions.
     const double root = std::sqrt(static_cast<double>(model_.states));
     Columns target2{};
     for (Index w = 0; w < columns_; ++w)
       target2[w] = options_.transpose ? target[w] / root : target[w];
-    std::array<KrylovResult, kMostColumns> results{};
-    bicgstab(op, residual_, correction_, target2, limit, results);
+    KrylovResults results{};
+    BiCgStab<Operator>(op, residual_, correction_, target2, results).run(limit);
     Index products = 0;
     for (const KrylovResult& result : results) products = std::max(products, result.products);
     products_ += products;

@@ -17,7 +17,7 @@
 #include "core/control.h"
 #include "cpu/model/sweep.h"
 #include "cpu/solvers/elimination.h"
-#include "cpu/solvers/outcome.h"
+#include "cpu/solvers/solution.h"
 
 namespace birl {
 
@@ -78,9 +78,9 @@ class Refinement {
     inverse_sum_ = inverse_sum;
     certificate_ = control;
     certificate_.additions = std::max(certificate_.additions, model.additions());
-    c_ = certificate_.continues ? c : 0.0;
+    certificate_.c = certificate_.continues ? c : 0.0;
     w_.assign(value, value + S_);
-    if (out_of(outcome.passes)) {
+    if (certificate_.used_up(outcome.passes)) {
       outcome.status = Status::kMaxIterations;
       return false;
     }
@@ -100,13 +100,13 @@ class Refinement {
       best = std::min(best, worst);
       if (settled || since_best >= (worst <= kNear ? 4 : 30 + S_)) break;
       settled = count > 0 && worst <= 1.0;  // the start has the rounding of another method
-      if (out_of(outcome.passes) || count >= most(evaluate)) break;
+      if (certificate_.used_up(outcome.passes) || count >= most(evaluate)) break;
       noisy = noisy || since_best >= 3;
       advance(evaluate, count, noisy);
     }
     outcome.status = best <= kNear ? Status::kConverged : Status::kMaxIterations;
     outcome.residual = certificate_.half_span();
-    outcome.offset = problem_.discount * c_;
+    outcome.offset = problem_.discount * certificate_.c;
     hand_out(problem_, S_, A_, q_.data(), image_.data(), policy_.data(), log_policy_.data(),
              outcome.offset, out);
     certificate_.lowest = certificate_.range.least + outcome.offset;
@@ -127,12 +127,9 @@ class Refinement {
   static constexpr Index kEliminated = 512;  // states; where products do not suffice kDirectLimit
   static constexpr double kNear = 8.0;       // units of rounding, where nothing more may be gained
 
-  bool out_of(Index passes) const {
-    return request_.max_iterations > 0 && passes >= request_.max_iterations;
-  }
   bool direct(const Evaluate& evaluate) const { return S_ <= kEliminated || !evaluate; }
   Index most(const Evaluate& evaluate) const {
-    return direct(evaluate) ? 1000 : 100 + certificate_.most_sweeps() / 20;
+    return direct(evaluate) ? kMostPasses : 100 + certificate_.most_sweeps() / 20;
   }
 
   // body(first state, last, worker) over all states
@@ -158,13 +155,13 @@ class Refinement {
     if (!certificate_.continues) return;
     double middle = w_[0];
     for (const double w : w_)
-      if (std::abs(c_ + w) < std::abs(c_ + middle)) middle = w;
-    c_ += middle;
+      if (std::abs(certificate_.c + w) < std::abs(certificate_.c + middle)) middle = w;
+    certificate_.c += middle;
     for (double& w : w_) w -= middle;
   }
 
   void sweep() {
-    const double constant = (1.0 - problem_.discount) * c_;
+    const double constant = (1.0 - problem_.discount) * certificate_.c;
     over_states(2.0 * model_->work(), [&](Index s0, Index s1, int worker) {
       const Index row0 = s0 * A_, row1 = s1 * A_;
       double* const product = scratch_[worker].product.data();
@@ -176,18 +173,17 @@ class Refinement {
            image_.data() + s0, policy_.data() + row0, log_policy_.data() + row0, nullptr,
            scratch_[worker].soft_maximum.data()});
     });
-    const Range found =
+    certificate_.range =
         dense_routines().difference(S_, image_.data(), w_.data(), constant, delta_.data());
-    certificate_.range = {found.low, found.high, found.least, found.most, found.finite};
-    finite_ = found.finite && std::isfinite(c_);
+    finite_ = certificate_.finite();
   }
 
   // ρ of the last sweep, and the largest |δ|/ρ.
   double measure() {
     std::transform(w_.begin(), w_.end(), size_.begin(), [](double w) { return std::abs(w); });
     look_ahead(size_, blur_);
-    const double units = 4.0 + certificate_.additions, tau = problem_.temperature;
-    const double constant = (1.0 - problem_.discount) * std::abs(c_);
+    const double units = 4.0 + certificate_.additions;
+    const double constant = (1.0 - problem_.discount) * std::abs(certificate_.c);
     double worst = 0.0;
     for (Index s = 0; s < S_; ++s) {
       const double image = std::abs(image_[s]);
@@ -195,8 +191,7 @@ class Refinement {
         blur_[row] = kEps * (units * blur_[row] + 4.0 * (std::abs(q_[row]) + image));
       const double own = image + size_[s] + constant + certificate_.soft();
       // The last part is for those that look at this state: so no Q is off by more than its bound.
-      floor_[s] = 8.0 * std::max(kEps * own, kLeast) + certificate_.long_sum * tau +
-                  kEps * units * size_[s];
+      floor_[s] = certificate_.rounding(8.0, own) + kEps * units * size_[s];
       rounding_[s] = floor_[s] + excess(s, [&](Index row) { return blur_[row]; });
       worst = std::max(worst, std::abs(delta_[s]) / rounding_[s]);
     }
@@ -218,7 +213,7 @@ class Refinement {
     };
     double sum = 0.0, peak = -kInf;
     for (Index row = s * A_; row < (s + 1) * A_; ++row) {
-      if (reference && reference[row] == -kInf) continue;
+      if (masked(reference, row)) continue;
       const double x = at(row) / tau;
       if (x < 1.0) {
         sum += policy_[row] * std::expm1(x);
@@ -230,7 +225,7 @@ class Refinement {
     if (peak < 700.0 * tau) return tau * std::log1p(sum);
     sum = 0.0;
     for (Index row = s * A_; row < (s + 1) * A_; ++row)
-      if (!(reference && reference[row] == -kInf)) sum += std::exp((weight(row) - peak) / tau);
+      if (!masked(reference, row)) sum += std::exp((weight(row) - peak) / tau);
     return peak + tau * std::log(sum);
   }
 
@@ -263,7 +258,7 @@ class Refinement {
                               : 0.0;
       for (double& x : trial_) x -= seen;
       evaluate(policy_, trial_);
-      c_ += seen / (1.0 - problem_.discount);
+      certificate_.c += seen / (1.0 - problem_.discount);
     }
     for (Index s = 0; s < S_; ++s) w_[s] += trial_[s];
   }
@@ -339,7 +334,7 @@ class Refinement {
   // Each state by a tolerance of its own; values far beyond the typical one do not count for
   // others.
   void judge(Outcome& outcome) const {
-    if (request_.tol == 0.0) return;
+    if (certificate_.tol == 0.0) return;
     std::vector<double> sizes(S_);
     for (Index s = 0; s < S_; ++s) sizes[s] = std::abs(image_[s] + outcome.offset);
     const double typical = typical_size(sizes, problem_.temperature);
@@ -348,7 +343,7 @@ class Refinement {
       if (size <= kOutlier * typical) unit = std::max(unit, size);
     bool met = true;
     for (Index s = 0; s < S_; ++s)
-      met = met && bound_[s] + certificate_.underflow() <= request_.tol * std::max(sizes[s], unit);
+      met = met && certificate_.meets(bound_[s], std::max(sizes[s], unit));
     if (met)
       outcome.status = Status::kConverged;
     else if (outcome.status != Status::kMaxIterations)
@@ -363,8 +358,7 @@ class Refinement {
   const Model* model_ = nullptr;
   Problem<Real> problem_{};
   const double* inverse_sum_ = nullptr;  // (S,A)
-  Control certificate_;
-  double c_ = 0.0;  // V = c + W
+  Control certificate_;                  // V = c + W
   bool finite_ = true;
   std::vector<double> w_, image_, delta_, q_, policy_, log_policy_;
   std::vector<double> blur_, floor_, rounding_;  // of q, of δ without that, and of δ

@@ -210,8 +210,8 @@ class Solving {
       Control& control = *m_.control;
       control = {};
       control.pose(request_, discount_, temperature_, S_, A_, kDouble);
-      // Of a subnormal τ there is no 1/τ, and no bound.
-      control.count_additions(is_finite(1.0 / temperature_) ? chained_additions(found.longest)
+      // Without 1/τ there is no bound.
+      control.count_additions(has_inverse(temperature_) ? chained_additions(found.longest)
                                                             : kInf);
       control.largest_reward = found.largest_reward;
       control.largest_reference = found.largest_reference;
@@ -345,7 +345,7 @@ class Solving {
       for (int row = t.rank; row < S_ * A_; row += t.count) {
         const int s = row / A_;
         const Index at = item_ * S_ * A_ + row;
-        const bool masked = reference_[row] == -kInf;
+        const bool masked = birl::masked(reference_[row]);
         const double advantage = masked ? 0.0 : m_.q[row] - m_.image[s];
         put(request_.advantage, at, advantage);
         put(request_.q, at, advantage + (m_.image[s] + offset));

@@ -14,7 +14,7 @@ struct GroupSoftMaximum {
   double inverse;  // 1/τ
   double best = 0.0, peak = 0.0, total = 0.0;
 
-  BIRL_DEVICE bool masked(Index a) const { return reference && birl::masked(reference[a]); }
+  BIRL_DEVICE bool masked(Index a) const { return birl::masked(reference, a); }
 
   // log μ + (q − max q)/τ, less its maximum over the state; −inf where masked.
   BIRL_DEVICE double exponent(Index a) const { return scaled(a) - peak; }

@@ -153,7 +153,7 @@ class GridSolving {
   }
   BIRL_DEVICE bool masked(Index row) const {
     const double* const log_mu = reference(row);
-    return log_mu && *log_mu == -kInf;
+    return log_mu && birl::masked(*log_mu);
   }
   BIRL_DEVICE Reading reading(Block& block) const {
     return Reading(home_, block, item_ / batch_.problems);
@@ -259,9 +259,9 @@ class GridSolving {
       const bool restart = inspect && !found.continues;
       const Step step = static_cast<Step>(team_.decide([&](Block& block) {
         Control& c = block.chip.control;
-        // Of a subnormal τ there is no 1/τ, and no bound.
+        // Without 1/τ there is no bound.
         if (inspect)
-          c.count_additions(is_finite(1.0 / temperature()) ? home_.additions(found.longest) : kInf);
+          c.count_additions(has_inverse(temperature()) ? home_.additions(found.longest) : kInf);
         if (restart) {
           c.continues = false;
           c.centre(block.chip.least, block.chip.most);

@@ -1,4 +1,4 @@
-#include "cpu/model/sparse.h"
+#include "cpu/model/sparse_pattern.h"
 
 #include <algorithm>
 #include <limits>
@@ -114,9 +114,9 @@ void SlicedLayout::fill(Index slice, const Index* crow, const std::int32_t* col)
 }
 
 Index SlicedLayout::place(Index row, Index index) const {
-  const Index slice = row / kSlice, lane = row % kSlice;
-  if (ragged_[slice] < 0) return (start_[slice] + index) * kSlice + lane;
-  return (lane == 0 ? start_[slice] : ends_[ragged_[slice] * kSlice + lane - 1]) * kSlice + index;
+  const Index slice = row / kSlice, at = row % kSlice;
+  if (ragged_[slice] < 0) return (start_[slice] + index) * kSlice + at;
+  return (at == 0 ? start_[slice] : ends_[ragged_[slice] * kSlice + at - 1]) * kSlice + index;
 }
 
 // ---- PolicyPattern ------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 #pragma once
 
 #include "core/common.h"
+#include "cpu/isa/by_precision.h"
 
 namespace birl {
 
-// A sparse matrix in slices of eight rows (SlicedLayout in cpu/model/sparse.h). Its entries stand
-// in groups of eight: one of each row of a slice, or in a slice whose rows differ much in length,
-// eight of one row.
+// A sparse matrix in slices of eight rows (SlicedLayout in cpu/model/sparse_pattern.h). Its entries
+// stand in groups of eight: one of each row of a slice, or in a slice whose rows differ much in
+// length, eight of one row.
 struct SlicedMatrix {
   Index rows;
   const Index* start;          // of slice i: its first group; one more than there are slices
@@ -32,7 +33,7 @@ struct PolicyRows {
 };
 
 template <class Real>
-struct SlicedRowRoutines {
+struct SparseRowRoutines {
   // y[i] = Σ_t P(i,t) x[t] for the rows i of states [s0, s1)
   void (*products)(const PolicyRows& rows, const Real* value, Index s0, Index s1, const double* x,
                    double* y);
@@ -41,26 +42,17 @@ struct SlicedRowRoutines {
                double* out);
 };
 
-struct SlicedRoutines {
+struct SparseRoutines : ByPrecision<SparseRowRoutines> {
   using Multiply = void (*)(const SlicedMatrix& matrix, Index slice0, Index slice1, const double* x,
                             double* y);
-  SlicedRowRoutines<float> f32;
-  SlicedRowRoutines<double> f64;
   // y = Mx for the rows of slices [slice0, slice1); x and y hold 1, 4 or 8 columns interleaved
   Multiply one, four, eight;
 
-  template <class Real>
-  const SlicedRowRoutines<Real>& rows() const {
-    if constexpr (sizeof(Real) == 4)
-      return f32;
-    else
-      return f64;
-  }
   Multiply multiply(Index columns) const {
     return columns == 1 ? one : (columns == 4 ? four : eight);
   }
 };
 
-const SlicedRoutines& sliced_routines();
+const SparseRoutines& sparse_routines();
 
 }  // namespace birl

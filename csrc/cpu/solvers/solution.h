@@ -1,4 +1,4 @@
-// What a solver hands back of one problem.
+// What a solve writes out: the tables of each problem, and its row of `info`.
 #pragma once
 
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "core/certificate.h"
+#include "core/soft_maximum.h"
 #include "cpu/model/batch.h"
 #include "cpu/model/validate.h"
 #include "cpu/support/parallel.h"
@@ -37,8 +38,7 @@ void hand_out(const Problem<Real>& problem, Index S, Index A, const double* q, c
     out.value[s] = value;
     if (out.relative) out.relative[s] = image[s];
     for (Index row = s * A; row < (s + 1) * A; ++row) {
-      const bool masked = problem.log_reference && problem.log_reference[row] == -kInf;
-      const double advantage = masked ? 0.0 : q[row] - image[s];
+      const double advantage = masked(problem.log_reference, row) ? 0.0 : q[row] - image[s];
       out.advantage[row] = static_cast<Real>(advantage);
       out.q[row] = static_cast<Real>(advantage + value);
       out.policy[row] = static_cast<Real>(policy[row]);
@@ -56,7 +56,7 @@ bool overflows(const Certificate& last, const Problem<Real>& problem, const Tabl
   if (2.0 * (last.largest_size() + last.scale() + last.largest_reward) <= kMost)
     return false;  // no entry of a table is as large
   for (Index row = 0; row < rows; ++row)
-    if (!(problem.log_reference && problem.log_reference[row] == -kInf) &&
+    if (!masked(problem.log_reference, row) &&
         !(std::isfinite(out.q[row]) && std::isfinite(out.advantage[row])))
       return true;
   return false;

@@ -7,23 +7,6 @@ namespace {
 constexpr Index kSlice = 8;
 typedef Row<8> Group;
 
-BIRL_INLINE Group gather(const double* x, const std::int32_t* col) {
-  Group out;
-#if defined(__AVX512F__)
-  const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(col));
-  out.part[0] = _mm512_i32gather_pd(index, x, 8);
-#elif defined(__AVX2__)
-  for (int i = 0; i < 2; ++i) {
-    const __m128i index = _mm_loadu_si128(reinterpret_cast<const __m128i*>(col + 4 * i));
-    const __m256d all = _mm256_castsi256_pd(_mm256_set1_epi64x(-1));
-    out.part[i] = _mm256_mask_i32gather_pd(__m256d{}, x, index, all, 8);
-  }
-#else
-  for (int i = 0; i < 4; ++i) out.part[i] = Double{x[col[2 * i]], x[col[2 * i + 1]]};
-#endif
-  return out;
-}
-
 // Σ over groups [g0, g1) of value · x[col], entry by entry.
 BIRL_INLINE Group products_of(const SlicedMatrix& m, Index g0, Index g1, const double* x) {
   Group acc = Group::zero();
@@ -36,8 +19,8 @@ BIRL_INLINE Group products_of(const SlicedMatrix& m, Index g0, Index g1, const d
   return acc;
 }
 
-inline Index row_begin(const SlicedMatrix& m, Index slice, const Index* ends, Index lane) {
-  return lane == 0 ? m.start[slice] : ends[lane - 1];
+inline Index row_begin(const SlicedMatrix& m, Index slice, const Index* ends, Index i) {
+  return i == 0 ? m.start[slice] : ends[i - 1];
 }
 
 void multiply_one(const SlicedMatrix& m, Index slice0, Index slice1, const double* x, double* y) {
@@ -53,14 +36,14 @@ void multiply_one(const SlicedMatrix& m, Index slice0, Index slice1, const doubl
       acc.save(sum);
     } else {
       const Index* const ends = m.ends + m.ragged[slice] * kSlice;
-      for (Index lane = 0; lane < left; ++lane) {
+      for (Index i = 0; i < left; ++i) {
         double part[kSlice];
-        products_of(m, row_begin(m, slice, ends, lane), ends[lane], x).save(part);
-        sum[lane] = ((part[0] + part[4]) + (part[2] + part[6])) +
-                    ((part[1] + part[5]) + (part[3] + part[7]));
+        products_of(m, row_begin(m, slice, ends, i), ends[i], x).save(part);
+        sum[i] = ((part[0] + part[4]) + (part[2] + part[6])) +
+                 ((part[1] + part[5]) + (part[3] + part[7]));
       }
     }
-    for (Index lane = 0; lane < left; ++lane) y[row + lane] = sum[lane];
+    for (Index i = 0; i < left; ++i) y[row + i] = sum[i];
   }
 }
 
@@ -73,20 +56,19 @@ void multiply(const SlicedMatrix& m, Index slice0, Index slice1, const double* x
       for (auto& each : acc) each = Row<Columns>::zero();
       for (Index k = m.start[slice] * kSlice; k < m.start[slice + 1] * kSlice; k += kSlice)
 #pragma GCC unroll 8
-        for (int lane = 0; lane < kSlice; ++lane)
-          acc[lane].add(m.value[k + lane],
-                        Row<Columns>::load(x + Index{m.col[k + lane]} * Columns));
-      for (Index lane = 0; lane < left; ++lane) acc[lane].save(y + (row + lane) * Columns);
+        for (int i = 0; i < kSlice; ++i)
+          acc[i].add(m.value[k + i], Row<Columns>::load(x + Index{m.col[k + i]} * Columns));
+      for (Index i = 0; i < left; ++i) acc[i].save(y + (row + i) * Columns);
     } else {
       const Index* const ends = m.ends + m.ragged[slice] * kSlice;
-      for (Index lane = 0; lane < left; ++lane) {
+      for (Index i = 0; i < left; ++i) {
         Row<Columns> acc[2] = {Row<Columns>::zero(), Row<Columns>::zero()};
-        const Index end = ends[lane] * kSlice;
-        for (Index k = row_begin(m, slice, ends, lane) * kSlice; k < end; k += 2)
-          for (int i = 0; i < 2; ++i)
-            acc[i].add(m.value[k + i], Row<Columns>::load(x + Index{m.col[k + i]} * Columns));
+        const Index end = ends[i] * kSlice;
+        for (Index k = row_begin(m, slice, ends, i) * kSlice; k < end; k += 2)
+          for (int odd = 0; odd < 2; ++odd)
+            acc[odd].add(m.value[k + odd], Row<Columns>::load(x + Index{m.col[k + odd]} * Columns));
         acc[0].add(1.0, acc[1]);
-        acc[0].save(y + (row + lane) * Columns);
+        acc[0].save(y + (row + i) * Columns);
       }
     }
   }
@@ -195,8 +177,7 @@ void form(const PolicyRows& rows, const Real* value, Index s0, Index s1, const d
 
 }  // namespace
 
-const SlicedRoutines kSliced = {{products<float>, form<float>},
-                                {products<double>, form<double>},
+const SparseRoutines kSparse = {{{products<float>, form<float>}, {products<double>, form<double>}},
                                 multiply_one,
                                 multiply<4>,
                                 multiply<8>};

@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/isa/sliced.h"
+#include "cpu/isa/sparse.h"
 #include "cpu/support/parallel.h"
 
 namespace birl {
