@@ -82,27 +82,8 @@ Index solve(const py::dict& problem, const py::dict& how) {
 }
 
 py::tuple solve_vjp(const py::dict& problem, const py::dict& how) {
-  using birl::SolveVjp;
-  static const birl::Field<SolveVjp> kFields[] = {
-      BIRL_NEEDED(SolveVjp, relative),
-      BIRL_NEEDED(SolveVjp, advantage),
-      BIRL_NEEDED(SolveVjp, policy),
-      BIRL_NEEDED(SolveVjp, info),
-      BIRL_NEEDED(SolveVjp, status),
-      BIRL_OPTIONAL(SolveVjp, value_bar),
-      BIRL_OPTIONAL(SolveVjp, q_bar),
-      BIRL_OPTIONAL(SolveVjp, advantage_bar),
-      BIRL_OPTIONAL(SolveVjp, policy_bar),
-      BIRL_OPTIONAL(SolveVjp, log_policy_bar),
-      BIRL_OPTIONAL(SolveVjp, transition_bar),
-      BIRL_OPTIONAL(SolveVjp, reward_bar),
-      BIRL_OPTIONAL(SolveVjp, log_reference_bar),
-      BIRL_OPTIONAL(SolveVjp, discount_bar),
-      BIRL_OPTIONAL(SolveVjp, temperature_bar),
-      BIRL_NEEDED(SolveVjp, threads),
-  };
   const Batch batch = checked_batch(problem, {"reward"});
-  const SolveVjp request = birl::filled(kFields, how);
+  const auto request = birl::filled<birl::SolveVjp>(how);
   birl::Conditioning worst;
   run([&](birl::Interrupt& interrupt) { worst = birl::solve_vjp(batch, request, interrupt); });
   return py::make_tuple(worst.condition, worst.problem);
