@@ -73,7 +73,7 @@ inline Batch batch_from(const pybind11::dict& given,
 
 inline Solve solve_from(const pybind11::dict& given) {
   const auto request = filled<Solve>(given);
-  if (request.method < 0 || request.method > kSweep)
+  if (request.method < Method::kAuto || request.method > Method::kSweep)
     throw pybind11::value_error("method: expected 0 to 5");
   if (request.validate < Rigour::kOff || request.validate > Rigour::kStochastic)
     throw pybind11::value_error("validate: expected 0 to 2");

@@ -45,7 +45,16 @@ struct Batch {
   Index total() const { return transitions * problems; }
 };
 
-constexpr Index kSweep = 5;  // a method: T of the start as it is, in one pass
+// On a GPU those from kNewton to kPolicyIteration are one: Newton with an elimination where a block
+// solves a problem, and with series of products where the whole device does.
+enum class Method : Index {
+  kAuto,
+  kValueIteration,
+  kNewton,
+  kKrylov,           // Newton, inexact
+  kPolicyIteration,  // modified
+  kSweep,            // T of the start as it is, in one pass
+};
 
 #define BIRL_SOLVE(NEED, MAY)                                                                    \
   MAY(const double*, initial, nullptr) /* (N,G,S) */                                             \
@@ -55,10 +64,10 @@ constexpr Index kSweep = 5;  // a method: T of the start as it is, in one pass
   NEED(void*, advantage)               /* q - value, from the relative form and so more exact */ \
   NEED(void*, policy)                                                                            \
   NEED(void*, log_policy)                                                                        \
-  NEED(double*, info)   /* (N,G,kInfo + S), see core/common.h */                                 \
-  NEED(Index*, status)  /* (N,G) */                                                              \
-  MAY(Index, method, 0) /* 0 auto, 1 value iteration, 2 Newton direct, 3 Newton-Krylov, 4 MPI */ \
-  MAY(double, tol, 0.0) /* relative and certified; 0: as far as rounding allows */               \
+  NEED(double*, info)  /* (N,G,kInfo + S), see core/common.h */                                  \
+  NEED(Index*, status) /* (N,G) */                                                               \
+  MAY(Method, method, Method::kAuto)                                                             \
+  MAY(double, tol, 0.0)         /* relative and certified; 0: as far as rounding allows */       \
   MAY(Index, max_iterations, 0) /* passes over P; 0: until rounding level */                     \
   NEED(Rigour, validate)                                                                         \
   MAY(int, threads, 1) /* of a CPU */
@@ -91,17 +100,14 @@ struct SolveVjp {
   BIRL_FIELDS(SolveVjp, BIRL_SOLVE_VJP)
 };
 
-#define BIRL_POLICY_SOLVE(NEED, MAY)                                                       \
-  NEED(Index, right_sides)    /* K */                                                      \
-  NEED(const double*, policy) /* (N,G,S,A) */                                              \
-  NEED(const double*, rhs)    /* (N,G,K,S) */                                              \
-  NEED(double*, out)          /* (N,G,K,S) */                                              \
-  NEED(double*, residual)     /* (N,G,K): max |b - Ax|, or sum |b - A'x| if transpose */   \
-  NEED(bool, transpose)                                                                    \
-  MAY(double, tol, 0.0)         /* relative to |b|; 0: as far as rounding allows */        \
-  MAY(Index, method, 0)         /* of a CPU: 0 auto, 2 direct, 3 Krylov, 5 Richardson */   \
-  MAY(Index, max_iterations, 0) /* of a CPU: products per right-hand side; 0: a default */ \
-  MAY(int, threads, 1)          /* of a CPU */
+#define BIRL_POLICY_SOLVE(NEED, MAY)                                                     \
+  NEED(Index, right_sides)    /* K */                                                    \
+  NEED(const double*, policy) /* (N,G,S,A) */                                            \
+  NEED(const double*, rhs)    /* (N,G,K,S) */                                            \
+  NEED(double*, out)          /* (N,G,K,S) */                                            \
+  NEED(double*, residual)     /* (N,G,K): max |b - Ax|, or sum |b - A'x| if transpose */ \
+  NEED(bool, transpose)                                                                  \
+  MAY(int, threads, 1) /* of a CPU */
 
 struct PolicySolve {
   BIRL_FIELDS(PolicySolve, BIRL_POLICY_SOLVE)

@@ -116,7 +116,7 @@ int barriers() {
       const PolicySolveKernel<SharedRows<double>> kernel{
           shared_rows(c),
           {c.G, 2, policy.data(), c.discount.data(), rhs.data(), out.data(), residual.data(),
-           transpose, 0.0, false, false}};
+           transpose, false, false}};
       return run_threads(kernel, c.items(), 2, skipped);
     });
   return summary("barriers");

@@ -20,7 +20,7 @@ Answer policy_solve(const Home& home, const Case<Real>& c, const Systems& system
   const PolicySolveKernel<Home> kernel{
       home,
       {c.G, systems.K, systems.policy.data(), c.discount.data(), systems.rhs.data(),
-       answer.x.data(), answer.residual.data(), transpose, 0.0, false, false}};
+       answer.x.data(), answer.residual.data(), transpose, false, false}};
   run_serial(kernel, c.items(), how);
   return answer;
 }

@@ -92,8 +92,6 @@ py::tuple solve_vjp(const py::dict& problem, const py::dict& how) {
 Index policy_solve(const py::dict& problem, const py::dict& how) {
   const Batch batch = checked_batch(problem, {"reward", "temperature"});
   const birl::PolicySolve request = birl::policy_solve_from(how);
-  if (const Index method = request.method; method != 0 && method != 2 && method != 3 && method != 5)
-    throw py::value_error("method: expected 0, 2, 3 or 5");
   if (batch.total() > 0)
     product({batch.transitions, batch.problems, request.right_sides, batch.states});
   Index failed = 0;

@@ -36,8 +36,7 @@ Index policy_solve(const Batch& batch, const PolicySolve& request, Interrupt& in
     };
     std::vector<Workspace> workspaces(across ? outer.size() : 1);
     std::vector<std::vector<double>> rows(outer.size(), std::vector<double>(S));
-    const PolicySystemOptions options{request.transpose, request.method, request.tol,
-                                      request.max_iterations};
+    const PolicySystemOptions options{request.transpose, 0.0};
 
     const auto one = [&](Index i, int worker) {
       interrupt.check();

@@ -45,7 +45,8 @@ class PackedSolver {
         image_(value_.size()),
         w_(value_.size()),
         scratch_(6 * width_ * actions),
-        single_(sizeof(Real) == 4 && request.method <= 1 && request.max_iterations != 1),
+        single_(sizeof(Real) == 4 && request.max_iterations != 1 &&
+                (request.method == Method::kAuto || request.method == Method::kValueIteration)),
         single_scale_(single_ ? entries_ : 0),
         single_reference_(single_scale_.size()),
         single_work_(single_ ? entries_ + 3 * value_.size() : 0) {}
@@ -158,7 +159,7 @@ class PackedSolver {
     control_.largest_reference = packed_.largest_reference;
     control_.continues = packed_.continues;
     control_.means = means();
-    if (request_.method == 2) control_.mode = Mode::kElimination;
+    if (request_.method == Method::kNewton) control_.mode = Mode::kElimination;
     if (initial) {
       control_.at_zero = false;
       for (std::size_t s = 0; s < value_.size(); ++s)
@@ -287,7 +288,7 @@ class PackedSolver {
       swapped_ = !swapped_;
       if (half > std::max(control_.target(), noise) && !exhausted && control_.passes < kMost &&
           !(request_.max_iterations > 0 && control_.passes + 1 >= request_.max_iterations) &&
-          !(control_.passes % 8 == 6 && request_.method == 0 &&
+          !(control_.passes % 8 == 6 && request_.method == Method::kAuto &&
             control_.elimination_pays(half, noise)))
         return;
       std::transform(image, image + length, value_.begin(),

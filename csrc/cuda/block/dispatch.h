@@ -90,8 +90,8 @@ PolicySolveKernel<Home> policy_solve_kernel(const Home& home, const Batch& batch
                                             const PolicySolve& request, const Plan& plan) {
   return {home,
           {batch.problems, static_cast<int>(request.right_sides), request.policy, batch.discount,
-           request.rhs, request.out, request.residual, request.transpose, request.tol,
-           plan.spill_matrix, plan.spill_vectors}};
+           request.rhs, request.out, request.residual, request.transpose, plan.spill_matrix,
+           plan.spill_vectors}};
 }
 
 template <class Body>

@@ -26,7 +26,6 @@ struct PolicySolveArguments {
   double* out;             // (N,G,K,S)
   double* residual;        // (N,G,K): ‖b − Ax‖∞, or ‖b − Aᵀx‖₁ if transposed
   bool transpose;
-  double tol;         // of the residual, relative to ‖b‖
   bool spill_matrix;  // the matrix lies in the workspace
   bool spill_vectors;
 };
@@ -187,7 +186,7 @@ struct PolicySolveKernel {
                    const double left = norm(m.correction + at), size = norm(b + at);
                    arguments.residual[item * K + k] = left;
                    // NaN wants, and gets, NaN.
-                   m.wanting[k] = !Tolerance(arguments.tol, size, norm(x + at)).met(left);
+                   m.wanting[k] = !Tolerance(0.0, size, norm(x + at)).met(left);
                    any = any || m.wanting[k];
                  }
                  return any;

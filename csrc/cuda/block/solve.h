@@ -218,8 +218,9 @@ class Solving {
       control.largest_reference = found.largest_reference;
       control.continues = found.continues;
       control.at_zero = initial == nullptr;
-      const Index method = request_.method;
-      if (kernel_.direct && method >= 2 && method != kSweep) control.mode = Mode::kElimination;
+      const Method method = request_.method;
+      if (kernel_.direct && method >= Method::kNewton && method != Method::kSweep)
+        control.mode = Mode::kElimination;
       // Clocks of one team, from instruction counts (not measured on a GPU): latency first, then
       // work over some hundred lanes. They depend on the shape alone, so all kernels decide alike.
       const double S = S_, A = A_;

@@ -229,7 +229,8 @@ class LargeSolving {
       c.pose(request_, discount(), temperature(), S_, A_, batch_.is_double);
       c.largest_reward = first.largest_reward;
       c.largest_reference = first.largest_reference;
-      if (request_.method != 1 && request_.method != kSweep) c.mode = Mode::kSeries;
+      if (request_.method != Method::kValueIteration && request_.method != Method::kSweep)
+        c.mode = Mode::kSeries;
       c.means.fewest = 1;
       c.means.most = 60;
       c.means.limit = 4000;
