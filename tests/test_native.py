@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -19,7 +20,9 @@ from torch import Tensor
 import birl_ext
 from birl_ext.errors import DeviceError, DtypeError, ShapeError
 from birl_ext.model.mdp import DenseMDP
-from birl_ext.ops.backends import loader
+from birl_ext.ops.backends import loader, pytorch
+from birl_ext.ops.request import Data, Settings
+from birl_ext.options import BackendName
 from birl_ext.solution import Info, Solution, Status
 
 if loader.reason("cpu") and os.environ.get("BIRL_REQUIRE_EXT") != "1":
@@ -69,25 +72,37 @@ def test_newton_does_not_go_in_circles_near_discount_one(
         assert found.residual <= 1e-6, "where values differ by up to 1e12"
 
 
-@pytest.mark.parametrize("pairs", [1, 75], ids=["lanes", "general"])
-def test_newton_that_goes_in_circles_ends(pairs: int) -> None:
-    """With negative probabilities, which nothing checks here, it may, and sweeps take forever."""
+def circles(pairs: int, discount: float, **options: Any) -> Solution:
+    """Newton's method goes in circles: negative probabilities, which nothing checks here."""
     one = torch.tensor([[[-2.0, 3.0], [4.0, -3.0]], [[-3.0, 4.0], [-1.0, 2.0]]], dtype=F64)
     transition = torch.zeros(pairs, 2, 2, pairs, 2, dtype=F64)
     for i in range(pairs):
         transition[i, :, :, i] = one
-    found = birl_ext.solve(
+    return birl_ext.solve(
         torch.tensor([[0.0, 2.0], [-2.0, 0.0]], dtype=F64).repeat(pairs, 1),
         transition.view(2 * pairs, 2, 2 * pairs),
-        discount=1 - 1e-9,
+        discount=discount,
         temperature=0.01,
-        method="newton",
         validate="off",
-        backend="cpu",
         on_fail="status",
+        **options,
     )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("pairs", [1, 75], ids=["lanes", "general"])
+def test_newton_that_goes_in_circles_ends(pairs: int, backend: BackendName) -> None:
+    """After a thousand passes, where sweeps take forever."""
+    found = circles(pairs, 1 - 1e-9, method="newton", backend=backend)
     assert found.status == Status.MAX_ITERATIONS
     assert found.iterations == 1000
+
+
+def test_sweeps_that_take_over_from_newton_keep_at_it() -> None:
+    """They overflow here, in some hundred passes: back to Newton's method, there is no end."""
+    found = circles(1, 0.999, max_iterations=3000, backend="cpu")
+    assert found.status == Status.NON_FINITE
+    assert 1000 < found.iterations < 2000
 
 
 @pytest.mark.parametrize(("states", "discount"), [(2, 0.9999), (3, 0.9999), (150, 0.999)])
@@ -145,6 +160,35 @@ def test_a_bad_reference_is_named_and_spoils_no_other(
     for one, other in zip(before[:5], after[:5], strict=True):
         assert other[1].isnan().all()
         assert torch.equal(one[::2], other[::2])
+
+
+@pytest.mark.parametrize("states", [6, 150])
+def test_of_several_defects_every_backend_tells_the_same(states: int) -> None:
+    """The first in the order of `birl_ext.model.checks`, wherever the others are."""
+    base = kernel_arguments(Case(states=states, reference=True).mdp(), 0.1)
+    defects: list[tuple[str, tuple[int, ...], float, Status]] = [
+        ("discount", (), 1.0, Status.BAD_DISCOUNT),
+        ("temperature", (), 0.0, Status.BAD_TEMPERATURE),
+        ("log_reference", (4, 1), torch.nan, Status.BAD_REFERENCE),
+        ("log_reference", (3,), -torch.inf, Status.NO_ACTION),
+        ("reward", (2, 1), torch.nan, Status.NON_FINITE_REWARD),
+        ("transition", (1, 2, 0), torch.nan, Status.NON_FINITE_TRANSITION),
+        ("transition", (1, 1, 0), -0.5, Status.NEGATIVE_PROBABILITY),
+        ("transition", (0, 1, 0), 0.75, Status.ROW_SUM),
+    ]
+    for first, second in itertools.combinations(defects, 2):
+        arguments: dict[str, Any] = {
+            name: tensor if tensor is None else tensor.clone() for name, tensor in base.items()
+        }
+        for name, place, value, _ in (first, second):
+            lead = (0,) if name == "transition" else (0, 0)
+            arguments[name][(*lead, *place)] = value
+        want = kernel_solve(arguments)
+        absent = torch.empty(0, dtype=torch.int64)
+        data = Data(**{n: absent if t is None else t for n, t in arguments.items()})
+        found = pytorch.solve(data, absent, Settings((1, 1)))
+        assert want[6] == found[6] == first[3], (first, second)
+        assert torch.equal(want[5][..., Info.PLACE], found[5][..., Info.PLACE]), (first, second)
 
 
 # ---- linear systems -----------------------------------------------------------------------------

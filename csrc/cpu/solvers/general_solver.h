@@ -50,7 +50,7 @@ class GeneralSolver {
   Defect solve(const Problem<Real>& problem, const double* initial, const Tables<Real>& out,
                Outcome& outcome) {
     found_ = look_at(problem, model_->states, model_->actions);
-    const Defect defect = problem_defect(found_, problem, request_.validate, model_->actions);
+    const Defect defect = problem_defect(found_, problem, request_.validate);
     if (defect.status != Status::kConverged) return defect;
     problem_ = problem;
     initial_ = initial;

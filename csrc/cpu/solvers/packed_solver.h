@@ -115,8 +115,7 @@ class PackedSolver {
                             !(problem.discount >= 0.0 && problem.discount < 1.0) ||
                             !(problem.temperature > 0.0 && problem.temperature < kInf);
     if (!suspicious) return {};
-    return problem_defect(look_at(problem, states_, actions_), problem, request_.validate,
-                          actions_);
+    return problem_defect(look_at(problem, states_, actions_), problem, request_.validate);
   }
 
   bool refined(double coarse, double c, const double* value, const Tables<Real>& out,

@@ -132,7 +132,7 @@ class LargeSolving {
   BIRL_DEVICE void run() {
     const FirstLook first = look();
     Defect defect =
-        first.findings().of_problem(request_.validate, discount(), temperature(), A_, reference(0),
+        first.findings().of_problem(request_.validate, discount(), temperature(), reference(0),
                                     [&](Index row) { return reward(row); });
     if (defect.status == Status::kConverged) {
       begin(first);
@@ -218,7 +218,7 @@ class LargeSolving {
       const Index row = s * A_ + a;
       any |= found.see_action(s, a, A_, m_.q[row], reference(0) ? *reference(row) : 0.0);
     }
-    if (!any) found.see_no_action(s, A_);
+    if (!any) found.see_no_action(s);
   }
 
   // Supposes that every row continues; the first pass tells.
