@@ -491,7 +491,7 @@ def test_a_singular_system_spoils_no_other(states: int) -> None:
         solved = kernel_solve(arguments, method=2, validate=0)
         systems = [
             kernel_policy_solve(
-                (mine, None, None), policy[at], half[at], rhs[at], method=2, transpose=transpose
+                (mine, None, None), policy[at], half[at], rhs[at], transpose=transpose
             )[0]
             for transpose in (False, True)
         ]

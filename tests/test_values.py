@@ -240,6 +240,31 @@ def test_the_first_guess_is_no_pass(states: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
+@pytest.mark.parametrize("states", [6, 150])
+def test_what_drowns_in_a_start_far_off_has_not_converged(
+    states: int, sparse: bool, backend: BackendName
+) -> None:
+    """After a pass δ is below rounding, that of the start: value iteration goes on all the same, in
+    as many passes as from zero and one.
+    """
+    case = Case(states=states, actions=2).mdp()
+    reward = case.reward.clone()
+    reward[0, 1] = -1e18  # never taken; V* might be as large
+    mdp: Any = case.replace(reward=reward)
+    mdp = mdp.to_sparse() if sparse else mdp
+
+    def found(**options: Any) -> Solution:
+        return birl_ext.solve(
+            mdp, temperature=0.1, method="value-iteration", backend=backend, **options
+        )
+
+    near, far = found(), found(initial=torch.full((states,), 1e17, dtype=torch.float64))
+    assert near.iterations <= far.iterations <= near.iterations + 2
+    assert_close(far.value, near.value, bound=2 * near.error_bound, label="value")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=["f32", "f64"])
 @pytest.mark.parametrize("case", SMALL + WARP + LARGE, ids=str)

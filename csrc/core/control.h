@@ -12,8 +12,8 @@
 
 namespace birl {
 
-// The numbers are those of a request's `method`.
-enum class Mode : Index { kAuto, kValueIteration, kElimination, kKrylov, kSeries };
+// The numbers are those of the methods that begin so.
+enum class Mode : Index { kValueIteration = 1, kElimination, kKrylov, kSeries };
 enum class Step : int { kStop, kSweep, kImprove };
 
 // What a walker can do besides sweeps and series, and what it costs, in any unit.
@@ -30,7 +30,8 @@ constexpr Index kMostPasses = 1000;
 
 struct Control : Certificate {
   // What is asked, and what there is:
-  Index method = 0, max_iterations = 0;
+  Method method = Method::kAuto;
+  Index max_iterations = 0;
   double states = 1.0;
   Means means;
   // The iteration:
@@ -55,7 +56,7 @@ struct Control : Certificate {
                       Index actions_, bool is_double) {
     Certificate::pose(discount_, temperature_, actions_, request.tol, is_double);
     method = request.method;
-    sweep = method == kSweep;
+    sweep = method == Method::kSweep;
     max_iterations = request.max_iterations;
     states = static_cast<double>(states_);
   }
@@ -96,7 +97,7 @@ struct Control : Certificate {
     round_middle();
     return half > larger(target(), noise) && !ended && passes < kMostPasses &&
            !used_up(passes + 1) &&
-           !(passes % 8 == 6 && method == 0 && elimination_pays(half, noise));
+           !(passes % 8 == 6 && method == Method::kAuto && elimination_pays(half, noise));
   }
 
   BIRL_CORE void measure_rate(double half) {
@@ -223,8 +224,8 @@ struct Control : Certificate {
   BIRL_CORE void choose(double half) {
     const Index used = passes - switched_at;
     if (mode == Mode::kValueIteration) {
-      if (method == 0 && means.elimination && !gave_up && passes >= 2 && half > target() &&
-          (at_rounding_level || elimination_pays(half, kInf)))
+      if (method == Method::kAuto && means.elimination && !gave_up && passes >= 2 &&
+          half > target() && (at_rounding_level || elimination_pays(half, kInf)))
         switch_to(Mode::kElimination);
     } else if (mode == Mode::kSeries) {
       if (means.krylov && !gave_up && mixes_slowly(used, half)) switch_to(Mode::kKrylov);

@@ -7,6 +7,7 @@
 namespace birl {
 
 constexpr Index kNowhere = INT64_MAX;
+constexpr Index kNoActions = INT64_MAX / 2;  // and on: states, behind all places of tables
 
 // What S subtractions leave of one: how far below zero a probability may lie.
 BIRL_CORE double below_zero(bool is_double, Index states) {
@@ -25,7 +26,7 @@ BIRL_CORE bool is_row_sum(double sum, Rigour rigour, double tolerance) {
 
 // The first of everything, and what a certificate needs to know.
 struct Findings {
-  Index reference = kNowhere;   // (A + 1)s + a: log_reference is NaN or +inf; (A + 1)s + A: none
+  Index reference = kNowhere;   // entry that is NaN or +inf; else kNoActions + s: no action
   Index reward = kNowhere;      // row of a reward that is not finite
   Index row = kNowhere;         // row that is not a distribution
   Index non_finite = kNowhere;  // entry
@@ -54,15 +55,13 @@ struct Findings {
   // The action a of state s; whether it is available.
   BIRL_CORE bool see_action(Index s, Index a, Index actions, double r, double log_mu) {
     if (!is_finite(r)) reward = first(reward, s * actions + a);
-    if (!(log_mu < kInf)) reference = first(reference, s * (actions + 1) + a);
+    if (!(log_mu < kInf)) reference = first(reference, s * actions + a);
     if (masked(log_mu)) return false;
     largest_reward = larger(largest_reward, magnitude(r));
     largest_reference = larger(largest_reference, magnitude(log_mu));
     return true;
   }
-  BIRL_CORE void see_no_action(Index s, Index actions) {
-    reference = first(reference, s * (actions + 1) + actions);
-  }
+  BIRL_CORE void see_no_action(Index s) { reference = first(reference, kNoActions + s); }
   BIRL_CORE void see_entry(Index place, double p, double spare) {
     if (!is_finite(p))
       non_finite = first(non_finite, place);
@@ -77,16 +76,13 @@ struct Findings {
   // Of discount, temperature, log_reference and reward(row). Without rigour the tables do not
   // count; the two numbers do all the same, since no certificate means anything at others.
   template <class Reward>
-  BIRL_CORE Defect of_problem(Rigour rigour, double discount, double temperature, Index actions,
+  BIRL_CORE Defect of_problem(Rigour rigour, double discount, double temperature,
                               const double* log_reference, Reward&& reward_of) const {
     if (!(discount >= 0.0 && discount < 1.0)) return {Status::kDiscount, 0, discount};
     if (!(temperature > 0.0 && temperature < kInf)) return {Status::kTemperature, 0, temperature};
     if (rigour == Rigour::kOff) return {};
-    if (reference != kNowhere) {
-      const Index s = reference / (actions + 1), at = reference - s;
-      if (reference % (actions + 1) == actions) return {Status::kNoAction, s, 0.0};
-      return {Status::kReference, at, log_reference[at]};
-    }
+    if (reference < kNoActions) return {Status::kReference, reference, log_reference[reference]};
+    if (reference != kNowhere) return {Status::kNoAction, reference - kNoActions, 0.0};
     if (reward != kNowhere) return {Status::kNonFiniteReward, reward, reward_of(reward)};
     return {};
   }

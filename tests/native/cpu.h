@@ -83,8 +83,8 @@ void solve(const Case<Real>& c, bool sparse, Index method, int threads, Solution
   birl::Interrupt interrupt = never();
   birl::solve(batch_of(c, sparse),
               {nullptr, out.value.data(), out.relative.data(), out.q.data(), out.advantage.data(),
-               out.policy.data(), out.log_policy.data(), out.info.data(), out.status.data(), method,
-               0.0, 0, birl::Rigour::kOrEnding, threads},
+               out.policy.data(), out.log_policy.data(), out.info.data(), out.status.data(),
+               static_cast<birl::Method>(method), 0.0, 0, birl::Rigour::kOrEnding, threads},
               interrupt);
 }
 
@@ -96,7 +96,7 @@ void sweep(const Case<Real>& c, bool sparse, const std::vector<double>& value, i
   birl::solve(batch_of(c, sparse),
               {value.data(), out.value.data(), out.relative.data(), out.q.data(),
                out.advantage.data(), out.policy.data(), out.log_policy.data(), out.info.data(),
-               out.status.data(), birl::kSweep, 0.0, 1, birl::Rigour::kOff, threads},
+               out.status.data(), birl::Method::kSweep, 0.0, 1, birl::Rigour::kOff, threads},
               interrupt);
 }
 
@@ -117,12 +117,12 @@ Systems systems_of(const Case<Real>& c, const Solution<Real>& solution) {
 }
 
 template <class Real>
-Index policy_solve(const Case<Real>& c, bool sparse, bool transpose, Index method, int threads,
+Index policy_solve(const Case<Real>& c, bool sparse, bool transpose, int threads,
                    Systems& systems) {
   birl::Interrupt interrupt = never();
   return birl::policy_solve(batch_of(c, sparse),
                             {2, systems.policy.data(), systems.rhs.data(), systems.x.data(),
-                             systems.residual.data(), transpose, 0.0, method, 0, threads},
+                             systems.residual.data(), transpose, threads},
                             interrupt);
 }
 

@@ -116,7 +116,7 @@ int barriers() {
       const PolicySolveKernel<SharedRows<double>> kernel{
           shared_rows(c),
           device_batch(c, false),
-          {2, policy.data(), rhs.data(), out.data(), residual.data(), transpose, 0.0},
+          {2, policy.data(), rhs.data(), out.data(), residual.data(), transpose},
           {}};
       return run_threads(kernel, c.items(), 2, skipped);
     });

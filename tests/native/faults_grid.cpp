@@ -69,8 +69,8 @@ int main_of(const std::string& kernel) {
   if (kernel == "policy") {
     const Systems systems = make_systems(c, 2, false, 5);
     std::vector<double> x(systems.rhs.size()), residual(2);
-    const birl::PolicySolve request{
-        2, systems.policy.data(), systems.rhs.data(), x.data(), residual.data(), true, 1e-2};
+    const birl::PolicySolve request{2,        systems.policy.data(), systems.rhs.data(),
+                                    x.data(), residual.data(),       true};
     all_barriers(
         [&](int skipped, bool inner) {
           return with_grid_policy_solve(

@@ -106,7 +106,7 @@ birl::Solve request_of(Solution<Real>& out, const SolveOptions& how, const doubl
           out.log_policy.data(),
           out.info.data(),
           out.status.data(),
-          how.method,
+          static_cast<birl::Method>(how.method),
           how.tol,
           how.max_iterations,
           how.validate};

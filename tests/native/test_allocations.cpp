@@ -86,7 +86,7 @@ void every_call(const Case<Real>& c, bool sparse) {
     for (const bool transpose : {false, true})
       every_request(
           "policy_solve" + where, systems_of(c, at),
-          [&](auto& out) { policy_solve(c, sparse, transpose, 0, threads, out); },
+          [&](auto& out) { policy_solve(c, sparse, transpose, threads, out); },
           [](const auto& out) { return bytes_of(out.x, out.residual); });
   }
 }

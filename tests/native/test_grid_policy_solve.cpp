@@ -17,8 +17,7 @@ Answer answer(const Case<Real>& c, const Systems& systems, bool transpose, bool 
              std::vector<double>(c.items() * systems.K, -7.0)};
   const HostPattern pattern(c, transpose);
   const birl::PolicySolve request{systems.K,    systems.policy.data(), systems.rhs.data(),
-                                  out.x.data(), out.residual.data(),   transpose,
-                                  0.0};
+                                  out.x.data(), out.residual.data(),   transpose};
   with_grid_policy_solve(device_batch(c, sparse), request, pattern.view(), [&](const auto& kernel) {
     run_grid_serial(kernel, c.items(), how);
     return 0;

@@ -20,7 +20,7 @@ Answer policy_solve(const Home& home, const Case<Real>& c, const Systems& system
   const PolicySolveKernel<Home> kernel{home,
                                        device_batch(c, false),
                                        {systems.K, systems.policy.data(), systems.rhs.data(),
-                                        answer.x.data(), answer.residual.data(), transpose, 0.0},
+                                        answer.x.data(), answer.residual.data(), transpose},
                                        {}};
   run_serial(kernel, c.items(), how);
   return answer;

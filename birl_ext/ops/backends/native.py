@@ -341,7 +341,6 @@ def policy_solve(
     rhs: Tensor,
     *,
     transpose: bool = False,
-    **options: float,
 ) -> tuple[Tensor, Tensor, int]:
     """Solve (I − γP_π) x = b, or with the transposed matrix, for K right-hand sides each.
 
@@ -350,12 +349,10 @@ def policy_solve(
         policy: (N, G, S, A) float64.
         discount: (N, G) float64.
         rhs: (N, G, K, S) float64.
-        options: of `PolicySolve` in csrc/core/request.h: method (0 automatic, 2 direct, 3 Krylov, 5
-            Richardson with exact mass), tol and max_iterations.
 
     Returns:
         x (N, G, K, S); its residual (N, G, K), ‖b − Ax‖∞, or ‖b − Aᵀx‖₁ if `transpose`; and how
-        many systems missed both the tolerance and the rounding level. On a GPU that is not known,
+        many systems missed the rounding level. On a GPU that is not known,
         and a system that mixes too slowly for `cuda.policy_solve_fits` is NaN.
 
     Raises: as for `solve`.
@@ -369,7 +366,7 @@ def policy_solve(
     call = Call(model, shape)
     call.problem["discount"] = call.at("discount", discount, (n, g))
     x, residual = call.new(n, g, k, s), call.new(n, g, k)
-    request: dict[str, float] = {
+    request = {
         "right_sides": k,
         "policy": call.at("policy", policy, shape),
         "rhs": call.at("rhs", rhs, (n, g, k, s)),
@@ -377,7 +374,6 @@ def policy_solve(
         "residual": residual.data_ptr(),
         "transpose": transpose,
     }
-    request |= options
     failed = _run("policy_solve", call.device, call.problem, request, call.pattern)
     return x, residual, failed or 0
 

@@ -82,27 +82,8 @@ Index solve(const py::dict& problem, const py::dict& how) {
 }
 
 py::tuple solve_vjp(const py::dict& problem, const py::dict& how) {
-  using birl::SolveVjp;
-  static const birl::Field<SolveVjp> kFields[] = {
-      BIRL_NEEDED(SolveVjp, relative),
-      BIRL_NEEDED(SolveVjp, advantage),
-      BIRL_NEEDED(SolveVjp, policy),
-      BIRL_NEEDED(SolveVjp, info),
-      BIRL_NEEDED(SolveVjp, status),
-      BIRL_OPTIONAL(SolveVjp, value_bar),
-      BIRL_OPTIONAL(SolveVjp, q_bar),
-      BIRL_OPTIONAL(SolveVjp, advantage_bar),
-      BIRL_OPTIONAL(SolveVjp, policy_bar),
-      BIRL_OPTIONAL(SolveVjp, log_policy_bar),
-      BIRL_OPTIONAL(SolveVjp, transition_bar),
-      BIRL_OPTIONAL(SolveVjp, reward_bar),
-      BIRL_OPTIONAL(SolveVjp, log_reference_bar),
-      BIRL_OPTIONAL(SolveVjp, discount_bar),
-      BIRL_OPTIONAL(SolveVjp, temperature_bar),
-      BIRL_NEEDED(SolveVjp, threads),
-  };
   const Batch batch = checked_batch(problem, {"reward"});
-  const SolveVjp request = birl::filled(kFields, how);
+  const auto request = birl::filled<birl::SolveVjp>(how);
   birl::Conditioning worst;
   run([&](birl::Interrupt& interrupt) { worst = birl::solve_vjp(batch, request, interrupt); });
   return py::make_tuple(worst.condition, worst.problem);
@@ -111,8 +92,6 @@ py::tuple solve_vjp(const py::dict& problem, const py::dict& how) {
 Index policy_solve(const py::dict& problem, const py::dict& how) {
   const Batch batch = checked_batch(problem, {"reward", "temperature"});
   const birl::PolicySolve request = birl::policy_solve_from(how);
-  if (const Index method = request.method; method != 0 && method != 2 && method != 3 && method != 5)
-    throw py::value_error("method: expected 0, 2, 3 or 5");
   if (batch.total() > 0)
     product({batch.transitions, batch.problems, request.right_sides, batch.states});
   Index failed = 0;

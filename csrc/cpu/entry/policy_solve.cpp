@@ -36,8 +36,7 @@ Index policy_solve(const Batch& batch, const PolicySolve& request, Interrupt& in
     };
     std::vector<Workspace> workspaces(outer.size());
     std::vector<std::vector<double>> rows(team.size(), std::vector<double>(S));
-    const PolicySystemOptions options{request.transpose, request.method, request.tol,
-                                      request.max_iterations};
+    const PolicySystemOptions options{request.transpose, 0.0};
 
     outer.run(batch.total(), work * static_cast<double>(batch.total()), [&](Index i, int worker) {
       interrupt.check();

@@ -83,8 +83,10 @@ void solve_general(const Batch& batch, const Solve& request, ModelOf&& model_of,
   });
 }
 
-// Methods that the solver of small problems knows: automatic, value iteration, Newton.
-bool is_small(const Solve& request) { return request.method <= 2 || request.method == kSweep; }
+// Whether the solver of small problems knows the method.
+bool is_small(const Solve& request) {
+  return request.method != Method::kKrylov && request.method != Method::kPolicyIteration;
+}
 
 }  // namespace
 

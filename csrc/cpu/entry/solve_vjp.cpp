@@ -381,7 +381,7 @@ class SystemWorker {
       // What is stored in float32 is not worth the last digits of a double.
       const double gamma = batch_.discount[i];
       const double tol = sizeof(Real) == 4 ? 1e-9 * (1.0 - gamma) : 0.0;
-      System system(model, *matrix_, elimination_, gamma, {true, 0, tol, 0}, team_, interrupt_);
+      System system(model, *matrix_, elimination_, gamma, {true, tol}, team_, interrupt_);
       read(model, rule, i, system);
       const double mass = rule.mass(i, slot_);
       double residual;

@@ -16,17 +16,15 @@ Findings look_at(const Problem<Real>& problem, Index states, Index actions) {
       const double reference = problem.log_reference ? problem.log_reference[row] : 0.0;
       any |= found.see_action(s, a, actions, static_cast<double>(problem.reward[row]), reference);
     }
-    if (!any) found.see_no_action(s, actions);
+    if (!any) found.see_no_action(s);
   }
   return found;
 }
 
 // Status codes 14 to 17 and 13.
 template <class Real>
-Defect problem_defect(const Findings& found, const Problem<Real>& problem, Rigour rigour,
-                      Index actions) {
-  return found.of_problem(rigour, problem.discount, problem.temperature, actions,
-                          problem.log_reference,
+Defect problem_defect(const Findings& found, const Problem<Real>& problem, Rigour rigour) {
+  return found.of_problem(rigour, problem.discount, problem.temperature, problem.log_reference,
                           [&](Index row) { return static_cast<double>(problem.reward[row]); });
 }
 

@@ -50,7 +50,7 @@ class GeneralSolver {
   Defect solve(const Problem<Real>& problem, const double* initial, const Tables<Real>& out,
                Outcome& outcome) {
     found_ = look_at(problem, model_->states, model_->actions);
-    const Defect defect = problem_defect(found_, problem, request_.validate, model_->actions);
+    const Defect defect = problem_defect(found_, problem, request_.validate);
     if (defect.status != Status::kConverged) return defect;
     problem_ = problem;
     initial_ = initial;
@@ -111,10 +111,10 @@ class GeneralSolver {
     control_.largest_reference = found_.largest_reference;
     control_.means.elimination = S <= kDirectLimit;
     control_.means.krylov = true;
-    control_.mode = request_.method == kSweep     ? Mode::kValueIteration
-                    : request_.method != 0        ? static_cast<Mode>(request_.method)
-                    : kKernel == Kernel::kCpuRows ? Mode::kKrylov
-                                                  : Mode::kSeries;
+    control_.mode = request_.method == Method::kSweep  ? Mode::kValueIteration
+                    : request_.method != Method::kAuto ? static_cast<Mode>(request_.method)
+                    : kKernel == Kernel::kCpuRows      ? Mode::kKrylov
+                                                       : Mode::kSeries;
     for (Index row = 0; row < rows; ++row)
       if (inverse_sum_[row] == 0.0 && available(row)) control_.continues = false;
     expected_ = kInf;

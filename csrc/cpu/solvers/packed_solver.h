@@ -45,7 +45,8 @@ class PackedSolver {
         image_(value_.size()),
         w_(value_.size()),
         scratch_(6 * width_ * actions),
-        single_(sizeof(Real) == 4 && request.method <= 1 && request.max_iterations != 1),
+        single_(sizeof(Real) == 4 && request.max_iterations != 1 &&
+                (request.method == Method::kAuto || request.method == Method::kValueIteration)),
         single_scale_(single_ ? entries_ : 0),
         single_reference_(single_scale_.size()),
         single_work_(single_ ? entries_ + 3 * value_.size() : 0) {}
@@ -114,8 +115,7 @@ class PackedSolver {
                             !(problem.discount >= 0.0 && problem.discount < 1.0) ||
                             !(problem.temperature > 0.0 && problem.temperature < kInf);
     if (!suspicious) return {};
-    return problem_defect(look_at(problem, states_, actions_), problem, request_.validate,
-                          actions_);
+    return problem_defect(look_at(problem, states_, actions_), problem, request_.validate);
   }
 
   bool refined(double coarse, double c, const double* value, const Tables<Real>& out,
@@ -158,7 +158,7 @@ class PackedSolver {
     control_.largest_reference = packed_.largest_reference;
     control_.continues = packed_.continues;
     control_.means = means();
-    if (request_.method == 2) control_.mode = Mode::kElimination;
+    if (request_.method == Method::kNewton) control_.mode = Mode::kElimination;
     if (initial) {
       control_.at_zero = false;
       for (std::size_t s = 0; s < value_.size(); ++s)

@@ -16,10 +16,8 @@
 namespace birl {
 
 struct PolicySystemOptions {
-  bool transpose;
-  Index method;          // 0 auto, 2 direct, 3 Krylov, 5 Richardson with exact mass
-  double tol;            // relative to ‖b‖; 0: as far as rounding allows
-  Index max_iterations;  // products with P_π per right-hand side; 0: a default
+  bool transpose = false;
+  double tol = 0.0;  // relative to ‖b‖; 0: as far as rounding allows
 };
 
 // One (n, g): a policy matrix and the right-hand sides that belong to it. Every state is formed
@@ -124,9 +122,7 @@ class PolicySystem {
       failed += solve_columns(b + k * S, out + k * S, residual_out + k);
       // Factors serve all that are left, and take about as long as S products with one of them.
       const Index left = right_sides - k - used_;
-      if (options_.method == kAuto && first_ == kKrylov && S <= kDirectLimit &&
-          products_ * left > S)
-        first_ = kDirect;
+      if (first_ == kKrylov && S <= kDirectLimit && products_ * left > S) first_ = kDirect;
     }
     if (mass) settle_mass(right_sides, out, mass);
     return failed;
@@ -135,7 +131,7 @@ class PolicySystem {
  private:
   using Operator = PolicyOperator<Matrix>;
   using Flags = std::array<bool, kMostColumns>;
-  enum Method : Index { kAuto = 0, kDirect = 2, kKrylov = 3, kRichardson = 5 };
+  enum Inner { kDirect, kKrylov, kRichardson };  // the last keeps the mass exactly
 
   static constexpr Index kDirectAuto = 256;  // factors cost less than a few dozen products
   static constexpr bool kSparse = std::is_same<Matrix, CsrPolicyMatrix>::value;
@@ -143,8 +139,7 @@ class PolicySystem {
   static constexpr Index kMostTogether =
       kSparse || std::is_same<Stored, double>::value ? kMostColumns : 1;
 
-  Method first_method() const {
-    if (options_.method != kAuto) return static_cast<Method>(options_.method);
+  Inner first_method() const {
     if (model_.states <= kDirectAuto) return kDirect;
     return kSparse ? kRichardson : kKrylov;
   }
@@ -268,7 +263,7 @@ class PolicySystem {
 
   // Corrects the open columns of x until their residuals are small enough or no longer fall. Closes
   // those that end at the tolerance or at the rounding level; `reached` are the final residuals.
-  void refine(Method method, Flags& open, Columns& reached) {
+  void refine(Inner method, Flags& open, Columns& reached) {
     constexpr int kRounds = 8;
     gave_up_ = false;
     const Operator op = make_operator(false, columns_);
@@ -322,19 +317,16 @@ class PolicySystem {
   }
 
   // correction ≈ A⁻¹ residual, in the columns that are going
-  void correct(Method method, const Columns& target, const Flags& going) {
+  void correct(Inner method, const Columns& target, const Flags& going) {
     if (method == kDirect) return eliminate(false);
     const Operator op = make_operator(deflate_, columns_);
     Columns mean{};
     if (deflate_) mean = op.remove_mean(residual_.data());
-    const Index given = options_.max_iterations;
-    if (method == kRichardson) {
-      const double all = std::min(1e7, 40.0 / (1.0 - discount_) + 100.0);
-      richardson(op, target, going, given > 0 ? given : static_cast<Index>(all));
-    } else {
-      const Index limit = given > 0 ? given : 2000;
-      krylov(op, target, going, limit, 0);
-    }
+    if (method == kRichardson)
+      richardson(op, target, going,
+                 static_cast<Index>(std::min(1e7, 40.0 / (1.0 - discount_) + 100.0)));
+    else
+      krylov(op, target, going, 2000, 0);
     // For A itself the constant removed from the residual, and the one left by the compressed
     // solve, are both exact multiples of an eigenvector.
     if (deflate_ && !options_.transpose) {
@@ -428,7 +420,7 @@ class PolicySystem {
       if (j % kWindow == 0) window = size;
       if (j % crossing != 0) return false;
       for (Index w = 0; w < columns_; ++w) {
-        if (!going[w] || patient_ || options_.method == kRichardson) continue;
+        if (!going[w] || patient_) continue;
         const double rate = std::pow(size[w] / long_window[w], 1.0 / crossing);
         const double left = std::log(target[w] * (1.0 - rate) / size[w]) / std::log(rate);
         if (!(rate < 1.0 && left < kPatience)) gave_up_ = true;
@@ -471,7 +463,7 @@ class PolicySystem {
   bool deflate_ = false, factored_ = false;
   bool gave_up_ = false;  // Richardson, for being slow
   bool patient_ = false;  // which it may be, as the last resort
-  Method first_ = kAuto;
+  Inner first_ = kDirect;
   Index columns_ = 1, used_ = 0;  // at work; those in use come first
   Index products_ = 0;            // with the columns, in Krylov methods
   Columns size_{};                // ‖b‖

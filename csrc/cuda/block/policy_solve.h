@@ -175,7 +175,7 @@ struct PolicySolveKernel {
                    const double left = norm(m.correction + at), size = norm(b + at);
                    request.residual[item * K + k] = left;
                    // NaN wants, and gets, NaN.
-                   m.wanting[k] = !Tolerance(request.tol, size, norm(x + at)).met(left);
+                   m.wanting[k] = !Tolerance(0.0, size, norm(x + at)).met(left);
                    any = any || m.wanting[k];
                  }
                  return any;

@@ -154,7 +154,7 @@ class Solving {
           Findings found;
           rows_.each(t, [&](int row, const Entries& entries) { inspect_row(row, entries, found); });
           for (int s = t.rank; s < S_; s += t.count)
-            if (!reference_.any(s * A_, A_)) found.see_no_action(s, A_);
+            if (!reference_.any(s * A_, A_)) found.see_no_action(s);
           return found;
         },
         Findings::join);
@@ -181,7 +181,7 @@ class Solving {
     const Real* const stored = kernel_.home.stored(item_ / kernel_.batch.problems);
     const Rigour rigour = request_.validate;
     const Defect defect =
-        found.of_problem(rigour, discount_, temperature_, A_, reference_.values,
+        found.of_problem(rigour, discount_, temperature_, reference_.values,
                          [&](Index row) { return static_cast<double>(reward_[row]); });
     if (defect.status != Status::kConverged || rigour == Rigour::kOff) return defect;
     return found.of_transition([&](Index k) { return static_cast<double>(stored[k]); });
@@ -217,8 +217,9 @@ class Solving {
       control.largest_reference = found.largest_reference;
       control.continues = found.continues;
       control.at_zero = initial == nullptr;
-      const Index method = request_.method;
-      if (kernel_.plan.direct && method >= 2 && method != kSweep) control.mode = Mode::kElimination;
+      const Method method = request_.method;
+      if (kernel_.plan.direct && method >= Method::kNewton && method != Method::kSweep)
+        control.mode = Mode::kElimination;
       // Clocks of one team, from instruction counts (not measured on a GPU): latency first, then
       // work over some hundred lanes. They depend on the shape alone, so all kernels decide alike.
       const double S = S_, A = A_;

@@ -52,25 +52,18 @@ py::dict build_info() {
 }
 
 // How and where a request runs.
-struct Launch {
-  bool large;                 // the whole device works on each problem
-  const Index* pattern_crow;  // of P_π or its transpose, where P is sparse and large
-  const std::int32_t* pattern_col;
-  const Index* pattern_slot;
-  void* workspace;
-  cudaStream_t stream;
-  int device;
-};
+#define BIRL_LAUNCH(NEED, MAY)                                                                \
+  MAY(bool, large, false)                  /* the whole device works on each problem */       \
+  MAY(const Index*, pattern_crow, nullptr) /* of P_π or its transpose, if sparse and large */ \
+  MAY(const std::int32_t*, pattern_col, nullptr)                                              \
+  MAY(const Index*, pattern_slot, nullptr)                                                    \
+  MAY(void*, workspace, nullptr)                                                              \
+  NEED(cudaStream_t, stream)                                                                  \
+  NEED(int, device)
 
-Launch launch_from(const py::dict& given) {
-  static const birl::Field<Launch> kFields[] = {
-      BIRL_OPTIONAL(Launch, large),       BIRL_OPTIONAL(Launch, pattern_crow),
-      BIRL_OPTIONAL(Launch, pattern_col), BIRL_OPTIONAL(Launch, pattern_slot),
-      BIRL_OPTIONAL(Launch, workspace),   BIRL_NEEDED(Launch, stream),
-      BIRL_NEEDED(Launch, device),
-  };
-  return birl::filled(kFields, given);
-}
+struct Launch {
+  BIRL_FIELDS(Launch, BIRL_LAUNCH)
+};
 
 birl::GridPattern pattern_of(const Launch& launch, const Batch& batch) {
   return {launch.pattern_crow, launch.pattern_col, launch.pattern_slot, batch.nnz};
@@ -82,7 +75,7 @@ bool solve_fits(const py::dict& problem) {
 
 std::size_t solve_workspace(const py::dict& problem, const py::dict&, const py::dict& where) {
   const Batch batch = birl::batch_from(problem);
-  const Launch launch = launch_from(where);
+  const auto launch = birl::filled<Launch>(where);
   const DeviceGuard guard(launch.device);
   std::size_t bytes = 0;
   check(launch.large ? birl::grid_solve_workspace(batch, pattern_of(launch, batch), bytes)
@@ -94,7 +87,7 @@ std::size_t solve_workspace(const py::dict& problem, const py::dict&, const py::
 void solve(const py::dict& problem, const py::dict& how, const py::dict& where) {
   const Batch batch = birl::batch_from(problem);
   const birl::Solve request = birl::solve_from(how);
-  const Launch launch = launch_from(where);
+  const auto launch = birl::filled<Launch>(where);
   py::gil_scoped_release release;
   const DeviceGuard guard(launch.device);
   check(launch.large ? birl::launch_grid_solve(batch, request, pattern_of(launch, batch),
@@ -111,7 +104,7 @@ std::size_t policy_solve_workspace(const py::dict& problem, const py::dict& how,
                                    const py::dict& where) {
   const Batch batch = policy_batch(problem);
   const Index right_sides = birl::policy_solve_from(how).right_sides;
-  const Launch launch = launch_from(where);
+  const auto launch = birl::filled<Launch>(where);
   const DeviceGuard guard(launch.device);
   std::size_t bytes = 0;
   check(launch.large ? birl::grid_policy_solve_workspace(batch, pattern_of(launch, batch),
@@ -124,7 +117,7 @@ std::size_t policy_solve_workspace(const py::dict& problem, const py::dict& how,
 void policy_solve(const py::dict& problem, const py::dict& how, const py::dict& where) {
   const Batch batch = policy_batch(problem);
   const birl::PolicySolve request = birl::policy_solve_from(how);
-  const Launch launch = launch_from(where);
+  const auto launch = birl::filled<Launch>(where);
   py::gil_scoped_release release;
   const DeviceGuard guard(launch.device);
   check(launch.large ? birl::launch_grid_policy_solve(batch, request, pattern_of(launch, batch),
@@ -134,17 +127,10 @@ void policy_solve(const py::dict& problem, const py::dict& how, const py::dict& 
 }
 
 void outer(const py::dict& problem, const py::dict& how, const py::dict& where) {
-  using birl::Outer;
-  static const birl::Field<Outer> kFields[] = {
-      BIRL_NEEDED(Outer, weight),
-      BIRL_NEEDED(Outer, vector),
-      BIRL_NEEDED(Outer, shift),
-      BIRL_NEEDED(Outer, out),
-  };
   const Batch batch =
       birl::batch_from(problem, {"transition", "reward", "discount", "temperature"});
-  const Outer request = birl::filled(kFields, how);
-  const Launch launch = launch_from(where);
+  const auto request = birl::filled<birl::Outer>(how);
+  const auto launch = birl::filled<Launch>(where);
   py::gil_scoped_release release;
   const DeviceGuard guard(launch.device);
   check(birl::launch_outer(batch, request, launch.stream), "outer");

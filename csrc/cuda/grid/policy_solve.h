@@ -1,6 +1,6 @@
 // (I − γP_π) x = b or its transpose for one problem (n, g), kRight right-hand sides at once, by
 // the grid: x += Σ_j M^j r with M = γP_π or its transpose and r = b − (I − M)x, until r, computed
-// afresh each time (M13), meets the tolerance or falls no further.
+// afresh each time (M13), is at the rounding level or falls no further.
 //
 // Powers of M turn everything into the slow mode, constants or the stationary distribution, which
 // shrinks by γ each time. So the series is closed by t γ/(1−γ) after its last term t = M t', and
@@ -327,7 +327,7 @@ class GridPolicySolving {
     column.keep = improved;
     column.revert = !improved;
     if (column.revert) column.current = column.previous;
-    const Tolerance tolerance(request_.tol, column.size, column.length);
+    const Tolerance tolerance(0.0, column.size, column.length);
     column.working =
         !tolerance.met(column.current) && is_finite(column.current) && fell && round < kRounds;
     column.solved = tolerance.solved(column.current, additions, A_);

@@ -130,7 +130,7 @@ class GridSolving {
   BIRL_DEVICE void run() {
     const FirstLook first = look();
     Defect defect =
-        first.findings().of_problem(request_.validate, discount(), temperature(), A_, reference(0),
+        first.findings().of_problem(request_.validate, discount(), temperature(), reference(0),
                                     [&](Index row) { return reward(row); });
     if (defect.status == Status::kConverged) {
       begin(first);
@@ -216,7 +216,7 @@ class GridSolving {
       const Index row = s * A_ + a;
       any |= found.see_action(s, a, A_, m_.q[row], reference(0) ? *reference(row) : 0.0);
     }
-    if (!any) found.see_no_action(s, A_);
+    if (!any) found.see_no_action(s);
   }
 
   // Supposes that every row continues; the first pass tells.
@@ -227,7 +227,8 @@ class GridSolving {
       c.pose(request_, discount(), temperature(), S_, A_, batch_.is_double);
       c.largest_reward = first.largest_reward;
       c.largest_reference = first.largest_reference;
-      if (request_.method != 1 && request_.method != kSweep) c.mode = Mode::kSeries;
+      if (request_.method != Method::kValueIteration && request_.method != Method::kSweep)
+        c.mode = Mode::kSeries;
       c.means.fewest = 1;
       c.means.most = 60;
       c.means.limit = 4000;
