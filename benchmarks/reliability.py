@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from birl_bench.report import store
+from birl_bench.report import table as markdown
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 COLUMNS = {
@@ -77,52 +78,43 @@ def table(report: dict[str, Any]) -> str:
     found = report["properties"]
     promises, counts = found["promises"], found["counts"]
 
-    def total(kinds: list[str], key: str) -> int:
-        return sum(promises[kind][key] for kind in kinds if kind in promises)
+    def totals(kinds: list[str]) -> list[str]:
+        some = [promises[kind] for kind in kinds if kind in promises]
+        return [f"{sum(one[key] for one in some):,}" for key in ("tried", "failed")]
 
-    lines = [
-        f"{found['seeds']:,} seeds, {counts['problems']:,} problems. "
-        "Worst error over what is allowed:",
-        "",
-        f"| | compared | broken | {' | '.join(COLUMNS)} |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    bounds = []
     for words, names in BOUNDS.items():
         kinds = [f"{name} {where}" for name in names for where in COLUMNS.values()]
         cells = []
         for where in COLUMNS.values():
             worst = [promises[f"{n} {where}"]["worst"] for n in names if f"{n} {where}" in promises]
             cells.append(f"{max(worst):.2g}" if worst else "–")
-        row = [words, f"{total(kinds, 'tried'):,}", str(total(kinds, "failed")), *cells]
-        lines.append(f"| {' | '.join(row)} |")
-    lines += ["", "| | compared | broken |", "|---|---|---|"]
-    for words, kinds in SAME.items():
-        lines.append(f"| {words} | {total(kinds, 'tried'):,} | {total(kinds, 'failed')} |")
+        bounds.append([words, *totals(kinds), *cells])
     derivatives = [f"derivatives {where}" for where in COLUMNS.values()]
     shares = [
         sum(counts.get(f"{name}{why}", 0) for name in derivatives)
         for why in ("", ", by rounding", ", ill-conditioned")
     ]
-    lines += [
-        "",
+    head = ["files", "changed", "refused", "read as written", "read as anything else"]
+    keys = "changes", "refused", "equal", "different", "raw errors"
+    damage = ([kind, *(f"{one[key]:,}" for key in keys)] for kind, one in report["damage"].items())
+    kills = report["kills"]
+    parts = [
+        f"{found['seeds']:,} seeds, {counts['problems']:,} problems. "
+        "Worst error over what is allowed:",
+        markdown(["", "compared", "broken", *COLUMNS], bounds),
+        markdown(
+            ["", "compared", "broken"], ([words, *totals(kinds)] for words, kinds in SAME.items())
+        ),
         f"Of {shares[0]:,} derivatives compared, {shares[1] / shares[0]:.0%} were judged by "
         f"rounding and {shares[2] / shares[0]:.1%} were of ill-conditioned problems.",
-        "",
-        "| files | changed | refused | read as written | read as anything else | unnamed errors |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, one in report["damage"].items():
-        cells = [one[key] for key in ("changes", "refused", "equal", "different", "raw errors")]
-        lines.append(f"| {name} | {' | '.join(f'{cell:,}' for cell in cells)} |")
-    kills = report["kills"]
-    lines += [
-        "",
+        markdown([*head, "unnamed errors"], damage),
         f"{kills['kills']} kills of preference runs ({kills['start-up']} at the start, "
         f"{kills['step']} in a step, {kills['save']} in a save, {kills['half a checkpoint']} of "
         f"them with half a checkpoint written): {kills['runs']} runs, each ended with the bits of "
         "one that never was killed.",
     ]
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
 def main() -> int:
