@@ -343,25 +343,6 @@ def test_expanded_views_do_not_change_a_bit(states: int, backend: BackendName) -
 # ---- nothing to do, and other devices -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize("batch", [(0,), (0, 3), (2, 0)])
-@pytest.mark.parametrize("states", [4, GENERAL])
-def test_batches_of_nothing(states: int, batch: tuple[int, ...], dtype: torch.dtype) -> None:
-    shape = (*batch, states, 2)
-    reward = torch.zeros(shape, dtype=dtype)
-    transition = torch.zeros((*shape, states), dtype=dtype)
-    found = everything(reward, transition, {}, torch.clone)
-    assert all(x.numel() == 0 for x in found)
-    _, shared = data(states, 2, dtype=dtype)
-    reward.requires_grad_()
-    shared.requires_grad_()
-    value = birl_ext.solve(reward, shared, discount=0.9, temperature=0.1).value
-    assert value.shape == (*batch, states)
-    one, other = torch.autograd.grad(value.sum(), [reward, shared])
-    assert one.shape == reward.shape
-    assert not other.any()
-
-
 def test_tensors_on_two_devices_are_named() -> None:
     reward, transition = data(4, 2)
     value, policy = torch.zeros(4, dtype=F64), torch.full((4, 2), 0.5, dtype=F64)
