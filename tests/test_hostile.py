@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import closeness
 import numpy as np
@@ -32,13 +32,7 @@ if loader.reason("cpu"):
     pytest.skip(f"no compiled CPU module: {loader.reason('cpu')}", allow_module_level=True)
 
 F32, F64 = torch.float32, torch.float64
-METHODS: tuple[MethodName, ...] = (
-    "auto",
-    "value-iteration",
-    "newton",
-    "newton-krylov",
-    "policy-iteration",
-)
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
 GENERAL = 144  # states: too many for the solver of small problems, and whole vectors
 
 
