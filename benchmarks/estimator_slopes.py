@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from birl_bench import machine
 from birl_bench.report import store
+from birl_bench.report import table as markdown
 from torch import Tensor
 
 import birl_ext
@@ -85,18 +86,18 @@ def measure(problem: Problem, score: Score, repetitions: int) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """Markdown."""
-    lines = [
-        "| estimator | error at n = 1,000 | at n = 31,623 | of it bias | slope of the noise |",
-        "|---|---|---|---|---|",
-    ]
+    head = "estimator", "error at n = 1,000", "at n = 31,623", "of it bias", "slope of the noise"
     at = PAIRS.index(1_000)
-    for name, row in report["rows"].items():
-        bias = f"{row['bias']:.3f} ± {row['bias_noise']:.3f}"
-        lines.append(
-            f"| {name} | {row['errors'][at]:.3f} | {row['errors'][-1]:.3f} | {bias} "
-            f"| {row['slope_of_noise']:.2f} |"
+    rows = (
+        (
+            name,
+            *(f"{row['errors'][i]:.3f}" for i in (at, -1)),
+            f"{row['bias']:.3f} ± {row['bias_noise']:.3f}",
+            f"{row['slope_of_noise']:.2f}",
         )
-    return "\n".join(lines)
+        for name, row in report["rows"].items()
+    )
+    return markdown(head, rows)
 
 
 def figure(report: dict[str, Any], path: Path) -> None:

@@ -25,6 +25,7 @@ from typing import Any, get_args
 
 from birl_bench.machine import header, today
 from birl_bench.report import store
+from birl_bench.report import table as markdown
 
 from birl_ext.problems.four_rooms import PUBLISHED, FourRoomsConfig, FourRoomsJob, Method
 
@@ -61,7 +62,7 @@ def table(report: dict[str, Any], budget: str = "default") -> str:
     shown = {"gradient": "plain gradient", "combined": "combined"}
     published = [name for name in report["published"][0] if name not in ("temperature", "kappa")]
     head = ["λ", "κ", "no incentive", *published, *shown.values(), "bound on the error"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = []
     for known in report["published"]:
         key = known["temperature"], known["kappa"], budget
         rows = [r for r in report["rows"] if (r["temperature"], r["kappa"], r["budget"]) == key]
@@ -69,16 +70,17 @@ def table(report: dict[str, Any], budget: str = "default") -> str:
         if not all(runs.values()):
             continue
         mean = [fmean(run["objective"] for run in some) for some in runs.values()]
-        cells = [
-            *(f"{number:g}" for number in key[:2]),
-            f"{rows[0]['no_incentive']:.3f}",
-            *(f"{known[name]:.2f}" for name in published),
-            f"{mean[0]:.3f}",
-            f"**{mean[1]:.3f}**",
-            f"{max(run['error_bound'] for run in runs['combined']):.0e}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(
+            [
+                *(f"{number:g}" for number in key[:2]),
+                f"{rows[0]['no_incentive']:.3f}",
+                *(f"{known[name]:.2f}" for name in published),
+                f"{mean[0]:.3f}",
+                f"**{mean[1]:.3f}**",
+                f"{max(run['error_bound'] for run in runs['combined']):.0e}",
+            ]
+        )
+    return markdown(head, lines) + "\n"
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from birl_bench import floors
-from birl_bench.report import digits
+from birl_bench.report import digits, table
 from birl_bench.requirements import judge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,9 +39,9 @@ def stored(kind: str) -> list[tuple[str, dict[str, Any]]]:
 def tables() -> dict[str, str]:
     """Name of each part of the page → its text."""
     return {
-        "kernels": "\n".join(floors.kernels()),
-        "floors of an H200": "\n".join(floors.predictions(floors.H200)),
-        "floors of an H100": "\n".join(floors.predictions(floors.H100)),
+        "kernels": floors.kernels(),
+        "floors of an H200": floors.predictions(floors.H200),
+        "floors of an H100": floors.predictions(floors.H100),
         "requirements": requirements(stored("cpu")),
         "predictions": predictions(stored("cpu")),
         "gpu": gpu(stored("gpu")),
@@ -54,16 +54,12 @@ def requirements(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     if not whole:
         return "No stored run has measured them yet."
     name, run = whole[-1]
-    lines = [
-        f"From `benchmarks/results/{name}.json`:",
-        "",
-        "| case | claim | wanted | measured | |",
-        "|---|---|---|---|---|",
-    ]
-    for one in judge(run["cases"], "cpu"):
-        cells = one["case"], one["claim"], one["wanted"], digits(one["measured"]), one["verdict"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    cells = (
+        (one["case"], one["claim"], one["wanted"], digits(one["measured"]), one["verdict"])
+        for one in judge(run["cases"], "cpu")
+    )
+    head = "case", "claim", "wanted", "measured", ""
+    return f"From `benchmarks/results/{name}.json`:\n\n{table(head, cells)}"
 
 
 def predictions(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
@@ -73,13 +69,9 @@ def predictions(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         return "No stored run has measured the ceilings yet."
     name, run = measured[-1]
     rates = run["ceilings"]["gigabytes_per_second"]
-    lines = [
-        f"From `benchmarks/results/{name}.json`; memory {digits(rates['memory'])} GB/s.",
-        "",
-        "| case | MB a pass | million operations | floor of a pass, ms | passes | predicted, ms "
-        "| measured, ms | measured/predicted |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["case", "MB a pass", "million operations", "floor of a pass, ms", "passes"]
+    head += ["predicted, ms", "measured, ms", "measured/predicted"]
+    rows = []
     for case in run["cases"]:
         ours: dict[str, Any] = next((row for row in case["rows"] if row["key"] == "ours"), {})
         if ours.get("status") != "timed" or not ours.get("passes") or "cold" not in ours:
@@ -95,8 +87,9 @@ def predictions(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             took,
             took / predicted,
         )
-        lines.append(f"| {case['case']} | {' | '.join(map(digits, numbers))} |")
-    return "\n".join(lines)
+        rows.append([case["case"], *map(digits, numbers)])
+    memory = digits(rates["memory"])
+    return f"From `benchmarks/results/{name}.json`; memory {memory} GB/s.\n\n{table(head, rows)}"
 
 
 def _predicted(case: Mapping[str, Any], passes: float, rates: Mapping[str, float]) -> float:
@@ -113,16 +106,13 @@ def gpu(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     if not runs:
         return "Not measured on a GPU yet: everything above is a prediction."
     name, run = runs[-1]
-    lines = [f"From `benchmarks/results/{name}.json`, {run['device']}:", ""]
-    lines += ["| case | ms, cold | ms, queued |", "|---|---|---|"]
-    for case in (run.get("suite") or {}).get("cases", ()):
-        ours = case["rows"][0]
-        if ours.get("cold"):
-            queued = (ours.get("queued") or {}).get("median")
-            lines.append(
-                f"| {case['case']} | {digits(ours['cold']['median'])} | {digits(queued)} |"
-            )
-    return "\n".join(lines)
+    rows = (
+        (case["case"], *(digits((ours.get(how) or {}).get("median")) for how in ("cold", "queued")))
+        for case in (run.get("suite") or {}).get("cases", ())
+        if (ours := case["rows"][0]).get("cold")
+    )
+    found = table(("case", "ms, cold", "ms, queued"), rows)
+    return f"From `benchmarks/results/{name}.json`, {run['device']}:\n\n{found}"
 
 
 def filled(text: str, parts: Mapping[str, str]) -> str:

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from birl_bench.machine import header, today
 from birl_bench.report import store
+from birl_bench.report import table as markdown
 
 from birl_ext.preferences.teachers import TEACHERS
 from birl_ext.problems.preference.config import PreferenceConfig
@@ -130,7 +131,7 @@ def table(report: dict[str, Any], task: str) -> str:
         *(f"{NAMES[name]} − DRLHF: labels" for name in rivals),
         *(f"{NAMES[name]} − DRLHF: return" for name in rivals),
     ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for teacher in [*TEACHERS, None]:
         rows = [run for run in runs if teacher in (None, run["teacher"])]
         if not rows:
@@ -143,8 +144,8 @@ def table(report: dict[str, Any], task: str) -> str:
             cells.append(f"{mean} ({passed} of {len(own)})")
         cells += [interval(pairs(rows, name, needed)) for name in rivals]
         cells += [interval(pairs(rows, name, level), 1) for name in rivals]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(head, lines)
 
 
 def figure(report: dict[str, Any], path: Path) -> None:

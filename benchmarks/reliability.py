@@ -1,9 +1,10 @@
 """How often does what is promised not hold? Random problems, damaged files and killed runs.
 
-    python benchmarks/reliability.py [--seeds 0:11000] [--changes 4000] --out FILE
+    python benchmarks/reliability.py [--seeds 0:11000 | --problems FILE] [--changes 4000] --out FILE
 
 Runs tests/properties/run.py, tests/test_damage.py and tests/test_kill.py, one after the other, and
-keeps their figures; docs/reliability.md shows them.
+keeps their figures; docs/reliability.md shows them. --problems takes the first, which are most of
+the time, from an earlier report, with the date and the commit that they are of.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from birl_bench import machine
 from birl_bench.report import store
+from birl_bench.report import table as markdown
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 COLUMNS = {
@@ -72,62 +75,58 @@ SAME = {
 }
 
 
+SOURCE = ("date", "machine", "versions", "commit")
+
+
 def table(report: dict[str, Any]) -> str:
     """What docs/reliability.md shows."""
     found = report["properties"]
     promises, counts = found["promises"], found["counts"]
 
-    def total(kinds: list[str], key: str) -> int:
-        return sum(promises[kind][key] for kind in kinds if kind in promises)
+    def totals(kinds: list[str]) -> list[str]:
+        some = [promises[kind] for kind in kinds if kind in promises]
+        return [f"{sum(one[key] for one in some):,}" for key in ("tried", "failed")]
 
-    lines = [
-        f"{found['seeds']:,} seeds, {counts['problems']:,} problems. "
-        "Worst error over what is allowed:",
-        "",
-        f"| | compared | broken | {' | '.join(COLUMNS)} |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    bounds = []
     for words, names in BOUNDS.items():
         kinds = [f"{name} {where}" for name in names for where in COLUMNS.values()]
         cells = []
         for where in COLUMNS.values():
             worst = [promises[f"{n} {where}"]["worst"] for n in names if f"{n} {where}" in promises]
             cells.append(f"{max(worst):.2g}" if worst else "–")
-        row = [words, f"{total(kinds, 'tried'):,}", str(total(kinds, "failed")), *cells]
-        lines.append(f"| {' | '.join(row)} |")
-    lines += ["", "| | compared | broken |", "|---|---|---|"]
-    for words, kinds in SAME.items():
-        lines.append(f"| {words} | {total(kinds, 'tried'):,} | {total(kinds, 'failed')} |")
+        bounds.append([words, *totals(kinds), *cells])
     derivatives = [f"derivatives {where}" for where in COLUMNS.values()]
     shares = [
         sum(counts.get(f"{name}{why}", 0) for name in derivatives)
         for why in ("", ", by rounding", ", ill-conditioned")
     ]
-    lines += [
-        "",
+    head = ["files", "changed", "refused", "read as written", "read as anything else"]
+    keys = "changes", "refused", "equal", "different", "raw errors"
+    damage = ([kind, *(f"{one[key]:,}" for key in keys)] for kind, one in report["damage"].items())
+    kills = report["kills"]
+    parts = [
+        f"{found['seeds']:,} seeds, {counts['problems']:,} problems, on {found['date']}. "
+        "Worst error over what is allowed:",
+        markdown(["", "compared", "broken", *COLUMNS], bounds),
+        markdown(
+            ["", "compared", "broken"], ([words, *totals(kinds)] for words, kinds in SAME.items())
+        ),
         f"Of {shares[0]:,} derivatives compared, {shares[1] / shares[0]:.0%} were judged by "
         f"rounding and {shares[2] / shares[0]:.1%} were of ill-conditioned problems.",
-        "",
-        "| files | changed | refused | read as written | read as anything else | unnamed errors |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, one in report["damage"].items():
-        cells = [one[key] for key in ("changes", "refused", "equal", "different", "raw errors")]
-        lines.append(f"| {name} | {' | '.join(f'{cell:,}' for cell in cells)} |")
-    kills = report["kills"]
-    lines += [
-        "",
+        f"Files and kills, on {report['date']}:",
+        markdown([*head, "unnamed errors"], damage),
         f"{kills['kills']} kills of preference runs ({kills['start-up']} at the start, "
         f"{kills['step']} in a step, {kills['save']} in a save, {kills['half a checkpoint']} of "
         f"them with half a checkpoint written): {kills['runs']} runs, each ended with the bits of "
         "one that never was killed.",
     ]
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0:11000")
+    parser.add_argument("--problems", type=Path, metavar="FILE")
     parser.add_argument("--changes", type=int, default=4000)
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
@@ -137,16 +136,22 @@ def main() -> int:
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "properties.json"
-        script = str(TESTS / "properties" / "run.py")
-        options = ["--seeds", chosen.seeds, "--out", str(file)]
-        failed = subprocess.run([sys.executable, script, *options], check=False).returncode
-        properties = json.loads(file.read_text())
-    del properties["command"]  # names the temporary folder
+    failed = 0
+    if chosen.problems:
+        old = json.loads(chosen.problems.read_text())
+        properties = {**{key: old[key] for key in SOURCE}, **old["properties"]}
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "properties.json"
+            script = str(TESTS / "properties" / "run.py")
+            options = ["--seeds", chosen.seeds, "--out", str(file)]
+            failed = subprocess.run([sys.executable, script, *options], check=False).returncode
+            properties = json.loads(file.read_text())
+        del properties["command"]  # names the temporary folder
+    head = ["git", "-C", str(TESTS), "rev-parse", "HEAD"]
     report = {
-        "command": f"python benchmarks/reliability.py {' '.join(sys.argv[1:])}",
-        **{key: properties.pop(key) for key in ("date", "machine", "versions", "commit")},
+        **machine.header(f"python benchmarks/reliability.py {' '.join(sys.argv[1:])}"),
+        "commit": subprocess.check_output(head, text=True).strip(),
         "damage": figures("test_damage.py", "--changes", str(chosen.changes)),
         "kills": figures("test_kill.py"),
         "properties": properties,

@@ -24,6 +24,7 @@ import torch
 from birl_bench import families
 from birl_bench.machine import header
 from birl_bench.report import store
+from birl_bench.report import table as markdown
 from torch import Tensor
 
 import birl_ext
@@ -127,14 +128,8 @@ def table(report: dict[str, Any]) -> str:
         products = f" + {row['products']}" if row["products"] and row["backend"] == "cpu" else ""
         return f"{row['passes']}{products}"
 
-    columns = (
-        "family, S, γ, τ",
-        *METHODS[1:],
-        "auto",
-        "auto, ms",
-        "auto on PyTorch, ms",
-    )
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    columns = "family, S, γ, τ", *METHODS[1:], "auto", "auto, ms", "auto on PyTorch, ms"
+    lines = []
     seen: dict[tuple[Any, ...], dict[tuple[str, str], dict[str, Any]]] = {}
     for row in report["rows"]:
         key = (row["family"], row["states"], row["discount"], row["temperature"])
@@ -146,8 +141,8 @@ def table(report: dict[str, Any]) -> str:
         name = f"{family}, {states}, {discount:g}, {temperature:g}"
         cells = [cell(rows["cpu", method]) for method in (*METHODS[1:], "auto")]
         times = [_milliseconds(rows[backend, "auto"]) for backend in BACKENDS]
-        lines.append(f"| {' | '.join([name, *cells, *times])} |")
-    return "\n".join(lines)
+        lines.append([name, *cells, *times])
+    return markdown(columns, lines)
 
 
 def _milliseconds(row: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from birl_bench import machine
 from birl_bench.report import store
+from birl_bench.report import table as markdown
 from torch import Tensor
 
 from birl_ext.bilevel import MSoBiRL
@@ -107,7 +108,7 @@ def table(report: dict[str, Any]) -> str:
     head = ["λ", "all taxes 0.3"]
     for method in ("gradient", "zero order"):
         head += [f"{method}, {count} steps" for count in (EARLY, steps)]
-    lines = [f"| {' | '.join([*head, 'income tax', 'taxes on the goods'])} |", "|" + "---|" * 8]
+    lines = []
     for temperature in TEMPERATURES:
         rows = [row for row in report["rows"] if row["temperature"] == temperature]
         (gradient,) = best(rows, "gradient")
@@ -118,8 +119,8 @@ def table(report: dict[str, Any]) -> str:
             values = [row[when] for row in best(rows, "zero-order", when)]
             cells.append(f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
         income, *goods = (f"{tax:.2f}" for tax in gradient["taxes"])
-        lines.append(f"| {' | '.join([*cells, income, ', '.join(goods)])} |")
-    return "\n".join(lines) + "\n"
+        lines.append([*cells, income, ", ".join(goods)])
+    return markdown([*head, "income tax", "taxes on the goods"], lines) + "\n"
 
 
 def main() -> int:

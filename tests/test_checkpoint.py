@@ -415,13 +415,3 @@ def test_another_format_is_refused(two):
     path = replace_with(two, file.getvalue())
     with pytest.raises(CheckpointIncompatibleError, match=f"format 3 is not .*{path.name}"):
         two.load()
-
-
-def test_a_directory_of_the_first_format_is_refused(two):
-    (two.folder / "step-00000003.0").mkdir()
-    (two.folder / "step-00000003.0/manifest.json").touch()
-    for look in (two.load, two.paths):
-        with pytest.raises(
-            CheckpointIncompatibleError, match=r"format 1.*step-00000003\.0\. Fix: start"
-        ):
-            look()

@@ -272,17 +272,21 @@ def test_a_summary_of_something_else_is_refused_by_name(birl, problem):
     assert birl("plot", "a")[0] == 0
 
 
-@pytest.mark.parametrize("command", [["run", "--resume", "a"], ["plot", "a"]], ids=" ".join)
-def test_rows_without_a_checkpoint_are_refused_and_kept(birl, command):
+def test_what_a_run_has_lost_is_noticed_and_the_remedy_helps(birl):
     birl("run", "fake", "--steps", "4", "--out", "a", "--no-figures")
-    before = Path("a/metrics.jsonl").read_bytes()
-    shutil.rmtree("a/checkpoints")
-    status, out, err = birl(*command)
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "BIRL-E702 the metrics hold 4 rows, and there is no checkpoint at a/checkpoints" in err
-    assert Path("a/metrics.jsonl").read_bytes() == before
-    remedy = "birl run --config a/config.toml"
-    assert err.endswith(f"{remedy}\n")
+    whole, path = Path("a/metrics.jsonl").read_bytes(), Path("a/metrics.jsonl")
+    short = whole.partition(b"\n")[0] + b"\n"
+    for rows, said in (
+        (short, "BIRL-E701 the metrics hold 1 rows, the newest checkpoint is of step 4"),
+        (whole, "BIRL-E702 the metrics hold 4 rows, and there is no checkpoint at a/checkpoints"),
+    ):
+        path.write_bytes(rows)
+        for command in (["run", "--resume", "a"], ["plot", "a"]):
+            status, out, err = birl(*command)
+            assert (status, out, err.count("\n"), said in err) == (2, "", 1, True), err
+            assert path.read_bytes() == rows
+            assert err.endswith(f"{(remedy := 'birl run --config a/config.toml')}\n")
+        shutil.rmtree("a/checkpoints", ignore_errors=True)
     assert birl(*remedy.split()[1:], "--out", "b", "--no-figures")[0] == 0
 
 
@@ -353,19 +357,6 @@ def test_a_result_that_is_none_is_status_1_and_said(birl, monkeypatch, word):
     status, out, err = birl(*words, "b", "--seed", "1")
     assert (status, err) == (0, "")
     assert re.search(rf"^  {word} +True$", out, re.MULTILINE)
-
-
-@pytest.mark.parametrize("command", [["run", "--resume", "a"], ["plot", "a"]], ids=" ".join)
-def test_metrics_that_were_shortened_are_noticed(birl, command):
-    birl("run", "fake", "--steps", "4", "--out", "a", "--no-figures")
-    path = Path("a/metrics.jsonl")
-    path.write_bytes(path.read_bytes().partition(b"\n")[0] + b"\n")
-    status, out, err = birl(*command)
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "BIRL-E701 the metrics hold 1 rows, the newest checkpoint is of step 4" in err
-    remedy = "birl run --config a/config.toml"
-    assert err.endswith(f"start the run again: {remedy}\n")
-    assert birl(*remedy.split()[1:], "--out", "b", "--no-figures")[0] == 0
 
 
 def test_a_job_that_keeps_no_contract_is_refused_before_it_has_a_directory(birl, monkeypatch):

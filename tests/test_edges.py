@@ -52,24 +52,27 @@ def assert_same_solution(got: Solution, want: Solution, label: object) -> None:
 
 
 @pytest.mark.parametrize("batch", [(0,), (0, 3), (3, 0)], ids=str)
+@pytest.mark.parametrize("states", [3, 144])  # solved side by side, and one by one
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_an_empty_batch_gives_empty_answers_and_gradients(
-    batch: tuple[int, ...], sparse: bool, backend: BackendName
+    batch: tuple[int, ...], sparse: bool, own: bool, states: int, backend: BackendName
 ) -> None:
-    reward = torch.zeros(*batch, 3, 2, dtype=torch.float64, requires_grad=True)
-    transition = rows(3, 2, 3).requires_grad_()
+    dtype = torch.float32 if own else torch.float64
+    reward = torch.zeros(*batch, states, 2, dtype=dtype, requires_grad=True)
+    transition = rows(*(batch if own else ()), states, 2, states, dtype=dtype).requires_grad_()
     mdp: Any = DenseMDP(reward, transition, 0.9)
     mdp = mdp.to_sparse() if sparse else mdp
     got = birl_ext.solve(mdp, temperature=0.5, backend=backend)
-    assert got.value.shape == (*batch, 3)
-    assert got.policy.shape == (*batch, 3, 2)
+    assert got.value.shape == (*batch, states)
+    assert got.policy.shape == (*batch, states, 2)
     assert got.status.shape == got.error_bound.shape == batch
     image, _, _ = birl_ext.bellman(got.value, mdp, temperature=0.5, backend=backend)
     gained = birl_ext.evaluate(got.policy, mdp, backend=backend)
     visits = birl_ext.occupancy(
         got.policy,
         mdp,
-        initial_distribution=torch.full((3,), 1 / 3, dtype=torch.float64),
+        initial_distribution=torch.full((states,), 1 / states, dtype=dtype),
         backend=backend,
     )
     total = got.value.sum() + got.policy.sum() + image.sum() + gained.sum() + visits.sum()

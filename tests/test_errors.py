@@ -23,7 +23,6 @@ from birl_ext import errors
 from birl_ext.bilevel import BilevelProblem, DampedNewton, MSoBiRL, geometric
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.nn import SoftPlanner
-from birl_ext.problems.bus import load_bus_data
 from birl_ext.solution import Status
 
 ROOT = Path(__file__).parent.parent
@@ -107,12 +106,6 @@ def one_closed() -> Tensor:
 
 def no_action() -> Tensor:
     return changed(torch.ones(2, S, A, dtype=torch.bool), (1, 2), False)
-
-
-def bus(tmp_path: Path, text: str) -> Any:
-    path = tmp_path / "counts.csv"
-    path.write_text(text)
-    return load_bus_data(str(path))
 
 
 def quadratic(sign: float = 1.0) -> BilevelProblem:
@@ -634,24 +627,6 @@ def test_error(name: str) -> None:
     assert_raises(*ROWS[name])
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("state,keep\n0,1\n", r"begins with 'state,keep' at line 1 "),
-        ("", r"begins with 'nothing' at line 1"),
-        ("state,keep,replace\n0,1,2\n1,x,2\n", r"has '1,x,2' at line 3 "),
-        ("state,keep,replace\n0,1,2\n1,1.5,2\n", r"has '1,1\.5,2' at line 3 "),
-        (
-            "state,keep,replace\n0,1,2\n2,1,2\n",
-            r"has '2,1,2' at line 3 .*here 1\).*add the row 1,0,0",
-        ),
-    ],
-    ids=["header", "empty", "word", "fraction", "gap"],
-)
-def test_errors_of_bus_data_name_the_line(text: str, words: str, tmp_path: Path) -> None:
-    assert_raises("E701", words, lambda: bus(tmp_path, text))
-
-
 def test_what_only_the_op_can_see_is_said_in_the_same_words() -> None:
     """Under a trace nothing is read at the border; the op's status becomes the same error."""
     given = broken_row()
@@ -660,18 +635,6 @@ def test_what_only_the_op_can_see_is_said_in_the_same_words() -> None:
     with pytest.raises(errors.NonStochasticError) as from_the_op:
         birl_ext.solve(**given)
     assert str(at_the_border.value) == str(from_the_op.value)
-
-
-def test_tolerance_of_row_sums_scales_with_dtype_and_size() -> None:
-    """A tenth of the tolerance passes, ten times as much does not."""
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-8)):
-        given = model()
-        given["reward"] = given["reward"].to(dtype)
-        for factor, passes in ((0.1, True), (-0.1, True), (10, False), (-10, False)):
-            rows = given["transition"].clone()
-            rows[1, 2, 0] *= 1 + factor * tolerance
-            got = birl_ext.solve(**{**given, "transition": rows.to(dtype)}, on_fail="status")
-            assert got.status.tolist() == [0, 0 if passes else Status.ROW_SUM], (dtype, factor)
 
 
 def test_an_input_without_validation_is_not_read() -> None:

@@ -18,9 +18,6 @@ from birl_ext.problems.four_rooms import (
     FourRoomsJob,
     moves,
 )
-from birl_ext.runs import loop
-from birl_ext.runs.config import to_plain
-from birl_ext.runs.directory import RunDirectory
 
 UNIFORM = torch.zeros(105, dtype=torch.float64)
 NOTHING = torch.where(torch.arange(105) == 104, 1e3, 0.0).double()
@@ -220,45 +217,6 @@ def test_combined_beats_one_start_and_the_published_entries():
         best.append(job.step()["objective"])
     assert best == sorted(best)
     assert job.summary()["objective"] > PUBLISHED[0.003, 3.0]["HPGD"]
-
-
-@pytest.mark.parametrize("method", ["combined", "noise", "continuation"])
-@pytest.mark.parametrize("stop", [2, 3, 7])  # before, at and after the first thinning
-def test_resumes_to_the_same_bits(method, stop, tmp_path):
-    config = dataclasses.replace(TINY, method=method)
-    whole = FourRoomsJob(config)
-    rows = [whole.step() for _ in range(config.steps)]
-
-    first = FourRoomsJob(config)
-    for _ in range(stop):
-        first.step()
-    torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = FourRoomsJob(config)
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert [second.step() for _ in range(stop, config.steps)] == rows[stop:]
-    assert torch.equal(
-        second.summary()["parameters"]["weights"], whole.summary()["parameters"]["weights"]
-    )
-
-
-def test_run_directory_with_figures(tmp_path):
-    pytest.importorskip("matplotlib")
-    job = FourRoomsJob(TINY)
-    directory = RunDirectory.create(tmp_path / "run", "four-rooms", to_plain(TINY))
-    outcome = loop.run(job, directory)
-    written, missing = loop.draw_figures(job, directory, outcome.summary or {})
-    names = {path.name for path in written if path.suffix == ".png"}
-    assert names == {"learning_curve.png", "incentives.png", "policies.png"}
-    assert not missing
-
-
-@pytest.mark.parametrize(
-    ("field", "wrong"),
-    [("temperature", 0.0), ("starts", 0), ("steps", 3), ("heat", 0.5), ("method", "luck")],
-)
-def test_config_refuses(field, wrong):
-    with pytest.raises(ConfigError, match=field):
-        dataclasses.replace(TINY, **{field: wrong})
 
 
 def test_unknown_noise_is_refused():

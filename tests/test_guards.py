@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_close, assert_same_bits
+from closeness import assert_close, assert_same_bits, assert_same_state
 from torch import Tensor
 
 from birl_ext.bilevel import (
@@ -117,16 +117,6 @@ def assert_refused(
         for name in ("x", "value", "flow", "generator", "q", "simulator"):
             assert_same_state(after.get(name), before.get(name), name)
         assert getattr(algorithm, "steps", 0) == 0
-
-
-def assert_same_state(after: Any, before: Any, name: str) -> None:
-    if isinstance(before, Tensor):
-        assert_same_bits(after, before, label=name)
-    elif isinstance(before, dict):
-        for key, value in before.items():
-            assert_same_state(after[key], value, f"{name}.{key}")
-    else:
-        assert after == before, name
 
 
 # Temperatures

@@ -282,14 +282,20 @@ def test_compiled_code_draws_the_line_where_python_does(dtype: torch.dtype, stat
     below = checks.below_zero(dtype, states)
     backends: list[Any] = ["torch", *([] if choice.unavailable("cpu") else ["cpu"])]
     reward = torch.zeros(states, 1, dtype=dtype)
-    for number, status in ((excess, Status.ROW_SUM), (-below, Status.NEGATIVE_PROBABILITY)):
-        for near, found in ((0.999, Status.CONVERGED), (1.001, status)):
+    for entry, number, status in (
+        (1, excess, Status.ROW_SUM),
+        (0, -excess, Status.ROW_SUM),
+        (1, -below, Status.NEGATIVE_PROBABILITY),
+    ):
+        near = 1e-3 if entry else 1e-2  # below one the next float32 is 6e-8 away
+        for factor, found in ((1 - near, Status.CONVERGED), (1 + near, status)):
             rows = torch.zeros(states, 1, states, dtype=dtype)
-            rows[..., 0], rows[..., 1] = 1, near * number
+            rows[..., 0] = 1
+            rows[..., entry] += factor * number
             options: Any = {"discount": 0.5, "temperature": 1.0, "on_fail": "status"}
             for backend in backends:
                 solved = birl_ext.solve(reward, rows, backend=backend, **options)
-                assert int(solved.status) == found, (backend, near)
+                assert int(solved.status) == found, (backend, factor)
             with pytest.raises(errors.BirlError) if found else contextlib.nullcontext():
                 DenseMDP(reward, rows, 0.5)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import untyped
 from closeness import assert_close, assert_same_bits
+from processes import digest
 from torch import Tensor
 
 from birl_ext.errors import (
@@ -30,6 +31,9 @@ from birl_ext.problems import PROBLEMS
 from birl_ext.problems import bus as bus_module
 from birl_ext.problems.bus import BusConfig, BusData, BusJob, bus_problem, load_bus_data
 from birl_ext.problems.random_mdp import RandomMDPConfig, RandomMDPJob, random_mdp_problem
+from birl_ext.runs import loop
+from birl_ext.runs.config import to_plain
+from birl_ext.runs.directory import RunDirectory
 
 
 def finished(job: Any) -> list[dict[str, float]]:
@@ -57,24 +61,29 @@ def test_settings_that_no_problem_has_are_refused(problem: str) -> None:
     config(seed=2**64 - 1)
 
 
+OUT_OF_RANGE: dict[str, dict[str, tuple[float, ...]]] = {
+    "random-mdp": {"learning_rate": (0.0, math.inf)},
+    "four-rooms": {"temperature": (0.0,), "starts": (0,), "steps": (3,), "heat": (0.5, math.inf)},
+    "taxes": {
+        **{"temperature": (0.0,), "steps": (0,), "cells": (1,)},
+        **{"learning_rate": (0.0, math.inf), "radius": (-1.0, math.inf)},
+    },
+    "preference": {"learning_rate": (math.inf,)},
+}
+
+
+@pytest.mark.parametrize("problem", OUT_OF_RANGE)
+def test_a_setting_out_of_its_range_is_refused(problem: str) -> None:
+    for name, wrong in OUT_OF_RANGE[problem].items():
+        for value in wrong:
+            allowed = "finite" if value == math.inf else r"\d or more|more than \d"
+            with pytest.raises(ConfigError, match=rf"{name} is {value!r} .allowed: ({allowed})"):
+                PROBLEMS[problem].config(**{name: value})
+
+
 def test_a_choice_that_is_nearly_right_is_suggested() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'disagreement'\?"):
         PROBLEMS["preference"].config(query="dissagreement", members=2)
-
-
-@pytest.mark.parametrize(
-    ("problem", "name"),
-    [
-        ("random-mdp", "learning_rate"),
-        ("four-rooms", "heat"),
-        ("taxes", "learning_rate"),
-        ("taxes", "radius"),
-        ("preference", "learning_rate"),
-    ],
-)
-def test_an_infinite_setting_is_refused(problem: str, name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is inf .allowed: finite"):
-        PROBLEMS[problem].config(**{name: math.inf})
 
 
 def test_settings_that_may_be_infinite() -> None:
@@ -85,6 +94,60 @@ def test_settings_that_may_be_infinite() -> None:
 
 def test_the_largest_seed_draws_an_instance() -> None:
     random_mdp_problem(RandomMDPConfig(states=3, seed=2**64 - 1))
+
+
+# Jobs
+
+RESUMED: list[tuple[str, dict[str, Any], int]] = [
+    *(("random-mdp", {"max_steps": 6, "mode": mode}, 3) for mode in ("exact", "published")),
+    *(
+        ("four-rooms", {"starts": 8, "steps": 12, "method": method}, stop)
+        for method in ("combined", "noise", "continuation")
+        for stop in (2, 3, 7)  # before, at and after the first thinning
+    ),
+    *(
+        ("taxes", {"cells": 20, "steps": 6, "method": method}, 3)
+        for method in ("gradient", "zero-order")
+    ),
+    ("bus", {}, 3),
+]
+
+
+@pytest.mark.filterwarnings("ignore::birl_ext.errors.AccuracyWarning")
+@pytest.mark.parametrize(("problem", "settings", "stop"), RESUMED, ids=str)
+def test_a_job_goes_on_to_the_same_bits(
+    problem: str, settings: dict[str, Any], stop: int, tmp_path: Path
+) -> None:
+    kind = PROBLEMS[problem]
+    whole, first, second = (untyped(kind.job)(kind.config(**settings)) for _ in range(3))
+    rows = finished(whole)
+    for _ in range(stop):
+        first.step()
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert finished(second) == rows[stop:]
+    for read in ("state_dict", "summary"):
+        assert digest(getattr(second, read)()) == digest(getattr(whole, read)())
+
+
+FIGURES: dict[str, tuple[dict[str, int], set[str]]] = {
+    "random-mdp": ({"max_steps": 3}, {"learning_curve"}),
+    "four-rooms": ({"starts": 8, "steps": 12}, {"learning_curve", "incentives", "policies"}),
+    "taxes": ({"cells": 20, "steps": 2}, {"learning_curve", "taxes", "households"}),
+    "bus": ({"max_steps": 3}, {"learning_curve", "replacement_probability"}),
+}
+
+
+@pytest.mark.parametrize("problem", FIGURES)
+def test_a_run_directory_has_its_figures(problem: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    kind, (settings, names) = PROBLEMS[problem], FIGURES[problem]
+    config = kind.config(**settings)
+    job, directory = kind.job(config), RunDirectory.create(tmp_path, problem, to_plain(config))
+    outcome = loop.run(job, directory)
+    written, missing = loop.draw_figures(job, directory, outcome.summary or {})
+    assert {path.stem for path in written if path.suffix == ".png"} == names
+    assert not missing
 
 
 # P1, the random MDP of SoBiRL
@@ -229,17 +292,6 @@ def test_the_myopic_estimate_differs() -> None:
     finished(job)
     params = job.summary()["params"]
     assert abs(params["RC"] - 10.075) > 1
-
-
-def test_a_bus_run_goes_on_to_the_same_bits(bus: Any) -> None:
-    finished_job, _, _ = bus
-    job = BusJob(BusConfig())
-    for _ in range(3):
-        job.step()
-    other = BusJob(BusConfig())
-    other.load_state_dict(job.state_dict())
-    finished(other)
-    assert_same_bits(other.newton.x, finished_job.newton.x, label="x")
 
 
 COUNTS = "state,keep,replace\n"
@@ -624,12 +676,6 @@ def test_figures_of_small_tables_are_drawn(states: int, tmp_path: Path) -> None:
 
 
 # Settings
-
-
-def test_a_learning_rate_of_zero_is_not_the_default() -> None:
-    with pytest.raises(ConfigError, match=r"learning_rate is 0\.0 .allowed: more than 0"):
-        RandomMDPConfig(learning_rate=0.0)
-    assert RandomMDPConfig(learning_rate=None).learning_rate is None
 
 
 @pytest.mark.parametrize(

@@ -169,12 +169,13 @@ def test_differences_name_what_changed():
     [
         (b"a = ", "not a TOML file"),
         (b"\xff\xfe", "not a TOML file"),
+        (b"a = " + b"9" * 5000, "not a TOML file"),
         (b"a = 1\n" + b"#" * (1 << 20), "too large"),
         (b"a = " + b"[" * 50 + b"]" * 50, "nested too deeply"),
         (b"a = " + b"[" * 100_000, "nested too deeply"),
         (b".".join([b"a"] * 30) + b" = 1", "nested too deeply"),
     ],
-    ids=["syntax", "encoding", "size", "lists", "recursion", "tables"],
+    ids=["syntax", "encoding", "digits", "size", "lists", "recursion", "tables"],
 )
 def test_a_bad_config_file_is_refused(tmp_path, content, message):
     path = tmp_path / "run.toml"

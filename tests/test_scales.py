@@ -5,7 +5,7 @@ and every bound holds.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -133,13 +133,7 @@ def test_any_start_ends_in_the_same_solution(
     noise = torch.tensor(rng.standard_normal(states))
     options: dict[str, Any] = {"discount": 0.99, "temperature": 0.1, "backend": backend}
     want = birl_ext.solve(reward, transition, **options)
-    methods: list[MethodName] = [
-        "auto",
-        "value-iteration",
-        "newton",
-        "newton-krylov",
-        "policy-iteration",
-    ]
+    methods: tuple[MethodName, ...] = get_args(MethodName)
     for power in (16, 18, 20, 160, 300, 308):
         for start in (torch.ones(states).double(), -torch.ones(states).double(), noise):
             initial = start.clamp(-1, 1) * 10.0**power
@@ -319,14 +313,7 @@ def drawn(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return data, options
 
 
-METHODS: list[MethodName] = [
-    "auto",
-    "auto",
-    "value-iteration",
-    "newton",
-    "newton-krylov",
-    "policy-iteration",
-]
+METHODS: list[MethodName] = ["auto", *get_args(MethodName)]
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,8 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext.bilevel import BilevelProblem, ZeroOrder
-from birl_ext.errors import ConfigError, OptionError
+from birl_ext.errors import OptionError
 from birl_ext.problems.taxes import TaxEconomy, TaxesConfig, TaxesJob
-from birl_ext.runs import loop
-from birl_ext.runs.config import to_plain
-from birl_ext.runs.directory import RunDirectory
 
 TINY = TaxesConfig(cells=20, steps=12)
 LOGITS = torch.tensor([-0.8, -2.0, 0.5, -1.2], dtype=torch.float64)
@@ -213,45 +209,3 @@ def test_a_short_run_improves_on_the_start(method: Any, gain: float) -> None:
     assert summary["objective"] > summary["objective_at_start"] + gain
     assert summary["objective"] == pytest.approx(float(summary["welfare"].mean()))
     assert summary["error_bound"] < 1e-4
-
-
-@pytest.mark.parametrize("method", ["gradient", "zero-order"])
-def test_resumes_to_the_same_bits(method: Any, tmp_path: Path) -> None:
-    config = dataclasses.replace(TINY, method=method, steps=6)
-    whole, rows = finished(config)
-    first = TaxesJob(config)
-    for _ in range(3):
-        first.step()
-    torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = TaxesJob(config)
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert [second.step() for _ in range(3)] == rows[3:]
-    assert torch.equal(second.algorithm.x, whole.algorithm.x)
-
-
-def test_run_directory_with_figures(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    config = dataclasses.replace(TINY, steps=2)
-    job = TaxesJob(config)
-    directory = RunDirectory.create(tmp_path / "run", "taxes", to_plain(config))
-    outcome = loop.run(job, directory)
-    written, missing = loop.draw_figures(job, directory, outcome.summary or {})
-    names = {path.name for path in written if path.suffix == ".png"}
-    assert names == {"learning_curve.png", "taxes.png", "households.png"}
-    assert not missing
-
-
-@pytest.mark.parametrize(
-    ("field", "wrong"),
-    [
-        ("temperature", 0.0),
-        ("steps", 0),
-        ("learning_rate", 0.0),
-        ("radius", -1.0),
-        ("cells", 1),
-        ("method", "luck"),
-    ],
-)
-def test_config_refuses(field: str, wrong: Any) -> None:
-    with pytest.raises(ConfigError, match=field):
-        dataclasses.replace(TINY, **{field: wrong})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -28,13 +28,7 @@ SLOW = (
 )
 BACKENDS: list[BackendName] = ["torch"] if choice.unavailable("cpu") else ["torch", "cpu"]
 FORMS = ("dense", "sparse", "tensors")
-METHODS: tuple[MethodName, ...] = (
-    "auto",
-    "value-iteration",
-    "newton",
-    "newton-krylov",
-    "policy-iteration",
-)
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
 EPS = {dtype: torch.finfo(dtype).eps for dtype in FLOATS}
 OPTIONAL = ("mask", "terminal", "reference")
 

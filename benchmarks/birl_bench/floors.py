@@ -9,10 +9,9 @@ number of passes is that counted on a CPU, where it does not depend on the machi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from birl_bench.report import digits
+from birl_bench.report import digits, table
 
 __all__ = ["H100", "H200", "SHAPES", "Device", "Prediction", "Shape", "kernels", "predict"]
 
@@ -167,35 +166,33 @@ def _product(shape: Shape, device: Device) -> float:
     return size / (device.l2 if size <= device.l2_bytes else device.memory)
 
 
-def predictions(device: Device) -> Iterator[str]:
-    """Lines of a Markdown table, microseconds."""
-    yield (
-        f"| shape, float32 unless said | P, MB | pass: from memory | from L2 | on chip "
-        f"| passes + products | solve on an {device.name}, at least | mostly |"
-    )
-    yield "|" + "---|" * 8
+def predictions(device: Device) -> str:
+    """A Markdown table, microseconds."""
+    head = ["shape, float32 unless said", "P, MB", "pass: from memory", "from L2", "on chip"]
+    head += ["passes + products", f"solve on an {device.name}, at least", "mostly"]
+    rows = []
     for shape in SHAPES:
         found = predict(shape, device)
         count = f"{shape.passes:g}" + (f" + {shape.products:g}" if shape.products else "")
-        cells = [
-            shape.name,
-            digits(shape.bytes / 1e6),
-            _micro(found.memory),
-            _micro(found.l2),
-            _micro(found.chip),
-            count,
-            _micro(found.solve),
-            found.mostly,
-        ]
-        yield f"| {' | '.join(cells)} |"
+        rows.append(
+            [
+                shape.name,
+                digits(shape.bytes / 1e6),
+                _micro(found.memory),
+                _micro(found.l2),
+                _micro(found.chip),
+                count,
+                _micro(found.solve),
+                found.mostly,
+            ]
+        )
+    return table(head, rows)
 
 
-def kernels() -> Iterator[str]:
-    """Lines of a Markdown table: bytes and operations of each kernel, per pass, in symbols."""
-    yield "| kernel | reads and writes, bytes | operations | per byte, float32 |"
-    yield "|---|---|---|---|"
-    for name, size, operations, intensity in KERNELS:
-        yield f"| {name} | {size} | {operations} | {intensity} |"
+def kernels() -> str:
+    """A Markdown table: bytes and operations of each kernel, per pass, in symbols."""
+    head = "kernel", "reads and writes, bytes", "operations", "per byte, float32"
+    return table(head, KERNELS)
 
 
 KERNELS = (
@@ -220,8 +217,8 @@ def _micro(seconds: float | None) -> str:
 def main() -> None:
     """Print the tables."""
     for device in (H200, H100):
-        print("\n".join(predictions(device)), end="\n\n")
-    print("\n".join(kernels()))
+        print(predictions(device), end="\n\n")
+    print(kernels())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext.ops.backends import loader
+from birl_ext.runs.versions import installed
 
 __all__ = [
     "bandwidth",
@@ -237,13 +237,8 @@ def _facts(path: str, key: str) -> str:
 
 
 def _versions() -> Mapping[str, str]:
-    found = {"birl_ext": birl_ext.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    found = {name: installed(name) or "not installed" for name in PACKAGES}
+    return {"birl_ext": birl_ext.__version__, **found}
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from birl_bench import machine
 from birl_ext.files import replacing
 
-__all__ = ["digits", "lines", "markdown", "store", "verdicts", "write"]
+__all__ = ["digits", "lines", "markdown", "store", "table", "verdicts", "write"]
 
 
 def store(report: Mapping[str, Any], path: Path) -> None:
@@ -105,12 +105,12 @@ def _ceilings(ceilings: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _claims(found: Sequence[Mapping[str, Any]]) -> str:
-    table = _head(["case", "claim", "wanted", "measured", "", ""])
+    rows = []
     for one in found:
         verdict = one["verdict"] if one["verdict"] == "met" else f"**{one['verdict']}**"
-        cells = [one["case"], one["claim"], one["wanted"], digits(one["measured"]), verdict]
-        table.append(f"| {' | '.join([*cells, one['detail']])} |")
-    return "## Requirements\n\n" + "\n".join(table) + "\n"
+        cells = one["case"], one["claim"], one["wanted"], digits(one["measured"]), verdict
+        rows.append((*cells, one["detail"]))
+    return f"## Requirements\n\n{table(('case', 'claim', 'wanted', 'measured', '', ''), rows)}\n"
 
 
 def _facts(case: Mapping[str, Any]) -> str:
@@ -142,13 +142,14 @@ def _standard(case: Mapping[str, Any]) -> str:
         *("candidate", "ms, cold", "ms, warm"),
         *(["ms, queued"] if queued else []),
         *("× ours", "passes", "GB/s of P", "of read"),
+        *(f"error of {name}" for name in errors),
     ]
-    table = _head([*columns, *(f"error of {name}" for name in errors)])
+    found = []
     for row in rows:
         name = row["candidate"] + (" (hard max)" if row["solves"] == "hard" else "")
         if row["status"] != "timed":
-            empty = " |" * (len(columns) + len(errors) - 2)
-            table.append(f"| {name} | {row['status']}: {row['reason']} |{empty}")
+            reason = f"{row['status']}: {row['reason']}"
+            found.append([name, reason, *[""] * (len(columns) - 2)])
             continue
         cold = row["cold"]
         mark = "†" if row.get("extrapolated") else ""
@@ -163,25 +164,25 @@ def _standard(case: Mapping[str, Any]) -> str:
             f"{row['share_of_read']:.0%}" if "share_of_read" in row else "",
             *(f"{row['errors'][e]:.1e}" if e in row["errors"] else "" for e in errors),
         ]
-        table.append(f"| {' | '.join(cells)} |")
-    return "\n".join(table) + "\n"
+        found.append(cells)
+    return table(columns, found) + "\n"
 
 
 def _special(case: Mapping[str, Any]) -> str:
     """A case that brings its own columns: heading → key of the row."""
-    table = _head(list(case["columns"]))
-    for row in case["rows"]:
-        cells = [_cell(row.get(key, "")) for key in case["columns"].values()]
-        table.append(f"| {' | '.join(cells)} |")
-    return "\n".join(table) + "\n"
+    keys = case["columns"].values()
+    rows = ([_cell(row.get(key, "")) for key in keys] for row in case["rows"])
+    return table(case["columns"], rows) + "\n"
 
 
 def _cell(value: Any) -> str:
     return value if isinstance(value, str) else digits(value)
 
 
-def _head(columns: Sequence[str]) -> list[str]:
-    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Markdown."""
+    names, *cells = (f"| {' | '.join(row)} |" for row in (head, *rows))
+    return "\n".join([names, "|" + "---|" * len([*head]), *cells])
 
 
 def digits(number: float | None) -> str:

@@ -51,37 +51,30 @@ def points(cases: Sequence[Mapping[str, Any]]) -> Iterator[Point]:
 
 def draw(document: Mapping[str, Any], path: Path) -> Path:
     """The figure of a run as PNG; ImportError without matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from birl_ext.runs import plots
 
     found = list(points(document["cases"]))
-    figure, axes = pyplot.subplots(figsize=(10, 5.8), layout="constrained")
-    axes.set(xscale="log", yscale="log")
-    left, right = _limits(axes, document["ceilings"], found)
-    slanted = _ceilings(axes, document["ceilings"], left, right)
-    _points(axes, found)
-    _names(axes, [point for point in found if point.key == "ours"])
-    axes.set(xlabel="operations per byte of P", ylabel="billion operations per second")
-    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
-    axes.set_xticks([], minor=True)
-    axes.set_xlim(left, right)
     where = "a CPU" if document["device"] == "cpu" else document["device"]
     trial = ": a trial on toy sizes" if document["quick"] else ""
-    axes.set_title(
-        f"Full passes over P on {where}, {document['threads']} threads, {document['date']}{trial}",
-        loc="left",
-        fontsize=11,
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(which="major", color="#eceef0", linewidth=0.6)
-    axes.set_axisbelow(True)
-    figure.draw_without_rendering()  # only now the axes have their size
-    for words in slanted:
-        words.set_rotation(_slope(axes))
-    figure.savefig(path, dpi=160)
-    pyplot.close(figure)
+    with plots.style():
+        figure, axes = plots.new_figure(size=(10, 5.8))
+        axes.set(xscale="log", yscale="log")
+        left, right = _limits(axes, document["ceilings"], found)
+        slanted = _ceilings(axes, document["ceilings"], left, right)
+        _points(axes, found)
+        _names(axes, [point for point in found if point.key == "ours"])
+        axes.set(xlabel="operations per byte of P", ylabel="billion operations per second")
+        axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axes.set_xticks([], minor=True)
+        axes.set_xlim(left, right)
+        axes.set_title(
+            f"Full passes over P on {where}, {document['threads']} threads, "
+            f"{document['date']}{trial}"
+        )
+        figure.draw_without_rendering()  # only now the axes have their size
+        for words in slanted:
+            words.set_rotation(_slope(axes))
+        figure.savefig(path, metadata={"Software": None})
     return path
 
 
@@ -161,9 +154,7 @@ def _points(axes: Axes, found: Sequence[Point]) -> None:
             zorder=4 if ours else 3,
         )
     if found:
-        axes.legend(
-            loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, fontsize=9
-        )
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
 
 
 def _names(axes: Axes, mine: Sequence[Point]) -> None:

@@ -171,10 +171,10 @@ def _tell(text: str) -> None:
         print(f"\r\x1b[K{text[:100]}", end="", file=sys.stderr, flush=True)
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "birl bench") -> int:
+def main(words: Sequence[str]) -> int:
     """Read a command line and run; see ``birl bench --help``."""
     parser = argparse.ArgumentParser(
-        prog=prog,
+        prog="birl bench",
         description="Measure birl_ext against other packages, on this machine. Without CASE, all.",
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help="see --list")
@@ -184,8 +184,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "birl bench") -> in
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …; default: cpu")
     parser.add_argument("--threads", type=int, default=0, help="default: as many as torch uses")
     parser.add_argument("--seconds", type=float, help="begin no further case after this time")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(given)
+    options = parser.parse_args(words)
     if options.list:
         width = max(map(len, CASES))
         for name in CASES:
@@ -208,7 +207,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "birl bench") -> in
         threads=options.threads,
         quick=options.quick,
         seconds=options.seconds,
-        command=shlex.join([*prog.split(), *_without_paths(given)]),
+        command=shlex.join(["birl", "bench", *_without_paths(words)]),
     )
 
 

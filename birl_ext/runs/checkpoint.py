@@ -152,17 +152,7 @@ class CheckpointStore:
         )
 
     def paths(self) -> list[Path]:
-        """The files, newest first, whether intact or not.
-
-        Raises:
-            CheckpointIncompatibleError: there is a directory of the first format.
-        """
-        if old := next(self.folder.glob("step-*/manifest.json"), None):
-            raise CheckpointIncompatibleError(
-                "checkpoint format 1, a directory, is not read any more",
-                where=str(old.parent),
-                fix="start the run again in a new directory",
-            )
+        """The files, newest first, whether intact or not."""
         found = (path for path in self.folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
         return sorted(found, key=_order, reverse=True)
 

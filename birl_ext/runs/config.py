@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import functools
 import math
 import os
 import tomllib
@@ -200,38 +201,28 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: not readable, larger than 1 MiB, deeper than 20 tables, or not TOML.
     """
+    refused = functools.partial(ConfigError, where=str(path))
+    too_deep = refused(
+        "the configuration is nested too deeply", allowed=f"{MAX_DEPTH} levels", fix="flatten it"
+    )
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the configuration: {error.strerror}",
-            where=str(path),
-            fix="name an existing TOML file",
-        ) from None
-    if len(data) > MAX_BYTES:
-        raise ConfigError(
-            "the configuration is too large",
-            where=str(path),
-            allowed=f"{MAX_BYTES} bytes",
-            fix="name a TOML file written for a run",
-        )
-    try:
+        if len(data) > MAX_BYTES:
+            allowed, fix = f"{MAX_BYTES} bytes", "name a TOML file written for a run"
+            raise refused("the configuration is too large", allowed=allowed, fix=fix)
         document = tomllib.loads(data.decode("utf-8"))
-        too_deep = _depth(document) > MAX_DEPTH
+        if _depth(document) > MAX_DEPTH:
+            raise too_deep
+    except OSError as error:
+        what, fix = f"cannot read the configuration: {error.strerror}", "name an existing TOML file"
+        raise refused(what, fix=fix) from None
     except RecursionError:
-        too_deep = True
-    except ValueError as error:  # bad UTF-8 and bad TOML
-        raise ConfigError(
-            f"not a TOML file: {error}", where=str(path), fix="correct the line named"
-        ) from None
-    if too_deep:
-        raise ConfigError(
-            "the configuration is nested too deeply",
-            where=str(path),
-            allowed=f"{MAX_DEPTH} levels",
-            fix="flatten it",
-        )
+        raise too_deep from None
+    except ConfigError:
+        raise
+    except ValueError as error:  # bad UTF-8, bad TOML, numbers without end
+        raise refused(f"not a TOML file: {error}", fix="correct the line named") from None
     return document
 
 

@@ -28,7 +28,6 @@ except ImportError:
 
 __all__ = [
     "COLOURS",
-    "draw_curves",
     "draw_references",
     "draw_runs",
     "learning_curve",
@@ -103,37 +102,6 @@ def new_figure(
     return figure, figure.subplots(rows, columns, **options)
 
 
-def draw_curves(
-    axes: Axes,
-    history: Sequence[Mapping[str, float]],
-    keys: Sequence[str] | Mapping[str, str],
-    *,
-    log: bool = False,
-) -> None:
-    """Draw metrics against the outer step.
-
-    Args:
-        axes: where to draw.
-        history: rows of metrics.jsonl; a row without the key leaves a gap.
-        keys: metrics, or metric -> label.
-        log: logarithmic vertical axis.
-    """
-    labels = keys if isinstance(keys, Mapping) else {key: key.replace("_", " ") for key in keys}
-    steps = [row["step"] for row in history]
-    for key, label in labels.items():
-        values = [row.get(key, float("nan")) for row in history]
-        # A run of one or two steps is a point or two, not a line.
-        axes.plot(steps, values, label=label, marker="o" if len(steps) < 30 else "", markersize=3.5)
-    if log:
-        axes.set_yscale("log")
-    axes.set_xlabel("outer step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(labels) > 1:
-        axes.legend()
-    else:
-        axes.set_ylabel(next(iter(labels.values())))
-
-
 def draw_runs(
     axes: Axes, x: Sequence[float], runs: ArrayLike, *, label: str, colour: str | None = None
 ) -> None:
@@ -180,7 +148,7 @@ def learning_curve(
     """One panel: metrics against the outer step, with known levels for comparison.
 
     Args:
-        history: rows of metrics.jsonl.
+        history: rows of metrics.jsonl; a row without a metric leaves a gap.
         keys: metrics, or metric -> label.
         title: what the figure shows, in a few words.
         ylabel: name and unit of the vertical axis; a single curve's label is the default.
@@ -188,12 +156,21 @@ def learning_curve(
         references: label -> level, e.g. a published value or a known optimum.
     """
     figure, axes = new_figure()
-    draw_curves(axes, history, keys, log=log)
+    labels = keys if isinstance(keys, Mapping) else {key: key.replace("_", " ") for key in keys}
+    steps = [row["step"] for row in history]
+    for key, label in labels.items():
+        values = [row.get(key, float("nan")) for row in history]
+        # A run of one or two steps is a point or two, not a line.
+        axes.plot(steps, values, label=label, marker="o" if len(steps) < 30 else "", markersize=3.5)
+    if log:
+        axes.set_yscale("log")
+    axes.set_xlabel("outer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(labels) > 1:
+        axes.legend()
+    axes.set_ylabel(ylabel or (label if len(labels) == 1 else ""))
     draw_references(axes, references or {})
-    if title:
-        axes.set_title(title)
-    if ylabel:
-        axes.set_ylabel(ylabel)
+    axes.set_title(title)
     return figure
 
 

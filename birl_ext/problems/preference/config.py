@@ -160,39 +160,13 @@ class PreferenceConfig:
         return self.environment_steps if self.learning_starts is None else self.learning_starts
 
 
-_LEAST = dict.fromkeys(
-    (
-        "horizon",
-        "fragment",
-        "recent",
-        "candidates",
-        "pairs",
-        "rounds",
-        "environment_steps",
-        "environments",
-        "episode_steps",
-        "update_every",
-        "batch_size",
-        "replay",
-        "target_period",
-        "members",
-        "pair_batch",
-        "evaluation_episodes",
-        "evaluate_every",
-    ),
-    1,
-) | dict.fromkeys(
-    (
-        "indirect_limit",
-        "lead",
-        "hypergradient_after",
-        "initial_labels",
-        "learning_starts",
-        "initial_epochs",
-        "reward_steps",
-        "video_every",
-        "discount",
-        "noise",
-    ),
-    0,
-)
+_ONE_OR_MORE = """
+    horizon fragment recent candidates pairs rounds environment_steps environments
+    episode_steps update_every batch_size replay target_period members pair_batch
+    evaluation_episodes evaluate_every
+"""
+_NONE_OR_MORE = """
+    indirect_limit lead hypergradient_after initial_labels learning_starts initial_epochs
+    reward_steps video_every discount noise
+"""
+_LEAST = dict.fromkeys(_ONE_OR_MORE.split(), 1) | dict.fromkeys(_NONE_OR_MORE.split(), 0)
