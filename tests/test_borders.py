@@ -382,6 +382,15 @@ def test_a_plain_call_that_fails_is_solved_once(monkeypatch: pytest.MonkeyPatch)
     assert overflowed.value.solution.status == 3
 
 
+@pytest.mark.parametrize("validate", ["full", "cheap", "off"])
+@pytest.mark.parametrize(("backend", "spent"), [("cpu", " after 1 pass"), ("torch", "")])
+def test_an_overflow_says_no_more_than_is_known(backend: Any, validate: Any, spent: str) -> None:
+    """PyTorch does not count the passes of what has overflowed."""
+    huge = torch.full_like(R, 1e308)
+    with pytest.raises(errors.NonFiniteResultError, match=rf"E403 overflowed{spent}\. Fix: resc"):
+        solve(huge, discount=0.99, backend=backend, validate=validate)
+
+
 # Files
 
 

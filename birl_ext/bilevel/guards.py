@@ -167,7 +167,8 @@ def take_step(
         try:
             objective = closure()
         except BirlError as error:
-            size = max(float(leaf.detach().double().norm()) for leaf in leaves(x))
+            norms = (float(leaf.detach().double().norm()) for leaf in leaves(x))
+            size = max(norms, default=0.0)
             if (step or asked > 1) and size > _HUGE:
                 raise NonFiniteResultError(
                     f"steps of {name} have made ‖x‖ {size:.3g}, and there: {error.what}",

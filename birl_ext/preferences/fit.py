@@ -83,7 +83,7 @@ def fit(
         NonFiniteResultError: a loss is NaN or infinite, that on the validation pairs included; no
             step was taken on it.
         OptionError: there are no pairs to fit to or to validate on, or a number is below one; or an
-            ensemble is inside another model, such as a `NormalisedReward`.
+            ensemble is inside another model.
     """
     numbers = {
         "the number of pairs": len(pairs),
