@@ -1,4 +1,4 @@
-"""The one assertion about numbers: it names the worst entry, both values and the bound."""
+"""The assertions about numbers: they name the worst entry, both values and the bound."""
 
 from __future__ import annotations
 
@@ -63,6 +63,19 @@ def assert_same_bits(got: Tensor, want: Tensor, *, label: object) -> None:
         raise AssertionError(
             f"{label}: bits differ first at ({index}): got {values[0]!r}, want {values[1]!r}"
         )
+
+
+def assert_same_state(got: Any, want: Any, label: str = "state") -> None:
+    """Fail unless all tensors of a state hold the same bits, and all else is equal."""
+    if isinstance(want, Tensor):
+        assert_same_bits(got, want, label=label)
+    elif isinstance(want, dict | list | tuple):
+        pairs = [*want.items()] if isinstance(want, dict) else [*enumerate(want)]
+        assert len(got) == len(pairs), label
+        for key, part in pairs:
+            assert_same_state(got[key], part, f"{label}[{key!r}]")
+    else:
+        assert got == want, label
 
 
 def _float64(values: Any) -> np.ndarray:

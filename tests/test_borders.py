@@ -269,6 +269,7 @@ def test_an_end_with_a_choice_is_told_once(monkeypatch: pytest.MonkeyPatch) -> N
         lambda: birl_ext.solve(mdp, temperature=0.5),
         lambda: birl_ext.solve(mdp.to_sparse().replace(reward=2 * R), temperature=0.5),
         lambda: birl_ext.bellman(START, mdp, temperature=0.5),
+        lambda: SoftPlanner(discount=0.5, temperature=0.5, transition=P, terminal=end)(R),
         lambda: solve(terminal=end, mask=closed | end.unsqueeze(-1)),
     ):
         (message,) = heard(call)

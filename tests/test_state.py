@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from cases import untyped
-from closeness import assert_same_bits
+from closeness import assert_same_bits, assert_same_state
 from torch import nn
 
 from birl_ext.errors import DtypeError, OptionError, ShapeError
@@ -61,26 +61,6 @@ class Outer(Inner):
         return loss.detach()
 
 
-def flat(state: Any, name: str = "") -> dict[str, Any]:
-    """Every number and tensor of a state, by its path."""
-    pairs = state.items() if isinstance(state, dict) else enumerate(state)
-    found: dict[str, Any] = {}
-    for key, part in pairs:
-        nested = isinstance(part, dict | list | tuple)
-        found |= flat(part, f"{name}.{key}") if nested else {f"{name}.{key}": part}
-    return found
-
-
-def assert_same(one: Any, other: Any) -> None:
-    ours, theirs = flat(one), flat(other)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        if isinstance(value, torch.Tensor):
-            assert_same_bits(value, theirs[name], label=name)
-        else:
-            assert value == theirs[name], name
-
-
 def test_an_object_goes_on_from_its_state() -> None:
     one, other = Outer(0), Outer(1)
     for _ in range(3):
@@ -90,11 +70,11 @@ def test_an_object_goes_on_from_its_state() -> None:
     x, net, optimiser = other.x, other.net, other.optimiser
     other.load_state_dict(kept)
     assert (other.x, other.net, other.optimiser) == (x, net, optimiser), "others hold them"
-    assert_same(other.state_dict(), kept)
+    assert_same_state(other.state_dict(), kept)
     for _ in range(3):
         assert_same_bits(one.step(), other.step(), label="loss")
-    assert_same(one.state_dict(), other.state_dict())
-    assert_same(kept, again)  # neither stepping nor loading reaches into it
+    assert_same_state(one.state_dict(), other.state_dict())
+    assert_same_state(kept, again)  # neither stepping nor loading reaches into it
     assert [*kept] == ["count", *Outer.STATE]
     assert kept["known"] is not None
     Outer(2).load_state_dict(Outer(3).state_dict())
@@ -161,7 +141,7 @@ def test_the_state_of_another_object_is_refused(
     with pytest.raises(kind, match=f"the stored {words}") as raised:
         ours.load_state_dict({**theirs.state_dict(), key: value})
     assert len(str(raised.value)) < 300
-    assert_same(ours.state_dict(), before)
+    assert_same_state(ours.state_dict(), before)
 
 
 @pytest.mark.parametrize("key", Outer.STATE)
@@ -173,4 +153,4 @@ def test_half_a_state_changes_nothing(key: str) -> None:
         ours.load_state_dict(state)
     with pytest.raises(OptionError, match="the stored state is None"):
         ours.load_state_dict(untyped(None))
-    assert_same(ours.state_dict(), before)
+    assert_same_state(ours.state_dict(), before)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from closeness import assert_close, assert_same_bits
+from closeness import assert_close, assert_same_bits, assert_same_state
 from torch import Tensor, nn
 
 from birl_ext.bilevel import (
@@ -411,7 +411,7 @@ def test_a_failed_step_leaves_no_trace(make: Any) -> None:
     with pytest.raises(RuntimeError, match="upper fails"):
         algorithm.step()
     assert int(algorithm.x.asked) == asked > 0
-    _assert_same(algorithm.state_dict(), before)
+    assert_same_state(algorithm.state_dict(), before)
     fails = False
     if make is not newton:
         (group,) = algorithm.optimiser.param_groups
@@ -419,21 +419,10 @@ def test_a_failed_step_leaves_no_trace(make: Any) -> None:
         with pytest.raises(NonFiniteResultError, match="after a step of the Adam"):
             algorithm.step()
         group["lr"] = 0.1
-        _assert_same(algorithm.state_dict(), before)
+        assert_same_state(algorithm.state_dict(), before)
     assert all(leaf.grad is g for leaf, g in zip(leaves(algorithm.x), gradients, strict=True))
     algorithm.step()
     assert int(algorithm.x.asked) > asked
-
-
-def _assert_same(one: Any, other: Any) -> None:
-    if isinstance(one, Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict | list):
-        assert len(one) == len(other)
-        for key in one if isinstance(one, dict) else range(len(one)):
-            _assert_same(one[key], other[key])
-    else:
-        assert one == other
 
 
 def test_one_radius_for_leaves_of_far_sizes_is_refused() -> None:

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import sqlite3
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from birl_ext.errors import (
     AnswerLogWriteError,
     ConfigError,
     OptionError,
+    warn,
 )
 from birl_ext.files import locked, replacing
 from birl_ext.preferences.fragments import Fragments, Pairs
@@ -111,11 +111,10 @@ class AnswerLog:
         if new := given[kept - self._at :]:
             self._write(kept, new)
             if left:
-                warnings.warn(
+                warn(
                     f"{self.path}: the run has taken another course after answer {kept}; the "
                     f"{left} answers given on the old one have been removed",
                     AnswerLogRecoveryWarning,
-                    stacklevel=2,
                 )
         self._at += len(given)
 
