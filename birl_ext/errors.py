@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -52,6 +54,7 @@ __all__ = [
     "UndeterminedError",
     "UninformativeDataError",
     "catalogue",
+    "warn",
 ]
 
 
@@ -363,6 +366,14 @@ class RenderError(BirlError, RuntimeError):
     code = "BIRL-E902"
     meaning = "an environment cannot be drawn on this machine"
     remedy = 'build it with render_mode="rgb_array"'
+
+
+def warn(message: str | Warning, category: type[Warning] | None = None) -> None:
+    """Warn at the line that called into the package, through whatever of it and of torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("birl_ext", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def catalogue() -> Iterator[tuple[str, type[BirlError]]]:

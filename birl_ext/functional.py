@@ -8,7 +8,6 @@ once.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple, overload
 
@@ -25,6 +24,7 @@ from birl_ext.errors import (
     SolveError,
     StagnatedError,
     TerminalChoiceWarning,
+    warn,
 )
 from birl_ext.model import checks
 from birl_ext.model.layout import Data, Flat, Layout, absent, flatten, layout
@@ -193,7 +193,7 @@ def bellman(
     """
     value = checks.as_floating("value", value)
     given = _Given(reward, transition, discount, temperature, reference, mask, terminal, validate)
-    flat = _flat(given, value.shape[:-1], read=True, caller=5)
+    flat = _flat(given, value.shape[:-1], read=True, tell=True)
     checks.check_devices({"reward": flat.reward, "value": value})
     _require_shape("value", value, (flat.reward.shape[-2],))
     dtype = flat.reward.dtype
@@ -456,20 +456,20 @@ class _Given(NamedTuple):
 
 
 def _flat(
-    given: _Given, batch: tuple[int, ...] = (), *, read: bool = False, caller: int = 0
+    given: _Given, batch: tuple[int, ...] = (), *, read: bool = False, tell: bool = False
 ) -> Flat:
     """A problem, checked once, in the normal form of the ops.
 
     `read` is for ops that do not check the numbers themselves in their first pass. Where a choice
-    has an entropy, `caller` is how many frames below a warning the user's lies. A tensor that a
+    has an entropy, `tell` says so, once. A tensor that a
     transform has wrapped keeps nobody from reading the others.
     """
     mdp, full = given.mdp(), given.validate != "off"
     if mdp is not None:
         temperature = checks.check_temperature(given.temperature, data=read and full)
         checks.check_devices({"reward": mdp.reward, "temperature": temperature})
-        if caller:
-            _tell_of_ends(mdp, caller)
+        if tell:
+            _tell_of_ends(mdp)
         return mdp.flatten(temperature, batch)
     checks.check_level(given.validate)
     reward, transition = (
@@ -496,16 +496,15 @@ def _flat(
 _told: set[str] = set()
 
 
-def _tell_of_ends(mdp: MDP, caller: int) -> None:
+def _tell_of_ends(mdp: MDP) -> None:
     """Warn, once, of a terminal state with a choice."""
     if mdp.free_ends and not _told:
         _told.add("ends")
-        warnings.warn(
+        warn(
             "a terminal state has a choice of actions and keeps its entropy: without a reward it "
             "is worth τ log A, not 0. Fix: where its end is worth nothing, set `mask` to False for "
             "all its actions; where its reward is meant, for all but one",
             TerminalChoiceWarning,
-            stacklevel=caller,
         )
 
 
@@ -533,7 +532,7 @@ def _solve_fast(
         mdp = reward
         if not (transition is discount is mdp.mask is mdp.reference is None):
             return None
-        _tell_of_ends(mdp, 4)
+        _tell_of_ends(mdp)
         reward, transition, discount = mdp.reward, mdp.transition, mdp.discount
         if mdp.terminal is not None:  # rows may be zero where the process ends
             rigour = Rigour.OR_ENDING
@@ -553,7 +552,7 @@ def _solve_fast(
 
 @checks.within_memory
 def _solve_in_normal_form(given: _Given, initial: Tensor | None, options: Options) -> Solution:
-    flat = _flat(given, caller=6)
+    flat = _flat(given, tell=True)
     start = _start(initial, flat)
     settings, too_tight = _settings(options, flat, given.ending)
     outputs = ops_solve.solve(flat.data, start, settings)

@@ -18,6 +18,8 @@ from birl_ext.solution import Solution
 
 __all__ = ["SoftPlanner", "SolveOptions"]
 
+_SPARSE = (torch.sparse_csr, torch.sparse_csc, torch.sparse_coo)
+
 
 class SoftPlanner(nn.Module):
     """A planner as a layer: rewards (and dynamics) in, the soft-optimal policy out, gradients back.
@@ -28,8 +30,8 @@ class SoftPlanner(nn.Module):
         discount: γ in [0, 1), per step; may be set between calls.
         temperature: τ > 0, units of reward: its value, or its start if it is learned; may be set
             between calls.
-        transition: P, (*B, S, A, S), or a sparse CSR tensor (S·A, S), kept as buffers; None: given
-            at each call.
+        transition: P, (*B, S, A, S), or a sparse tensor (S·A, S), kept as buffers; None: given at
+            each call.
         learn_temperature: make log τ a parameter, (1,), in the dtype of the transition, by default
             that of new modules.
         mask, terminal, reference, initial: as in `birl_ext.solve`, kept as buffers. Those given at
@@ -73,17 +75,11 @@ class SoftPlanner(nn.Module):
         super().__init__()
         check_names("SoftPlanner", options)
         Options.of(**options)
-        checks.check_temperature(temperature)
-        shape = torch.as_tensor(temperature).shape
-        if shape.numel() != 1:
-            raise ShapeError(
-                f"temperature has shape {tuple(shape)}",
-                allowed="one number for all problems",
-            )
+        start = torch.tensor([_log(temperature)], dtype=torch.float64)
         crow = col = None
-        if isinstance(transition, Tensor) and transition.layout == torch.sparse_csr:
-            crow, col = transition.crow_indices(), transition.col_indices()
-            transition = transition.values()
+        if (rows := _as_csr(transition)) is not None:
+            crow, col = rows.crow_indices(), rows.col_indices()
+            transition = rows.values()
         if transition is not None:
             transition = checks.as_floating("transition", transition)
         self.discount = discount
@@ -101,7 +97,6 @@ class SoftPlanner(nn.Module):
         checks.check_flags("terminal", terminal)
         for name, buffer in buffers.items():
             self.register_buffer(name, checks.as_tensor(name, buffer))
-        start = torch.tensor([math.log(temperature)], dtype=torch.float64)
         if learn_temperature:
             dtype = torch.get_default_dtype() if transition is None else transition.dtype
             self.log_temperature = nn.Parameter(start.to(dtype))
@@ -125,9 +120,8 @@ class SoftPlanner(nn.Module):
 
     @temperature.setter
     def temperature(self, temperature: float) -> None:
-        checks.check_temperature(temperature)
         with torch.no_grad():
-            self.log_temperature.fill_(math.log(temperature))
+            self.log_temperature.fill_(_log(temperature))
 
     def forward(
         self,
@@ -140,34 +134,31 @@ class SoftPlanner(nn.Module):
         initial: Tensor | None = None,
     ) -> Solution:
         """Solve for rewards (*B, S, A); what is given here takes the place of the buffers."""
-        extras = {
+        extras: dict[str, Any] = {
             "mask": self.mask if mask is None else mask,
             "terminal": self.terminal if terminal is None else terminal,
             "reference": self.reference if reference is None else reference,
         }
         temperature = self.log_temperature.double().exp().squeeze(0)
         initial = self.initial if initial is None else initial
-        if transition is None and self.crow is not None:
-            assert self.transition is not None
-            assert self.col is not None
-            options: dict[str, Any] = dict(self.options)
-            mdp = SparseMDP(
-                reward,
-                self.transition,
-                self.crow,
-                self.col,
-                self.discount,
-                **extras,
-                validate=options.pop("validate", "full"),
-            )
-            return solve(mdp, temperature=temperature, initial=initial, **options)
         given = self.transition if transition is None else transition
         if given is None:
             raise OptionError(
                 "SoftPlanner has no transition",
-                allowed="a tensor (*B, S, A, S)",
+                allowed="a tensor (*B, S, A, S), or a sparse one (S·A, S)",
                 fix="pass transition to the module or to the call",
             )
+        rows = _as_csr(transition)
+        if rows is not None or (transition is None and self.crow is not None):
+            options: dict[str, Any] = dict(self.options)
+            extras["validate"] = options.pop("validate", "full")
+            if rows is not None:
+                mdp = SparseMDP.from_torch(rows, reward, self.discount, **extras)
+            else:
+                assert self.crow is not None
+                assert self.col is not None
+                mdp = SparseMDP(reward, given, self.crow, self.col, self.discount, **extras)
+            return solve(mdp, temperature=temperature, initial=initial, **options)
         return solve(
             reward,
             given,
@@ -222,3 +213,21 @@ class SoftPlanner(nn.Module):
     def extra_repr(self) -> str:
         learned = ", learned" if isinstance(self.log_temperature, nn.Parameter) else ""
         return f"discount={self.discount}, temperature={self.temperature:.4g}{learned}"
+
+
+def _log(temperature: float | Tensor) -> float:
+    """log τ of one number."""
+    checks.check_temperature(temperature)
+    shape = torch.as_tensor(temperature).shape
+    if shape.numel() != 1:
+        raise ShapeError(
+            f"temperature has shape {tuple(shape)}", allowed="one number for all problems"
+        )
+    return math.log(temperature)
+
+
+def _as_csr(transition: Tensor | None) -> Tensor | None:
+    """A sparse matrix in CSR form; None for all else."""
+    if isinstance(transition, Tensor) and transition.layout in _SPARSE:
+        return transition.to_sparse_csr()
+    return None

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["INFO", "Info", "Kernel", "Method", "Rigour", "Solution", "Status", "info_table"]
+from birl_ext.errors import DeviceError
+
+__all__ = [
+    "INFO",
+    "Info",
+    "Kernel",
+    "Method",
+    "Rigour",
+    "Solution",
+    "Status",
+    "as_device",
+    "info_table",
+]
 
 
 class Method(IntEnum):
@@ -199,8 +211,13 @@ class Solution(NamedTuple):
         return Solution(*(table.detach() for table in self))
 
     def to(self, device: torch.device | str) -> Solution:
-        """The same on another device."""
-        return Solution(*(table.to(torch.device(device)) for table in self))
+        """The same on another device.
+
+        Raises:
+            DeviceError: it is none, or this machine has none of its kind.
+        """
+        target = as_device(device)
+        return Solution(*(table.to(target) for table in self))
 
     def _facts(self) -> dict[str, str]:
         """What a screen shows: the statuses by name, where they can be read."""
@@ -247,6 +264,22 @@ class Solution(NamedTuple):
             log_policy=chosen(self.log_policy).where(available, -torch.inf),
             advantage=self.advantage.where(available, 0.0),
         )
+
+
+def as_device(target: Any) -> torch.device:
+    """The device that is asked for, if this machine has it."""
+    try:
+        device = torch.device(target)
+        torch.empty(0, device=device)
+    except (TypeError, RuntimeError, AssertionError, ImportError) as error:
+        raise DeviceError(
+            f"{target!r} was asked for",
+            allowed="a device of this machine, such as 'cpu' or 'cuda:0'",
+            fix="convert what is needed by itself, such as solution.policy.to(dtype)"
+            if isinstance(target, torch.dtype)
+            else "use one that torch has been built for",
+        ) from error
+    return device
 
 
 def _worst(bound: float) -> float:

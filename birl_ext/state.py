@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from birl_ext.errors import OptionError, ShapeError
+from birl_ext.errors import BirlError, DtypeError, OptionError, ShapeError
 
 __all__ = ["Stateful"]
 
@@ -34,11 +35,19 @@ class Stateful:
         """Go on from a state, which stays as it is.
 
         Raises:
-            OptionError, ShapeError: it is that of another object.
+            OptionError, ShapeError, DtypeError: it is that of another object; nothing has changed.
+                What else a part raises whose own `load_state_dict` alone can judge (environments,
+                buffers, a log) leaves those before it changed.
         """
+        self._check_state(state)
         for name in self._state():
             key = name.lstrip("_")
-            setattr(self, name, _put(getattr(self, name), state[key], key))
+            setattr(self, name, _put(getattr(self, name), state[key]))
+
+    def _check_state(self, state: Any, name: str = "") -> None:
+        """Refuse a state that cannot be put, before anything has changed."""
+        own = {key.lstrip("_"): getattr(self, key) for key in self._state()}
+        _check(own, state, name)
 
     @contextmanager
     def taken_back(self, *, always: bool = False, without: Sequence[str] = ()) -> Iterator[None]:
@@ -52,7 +61,7 @@ class Stateful:
             raise
         finally:
             for name, part in kept.items() if always else ():
-                setattr(self, name, _put(getattr(self, name), part, name))
+                setattr(self, name, _put(getattr(self, name), part))
 
     @classmethod
     def _state(cls) -> list[str]:
@@ -77,7 +86,77 @@ def _taken(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
-def _put(ours: Any, state: Any, name: str) -> Any:
+def _check(ours: Any, state: Any, name: str) -> None:
+    """Refuse what cannot be put into `ours`, by names, shapes and dtypes."""
+    kind: type[BirlError] = OptionError
+    parts: Iterable[tuple[Any, Any]] = ()
+    always = isinstance(ours, torch.Generator) or getattr(ours, "requires_grad", False)
+    if isinstance(ours, nn.Module):
+        ours = ours.state_dict()
+    elif isinstance(ours, torch.Generator):
+        ours = ours.get_state()
+    found, allowed = _described(state), _described(ours)
+    if isinstance(ours, Optimizer):
+        found, allowed = _groups(state), _groups(ours.state_dict())
+        fits = found == allowed
+    elif isinstance(ours, Mapping):
+        fits = isinstance(state, Mapping) and state.keys() == ours.keys()
+        parts = ours.items()
+        if isinstance(state, Mapping):
+            more, less = state.keys() - ours.keys(), ours.keys() - state.keys()
+            found = f"a dict that lacks {_names(less)} and has {_names(more)} besides"
+    elif isinstance(ours, list | tuple):
+        fits = isinstance(state, list | tuple) and len(state) == len(ours)
+        parts = enumerate(ours)
+    elif ours is None or (state is None and not always):
+        fits = True  # not known yet, or of a part that one of the two does without
+    elif isinstance(ours, Tensor):
+        fits = isinstance(state, Tensor)
+        if fits and (state.shape != ours.shape or state.dtype != ours.dtype):
+            fits, kind = False, DtypeError if state.shape == ours.shape else ShapeError
+    elif isinstance(ours, Stateful):
+        ours._check_state(state, name)
+        fits = True
+    else:
+        fits = not isinstance(ours, int | float) or isinstance(state, int | float)
+    if not fits:
+        raise kind(
+            f"the stored {name or 'state'} is {found}",
+            allowed=allowed,
+            fix="load it into one that was made with the same arguments",
+        )
+    for key, part in parts:
+        _check(part, state[key], f"{name}[{key!r}]" if name else key)
+
+
+def _groups(state: Any) -> str:
+    """How many parameters an optimiser's state is of, by groups."""
+    try:
+        sizes = [len(group["params"]) for group in state["param_groups"] if "state" in state]
+        return f"that of an optimiser of {sizes} parameters"
+    except (KeyError, TypeError):
+        return _described(state)
+
+
+def _described(value: Any) -> str:
+    """Its form, without its numbers."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return f"a dict of {_names(value)}"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if isinstance(value, int | float):
+        return "a number"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _names(keys: Collection[Any]) -> str:
+    some = ", ".join(repr(key)[:40] for key in itertools.islice(keys, 8))
+    return (some or "nothing") + ", …" * (len(keys) > 8)
+
+
+def _put(ours: Any, state: Any) -> Any:
     """What takes the place of `ours`: itself where it can be changed, for others may hold it."""
     if isinstance(ours, torch.Generator):
         ours.set_state(state)
@@ -87,28 +166,15 @@ def _put(ours: Any, state: Any, name: str) -> Any:
     elif ours is None and isinstance(state, Mapping):
         return None  # of a part that this object does without
     elif isinstance(ours, Tensor) and ours.requires_grad:
-        if ours.shape != state.shape:
-            raise ShapeError(
-                f"the stored {name} has shape {tuple(state.shape)}", allowed=str(tuple(ours.shape))
-            )
         with torch.no_grad():
             ours.copy_(state)
     elif isinstance(ours, Mapping):
-        _check_same(name, list(ours), list(state))
-        return {key: _put(part, state[key], f"{name}[{key!r}]") for key, part in ours.items()}
+        return {key: _put(part, state[key]) for key, part in ours.items()}
     elif isinstance(ours, list | tuple):
-        _check_same(name, len(ours), len(state))
-        parts = [_put(part, state[i], f"{name}[{i}]") for i, part in enumerate(ours)]
+        parts = [_put(part, held) for part, held in zip(ours, state, strict=True)]
         return ours._make(parts) if hasattr(ours, "_make") else type(ours)(parts)
     elif isinstance(state, Tensor):
         return state.clone().to(ours.device) if isinstance(ours, Tensor) else state.clone()
-    elif isinstance(ours, int | float) and state is not None:
-        return type(ours)(state)
     else:
         return copy.deepcopy(state)
     return ours
-
-
-def _check_same(name: str, ours: Any, theirs: Any) -> None:
-    if ours != theirs:
-        raise OptionError(f"the stored {name} has {theirs}", allowed=str(ours))

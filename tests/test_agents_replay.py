@@ -127,6 +127,11 @@ def test_indices_and_pixels_do_not_pass_for_features() -> None:
         NatureCNN((84, 84), 2, generator=generator())
     table = OneHot(3, MLP(3, 2, hidden=(), generator=generator()))
     assert table(torch.tensor([0, 2])).shape == (2, 2)
+    with pytest.raises(DtypeError, match=r"observation is torch\.float32 .*indices"):
+        table(torch.ones(2))
+    for outside in (3, -1):
+        with pytest.raises(OptionError, match=rf"observation is {outside} \(allowed: 0 to 2\)"):
+            table(torch.tensor([0, outside]))
 
 
 def test_the_usual_network_fits_the_observation() -> None:

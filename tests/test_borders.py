@@ -269,6 +269,7 @@ def test_an_end_with_a_choice_is_told_once(monkeypatch: pytest.MonkeyPatch) -> N
         lambda: birl_ext.solve(mdp, temperature=0.5),
         lambda: birl_ext.solve(mdp.to_sparse().replace(reward=2 * R), temperature=0.5),
         lambda: birl_ext.bellman(START, mdp, temperature=0.5),
+        lambda: SoftPlanner(discount=0.5, temperature=0.5, transition=P, terminal=end)(R),
         lambda: solve(terminal=end, mask=closed | end.unsqueeze(-1)),
     ):
         (message,) = heard(call)
@@ -380,6 +381,15 @@ def test_a_plain_call_that_fails_is_solved_once(monkeypatch: pytest.MonkeyPatch)
         solve(torch.full_like(R, 1e308), discount=0.99)
     assert len(calls) == 2
     assert overflowed.value.solution.status == 3
+
+
+@pytest.mark.parametrize("validate", ["full", "cheap", "off"])
+@pytest.mark.parametrize(("backend", "spent"), [("cpu", " after 1 pass"), ("torch", "")])
+def test_an_overflow_says_no_more_than_is_known(backend: Any, validate: Any, spent: str) -> None:
+    """PyTorch does not count the passes of what has overflowed."""
+    huge = torch.full_like(R, 1e308)
+    with pytest.raises(errors.NonFiniteResultError, match=rf"E403 overflowed{spent}\. Fix: resc"):
+        solve(huge, discount=0.99, backend=backend, validate=validate)
 
 
 # Files

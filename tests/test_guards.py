@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import untyped
 from closeness import assert_close, assert_same_bits, assert_same_state
 from torch import Tensor
 
@@ -350,7 +351,7 @@ def test_a_reward_that_is_nan_is_named_as_such(make: Any) -> None:
 
 def test_levels_are_functions() -> None:
     for levels in ((None, upper), (lower, 1.0), (BASE, upper)):
-        with pytest.raises(OptionError, match=r"(lower|upper) is a "):
+        with pytest.raises(OptionError, match=r"lower is (None|a DenseMDP) |upper is 1\.0 "):
             BilevelProblem(*levels)
 
 
@@ -984,6 +985,10 @@ def test_a_run_stops_at_its_tolerance_and_tells(make: Any) -> None:
         algorithm.run(1, tol=-1)
     with pytest.raises(OptionError, match="steps is 0"):
         algorithm.run(0)
+    before = algorithm.state_dict()
+    with pytest.raises(OptionError, match=r"tell is 3 .*a function"):
+        algorithm.run(1, tell=untyped(3))
+    assert_same_bits(algorithm.state_dict()["x"], before["x"], label="no step was taken")
 
 
 @every

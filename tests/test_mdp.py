@@ -210,6 +210,11 @@ REFUSED: dict[str, tuple[type, dict[str, Any], type[errors.BirlError], str]] = {
         SparseMDP, sparse(crow=sparse()["crow"].double()), errors.DtypeError,
         r"E302 crow has dtype float64",
     ),
+    "crow list": (
+        SparseMDP, sparse(crow=[0, 2]), errors.DtypeError,
+        r"E302 crow is a list .*as_tensor\(crow, dtype=torch\.int64\)",
+    ),
+    "col missing": (SparseMDP, sparse(col=None), errors.DtypeError, r"E302 col is None .*give col"),
     "crow batch": (
         SparseMDP, sparse(crow=sparse()["crow"][None]), errors.SparseFormatError,
         r"E105 crow has shape \(1, 7\)",
@@ -572,6 +577,9 @@ def test_to_another_dtype_and_back(case: Case) -> None:
         assert high.device == torch.device("cpu")
     with pytest.raises(errors.DtypeError, match="float16"):
         mdp.to(torch.float16)
+    for target in ("xyz", "hpu", None, 1.5):
+        with pytest.raises(errors.DeviceError, match=r"was asked for .*device of this machine"):
+            mdp.to(untyped(target))
 
 
 def tensors_given(mdp: MDP) -> dict[str, Tensor]:

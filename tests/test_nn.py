@@ -183,6 +183,42 @@ def test_a_sparse_transition() -> None:
     assert wide(REWARD).status == 0
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc, torch.sparse_coo])
+@pytest.mark.parametrize("own", [None, "dense", "sparse"])
+@pytest.mark.filterwarnings("ignore:Sparse CS")  # in beta
+def test_a_sparse_transition_may_differ_by_call(layout: Any, own: str | None) -> None:
+    """With what else is given by call; its derivatives too."""
+    other = planner(torch.float64)
+    assert other.transition is not None
+    rows = other.transition.flip(0).reshape(10, 5).clone().requires_grad_()
+    first = {"dense": other.transition, "sparse": other.transition.reshape(10, 5).to_sparse()}
+    layer = SoftPlanner(discount=0.9, temperature=0.1, transition=first.get(str(own)))
+    mask = torch.ones(5, 2, dtype=torch.bool)
+    mask[2, 0] = False
+    found = layer(REWARD, rows.to_sparse(layout=layout), mask=mask)
+    (grad,) = torch.autograd.grad(found.policy[0, 0], rows)
+    dense = rows.reshape(5, 2, 5)
+    want = birl_ext.solve(REWARD, dense, discount=0.9, temperature=layer.temperature, mask=mask)
+    (expected,) = torch.autograd.grad(want.policy[0, 0], rows)
+    torch.testing.assert_close(found.policy, want.policy, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-13)
+    with pytest.raises(birl_ext.errors.ShapeError, match=r"transition has shape \(9, 5\)"):
+        layer(REWARD, rows[:9].to_sparse(layout=layout))
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_a_temperature_that_is_not_one_number_is_refused_at_once(learn: bool) -> None:
+    layer = planner(torch.float64, learn_temperature=learn)
+    for several in (torch.tensor([0.1, 0.2]), torch.tensor([])):
+        with pytest.raises(birl_ext.errors.ShapeError, match=r"temperature has shape .*one number"):
+            layer.temperature = untyped(several)
+        with pytest.raises(birl_ext.errors.ShapeError, match=r"temperature has shape .*one number"):
+            SoftPlanner(discount=0.9, temperature=untyped(several))
+    assert layer.temperature == pytest.approx(0.1, rel=1e-6)
+    layer.temperature = untyped(torch.tensor([0.2]))
+    assert layer.temperature == pytest.approx(0.2, rel=1e-6)
+
+
 @pytest.mark.parametrize(("name", "near"), [("max_iteration", "use max_iterations"), ("xyz", "")])
 def test_an_unknown_option_is_refused_at_once(name: str, near: str) -> None:
     with pytest.raises(birl_ext.errors.OptionError, match=f"no option '{name}'.*{near}"):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import untyped
 from preference_cases import fragments_with
 from processes import fork
 
@@ -24,6 +25,7 @@ from birl_ext.errors import (
     AnswerLogRecoveryWarning,
     AnswerLogWriteError,
     ConfigError,
+    OptionError,
 )
 from birl_ext.preferences.answer_log import AnswerLog, fingerprints
 from birl_ext.preferences.fragments import Pairs
@@ -231,8 +233,17 @@ def test_a_closed_log_takes_no_answers(tmp_path):
     log = AnswerLog(tmp_path / "answers")
     log.close()
     log.close()
-    with pytest.raises(AnswerLogWriteError, match="closed database"):
+    with pytest.raises(AnswerLogWriteError, match=r"closed database.*Fix: open the log again"):
         log.append({"label": 0})
+
+
+def test_a_log_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for path in (tmp_path, tmp_path / "file" / "answers"):
+        with pytest.raises(ConfigError, match=rf"E801 no log can be opened: .*{path}.*a file"):
+            AnswerLog(path)
+    with AnswerLog(str(tmp_path / "answers")) as log:
+        assert log.path == tmp_path / "answers"
 
 
 def test_one_writer_at_a_time(tmp_path):
@@ -256,8 +267,11 @@ def test_a_log_that_another_program_changes_is_not_called_corrupt(tmp_path):
 
 def test_no_answer_holds_a_nan(tmp_path):
     with AnswerLog(tmp_path / "answers") as log:
-        with pytest.raises(ValueError, match="not JSON compliant"):
-            log.append({"label": math.nan})
+        for wrong in ({"label": math.nan}, {"label": {1}}, {1: 2, "a": 3}, 3, [3]):
+            with pytest.raises(OptionError, match="the answer is no JSON data"):
+                log.append(untyped(wrong))
+        with pytest.raises(OptionError, match="pairs is a dict"):
+            log.record(untyped({"label": 1.0}))
         log.append({"label": None})
     assert read(tmp_path / "answers") == [{"label": None}]
 
@@ -271,6 +285,10 @@ def test_a_stored_state_must_be_a_beginning_of_the_log(tmp_path):
         later = log.state_dict()
         log.load_state_dict(state)  # answers given since stay
         assert len(log) == 4
+        for wrong in ({}, None, {**state, "answers": -2}, {**state, "answers": "3"}):
+            with pytest.raises(AnswerLogCorruptError, match="are not those of the stored state"):
+                log.load_state_dict(untyped(wrong))
+        assert log.state_dict() == state
     other = tmp_path / "other"
     written(other, 3)
     with AnswerLog(other) as log:

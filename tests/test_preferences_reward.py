@@ -18,10 +18,8 @@ from cases import untyped
 from preference_cases import fragments_with
 from torch import nn
 
-from birl_ext import DenseMDP, solve
 from birl_ext.errors import (
     DtypeError,
-    NonFiniteInputError,
     NonFiniteResultError,
     OptionError,
     ShapeError,
@@ -32,7 +30,6 @@ from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import bradley_terry, margins
 from birl_ext.preferences.queries import Disagreement, Entropy
 from birl_ext.preferences.reward_model import (
-    NormalisedReward,
     RewardEnsemble,
     RewardModel,
     RewardNetwork,
@@ -100,7 +97,6 @@ def models() -> dict[str, RewardModel]:
     return {
         "network": small_cnn(),
         "ensemble": RewardEnsemble([small_cnn(1), small_cnn(2)]),
-        "normalised": NormalisedReward(RewardEnsemble([small_cnn(1), small_cnn(2)])),
     }
 
 
@@ -180,8 +176,7 @@ def test_pixels_are_divided_by_255_once():
     want = torch.tensor([[0.0, 0.2], [1.0, 0.4]])
     assert torch.allclose(model.all_actions(observation), want)
     assert torch.allclose(model(observation, torch.tensor([1, 0])), torch.tensor([0.2, 1.0]))
-    normalised = NormalisedReward(RewardEnsemble([model, model]))
-    assert torch.allclose(normalised.all_actions(observation), want)
+    assert torch.allclose(RewardEnsemble([model, model]).all_actions(observation), want)
     assert model.all_actions(want * 255).equal(want * 255), "other numbers are not scaled"
     assert all(part.dtype == torch.float32 for part in seen)
 
@@ -280,91 +275,6 @@ def test_an_ensemble_is_mean_and_spread_of_its_members():
     assert torch.allclose(model.all_actions(state), torch.tensor([[4.0, 5.0]] * 2))
     want = torch.tensor([math.sqrt((9 + 1 + 16) / 3), 0.0])
     assert torch.allclose(model.std(state, action), want)
-
-
-def test_normalisation_is_part_of_the_state_and_constant_in_between():
-    inner = constant(1.0, 5.0, 9.0)
-    model = NormalisedReward(inner, centre=True)
-    state, action = torch.zeros(3, dtype=torch.int64), torch.arange(3)
-    assert model(state, action).tolist() == [1, 5, 9]
-    model.measure(state, action)
-    root = math.sqrt(32 / 3)
-    want = torch.tensor([-4 / root, 0, 4 / root])
-    assert torch.allclose(model(state, action), want)
-    assert torch.allclose(model.all_actions(state)[0], want)
-    model(state[:1], action[2:]).sum().backward()
-    assert torch.allclose(untyped(weight(inner).grad), torch.tensor([[0, 0, 1 / root]]))
-    with torch.no_grad():
-        weight(inner).mul_(2)
-    assert torch.allclose(model(state, action), torch.tensor([-3.0, 5.0, 13.0]) / root)
-    other = NormalisedReward(constant(0.0, 0.0, 0.0), centre=True)
-    other.load_state_dict(model.state_dict())
-    assert other(state, action).equal(model(state, action))
-    plain = NormalisedReward(constant(2.0, 2.0))
-    plain.measure(state[:2], action[:2])
-    assert plain(state[:2], action[:2]).tolist() == [2, 2], "nothing to scale by, nothing shifted"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_constant_reward_is_not_scaled_by_its_rounding(dtype):
-    """0.1 has no end in binary: the mean of a thousand of them is not 0.1 to the last bit."""
-    state = torch.zeros(1000, dtype=torch.int64)
-    action = torch.arange(1000) % 2
-    for value in (0.1, -0.7, 1e-6, 12345.678):
-        inner = constant(value, value).to(dtype)
-        model = NormalisedReward(inner)
-        model.measure(state, action)
-        assert float(model.scale) == 1, value
-        with torch.no_grad():  # what a network computes of equal inputs may differ by as much
-            weight(inner)[0, 1] *= 1 + 2 * torch.finfo(dtype).eps
-        model.measure(state, action)
-        assert float(model.scale) == 1, value
-
-
-def test_a_small_spread_about_a_large_mean_is_measured():
-    """1000 ± 0.1, fifteen hundred times float32's rounding."""
-    state = torch.zeros(1000, dtype=torch.int64)
-    action = torch.arange(1000) % 2
-    model = NormalisedReward(constant(999.9, 1000.1), centre=True)
-    model.measure(state, action)
-    assert abs(float(model.scale) - 0.1) < 1e-4
-    assert torch.allclose(model(state, action), 2.0 * action - 1, atol=2e-3)
-
-
-def test_the_scale_is_not_taken_from_nothing_or_from_what_is_not_finite():
-    state, action = torch.zeros(3, dtype=torch.int64), torch.arange(3)
-    model = NormalisedReward(constant(1.0, 5.0, 9.0), centre=True)
-    model.measure(state, action)
-    before = everything_in(model)
-    with pytest.raises(OptionError, match="the sample has no steps"):
-        model.measure(state[:0], action[:0])
-    for bad in (math.nan, math.inf, -math.inf):
-        weight(model.reward).data[0, 1] = bad
-        with pytest.raises(NonFiniteInputError, match=f"reward is {bad} at row 1 of the sample"):
-            model.measure(state, action)
-    for name in ("shift", "scale"):
-        assert model.state_dict()[name].equal(before[name]), name
-
-
-def test_a_policy_of_the_normalised_reward_is_one_of_the_inner_reward_at_another_temperature():
-    """Of one step, and of an infinite horizon, solved exactly."""
-    inner = RewardNetwork.table(3, 2).double()
-    torch.nn.init.normal_(weight(inner), std=5.0)
-    state, tau = torch.arange(3), 0.7
-    model = NormalisedReward(inner, centre=True)
-    model.measure(state.repeat(2), torch.tensor([0, 0, 0, 1, 1, 1]))
-    inner_tau = model.inner_temperature(tau)
-    assert inner_tau > 2 * tau
-    with torch.no_grad():
-        ours, inners = model.all_actions(state), inner.all_actions(state)
-    close: dict[str, Any] = {"rtol": 0, "atol": 1e-12}
-    torch.testing.assert_close((ours / tau).softmax(-1), (inners / inner_tau).softmax(-1), **close)
-    process = torch.rand(3, 2, 3, dtype=torch.float64).softmax(-1)
-    one, other = (
-        solve(DenseMDP(reward, process, 0.9), temperature=temperature, tol=1e-13).policy
-        for reward, temperature in ((ours, tau), (inners, inner_tau))
-    )
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 # Buffer
@@ -521,6 +431,11 @@ def test_a_buffer_resumes_through_a_checkpoint_to_the_same_bits(tmp_path):
     empty = PreferenceBuffer(3)
     empty.load_state_dict(PreferenceBuffer(3).state_dict())
     assert len(empty) == 0
+    state = one.state_dict()
+    state["pairs"]["label"] = torch.full((5,), 2.0)
+    with pytest.raises(OptionError, match=r"label is 2\.0"):
+        other.load_state_dict(state)
+    assert contents(other) == contents(one), "all or nothing"
 
 
 # Fitting
@@ -625,13 +540,10 @@ def test_the_buffer_counts_the_answers_that_are_no_ties():
         assert other.strict == strict
 
 
-@pytest.mark.parametrize(
-    "around", [NormalisedReward, lambda inner: RewardEnsemble([inner])], ids=["scaled", "nested"]
-)
-def test_an_ensemble_inside_another_model_is_not_fitted(around):
+def test_an_ensemble_inside_another_model_is_not_fitted():
     """Its members would see the pairs in one order, and learn from the loss of their mean."""
     inner = RewardEnsemble.of(2, lambda: RewardNetwork.mlp(3, seeded(), actions=2))
-    model = around(inner)
+    model = RewardEnsemble([inner])
     before, generator = everything_in(model), seeded()
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
     with pytest.raises(OptionError, match=r"an ensemble is inside a .*Fix: fit the inner ensemble"):
@@ -639,8 +551,6 @@ def test_an_ensemble_inside_another_model_is_not_fitted(around):
     assert_same(before, everything_in(model))
     assert generator.get_state().equal(seeded().get_state())
     fit(inner, linear_pairs(6), optimiser, generator)
-    single = NormalisedReward(untyped(inner.members[0]))
-    fit(single, linear_pairs(6), optimiser, generator)
 
 
 def test_early_stopping_keeps_the_best_parameters():
@@ -739,7 +649,7 @@ def test_disagreement_finds_where_members_were_told_different_things():
 
 def test_a_state_holds_data_only():
     """What torch reads with weights_only."""
-    model = NormalisedReward(RewardEnsemble([small_cnn()]))
+    model = RewardEnsemble([small_cnn()])
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)

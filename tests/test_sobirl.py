@@ -28,7 +28,7 @@ from birl_ext.bilevel.sobirl import DRLHF, SoBiRL, importance
 from birl_ext.errors import GradientError, NonFiniteResultError, OptionError, TemperatureError
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import bradley_terry, margins
-from birl_ext.preferences.reward_model import NormalisedReward, RewardEnsemble, RewardNetwork
+from birl_ext.preferences.reward_model import RewardEnsemble, RewardNetwork
 from birl_ext.simulators.finite import Paths
 
 
@@ -502,8 +502,8 @@ def test_options_are_named() -> None:
     with pytest.raises(OptionError, match="indirect_limit is nan"):
         SoBiRL(reward, optimiser=still, score=None, indirect_limit=math.nan)
     network, policy, pairs = linear_problem()
-    with pytest.raises(OptionError, match="an ensemble is inside a NormalisedReward"):
-        DRLHF(NormalisedReward(RewardEnsemble([network])), optimiser=still)
+    with pytest.raises(OptionError, match="an ensemble is inside a RewardEnsemble"):
+        DRLHF(RewardEnsemble([RewardEnsemble([network])]), optimiser=still)
     nobody = pairs.select(torch.arange(0))
     with pytest.raises(OptionError, match="there are no pairs"):
         DRLHF(network, optimiser=still).step(nobody, policy, temperature=1.0)

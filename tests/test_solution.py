@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import untyped
 
 import birl_ext
+from birl_ext.errors import DeviceError
 
 
 def solved(*batch: int) -> birl_ext.Solution:
@@ -73,3 +75,8 @@ def test_detached_and_moved() -> None:
     assert not any(table.requires_grad for table in found.detach())
     assert torch.equal(found.detach().policy, found.policy)
     assert all(table.device.type == "meta" for table in found.detach().to("meta"))
+    for target in ("xyz", "hpu", None, 1.5):
+        with pytest.raises(DeviceError, match=r"E303 .* was asked for .*device of this machine"):
+            found.to(untyped(target))
+    with pytest.raises(DeviceError, match=r"torch\.float16 was .*Fix: convert .*to\(dtype\)"):
+        found.to(untyped(torch.float16))

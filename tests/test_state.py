@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from cases import untyped
 from closeness import assert_same_bits, assert_same_state
 from torch import nn
 
-from birl_ext.errors import OptionError, ShapeError
+from birl_ext.errors import DtypeError, OptionError, ShapeError
 from birl_ext.preferences.teachers import ScriptedTeacher, TeacherRule
 from birl_ext.state import Stateful
 
@@ -98,16 +99,58 @@ def test_what_is_not_known_yet_may_be_put_back() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "kind", "words"),
     [
-        ("x", torch.zeros(4), ShapeError, r"the stored x has shape \(4,\)"),
-        ("x", torch.zeros(()), ShapeError, r"the stored x has shape \(\)"),
-        ("parts", {"a": torch.zeros(2)}, OptionError, r"the stored parts has \['a'\]"),
-        ("parts", {"a": torch.zeros(1), "b": []}, ShapeError, r"the stored parts\['a'\] has shape"),
-        ("parts", {"a": torch.zeros(2), "b": []}, OptionError, r"stored parts\['b'\] has 0"),
+        ("x", torch.zeros(4), ShapeError, r"x is a tensor \(4,\) of float32 .*\(3,\)"),
+        ("x", torch.zeros(()), ShapeError, r"x is a tensor \(\) of float32"),
+        ("x", torch.zeros(3).double(), DtypeError, r"x is a tensor \(3,\) of float64 .*float32"),
+        ("x", [torch.zeros(10**5)] * 3, OptionError, r"x is a list of 3 .*a tensor \(3,\)"),
+        ("x", None, OptionError, r"x is None"),
+        ("net", torch.zeros(2), OptionError, r"net is a tensor .*dict of 'weight', 'bias'"),
+        ("net", {"weight": 0}, OptionError, r"net is a dict that lacks 'bias' and has nothing"),
+        (
+            "net",
+            {"weight": torch.ones(1, 2), "bias": torch.ones(2)},
+            ShapeError,
+            r"net\['bias'\] is a tensor \(2,\)",
+        ),
+        ("optimiser", 3, OptionError, r"optimiser is a number .*optimiser of \[3\] parameters"),
+        (
+            "optimiser",
+            {"state": {}, "param_groups": []},
+            OptionError,
+            r"optimiser is that of an optimiser of \[\] parameters",
+        ),
+        ("optimiser", {"param_groups": [{"params": [0, 1, 2]}]}, OptionError, r"optimiser is .*\["),
+        ("generator", torch.zeros(3), ShapeError, r"generator is a tensor \(3,\) of float32"),
+        ("generator", None, OptionError, r"generator is None"),
+        ("inner", {}, OptionError, r"inner is a dict that lacks 'count'"),
+        ("inner", {"count": "1"}, OptionError, r"inner\['count'\] is a str .*a number"),
+        ("parts", {"a": torch.zeros(2)}, OptionError, r"parts is a dict that lacks 'b'"),
+        ("parts", {"a": torch.zeros(1), "b": []}, ShapeError, r"parts\['a'\] is a tensor \(1,\)"),
+        ("parts", {"a": torch.zeros(2), "b": []}, OptionError, r"parts\['b'\] is a list of 0"),
+        ("other", 1, OptionError, r"state is a dict that lacks nothing and has 'other' besides"),
     ],
 )
 def test_the_state_of_another_object_is_refused(
     key: str, value: Any, kind: Any, words: str
 ) -> None:
-    ours = Outer(0)
-    with pytest.raises(kind, match=words):
-        ours.load_state_dict({**ours.state_dict(), key: value})
+    """By a short error, and before anything has changed."""
+    ours, theirs = Outer(0), Outer(1)
+    for each in (ours, theirs, theirs):
+        each.step()
+    before = ours.state_dict()
+    with pytest.raises(kind, match=f"the stored {words}") as raised:
+        ours.load_state_dict({**theirs.state_dict(), key: value})
+    assert len(str(raised.value)) < 300
+    assert_same_state(ours.state_dict(), before)
+
+
+@pytest.mark.parametrize("key", Outer.STATE)
+def test_half_a_state_changes_nothing(key: str) -> None:
+    ours, theirs = Outer(0), Outer(1)
+    before, state = ours.state_dict(), theirs.state_dict()
+    del state[key]
+    with pytest.raises(OptionError, match=f"the stored state is a dict that lacks '{key}'"):
+        ours.load_state_dict(state)
+    with pytest.raises(OptionError, match="the stored state is None"):
+        ours.load_state_dict(untyped(None))
+    assert_same_state(ours.state_dict(), before)

@@ -109,6 +109,9 @@ class OneHot(nn.Module):
     Args:
         count: number of different observations.
         module: takes (n, count) float32.
+
+    Raises:
+        DtypeError, OptionError: observations are no indices, or outside [0, count).
     """
 
     def __init__(self, count: int, module: nn.Module) -> None:
@@ -117,6 +120,13 @@ class OneHot(nn.Module):
         self.module = module
 
     def forward(self, observation: Tensor) -> Tensor:
+        if observation.dtype is not torch.int64:
+            raise DtypeError(f"observation is {observation.dtype}", allowed="int64, indices")
+        if not observation.is_cuda:  # where a look would make the host wait
+            outside = (observation < 0) | (observation >= self.count)
+            if bool(outside.any()):
+                first = int(observation[outside][0])
+                raise OptionError(f"observation is {first}", allowed=f"0 to {self.count - 1}")
         vectors = nn.functional.one_hot(observation, self.count).float()
         return cast(Tensor, self.module(vectors))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -86,9 +85,9 @@ class Temperature(Stateful):
         self._log.grad = (entropy.detach() - self.entropy_target).to(self._log)
         self._optimiser.step()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def _check_state(self, state: Any, name: str = "") -> None:
+        super()._check_state(state, name)
         if (state["fixed"] is None) != (self._fixed is None):
             raise OptionError(
                 "the stored temperature was fixed and this one is not, or the reverse"
             )
-        super().load_state_dict(state)

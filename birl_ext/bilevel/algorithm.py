@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from birl_ext.bilevel import variables
-from birl_ext.bilevel.guards import check_count, check_number, make_optimiser, take_step
+from birl_ext.bilevel.guards import (
+    check_callable,
+    check_count,
+    check_number,
+    make_optimiser,
+    take_step,
+)
 from birl_ext.progress import progress as shown
 from birl_ext.state import Stateful
 
@@ -61,6 +67,8 @@ class Algorithm(Stateful, ABC, Generic[_Outcome]):
         Raises: as `step`; the steps before stay taken.
         """
         steps, tol = check_count("steps", steps), check_number("tol", tol)
+        if tell is not None:
+            check_callable("tell", tell)
         found: list[_Outcome] = []
         name = type(self).__name__
         shows = shown(name, total=steps, lines=LINES) if progress else contextlib.nullcontext()
@@ -114,6 +122,6 @@ class Descent(Algorithm[_Outcome]):
             return float(torch.as_tensor(outcome.objective).sum())
 
         with self.taken_back(without=Descent.STATE):  # these by `take_step`, to the bit
-            take_step(self.optimiser, variables.named(self.x), closure, self.steps)
+            take_step(self.optimiser, self.x, closure, self.steps)
         self.steps += 1
         return outcomes[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from birl_ext.bilevel.variables import Variables, leaves, require_finite
+from birl_ext.bilevel.variables import Variables, held, leaves, named, require_finite
 from birl_ext.errors import (
     BirlError,
     GradientError,
@@ -28,6 +28,7 @@ from birl_ext.model import checks
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 
 __all__ = [
+    "check_callable",
     "check_count",
     "check_gradient",
     "check_kind",
@@ -87,6 +88,12 @@ def check_number(
     )
 
 
+def check_callable(name: str, value: Any) -> None:
+    """A function."""
+    if not callable(value):
+        raise OptionError(f"{name} is {_kind(value)}", allowed="a function")
+
+
 def check_kind(name: str, value: Any, kind: type) -> None:
     """An instance of the class."""
     if not isinstance(value, kind):
@@ -120,7 +127,7 @@ def make_optimiser(
 
 def _require_held(optimiser: Optimizer, parameters: Sequence[Tensor]) -> None:
     ours = {id(parameter) for parameter in parameters}
-    if not any(id(held) in ours for group in optimiser.param_groups for held in group["params"]):
+    if not any(id(part) in ours for group in optimiser.param_groups for part in group["params"]):
         raise OptionError(
             f"the {type(optimiser).__name__} of `optimiser` steps other tensors than it was given",
             allowed="the parameters themselves, not copies of them",
@@ -133,23 +140,23 @@ def _require_held(optimiser: Optimizer, parameters: Sequence[Tensor]) -> None:
 
 def take_step(
     optimiser: Optimizer,
-    named: Mapping[str, Tensor],
+    x: Variables,
     closure: Callable[[], float],
     step: int,
 ) -> None:
-    """One step of the optimiser; after any error the parameters are to the bit what they were, and
-    the optimiser is too.
+    """One step of the optimiser; after any error x is to the bit what it was, buffers of a module
+    and gradients included, and the optimiser is too.
 
     Args:
-        optimiser: over these parameters.
-        named: the tensors of x.
+        optimiser: over the leaves of x.
+        x: its tensors are changed in place.
         closure: sets their gradients and returns φ; may be asked several times.
         step: steps taken before this one.
     """
-    parameters = list(named.values())
+    parameters = held(x)
     _require_held(optimiser, parameters)
-    before = [parameter.detach().clone() for parameter in parameters]
-    state = {held: copy.deepcopy(kept) for held, kept in optimiser.state.items()}
+    before = [(part, part.detach().clone(), part.grad) for part in parameters]
+    state = {part: copy.deepcopy(kept) for part, kept in optimiser.state.items()}
     groups = [dict(group) for group in optimiser.param_groups]
     name = f"the {type(optimiser).__name__} of `optimiser`"
     asked, ours = 0, False
@@ -160,7 +167,8 @@ def take_step(
         try:
             objective = closure()
         except BirlError as error:
-            size = max(float(x.detach().double().norm()) for x in parameters)
+            norms = (float(leaf.detach().double().norm()) for leaf in leaves(x))
+            size = max(norms, default=0.0)
             if (step or asked > 1) and size > _HUGE:
                 raise NonFiniteResultError(
                     f"steps of {name} have made ‖x‖ {size:.3g}, and there: {error.what}",
@@ -187,21 +195,22 @@ def take_step(
                 allowed="an optimiser whose step calls its closure",
                 fix="call the closure in `step`, under torch.enable_grad()",
             )
-        for which, parameter in named.items():
+        for which, leaf in named(x).items():
             require_finite(
-                parameter,
+                leaf,
                 f"after a step of {name} {which}",
                 NonFiniteResultError,
                 fix="lower the learning rate",
             )
     except BaseException:
         with torch.no_grad():
-            for parameter, was in zip(parameters, before, strict=True):
-                parameter.copy_(was)
+            for part, was, gradient in before:
+                part.copy_(was)
+                part.grad = gradient
         optimiser.state.clear()
         optimiser.state.update(state)
-        for group, held in zip(optimiser.param_groups, groups, strict=True):
-            group.update(held)
+        for group, kept in zip(optimiser.param_groups, groups, strict=True):
+            group.update(kept)
         raise
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -35,7 +34,7 @@ from birl_ext.bilevel.problem import (
     hypergradient,
     temperature_at,
 )
-from birl_ext.errors import AccuracyWarning, OptionError
+from birl_ext.errors import AccuracyWarning, OptionError, warn
 from birl_ext.functional import bellman, solve
 from birl_ext.model import checks
 from birl_ext.model.mdp import DenseMDP, SparseMDP
@@ -148,12 +147,11 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
         if first.missed and not self._warned:
             self._warned = True
             remedy = 'use mode="exact"' if self.mode == "published" else "raise the temperature"
-            warnings.warn(
+            warn(
                 f"the certified error of the hyper-gradient is {first.relative_error.max():.3g} in "
                 f"outer step {self.steps - 1}, and accuracy is {self.accuracy:g}: {remedy}, or ask "
                 "for less. Further steps say so in `MSoBiRLOutcome.missed` only",
                 AccuracyWarning,
-                stacklevel=2,
             )
         return first
 

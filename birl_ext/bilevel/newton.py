@@ -81,8 +81,13 @@ class DampedNewton(Algorithm[NewtonOutcome]):
             GradientError: either level does not depend on x, φ or its derivatives are not finite,
                 or no step decreases φ.
             UndeterminedError: φ is linear along a direction; or nothing but a direction in which H
-                is singular or indefinite is left to step along. After any error x is what it was.
+                is singular or indefinite is left to step along. After any error the state is what
+                it was.
         """
+        with self.taken_back(without=("x",)):  # which is replaced in the end
+            return self._step()
+
+    def _step(self) -> NewtonOutcome:
         objective, gradient, raw, passes, bound = self._expand()
         undetermined = _undetermined(raw, gradient)
         if undetermined is not None and undetermined.sloping:
@@ -97,7 +102,6 @@ class DampedNewton(Algorithm[NewtonOutcome]):
         outcome = NewtonOutcome(
             float(objective), float(gradient.norm()), self.decrement, self.damping, passes, bound
         )
-        damping = self.damping
         noise = 1e-13 * max(abs(float(objective)), 1.0)
         gain_in_reach = float((gradient.square() / scale.diagonal()).sum())
         for _ in range(60):
@@ -119,7 +123,6 @@ class DampedNewton(Algorithm[NewtonOutcome]):
                         self.damping = max(self.damping / 10, 1e-12)
                     return outcome
             self.damping = max(self.damping * 4, 1e-8)
-        self.damping = damping
         if undetermined is not None and gain_in_reach <= 1e3 * noise:
             raise undetermined.error(self.x)
         raise GradientError(

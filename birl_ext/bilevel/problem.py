@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.bilevel.guards import (
+    check_callable,
     check_count,
     check_gradient,
     check_lower,
@@ -19,7 +20,7 @@ from birl_ext.bilevel.guards import (
     no_path,
 )
 from birl_ext.bilevel.variables import Variables, joined, named, starts
-from birl_ext.errors import BirlError, DtypeError, OptionError, ShapeError, TemperatureError
+from birl_ext.errors import BirlError, DtypeError, ShapeError, TemperatureError
 from birl_ext.functional import solve
 from birl_ext.model import checks
 from birl_ext.model.mdp import DenseMDP, SparseMDP
@@ -50,8 +51,7 @@ class BilevelProblem:
 
     def __post_init__(self) -> None:
         for name, level in vars(self).items():
-            if not callable(level):
-                raise OptionError(f"{name} is a {type(level).__name__}", allowed="a function")
+            check_callable(name, level)
 
     def objective(
         self, x: Variables, temperature: float | Tensor, initial: Tensor | None = None

@@ -208,8 +208,7 @@ class SoBiRL(Stateful):
             outcomes.append(self._prepare(pairs, follower, temperature))
             return outcomes[-1].loss
 
-        own = {f"x.{name}": part for name, part in self.reward.named_parameters()}
-        take_step(self.optimiser, own, closure, self.steps)
+        take_step(self.optimiser, self.reward, closure, self.steps)
         self.steps += 1
         return outcomes[0]
 

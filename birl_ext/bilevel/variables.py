@@ -28,6 +28,7 @@ __all__ = [
     "described",
     "drawn",
     "entry",
+    "held",
     "joined",
     "leaves",
     "named",
@@ -55,6 +56,11 @@ def named(x: Variables) -> dict[str, Tensor]:
 def leaves(x: Variables) -> list[Tensor]:
     """The tensors that x is made of."""
     return list(named(x).values())
+
+
+def held(x: Variables) -> list[Tensor]:
+    """All tensors of x: of a module also those that are not moved."""
+    return [*x.parameters(), *x.buffers()] if isinstance(x, nn.Module) else leaves(x)
 
 
 def starts(x: Variables) -> torch.Size:

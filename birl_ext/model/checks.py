@@ -14,7 +14,8 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from numbers import Real
 from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, TypeVar, cast
 
 import torch
@@ -75,6 +76,7 @@ __all__ = [
     "promoted",
     "real",
     "reference_defects",
+    "required",
     "reward_defects",
     "row_sum_tolerance",
     "states_and_actions",
@@ -115,11 +117,13 @@ def as_tensor(name: str, tensor: T) -> T:
     if tensor is None:
         return tensor
     if not isinstance(tensor, Tensor):
-        options = "" if hasattr(tensor, "dtype") else ", dtype=torch.float64"
+        known = hasattr(tensor, "__array__") or isinstance(tensor, Sequence | Real)
+        kind = "int64" if name in ("crow", "col") else "float64"
+        options = "" if hasattr(tensor, "dtype") else f", dtype=torch.{kind}"
         raise DtypeError(
             f"{name} is a {type(tensor).__name__}",
             allowed="a torch.Tensor",
-            fix=f"pass torch.as_tensor({name}{options})",
+            fix=f"pass torch.as_tensor({name}{options})" if known else f"give {name} as a tensor",
         )
     if isinstance(tensor, MaskedTensor):
         raise DtypeError(
@@ -164,11 +168,16 @@ def real(value: Any) -> float | None:
         return None
 
 
-def as_floating(name: str, tensor: Tensor) -> Tensor:
-    """The tensor in float32 or float64; half precision is promoted to float32, all else refused."""
+def required(name: str, tensor: Tensor) -> Tensor:
+    """`as_tensor` of what may not be left out."""
     if tensor is None:
         raise DtypeError(f"{name} is None", allowed="a torch.Tensor", fix=f"give {name}")
-    as_tensor(name, tensor)
+    return as_tensor(name, tensor)
+
+
+def as_floating(name: str, tensor: Tensor) -> Tensor:
+    """The tensor in float32 or float64; half precision is promoted to float32, all else refused."""
+    required(name, tensor)
     if tensor.dtype in _STORAGE:
         return tensor
     if tensor.dtype in _HALF:
@@ -718,6 +727,8 @@ def promoted(entries: str, fields: Mapping[str, Any], validate: str) -> dict[str
     check_level(validate)
     for name in ("mask", "terminal"):
         check_flags(name, fields[name])
+    for name in ("crow", "col") if "crow" in fields else ():
+        required(name, fields[name])
     found: dict[str, Any] = {
         name: as_floating(name, fields[name])
         for name in ("reward", entries, "reference", "initial_distribution")

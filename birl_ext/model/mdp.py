@@ -24,6 +24,7 @@ from birl_ext.model import checks
 from birl_ext.model.checks import Level
 from birl_ext.model.layout import Flat, flatten
 from birl_ext.model.tensor_files import FOREIGN, MAX_BYTES, read_tensors, write_tensors
+from birl_ext.solution import as_device
 from birl_ext.torch_internals import is_concrete
 
 __all__ = ["DenseMDP", "SparseMDP", "load"]
@@ -109,7 +110,7 @@ class _MDP:
         divides every row of P, and ρ, by its sum: this leaves the model as it was read before (P/σ)
         and lets it pass the tighter tolerance.
         """
-        devices = [target for target in targets if not isinstance(target, torch.dtype)]
+        devices = [as_device(t) for t in targets if not isinstance(t, torch.dtype)]
         dtypes = [target for target in targets if isinstance(target, torch.dtype)]
         for dtype in dtypes:
             if dtype not in (torch.float32, torch.float64):

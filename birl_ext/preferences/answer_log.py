@@ -18,9 +18,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import sqlite3
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from birl_ext.errors import (
     AnswerLogRecoveryWarning,
     AnswerLogWriteError,
     ConfigError,
+    OptionError,
+    warn,
 )
 from birl_ext.files import locked, replacing
 from birl_ext.preferences.fragments import Fragments, Pairs
@@ -46,15 +48,15 @@ class AnswerLog:
 
     Raises:
         AnswerLogCorruptError: it was altered or cut short.
-        ConfigError: another process has it open.
+        ConfigError: another process has it open, or no file can be written there.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path = Path(path)
         self.answers: list[dict[str, Any]] = []
         self._hashes = [hashlib.sha256(b"birl_ext answers").hexdigest()]
         self._at = 0  # where `record` goes on
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, _openable(path):
             stack.enter_context(locked(path.with_name(f".{path.name}.lock"), "writes to this log"))
             if not path.exists():
                 with replacing(path) as draft, contextlib.closing(sqlite3.connect(draft)) as new:
@@ -74,6 +76,7 @@ class AnswerLog:
         """Write one answer, JSON data without NaN or infinities.
 
         Raises:
+            OptionError: it is none.
             AnswerLogWriteError: the disk refused, or the log is closed; earlier answers are intact.
         """
         at_end = self._at == len(self)
@@ -94,6 +97,8 @@ class AnswerLog:
         Warns:
             AnswerLogRecoveryWarning: answers have been removed.
         """
+        if not isinstance(pairs, Pairs):
+            raise OptionError(f"pairs is a {type(pairs).__name__}", allowed="a Pairs")
         labels = [None if math.isnan(label) else label for label in pairs.label.tolist()]
         marks = fingerprints(pairs.first), fingerprints(pairs.second)
         given = [
@@ -106,11 +111,10 @@ class AnswerLog:
         if new := given[kept - self._at :]:
             self._write(kept, new)
             if left:
-                warnings.warn(
+                warn(
                     f"{self.path}: the run has taken another course after answer {kept}; the "
                     f"{left} answers given on the old one have been removed",
                     AnswerLogRecoveryWarning,
-                    stacklevel=2,
                 )
         self._at += len(given)
 
@@ -131,8 +135,10 @@ class AnswerLog:
         Raises:
             AnswerLogCorruptError: it does not.
         """
-        count = int(state["answers"])
-        if count > len(self) or self._hashes[count] != state["hash"]:
+        count, link = (
+            state.get(key) if isinstance(state, Mapping) else None for key in ("answers", "hash")
+        )
+        if not isinstance(count, int) or count < 0 or self._hashes[count:][:1] != [link]:
             raise AnswerLogCorruptError(
                 f"the log's first {count} answers are not those of the stored state",
                 where=str(self.path),
@@ -172,7 +178,14 @@ class AnswerLog:
         """Let these follow the first ones, in place of all others; a kill leaves the old or the new
         log.
         """
-        texts = [json.dumps(dict(each), sort_keys=True, allow_nan=False) for each in answers]
+        try:
+            texts = [json.dumps(dict(each), sort_keys=True, allow_nan=False) for each in answers]
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"the answer is no JSON data: {error}",
+                allowed="a dict of texts, finite numbers, lists and dicts",
+                fix="write None for what was not answered",
+            ) from None
         links = list(itertools.accumulate(texts, _link, initial=self._hashes[kept]))[1:]
         rows = zip(itertools.count(kept + 1), texts, links, strict=False)
         try:
@@ -181,12 +194,28 @@ class AnswerLog:
                 transaction.executemany("INSERT INTO answers VALUES (?, ?, ?)", rows)
                 transaction.execute(f"PRAGMA user_version = {kept + len(texts)}")
         except sqlite3.Error as error:
+            closed = isinstance(error, sqlite3.ProgrammingError)
             raise AnswerLogWriteError(
-                f"answer {kept + 1} was not written: {error}", where=str(self.path)
+                f"answer {kept + 1} was not written: {error}",
+                where=str(self.path),
+                fix="open the log again" if closed else "",
             ) from error
         # In this order: after an interrupt the next answers replace those that nobody was told of.
         self._hashes[kept + 1 :] = links
         self.answers[kept:] = map(json.loads, texts)
+
+
+@contextlib.contextmanager
+def _openable(path: Path) -> Iterator[None]:
+    """What the system says of a path that no log can be at, as an error of the catalogue."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        raise ConfigError(
+            f"no log can be opened: {error}",
+            where=str(path),
+            fix="give the path of a file, in a folder that can be written to",
+        ) from error
 
 
 def fingerprints(fragments: Fragments) -> list[str]:

@@ -114,14 +114,15 @@ class PreferenceBuffer:
         return {"added": self.added, "pairs": pairs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; more pairs than the capacity are cut at the old end."""
-        self._ring, self._count = None, 0
-        self.added = int(state["added"])
+        """Take over a state, or none of it; more pairs than the capacity are cut at the old end."""
+        fresh = PreferenceBuffer(self.capacity, self.device)
+        fresh.added = int(state["added"])
         stored = state["pairs"]
         if stored is not None:
             first, second = Fragments(*stored["first"]), Fragments(*stored["second"])
-            self.added -= len(first)
-            self.append(first, second, stored["label"])
+            fresh.added -= len(first)
+            fresh.append(first, second, stored["label"])
+        vars(self).update(vars(fresh))
 
     def _blank(self, model: Pairs) -> Pairs:
         parts = reserve(

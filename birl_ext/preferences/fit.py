@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from birl_ext.errors import NonFiniteResultError, OptionError
+from birl_ext.errors import NonFiniteResultError, OptionError, warn
 from birl_ext.preferences.fragments import Pairs
 from birl_ext.preferences.loss import accuracy, bradley_terry, margins
 from birl_ext.preferences.reward_model import RewardModel, global_draws_from, members_of
@@ -83,7 +82,7 @@ def fit(
         NonFiniteResultError: a loss is NaN or infinite, that on the validation pairs included; no
             step was taken on it.
         OptionError: there are no pairs to fit to or to validate on, or a number is below one; or an
-            ensemble is inside another model, such as a `NormalisedReward`.
+            ensemble is inside another model.
     """
     numbers = {
         "the number of pairs": len(pairs),
@@ -97,10 +96,9 @@ def fit(
         if value < 1:
             raise OptionError(f"{name} is {value!r}", allowed="1 or more")
     if bool((pairs.label == 0.5).all()):
-        warnings.warn(
+        warn(
             f"all {len(pairs)} answers are ties: none has found any fragment better than another, "
             "and a reward that is the same everywhere explains them best",
-            stacklevel=2,
         )
     members = members_of(reward)
     best = _Best(patience)

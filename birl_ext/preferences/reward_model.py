@@ -1,4 +1,4 @@
-"""Learned rewards: networks, ensembles of them, and their normalisation.
+"""Learned rewards: networks, and ensembles of them.
 
 A reward is evaluated in critic targets, scores, baselines and queries, and all of these must see
 one and the same function. So every model here is in evaluation mode at all times, and only
@@ -15,10 +15,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from birl_ext.errors import NonFiniteInputError, OptionError, ShapeError
+from birl_ext.errors import OptionError, ShapeError
 
 __all__ = [
-    "NormalisedReward",
     "RewardEnsemble",
     "RewardModel",
     "RewardNetwork",
@@ -29,8 +28,6 @@ __all__ = [
 _SCALE = 1 / 255
 _CONVOLUTIONS = ((7, 3), (5, 2), (3, 1), (3, 1))
 """Kernel and stride."""
-_ROUNDING = 8
-"""A spread of up to so many eps of the largest |r| is rounding."""
 
 
 class RewardModel(nn.Module):
@@ -277,91 +274,6 @@ def members_of(reward: RewardModel) -> list[nn.Module]:
             fix="fit the inner ensemble, by itself",
         )
     return members
-
-
-class NormalisedReward(RewardModel):
-    """A reward brought to a known scale, as an agent's temperature needs it.
-
-        r' = (r − shift) / scale
-
-    Both numbers are constants until `measure` is called again: no gradient passes through them.
-    Fit the inner reward, and hand this one to the agent. An agent with temperature τ for r' is one
-    with scale·τ for r: a hyper-gradient of the inner reward needs `inner_temperature`. Shifting a
-    reward changes what is best where episodes end at different times; leave `centre` off there.
-
-    Args:
-        reward: the inner model.
-        centre: whether to subtract the mean.
-    """
-
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(self, reward: RewardModel, *, centre: bool = False) -> None:
-        super().__init__()
-        self.reward = reward
-        self.centre = centre
-        parameter = next(reward.parameters(), torch.empty(0))
-        self.register_buffer("shift", parameter.new_zeros(()))
-        self.register_buffer("scale", parameter.new_ones(()))
-        self.eval()
-
-    @torch.no_grad()
-    def measure(self, observation: Tensor, action: Tensor) -> None:
-        """Set the scale to the standard deviation on a sample, and the shift to its mean; a scale
-        of zero, but for rounding, leaves the reward as it is.
-
-        Args:
-            observation: (m, *O), of at least one step.
-            action: (m, *A).
-
-        Raises:
-            OptionError: the sample is empty.
-            NonFiniteInputError: a reward is NaN or infinite.
-        """
-        found = self.reward(observation, action)
-        if not len(found):
-            raise OptionError("the sample has no steps", allowed="1 or more")
-        wrong = (~found.isfinite()).nonzero()
-        if len(wrong):
-            first = int(wrong[0])
-            raise NonFiniteInputError(
-                f"reward is {float(found[first])}",
-                where=f"row {first} of the sample",
-                fix="the reward's parameters have diverged: lower their learning rate",
-            )
-        # a constant has a spread in its own dtype, that of its mean's rounding
-        spread = found.double().std(correction=0)
-        rounding = _ROUNDING * torch.finfo(found.dtype).eps * found.abs().max()
-        self.scale.copy_(torch.where(spread > rounding, found.std(correction=0), 1.0))
-        if self.centre:
-            self.shift.copy_(found.mean())
-
-    def inner_temperature(self, temperature: float) -> float:
-        """scale·τ, the temperature for r whose policy is that of τ for r'.
-
-            softmax(r'(s, ·)/τ) = softmax(r(s, ·)/(scale·τ)), and so for Q
-
-        `birl_ext.bilevel.sobirl.SoBiRL` of the inner reward takes its steps at it.
-
-        Args:
-            temperature: τ of the agent, units of r'.
-
-        Returns:
-            In units of r; of the present scale, so ask again after each `measure`.
-        """
-        return temperature * float(self.scale)
-
-    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        """r', (m,)."""
-        return self._normalised(self.reward(observation, action))
-
-    def all_actions(self, observation: Tensor) -> Tensor:
-        """r'(s, ·), (m, A)."""
-        return self._normalised(self.reward.all_actions(observation))
-
-    def _normalised(self, reward: Tensor) -> Tensor:
-        return (reward - self.shift) / self.scale
 
 
 def _as_model(module: nn.Module) -> RewardModel:

@@ -305,6 +305,7 @@ class FourRoomsJob(Stateful):
         return {"objective": self._best, **metrics} if self._best > -torch.inf else metrics
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._heat = state["heat"]
         self._climb(state["algorithm"]["x"])  # with as many starts
         super().load_state_dict(state)
 

@@ -208,8 +208,9 @@ def failure(
         Status.STAGNATED: (errors.StagnatedError, "stagnated"),
         Status.NON_FINITE: (errors.NonFiniteResultError, "overflowed"),
     }.get(code, (errors.NotConvergedError, "not converged"))
-    known = f"certified error {bound:.3g} " if bound == bound else ""
-    what, fix = f"{story}: {known}after {passes:.0f} passes", ""
+    known = f": certified error {bound:.3g}" if bound == bound else ""
+    spent = "" if passes != passes else f" after {passes:.0f} pass{'es' * (passes != 1)}"
+    what, fix = f"{story}{known}{spent}", ""
     if code == Status.NON_FINITE and not bool(
         data.transition.isfinite().all() & data.reward.isfinite().all()
     ):

@@ -8,13 +8,12 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from birl_ext._version import __version__
-from birl_ext.errors import BackendFallbackWarning, BackendUnavailableError
+from birl_ext.errors import BackendFallbackWarning, BackendUnavailableError, warn
 
 __all__ = ["available", "build_info", "reason", "report", "require", "stand_in"]
 
@@ -72,11 +71,10 @@ class _Backend:
             self.require()
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{why}; PyTorch computes the same answers, slower. "
                 "Fix: reinstall birl_ext with a C++ compiler at hand; `birl doctor` tells more",
                 BackendFallbackWarning,
-                stacklevel=3,
             )
 
 

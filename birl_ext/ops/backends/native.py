@@ -7,7 +7,6 @@ None or empty, as in `Data`.
 
 from __future__ import annotations
 
-import warnings
 from array import array
 from collections.abc import Sequence
 from types import ModuleType
@@ -22,6 +21,7 @@ from birl_ext.errors import (
     DtypeError,
     IllConditionedWarning,
     ShapeError,
+    warn,
 )
 from birl_ext.ops.backends import cuda, loader
 from birl_ext.ops.request import Data, Settings
@@ -331,7 +331,7 @@ _WANTED = tuple(f"{name}_bar" for name in (*Data._fields[:1], *Data._fields[3:])
 def check_condition(condition: float, problem: int, largest: float = LARGEST_CONDITION) -> None:
     """Warn where rounding costs a derivative more than it may: see IllConditionedWarning."""
     if condition > largest:
-        warnings.warn(IllConditionedWarning(condition, problem), stacklevel=2)
+        warn(IllConditionedWarning(condition, problem))
 
 
 def policy_solve(
