@@ -31,12 +31,54 @@ struct MatrixView {
   }
 };
 
+// What most homes share: P stays where it is, and the team is a block.
+template <class Real_>
+struct StoredRows {
+  using Real = Real_;
+  static constexpr bool kOnChip = false, kOneWarp = false;
+  static constexpr int kTeamsPerProcessor = 2;
+
+  const Real* values;  // (N, S, A, S), or (N, nnz)
+  int states, actions;
+
+  BIRL_HD int padded() const { return states; }
+
+  struct Memory {};
+
+  template <class Chip, class Spill>
+  BIRL_HD Memory lay_out(Chip&, Spill&) const {
+    return {};
+  }
+};
+
+template <class Real>
+struct DenseRows : StoredRows<Real> {
+  BIRL_DEVICE const Real* stored(Index n) const {
+    return this->values + n * this->states * this->actions * static_cast<Index>(this->states);
+  }
+};
+
+// A row whose numbers lie one after another.
+template <class Real>
+struct Neighbours {
+  const Real* p;
+  Index start;
+  int length;
+
+  BIRL_DEVICE int count() const { return length; }
+  BIRL_DEVICE double operator()(int i) const { return static_cast<double>(p[i]); }
+  BIRL_DEVICE double sum() const { return chained_sum(length, *this); }
+  template <class Visit>
+  BIRL_DEVICE void scan(Visit&& visit) const {
+    for (int i = 0; i < length; ++i) visit(i, p[i]);
+  }
+};
+
 // ---- registers ---------------------------------------------------------------------------------
 // A lane of a warp keeps kRows rows of up to kStates entries. Bytes: P is read once, coalesced,
 // through a tile on chip; a sweep then reads only V.
-template <class Real_, int kStates, int kRows>
-struct RegisterRows {
-  using Real = Real_;
+template <class Real, int kStates, int kRows>
+struct RegisterRows : DenseRows<Real> {
   static constexpr Kernel kName = Kernel::kCudaWarp;
   static constexpr bool kOnChip = true;
   static constexpr int kTile = kStates + 1;  // row pitch: lanes fall on different banks
@@ -44,9 +86,6 @@ struct RegisterRows {
   static constexpr int kRegistersOfP = kStates * kRows * static_cast<int>(sizeof(Real) / 4);
   static constexpr bool kOneWarp = true;  // the team is a warp
   static constexpr int kTeamsPerProcessor = kRegistersOfP <= 32 ? 12 : 8;
-
-  const Real* values;  // (N, S, A, S)
-  int states, actions;
 
   BIRL_HD int padded() const { return kStates; }
 
@@ -60,9 +99,6 @@ struct RegisterRows {
   template <class Chip, class Spill>
   BIRL_HD Memory lay_out(Chip& chip, Spill&) const {
     return {chip.template take<Real>(32 * kTile)};
-  }
-  BIRL_DEVICE const Real* stored(Index n) const {
-    return values + n * states * actions * static_cast<Index>(states);
   }
 
   template <class Team>
@@ -147,31 +183,22 @@ struct RegisterRows {
 // P lies on chip with the next state as the slow axis, p[t·pitch + row]: at each step of a product
 // the threads read neighbouring rows, free of bank conflicts, and one V(t) for all. Bytes: P is
 // read once, coalesced; a sweep then reads S·A·S entries on chip.
-template <class Real_>
-struct SharedRows {
-  using Real = Real_;
+template <class Real>
+struct SharedRows : DenseRows<Real> {
   static constexpr Kernel kName = Kernel::kCudaBlock;
   static constexpr bool kOnChip = true;
-  static constexpr int kTeamsPerProcessor = 2;
-  static constexpr bool kOneWarp = false;
-
-  const Real* values;  // (N, S, A, S)
-  int states, actions;
-
-  BIRL_HD int padded() const { return states; }
 
   struct Memory {
     Real* p;
   };
 
-  BIRL_HD int pitch() const { return states * actions | 1; }  // odd, so that storing is free too
+  BIRL_HD int pitch() const {
+    return this->states * this->actions | 1;
+  }  // odd, so that storing is free too
 
   template <class Chip, class Spill>
   BIRL_HD Memory lay_out(Chip& chip, Spill&) const {
-    return {chip.template take<Real>(static_cast<Index>(states) * pitch())};
-  }
-  BIRL_DEVICE const Real* stored(Index n) const {
-    return values + n * states * actions * static_cast<Index>(states);
+    return {chip.template take<Real>(static_cast<Index>(this->states) * pitch())};
   }
 
   template <class Team>
@@ -233,47 +260,19 @@ struct SharedRows {
 // P stays where it is. Bytes: a sweep reads it all, from L2 if it fits there. A thread reads its
 // row alone, so a warp's loads touch 32 rows at once and rely on L1 for the rest of each sector:
 // the home of shapes that nothing better holds.
-template <class Real_>
-struct GlobalRows {
-  using Real = Real_;
+template <class Real>
+struct GlobalRows : DenseRows<Real> {
   static constexpr Kernel kName = Kernel::kCudaBlock;
-  static constexpr bool kOnChip = false;
-  static constexpr int kTeamsPerProcessor = 2;
-  static constexpr bool kOneWarp = false;
-
-  const Real* values;  // (N, S, A, S)
-  int states, actions;
-
-  BIRL_HD int padded() const { return states; }
-
-  struct Memory {};
-
-  template <class Chip, class Spill>
-  BIRL_HD Memory lay_out(Chip&, Spill&) const {
-    return {};
-  }
-  BIRL_DEVICE const Real* stored(Index n) const {
-    return values + n * states * actions * static_cast<Index>(states);
-  }
 
   template <class Team>
   class Local {
    public:
-    BIRL_DEVICE Local(const GlobalRows& home, Team& team, const Memory&, Index n)
+    BIRL_DEVICE Local(const GlobalRows& home, Team& team, const typename GlobalRows::Memory&,
+                      Index n)
         : home_(home), team_(team), source_(home.stored(n)) {}
 
-    struct Entries {
-      const Real* p;
-      int states;
-      Index start;
-      BIRL_DEVICE int count() const { return states; }
-      BIRL_DEVICE double operator()(int i) const { return static_cast<double>(p[i]); }
-      BIRL_DEVICE double sum() const { return chained_sum(states, *this); }
-      BIRL_DEVICE double dot(const double* w) const { return chained_dot(states, *this, w); }
-      template <class Visit>
-      BIRL_DEVICE void scan(Visit&& visit) const {
-        for (int i = 0; i < states; ++i) visit(i, p[i]);
-      }
+    struct Entries : Neighbours<Real> {
+      BIRL_DEVICE double dot(const double* w) const { return chained_dot(this->length, *this, w); }
     };
 
     BIRL_DEVICE void load() {}
@@ -283,7 +282,7 @@ struct GlobalRows {
       const int S = home_.states, rows = S * home_.actions;
       for (int row = t.rank; row < rows; row += t.count) {
         const Index start = static_cast<Index>(row) * S;
-        body(row, Entries{source_ + start, S, start});
+        body(row, Entries{{source_ + start, start, S}});
       }
     }
 
@@ -311,50 +310,26 @@ struct GlobalRows {
 // ---- global memory, CSR ------------------------------------------------------------------------
 // One pattern for all transitions. Bytes: a sweep reads the values and the columns of all entries,
 // and V at those columns.
-template <class Real_>
-struct CsrRows {
-  using Real = Real_;
+template <class Real>
+struct CsrRows : StoredRows<Real> {
   static constexpr Kernel kName = Kernel::kCudaCsr;
-  static constexpr bool kOnChip = false;
-  static constexpr int kTeamsPerProcessor = 2;
-  static constexpr bool kOneWarp = false;
 
-  const Real* values;  // (N, nnz)
-  int states, actions;
   const Index* crow;
   const Index* col;
   Index nnz;
 
-  BIRL_HD int padded() const { return states; }
-
-  struct Memory {};
-
-  template <class Chip, class Spill>
-  BIRL_HD Memory lay_out(Chip&, Spill&) const {
-    return {};
-  }
-  BIRL_DEVICE const Real* stored(Index n) const { return values + n * nnz; }
+  BIRL_DEVICE const Real* stored(Index n) const { return this->values + n * nnz; }
 
   template <class Team>
   class Local {
    public:
-    BIRL_DEVICE Local(const CsrRows& home, Team& team, const Memory&, Index n)
+    BIRL_DEVICE Local(const CsrRows& home, Team& team, const typename CsrRows::Memory&, Index n)
         : home_(home), team_(team), source_(home.stored(n)) {}
 
-    struct Entries {
-      const Real* p;
+    struct Entries : Neighbours<Real> {
       const Index* col;
-      Index start;
-      int length;
-      BIRL_DEVICE int count() const { return length; }
-      BIRL_DEVICE double operator()(int i) const { return static_cast<double>(p[i]); }
-      BIRL_DEVICE double sum() const { return chained_sum(length, *this); }
       BIRL_DEVICE double dot(const double* w) const {
-        return chained_sum(length, [this, w](int i) { return (*this)(i)*w[col[i]]; });
-      }
-      template <class Visit>
-      BIRL_DEVICE void scan(Visit&& visit) const {
-        for (int i = 0; i < length; ++i) visit(i, p[i]);
+        return chained_sum(this->length, [this, w](int i) { return (*this)(i)*w[col[i]]; });
       }
     };
 
@@ -365,8 +340,8 @@ struct CsrRows {
       const int rows = home_.states * home_.actions;
       for (int row = t.rank; row < rows; row += t.count) {
         const Index start = home_.crow[row];
-        body(row, Entries{source_ + start, home_.col + start, start,
-                          static_cast<int>(home_.crow[row + 1] - start)});
+        const int length = static_cast<int>(home_.crow[row + 1] - start);
+        body(row, Entries{{source_ + start, start, length}, home_.col + start});
       }
     }
 

@@ -2,25 +2,9 @@
 // zero; the same arithmetic as the CPU's soft_maximum (cpu/isa/dense.cpp).
 #pragma once
 
-#include "core/soft_maximum.h"
-#include "cuda/layer/layer.h"
+#include "cuda/layer/log_reference.h"
 
 namespace birl::device {
-
-// log μ of one problem; absent means zero everywhere.
-struct LogReference {
-  const double* values;
-
-  BIRL_DEVICE double operator[](int row) const { return values ? values[row] : 0.0; }
-
-  // Whether a state with rows [row, row + actions) has an action.
-  BIRL_DEVICE bool any(int row, int actions) const {
-    if (!values) return true;
-    for (int a = 0; a < actions; ++a)
-      if (values[row + a] > nothing<double>()) return true;
-    return false;
-  }
-};
 
 struct SoftMaximum {
   const double* q;  // (S, A)

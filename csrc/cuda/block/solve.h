@@ -22,6 +22,7 @@
 #include "cuda/block/rows.h"
 #include "cuda/block/selection.h"
 #include "cuda/block/soft_maximum.h"
+#include "cuda/layer/results.h"
 
 namespace birl::device {
 
@@ -188,19 +189,7 @@ class Solving {
   }
 
   BIRL_DEVICE void refuse(const Defect& defect) {
-    const double nan = kInf - kInf;
-    team_.phase([&](Thread t) {
-      const Index first = item_ * S_ * A_;
-      for (int s = t.rank; s < S_; s += t.count)
-        request_.value[item_ * S_ + s] = request_.relative[item_ * S_ + s] = nan;
-      for (Index i = first + t.rank; i < first + S_ * A_; i += t.count) {
-        put(request_.q, i, nan);
-        put(request_.advantage, i, nan);
-        put(request_.policy, i, nan);
-        put(request_.log_policy, i, nan);
-      }
-      report(t, {defect.status, nan, nan, 0, 0, nan}, defect);
-    });
+    team_.phase([&](Thread t) { results().refuse(t.rank, t.count, defect); });
   }
 
   // ---- iteration --------------------------------------------------------------------------------
@@ -331,41 +320,22 @@ class Solving {
 
   // ---- what is handed out -----------------------------------------------------------------------
 
-  BIRL_DEVICE static void put(void* table, Index at, double x) {
-    static_cast<Real*>(table)[at] = static_cast<Real>(x);
+  BIRL_DEVICE Results results() const {
+    return {request_, Home::kName, kDouble, item_, S_, A_, temperature_};
   }
 
   BIRL_DEVICE void finish() {
     const SoftMaximum soft{m_.q, reference_, A_, temperature_};
     team_.phase([&](Thread t) {
       const double offset = m_.control->offset();
-      for (int s = t.rank; s < S_; s += t.count) {
-        request_.value[item_ * S_ + s] = m_.image[s] + offset;
-        request_.relative[item_ * S_ + s] = m_.image[s];
-      }
+      for (int s = t.rank; s < S_; s += t.count) results().state(s, m_.image[s], offset);
       for (int row = t.rank; row < S_ * A_; row += t.count) {
         const int s = row / A_;
-        const Index at = item_ * S_ * A_ + row;
-        const bool masked = birl::masked(reference_[row]);
-        const double advantage = masked ? 0.0 : m_.q[row] - m_.image[s];
-        put(request_.advantage, at, advantage);
-        put(request_.q, at, advantage + (m_.image[s] + offset));
-        put(request_.policy, at, m_.e[row] / m_.total[s]);
-        put(request_.log_policy, at, soft.exponent(row) - log_from_one(m_.total[s]));
+        results().row(row, m_.q[row], reference_.masked(row), m_.image[s], offset,
+                      m_.e[row] / m_.total[s], soft.exponent(row) - log_from_one(m_.total[s]));
       }
-      Outcome outcome = m_.control->outcome();
-      if (m_.control->overflows()) outcome.status = Status::kNonFinite;
-      report(t, outcome, {});
+      results().finish(t.rank, t.count, *m_.control);
     });
-  }
-
-  // The bounds of the states are all the same.
-  BIRL_DEVICE void report(Thread t, const Outcome& outcome, const Defect& defect) {
-    double* const info = request_.info + item_ * (kInfo + S_);
-    for (int s = t.rank; s < S_; s += t.count) info[kInfo + s] = outcome.error_bound;
-    if (t.rank != 0) return;
-    request_.status[item_] = static_cast<Index>(outcome.status);
-    write_info(outcome, defect, temperature_, Home::kName, info);
   }
 
   const Problem& kernel_;

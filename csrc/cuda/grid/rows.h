@@ -10,28 +10,11 @@
 // Vectors of kRight columns lie column by column of a state, x[t·kRight + c].
 #pragma once
 
-#include "core/findings.h"
 #include "cuda/grid/pattern.h"
 #include "cuda/layer/grid_layer.h"
+#include "cuda/layer/results.h"
 
 namespace birl::device {
-
-// Numbers in the storage type of P and r, read and written as double.
-struct Stored {
-  const void* first;
-  bool is_double;
-
-  BIRL_DEVICE double operator[](Index i) const {
-    return is_double ? static_cast<const double*>(first)[i]
-                     : static_cast<double>(static_cast<const float*>(first)[i]);
-  }
-};
-BIRL_DEVICE void store(void* first, bool is_double, Index i, double x) {
-  if (is_double)
-    static_cast<double*>(first)[i] = x;
-  else
-    static_cast<float*>(first)[i] = static_cast<float>(x);
-}
 
 // ---- four neighbours at once -------------------------------------------------------------------
 

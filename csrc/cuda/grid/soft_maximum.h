@@ -2,19 +2,17 @@
 // state.
 #pragma once
 
-#include "core/soft_maximum.h"
+#include "cuda/layer/log_reference.h"
 #include "cuda/layer/warp.h"
 
 namespace birl::device {
 
 struct GroupSoftMaximum {
-  const double* q;          // (A) of the state
-  const double* reference;  // (A) log μ, or null
+  const double* q;         // (A) of the state
+  LogReference reference;  // (A)
   Index actions;
   double inverse;  // 1/τ
   double best = 0.0, peak = 0.0, total = 0.0;
-
-  BIRL_DEVICE bool masked(Index a) const { return birl::masked(reference, a); }
 
   // log μ + (q − max q)/τ, less its maximum over the state; −inf where masked.
   BIRL_DEVICE double exponent(Index a) const { return scaled(a) - peak; }
@@ -36,8 +34,8 @@ struct GroupSoftMaximum {
           [](double x, double y) { return higher(x, y); });
     };
     peak = 0.0;
-    best = over([&](Index a) { return reference ? available(q[a], reference[a]) : q[a]; });
-    if (reference) peak = over([&](Index a) { return scaled(a); });
+    best = over([&](Index a) { return reference.values ? available(q[a], reference[a]) : q[a]; });
+    if (reference.values) peak = over([&](Index a) { return scaled(a); });
     double sum[1];
     g.sums(sum, [&](int lane, double (&part)[1]) {
       for (Index a = lane; a < actions; a += Group::kLanes) part[0] += exp_nonpositive(exponent(a));
@@ -47,7 +45,8 @@ struct GroupSoftMaximum {
 
  private:
   BIRL_DEVICE double scaled(Index a) const {
-    return reference ? log_weight(q[a], best, inverse, reference[a]) : (q[a] - best) * inverse;
+    return reference.values ? log_weight(q[a], best, inverse, reference[a])
+                            : (q[a] - best) * inverse;
   }
 };
 

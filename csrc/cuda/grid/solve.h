@@ -130,8 +130,8 @@ class GridSolving {
   BIRL_DEVICE void run() {
     const FirstLook first = look();
     Defect defect =
-        first.findings().of_problem(request_.validate, discount(), temperature(), reference(0),
-                                    [&](Index row) { return reward(row); });
+        first.findings().of_problem(request_.validate, discount(), temperature(),
+                                    reference().values, [&](Index row) { return reward(row); });
     if (defect.status == Status::kConverged) {
       begin(first);
       defect = iterate();
@@ -148,12 +148,11 @@ class GridSolving {
   BIRL_DEVICE double reward(Index row) const {
     return Stored{batch_.reward, batch_.is_double}[item_ * S_ * A_ + row];
   }
-  BIRL_DEVICE const double* reference(Index row) const {
-    return batch_.log_reference ? batch_.log_reference + item_ * S_ * A_ + row : nullptr;
+  BIRL_DEVICE LogReference reference(Index row = 0) const {
+    return {batch_.log_reference ? batch_.log_reference + item_ * S_ * A_ + row : nullptr};
   }
-  BIRL_DEVICE bool masked(Index row) const {
-    const double* const log_mu = reference(row);
-    return log_mu && birl::masked(*log_mu);
+  BIRL_DEVICE Results results() const {
+    return {request_, Home::kName, batch_.is_double, item_, S_, A_, temperature()};
   }
   BIRL_DEVICE Reading reading(Block& block) const {
     return Reading(home_, block, item_ / batch_.problems);
@@ -214,7 +213,7 @@ class GridSolving {
     bool any = false;
     for (Index a = 0; a < A_; ++a) {
       const Index row = s * A_ + a;
-      any |= found.see_action(s, a, A_, m_.q[row], reference(0) ? *reference(row) : 0.0);
+      any |= found.see_action(s, a, A_, m_.q[row], reference()[row]);
     }
     if (!any) found.see_no_action(s);
   }
@@ -356,7 +355,7 @@ class GridSolving {
       const Index length = entries.end - entries.begin;
       found.longest = length > found.longest ? length : found.longest;
       if (inverse != inverse) found.bad_row = Findings::first(found.bad_row, row);
-      if (inverse == 0.0 && !masked(row)) found.continues = false;
+      if (inverse == 0.0 && !reference().masked(row)) found.continues = false;
     }
     return found;
   }
@@ -437,10 +436,6 @@ class GridSolving {
 
   // ---- what is handed out -----------------------------------------------------------------------
 
-  BIRL_DEVICE void put(void* table, Index row, double x) const {
-    store(table, batch_.is_double, item_ * S_ * A_ + row, x);
-  }
-
   // Everything comes from the last pass; P is not read again.
   BIRL_DEVICE void finish() {
     const double* const values = image(1 - now_);
@@ -453,27 +448,18 @@ class GridSolving {
           GroupSoftMaximum maximum = soft(m_.q, s);
           maximum.measure(g);
           g.each([&](int lane) {
-            const double value = values[s] + offset;
-            if (lane == 0) {
-              request_.value[item_ * S_ + s] = value;
-              request_.relative[item_ * S_ + s] = values[s];
-            }
+            if (lane == 0) results().state(s, values[s], offset);
             for (Index a = lane; a < A_; a += Group::kLanes) {
               const double exponent = maximum.exponent(a);
-              const double advantage = maximum.masked(a) ? 0.0 : maximum.q[a] - values[s];
-              put(request_.advantage, s * A_ + a, advantage);
-              put(request_.q, s * A_ + a, advantage + value);
-              put(request_.policy, s * A_ + a, exp_nonpositive(exponent) / maximum.total);
-              put(request_.log_policy, s * A_ + a, exponent - log_from_one(maximum.total));
+              results().row(s * A_ + a, maximum.q[a], maximum.reference.masked(a), values[s],
+                            offset, exp_nonpositive(exponent) / maximum.total,
+                            exponent - log_from_one(maximum.total));
             }
           });
         }
       });
-      block.spread([&](Index first, Index stride) {
-        Outcome outcome = block.chip.control.outcome();
-        if (block.chip.control.overflows()) outcome.status = Status::kNonFinite;
-        report(first, stride, outcome, {});
-      });
+      block.spread(
+          [&](Index first, Index stride) { results().finish(first, stride, block.chip.control); });
     });
   }
 
@@ -510,30 +496,9 @@ class GridSolving {
   }
 
   BIRL_DEVICE void refuse(const Defect& defect) {
-    const double nan = kInf - kInf;
     team_.local([&](Block& block) {
-      block.spread([&](Index first, Index stride) {
-        for (Index s = first; s < S_; s += stride)
-          request_.value[item_ * S_ + s] = request_.relative[item_ * S_ + s] = nan;
-        for (Index row = first; row < S_ * A_; row += stride) {
-          put(request_.q, row, nan);
-          put(request_.advantage, row, nan);
-          put(request_.policy, row, nan);
-          put(request_.log_policy, row, nan);
-        }
-        report(first, stride, {defect.status, nan, nan, 0, 0, nan}, defect);
-      });
+      block.spread([&](Index first, Index stride) { results().refuse(first, stride, defect); });
     });
-  }
-
-  // The bounds of the states are all the same.
-  BIRL_DEVICE void report(Index first, Index stride, const Outcome& outcome,
-                          const Defect& defect) const {
-    double* const info = request_.info + item_ * (kInfo + S_);
-    for (Index s = first; s < S_; s += stride) info[kInfo + s] = outcome.error_bound;
-    if (first != 0) return;
-    request_.status[item_] = static_cast<Index>(outcome.status);
-    write_info(outcome, defect, temperature(), Home::kName, info);
   }
 
   const Home& home_;

@@ -212,15 +212,12 @@ Passed run_grid_threads(const Kernel& kernel, Index items, int blocks, int threa
     within.push_back(std::make_unique<ThreadTeam::Shared>(threads, inner ? skipped : -1));
   }
   Passed passed{};
-  const auto work = [&](int b, int rank) {
+  on_threads(blocks * threads, [&](int i) {
+    const int b = i / threads, rank = i % threads;
     ThreadGrid<Kernel> team(shared, b, blocks, *chips[b], *within[b], {rank, threads});
     for (Index item = 0; item < items; ++item) kernel.run(team, arrays, item);
-    if (b == 0 && rank == 0) passed = {team.barriers(), team.block_barriers()};
-  };
-  std::vector<std::thread> others;
-  for (int i = 1; i < blocks * threads; ++i) others.emplace_back(work, i / threads, i % threads);
-  work(0, 0);
-  for (std::thread& other : others) other.join();
+    if (i == 0) passed = {team.barriers(), team.block_barriers()};
+  });
   return passed;
 }
 

@@ -170,6 +170,15 @@ class ThreadTeam {
   int barriers_ = 0;
 };
 
+// work(i) for i < count, each on a host thread of its own.
+template <class Work>
+void on_threads(int count, Work&& work) {
+  std::vector<std::thread> others;
+  for (int i = 1; i < count; ++i) others.emplace_back(work, i);
+  work(0);
+  for (std::thread& other : others) other.join();
+}
+
 struct HostRun {
   int threads = 32;  // of each team
   Order order = Order::kForward;
@@ -180,16 +189,12 @@ struct HostRun {
 // Solves all items with SerialTeams.
 template <class Kernel>
 void run_serial(const Kernel& kernel, Index items, const HostRun& how) {
-  const auto work = [&](int worker) {
+  on_threads(how.workers, [&](int worker) {
     HostMemory chip, spill;
     const auto arrays = kernel.lay_out(chip, spill);
     SerialTeam team(how.threads, how.order, how.seed + static_cast<unsigned>(worker));
     for (Index item = worker; item < items; item += how.workers) kernel.run(team, arrays, item);
-  };
-  std::vector<std::thread> others;
-  for (int worker = 1; worker < how.workers; ++worker) others.emplace_back(work, worker);
-  work(0);
-  for (std::thread& other : others) other.join();
+  });
 }
 
 // Solves all items with one ThreadTeam; returns how many barriers it passed.
@@ -199,15 +204,11 @@ int run_threads(const Kernel& kernel, Index items, int threads, int skipped_barr
   const auto arrays = kernel.lay_out(chip, spill);
   ThreadTeam::Shared shared(threads, skipped_barrier);
   int barriers = 0;
-  const auto work = [&](int rank) {
+  on_threads(threads, [&](int rank) {
     ThreadTeam team(shared, {rank, threads});
     for (Index item = 0; item < items; ++item) kernel.run(team, arrays, item);
     if (rank == 0) barriers = team.barriers();
-  };
-  std::vector<std::thread> others;
-  for (int rank = 1; rank < threads; ++rank) others.emplace_back(work, rank);
-  work(0);
-  for (std::thread& other : others) other.join();
+  });
   return barriers;
 }
 
