@@ -194,19 +194,19 @@ def bellman(
     value = checks.as_floating("value", value)
     given = _Given(reward, transition, discount, temperature, reference, mask, terminal, validate)
     flat = _flat(given, value.shape[:-1], read=True, tell=True)
-    checks.check_devices({"reward": flat.reward, "value": value})
-    _require_shape("value", value, (flat.reward.shape[-2],))
-    dtype = flat.reward.dtype
-    trust = _trust(flat.discount, flat.temperature, validate=validate)
+    checks.check_devices({"reward": flat.data.reward, "value": value})
+    _require_shape("value", value, (flat.data.reward.shape[-2],))
+    dtype = flat.data.reward.dtype
+    trust = _trust(flat.data.discount, flat.data.temperature, validate=validate)
     image, advantage, policy, _ = ops_bellman.bellman(
         flat.data,
         flat.layout.grouped(value.double(), 1),
-        _backend(backend, flat.reward.device),
+        _backend(backend, flat.data.reward.device),
     )
     if trust is not None:
         image, policy = image * trust[..., None], policy * trust[..., None, None]
     q = advantage + image.unsqueeze(-1)
-    if (available := flat.available) is not None:
+    if (available := flat.data.available) is not None:
         q, policy = q.where(available, -torch.inf), policy.where(available, 0.0)
     restore = flat.layout.restore
     return restore(image.to(dtype)), restore(q.to(dtype)), restore(policy.to(dtype))
@@ -254,11 +254,11 @@ def evaluate(
     batch = tuple(policy.shape[:-2])
     given = _Given(reward, transition, discount, 1.0, terminal=terminal, validate=validate)
     flat = _flat(given, batch, read=True)
-    checks.check_devices({"transition": flat.transition, "policy": policy})
+    checks.check_devices({"transition": flat.data.transition, "policy": policy})
     pi = _checked(policy, flat, reward, validate)
-    gain = (pi * flat.reward.double()).sum(-1)
+    gain = (pi * flat.data.reward.double()).sum(-1)
     value = _policy_system(policy_solve.discounted_sum, flat, pi, gain, validate, backend)
-    return flat.layout.restore(value.to(flat.reward.dtype))
+    return flat.layout.restore(value.to(flat.data.reward.dtype))
 
 
 @checks.within_memory
@@ -324,19 +324,19 @@ def occupancy(
     given = _Given(reward, rows, discount, 1.0, terminal=terminal, validate=validate)
     flat = _flat(given, batch, read=rows is not None)
     tensors = {"policy": policy, "initial_distribution": initial_distribution}
-    checks.check_devices({"transition": flat.transition, **tensors})
+    checks.check_devices({"transition": flat.data.transition, **tensors})
     pi = _checked(policy, flat, transition, validate)
-    _require_shape("initial_distribution", initial_distribution, (flat.reward.shape[-2],))
+    _require_shape("initial_distribution", initial_distribution, (flat.data.reward.shape[-2],))
     if validate == "full" and is_concrete(initial_distribution):
         checks.check_initial_distribution(initial_distribution)
     start = flat.layout.grouped(initial_distribution.double(), 1)
     share = _policy_system(policy_solve.discounted_visits, flat, pi, start, validate, backend)
-    return flat.layout.restore(share.to(flat.reward.dtype))
+    return flat.layout.restore(share.to(flat.data.reward.dtype))
 
 
 def _checked(policy: Tensor, flat: Flat, model: Tensor | MDP, validate: checks.Level) -> Tensor:
     """π/Σπ in float64, (N, G, …)."""
-    _require_shape("policy", policy, tuple(flat.reward.shape[-2:]))
+    _require_shape("policy", policy, tuple(flat.data.reward.shape[-2:]))
     if validate == "full" and is_concrete(policy):
         forbidden = None
         if not isinstance(model, Tensor) and is_concrete(model.mask, model.terminal):
@@ -356,14 +356,14 @@ def _policy_system(
 ) -> Tensor:
     """A system of `ops.policy_solve` for one right-hand side (N, G, S)."""
     solution, residual = system(
-        policy_solve.System(*flat.data[:3], policy, flat.discount),
+        policy_solve.System(*flat.data[:3], policy, flat.data.discount),
         rhs.contiguous().unsqueeze(2),
-        _backend(backend, flat.reward.device),
+        _backend(backend, flat.data.reward.device),
     )
     # on a GPU the look would make the host wait
     if is_concrete(solution) and not (validate == "off" and solution.is_cuda):
         _require_solved(solution.detach(), residual, flat)
-    trust = _trust(flat.discount, validate=validate)
+    trust = _trust(flat.data.discount, validate=validate)
     if trust is not None:
         solution = solution * trust[..., None, None]
     return solution.squeeze(2)
@@ -390,7 +390,7 @@ def _require_solved(solution: Tensor, residual: Tensor, flat: Flat) -> None:
     unsolved = (solution.isnan().any(-1) & residual.isfinite()).squeeze(-1)
     if not bool(unsolved.any()):
         return
-    first, states = int(unsolved.flatten().to(torch.uint8).argmax()), flat.reward.shape[-2]
+    first, states = int(unsolved.flatten().to(torch.uint8).argmax()), flat.data.reward.shape[-2]
     batch = flat.layout.locate(first)
     raise NotConvergedError(
         f"policy system not solved: its residual is {float(residual.flatten()[first]):.3g}",
@@ -510,7 +510,7 @@ def _tell_of_ends(mdp: MDP) -> None:
 
 def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:
     solution = _solution(outputs)
-    if (available := flat.available) is not None:
+    if (available := flat.data.available) is not None:
         solution = solution.closed(available.reshape(solution.q.shape))
     if flat.layout.order is None:  # the op has put its outputs into the caller's axes
         return solution
@@ -568,10 +568,10 @@ def _solve_in_normal_form(given: _Given, initial: Tensor | None, options: Option
 def _start(initial: Tensor | None, flat: Flat) -> Tensor:
     """V₀ (N, G, S) float64, or absent."""
     if initial is None:
-        return absent(torch.float64, flat.reward)
+        return absent(torch.float64, flat.data.reward)
     initial = checks.as_floating("initial", initial)
-    checks.check_devices({"reward": flat.reward, "initial": initial})
-    _require_shape("initial", initial, (flat.reward.shape[-2],))
+    checks.check_devices({"reward": flat.data.reward, "initial": initial})
+    _require_shape("initial", initial, (flat.data.reward.shape[-2],))
     _require_batch("initial", tuple(initial.shape[:-1]), flat.layout.batch_shape)
     return flat.layout.grouped(initial.detach().double(), 1)
 
@@ -580,17 +580,15 @@ def _settings(options: Options, flat: Flat, ending: bool) -> tuple[Settings, Sta
     """What the op is asked, and what there is to say if `tol` is out of reach: then it goes as far
     as it can.
     """
-    states = flat.reward.shape[-2]
+    states = flat.data.reward.shape[-2]
     if options.method == "newton":
         checks.check_memory(
             f'method="newton" with {states} states', states * states, fix='use method="auto"'
         )
     # where nothing can be read here, the op itself raises
-    strict = options.on_fail == "raise" and not is_concrete(
-        flat.reward, flat.transition, flat.log_reference, flat.discount, flat.temperature
-    )
+    strict = options.on_fail == "raise" and not is_concrete(*flat.data)
     # what is handed out in float32 is known to half a unit in its last place, and no better
-    dtype, tol, too_tight = flat.reward.dtype, options.tol or 0.0, None
+    dtype, tol, too_tight = flat.data.reward.dtype, options.tol or 0.0, None
     rounded = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
     if 0 < tol <= rounded:
         too_tight = StagnatedError(
@@ -609,7 +607,7 @@ def _settings(options: Options, flat: Flat, ending: bool) -> tuple[Settings, Sta
         max_iterations=options.max_iterations,
         validate=int(rigour if options.validate == "full" else Rigour.OFF),
         strict=strict,
-        backend=_backend(options.backend, flat.reward.device),
+        backend=_backend(options.backend, flat.data.reward.device),
     )
     return settings, too_tight
 

@@ -105,18 +105,14 @@ def kernel_arguments(mdp: DenseMDP | SparseMDP, temperature: float) -> dict[str,
         model, crow, col = mdp.transition, None, None
     else:
         model, crow, col = mdp.values, mdp.crow, mdp.col
-    flat = flatten(
+    data = flatten(
         mdp.reward, model, mdp.log_reference, mdp.discount, temperature, crow=crow, col=col
-    )
-    reference = flat.log_reference.contiguous() if flat.log_reference.ndim > 1 else None
-    return {
-        "transition": flat.transition,
+    ).data
+    return data._asdict() | {
         "crow": crow,
         "col": col,
-        "reward": flat.reward.contiguous(),
-        "log_reference": reference,
-        "discount": flat.discount,
-        "temperature": flat.temperature,
+        "reward": data.reward.contiguous(),
+        "log_reference": data.log_reference.contiguous() if data.log_reference.ndim > 1 else None,
     }
 
 

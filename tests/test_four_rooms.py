@@ -87,8 +87,8 @@ def test_rows_are_stochastic_except_at_the_goal(noise):
 def test_starts_share_the_transition():
     rooms = FourRooms(1.0)
     flat = rooms.lower(torch.zeros(5, 105, dtype=torch.float64)).flatten(0.003)
-    assert flat.transition.shape[0] == 2
-    assert flat.reward.shape[:2] == (2, 5)
+    assert flat.data.transition.shape[0] == 2
+    assert flat.data.reward.shape[:2] == (2, 5)
 
 
 # Known values, computed independently of this package

@@ -605,8 +605,8 @@ def test_to_another_dtype_leaves_the_discount() -> None:
 def test_empty_batch() -> None:
     mdp = DenseMDP(R.expand(0, S, A), P.expand(0, S, A, S), 0.9, mask=parts()["mask"])
     assert mdp.batch_shape == (0,)
-    assert mdp.flatten(0.5).reward.shape == (0, 1, S, A)
-    assert DenseMDP(R.expand(0, S, A), P, 0.9).flatten(0.5).reward.shape == (1, 0, S, A)
+    assert mdp.flatten(0.5).data.reward.shape == (0, 1, S, A)
+    assert DenseMDP(R.expand(0, S, A), P, 0.9).flatten(0.5).data.reward.shape == (1, 0, S, A)
     assert mdp.to_sparse().values.shape[0] == 0
 
 
@@ -659,26 +659,26 @@ def test_a_shared_transition_is_never_copied() -> None:
         transition = P.expand(*own, S, A, S).clone()
         mdp = DenseMDP(R.expand(*batch, S, A), transition, 0.9)
         flat = mdp.flatten(0.5)
-        assert flat.transition.data_ptr() == transition.data_ptr()
-        assert flat.transition.shape[0] == max(1, int(np.prod(own)))
-        assert flat.transition.shape[0] * flat.reward.shape[1] == int(np.prod(batch))
+        assert flat.data.transition.data_ptr() == transition.data_ptr()
+        assert flat.data.transition.shape[0] == max(1, int(np.prod(own)))
+        assert flat.data.transition.shape[0] * flat.data.reward.shape[1] == int(np.prod(batch))
 
 
 def test_flatten_fills_in_scalars_and_references() -> None:
     mdp = DenseMDP(**plain(reward=batched(R), discount=torch.tensor([0.1, 0.2, 0.3, 0.4])))
     flat = mdp.flatten(torch.tensor(0.5))
-    assert flat.discount.dtype == flat.temperature.dtype == torch.float64
-    assert flat.discount.tolist() == [[pytest.approx(v) for v in (0.1, 0.2, 0.3, 0.4)]]
-    assert flat.temperature.tolist() == [[0.5] * 4]
-    assert flat.log_reference.shape == (0,)
-    assert flat.crow.numel() == 0
+    assert flat.data.discount.dtype == flat.data.temperature.dtype == torch.float64
+    assert flat.data.discount.tolist() == [[pytest.approx(v) for v in (0.1, 0.2, 0.3, 0.4)]]
+    assert flat.data.temperature.tolist() == [[0.5] * 4]
+    assert flat.data.log_reference.shape == (0,)
+    assert flat.data.crow.numel() == 0
     flat = DenseMDP(**parts(reward=batched(R))).flatten(0.5)
     want = parts()["reference"].log().masked_fill(~parts()["mask"], -INF)
-    assert_same_bits(flat.log_reference, want.expand(1, 4, S, A), label="log μ")
+    assert_same_bits(flat.data.log_reference, want.expand(1, 4, S, A), label="log μ")
     flat = SparseMDP(**sparse()).flatten(0.5)
-    assert flat.transition.shape == (1, 12)
-    assert flat.crow is not None
-    assert flat.crow.shape == (S * A + 1,)
+    assert flat.data.transition.shape == (1, 12)
+    assert flat.data.crow is not None
+    assert flat.data.crow.shape == (S * A + 1,)
 
 
 def test_flatten_is_differentiable() -> None:
@@ -705,7 +705,7 @@ def test_flatten_is_differentiable() -> None:
 def test_construction_under_compile_vmap_grad_and_fake_tensors() -> None:
     def total(reward: Tensor, transition: Tensor, mask: Tensor) -> Tensor:
         flat = DenseMDP(reward, transition, 0.9, mask=mask, reference=mask + 1.0).flatten(0.5)
-        return flat.reward.sum() + flat.transition.square().sum()
+        return flat.data.reward.sum() + flat.data.transition.square().sum()
 
     mask = parts()["mask"]
     want = total(R, P, mask)
@@ -735,7 +735,9 @@ def test_sparse_and_dense_are_the_same_mdp(case: Case) -> None:
     there = mdp.to_sparse()
     assert_same(there.to_dense(), mdp)
     for name in ("reward", "discount", "log_reference"):
-        assert torch.equal(getattr(there.flatten(0.5), name), getattr(mdp.flatten(0.5), name))
+        assert torch.equal(
+            getattr(there.flatten(0.5).data, name), getattr(mdp.flatten(0.5).data, name)
+        )
 
 
 def test_unsorted_and_duplicate_entries_add_up() -> None:

@@ -93,11 +93,11 @@ class Linearisation:
 
     @property
     def discount(self) -> Tensor:
-        return self.flat.discount.detach()
+        return self.flat.data.discount.detach()
 
     @property
     def temperature(self) -> Tensor:
-        return self.flat.temperature.detach()
+        return self.flat.data.temperature.detach()
 
     def transposed(self, flow: Tensor) -> Tensor:
         """(I − γP_π)ᵀ λ, (N, G, S)."""
@@ -123,7 +123,7 @@ class Linearisation:
         own = variables.named(self.x)
         *gradient, reward_bar = torch.autograd.grad(
             [self.phi, self.image],
-            [*own.values(), self.flat.reward],
+            [*own.values(), self.flat.data.reward],
             [torch.ones_like(self.phi), flow],
             retain_graph=True,
             allow_unused=True,
@@ -194,20 +194,21 @@ def linearise(
     with torch.no_grad():
         found, error = sweep(mdp)
     flat = mdp.flatten(temperature)
-    if not flat.reward.requires_grad:  # its cotangent is asked for all the same
-        flat = flat._replace(reward=flat.reward.detach().requires_grad_())
-    grouped, restore, available = flat.layout.grouped, flat.layout.restore, flat.available
+    if not flat.data.reward.requires_grad:  # its cotangent is asked for all the same
+        reward = flat.data.reward.detach().requires_grad_()
+        flat = flat._replace(data=flat.data._replace(reward=reward))
+    grouped, restore, available = flat.layout.grouped, flat.layout.restore, flat.data.available
     value = grouped(found.double(), 1).clone().requires_grad_()
     image, advantage, policy, log_policy = bellman(flat.data, value)
     # Q − V and π are those of V itself (M11): TV in number, to a derivative V
     now = image.detach() + (value - value.detach())
     shift = (image - now).unsqueeze(-1)
-    change = shift / flat.temperature[..., None, None]
+    change = shift / flat.data.temperature[..., None, None]
     own = advantage + shift
     handed = policy * change.exp()
 
     def out(table: Tensor) -> Tensor:
-        return restore(table).to(flat.reward.dtype)
+        return restore(table).to(flat.data.reward.dtype)
 
     info = info_table(
         error.shape,
@@ -215,7 +216,7 @@ def linearise(
         error.device,
         residual=error,
         error_bound=error,
-        temperature=restore(flat.temperature.detach()),
+        temperature=restore(flat.data.temperature.detach()),
         kernel=torch.nan,
     )
     solution = Solution(
@@ -239,7 +240,7 @@ def linearise(
     return Linearisation(
         x=x,
         flat=flat,
-        rows=Rows(flat.transition.detach(), *flat.pattern, *flat.reward.shape[-2:]),
+        rows=Rows(flat.data.transition.detach(), *flat.data.pattern, *flat.data.reward.shape[-2:]),
         value=value,
         image=image,
         advantage=advantage,
@@ -341,14 +342,18 @@ def _bound(at: Linearisation, flow: Tensor, smoothness: float, starts: torch.Siz
     """
     flat, own, restore = at.flat, variables.leaves(at.x), at.flat.layout.restore
     infinite = torch.full(starts, torch.inf, dtype=torch.float64, device=flow.device)
-    if smoothness == math.inf or flat.log_reference.requires_grad or flat.discount.requires_grad:
+    if (
+        smoothness == math.inf
+        or flat.data.log_reference.requires_grad
+        or flat.data.discount.requires_grad
+    ):
         return infinite
-    states, actions = flat.reward.shape[-2:]
-    transition_too = flat.transition.requires_grad
-    if transition_too and flat.transition[0].numel() > _JACOBIAN_ROWS:
+    states, actions = flat.data.reward.shape[-2:]
+    transition_too = flat.data.transition.requires_grad
+    if transition_too and flat.data.transition[0].numel() > _JACOBIAN_ROWS:
         return infinite
 
-    reward = flat.reward.double()
+    reward = flat.data.reward.double()
     if transition_too:  # r + γPV
         reward = at.advantage + at.image.unsqueeze(-1)
     table = restore(reward)
@@ -362,7 +367,7 @@ def _bound(at: Linearisation, flow: Tensor, smoothness: float, starts: torch.Siz
     if transition_too:
         weight = at.pull(flow)[1].abs().sum((-1, -2)) + error
         mass = at.discount * weight * at.value_error
-        entries = flat.transition.reshape(flat.transition.shape[0], -1)
+        entries = flat.data.transition.reshape(flat.data.transition.shape[0], -1)
         norms = torch.stack([_norm(slope(column, own, starts)) for column in entries.unbind(1)])
         by_row = norms.new_zeros((states * actions, *starts))
         steep = by_row.index_add(0, at.rows.entry_rows, norms).amax(0)
@@ -377,7 +382,7 @@ def _direct_error(
     x and the solution.
     """
     none = torch.zeros(starts, dtype=torch.float64, device=at.source.device)
-    restore, available = at.flat.layout.restore, at.flat.available
+    restore, available = at.flat.layout.restore, at.flat.data.available
     value, q, policy, log_policy, advantage, info, status = at.solution.detach()
     tables = [part.requires_grad_() for part in (value, q, policy, log_policy, advantage)]
     frozen = Solution(value, q, policy, log_policy, advantage, info, status)

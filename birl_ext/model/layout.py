@@ -122,23 +122,6 @@ class Data(NamedTuple):
     discount: Tensor  # (N, G) float64
     temperature: Tensor  # (N, G) float64
 
-
-class Flat(NamedTuple):
-    """An MDP in normal form: the fields of `Data`, and how to get back to the caller's axes."""
-
-    transition: Tensor
-    crow: Tensor
-    col: Tensor
-    reward: Tensor
-    log_reference: Tensor
-    discount: Tensor
-    temperature: Tensor
-    layout: Layout
-
-    @property
-    def data(self) -> Data:
-        return Data(*self[:7])
-
     @property
     def pattern(self) -> tuple[Tensor, Tensor]:
         """crow and col."""
@@ -148,6 +131,13 @@ class Flat(NamedTuple):
     def available(self) -> Tensor | None:
         """(N, G, S, A) bool, False where an action is masked; None without mask or reference."""
         return self.log_reference != -torch.inf if self.log_reference.ndim > 1 else None
+
+
+class Flat(NamedTuple):
+    """An MDP in normal form, and how to get back to the caller's axes."""
+
+    data: Data
+    layout: Layout
 
 
 _ABSENT: dict[torch.dtype, Tensor] = {}
@@ -212,7 +202,7 @@ def flatten(
     else:
         axes = _SINGLE
     nothing = absent(torch.int64, reward)
-    return Flat(
+    data = Data(
         transition=axes.shared(transition, event),
         crow=nothing if crow is None else crow,
         col=nothing if col is None else col,
@@ -220,5 +210,5 @@ def flatten(
         log_reference=axes.grouped(log_reference, 2) if has_reference else log_reference,
         discount=axes.scalar(discount, reward.device),
         temperature=axes.scalar(temperature, reward.device),
-        layout=axes,
     )
+    return Flat(data, axes)

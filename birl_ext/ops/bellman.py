@@ -15,6 +15,7 @@ These rules serve the fixed point too: there only λ differs, by one adjoint sol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from birl_ext.ops.backends import choice
 from birl_ext.ops.policy_solve import System
-from birl_ext.ops.request import AUTO, Data
+from birl_ext.ops.request import AUTO, Data, bellman_arguments, derivable
 from birl_ext.ops.rows import Rows
 from birl_ext.ops.transforms import (
     Function,
@@ -125,7 +126,7 @@ def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
 
 
 def parameter_cotangents(
-    point: Point, folded: Cotangents, flow: Tensor, needs: tuple[bool, bool, bool, bool]
+    point: Point, folded: Cotangents, flow: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Cotangents of P, log μ, γ, τ and Q from the flow λ(s), the cotangent of TV (M12).
 
@@ -196,9 +197,9 @@ class Bellman(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        transition, crow, col, _, _, discount, temperature, value, _ = inputs
+        data, value, _ = bellman_arguments(inputs)
         _, advantage, policy, _ = output
-        saved = (transition, crow, col, discount, temperature, value, advantage, policy)
+        saved = (*data[:3], data.discount, data.temperature, value, advantage, policy)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
@@ -212,22 +213,25 @@ class Bellman(Function):
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
         if all(bar is None for bar in bars):
-            return (None,) * 9
+            return (None,) * len(ctx.needs_input_grad)
         point = Bellman._point(ctx)
         value_bar, *tables = bars
         folded = fold(point, value_bar, None, *tables)
         flow = torch.zeros_like(point.value) if folded.value is None else folded.value
-        needs = tuple(ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
-        transition_bar, *others, weight = parameter_cotangents(point, folded, flow, needs)
+        *_, needs_value, _ = ctx.needs_input_grad
+        needs_transition, needs_reward, *needs = derivable(ctx.needs_input_grad)
+        transition_bar, *others, weight = parameter_cotangents(
+            point, folded, flow, (needs_transition, *needs)
+        )
         value_bar = None
-        if ctx.needs_input_grad[7]:
+        if needs_value:
             value_bar = point.discount.unsqueeze(-1) * point.rows.pull(weight * point.rows.scale())
-        reward_bar = weight.to(point.rows.data.dtype) if ctx.needs_input_grad[3] else None
+        reward_bar = weight.to(point.rows.data.dtype) if needs_reward else None
         return transition_bar, None, None, reward_bar, *others, value_bar, None
 
     @staticmethod
     def jvp(ctx: Any, *dots: Any) -> tuple[Tensor, ...]:
-        data_dot, value_dot = Data(*dots[:7]), dots[7]
+        data_dot, value_dot, _ = bellman_arguments(dots)
         point = Bellman._point(ctx)
         q_dot, next_dot, scale = backup_tangent(point, data_dot)
         if value_dot is not None:
@@ -243,12 +247,13 @@ class Bellman(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        mapped, axis = join_mapped_axis(args[:8], in_dims[:8], info.batch_size)
-        return split_mapped_axis(Bellman.apply(*mapped, args[8]), axis, info.batch_size)
+        *tensors, backend = args
+        mapped, axis = join_mapped_axis(tensors, in_dims, info.batch_size)
+        return split_mapped_axis(Bellman.apply(*mapped, backend), axis, info.batch_size)
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
-    reward = args[3]
+    reward = bellman_arguments(args)[0].reward
     tables = [reward.new_empty(reward.shape, dtype=torch.float64) for _ in range(3)]
     return reward.new_empty(reward.shape[:-1], dtype=torch.float64), *tables
 

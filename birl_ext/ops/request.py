@@ -1,14 +1,27 @@
-"""What the op `solve` is asked for, by name: with `Data` the one statement of its arguments."""
+"""What the ops `solve` and `bellman` are asked for, by name: with `Data` the one statement of their
+arguments.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
 
 from birl_ext.model.layout import Data
 from birl_ext.solution import Method, Rigour
 
-__all__ = ["AUTO", "NATIVE", "TORCH", "Data", "Settings"]
+__all__ = [
+    "AUTO",
+    "NATIVE",
+    "TORCH",
+    "Data",
+    "Settings",
+    "bellman_arguments",
+    "derivable",
+    "solve_arguments",
+]
 
 AUTO, TORCH, NATIVE = 0, 1, 2  # who computes
 
@@ -27,3 +40,23 @@ class Settings(NamedTuple):
     strict: bool = False
     """Whether the op itself raises for a problem that fails."""
     backend: int = AUTO
+
+
+T = TypeVar("T")
+
+
+def solve_arguments(given: Sequence[Any]) -> tuple[Data, Tensor, Settings]:
+    """What the op `solve` is given: the data, a start V₀, and how to solve."""
+    size = len(Data._fields)
+    return Data(*given[:size]), given[size], Settings(*given[size + 1 :])
+
+
+def bellman_arguments(given: Sequence[Any]) -> tuple[Data, Tensor, int]:
+    """What the op `bellman` is given: the data, V, and who computes."""
+    *data, value, backend = given
+    return Data(*data), value, backend
+
+
+def derivable(data: Sequence[T]) -> tuple[T, ...]:
+    """Of something for each field of `Data`, what is not of its pattern."""
+    return (data[0], *data[3 : len(Data._fields)])

@@ -19,7 +19,7 @@ from birl_ext.ops.bellman import (
     policy_tangent,
 )
 from birl_ext.ops.policy_solve import Exits, Flow, Push
-from birl_ext.ops.request import Data, Settings
+from birl_ext.ops.request import Data, Settings, derivable, solve_arguments
 from birl_ext.ops.rows import Rows, widened
 from birl_ext.ops.transforms import (
     Function,
@@ -139,7 +139,7 @@ class Solve(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        data, settings = Data(*inputs[:7]), Settings(*inputs[8:])
+        data, _, settings = solve_arguments(inputs)
         ctx.batch, ctx.backend = settings.batch, settings.backend
         _, _, advantage, policy, _, info, status, relative, constant = output
         saved = Saved(
@@ -163,16 +163,16 @@ class Solve(Function):
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
         if all(bar is None for bar in bars):
-            return (None,) * 15
-        needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6))
+            return (None,) * len(ctx.needs_input_grad)
+        needs = derivable(ctx.needs_input_grad)
         transition_bar, *others = pull_back(
             Saved(*ctx.saved_tensors), (*bars[:5], *bars[7:]), needs, ctx.backend
         )
-        return (transition_bar, None, None, *others, *(None,) * 8)
+        return (transition_bar, None, None, *others, None, *(None,) * len(Settings._fields))
 
     @staticmethod
     def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
-        data_dot = Data(*inputs[:7])
+        data_dot, *_ = solve_arguments(inputs)
         saved = Saved(*ctx.saved_tensors)
         point, exits, trust = saved.point()
         q_dot, source, scale = backup_tangent(point, data_dot)
@@ -195,9 +195,10 @@ class Solve(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        mapped, axis = join_mapped_axis(args[:8], in_dims[:8], info.batch_size)
-        settings = Settings(*args[8:])
-        merged = Solve.apply(*mapped, *settings._replace(batch=tuple(mapped[5].shape)))
+        data, initial, settings = solve_arguments(args)
+        mapped, axis = join_mapped_axis((*data, initial), in_dims, info.batch_size)
+        batch = tuple(Data(*mapped[:-1]).discount.shape)
+        merged = Solve.apply(*mapped, *settings._replace(batch=batch))
         outputs, _ = split_mapped_axis(merged, axis, info.batch_size)
         own = tuple(
             x.movedim(axis, 0).reshape((info.batch_size, *settings.batch, *x.shape[3:]))
@@ -207,8 +208,8 @@ class Solve(Function):
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
-    reward, batch = Data(*args[:7]).reward, Settings(*args[8:]).batch
-    states, actions = reward.shape[-2:]
+    data, _, (batch, *_) = solve_arguments(args)
+    reward, (states, actions) = data.reward, data.reward.shape[-2:]
 
     def new(*event: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return reward.new_empty((*batch, *event), dtype=dtype)

@@ -202,7 +202,7 @@ def join_mapped_axis(
     merged, axis = list(tensors[:3]), 1
     if dims[0] is not None:
         merged[0], axis = tensors[0].movedim(dims[0], 0).flatten(0, 1), 0
-    for tensor, dim in zip(tensors[3:], dims[3:], strict=True):
+    for tensor, dim in zip(tensors[3:], dims[3 : len(tensors)], strict=True):
         if dim is None and tensor.dim() == 1:  # absent
             merged.append(tensor)
             continue

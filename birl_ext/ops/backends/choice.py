@@ -13,7 +13,14 @@ from torch import Tensor
 from birl_ext import errors
 from birl_ext.model import checks
 from birl_ext.ops.backends import cuda, loader, native, pytorch
-from birl_ext.ops.request import NATIVE, TORCH, Data, Settings
+from birl_ext.ops.request import (
+    NATIVE,
+    TORCH,
+    Data,
+    Settings,
+    bellman_arguments,
+    solve_arguments,
+)
 from birl_ext.ops.rows import Rows
 from birl_ext.solution import Info, Method, Rigour, Status
 
@@ -30,7 +37,7 @@ __all__ = [
 
 def bellman(*arguments: Any) -> tuple[Tensor, ...]:
     """The op `bellman`: one pass of a solve that starts from V."""
-    data, (value, backend) = Data(*arguments[:7]), arguments[7:]
+    data, value, backend = bellman_arguments(arguments)
     sweep = Settings(
         data.discount.shape,
         method=Method.SWEEP,
@@ -51,7 +58,7 @@ def bellman(*arguments: Any) -> tuple[Tensor, ...]:
 
 def solve(*arguments: Any) -> tuple[Tensor, ...]:
     """The op `solve`: what `native.solve` returns, and c."""
-    data, initial, settings = Data(*arguments[:7]), arguments[7], Settings(*arguments[8:])
+    data, initial, settings = solve_arguments(arguments)
     if settings.strict and _capturing(data.transition):
         raise errors.OptionError(
             'on_fail="raise" reads the status, and a CUDA graph is being captured',

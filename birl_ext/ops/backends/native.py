@@ -24,7 +24,7 @@ from birl_ext.errors import (
     warn,
 )
 from birl_ext.ops.backends import cuda, loader
-from birl_ext.ops.request import Data, Settings
+from birl_ext.ops.request import Data, Settings, derivable
 from birl_ext.solution import INFO
 
 __all__ = [
@@ -325,7 +325,7 @@ def solve_vjp(
     return wanted
 
 
-_WANTED = tuple(f"{name}_bar" for name in (*Data._fields[:1], *Data._fields[3:]))
+_WANTED = tuple(f"{name}_bar" for name in derivable(Data._fields))
 
 
 def check_condition(condition: float, problem: int, largest: float = LARGEST_CONDITION) -> None:
