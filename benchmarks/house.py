@@ -223,6 +223,8 @@ def functions_cpp(path: Path) -> Iterator[tuple[int, int, str]]:
     for hit in re.finditer(r"\]\s*\(", text):
         yield 0, parameters_cpp(text[hit.end() :]), f"{path.name}: a lambda"
     for hit in FUNCTION.finditer(text):
+        if hit[2].count("(") != hit[2].count(")"):
+            continue  # a call that is given a lambda
         for call in re.finditer(r"([\w:~]+)\s*\(", hit[2]):
             if call[1] not in NO_NAME:
                 width = parameters_cpp(hit[2][call.end() :])
