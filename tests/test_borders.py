@@ -137,7 +137,7 @@ def test_dense_matrices_are_no_sparse_ones() -> None:
     assert_close(birl_ext.solve(mdp, temperature=0.5).value, solve(), bound=1e-14, label="obeyed")
 
 
-@pytest.mark.parametrize("bad", [1.5, True, float("nan"), "7", 0, 2**63])
+@pytest.mark.parametrize("bad", [1.5, True, float("nan"), float("inf"), "7", 0, 2**63])
 def test_passes_are_counted_in_whole_numbers(bad: Any) -> None:
     with pytest.raises(errors.OptionError, match="max_iterations is"):
         solve(max_iterations=bad)
