@@ -212,8 +212,7 @@ class Solving {
       control = {};
       control.pose(request_, discount_, temperature_, S_, A_, kDouble);
       // Without 1/τ there is no bound.
-      control.count_additions(has_inverse(temperature_) ? chained_additions(found.longest)
-                                                            : kInf);
+      control.count_additions(has_inverse(temperature_) ? chained_additions(found.longest) : kInf);
       control.largest_reward = found.largest_reward;
       control.largest_reference = found.largest_reference;
       control.continues = found.continues;
