@@ -6,9 +6,13 @@ import ast
 import re
 import subprocess
 import sys
+from enum import IntEnum
 from pathlib import Path
 
 import pytest
+
+from birl_ext.ops.request import Data, Settings, derivable
+from birl_ext.solution import Method, Rigour, Status
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -218,6 +222,38 @@ def test_the_kernels_of_two_devices_share_core_alone() -> None:
         floor = path.relative_to(csrc).parts[0]
         for name in re.findall(r'^#include "(.+)"', path.read_text(), re.M):
             assert name.split("/")[0] in ("core", floor), f"{path.relative_to(ROOT)}: {name}"
+
+
+def test_requests_have_the_fields_of_what_ops_are_given() -> None:
+    """Of both devices, whichever of them is there to refuse a name."""
+    lists = re.split(r"#define BIRL_(\w+)\(NEED, MAY\)", (ROOT / "csrc/core/request.h").read_text())
+    named = {
+        name: re.findall(r"(?:NEED|MAY)\([^,]+, (\w+)", body)
+        for name, body in zip(lists[1::2], lists[2::2], strict=True)
+    }
+    assert named.keys() == {"BATCH", "SOLVE", "SOLVE_VJP", "POLICY_SOLVE", "OUTER"}
+    data = [name for name in named["BATCH"] if name in Data._fields]
+    assert data == list(Data._fields)
+    how = [name for name in named["SOLVE"] if name in Settings._fields]
+    assert how == [name for name in Settings._fields if name not in ("batch", "strict", "backend")]
+    bars = [f"{name}_bar" for name in derivable(Data._fields)]
+    assert [name for name in named["SOLVE_VJP"] if name in bars] == bars
+    glue = (ROOT / "birl_ext/ops/backends/native.py").read_text()
+    told = {*Data._fields, *Settings._fields, *bars, *re.findall(r'"(\w+)"', glue)}
+    assert {name for names in named.values() for name in names} <= told
+
+
+@pytest.mark.parametrize("kind", [Method, Rigour, Status])
+def test_codes_are_the_same_in_compiled_code(kind: type[IntEnum]) -> None:
+    files = (ROOT / "csrc/core/request.h", ROOT / "csrc/core/common.h")
+    text = "".join(file.read_text() for file in files)
+    found = re.search(rf"enum class {kind.__name__} : Index {{(.*?)}};", text, re.DOTALL)
+    assert found is not None
+    entries = re.findall(r"k\w+(?: = (\d+))?", re.sub("//.*", "", found[1]))
+    codes: list[int] = []
+    for given in entries:
+        codes.append(int(given) if given else (codes[-1] + 1 if codes else 0))
+    assert codes == list(kind)
 
 
 def test_the_oracle_shares_nothing_with_the_package() -> None:

@@ -205,8 +205,10 @@ class _MDP:
 
     def _begin(self, validate: Level) -> None:
         """The fields in the kinds that the rest takes them for, and all that needs no data."""
-        self._set(**checks.promoted(self._entries, self._fields(), validate))
         fields = self._fields()
+        promoted = checks.promoted(self._entries, fields, validate)
+        self._set(**promoted)
+        fields |= promoted
         if validate != "off":
             checks.check_form(self._entries, fields)
         self._set(batch_shape=checks.common_batch(self._entries, self._event, fields))

@@ -52,7 +52,7 @@ void all_barriers(Go&& go, const char* name, int spare) {
 
 int main_of(const std::string& kernel) {
   Traits traits;
-  traits.discount = 0.9;
+  traits.discount = kernel == "policy" ? 0.3 : 0.9;  // a few rounds of corrections
   traits.successors = 3;
   const Case<double> c = make_case<double>(6, 2, traits, 4);
   const HostPattern pattern(c), transposed(c, true);

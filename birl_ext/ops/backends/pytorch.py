@@ -240,14 +240,9 @@ class _Iteration:
             shift = inner = torch.zeros_like(self.gamma)
         else:
             weight = found.step.policy * self.problem.scale
-            move, shift, inner = _improve(
-                self.problem,
-                weight,
-                found.delta,
-                self.continuing,
-                self.method,
-                passes,
-                self.eliminated,
+            system = _PolicySystem(self.problem.rows, weight, self.gamma, transpose=False)
+            move, shift, inner = system.improve(
+                found.delta, self.continuing, self.method, passes, self.eliminated
             )
         self.products += inner
         value = self.value + torch.where(self.active.unsqueeze(-1), move, 0.0)
@@ -360,21 +355,98 @@ class _PolicySystem(NamedTuple):
         rows = rows.with_data(rows.data.double())
         return cls(rows, policy * rows.scale(), discount, transpose)
 
-    def product(self, x: Tensor) -> Tensor:
-        weight, columns = self.weight.unsqueeze(2), x.shape[1:3]
+    def moved(self, x: Tensor) -> Tensor:
+        """γP_π x, or its transpose."""
+        weight = self.weight.unsqueeze(2)
         if self.transpose:
-            spread = (weight * x.unsqueeze(-1)).flatten(1, 2)
-            moved = self.rows.pull(spread).unflatten(1, columns)
+            found = _columns(self.rows.pull, weight * x.unsqueeze(-1))
         else:
-            ahead = self.rows.apply(x.flatten(1, 2)).unflatten(1, columns)
-            moved = (weight * ahead).sum(-1)
-        return x - self.discount[..., None, None] * moved
+            found = (weight * _columns(self.rows.apply, x)).sum(-1)
+        return self.discount[..., None, None] * found
+
+    def product(self, x: Tensor) -> Tensor:
+        return x - self.moved(x)
+
+    def improve(
+        self, delta: Tensor, continuing: Tensor, method: int, passes: int, stuck: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Newton's step (I − γP_π)⁻¹ δ (M9), exactly or by the products that `method` allows: a
+        part that differs by state, a constant, and how many products. Problems (N, G) that Krylov's
+        method has left `stuck`, which this marks, are eliminated from then on where that fits.
+        """
+        rhs, none = delta.unsqueeze(2), torch.zeros_like(self.discount)
+        if method == Method.NEWTON:
+            x, level, products = *self._split(rhs, continuing), none + 1
+        elif method == Method.KRYLOV:
+            x, level, products = self._inexact(rhs, continuing, passes, stuck)
+        else:
+            x = term = rhs
+            for _ in range(SWEEPS_PER_POLICY):
+                term = self.moved(term)
+                x = x + term
+            tail = (term.amax(-1) + term.amin(-1)).squeeze(2) / 2 * self.discount
+            x = x + (tail / (1 - self.discount)).where(continuing, 0.0)[..., None, None]
+            level, products = none, none + SWEEPS_PER_POLICY
+        return x.squeeze(2), level, products
+
+    def _split(self, rhs: Tensor, continuing: Tensor) -> tuple[Tensor, Tensor]:
+        """x with x_0 = 0, and g/(1 − γ), of (I − γP_π)x + g = δ: as well conditioned as the chain,
+        however close γ is to one. Where the process may end, x with no constant.
+        """
+        x = _back_substitute(self._factors(continuing), rhs, self.transpose)
+        level = x[..., 0, 0].where(continuing, 0.0) / (1 - self.discount)
+        x[..., 0].masked_fill_(continuing.unsqueeze(-1), 0.0)
+        return x, level
+
+    def _inexact(
+        self, rhs: Tensor, continuing: Tensor, passes: int, stuck: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        pinned, held = continuing[..., None, None], stuck[..., None, None]
+
+        def apart(y: Tensor) -> Tensor:
+            """Without g, as x_0 = 0."""
+            return y - torch.where(pinned, y[..., :1], 0.0)
+
+        # tighten with the passes: exact steps converge from anywhere, loose ones need not
+        forcing = max(10.0 ** -(1 + passes / 2), 1e-13)
+        side = apart(rhs).masked_fill(held, 0.0)
+        start = _start(rhs, self.discount, self.transpose).masked_fill(held | pinned, 0.0)
+        x, products = _bicgstab(lambda y: apart(self.product(y)), side, start, forcing, 400)
+        reached = self.product(x)
+        level = (rhs - reached)[..., 0, 0].where(continuing, 0.0) / (1 - self.discount)
+        if self.rows.states <= DIRECT_STATES:
+            left = (side - apart(reached)).norm(dim=-1)
+            stuck |= ~(left <= 0.5 * side.norm(dim=-1)).squeeze(2)  # NaN too
+            if bool(stuck.any()):
+                exact, exact_level = self._split(rhs, continuing)
+                x = torch.where(stuck[..., None, None], exact, x)
+                level = torch.where(stuck, exact_level, level)
+        return x, level, products.squeeze(2)
 
     def eliminate(self, rhs: Tensor) -> Tensor:
-        factors = _factor(self.rows, self.weight, self.discount)
+        factors = self._factors()
         if rhs.shape[2] <= 4:  # one by one: then no bit depends on how many threads there are
             return torch.cat([self._refined(factors, one) for one in rhs.split(1, 2)], 2)
         return self._refined(factors, rhs)
+
+    def _factors(self, bordered: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Of I − γP_π, with ones in the first column of those `bordered`."""
+        matrix = -self.discount[..., None, None] * one_by_one(self.rows.policy_matrix, self.weight)
+        matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
+        if bordered is not None:
+            matrix[..., 0].masked_fill_(bordered.unsqueeze(-1), 1.0)
+        # an invalid element must not stop the batch: its NaN would make LAPACK refuse
+        usable = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
+        eye = torch.eye(self.rows.states, dtype=matrix.dtype, device=matrix.device)
+        matrix = torch.where(usable, matrix, eye)
+        lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
+        # nor a singular one: where 1 − γ is gone in rounding, so may as much again
+        singular = (info > 0) & (self.discount < 1)
+        if bool(singular.any()):
+            lu, pivots, _ = torch.linalg.lu_factor_ex(
+                matrix + EPS * singular[..., None, None] * eye
+            )
+        return lu, pivots
 
     def _refined(self, factors: tuple[Tensor, Tensor], rhs: Tensor) -> Tensor:
         x = _back_substitute(factors, rhs, self.transpose)
@@ -451,93 +523,13 @@ def _deflated(delta: Tensor, middle: Tensor, gamma: Tensor, one_minus: Tensor) -
     return delta + (gamma / one_minus * middle).unsqueeze(-1)
 
 
-def _improve(
-    problem: Problem,
-    weight: Tensor,
-    delta: Tensor,
-    continuing: Tensor,
-    method: int,
-    passes: int,
-    stuck: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Newton's step (I − γP_π)⁻¹ δ (M9), exactly or by the products that `method` allows: a part
-    that differs by state, a constant, and how many products. Problems (N, G) that Krylov's method
-    has left `stuck`, which this marks, are eliminated from then on where that fits.
-    """
-    gamma = problem.discount.unsqueeze(-1)
+def _columns(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """Of `Rows`, for K columns of each problem."""
 
-    def eliminate() -> tuple[Tensor, Tensor]:
-        """x with x_0 = 0, and g/(1 − γ), of (I − γP_π)x + g = δ: as well conditioned as the chain,
-        however close γ is to one. Where the process may end, x with no constant.
-        """
-        factors = _factor(problem.rows, weight, problem.discount, continuing)
-        x = _back_substitute(factors, delta.unsqueeze(2), False).squeeze(2)
-        level = torch.where(continuing, x[..., 0], 0.0) / (1 - problem.discount)
-        x[..., 0].masked_fill_(continuing, 0.0)
-        return x, level
+    def together(one: Tensor) -> Tensor:
+        return function(one.flatten(1, 2)).unflatten(1, one.shape[1:3])
 
-    if method == Method.NEWTON:
-        return *eliminate(), torch.ones_like(problem.discount)
-    if method == Method.KRYLOV:
-        pinned = continuing[..., None, None]
-        held = stuck[..., None, None]
-        rhs = delta.unsqueeze(2)
-
-        def image(x: Tensor) -> Tensor:
-            return x - gamma.unsqueeze(2) * problem.policy_product(weight, x.squeeze(2)).unsqueeze(
-                2
-            )
-
-        def apart(y: Tensor) -> Tensor:
-            """Without g, as x_0 = 0."""
-            return y - torch.where(pinned, y[..., :1], 0.0)
-
-        def product(x: Tensor) -> Tensor:
-            return apart(image(x))
-
-        # tighten with the passes: exact steps converge from anywhere, loose ones need not
-        forcing = max(10.0 ** -(1 + passes / 2), 1e-13)
-        side = apart(rhs).masked_fill(held, 0.0)
-        start = _start(rhs, problem.discount, False).masked_fill(held | pinned, 0.0)
-        x, products = _bicgstab(product, side, start, forcing, 400)
-        reached = image(x)
-        level = (rhs - reached)[..., 0, 0].where(continuing, 0.0) / (1 - problem.discount)
-        if problem.rows.states <= DIRECT_STATES:
-            left = (side - apart(reached)).norm(dim=-1)
-            stuck |= ~(left <= 0.5 * side.norm(dim=-1)).squeeze(2)  # NaN too
-            if bool(stuck.any()):
-                exact, exact_level = eliminate()
-                x = torch.where(stuck[..., None, None], exact.unsqueeze(2), x)
-                level = torch.where(stuck, exact_level, level)
-        return x.squeeze(2), level, products.squeeze(2)
-    term, total = delta, delta
-    for _ in range(SWEEPS_PER_POLICY):
-        term = gamma * problem.policy_product(weight, term)
-        total = total + term
-    tail = (term.amax(-1) + term.amin(-1)) / 2 * problem.discount / (1 - problem.discount)
-    move = total + torch.where(continuing, tail, 0.0).unsqueeze(-1)
-    level = torch.zeros_like(problem.discount)
-    return move, level, torch.full_like(problem.discount, SWEEPS_PER_POLICY)
-
-
-def _factor(
-    rows: Rows, weight: Tensor, discount: Tensor, bordered: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Of I − γP_π, with ones in the first column of those `bordered`."""
-    matrix = -discount[..., None, None] * one_by_one(rows.policy_matrix, weight)
-    matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    if bordered is not None:
-        matrix[..., 0].masked_fill_(bordered.unsqueeze(-1), 1.0)
-    # an invalid element must not stop the batch: its NaN would make LAPACK refuse
-    usable = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
-    eye = torch.eye(rows.states, dtype=matrix.dtype, device=matrix.device)
-    matrix = torch.where(usable, matrix, eye)
-    lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
-    # nor a singular one: where 1 − γ is gone in rounding, so may as much again
-    singular = (info > 0) & (discount < 1)
-    if bool(singular.any()):
-        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix + EPS * singular[..., None, None] * eye)
-    return lu, pivots
+    return one_by_one(together, batch)
 
 
 def _back_substitute(factors: tuple[Tensor, Tensor], rhs: Tensor, transpose: bool) -> Tensor:
