@@ -72,16 +72,15 @@ __all__ = [
     "check_state_shapes",
     "check_temperature",
     "common_batch",
-    "discount_defects",
     "promoted",
     "real",
     "reference_defects",
     "required",
     "reward_defects",
     "row_sum_tolerance",
+    "scalar_defects",
     "states_and_actions",
     "status_error",
-    "temperature_defects",
     "transition_defects",
     "within_memory",
 ]
@@ -446,27 +445,24 @@ def _check_event_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letter
 
 def check_discount(discount: float | Tensor, *, data: bool = True) -> float | Tensor:
     """A float, or a tensor as it is; DiscountError unless γ ∈ [0, 1), read only if `data`."""
-    if isinstance(discount, Tensor):
-        as_floating("discount", discount)
-        if data and is_concrete(discount):
-            _refuse(discount_defects(discount))
-        return discount
-    number = _number("discount", discount)
-    if not 0.0 <= number < 1.0:
-        raise status_error(Status.BAD_DISCOUNT, 0, discount)
-    return number
+    return _checked_scalar(Status.BAD_DISCOUNT, discount, data)
 
 
 def check_temperature(temperature: float | Tensor, *, data: bool = True) -> float | Tensor:
     """A float, or a tensor as it is; TemperatureError unless 0 < τ < ∞, read only if `data`."""
-    if isinstance(temperature, Tensor):
-        as_floating("temperature", temperature)
-        if data and is_concrete(temperature):
-            _refuse(temperature_defects(temperature))
-        return temperature
-    number = _number("temperature", temperature)
-    if not 0.0 < number < math.inf:
-        raise status_error(Status.BAD_TEMPERATURE, 0, temperature)
+    return _checked_scalar(Status.BAD_TEMPERATURE, temperature, data)
+
+
+def _checked_scalar(status: Status, value: float | Tensor, data: bool) -> float | Tensor:
+    name = _INPUTS[status][1]
+    if isinstance(value, Tensor):
+        as_floating(name, value)
+        if data and is_concrete(value):
+            _refuse(scalar_defects(status, value))
+        return value
+    number = _number(name, value)
+    if not _RANGES[status](number):
+        raise status_error(status, 0, value)
     return number
 
 
@@ -495,16 +491,16 @@ class Defects(NamedTuple):
     values: Tensor  # broadcasts to `bad`
 
 
-def discount_defects(discount: Tensor) -> Iterator[Defects]:
-    """γ outside [0, 1), (*B); NaN is."""
-    bad = ~((discount >= 0) & (discount < 1))
-    yield Defects(Status.BAD_DISCOUNT, bad.unsqueeze(-1), discount.unsqueeze(-1))
+_RANGES: dict[Status, Callable[[Any], Any]] = {
+    Status.BAD_DISCOUNT: lambda discount: (discount >= 0) & (discount < 1),
+    Status.BAD_TEMPERATURE: lambda temperature: (temperature > 0) & (temperature < math.inf),
+}
+"""Of a number or of each of a tensor; NaN lies in none."""
 
 
-def temperature_defects(temperature: Tensor) -> Iterator[Defects]:
-    """τ that is not positive and finite, (*B)."""
-    bad = ~((temperature > 0) & torch.isfinite(temperature))
-    yield Defects(Status.BAD_TEMPERATURE, bad.unsqueeze(-1), temperature.unsqueeze(-1))
+def scalar_defects(status: Status, values: Tensor) -> Iterator[Defects]:
+    """γ outside [0, 1), or τ that is not positive and finite, (*B), by their status."""
+    yield Defects(status, ~_RANGES[status](values).unsqueeze(-1), values.unsqueeze(-1))
 
 
 def reference_defects(log_reference: Tensor) -> Iterator[Defects]:
