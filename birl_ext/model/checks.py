@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -51,6 +52,8 @@ __all__ = [
     "below_zero",
     "broadcast_batches",
     "check_actions",
+    "check_callable",
+    "check_count",
     "check_crow_col",
     "check_data",
     "check_dense_shapes",
@@ -60,18 +63,22 @@ __all__ = [
     "check_form",
     "check_initial",
     "check_initial_distribution",
+    "check_kind",
     "check_level",
     "check_memory",
+    "check_number",
     "check_policy",
     "check_reference",
     "check_reward",
     "check_rows",
     "check_same_dtype",
+    "check_seed",
     "check_sparse_rows",
     "check_sparse_shapes",
     "check_state_shapes",
     "check_temperature",
     "common_batch",
+    "kind_of",
     "promoted",
     "real",
     "reference_defects",
@@ -464,6 +471,69 @@ def _checked_scalar(status: Status, value: float | Tensor, data: bool) -> float 
     if not _RANGES[status](number):
         raise status_error(status, 0, value)
     return number
+
+
+# Options
+
+
+def check_count(name: str, value: Any, least: int = 1, *, below: float = math.inf) -> int:
+    """A whole number from `least` on."""
+    try:
+        if not isinstance(value, bool) and least <= operator.index(value) < below:
+            return operator.index(value)
+    except TypeError:
+        pass
+    top = "" if below == math.inf else f", below {below}"
+    raise OptionError(f"{name} is {value!r}", allowed=f"a whole number, {least} or more{top}")
+
+
+def check_seed(seed: Any) -> int:
+    """A seed that a torch.Generator takes."""
+    return check_count("seed", seed, 0, below=2**64)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    least: float = 0.0,
+    *,
+    above: bool = False,
+    below: float = math.inf,
+    infinite: bool = False,
+) -> float:
+    """A number in [least, below), without `least` itself if `above`, with inf if `infinite`."""
+    number = None
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
+        number = real(value.reshape(()) if isinstance(value, Tensor) else value)
+    number = math.nan if number is None else number
+    low = number > least if above else number >= least
+    if low and (number < below or (infinite and number == math.inf)):
+        return number
+    opening, closing = "(" if above else "[", "]" if infinite else ")"
+    raise OptionError(
+        f"{name} is {value!r}", allowed=f"a number in {opening}{least:g}, {below:g}{closing}"
+    )
+
+
+def check_callable(name: str, value: Any) -> None:
+    """A function."""
+    if not callable(value):
+        raise OptionError(f"{name} is {kind_of(value)}", allowed="a function")
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """An instance of the class."""
+    if not isinstance(value, kind):
+        raise OptionError(
+            f"{name} is {kind_of(value)}",
+            allowed=f"a {kind.__name__}",
+            fix=f"pass {name}={kind.__name__}(...)",
+        )
+
+
+def kind_of(value: Any) -> str:
+    """A value in the words of an error: a number or a text as it is, else its type."""
+    return f"{value!r}" if isinstance(value, Real | str | None) else f"a {type(value).__name__}"
 
 
 # Data
