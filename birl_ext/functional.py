@@ -498,7 +498,7 @@ _told: set[str] = set()
 
 def _tell_of_ends(mdp: MDP) -> None:
     """Warn, once, of a terminal state with a choice."""
-    if mdp.free_ends and not _told:
+    if mdp.free_ends and not _told and not torch.compiler.is_compiling():
         _told.add("ends")
         warn(
             "a terminal state has a choice of actions and keeps its entropy: without a reward it "

@@ -313,6 +313,18 @@ def test_an_unchecked_discount_gives_no_number(discount: float) -> None:
         assert found[1].isnan().all()
 
 
+def test_an_end_with_a_choice_keeps_nobody_from_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_told", set())
+    mdp = DenseMDP(R, P, 0.5, terminal=torch.arange(S) == S - 1)
+    compiled = torch.compile(
+        lambda tau: birl_ext.solve(mdp, temperature=tau).value, backend="eager", fullgraph=True
+    )
+    tau = torch.tensor(0.5, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_same_bits(compiled(tau), birl_ext.solve(mdp, temperature=tau).value, label="value")
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_an_unchecked_nan_is_not_called_an_overflow(backend: Any) -> None:
     rows = P.clone()

@@ -13,8 +13,11 @@ import pytest
 import torch
 from cases import untyped
 from closeness import assert_close, assert_same_bits, assert_same_state
-from torch import Tensor
+from torch import Tensor, nn
 
+from birl_ext.agents.networks import MLP
+from birl_ext.agents.target import Target
+from birl_ext.agents.temperature import Temperature, discrete_entropy_target
 from birl_ext.bilevel import (
     BilevelProblem,
     DampedNewton,
@@ -25,6 +28,7 @@ from birl_ext.bilevel import (
 )
 from birl_ext.bilevel.guards import reaches
 from birl_ext.bilevel.newton import _undetermined
+from birl_ext.bilevel.score import FullHorizon
 from birl_ext.bilevel.sobirl import DRLHF, SoBiRL
 from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
 from birl_ext.errors import (
@@ -35,12 +39,17 @@ from birl_ext.errors import (
     NonFiniteInputError,
     NonFiniteResultError,
     OptionError,
+    ParameterError,
     ShapeError,
     TemperatureError,
     UndeterminedError,
 )
 from birl_ext.model.mdp import DenseMDP
-from birl_ext.preferences.reward_model import RewardNetwork
+from birl_ext.preferences.buffer import PreferenceBuffer
+from birl_ext.preferences.loss import bradley_terry
+from birl_ext.preferences.reward_model import RewardEnsemble, RewardNetwork
+from birl_ext.preferences.schedule import QuerySchedule
+from birl_ext.preferences.teachers import ScriptedTeacher, TeacherRule
 from birl_ext.problems.random_mdp import RandomMDPConfig
 from birl_ext.problems.sampled_random_mdp import sampled_random_mdp
 
@@ -612,13 +621,61 @@ def test_an_optimiser_whose_groups_are_swapped_later_is_refused() -> None:
     assert_same_bits(algorithm.x.detach(), before, label="x")
 
 
+NO_NUMBERS = ("a", None, NAN, -1, torch.ones(2), [1])
+MAKERS: dict[str, Any] = {
+    "target_rate": lambda v: Target(nn.Linear(2, 2), rate=v, period=1),
+    "target_period": lambda v: Target(nn.Linear(2, 2), rate=1, period=v),
+    "temperature": Temperature,
+    "share": lambda v: discrete_entropy_target(3, v),
+    "discount": lambda v: FullHorizon(untyped(None), discount=v, steps=1),
+    "capacity": PreferenceBuffer,
+    "noise": lambda v: bradley_terry(torch.ones(2), torch.ones(2), v),
+    "rounds": lambda v: QuerySchedule("constant", v, 10),
+    "epsilon": lambda v: Effort.for_accuracy(v, 0.9),
+    "inputs": lambda v: MLP(v, 2, generator=torch.Generator()),
+    "outputs": lambda v: MLP(2, 2, hidden=(v,), generator=torch.Generator()),
+    "states": lambda v: RewardNetwork.table(v, 2),
+    "count": lambda v: RewardEnsemble.of(v, lambda: RewardNetwork.table(2, 2)),
+}
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_is_no_number_of_its_kind_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ParameterError, match=rf"BIRL-E20\d {name} is "):
+        MAKERS[name](value)
+
+
+@pytest.mark.parametrize("value", ["a", NAN, torch.ones(2), [1]], ids=repr)
+def test_a_mean_reward_is_one_number(value: Any) -> None:
+    with pytest.raises(OptionError, match="mean_reward is "):
+        ScriptedTeacher(TeacherRule.oracle(), torch.Generator(), mean_reward=value)
+
+
+def test_what_is_of_another_kind_is_refused_by_name() -> None:
+    reward, start = RewardNetwork.table(2, 2), torch.ones(2)
+    for words, make in (
+        (r"members\[0\] is 3", lambda: RewardEnsemble(untyped([3]))),
+        ("reward is a Linear", lambda: DRLHF(untyped(nn.Linear(2, 2)), optimiser=sgd)),
+        (
+            "pairs is 3",
+            lambda: DRLHF(reward, optimiser=sgd).step(untyped(3), None, temperature=1.0),
+        ),
+        ("reward is 3", lambda: SampledProblem(untyped(3), untyped(4))),
+        ("problem is 3", lambda: hypergradient_report(untyped(3), start, 0.5)),
+    ):
+        with pytest.raises(OptionError, match=rf"BIRL-E203 {words} "):
+            make()
+
+
 # Accuracy
 
 
 def test_a_published_run_that_misses_its_accuracy_says_so_and_warns_once() -> None:
     algorithm = published(BilevelProblem(lower, upper), accuracy=1e-3)
-    with pytest.warns(AccuracyWarning, match=r"certified error .* in outer step 0, and accuracy"):
-        assert algorithm.step().missed
+    with pytest.warns(AccuracyWarning, match=r"certified error .* in outer step 0, and a") as seen:
+        assert algorithm.run(1)[0].missed
+    assert [warning.filename for warning in seen] == [__file__], "not a line of the package"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from birl_ext.environments.transitions import Transitions
 from birl_ext.errors import DiscountError, NonFiniteInputError, NonFiniteResultError, ShapeError
+from birl_ext.model import checks
 
 __all__ = [
     "Actor",
@@ -83,9 +84,10 @@ class DiscreteAgent(Agent, Protocol):
 
 def check_discount(discount: float) -> float:
     """The discount, if it lies in [0, 1)."""
-    if not 0 <= discount < 1:
+    number = checks.real(discount)
+    if number is None or not 0 <= number < 1:
         raise DiscountError(f"discount is {discount!r}", allowed="[0, 1)")
-    return float(discount)
+    return number
 
 
 def check_drawn(found: Tensor) -> None:

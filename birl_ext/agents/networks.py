@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from birl_ext.errors import DtypeError, OptionError, ShapeError
+from birl_ext.model.checks import check_count
 
 __all__ = ["MLP", "NatureCNN", "OneHot", "StateActionMLP", "Twin", "head_network"]
 
@@ -191,6 +192,8 @@ def head_network(
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Module:
+    check_count("inputs", inputs)
+    check_count("outputs", outputs)
     layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
     return _initialised(layer, inputs, generator)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from birl_ext.errors import OptionError
+from birl_ext.model import checks
 from birl_ext.state import Stateful
 from birl_ext.torch_internals import copy_all_, lerp_all_
 
@@ -30,12 +31,10 @@ class Target(Stateful):
     STATE = ("_network", "_updates")
 
     def __init__(self, source: nn.Module, *, rate: float, period: int) -> None:
-        if not 0 < rate <= 1:
+        if not 0 < (checks.real(rate) or 0) <= 1:
             raise OptionError(f"target_rate is {rate!r}", allowed="(0, 1]")
-        if period < 1:
-            raise OptionError(f"target_period is {period!r}", allowed="1 or more")
         self.rate = rate
-        self.period = period
+        self.period = checks.check_count("target_period", period)
         self._network = copy.deepcopy(source).requires_grad_(False).eval()
         self._ours: list[Tensor] = list(self._network.parameters())
         self._theirs: list[Tensor] = list(source.parameters())

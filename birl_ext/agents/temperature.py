@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from birl_ext.errors import OptionError, TemperatureError
+from birl_ext.model import checks
 from birl_ext.state import Stateful
 
 __all__ = ["Temperature", "continuous_entropy_target", "discrete_entropy_target"]
@@ -22,7 +24,7 @@ def discrete_entropy_target(actions: int, share: float = 0.89) -> float:
     """
     if actions < 2:
         raise OptionError(f"actions is {actions!r}", allowed="2 or more")
-    if not 0 < share < 1:
+    if not 0 < (checks.real(share) or 0) < 1:
         raise OptionError(f"share is {share!r}", allowed="(0, 1)")
     return share * math.log(actions)
 
@@ -60,7 +62,7 @@ class Temperature(Stateful):
         learning_rate: float = 3e-4,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not 0 < initial < math.inf:
+        if not 0 < (checks.real(initial) or 0) < math.inf:
             raise TemperatureError(f"temperature is {initial!r}", allowed="(0, inf)")
         self.entropy_target = entropy_target
         self._log = torch.tensor(math.log(initial), device=device, dtype=torch.float64)
@@ -86,8 +88,8 @@ class Temperature(Stateful):
         self._optimiser.step()
 
     def _check_state(self, state: Any, name: str = "") -> None:
-        super()._check_state(state, name)
-        if (state["fixed"] is None) != (self._fixed is None):
+        if isinstance(state, Mapping) and (state.get("fixed") is None) != (self._fixed is None):
             raise OptionError(
                 "the stored temperature was fixed and this one is not, or the reverse"
             )
+        super()._check_state(state, name)

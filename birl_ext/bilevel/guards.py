@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +22,14 @@ from birl_ext.errors import (
     NonFiniteResultError,
     OptionError,
 )
-from birl_ext.model import checks
+from birl_ext.model.checks import (
+    check_callable,
+    check_count,
+    check_kind,
+    check_number,
+    check_seed,
+    kind_of,
+)
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 
 __all__ = [
@@ -46,62 +51,7 @@ _T = TypeVar("_T", bound=Tensor)
 _HUGE = 1e15  # ‖x‖ at which 1 is rounding: no error there is about the levels alone
 
 
-# Options
-
-
-def check_count(name: str, value: Any, least: int = 1, *, below: float = math.inf) -> int:
-    """A whole number from `least` on."""
-    try:
-        if not isinstance(value, bool) and least <= operator.index(value) < below:
-            return operator.index(value)
-    except TypeError:
-        pass
-    top = "" if below == math.inf else f", below {below}"
-    raise OptionError(f"{name} is {value!r}", allowed=f"a whole number, {least} or more{top}")
-
-
-def check_seed(seed: Any) -> int:
-    """A seed that a torch.Generator takes."""
-    return check_count("seed", seed, 0, below=2**64)
-
-
-def check_number(
-    name: str,
-    value: Any,
-    least: float = 0.0,
-    *,
-    above: bool = False,
-    below: float = math.inf,
-    infinite: bool = False,
-) -> float:
-    """A number in [least, below), without `least` itself if `above`, with inf if `infinite`."""
-    number = None
-    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
-        number = checks.real(value.reshape(()) if isinstance(value, Tensor) else value)
-    number = math.nan if number is None else number
-    low = number > least if above else number >= least
-    if low and (number < below or (infinite and number == math.inf)):
-        return number
-    opening, closing = "(" if above else "[", "]" if infinite else ")"
-    raise OptionError(
-        f"{name} is {value!r}", allowed=f"a number in {opening}{least:g}, {below:g}{closing}"
-    )
-
-
-def check_callable(name: str, value: Any) -> None:
-    """A function."""
-    if not callable(value):
-        raise OptionError(f"{name} is {_kind(value)}", allowed="a function")
-
-
-def check_kind(name: str, value: Any, kind: type) -> None:
-    """An instance of the class."""
-    if not isinstance(value, kind):
-        raise OptionError(
-            f"{name} is {_kind(value)}",
-            allowed=f"a {kind.__name__}",
-            fix=f"pass {name}={kind.__name__}(...)",
-        )
+# An optimiser
 
 
 def make_optimiser(
@@ -111,7 +61,7 @@ def make_optimiser(
     allowed = "a function from parameters to a torch.optim.Optimizer over them"
     fix = "pass e.g. optimiser=lambda p: torch.optim.Adam(p, lr=1e-2)"
     if not callable(optimiser):
-        raise OptionError(f"optimiser is {_kind(optimiser)}", allowed=allowed, fix=fix)
+        raise OptionError(f"optimiser is {kind_of(optimiser)}", allowed=allowed, fix=fix)
     try:
         made = optimiser(parameters)
     except BirlError:
@@ -120,7 +70,7 @@ def make_optimiser(
         what = f"optimiser raised {_sentence(error)}"
         raise OptionError(what, allowed=allowed, fix=fix) from error
     if not isinstance(made, Optimizer):
-        raise OptionError(f"optimiser returned {_kind(made)}", allowed=allowed, fix=fix)
+        raise OptionError(f"optimiser returned {kind_of(made)}", allowed=allowed, fix=fix)
     _require_held(made, parameters)
     return made
 
@@ -313,10 +263,6 @@ def reaches(tensors: Iterable[Any], *of: Tensor) -> bool:
 
 def _outer(step: int | None) -> str:
     return "" if step is None else f"outer step {step}"
-
-
-def _kind(value: Any) -> str:
-    return f"{value!r}" if isinstance(value, Real | str | None) else f"a {type(value).__name__}"
 
 
 def _sentence(error: BaseException) -> str:

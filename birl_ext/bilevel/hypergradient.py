@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.bilevel import variables
-from birl_ext.bilevel.guards import check_lower, check_objective, no_path
+from birl_ext.bilevel.guards import check_kind, check_lower, check_objective, no_path
 from birl_ext.bilevel.problem import (
     BilevelProblem,
     direct_gradient,
@@ -286,6 +286,7 @@ def hypergradient_report(
 
     Source: (M5), (M7), (M13), combined.
     """
+    check_kind("problem", problem, BilevelProblem)
     declared = _lipschitz(smoothness)
     x = variables.tracked(variables.check_start(x))
     phi, solution = evaluate_at(problem, x, temperature)

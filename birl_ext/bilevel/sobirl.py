@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from birl_ext.agents.categorical import CategoricalPolicy
-from birl_ext.bilevel.guards import check_count, check_number, make_optimiser, take_step
+from birl_ext.bilevel.guards import check_count, check_kind, check_number, make_optimiser, take_step
 from birl_ext.bilevel.score import OneStep, Score
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
 from birl_ext.bilevel.variables import described
@@ -163,6 +163,7 @@ class SoBiRL(Stateful):
         indirect_limit: float = math.inf,
         lead: int = 0,
     ) -> None:
+        check_kind("reward", reward, RewardModel)
         _check_stale(stale, limit)
         check_baseline(baseline)
         members_of(reward)  # refuses an ensemble inside another model
@@ -199,6 +200,7 @@ class SoBiRL(Stateful):
                 any error the parameters are what they were.
         """
         checks.check_temperature(temperature)
+        check_kind("pairs", pairs, Pairs)
         if not len(pairs):
             raise OptionError("there are no pairs", allowed="1 or more")
         pairs.after(self.lead)  # refuses a lead that leaves nothing

@@ -19,15 +19,17 @@ from birl_ext.bilevel import variables
 from birl_ext.bilevel.adaptation import AdaptedReward, path_log_probability
 from birl_ext.bilevel.algorithm import Descent, Maker
 from birl_ext.bilevel.guards import (
+    check_callable,
     check_count,
     check_kind,
     check_lower,
+    check_number,
     check_objective,
 )
 from birl_ext.bilevel.problem import hypergradient
 from birl_ext.bilevel.score import FullHorizon
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
-from birl_ext.errors import OptionError, ShapeError
+from birl_ext.errors import ShapeError
 from birl_ext.model import checks
 from birl_ext.preferences.loss import RewardFunction
 from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator, Paths
@@ -55,6 +57,8 @@ class SampledProblem:
     transition: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("reward", "loss"):
+            check_callable(name, getattr(self, name))
         for name in ("paths", "steps"):
             check_count(name, getattr(self, name))
 
@@ -86,8 +90,7 @@ class Effort:
 
             B = ⌈batch/ε⌉,  K = ⌈log(1/ε)/(1 − γ)⌉,  N = ⌈sweeps/ε⌉
         """
-        if not 0 < epsilon < 1:
-            raise OptionError(f"epsilon is {epsilon!r}", allowed="(0, 1)")
+        check_number("epsilon", epsilon, above=True, below=1.0)
         check_discount(discount)
         horizon = math.ceil(math.log(1 / epsilon) / (1 - discount))
         return cls(math.ceil(batch / epsilon), max(1, horizon), math.ceil(sweeps / epsilon))

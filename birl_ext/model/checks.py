@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -51,6 +52,8 @@ __all__ = [
     "below_zero",
     "broadcast_batches",
     "check_actions",
+    "check_callable",
+    "check_count",
     "check_crow_col",
     "check_data",
     "check_dense_shapes",
@@ -60,28 +63,31 @@ __all__ = [
     "check_form",
     "check_initial",
     "check_initial_distribution",
+    "check_kind",
     "check_level",
     "check_memory",
+    "check_number",
     "check_policy",
     "check_reference",
     "check_reward",
     "check_rows",
     "check_same_dtype",
+    "check_seed",
     "check_sparse_rows",
     "check_sparse_shapes",
     "check_state_shapes",
     "check_temperature",
     "common_batch",
-    "discount_defects",
+    "kind_of",
     "promoted",
     "real",
     "reference_defects",
     "required",
     "reward_defects",
     "row_sum_tolerance",
+    "scalar_defects",
     "states_and_actions",
     "status_error",
-    "temperature_defects",
     "transition_defects",
     "within_memory",
 ]
@@ -446,28 +452,88 @@ def _check_event_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letter
 
 def check_discount(discount: float | Tensor, *, data: bool = True) -> float | Tensor:
     """A float, or a tensor as it is; DiscountError unless γ ∈ [0, 1), read only if `data`."""
-    if isinstance(discount, Tensor):
-        as_floating("discount", discount)
-        if data and is_concrete(discount):
-            _refuse(discount_defects(discount))
-        return discount
-    number = _number("discount", discount)
-    if not 0.0 <= number < 1.0:
-        raise status_error(Status.BAD_DISCOUNT, 0, discount)
-    return number
+    return _checked_scalar(Status.BAD_DISCOUNT, discount, data)
 
 
 def check_temperature(temperature: float | Tensor, *, data: bool = True) -> float | Tensor:
     """A float, or a tensor as it is; TemperatureError unless 0 < τ < ∞, read only if `data`."""
-    if isinstance(temperature, Tensor):
-        as_floating("temperature", temperature)
-        if data and is_concrete(temperature):
-            _refuse(temperature_defects(temperature))
-        return temperature
-    number = _number("temperature", temperature)
-    if not 0.0 < number < math.inf:
-        raise status_error(Status.BAD_TEMPERATURE, 0, temperature)
+    return _checked_scalar(Status.BAD_TEMPERATURE, temperature, data)
+
+
+def _checked_scalar(status: Status, value: float | Tensor, data: bool) -> float | Tensor:
+    name = _INPUTS[status][1]
+    if isinstance(value, Tensor):
+        as_floating(name, value)
+        if data and is_concrete(value):
+            _refuse(scalar_defects(status, value))
+        return value
+    number = _number(name, value)
+    if not _RANGES[status](number):
+        raise status_error(status, 0, value)
     return number
+
+
+# Options
+
+
+def check_count(name: str, value: Any, least: int = 1, *, below: float = math.inf) -> int:
+    """A whole number from `least` on."""
+    try:
+        if not isinstance(value, bool) and least <= operator.index(value) < below:
+            return operator.index(value)
+    except TypeError:
+        pass
+    top = "" if below == math.inf else f", below {below}"
+    raise OptionError(f"{name} is {value!r}", allowed=f"a whole number, {least} or more{top}")
+
+
+def check_seed(seed: Any) -> int:
+    """A seed that a torch.Generator takes."""
+    return check_count("seed", seed, 0, below=2**64)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    least: float = 0.0,
+    *,
+    above: bool = False,
+    below: float = math.inf,
+    infinite: bool = False,
+) -> float:
+    """A number in [least, below), without `least` itself if `above`, with inf if `infinite`."""
+    number = None
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
+        number = real(value.reshape(()) if isinstance(value, Tensor) else value)
+    number = math.nan if number is None else number
+    low = number > least if above else number >= least
+    if low and (number < below or (infinite and number == math.inf)):
+        return number
+    opening, closing = "(" if above else "[", "]" if infinite else ")"
+    raise OptionError(
+        f"{name} is {value!r}", allowed=f"a number in {opening}{least:g}, {below:g}{closing}"
+    )
+
+
+def check_callable(name: str, value: Any) -> None:
+    """A function."""
+    if not callable(value):
+        raise OptionError(f"{name} is {kind_of(value)}", allowed="a function")
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """An instance of the class."""
+    if not isinstance(value, kind):
+        raise OptionError(
+            f"{name} is {kind_of(value)}",
+            allowed=f"a {kind.__name__}",
+            fix=f"pass {name}={kind.__name__}(...)",
+        )
+
+
+def kind_of(value: Any) -> str:
+    """A value in the words of an error: a number or a text as it is, else its type."""
+    return f"{value!r}" if isinstance(value, Real | str | None) else f"a {type(value).__name__}"
 
 
 # Data
@@ -495,16 +561,16 @@ class Defects(NamedTuple):
     values: Tensor  # broadcasts to `bad`
 
 
-def discount_defects(discount: Tensor) -> Iterator[Defects]:
-    """γ outside [0, 1), (*B); NaN is."""
-    bad = ~((discount >= 0) & (discount < 1))
-    yield Defects(Status.BAD_DISCOUNT, bad.unsqueeze(-1), discount.unsqueeze(-1))
+_RANGES: dict[Status, Callable[[Any], Any]] = {
+    Status.BAD_DISCOUNT: lambda discount: (discount >= 0) & (discount < 1),
+    Status.BAD_TEMPERATURE: lambda temperature: (temperature > 0) & (temperature < math.inf),
+}
+"""Of a number or of each of a tensor; NaN lies in none."""
 
 
-def temperature_defects(temperature: Tensor) -> Iterator[Defects]:
-    """τ that is not positive and finite, (*B)."""
-    bad = ~((temperature > 0) & torch.isfinite(temperature))
-    yield Defects(Status.BAD_TEMPERATURE, bad.unsqueeze(-1), temperature.unsqueeze(-1))
+def scalar_defects(status: Status, values: Tensor) -> Iterator[Defects]:
+    """γ outside [0, 1), or τ that is not positive and finite, (*B), by their status."""
+    yield Defects(status, ~_RANGES[status](values).unsqueeze(-1), values.unsqueeze(-1))
 
 
 def reference_defects(log_reference: Tensor) -> Iterator[Defects]:

@@ -33,6 +33,7 @@ _FORMAT = 1
 _OPTIONAL = ("mask", "terminal", "reference", "initial_distribution")
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class _MDP:
     """What dense and sparse MDPs share; `_entries` names the tensor that holds P's numbers."""
 
@@ -40,13 +41,14 @@ class _MDP:
     _event: ClassVar[int]
 
     reward: Tensor
-    discount: float | Tensor
-    mask: Tensor | None
-    terminal: Tensor | None
-    reference: Tensor | None
-    initial_distribution: Tensor | None
-    log_reference: Tensor
-    batch_shape: tuple[int, ...]
+    _: KW_ONLY
+    mask: Tensor | None = None
+    terminal: Tensor | None = None
+    reference: Tensor | None = None
+    initial_distribution: Tensor | None = None
+    validate: InitVar[Level] = "full"
+    log_reference: Tensor = field(init=False)
+    batch_shape: tuple[int, ...] = field(init=False)
     free_ends = False
     """Whether a terminal state was seen whose choice has an entropy."""
 
@@ -82,8 +84,8 @@ class _MDP:
         """
         checks.check_level(validate)
         if validate == "full" and changes.keys() & {"crow", "col"}:
-            return dataclasses.replace(self, **changes, validate="full")  # type: ignore[type-var]
-        new = dataclasses.replace(self, **changes, validate="off" if validate == "off" else "cheap")  # type: ignore[type-var]
+            return dataclasses.replace(self, **changes, validate="full")
+        new = dataclasses.replace(self, **changes, validate="off" if validate == "off" else "cheap")
         if validate == "cheap" and not changes.keys() & {"transition", "values"}:
             self._check_opened(new)
         if not changes.keys() & {"mask", "terminal", "reference"}:
@@ -146,7 +148,7 @@ class _MDP:
             self.reward,
             getattr(self, self._entries),
             self.log_reference,
-            self.discount,
+            getattr(self, "discount", 0.0),  # a field of each kind, behind its own tensors
             temperature,
             crow=getattr(self, "crow", None),
             col=getattr(self, "col", None),
@@ -163,7 +165,8 @@ class _MDP:
             MissingDependencyError: .safetensors without the package.
         """
         tensors = self._tensors()
-        tensors["discount"] = torch.as_tensor(self.discount, dtype=torch.float64)
+        discount = self._fields()["discount"]
+        tensors["discount"] = torch.as_tensor(discount, dtype=torch.float64)
         tensors["format"] = torch.tensor(_FORMAT)
         write_tensors(path, tensors)
 
@@ -182,7 +185,8 @@ class _MDP:
         return mdp
 
     def __repr__(self) -> str:
-        discount = "tensor" if isinstance(self.discount, Tensor) else self.discount
+        discount = self._fields()["discount"]
+        discount = "tensor" if isinstance(discount, Tensor) else discount
         given = "".join(f", {name}" for name in _OPTIONAL if getattr(self, name) is not None)
         return (
             f"{type(self).__name__}(states={self.states}, actions={self.actions}, "
@@ -201,7 +205,7 @@ class _MDP:
 
     def _fields(self) -> dict[str, Any]:
         """What it was made of, by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
 
     def _begin(self, validate: Level) -> None:
         """The fields in the kinds that the rest takes them for, and all that needs no data."""
@@ -316,17 +320,8 @@ class DenseMDP(_MDP):
     _entries: ClassVar[str] = "transition"
     _event: ClassVar[int] = 3
 
-    reward: Tensor
     transition: Tensor
     discount: float | Tensor
-    _: KW_ONLY
-    mask: Tensor | None = None
-    terminal: Tensor | None = None
-    reference: Tensor | None = None
-    initial_distribution: Tensor | None = None
-    validate: InitVar[Level] = "full"
-    log_reference: Tensor = field(init=False)
-    batch_shape: tuple[int, ...] = field(init=False)
 
     @checks.within_memory
     def __post_init__(self, validate: Level) -> None:
@@ -394,19 +389,10 @@ class SparseMDP(_MDP):
     _entries: ClassVar[str] = "values"
     _event: ClassVar[int] = 1
 
-    reward: Tensor
     values: Tensor
     crow: Tensor
     col: Tensor
     discount: float | Tensor
-    _: KW_ONLY
-    mask: Tensor | None = None
-    terminal: Tensor | None = None
-    reference: Tensor | None = None
-    initial_distribution: Tensor | None = None
-    validate: InitVar[Level] = "full"
-    log_reference: Tensor = field(init=False)
-    batch_shape: tuple[int, ...] = field(init=False)
 
     @checks.within_memory
     def __post_init__(self, validate: Level) -> None:

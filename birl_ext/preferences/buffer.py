@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from birl_ext.errors import DtypeError, OptionError, ShapeError
+from birl_ext.model import checks
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.replay.storage import reserve
+from birl_ext.solution import as_device
 
 __all__ = ["PreferenceBuffer"]
 
@@ -24,10 +26,8 @@ class PreferenceBuffer:
     """
 
     def __init__(self, capacity: int, device: torch.device | str = "cpu") -> None:
-        if capacity < 1:
-            raise OptionError(f"capacity is {capacity!r}", allowed="1 or more")
-        self.capacity = capacity
-        self.device = torch.device(device)
+        self.capacity = checks.check_count("capacity", capacity)
+        self.device = as_device(device)
         self.added = 0
         """Pairs ever kept, those that have made room included."""
         self._ring: Pairs | None = None

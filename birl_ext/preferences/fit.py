@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from birl_ext.errors import NonFiniteResultError, OptionError, warn
+from birl_ext.errors import NonFiniteResultError, warn
+from birl_ext.model import checks
 from birl_ext.preferences.fragments import Pairs
 from birl_ext.preferences.loss import accuracy, bradley_terry, margins
 from birl_ext.preferences.reward_model import RewardModel, global_draws_from, members_of
@@ -93,8 +94,7 @@ def fit(
     if validation is not None:
         numbers["the number of validation pairs"] = len(validation)
     for name, value in numbers.items():
-        if value < 1:
-            raise OptionError(f"{name} is {value!r}", allowed="1 or more")
+        checks.check_count(name, value)
     if bool((pairs.label == 0.5).all()):
         warn(
             f"all {len(pairs)} answers are ties: none has found any fragment better than another, "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.errors import OptionError, ShapeError
+from birl_ext.model import checks
 
 __all__ = ["Episode", "Fragments", "Pairs", "cut", "draw"]
 
@@ -170,8 +171,7 @@ def draw(
 
 
 def _check(episodes: Sequence[Episode], length: int) -> None:
-    if length < 1:
-        raise OptionError(f"length is {length!r}", allowed="1 or more")
+    checks.check_count("length", length)
     for index, episode in enumerate(episodes):
         sizes = [len(part) for part in episode]
         if len(set(sizes)) > 1:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from birl_ext.errors import OptionError, ShapeError
+from birl_ext.model import checks
 from birl_ext.preferences.fragments import Fragments, Pairs
 
 __all__ = [
@@ -48,8 +49,7 @@ def bradley_terry(margin: Tensor, label: Tensor, noise: float = 0.0) -> Tensor:
 
     Source: Bradley and Terry (1952); Christiano et al. (2017), section 2.2.3, for the noise.
     """
-    if not 0 <= noise < 1:
-        raise OptionError(f"noise is {noise!r}", allowed="[0, 1)")
+    checks.check_number("noise", noise, below=1.0)
     if label.dim() != 1 or margin.shape[-1:] != label.shape:
         raise ShapeError(
             f"margin has shape {tuple(margin.shape)}, label {tuple(label.shape)}",

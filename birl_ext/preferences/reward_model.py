@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from birl_ext.errors import OptionError, ShapeError
+from birl_ext.model import checks
 
 __all__ = [
     "RewardEnsemble",
@@ -84,6 +85,8 @@ class RewardNetwork(RewardModel):
     @classmethod
     def table(cls, states: int, actions: int) -> RewardNetwork:
         """One parameter per state and action, zero at first; observations are (m,) int64."""
+        for name, count in (("states", states), ("actions", actions)):
+            checks.check_count(name, count)
         body = nn.Embedding(states, actions)
         nn.init.zeros_(body.weight)
         return cls(body, actions=actions)
@@ -226,6 +229,9 @@ class RewardEnsemble(RewardModel):
 
     def __init__(self, members: Iterable[RewardModel]) -> None:
         super().__init__()
+        members = list(members)
+        for index, member in enumerate(members):
+            checks.check_kind(f"members[{index}]", member, RewardModel)
         self.members = nn.ModuleList(members)
         if not self.members:
             raise OptionError("an ensemble has no members", allowed="1 or more")
@@ -234,7 +240,7 @@ class RewardEnsemble(RewardModel):
     @classmethod
     def of(cls, count: int, build: Callable[[], RewardModel]) -> RewardEnsemble:
         """`count` models, each built anew."""
-        return cls(build() for _ in range(count))
+        return cls(build() for _ in range(checks.check_count("count", count)))
 
     def each(self, observation: Tensor, action: Tensor) -> Tensor:
         """The members' rewards, (E, m)."""

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from birl_ext.errors import OptionError
+from birl_ext.model import checks
 
 __all__ = ["Kind", "QuerySchedule"]
 
@@ -50,8 +51,9 @@ class QuerySchedule:
         if self.kind not in _WEIGHTS:
             allowed = ", ".join(map(repr, _WEIGHTS))
             raise OptionError(f"kind is {self.kind!r}", allowed=allowed)
-        if self.rounds < 1:
-            raise OptionError(f"rounds is {self.rounds!r}", allowed="1 or more")
+        checks.check_count("rounds", self.rounds)
+        checks.check_count("total", self.total, 0)
+        checks.check_count("initial", self.initial, 0)
         if not 0 <= self.initial <= self.total:
             raise OptionError(f"initial is {self.initial!r}", allowed=f"0 to total, {self.total}")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.errors import NonFiniteInputError, OptionError
+from birl_ext.model import checks
 from birl_ext.preferences.fragments import Fragments
 from birl_ext.state import Stateful
 
@@ -159,19 +160,21 @@ class ScriptedTeacher(Stateful):
                 it separates poor fragments from good ones; or the rule is `sign_only` and it is no
                 mean of signs.
         """
-        if self.rule.sign_only and abs(mean_reward) > 1:
+        found = checks.real(mean_reward)
+        number = math.nan if found is None else found
+        if self.rule.sign_only and abs(number) > 1:
             raise OptionError(
                 f"mean_reward is {mean_reward!r}",
                 allowed="[-1, 1], where the rule is sign_only",
                 fix="give the mean of the rewards' signs",
             )
-        if not math.isfinite(mean_reward) or (self.rule.skip_share and mean_reward < 0):
+        if not math.isfinite(number) or (self.rule.skip_share and number < 0):
             raise OptionError(
                 f"mean_reward is {mean_reward!r}",
                 allowed="finite, and not negative where skip_share is above zero",
                 fix="use a rule with skip_share=0 for negative rewards",
             )
-        self.mean_reward = float(mean_reward)
+        self.mean_reward = number
 
     def __call__(self, first: Fragments, second: Fragments) -> Tensor:
         """Labels (n,) float32, NaN where there is no answer.

@@ -602,8 +602,8 @@ def _inspect(problem: Problem, transition: Tensor, validate: int) -> tuple[Tenso
     place, culprit = torch.zeros_like(problem.discount), torch.zeros_like(problem.discount)
 
     def found() -> Iterator[checks.Defects]:
-        yield from checks.discount_defects(problem.discount)
-        yield from checks.temperature_defects(problem.temperature)
+        yield from checks.scalar_defects(Status.BAD_DISCOUNT, problem.discount)
+        yield from checks.scalar_defects(Status.BAD_TEMPERATURE, problem.temperature)
         if validate == Rigour.OFF:
             return
         if problem.log_reference is not None:
