@@ -248,6 +248,17 @@ void one_long_row() {
   expect(rounding >= (8.5 + 600 / 8) * kEps * largest, "a long row's rounding is in the bound");
 }
 
+// Where only a masked action ends the process, every row that counts continues.
+void a_masked_end() {
+  Case<double> c = make_case<double>(6, 2, {}, 8);
+  c.log_reference.assign(c.reward.size(), 0.0);
+  c.log_reference[3] = -INFINITY;
+  const Solution<double> grid = solve_grid(c), block = solve(shared_rows(c), c);
+  for (int t = 0; t < c.S; ++t) c.transition[3 * c.S + t] = 0.0;
+  expect(same_bits(solve_grid(c).info, grid.info), "a masked end changes the grid's solution");
+  expect(same_bits(solve(shared_rows(c), c).info, block.info), "a masked end changes a block's");
+}
+
 // How many blocks work on a problem, and in how much memory.
 void grids() {
   const birl::device::DeviceLimits limits{96 * 1024, 132};
@@ -296,6 +307,7 @@ int main() {
   many_states();
   one_long_row();
   overflow();
+  a_masked_end();
   grids();
   return summary("grid solve");
 }

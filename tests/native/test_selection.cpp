@@ -33,14 +33,14 @@ Batch batch_of(Index N, Index S, Index A, bool is_double = false, bool sparse = 
 }
 
 Residence residence(const Batch& batch, const DeviceLimits& limits) {
-  Residence found{};
-  const Plan plan = choose_plan(batch, limits, [&](const Plan& candidate) {
-    return with_home<float>(batch, candidate, [&](const auto& home) {
-      return footprint(solve_kernel(home, batch, {}, candidate));
-    });
+  return with_solve(batch, {}, limits, [](const auto& kernel, const auto&) {
+    const Residence found = kernel.plan.residence;
+    const birl::Kernel name = found == Residence::kRegisters ? birl::Kernel::kCudaWarp
+                              : found == Residence::kCsr     ? birl::Kernel::kCudaCsr
+                                                             : birl::Kernel::kCudaBlock;
+    expect(kernel.home.kName == name, "a kernel's name");
+    return found;
   });
-  found = plan.residence;
-  return found;
 }
 
 // Largest S with eight actions whose P is held on chip, as docs/gpu.md has it.

@@ -202,8 +202,8 @@ void invalid() {
     for (int a = 0; a < 3; ++a) c.log_reference[2 * pairs + 9 + a] = -INFINITY;
     c.log_reference[2 * pairs + 17] = INFINITY;
   });
-  plant(Status::kNonFiniteProbability, 40, INFINITY, true, [&](auto& c) {
-    c.transition[entries + 40] = INFINITY;
+  plant(Status::kNonFiniteProbability, 41, INFINITY, true, [&](auto& c) {
+    c.transition[entries + 41] = INFINITY;
     c.transition[entries + 2] = -1;
   });
   plant(Status::kNegativeProbability, 2, -1.0, true, [&](auto& c) {
@@ -217,6 +217,7 @@ void invalid() {
     const Solution<Real> found = solve(shared_rows(fault.c), fault.c);
     expect(same_bits(found, solve(shared_rows(fault.c), fault.c, options(), kOtherRuns[2])),
            "invalid: order");
+    expect(same_bits(found, solve(global_rows(fault.c), fault.c)), "invalid: not its twin");
     const std::string what = "status " + std::to_string(static_cast<Index>(fault.status));
     for (Index item = 0; item < good.items(); ++item) {
       const bool bad = item == 2 || (fault.whole && item == 3);
