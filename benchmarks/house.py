@@ -248,7 +248,9 @@ def parameters_cpp(text: str) -> int:
 def followed(python: str) -> dict[str, list[int]]:
     """What `follow` finds in the package that is installed for an interpreter."""
     command = [python, str(Path(__file__).resolve()), "--follow"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{python} cannot follow a call:\n{done.stderr}activate the environment")
     found: dict[str, list[int]] = json.loads(done.stdout.splitlines()[-1])
     return found
 

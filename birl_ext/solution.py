@@ -236,7 +236,7 @@ class Solution(NamedTuple):
             return facts
         counts = Counter(Status(code).name for code in codes)
         if codes:
-            facts["status"] = ", ".join(f"{count} {name}" for name, count in counts.items())
+            facts["status"] = ", ".join(f"{name} ({count})" for name, count in counts.items())
             facts["iterations"] = f"at most {max(passes)}"
             facts["error bound"] = f"at most {max(bound, key=_worst):.2g}"
         return facts

@@ -20,7 +20,7 @@ def test_repr_fits_a_screen() -> None:
     shown = repr(solved(2))
     assert shown.startswith(
         "Solution(batch shape: (2,), states: 3, actions: 2, dtype: float64, device: cpu, "
-        "status: 2 CONVERGED, iterations: at most "
+        "status: CONVERGED (2), iterations: at most "
     )
     assert "error bound: at most " in shown
     assert len(shown) < 240
@@ -31,7 +31,7 @@ def test_repr_names_every_status() -> None:
     status, info = found.status.clone(), found.info.clone()
     status[1], info[1, 1] = birl_ext.Status.NON_FINITE, torch.nan
     shown = repr(found._replace(status=status, info=info))
-    assert "status: 1 CONVERGED, 1 NON_FINITE" in shown
+    assert "status: CONVERGED (1), NON_FINITE (1)" in shown
     assert "error bound: at most nan" in shown
 
 
@@ -52,7 +52,7 @@ def test_repr_of_an_empty_batch_and_under_a_transform() -> None:
 def test_a_notebook_shows_a_table() -> None:
     html = solved()._repr_html_()
     assert html.startswith("<table>")
-    assert "<th>status</th><td>1 CONVERGED</td>" in html
+    assert "<th>status</th><td>CONVERGED (1)</td>" in html
 
 
 def test_one_problem_of_a_batch() -> None:

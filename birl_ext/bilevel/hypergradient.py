@@ -8,7 +8,7 @@ products. The flow is the adjoint of (M12); the w of (M14) is −τλ.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, NamedTuple
@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from birl_ext.bilevel import variables
-from birl_ext.bilevel.guards import check_kind, check_lower, check_objective, no_path
+from birl_ext.bilevel.guards import (
+    check_gradient,
+    check_kind,
+    check_lower,
+    check_objective,
+    no_path,
+)
 from birl_ext.bilevel.problem import (
     BilevelProblem,
-    direct_gradient,
     evaluate_at,
-    hypergradient,
-    known,
-    slope,
 )
 from birl_ext.errors import OptionError
 from birl_ext.model.layout import Flat
@@ -34,7 +36,13 @@ from birl_ext.ops.policy_solve import System
 from birl_ext.ops.rows import Rows
 from birl_ext.solution import Solution, info_table
 
-__all__ = ["HypergradientReport", "Linearisation", "hypergradient_report", "linearise"]
+__all__ = [
+    "HypergradientReport",
+    "Linearisation",
+    "hypergradient",
+    "hypergradient_report",
+    "linearise",
+]
 
 Smoothness = float | Literal["linear"]
 Sweep = Callable[[DenseMDP | SparseMDP], tuple[Tensor, Tensor]]
@@ -42,6 +50,51 @@ Sweep = Callable[[DenseMDP | SparseMDP], tuple[Tensor, Tensor]]
 
 _EPS = torch.finfo(torch.float64).eps
 _JACOBIAN_ROWS = 20_000  # most rows of ∂P/∂x that the certificate will compute one by one
+
+
+def hypergradient(
+    objective: Tensor,
+    x: variables.Variables,
+    step: int | None = None,
+    levels: str = "`upper` or `lower`",
+) -> list[Tensor]:
+    """∇φ of the sum over starts, by leaves of x, finite; refused where φ does not depend on one."""
+    own = variables.named(x)
+    return known(direct_gradient(objective, list(own.values())), own, step, levels=levels)
+
+
+def known(
+    gradient: Sequence[Tensor | None], own: Mapping[str, Tensor], step: int | None, **words: Any
+) -> list[Tensor]:
+    """The gradient by leaves, if none is missing and all are finite."""
+    found = []
+    for name, part in zip(own, gradient, strict=True):
+        if part is None:
+            raise no_path("x" if all(other is None for other in gradient) else name)
+        what = "the hyper-gradient" + (name != "x") * f" of {name}"
+        check_gradient(part, step, what, **words)
+        found.append(part)
+    check_gradient(variables.joined(found), step, **words)  # whose norm may overflow
+    return found
+
+
+def direct_gradient(
+    objective: Tensor, inputs: list[Tensor], *, retain: bool = False
+) -> list[Tensor | None]:
+    """Gradients of the sum over starts; None where there is no dependence."""
+    if not objective.requires_grad:
+        return [None] * len(inputs)
+    return list(
+        torch.autograd.grad(objective.sum(), inputs, allow_unused=True, retain_graph=retain)
+    )
+
+
+def slope(entry: Tensor, own: Sequence[Tensor], starts: Sequence[int] = ()) -> Tensor:
+    """Its gradient with respect to leaves of x, (*starts, d): zero where it does not depend."""
+    if not entry.requires_grad:
+        return variables.joined(map(torch.zeros_like, own), starts)
+    found = torch.autograd.grad(entry.sum(), own, retain_graph=True, materialize_grads=True)
+    return variables.joined(found, starts)
 
 
 class HypergradientReport(NamedTuple):

@@ -23,6 +23,7 @@ from birl_ext.bilevel.hypergradient import (
     Linearisation,
     Smoothness,
     exact_flow,
+    hypergradient,
     hypergradient_report,
     linearise,
 )
@@ -31,7 +32,6 @@ from birl_ext.bilevel.problem import (
     Temperature,
     check_schedule,
     evaluate_at,
-    hypergradient,
     temperature_at,
 )
 from birl_ext.errors import AccuracyWarning, OptionError, warn

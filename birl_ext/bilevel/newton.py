@@ -18,7 +18,8 @@ from birl_ext.bilevel.guards import (
     check_number,
     no_path,
 )
-from birl_ext.bilevel.problem import BilevelProblem, evaluate_at, known, slope
+from birl_ext.bilevel.hypergradient import known, slope
+from birl_ext.bilevel.problem import BilevelProblem, evaluate_at
 from birl_ext.errors import GradientError, ShapeError, UndeterminedError
 from birl_ext.model import checks
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from birl_ext.bilevel.guards import (
     check_callable,
     check_count,
-    check_gradient,
     check_lower,
     check_objective,
-    no_path,
 )
-from birl_ext.bilevel.variables import Variables, joined, named, starts
+from birl_ext.bilevel.variables import Variables, starts
 from birl_ext.errors import BirlError, DtypeError, ShapeError, TemperatureError
 from birl_ext.functional import solve
 from birl_ext.model import checks
@@ -143,25 +140,6 @@ def temperature_at(temperature: Temperature, step: int) -> float | Tensor:
     return found
 
 
-def direct_gradient(
-    objective: Tensor, inputs: list[Tensor], *, retain: bool = False
-) -> list[Tensor | None]:
-    """Gradients of the sum over starts; None where there is no dependence."""
-    if not objective.requires_grad:
-        return [None] * len(inputs)
-    return list(
-        torch.autograd.grad(objective.sum(), inputs, allow_unused=True, retain_graph=retain)
-    )
-
-
-def slope(entry: Tensor, own: Sequence[Tensor], starts: Sequence[int] = ()) -> Tensor:
-    """Its gradient with respect to leaves of x, (*starts, d): zero where it does not depend."""
-    if not entry.requires_grad:
-        return joined(map(torch.zeros_like, own), starts)
-    found = torch.autograd.grad(entry.sum(), own, retain_graph=True, materialize_grads=True)
-    return joined(found, starts)
-
-
 def evaluate_at(
     problem: BilevelProblem,
     x: Variables,
@@ -179,29 +157,3 @@ def evaluate_at(
     objective = problem.judge(x, solution)
     check_objective(objective, step)
     return objective, solution
-
-
-def hypergradient(
-    objective: Tensor,
-    x: Variables,
-    step: int | None = None,
-    levels: str = "`upper` or `lower`",
-) -> list[Tensor]:
-    """∇φ of the sum over starts, by leaves of x, finite; refused where φ does not depend on one."""
-    own = named(x)
-    return known(direct_gradient(objective, list(own.values())), own, step, levels=levels)
-
-
-def known(
-    gradient: Sequence[Tensor | None], own: Mapping[str, Tensor], step: int | None, **words: Any
-) -> list[Tensor]:
-    """The gradient by leaves, if none is missing and all are finite."""
-    found = []
-    for name, part in zip(own, gradient, strict=True):
-        if part is None:
-            raise no_path("x" if all(other is None for other in gradient) else name)
-        what = "the hyper-gradient" + (name != "x") * f" of {name}"
-        check_gradient(part, step, what, **words)
-        found.append(part)
-    check_gradient(joined(found), step, **words)  # whose norm may overflow
-    return found

@@ -26,7 +26,7 @@ from birl_ext.bilevel.guards import (
     check_number,
     check_objective,
 )
-from birl_ext.bilevel.problem import hypergradient
+from birl_ext.bilevel.hypergradient import hypergradient
 from birl_ext.bilevel.score import FullHorizon
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
 from birl_ext.errors import ShapeError

@@ -372,7 +372,7 @@ class BusJob(Stateful):
             "objective": float(report.objective),
             "log_likelihood": float(travel - report.objective),
             "gradient_norm": float(report.exact.norm()),
-            "error_bound": float(report.bound),
+            "gradient_error_bound": float(report.bound),
             "adjoint_error": float(report.adjoint_error),
             "steps": self._steps,
             "states": len(policy),

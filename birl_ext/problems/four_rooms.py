@@ -435,7 +435,7 @@ class FourRoomsJob(Stateful):
         rows, columns = torch.tensor(self.rooms.cells).T
         for context, (goal, axes) in enumerate(zip("AB", panels, strict=True)):
             picture = self.rooms.picture(visits[context]).numpy()
-            image = axes.imshow(picture, cmap="YlOrBr", alpha=0.7, vmin=0, vmax=top)
+            image = axes.imshow(picture, cmap="YlOrBr", vmin=0, vmax=top)
             self._draw_map(axes, goal)
             moving = self.rooms.goals[context] == 0
             mean = policy[context] @ torch.tensor(STEPS, dtype=torch.float64)

@@ -150,7 +150,7 @@ class RandomMDPJob(Stateful):
             "objective": float(report.objective),
             "known_optimum": self.config.states / (2 * self.config.actions),
             "gradient_norm": float(report.exact.norm()),
-            "error_bound": float(report.bound),
+            "gradient_error_bound": float(report.bound),
             "adjoint_error": float(report.adjoint_error),
             "hypergradient_error": float(report.relative_error),
             "hypergradient_cosine": float(report.cosine),

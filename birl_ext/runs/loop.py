@@ -101,7 +101,7 @@ def run(
         with (
             contextlib.closing(metrics),
             stop_requests() as stop,
-            progress(directory.problem, total=job.total_steps, completed=step) as show,
+            progress(directory.problem, total=job.total_steps, completed=step, lines=10.0) as show,
         ):
             saver = Saver(job, store, metrics, found, checkpoint_every)
             saver.save(step)  # for a first step that fails

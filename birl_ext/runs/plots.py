@@ -148,7 +148,7 @@ def learning_curve(
     """One panel: metrics against the outer step, with known levels for comparison.
 
     Args:
-        history: rows of metrics.jsonl; a row without a metric leaves a gap.
+        history: rows of metrics.jsonl; a line joins the rows that have its metric.
         keys: metrics, or metric -> label.
         title: what the figure shows, in a few words.
         ylabel: name and unit of the vertical axis; a single curve's label is the default.
@@ -157,11 +157,11 @@ def learning_curve(
     """
     figure, axes = new_figure()
     labels = keys if isinstance(keys, Mapping) else {key: key.replace("_", " ") for key in keys}
-    steps = [row["step"] for row in history]
     for key, label in labels.items():
-        values = [row.get(key, float("nan")) for row in history]
+        points = [(row["step"], row[key]) for row in history if key in row]
         # A run of one or two steps is a point or two, not a line.
-        axes.plot(steps, values, label=label, marker="o" if len(steps) < 30 else "", markersize=3.5)
+        marker = "o" if len(points) < 30 else ""
+        axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3.5)
     if log:
         axes.set_yscale("log")
     axes.set_xlabel("outer step")

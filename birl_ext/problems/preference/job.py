@@ -158,7 +158,8 @@ class PreferenceJob(Stateful):
                 self._first_fit()
             outcomes = self._learn_reward()
         self._round += 1
-        if self.done or self._round % self.config.evaluate_every == 0:
+        evaluated = self.done or self._round % self.config.evaluate_every == 0
+        if evaluated:
             self._return = self.evaluate().mean
             if self._labels_to_threshold is None and self._passed(self._return):
                 self._labels_to_threshold = self._asked
@@ -168,7 +169,7 @@ class PreferenceJob(Stateful):
         for name, seconds in spent.items():
             self._seconds[name] += seconds
         metrics = {
-            "true_return": self._return,
+            **({"true_return": self._return} if evaluated else {}),
             "episodes": float(len(episodes)),
             "training_return": fmean([e.reward for e in episodes]) if episodes else math.nan,
             "labels": float(self._asked),
