@@ -920,14 +920,18 @@ def test_figures_are_the_same_bytes_each_time(tmp_path):
     assert dict(untyped(plots).mpl.rcParams) == before
 
 
-def test_a_curve_shows_gaps_references_and_short_runs():
-    history = [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0, "b_c": 3.0}]
+def test_a_curve_joins_what_is_there_and_shows_references_and_short_runs():
+    history = [
+        {"step": 1, "a": 1.0, "b_c": 5.0},
+        {"step": 2, "a": math.nan},
+        {"step": 3, "a": 2.0, "b_c": 3.0},
+    ]
     figure = plots.learning_curve(history, ["a", "b_c"], references={"optimum": 0.5}, log=True)
     axes: Any
     (axes,) = figure.axes
     a, b, reference = axes.lines
-    assert list(a.get_ydata()) == [1.0, 2.0]
-    assert math.isnan(b.get_ydata()[0])
+    assert list(b.get_xdata()) == [1, 3]  # a line from one to the other
+    assert math.isnan(a.get_ydata()[1])  # a gap
     assert (a.get_marker(), reference.get_ydata()[0]) == ("o", 0.5)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b c"]
     assert axes.texts[0].get_text() == "optimum"
