@@ -34,8 +34,10 @@ class Problem(NamedTuple):
 
     rows: Rows
     scale: Tensor  # 1/σ, 0 where nothing continues, (N, 1, S, A)
+    ends: Tensor  # 1.0 there, else 0.0
     reward: Tensor  # float64
     log_reference: Tensor | None
+    available: Tensor | None  # (N, G, S, A); None is everywhere
     discount: Tensor
     temperature: Tensor
 
@@ -44,16 +46,21 @@ class Problem(NamedTuple):
         reward, reference = data.reward, data.log_reference
         rows = Rows(data.transition.double(), data.crow, data.col, *reward.shape[-2:])
         given = None if reference.numel() == 0 and reference.dim() == 1 else reference
-        return cls(rows, rows.scale(), reward.double(), given, data.discount, data.temperature)
+        scale = rows.scale()
+        return cls(
+            rows,
+            scale,
+            torch.where(scale > 0, 0.0, 1.0),
+            reward.double(),
+            given,
+            None if given is None else given != -math.inf,
+            data.discount,
+            data.temperature,
+        )
 
     @property
     def continues(self) -> Tensor:
         return self.scale > 0
-
-    @property
-    def available(self) -> Tensor | None:
-        """(N, G, S, A); None is everywhere."""
-        return None if self.log_reference is None else self.log_reference != -math.inf
 
     def one(self, n: int, g: int) -> Problem:
         own = slice(n, n + 1), slice(g, g + 1)
@@ -61,8 +68,10 @@ class Problem(NamedTuple):
         return Problem(
             self.rows.with_data(self.rows.data[own[0]]),
             self.scale[own[0]],
+            self.ends[own[0]],
             self.reward[own],
             reference,
+            None if self.available is None else self.available[own],
             self.discount[own],
             self.temperature[own],
         )
@@ -70,8 +79,7 @@ class Problem(NamedTuple):
     def sweep(self, value: Tensor, offset: Tensor) -> Sweep:
         gamma, tau = self.discount[..., None, None], self.temperature[..., None, None]
         ahead = self.ahead(value) * self.scale
-        ended = torch.where(self.continues, 0.0, 1.0)
-        q = self.reward + gamma * (ahead - ended * offset[..., None, None])
+        q = self.reward + gamma * (ahead - self.ends * offset[..., None, None])
         available = self.available
         if available is None or self.log_reference is None:
             top = q.amax(-1, keepdim=True)

@@ -76,12 +76,14 @@ class _Iteration:
         self.status, place, culprit = _inspect(problem, data.transition, settings.validate)
         self.states, actions = data.reward.shape[-2:]
         self.automatic = settings.method == Method.AUTO
-        self.method = Method(_choose(problem) if self.automatic else settings.method)
-        newton = self.method in (Method.NEWTON, Method.KRYLOV)
+        method = Method(_choose(problem) if self.automatic else settings.method)
+        newton = method in (Method.NEWTON, Method.KRYLOV)
         self.limit = settings.max_iterations or (1000 if newton else 1_000_000)
 
         self.gamma = gamma = data.discount
         self.one_minus = 1 - gamma
+        self.nothing = torch.zeros_like(gamma)
+        self._become(method)
         available = problem.available
         rows_go_on, seen = problem.continues, problem.reward.abs()
         largest_reference = torch.zeros_like(gamma)
@@ -90,6 +92,8 @@ class _Iteration:
             weights = torch.where(available, problem.log_reference.abs(), 0.0)
             largest_reference = weights.amax((-1, -2))
         self.continuing = rows_go_on.flatten(2).all(-1).expand_as(gamma)
+        self.some_end = not bool(self.continuing.all())
+        self.horizon = torch.where(gamma > 0, gamma / self.one_minus, 0.0)
         self.top_reward = seen.amax((-1, -2))
         entropy = problem.temperature * (math.log(actions) + largest_reference)
         self.soft = problem.temperature + entropy
@@ -135,9 +139,15 @@ class _Iteration:
     def run(self) -> None:
         for passes in range(1, self.limit + 1):
             found = self._sweep()
-            finished = self._judge(found, passes)
+            ended, hopeless = self._judge(found)
+            finished = self.active & ended if passes < self.limit else self.active
             if bool(finished.any()):
                 self._keep(found, finished, passes)
+                reason = torch.where(hopeless, int(Status.STAGNATED), int(Status.CONVERGED))
+                reason = torch.where(found.finite, reason, int(Status.NON_FINITE))
+                reason = torch.where(ended, reason, int(Status.MAX_ITERATIONS))
+                self.status = torch.where(finished, reason, self.status)
+                self.active = self.active & ~finished
             if not bool(self.active.any()):
                 return
             self._advance(found, passes)
@@ -145,7 +155,9 @@ class _Iteration:
     def _scale(self, span: Tensor, value: Tensor, constant: Tensor, change: Tensor) -> Tensor:
         """Size of the numbers whose rounding enters δ; a reward counts where it is taken."""
         base = span + self.one_minus * constant
-        base = base + torch.where(self.continuing, 0.0, value) + self.soft
+        if self.some_end:
+            base = base + torch.where(self.continuing, 0.0, value)
+        base = base + self.soft
         return base + torch.minimum(self.top_reward, base + change)
 
     def _sweep(self) -> _Pass:
@@ -153,11 +165,13 @@ class _Iteration:
         step = self.problem.sweep(self.value, offset)
         delta = step.image - self.value - (one_minus * offset).unsqueeze(-1)
         low, high = delta.amin(-1), delta.amax(-1)
-        # where some row ends, the constant mode is not neutral: the bracket of (M6) must contain 0
-        low = torch.where(self.continuing, low, low.clamp(max=0))
-        high = torch.where(self.continuing, high, high.clamp(min=0))
-        middle = torch.where(self.continuing, (low + high) / 2, 0.0)
-        half = torch.where(self.continuing, (high - low) / 2, torch.maximum(-low, high))
+        middle, half = (low + high) / 2, (high - low) / 2
+        if self.some_end:
+            # the constant mode is not neutral there: the bracket of (M6) must contain 0
+            low = torch.where(self.continuing, low, low.clamp(max=0))
+            high = torch.where(self.continuing, high, high.clamp(min=0))
+            middle = torch.where(self.continuing, middle, 0.0)
+            half = torch.where(self.continuing, half, torch.maximum(-low, high))
         span = self.value.amax(-1) - self.value.amin(-1)
         change = torch.maximum(low.abs(), high.abs())
         magnitude = self._scale(span, offset.abs(), offset.abs(), change)
@@ -165,10 +179,10 @@ class _Iteration:
         bound = (gamma * half + self.certain / self.rounding * unit) / one_minus
         least, most = step.image.amin(-1), step.image.amax(-1)
         anchor = (most + least) / 2
-        constant = gamma * offset + anchor + torch.where(gamma > 0, gamma / one_minus, 0.0) * middle
+        constant = gamma * offset + anchor + self.horizon * middle
         # of the value that this pass hands out, not of the one it started from
         largest = constant.abs() + (most - least) / 2
-        after = self._scale(most - least, largest, largest, torch.zeros_like(gamma))
+        after = self._scale(most - least, largest, largest, self.nothing)
         return _Pass(
             step,
             delta,
@@ -183,30 +197,28 @@ class _Iteration:
             drowned=magnitude > 8 * after,
         )
 
-    def _judge(self, found: _Pass, passes: int) -> Tensor:
-        """Which problems end with this pass; their status."""
-        # a sweep's residual falls by a tenth within some sweeps unless rounding keeps it up
+    def _become(self, method: Method) -> None:
+        self.method = method
         by_sweeps = {Method.VALUE_ITERATION: 1, Method.POLICY_ITERATION: SWEEPS_PER_POLICY}
-        sweeps = by_sweeps.get(self.method)
-        patience = 2 + torch.floor(0.11 / self.one_minus / sweeps) if sweeps else 3
-        half, unit, finite = found.half, found.unit, found.finite
-        slow = half > (0.9 if sweeps else 0.5) * self.best
+        sweeps = by_sweeps.get(method)
+        self.fast = 0.9 if sweeps else 0.5  # what a residual falls to
+        # a sweep's falls by a tenth within some sweeps unless rounding keeps it up
+        self.patience = 2 + torch.floor(0.11 / self.one_minus / sweeps) if sweeps else 3
+
+    def _judge(self, found: _Pass) -> tuple[Tensor, Tensor]:
+        """Which problems end by themselves with this pass, and those of them that will get no
+        nearer to the tolerance.
+        """
+        half, unit = found.half, found.unit
+        slow = half > self.fast * self.best
         self.stalled = torch.where(slow, self.stalled + 1, 0)
-        at_floor = (half <= unit / 2) | ((half <= 100 * unit) & (self.stalled >= patience))
+        at_floor = (half <= unit / 2) | ((half <= 100 * unit) & (self.stalled >= self.patience))
         at_floor &= ~found.drowned
         self.best = torch.where(found.drowned, math.inf, torch.where(slow, self.best, half))
         within = found.bound + self.underflow <= self.tol * found.size
         reached = within if self.tol > 0 else at_floor
         hopeless = at_floor & ~reached
-        finished = self.active & (reached | hopeless | ~finite)
-        if passes == self.limit:
-            late = self.active & ~finished
-            self.status = torch.where(late, int(Status.MAX_ITERATIONS), self.status)
-            finished = self.active
-        self.status = torch.where(self.active & ~finite, int(Status.NON_FINITE), self.status)
-        stagnated = self.active & finite & hopeless
-        self.status = torch.where(stagnated, int(Status.STAGNATED), self.status)
-        return finished
+        return reached | hopeless | ~found.finite, hopeless
 
     def _keep(self, found: _Pass, finished: Tensor, passes: int) -> None:
         """What the problems that have ended are handed out."""
@@ -227,17 +239,16 @@ class _Iteration:
             info[..., column] = number.where(finished, info[..., column])
         info[..., Info.PASSES].masked_fill_(finished, passes)
         self.sizes = torch.where(finished, found.magnitude, self.sizes)
-        self.active = self.active & ~finished
 
     def _advance(self, found: _Pass, passes: int) -> None:
         direct = self.states <= DIRECT_STATES
         if self.automatic and self.method == Method.POLICY_ITERATION and passes >= HAND_OVER:
-            self.method = Method.NEWTON if direct else Method.KRYLOV
+            self._become(Method.NEWTON if direct else Method.KRYLOV)
         if self.method == Method.KRYLOV and passes >= GIVE_UP and direct:
-            self.method = Method.NEWTON
+            self._become(Method.NEWTON)
         if self.method == Method.VALUE_ITERATION:
             move = _deflated(found.delta, found.middle, self.gamma, self.one_minus)
-            shift = inner = torch.zeros_like(self.gamma)
+            shift = inner = self.nothing
         else:
             weight = found.step.policy * self.problem.scale
             system = _PolicySystem(self.problem.rows, weight, self.gamma, transpose=False)
