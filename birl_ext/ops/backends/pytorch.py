@@ -391,13 +391,13 @@ class _PolicySystem(NamedTuple):
         elif method == Method.KRYLOV:
             x, level, products = self._inexact(rhs, continuing, passes, stuck)
         else:
-            x = term = rhs
+            x, term, gamma = delta, delta, self.discount.unsqueeze(-1)
             for _ in range(SWEEPS_PER_POLICY):
-                term = self.moved(term)
+                term = gamma * (self.weight * one_by_one(self.rows.apply, term)).sum(-1)
                 x = x + term
-            tail = (term.amax(-1) + term.amin(-1)).squeeze(2) / 2 * self.discount
-            x = x + (tail / (1 - self.discount)).where(continuing, 0.0)[..., None, None]
-            level, products = none, none + SWEEPS_PER_POLICY
+            tail = (term.amax(-1) + term.amin(-1)) / 2 * self.discount
+            x = x + (tail / (1 - self.discount)).where(continuing, 0.0).unsqueeze(-1)
+            return x, none, none + SWEEPS_PER_POLICY
         return x.squeeze(2), level, products
 
     def _split(self, rhs: Tensor, continuing: Tensor) -> tuple[Tensor, Tensor]:
@@ -536,6 +536,8 @@ def _deflated(delta: Tensor, middle: Tensor, gamma: Tensor, one_minus: Tensor) -
 
 def _columns(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     """Of `Rows`, for K columns of each problem."""
+    if batch.shape[2] == 1:
+        return one_by_one(function, batch.squeeze(2)).unsqueeze(2)
 
     def together(one: Tensor) -> Tensor:
         return function(one.flatten(1, 2)).unflatten(1, one.shape[1:3])
