@@ -319,7 +319,7 @@ class Solving {
 
   // ---- what is handed out -----------------------------------------------------------------------
 
-  BIRL_DEVICE Results results() const {
+  BIRL_DEVICE Results<int> results() const {
     return {request_, Home::kName, kDouble, item_, S_, A_, temperature_};
   }
 

@@ -151,7 +151,7 @@ class GridSolving {
   BIRL_DEVICE LogReference reference(Index row = 0) const {
     return {batch_.log_reference ? batch_.log_reference + item_ * S_ * A_ + row : nullptr};
   }
-  BIRL_DEVICE Results results() const {
+  BIRL_DEVICE Results<Index> results() const {
     return {request_, Home::kName, batch_.is_double, item_, S_, A_, temperature()};
   }
   BIRL_DEVICE Reading reading(Block& block) const {

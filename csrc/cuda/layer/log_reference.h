@@ -13,8 +13,9 @@ struct LogReference {
   BIRL_DEVICE bool masked(Index row) const { return birl::masked(values, row); }
   // Whether one of the rows [row, row + actions) is available.
   BIRL_DEVICE bool any(Index row, Index actions) const {
+    if (!values) return true;
     for (Index a = 0; a < actions; ++a)
-      if (!masked(row + a)) return true;
+      if (!birl::masked(values[row + a])) return true;
     return false;
   }
 };
