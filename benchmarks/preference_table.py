@@ -73,12 +73,13 @@ def measure(task: str, teacher: str, algorithm: str, seed: int) -> dict[str, Any
     rows = []
     while not job.done:
         rows.append(job.step())
+    judged = [row for row in rows if "true_return" in row]
     summary = job.summary()
     return {
         **dict(zip(KEY, (task, teacher, algorithm, seed), strict=True)),
         "labels_to_threshold": summary["labels_to_threshold"],
-        "labels": [int(row["labels"]) for row in rows],
-        "true_return": [round(row["true_return"], 2) for row in rows],
+        "labels": [int(row["labels"]) for row in judged],
+        "true_return": [round(row["true_return"], 2) for row in judged],
         "indirect_share": round(statistics.fmean(r.get("indirect_share", 0.0) for r in rows), 3),
         "processor_seconds": round(time.process_time() - start, 1),
     }

@@ -6,6 +6,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, ClassVar
 
 __all__ = [
@@ -371,9 +372,16 @@ class RenderError(BirlError, RuntimeError):
 def warn(message: str | Warning, category: type[Warning] | None = None) -> None:
     """Warn at the line that called into the package, through whatever of it and of torch."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("birl_ext", "torch"):
+    while frame.f_back and _is_ours(frame):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Of the package, of torch, or of a graph that torch has written."""
+    room = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    written = ("<eval_with_key>", "_functorch")
+    return room in ("birl_ext", "torch") or any(x in frame.f_code.co_filename for x in written)
 
 
 def catalogue() -> Iterator[tuple[str, type[BirlError]]]:

@@ -229,5 +229,10 @@ def _log(temperature: float | Tensor) -> float:
 def _as_csr(transition: Tensor | None) -> Tensor | None:
     """A sparse matrix in CSR form; None for all else."""
     if isinstance(transition, Tensor) and transition.layout in _SPARSE:
+        if transition.dim() != 2 or transition.dense_dim():
+            raise ShapeError(
+                f"the sparse transition has shape {tuple(transition.shape)}",
+                allowed="(S·A, S), shared by the batch",
+            )
         return transition.to_sparse_csr()
     return None

@@ -44,6 +44,34 @@ class Stateful:
             key = name.lstrip("_")
             setattr(self, name, _put(getattr(self, name), state[key]))
 
+    def _load_or_leave(self, state: Mapping[str, Any], optional: Collection[str] = ()) -> None:
+        """`load_state_dict` of an object all of whose parts can be put back: what no check before
+        has seen is taken back. Only the `optional` parts may be None where they are not.
+        """
+        names = self._state()
+        held = {name: getattr(self, name) for name in names}
+        try:
+            with self.taken_back():
+                Stateful.load_state_dict(self, state)
+                for name in names:
+                    now, kind = getattr(self, name), type(held[name])
+                    if name in optional:
+                        fits = now is None or isinstance(now, Tensor)
+                    else:
+                        fits = isinstance(now, kind | int | float if kind in (int, float) else kind)
+                    if not fits:
+                        raise OptionError(
+                            f"the stored {name.lstrip('_')} is {_described(now)}",
+                            allowed=_described(held[name]),
+                        )
+        except BirlError:
+            raise
+        except Exception as error:  # of a part that torch judges: an optimiser, a module
+            raise OptionError(
+                f"the stored state does not fit: {type(error).__name__} {str(error)[:200]}",
+                fix="load it into one that was made with the same arguments",
+            ) from error
+
     def _check_state(self, state: Any, name: str = "") -> None:
         """Refuse a state that cannot be put, before anything has changed."""
         own = {key.lstrip("_"): getattr(self, key) for key in self._state()}
@@ -53,7 +81,8 @@ class Stateful:
     def taken_back(self, *, always: bool = False, without: Sequence[str] = ()) -> Iterator[None]:
         """What happens inside to the state is taken back after an error, or `always`."""
         names = [name for name in self._state() if name not in without]
-        kept = {name: _taken(getattr(self, name)) for name in names}
+        held = {name: getattr(self, name) for name in names}
+        kept = {name: _taken(part) for name, part in held.items()}
         try:
             yield
         except BaseException:
@@ -61,7 +90,7 @@ class Stateful:
             raise
         finally:
             for name, part in kept.items() if always else ():
-                setattr(self, name, _put(getattr(self, name), part))
+                setattr(self, name, _put(held[name], part))
 
     @classmethod
     def _state(cls) -> list[str]:
@@ -97,8 +126,17 @@ def _check(ours: Any, state: Any, name: str) -> None:
         ours = ours.get_state()
     found, allowed = _described(state), _described(ours)
     if isinstance(ours, Optimizer):
-        found, allowed = _groups(state), _groups(ours.state_dict())
-        fits = found == allowed
+        mine, theirs = _groups(ours.state_dict()), _groups(state)
+        fits = mine == theirs
+        assert mine is not None
+        allowed = f"that of an optimiser of {mine[0]} parameters"
+        if theirs is not None:
+            found = f"that of an optimiser of {theirs[0]} parameters"
+            if theirs[0] == mine[0]:  # but of another kind
+                found, allowed = (
+                    f"{found} with {_names(theirs[1])}",
+                    f"{allowed} with {_names(mine[1])}",
+                )
     elif isinstance(ours, Mapping):
         fits = isinstance(state, Mapping) and state.keys() == ours.keys()
         parts = ours.items()
@@ -108,7 +146,7 @@ def _check(ours: Any, state: Any, name: str) -> None:
     elif isinstance(ours, list | tuple):
         fits = isinstance(state, list | tuple) and len(state) == len(ours)
         parts = enumerate(ours)
-    elif ours is None or (state is None and not always):
+    elif ours is None or (state is None and not always and "[" not in name):
         fits = True  # not known yet, or of a part that one of the two does without
     elif isinstance(ours, Tensor):
         fits = isinstance(state, Tensor)
@@ -129,13 +167,16 @@ def _check(ours: Any, state: Any, name: str) -> None:
         _check(part, state[key], f"{name}[{key!r}]" if name else key)
 
 
-def _groups(state: Any) -> str:
-    """How many parameters an optimiser's state is of, by groups."""
+def _groups(state: Any) -> tuple[list[int], list[str]] | None:
+    """How many parameters an optimiser's state is of, by groups, and its settings' names; None if
+    it is that of none.
+    """
     try:
-        sizes = [len(group["params"]) for group in state["param_groups"] if "state" in state]
-        return f"that of an optimiser of {sizes} parameters"
-    except (KeyError, TypeError):
-        return _described(state)
+        groups = state["param_groups"]
+        sizes = [len(group["params"]) for group in groups if isinstance(state["state"], Mapping)]
+        return sizes, sorted({key for group in groups for key in group} - {"params"})
+    except (KeyError, TypeError, IndexError):
+        return None
 
 
 def _described(value: Any) -> str:

@@ -11,7 +11,8 @@ from cases import untyped
 from closeness import assert_same_bits, assert_same_state
 from torch import nn
 
-from birl_ext.errors import DtypeError, OptionError, ShapeError
+import birl_ext
+from birl_ext.errors import DtypeError, OptionError, ShapeError, warn
 from birl_ext.preferences.teachers import ScriptedTeacher, TeacherRule
 from birl_ext.state import Stateful
 
@@ -154,3 +155,70 @@ def test_half_a_state_changes_nothing(key: str) -> None:
     with pytest.raises(OptionError, match="the stored state is None"):
         ours.load_state_dict(untyped(None))
     assert_same_state(ours.state_dict(), before)
+
+
+class Weights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3, 2), 0.3, dtype=torch.float64))
+        self.register_buffer("units", torch.ones(2))
+
+
+def descent(optimiser: Any) -> birl_ext.MSoBiRL:
+    transition = torch.full((3, 2, 3), 1 / 3, dtype=torch.float64)
+    problem = birl_ext.BilevelProblem(
+        lambda x: birl_ext.DenseMDP(x.weight, transition, 0.9),
+        lambda x, solution: solution.policy[..., 0].square().sum(),
+    )
+    return birl_ext.MSoBiRL(problem, Weights(), temperature=0.5, optimiser=optimiser)
+
+
+def momentum(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("optimiser",), "another's"),
+        (("optimiser",), torch.zeros(2)),
+        (("optimiser", "state"), "x"),
+        (("optimiser", "state", 0), 3),
+        (("x", "units"), None),
+        (("x", "weight"), None),
+        (("steps",), None),
+        (("value",), "x"),
+        (("flow",), []),
+    ],
+)
+def test_a_state_that_an_algorithm_cannot_take_changes_nothing(
+    path: tuple[Any, ...], value: Any
+) -> None:
+    theirs, ours = descent(adam), descent(adam)
+    theirs.run(2, progress=False)
+    ours.step()
+    if value == "another's":
+        other = descent(momentum)
+        other.step()
+        value = other.state_dict()["optimiser"]
+    state = part = copy.deepcopy(theirs.state_dict())
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    before = ours.state_dict()
+    with pytest.raises(OptionError, match=r"stored (optimiser|x|steps|value|flow|state)"):
+        ours.load_state_dict(state)
+    assert_same_state(ours.state_dict(), before)
+    ours.step()
+
+
+@pytest.mark.parametrize("names", [{}, {"__name__": "of_a_user"}])
+def test_a_warning_finds_code_that_has_no_module(names: dict[str, Any]) -> None:
+    code = compile("\nwarn('look')", "<theirs>", "exec")
+    with pytest.warns(UserWarning, match="look") as found:
+        exec(code, {"warn": warn, **names})
+    assert (found[0].filename, found[0].lineno) == ("<theirs>", 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -37,6 +37,17 @@ class Algorithm(Stateful, ABC, Generic[_Outcome]):
 
     x: Any
     """The upper-level variable, in the form it was given."""
+
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
+    """Parts of the state that are not known before the first step."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, which stays as it is.
+
+        Raises:
+            OptionError, ShapeError, DtypeError: it is that of another object; nothing has changed.
+        """
+        self._load_or_leave(state, self.OPTIONAL)
 
     @abstractmethod
     def step(self) -> _Outcome:

@@ -98,6 +98,7 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
     """
 
     STATE = ("_value", "_flow", "generator")
+    OPTIONAL = ("_value", "_flow")
 
     def __init__(
         self,

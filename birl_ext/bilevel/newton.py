@@ -57,6 +57,7 @@ class DampedNewton(Algorithm[NewtonOutcome]):
     """
 
     STATE = ("x", "damping", "decrement", "_value")
+    OPTIONAL = ("_value",)
 
     def __init__(
         self,

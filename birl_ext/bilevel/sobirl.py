@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -339,6 +339,14 @@ class SoBiRL(Stateful):
             log_prob = log_prob.to(part.log_prob)
             weight = weight * importance(part, log_prob, stale=self.stale, limit=self.limit)
         return weight
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, which stays as it is.
+
+        Raises:
+            OptionError, ShapeError, DtypeError: it is that of another object; nothing has changed.
+        """
+        self._load_or_leave(state)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(x={described(self.reward)}, steps={self.steps})"

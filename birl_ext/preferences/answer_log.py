@@ -52,6 +52,8 @@ class AnswerLog:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, str | os.PathLike) or "\0" in os.fspath(path):
+            raise OptionError(f"path is {path!r}", allowed="the path of a file")
         self.path = path = Path(path)
         self.answers: list[dict[str, Any]] = []
         self._hashes = [hashlib.sha256(b"birl_ext answers").hexdigest()]
@@ -180,7 +182,7 @@ class AnswerLog:
         """
         try:
             texts = [json.dumps(dict(each), sort_keys=True, allow_nan=False) for each in answers]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise OptionError(
                 f"the answer is no JSON data: {error}",
                 allowed="a dict of texts, finite numbers, lists and dicts",

@@ -166,7 +166,7 @@ def learning_curve(
         axes.set_yscale("log")
     axes.set_xlabel("outer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(labels) > 1:
+    if len(labels) > 1 and any(line.get_xdata().size for line in axes.lines):
         axes.legend()
     axes.set_ylabel(ylabel or (label if len(labels) == 1 else ""))
     draw_references(axes, references or {})
