@@ -200,6 +200,11 @@ void invalid() {
   plant(Status::kNoAction, 3, 0.0, false, [&](auto& c) {
     c.log_reference.assign(c.reward.size(), 0.0);
     for (int a = 0; a < 3; ++a) c.log_reference[2 * pairs + 9 + a] = -INFINITY;
+  });
+  // An entry that is none is told before a state without an action, wherever it stands.
+  plant(Status::kReference, 17, INFINITY, false, [&](auto& c) {
+    c.log_reference.assign(c.reward.size(), 0.0);
+    for (int a = 0; a < 3; ++a) c.log_reference[2 * pairs + 9 + a] = -INFINITY;
     c.log_reference[2 * pairs + 17] = INFINITY;
   });
   plant(Status::kNonFiniteProbability, 41, INFINITY, true, [&](auto& c) {
