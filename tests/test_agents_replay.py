@@ -134,6 +134,16 @@ def test_indices_and_pixels_do_not_pass_for_features() -> None:
             table(torch.tensor([0, outside]))
 
 
+def test_indices_are_looked_at_where_that_can_be_done_alone() -> None:
+    table = OneHot(3, MLP(3, 2, hidden=(), generator=generator()))
+    given = torch.tensor([0, 2, 1])
+    want = table(given)
+    assert torch.allclose(torch.func.vmap(table)(given.unsqueeze(1)).squeeze(1), want)
+    whole = torch.compile(table, backend="eager", fullgraph=True)
+    assert torch.allclose(whole(given), want)
+    assert table.to("meta")(given.to("meta")).shape == (3, 2)
+
+
 def test_the_usual_network_fits_the_observation() -> None:
     assert isinstance(head_network((4, 84, 84), torch.uint8, 2, generator=generator()), NatureCNN)
     network = head_network((2, 3), torch.float32, 4, generator=generator())

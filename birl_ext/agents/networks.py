@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from birl_ext.errors import DtypeError, OptionError, ShapeError
 from birl_ext.model.checks import check_count
+from birl_ext.torch_internals import is_concrete
 
 __all__ = ["MLP", "NatureCNN", "OneHot", "StateActionMLP", "Twin", "head_network"]
 
@@ -123,7 +124,7 @@ class OneHot(nn.Module):
     def forward(self, observation: Tensor) -> Tensor:
         if observation.dtype is not torch.int64:
             raise DtypeError(f"observation is {observation.dtype}", allowed="int64, indices")
-        if not observation.is_cuda:  # where a look would make the host wait
+        if observation.is_cpu and is_concrete(observation):  # elsewhere a look makes the host wait
             outside = (observation < 0) | (observation >= self.count)
             if bool(outside.any()):
                 first = int(observation[outside][0])
