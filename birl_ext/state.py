@@ -44,34 +44,6 @@ class Stateful:
             key = name.lstrip("_")
             setattr(self, name, _put(getattr(self, name), state[key]))
 
-    def _load_or_leave(self, state: Mapping[str, Any], optional: Collection[str] = ()) -> None:
-        """`load_state_dict` of an object all of whose parts can be put back: what no check before
-        has seen is taken back. Only the `optional` parts may be None where they are not.
-        """
-        names = self._state()
-        held = {name: getattr(self, name) for name in names}
-        try:
-            with self.taken_back():
-                Stateful.load_state_dict(self, state)
-                for name in names:
-                    now, kind = getattr(self, name), type(held[name])
-                    if name in optional:
-                        fits = now is None or isinstance(now, Tensor)
-                    else:
-                        fits = isinstance(now, kind | int | float if kind in (int, float) else kind)
-                    if not fits:
-                        raise OptionError(
-                            f"the stored {name.lstrip('_')} is {_described(now)}",
-                            allowed=_described(held[name]),
-                        )
-        except BirlError:
-            raise
-        except Exception as error:  # of a part that torch judges: an optimiser, a module
-            raise OptionError(
-                f"the stored state does not fit: {type(error).__name__} {str(error)[:200]}",
-                fix="load it into one that was made with the same arguments",
-            ) from error
-
     def _check_state(self, state: Any, name: str = "") -> None:
         """Refuse a state that cannot be put, before anything has changed."""
         own = {key.lstrip("_"): getattr(self, key) for key in self._state()}
@@ -91,6 +63,34 @@ class Stateful:
         finally:
             for name, part in kept.items() if always else ():
                 setattr(self, name, _put(held[name], part))
+
+    @contextmanager
+    def loaded_whole(self, optional: Collection[str] = ()) -> Iterator[None]:
+        """A state is loaded inside, all of it or nothing: what no check has seen before is taken
+        back, by a named error. Only the `optional` parts may be None where they are not.
+        """
+        kinds = {name: type(getattr(self, name)) for name in self._state()}
+        try:
+            with self.taken_back():
+                yield
+                for name, kind in kinds.items():
+                    now = getattr(self, name)
+                    if name in optional:
+                        fits = now is None or isinstance(now, Tensor)
+                    else:
+                        fits = isinstance(now, kind | int | float if kind in (int, float) else kind)
+                    if not fits:
+                        raise OptionError(
+                            f"the stored {name.lstrip('_')} is {_described(now)}",
+                            allowed=f"a {kind.__name__}",
+                        )
+        except BirlError:
+            raise
+        except Exception as error:  # of a part that torch judges: an optimiser, a module
+            raise OptionError(
+                f"the stored state does not fit: {type(error).__name__} {str(error)[:200]}",
+                fix="load it into one that was made with the same arguments",
+            ) from error
 
     @classmethod
     def _state(cls) -> list[str]:
@@ -171,6 +171,8 @@ def _groups(state: Any) -> tuple[list[int], list[str]] | None:
     """How many parameters an optimiser's state is of, by groups, and its settings' names; None if
     it is that of none.
     """
+    if not isinstance(state, Mapping):
+        return None
     try:
         groups = state["param_groups"]
         sizes = [len(group["params"]) for group in groups if isinstance(state["state"], Mapping)]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from cases import untyped
+from closeness import assert_same_state
 
 import birl_ext
-from birl_ext.errors import ConfigError
+from birl_ext.errors import ConfigError, OptionError
 from birl_ext.problems.four_rooms import (
     PUBLISHED,
     STEPS,
@@ -222,3 +224,20 @@ def test_combined_beats_one_start_and_the_published_entries():
 def test_unknown_noise_is_refused():
     with pytest.raises(ConfigError, match="noise"):
         FourRooms(1.0, untyped("none"))
+
+
+@pytest.mark.parametrize("key", ["heat", "algorithm", "values", "best"])
+@pytest.mark.parametrize("value", ["absent", "x", None])
+def test_a_state_that_a_run_cannot_take_changes_nothing(key: str, value: Any) -> None:
+    config = FourRoomsConfig(starts=3, steps=6)
+    theirs, ours = FourRoomsJob(config), FourRoomsJob(config)
+    for job in (theirs, ours, theirs):
+        job.step()
+    state = {**theirs.state_dict(), key: value}
+    if value == "absent":
+        del state[key]
+    before = ours.state_dict()
+    with pytest.raises(OptionError, match="stored"):
+        ours.load_state_dict(state)
+    assert_same_state(ours.state_dict(), before)
+    ours.step()

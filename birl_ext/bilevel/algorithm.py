@@ -47,7 +47,8 @@ class Algorithm(Stateful, ABC, Generic[_Outcome]):
         Raises:
             OptionError, ShapeError, DtypeError: it is that of another object; nothing has changed.
         """
-        self._load_or_leave(state, self.OPTIONAL)
+        with self.loaded_whole(self.OPTIONAL):
+            super().load_state_dict(state)
 
     @abstractmethod
     def step(self) -> _Outcome:

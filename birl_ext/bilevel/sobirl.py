@@ -346,7 +346,8 @@ class SoBiRL(Stateful):
         Raises:
             OptionError, ShapeError, DtypeError: it is that of another object; nothing has changed.
         """
-        self._load_or_leave(state)
+        with self.loaded_whole():
+            super().load_state_dict(state)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(x={described(self.reward)}, steps={self.steps})"

@@ -305,9 +305,10 @@ class FourRoomsJob(Stateful):
         return {"objective": self._best, **metrics} if self._best > -torch.inf else metrics
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._heat = state["heat"]
-        self._climb(state["algorithm"]["x"])  # with as many starts
-        super().load_state_dict(state)
+        with self.loaded_whole():
+            self._heat = state["heat"]
+            self._climb(state["algorithm"]["x"])  # with as many starts
+            super().load_state_dict(state)
 
     def summary(self) -> dict[str, Any]:
         """The best weights seen at λ, with a certified error of their value."""
