@@ -35,6 +35,7 @@ from birl_ext.errors import (
     OptionError,
     RenderError,
     ShapeError,
+    warn,
 )
 
 try:
@@ -395,7 +396,7 @@ class Environments:
         else:
             said = [_said(self._vector.close)]
         for words in filter(None, said):  # the work is done: no reason to lose it
-            warnings.warn(f"{self.name!r}: closing raised {words}", stacklevel=2)
+            warn(f"{self.name!r}: closing raised {words}")
 
     def __enter__(self) -> Environments:
         return self
@@ -517,7 +518,7 @@ class Environments:
             words = next(filter(None, info[_ROUNDED]))
         if words and not self._rounded:
             self._rounded = True
-            warnings.warn(f"{self.name!r}: {words}", stacklevel=4)
+            warn(f"{self.name!r}: {words}")
 
     def _failure(
         self, what: str, index: int | None, given: Any, allowed: str = "", fix: str = ""

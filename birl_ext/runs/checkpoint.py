@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import re
 import stat
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -26,6 +25,7 @@ from birl_ext.errors import (
     CheckpointFallbackWarning,
     CheckpointIncompatibleError,
     CheckpointWriteError,
+    warn,
 )
 from birl_ext.files import draft_beside, put
 from birl_ext.runs.config import differences
@@ -139,7 +139,7 @@ class CheckpointStore:
                 self._damaged.add(path)
                 reasons.append(f"{path}: {error}".partition("\n")[0])
                 text = f"damaged checkpoint passed over: {reasons[-1]}"
-                warnings.warn(text, CheckpointFallbackWarning, stacklevel=2)
+                warn(text, CheckpointFallbackWarning)
                 continue
             if config is not None and (changed := differences(found.config, config)):
                 raise CheckpointIncompatibleError(

@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -20,6 +19,7 @@ from birl_ext.errors import (
     ConfigError,
     JobError,
     MissingDependencyError,
+    warn,
 )
 from birl_ext.progress import progress
 from birl_ext.runs.checkpoint import Checkpoint, CheckpointStore
@@ -198,7 +198,7 @@ class Saver:
                 self.save(step)
             except CheckpointWriteError as error:
                 # The disk may have room again later; only the last save must succeed.
-                warnings.warn(str(error), stacklevel=2)
+                warn(str(error))
 
 
 @contextlib.contextmanager
@@ -236,10 +236,9 @@ def restore(job: Job, store: CheckpointStore) -> Checkpoint:
         if found.versions.get(name) != version
     ]
     if changed:
-        warnings.warn(
+        warn(
             f"the checkpoint was written by other versions ({', '.join(changed)}): "
             "the run goes on, but not to the same bits",
-            stacklevel=2,
         )
     job.load_state_dict(found.state)
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from birl_ext.agents.agent import DiscreteAgent
 from birl_ext.bilevel.sobirl import SoBiRLOutcome
 from birl_ext.environments.atari import is_atari
 from birl_ext.environments.vector import Environments, make_environments, registration
-from birl_ext.errors import ConfigError, MissingDependencyError, RenderError
+from birl_ext.errors import ConfigError, MissingDependencyError, RenderError, warn
 from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.buffer import PreferenceBuffer
 from birl_ext.preferences.fit import evaluate, fit
@@ -254,7 +253,7 @@ class PreferenceJob(Stateful):
                 options=environment_options(self.config),
             )
         except (RenderError, MissingDependencyError) as error:  # the run itself is well
-            warnings.warn(str(error), stacklevel=2)
+            warn(str(error))
 
     def _live(self, spent: dict[str, float]) -> tuple[list[Any], dict[str, float]]:
         """The environment steps of a round, with an update of the agent now and then."""
@@ -315,11 +314,10 @@ class PreferenceJob(Stateful):
         self._asked += count
         self._answered = self.answers.append(first, second, label)
         if self._round and not self.answers.strict:  # in the first round the first fit says so
-            warnings.warn(
+            warn(
                 f"{config.env}: the {config.teacher} teacher has not found any fragment better "
                 "than another yet: all answers are ties or withheld, and carry nothing. Longer "
                 "fragments (--fragment) may differ",
-                stacklevel=2,
             )
         known = asked.select(~label.isnan())
         foretold = math.nan
