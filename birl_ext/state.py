@@ -16,6 +16,15 @@ from birl_ext.errors import BirlError, DtypeError, OptionError, ShapeError
 
 __all__ = ["Stateful"]
 
+_ELEMENTWISE = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.SGD,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+)
+"""Optimisers whose own tensors have the shapes of the parameters, or are numbers."""
+
 
 class Stateful:
     """An object whose state is that of the attributes named in `STATE`, those of its bases too.
@@ -78,7 +87,7 @@ class Stateful:
                     if name in optional:
                         fits = now is None or isinstance(now, Tensor)
                     else:
-                        fits = isinstance(now, kind | int | float if kind in (int, float) else kind)
+                        fits = isinstance(now, kind | int if kind is float else kind)
                     if not fits:
                         raise OptionError(
                             f"the stored {name.lstrip('_')} is {_described(now)}",
@@ -119,7 +128,7 @@ def _check(ours: Any, state: Any, name: str) -> None:
     """Refuse what cannot be put into `ours`, by names, shapes and dtypes."""
     kind: type[BirlError] = OptionError
     parts: Iterable[tuple[Any, Any]] = ()
-    always = isinstance(ours, torch.Generator) or getattr(ours, "requires_grad", False)
+    always = isinstance(ours, torch.Generator | Stateful) or getattr(ours, "requires_grad", False)
     if isinstance(ours, nn.Module):
         ours = ours.state_dict()
     elif isinstance(ours, torch.Generator):
@@ -137,6 +146,8 @@ def _check(ours: Any, state: Any, name: str) -> None:
                     f"{found} with {_names(theirs[1])}",
                     f"{allowed} with {_names(mine[1])}",
                 )
+        if fits:
+            _check_optimiser(ours, state, name)
     elif isinstance(ours, Mapping):
         fits = isinstance(state, Mapping) and state.keys() == ours.keys()
         parts = ours.items()
@@ -156,7 +167,8 @@ def _check(ours: Any, state: Any, name: str) -> None:
         ours._check_state(state, name)
         fits = True
     else:
-        fits = not isinstance(ours, int | float) or isinstance(state, int | float)
+        fits = _is_such_a_number(state, ours)
+        allowed = "a whole number" if type(ours) is int else allowed
     if not fits:
         raise kind(
             f"the stored {name or 'state'} is {found}",
@@ -165,6 +177,47 @@ def _check(ours: Any, state: Any, name: str) -> None:
         )
     for key, part in parts:
         _check(part, state[key], f"{name}[{key!r}]" if name else key)
+
+
+def _check_optimiser(ours: Optimizer, state: Any, name: str) -> None:
+    """Refuse settings of another type, and tensors whose shapes are not of the parameters."""
+    for number, (group, stored) in enumerate(
+        zip(ours.param_groups, state["param_groups"], strict=True)
+    ):
+        for key, setting in group.items():
+            if isinstance(setting, bool | int | float):
+                fits = isinstance(stored[key], type(setting) | int | float | Tensor)
+            else:
+                fits = key == "params" or setting is None or type(stored[key]) is type(setting)
+            if not fits:
+                raise OptionError(
+                    f"the stored {name}['param_groups'][{number}][{key!r}] is "
+                    f"{_described(stored[key])}",
+                    allowed=_described(setting),
+                )
+    if not isinstance(ours, _ELEMENTWISE):
+        return
+    parameters = (one for group in ours.param_groups for one in group["params"])
+    numbers = (one for group in state["param_groups"] for one in group["params"])
+    for parameter, number in zip(parameters, numbers, strict=True):
+        kept = state["state"].get(number, {})
+        for key, part in kept.items() if isinstance(kept, Mapping) else ():
+            if isinstance(part, Tensor) and part.dim() and part.shape != parameter.shape:
+                raise ShapeError(
+                    f"the stored {name}['state'][{number}][{key!r}] is {_described(part)}",
+                    allowed=str(tuple(parameter.shape)),
+                    fix="load it into one that was made with the same arguments",
+                )
+
+
+def _is_such_a_number(state: Any, ours: Any) -> bool:
+    """Whether it can take the place of `ours`, which may be no number at all."""
+    if isinstance(ours, bool):
+        return isinstance(state, bool)
+    if not isinstance(ours, int | float):
+        return True
+    kind = int if isinstance(ours, int) else (int, float)
+    return isinstance(state, kind) and not isinstance(state, bool)
 
 
 def _groups(state: Any) -> tuple[list[int], list[str]] | None:

@@ -284,6 +284,27 @@ def test_foreign_environments_start_new_episodes_when_resumed() -> None:
         fewer.load_state_dict(first.state_dict()["environments"])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("episodes", None, "stored episodes is a NoneType"),
+        ("episodes", [0, 0.5], "stored episodes is a list"),
+        ("actions", [1, 2], "stored actions is a list"),
+        ("observation", 3, "stored observation is a int"),
+        ("other", 3, "stored environments are .'episodes', 'actions', 'observation', 'other'"),
+    ],
+)
+def test_the_state_of_no_environments_is_refused(key: str, value: Any, words: str) -> None:
+    with make_environments(Clock, count=2) as ours:
+        state = ours.state_dict()
+        before = ours.episodes
+        with pytest.raises(OptionError, match=words):
+            ours.load_state_dict({**state, key: value})
+        with pytest.raises(OptionError, match="stored environments are NoneType"):
+            ours.load_state_dict(untyped(None))
+        assert ours.episodes == before
+
+
 # Failures
 
 

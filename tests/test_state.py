@@ -123,8 +123,9 @@ def test_what_is_not_known_yet_may_be_put_back() -> None:
         ("optimiser", {"param_groups": [{"params": [0, 1, 2]}]}, OptionError, r"optimiser is .*\["),
         ("generator", torch.zeros(3), ShapeError, r"generator is a tensor \(3,\) of float32"),
         ("generator", None, OptionError, r"generator is None"),
+        ("inner", None, OptionError, r"inner is None"),
         ("inner", {}, OptionError, r"inner is a dict that lacks 'count'"),
-        ("inner", {"count": "1"}, OptionError, r"inner\['count'\] is a str .*a number"),
+        ("inner", {"count": "1"}, OptionError, r"inner\['count'\] is a str .*a whole number"),
         ("parts", {"a": torch.zeros(2)}, OptionError, r"parts is a dict that lacks 'b'"),
         ("parts", {"a": torch.zeros(1), "b": []}, ShapeError, r"parts\['a'\] is a tensor \(1,\)"),
         ("parts", {"a": torch.zeros(2), "b": []}, OptionError, r"parts\['b'\] is a list of 0"),
@@ -164,13 +165,13 @@ class Weights(nn.Module):
         self.register_buffer("units", torch.ones(2))
 
 
-def descent(optimiser: Any) -> birl_ext.MSoBiRL:
+def descent(optimiser: Any, mode: Any = "exact") -> birl_ext.MSoBiRL:
     transition = torch.full((3, 2, 3), 1 / 3, dtype=torch.float64)
     problem = birl_ext.BilevelProblem(
         lambda x: birl_ext.DenseMDP(x.weight, transition, 0.9),
         lambda x, solution: solution.policy[..., 0].square().sum(),
     )
-    return birl_ext.MSoBiRL(problem, Weights(), temperature=0.5, optimiser=optimiser)
+    return birl_ext.MSoBiRL(problem, Weights(), temperature=0.5, optimiser=optimiser, mode=mode)
 
 
 def momentum(parameters: Any) -> torch.optim.Optimizer:
@@ -190,7 +191,13 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
         (("optimiser", "state", 0), 3),
         (("x", "units"), None),
         (("x", "weight"), None),
+        (("optimiser", "state", 0, "exp_avg"), torch.zeros(2, dtype=torch.float64)),
+        (("optimiser", "param_groups", 0, "lr"), "x"),
+        (("optimiser", "param_groups", 0, "betas"), 0.9),
         (("steps",), None),
+        (("steps",), True),
+        (("steps",), 2.5),
+        (("steps",), -1),
         (("value",), "x"),
         (("flow",), []),
     ],
@@ -210,10 +217,24 @@ def test_a_state_that_an_algorithm_cannot_take_changes_nothing(
         part = part[key]
     part[path[-1]] = value
     before = ours.state_dict()
-    with pytest.raises(OptionError, match=r"stored (optimiser|x|steps|value|flow|state)"):
+    words = r"(stored (optimiser|x|steps|value|flow|state)|^BIRL-E203 steps is -1)"
+    with pytest.raises((OptionError, ShapeError), match=words):
         ours.load_state_dict(state)
     assert_same_state(ours.state_dict(), before)
     ours.step()
+
+
+@pytest.mark.filterwarnings("ignore::birl_ext.errors.AccuracyWarning")
+def test_a_kept_flow_of_another_length_is_named() -> None:
+    theirs = descent(adam, "published")
+    theirs.run(2, progress=False)
+    state = theirs.state_dict()
+    ours = descent(adam, "published")
+    ours.load_state_dict({**state, "value": None, "flow": torch.zeros(1, 1, 4)})
+    kept = ours.state_dict()
+    with pytest.raises(ShapeError, match=r"flow .* shape \(1, 1, 4\) \(allowed: \(1, 1, 3\)"):
+        ours.step()
+    assert_same_state(ours.state_dict(), kept)
 
 
 @pytest.mark.parametrize("names", [{}, {"__name__": "of_a_user"}])

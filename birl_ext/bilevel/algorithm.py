@@ -114,6 +114,11 @@ class Descent(Algorithm[_Outcome]):
 
     STATE: ClassVar[tuple[str, ...]] = ("x", "optimiser", "steps")
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        with self.loaded_whole(self.OPTIONAL):
+            super().load_state_dict(state)
+            check_count("steps", self.steps, 0)
+
     def _begin(self, x: variables.Variables, optimiser: Maker, *, vector: bool = False) -> None:
         self.x = variables.tracked(variables.check_start(x, vector=vector))
         self.optimiser = make_optimiser(optimiser, variables.leaves(self.x))

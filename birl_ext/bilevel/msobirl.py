@@ -34,7 +34,7 @@ from birl_ext.bilevel.problem import (
     evaluate_at,
     temperature_at,
 )
-from birl_ext.errors import AccuracyWarning, OptionError, warn
+from birl_ext.errors import AccuracyWarning, OptionError, ShapeError, warn
 from birl_ext.functional import bellman, solve
 from birl_ext.model import checks
 from birl_ext.model.mdp import DenseMDP, SparseMDP
@@ -263,5 +263,11 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
             shape = at.source.shape
             start = torch.randn(shape, generator=self.generator, dtype=torch.float64)
             flow = -start.to(at.source.device) / at.temperature.unsqueeze(-1)
+        elif flow.shape != at.source.shape:
+            raise ShapeError(
+                f"the flow that the last step left is of shape {tuple(flow.shape)}",
+                allowed=f"{tuple(at.source.shape)}, by the MDP of `lower`",
+                fix="keep the shape of the MDP, or begin with a new MSoBiRL",
+            )
         self._counts[1] += 1
         return flow - self.adjoint_rate * at.forward(at.transposed(flow) - at.source)

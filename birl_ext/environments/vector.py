@@ -358,12 +358,10 @@ class Environments:
         """Play the episodes again up to where they were.
 
         Raises:
-            OptionError: the stored number of environments differs.
+            OptionError: the state is none, or of another number of environments.
             EnvironmentFailureError: an environment does not repeat itself.
         """
-        episodes = [int(episode) for episode in state["episodes"]]
-        if len(episodes) != self.count:
-            raise OptionError(f"{len(episodes)} environments are stored", allowed=str(self.count))
+        episodes = self._check_state(state)
         if not self.repeatable or state["actions"] is None:
             self._begin([episode + 1 for episode in episodes], [[] for _ in episodes])
             return
@@ -380,6 +378,34 @@ class Environments:
                     fix="take out what the seed does not determine, such as the time, or a wrapper "
                     "that remembers earlier episodes",
                 )
+
+    def _check_state(self, state: Any) -> list[int]:
+        """The numbers of the stored episodes, before anything has changed."""
+        parts = ("episodes", "actions", "observation")
+        if not isinstance(state, Mapping) or state.keys() != set(parts):
+            names = list(state) if isinstance(state, Mapping) else type(state).__name__
+            raise OptionError(
+                f"the stored environments are {str(names)[:200]}",
+                allowed=f"a dict of {', '.join(parts)}",
+                fix="load what `state_dict` gave",
+            )
+        for name, stored in state.items():
+            if name == "actions" and stored is None:
+                continue
+            if name == "observation":
+                fits = isinstance(stored, Tensor) and stored.dim() > 0
+            else:
+                kind = int if name == "episodes" else Tensor
+                fits = isinstance(stored, list) and all(isinstance(one, kind) for one in stored)
+            if not fits:
+                raise OptionError(
+                    f"the stored {name} is a {type(stored).__name__}",
+                    allowed=f"one of each of {self.count} environments",
+                    fix="load what `state_dict` gave",
+                )
+            if len(stored) != self.count:
+                raise OptionError(f"{len(stored)} environments are stored", allowed=str(self.count))
+        return list(state["episodes"])
 
     def close(self) -> None:
         """Close the environments and end their processes."""
