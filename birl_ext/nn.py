@@ -31,7 +31,7 @@ class SoftPlanner(nn.Module):
         temperature: τ > 0, units of reward: its value, or its start if it is learned; may be set
             between calls.
         transition: P, (*B, S, A, S), or a sparse tensor (S·A, S), kept as buffers; None: given at
-            each call.
+            each call, where torch.compile takes no sparse ones.
         learn_temperature: make log τ a parameter, (1,), in the dtype of the transition, by default
             that of new modules.
         mask, terminal, reference, initial: as in `birl_ext.solve`, kept as buffers. Those given at
@@ -78,8 +78,9 @@ class SoftPlanner(nn.Module):
         start = torch.tensor([_log(temperature)], dtype=torch.float64)
         crow = col = None
         if (rows := _as_csr(transition)) is not None:
-            crow, col = rows.crow_indices(), rows.col_indices()
-            transition = rows.values()
+            # torch.compile takes no buffers that are views of a sparse tensor
+            crow, col = rows.crow_indices().clone(), rows.col_indices().clone()
+            transition = rows.values().clone()
         if transition is not None:
             transition = checks.as_floating("transition", transition)
         self.discount = discount

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_same_bits
 from cases import untyped
 
 import birl_ext
@@ -172,6 +173,8 @@ def test_a_sparse_transition() -> None:
     reward = REWARD.clone().requires_grad_()
     found, want = layer(reward), dense(REWARD)
     torch.testing.assert_close(found.policy, want.policy, rtol=1e-12, atol=0)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(REWARD).policy, found.policy, label="compiled")
     found.policy[:, 0].sum().backward()
     assert reward.grad is not None
     assert reward.grad.abs().sum() > 0
