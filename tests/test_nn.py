@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_same_bits
 from cases import untyped
+from closeness import assert_same_bits
 
 import birl_ext
 from birl_ext.nn import SoftPlanner
