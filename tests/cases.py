@@ -15,7 +15,7 @@ from oracle import float64
 from birl_ext.model.layout import flatten
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.ops.backends import native
-from birl_ext.ops.request import Data, Settings
+from birl_ext.ops.request import Data, PolicySystem, Settings
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 FLOATS = [torch.float32, torch.float64]
@@ -126,7 +126,7 @@ def kernel_policy_solve(
     model: tuple[Any, Any, Any], policy: Any, discount: Any, rhs: Any, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Of the compiled module: the solutions, their residuals, and how many were not found."""
-    return native.policy_solve(model, policy, discount, rhs, **options)
+    return native.policy_solve(PolicySystem(*model, policy, discount), rhs, **options)
 
 
 def kernel_model(mdp: DenseMDP | SparseMDP) -> tuple[Any, Any, Any]:

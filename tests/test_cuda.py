@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from cases import kernel_policy_solve
 
 import birl_ext
 from birl_ext import errors
-from birl_ext.ops.backends import native
 from birl_ext.solution import Info, Kernel, Solution
 
 pytestmark = [
@@ -162,7 +162,7 @@ def test_policy_systems(states: int, transpose: bool) -> None:
     rhs = torch.randn(3, 2, 5, states, generator=random, dtype=torch.float64)
     data = [transition, policy, discount, rhs]
     t, p, g, b = on_gpu(*data)
-    x, residual, _ = native.policy_solve((t, None, None), p, g, b, transpose=transpose)
+    x, residual, _ = kernel_policy_solve((t, None, None), p, g, b, transpose=transpose)
     matrix = torch.eye(states).double() - 0.999 * torch.einsum(
         "nsat,ngsa->ngst", transition, policy
     )
@@ -217,7 +217,7 @@ def test_large_policy_systems(transpose: bool, right_sides: int) -> None:
     policy = torch.ones(1, 1, 2501, 1, dtype=torch.float64)
     discount = torch.full((1, 1), 0.999, dtype=torch.float64)
     t, p, g, b = on_gpu(transition, policy, discount, rhs)
-    x, residual, _ = native.policy_solve((t, None, None), p, g, b, transpose=transpose)
+    x, residual, _ = kernel_policy_solve((t, None, None), p, g, b, transpose=transpose)
     matrix = torch.eye(2501, device="cuda").double() - 0.999 * t[0, :, 0]
     truth = torch.linalg.solve(matrix.T if transpose else matrix, b[0, 0].T).T
     size = truth.abs().sum() if transpose else truth.abs().max()

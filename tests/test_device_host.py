@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import untyped
+from cases import kernel_policy_solve, untyped
 
 import birl_ext
 from birl_ext import errors
@@ -340,7 +340,7 @@ def test_large_policy_systems(
     policy /= policy.sum(-1, keepdim=True)
     discount = torch.full((1, 1), 0.999, dtype=torch.float64)
     rhs = torch.randn(1, 1, right_sides, states, generator=random, dtype=torch.float64)
-    x, residual, _ = native.policy_solve(model, policy, discount, rhs, transpose=transpose)
+    x, residual, _ = kernel_policy_solve(model, policy, discount, rhs, transpose=transpose)
     matrix = torch.eye(states).double() - 0.999 * torch.einsum(
         "sat,sa->st", transition, policy[0, 0]
     )
@@ -374,7 +374,7 @@ def slow_system() -> tuple[torch.Tensor, ...]:
 
 def test_a_slow_system_is_no_answer(large: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     transition, policy, discount, rhs = slow_system()
-    x, residual, _ = native.policy_solve((transition, None, None), policy, discount, rhs)
+    x, residual, _ = kernel_policy_solve((transition, None, None), policy, discount, rhs)
     assert bool(x.isnan().all())
     assert bool((residual > 1e-6).all())
     assert not choice._solved(x)

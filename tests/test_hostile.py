@@ -17,7 +17,7 @@ import closeness
 import numpy as np
 import pytest
 import torch
-from cases import Case, kernel_arguments, kernel_policy_solve, kernel_solve
+from cases import Case, kernel_arguments, kernel_policy_solve, kernel_solve, untyped
 from closeness import assert_close
 from flint import arb, ctx
 from oracle import exact
@@ -25,6 +25,7 @@ from oracle import exact
 import birl_ext
 from birl_ext import errors
 from birl_ext.ops.backends import loader, native
+from birl_ext.ops.request import Saved
 from birl_ext.options import BackendName, MethodName
 from birl_ext.solution import Info, Kernel, Solution, Status
 
@@ -224,10 +225,11 @@ def test_a_batch_of_more_than_two_to_the_31_entries() -> None:
     assert torch.equal(found[0][-1:], alone[0])
     bar = torch.zeros_like(found[0])
     bar[-1] = 1.0
-    solution = (*(found[i] for i in (0, 2, 3, 5, 6)),)
+    solution = (found[i] for i in (0, 2, 3, 5, 6))
+    absent = untyped(None)
+    saved = Saved._make((transition, absent, absent, 0.9 * one, one, *solution, absent))
     bars, needs = (bar, None, None, None, None), (False, True, False, False, False)
-    model, numbers = (transition, None, None), (0.9 * one, one)
-    reward_bar = native.solve_vjp(model, numbers, solution, bars, needs)[1]
+    reward_bar = native.solve_vjp(saved, bars, needs)[1]
     assert reward_bar is not None
     assert not reward_bar[:-1].any()
     assert float(reward_bar[-1].sum()) == pytest.approx(states / (1 - 0.9), rel=1e-5)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from birl_ext.ops.backends import loader, native
-from birl_ext.ops.request import AUTO
-from birl_ext.ops.solve import Saved, pull_back
+from birl_ext.ops.request import AUTO, Saved
+from birl_ext.ops.solve import pull_back
 from birl_ext.solution import Info
 from birl_ext.torch_internals import ORDINARY, is_first_order, nobody_follows
 
@@ -23,6 +23,8 @@ __all__ = ["solve"]
 
 _MOST = 2**24
 """Numbers of P: beyond them the general way costs nothing, and says what memory is missing."""
+_ABSENT: Any = (None,) * 4
+"""Of a dense model whose γ and τ are numbers."""
 
 
 class SolveFast(torch.autograd.Function):
@@ -62,11 +64,10 @@ class SolveFast(torch.autograd.Function):
         # what was saved was ordinary; what arrives may be mapped, negated lazily, …
         if bars[5] is None and is_first_order(given):
             transition_bar, reward_bar, *_ = native.solve_vjp(
-                (saved[0], None, None),
-                ctx.numbers,
-                saved[1:],
+                Saved._make((saved[0], *_ABSENT, *saved[1:], None)),
                 [None if bar is None else bar.contiguous() for bar in bars[:5]],
                 needs,
+                ctx.numbers,
             )
         else:
             transition_bar, reward_bar = _general(saved, ctx.numbers, bars, needs)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from birl_ext.ops.backends import choice
 from birl_ext.ops.backends.native import LARGEST_CONDITION, check_condition
-from birl_ext.ops.request import AUTO
+from birl_ext.ops.request import AUTO, PolicySystem
 from birl_ext.ops.rows import Rows
 from birl_ext.ops.transforms import (
     Function,
@@ -87,16 +87,10 @@ class Exits(NamedTuple):
         )
 
 
-class System(NamedTuple):
-    """M of N·G problems, as the ops take it; vectors are (N, G, K, S), numbers for each of them
-    (N, G, K).
-    """
+class System(PolicySystem):
+    """M, with what its derivatives take."""
 
-    transition: Tensor  # as in Rows
-    crow: Tensor
-    col: Tensor
-    policy: Tensor  # (N, G, S, A)
-    discount: Tensor  # (N, G)
+    __slots__ = ()
 
     @property
     def rows(self) -> Rows:
@@ -107,7 +101,7 @@ class System(NamedTuple):
 
     def solve(self, rhs: Tensor, transpose: bool, backend: int = AUTO) -> tuple[Tensor, Tensor]:
         """M⁻¹b or M⁻ᵀb in one number each, and its residual."""
-        return choice.policy_solve(self.rows, self.policy, self.discount, rhs, transpose, backend)
+        return choice.policy_solve(self, rhs, transpose, backend)
 
     def moves(self) -> tuple[Tensor, Tensor, Tensor]:
         """1/σ, and of κ the derivatives with respect to γ (N, G, S) and to π (N, G, S, A)."""

@@ -1,6 +1,4 @@
-"""What the ops `solve` and `bellman` are asked for, by name: with `Data` the one statement of their
-arguments.
-"""
+"""What the ops are asked for, by name: with `Data` the one statement of their arguments."""
 
 from __future__ import annotations
 
@@ -17,6 +15,8 @@ __all__ = [
     "NATIVE",
     "TORCH",
     "Data",
+    "PolicySystem",
+    "Saved",
     "Settings",
     "bellman_arguments",
     "derivable",
@@ -40,6 +40,34 @@ class Settings(NamedTuple):
     strict: bool = False
     """Whether the op itself raises for a problem that fails."""
     backend: int = AUTO
+
+
+class Saved(NamedTuple):
+    """What the derivatives at a fixed point need: the data, and the solution in its axes *B."""
+
+    transition: Tensor
+    crow: Tensor
+    col: Tensor
+    discount: Tensor  # (N, G)
+    temperature: Tensor
+    relative: Tensor  # W
+    advantage: Tensor
+    policy: Tensor
+    info: Tensor
+    status: Tensor
+    constant: Tensor  # c: V = c + W
+
+
+class PolicySystem(NamedTuple):
+    """M = I − γP_π of N·G problems, as the ops take it; vectors are (N, G, K, S), numbers for each
+    of them (N, G, K).
+    """
+
+    transition: Tensor  # as in Rows
+    crow: Tensor
+    col: Tensor
+    policy: Tensor  # (N, G, S, A)
+    discount: Tensor  # (N, G)
 
 
 T = TypeVar("T")

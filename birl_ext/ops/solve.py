@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from birl_ext.ops.bellman import (
     policy_tangent,
 )
 from birl_ext.ops.policy_solve import Exits, Flow, Push
-from birl_ext.ops.request import Data, Settings, derivable, solve_arguments
+from birl_ext.ops.request import Data, Saved, Settings, derivable, solve_arguments
 from birl_ext.ops.rows import Rows, widened
 from birl_ext.ops.transforms import (
     Function,
@@ -31,44 +31,29 @@ from birl_ext.ops.transforms import (
 from birl_ext.solution import info_table
 from birl_ext.torch_internals import is_first_order
 
-__all__ = ["Saved", "pull_back", "solve"]
+__all__ = ["pull_back", "solve"]
 
 
-class Saved(NamedTuple):
-    """What the derivatives at a fixed point need: the data, and the solution in its axes *B."""
-
-    transition: Tensor
-    crow: Tensor
-    col: Tensor
-    discount: Tensor  # (N, G)
-    temperature: Tensor
-    relative: Tensor  # W
-    advantage: Tensor
-    policy: Tensor
-    info: Tensor
-    status: Tensor
-    constant: Tensor  # c: V = c + W
-
-    def point(self) -> tuple[Point, Exits, Tensor]:
-        """The solution in axes (N, G), its exits, and (N, G, 1) with 1 where it can be trusted,
-        else NaN.
-        """
-        n, g = self.discount.shape
-        s, a = self.policy.shape[-2:]
-        rows = Rows(self.transition, self.crow, self.col, s, a)
-        policy = widened(self.policy.reshape(n, g, s, a))
-        exits = Exits.of(rows.scale(), policy, self.discount)
-        trust = torch.where(self.status.reshape(n, g) == 0, 1.0, torch.nan).double().unsqueeze(-1)
-        point = Point(
-            rows,
-            self.discount,
-            self.temperature,
-            self.relative.reshape(n, g, s),
-            self.constant.reshape(n, g, 1, 1) * exits.relief(),
-            self.advantage.reshape(n, g, s, a).double(),
-            policy,
-        )
-        return point, exits, trust
+def _point(saved: Saved) -> tuple[Point, Exits, Tensor]:
+    """The solution in axes (N, G), its exits, and (N, G, 1) with 1 where it can be trusted,
+    else NaN.
+    """
+    n, g = saved.discount.shape
+    s, a = saved.policy.shape[-2:]
+    rows = Rows(saved.transition, saved.crow, saved.col, s, a)
+    policy = widened(saved.policy.reshape(n, g, s, a))
+    exits = Exits.of(rows.scale(), policy, saved.discount)
+    trust = torch.where(saved.status.reshape(n, g) == 0, 1.0, torch.nan).double().unsqueeze(-1)
+    point = Point(
+        rows,
+        saved.discount,
+        saved.temperature,
+        saved.relative.reshape(n, g, s),
+        saved.constant.reshape(n, g, 1, 1) * exits.relief(),
+        saved.advantage.reshape(n, g, s, a).double(),
+        policy,
+    )
+    return point, exits, trust
 
 
 def resolved(tensors: Sequence[Any]) -> tuple[Any, ...]:
@@ -98,7 +83,7 @@ def pull_back(
         wanted = choice.solve_vjp(saved, tables, needs, backend)
         if wanted is not None:
             return wanted
-    point, exits, trust = saved.point()
+    point, exits, trust = _point(saved)
     if direct:
         point = point._replace(rows=choice.first_order(point.rows, backend))
     shape = point.policy.shape
@@ -174,7 +159,7 @@ class Solve(Function):
     def jvp(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
         data_dot, *_ = solve_arguments(inputs)
         saved = Saved(*ctx.saved_tensors)
-        point, exits, trust = saved.point()
+        point, exits, trust = _point(saved)
         q_dot, source, scale = backup_tangent(point, data_dot)
         columns, gains, _ = Push.apply(*point.system, (source * trust).unsqueeze(2), 1, ctx.backend)
         relative_dot, gain = columns.squeeze(2), gains.squeeze(2)

@@ -17,6 +17,8 @@ from birl_ext.ops.request import (
     NATIVE,
     TORCH,
     Data,
+    PolicySystem,
+    Saved,
     Settings,
     bellman_arguments,
     solve_arguments,
@@ -88,40 +90,41 @@ def _contiguous(data: Data) -> Data:
 
 
 def solve_vjp(
-    saved: Any, bars: Sequence[Tensor | None], needs: Sequence[bool], backend: int
+    saved: Saved, bars: Sequence[Tensor | None], needs: Sequence[bool], backend: int
 ) -> tuple[Tensor | None, ...] | None:
     """`ops.solve.pull_back` by compiled code; None where there is none for it."""
-    transition, crow, col, discount, temperature, *solution, _ = saved
-    if not (transition.is_cpu and _compiled(transition.device, backend)):
+    if not (saved.transition.is_cpu and _compiled(saved.transition.device, backend)):
         return None
     transition_bar, reward_bar, reference_bar, *scalars = native.solve_vjp(
-        (transition.contiguous(), crow, col),
-        (discount.contiguous(), temperature.contiguous()),
-        solution,
+        saved._replace(
+            transition=saved.transition.contiguous(),
+            discount=saved.discount.contiguous(),
+            temperature=saved.temperature.contiguous(),
+        ),
         [None if bar is None else bar.contiguous() for bar in bars],
         needs,
     )
-    shape = (*discount.shape, *solution[2].shape[-2:])
+    shape = (*saved.discount.shape, *saved.policy.shape[-2:])
     tables = (None if bar is None else bar.view(shape) for bar in (reward_bar, reference_bar))
     return (transition_bar, *tables, *scalars)
 
 
 def policy_solve(
-    rows: Rows, policy: Tensor, discount: Tensor, rhs: Tensor, transpose: bool, backend: int
+    system: PolicySystem, rhs: Tensor, transpose: bool, backend: int
 ) -> tuple[Tensor, Tensor]:
     """(I − γP_π)⁻¹b or its transpose (N, G, K, S), and the residual; NaN where not solved."""
-    if _compiled(rows.data.device, backend):
-        system = (tensor.contiguous() for tensor in (policy, discount, rhs))
+    if _compiled(rhs.device, backend):
+        given = PolicySystem(*(tensor.contiguous() for tensor in system))
         try:
-            x, residual, failed = native.policy_solve(rows.model, *system, transpose=transpose)
+            x, residual, failed = native.policy_solve(given, rhs.contiguous(), transpose=transpose)
         except cuda.LaunchError as error:
             _stand_in(error, backend)
         else:
             if failed:
-                return pytorch.settle(rows, policy, discount, rhs, transpose, x)
-            if rows.data.is_cpu or _solved(x):
+                return pytorch.settle(system, rhs, transpose, x)
+            if rhs.is_cpu or _solved(x):
                 return x, residual
-    return pytorch.policy_solve(rows, policy, discount, rhs, transpose)
+    return pytorch.policy_solve(system, rhs, transpose)
 
 
 class _CompiledRows(Rows):

@@ -24,7 +24,7 @@ from birl_ext.errors import (
     warn,
 )
 from birl_ext.ops.backends import cuda, loader
-from birl_ext.ops.request import Data, Settings, derivable
+from birl_ext.ops.request import Data, PolicySystem, Saved, Settings, derivable
 from birl_ext.solution import INFO
 
 __all__ = [
@@ -256,23 +256,20 @@ def solve_fast(
 
 
 def solve_vjp(
-    model: Model,
-    numbers: array[float] | tuple[Tensor, Tensor],
-    solution: Sequence[Tensor],
+    saved: Saved,
     bars: Sequence[Tensor | None],
     needs: Sequence[bool],
+    numbers: array[float] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Derivatives at the fixed point that `solve` returned, on a CPU.
 
     Args:
-        model: as for `solve`.
-        numbers: γ and τ, (N, G) float64; or as `solve_fast` returns them, for a model (*B, S, A, S)
-            with a problem for every transition.
-        solution: V − `Info.OFFSET`, advantage, policy, info and status, as `solve` returned them in
-            axes *B.
+        saved: the data, and what `solve` returned in axes *B.
         bars: cotangents of V, Q, Q − V, π and log π, like these; None is zero.
         needs: which derivatives are wanted: of transition, reward, log_reference, discount and
             temperature.
+        numbers: γ and τ as `solve_fast` returns them, for a transition (*B, S, A, S) with a problem
+            each; None: those saved, (N, G).
 
     Returns:
         The cotangents that are wanted, in that order: like transition; (*B, S, A) in its dtype;
@@ -282,18 +279,18 @@ def solve_vjp(
 
     Source: (M10)-(M12), (M19), (M20).
     """
-    relative, advantage, policy, info, status = solution
+    model, status, policy = saved[:3], saved.status, saved.policy
     axes, table = status.shape, policy.shape
-    if isinstance(numbers, array):
+    if numbers is not None:
         n, g = status.numel(), 1
         call = Call(model, (n, g, *table[-2:]), axes)
         address, _ = numbers.buffer_info()
         call.problem["discount"], call.problem["temperature"] = address, address + 8 * n
     else:
-        n, g = numbers[0].shape
+        n, g = saved.discount.shape
         call = Call(model, (n, g, *table[-2:]))
-        call.problem["discount"] = call.at("discount", numbers[0], (n, g))
-        call.problem["temperature"] = call.at("temperature", numbers[1], (n, g))
+        for name in ("discount", "temperature"):
+            call.problem[name] = call.at(name, getattr(saved, name), (n, g))
     if status.numel() != n * g:
         raise ShapeError(f"status has shape {axes}", allowed=f"axes of {n * g} problems")
     wanted = (
@@ -306,10 +303,10 @@ def solve_vjp(
     at, kind = call.at, call.storage
     value_bar, q_bar, advantage_bar, policy_bar, log_policy_bar = bars
     request = {
-        "relative": at("relative", relative, table[:-1]),
-        "advantage": at("advantage", advantage, table, kind),
+        "relative": at("relative", saved.relative, table[:-1]),
+        "advantage": at("advantage", saved.advantage, table, kind),
         "policy": at("policy", policy, table, kind),
-        "info": at("info", info, (*axes, INFO + table[-2])),
+        "info": at("info", saved.info, (*axes, INFO + table[-2])),
         "status": at("status", status, axes, torch.int64),
         "value_bar": at("value_bar", value_bar, table[:-1]),
         "q_bar": at("q_bar", q_bar, table, kind),
@@ -335,19 +332,12 @@ def check_condition(condition: float, problem: int, largest: float = LARGEST_CON
 
 
 def policy_solve(
-    model: Model,
-    policy: Tensor,
-    discount: Tensor,
-    rhs: Tensor,
-    *,
-    transpose: bool = False,
+    system: PolicySystem, rhs: Tensor, *, transpose: bool = False
 ) -> tuple[Tensor, Tensor, int]:
     """Solve (I − γP_π) x = b, or with the transposed matrix, for K right-hand sides each.
 
     Args:
-        model: as for `solve`.
-        policy: (N, G, S, A) float64.
-        discount: (N, G) float64.
+        system: policy and discount in float64.
         rhs: (N, G, K, S) float64.
 
     Returns:
@@ -359,16 +349,16 @@ def policy_solve(
 
     Source: (M10), (M12), (M13).
     """
-    shape = n, g, s, _ = _sizes("policy", policy)
+    shape = n, g, s, _ = _sizes("policy", system.policy)
     if rhs.dim() != 4:
         raise ShapeError(f"rhs has shape {tuple(rhs.shape)}", allowed="(N, G, K, S)")
     k = rhs.shape[2]
-    call = Call(model, shape)
-    call.problem["discount"] = call.at("discount", discount, (n, g))
+    call = Call(system[:3], shape)
+    call.problem["discount"] = call.at("discount", system.discount, (n, g))
     x, residual = call.new(n, g, k, s), call.new(n, g, k)
     request = {
         "right_sides": k,
-        "policy": call.at("policy", policy, shape),
+        "policy": call.at("policy", system.policy, shape),
         "rhs": call.at("rhs", rhs, (n, g, k, s)),
         "out": x.data_ptr(),
         "residual": residual.data_ptr(),

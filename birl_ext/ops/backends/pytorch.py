@@ -17,7 +17,7 @@ from torch import Tensor
 from birl_ext.model import checks
 from birl_ext.ops.backends.problem import EPS, LEAST, Problem, Sweep, one_by_one
 from birl_ext.ops.backends.refinement import drowns, refine
-from birl_ext.ops.request import Data, Settings
+from birl_ext.ops.request import Data, PolicySystem, Settings
 from birl_ext.ops.rows import Rows
 from birl_ext.solution import INFO, Info, Kernel, Method, Rigour, Status, info_table
 
@@ -334,23 +334,18 @@ class _Iteration:
         return tuple(x.reshape((*self.settings.batch, *x.shape[2:])).clone() for x in found)
 
 
-def policy_solve(
-    rows: Rows, policy: Tensor, discount: Tensor, rhs: Tensor, transpose: bool
-) -> tuple[Tensor, Tensor]:
-    system = _PolicySystem.of(rows, policy, discount, transpose)
-    direct = rows.states <= DIRECT_STATES
+def policy_solve(given: PolicySystem, rhs: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
+    system = _PolicySystem.of(given, transpose)
+    direct = system.rows.states <= DIRECT_STATES
     x = system.eliminate(rhs) if direct else system.iterate(rhs)
     return _settled(system, rhs, x, again=not direct)
 
 
-def settle(
-    rows: Rows, policy: Tensor, discount: Tensor, rhs: Tensor, transpose: bool, x: Tensor
-) -> tuple[Tensor, Tensor]:
+def settle(given: PolicySystem, rhs: Tensor, transpose: bool, x: Tensor) -> tuple[Tensor, Tensor]:
     """x of a policy system of which some columns may be unsolved, and its residual: those are
     tried again by elimination where it fits, and are NaN where that fails too.
     """
-    system = _PolicySystem.of(rows, policy, discount, transpose)
-    return _settled(system, rhs, x, again=True)
+    return _settled(_PolicySystem.of(given, transpose), rhs, x, again=True)
 
 
 class _PolicySystem(NamedTuple):
@@ -362,8 +357,9 @@ class _PolicySystem(NamedTuple):
     transpose: bool
 
     @classmethod
-    def of(cls, rows: Rows, policy: Tensor, discount: Tensor, transpose: bool) -> _PolicySystem:
-        rows = rows.with_data(rows.data.double())
+    def of(cls, given: PolicySystem, transpose: bool) -> _PolicySystem:
+        transition, crow, col, policy, discount = given
+        rows = Rows(transition.double(), crow, col, *policy.shape[-2:])
         return cls(rows, policy * rows.scale(), discount, transpose)
 
     def moved(self, x: Tensor) -> Tensor:
