@@ -106,13 +106,13 @@ def launch(
     """
     states, actions = int(problem["states"]), int(problem["actions"])
     _check_rows(states, actions)
-    large = {
+    grid = {
         "solve": lambda: not solve_fits(problem),
         "policy_solve": lambda: not policy_solve_fits(states),
         "outer": lambda: False,
     }[operation]()
-    where: dict[str, int] = {"large": large}
-    if large and "crow" in problem:
+    where: dict[str, int] = {"grid": grid}
+    if grid and "crow" in problem:
         crow, col = pattern
         assert crow is not None
         assert col is not None

@@ -52,13 +52,13 @@ py::dict build_info() {
 }
 
 // How and where a request runs.
-#define BIRL_LAUNCH(NEED, MAY)                                                                \
-  MAY(bool, large, false)                  /* the whole device works on each problem */       \
-  MAY(const Index*, pattern_crow, nullptr) /* of P_π or its transpose, if sparse and large */ \
-  MAY(const std::int32_t*, pattern_col, nullptr)                                              \
-  MAY(const Index*, pattern_slot, nullptr)                                                    \
-  MAY(void*, workspace, nullptr)                                                              \
-  NEED(cudaStream_t, stream)                                                                  \
+#define BIRL_LAUNCH(NEED, MAY)                                                               \
+  NEED(bool, grid)                         /* the whole device works on each problem */      \
+  MAY(const Index*, pattern_crow, nullptr) /* of P_π or its transpose, if sparse and grid */ \
+  MAY(const std::int32_t*, pattern_col, nullptr)                                             \
+  MAY(const Index*, pattern_slot, nullptr)                                                   \
+  MAY(void*, workspace, nullptr)                                                             \
+  NEED(cudaStream_t, stream)                                                                 \
   NEED(int, device)
 
 struct Launch {
@@ -78,8 +78,8 @@ std::size_t solve_workspace(const py::dict& problem, const py::dict&, const py::
   const auto launch = birl::filled<Launch>(where);
   const DeviceGuard guard(launch.device);
   std::size_t bytes = 0;
-  check(launch.large ? birl::grid_solve_workspace(batch, pattern_of(launch, batch), bytes)
-                     : birl::solve_workspace(batch, bytes),
+  check(launch.grid ? birl::grid_solve_workspace(batch, pattern_of(launch, batch), bytes)
+                    : birl::solve_workspace(batch, bytes),
         "solve_workspace");
   return bytes;
 }
@@ -90,9 +90,9 @@ void solve(const py::dict& problem, const py::dict& how, const py::dict& where) 
   const auto launch = birl::filled<Launch>(where);
   py::gil_scoped_release release;
   const DeviceGuard guard(launch.device);
-  check(launch.large ? birl::launch_grid_solve(batch, request, pattern_of(launch, batch),
-                                               launch.workspace, launch.stream)
-                     : birl::launch_solve(batch, request, launch.workspace, launch.stream),
+  check(launch.grid ? birl::launch_grid_solve(batch, request, pattern_of(launch, batch),
+                                              launch.workspace, launch.stream)
+                    : birl::launch_solve(batch, request, launch.workspace, launch.stream),
         "solve");
 }
 
@@ -107,9 +107,9 @@ std::size_t policy_solve_workspace(const py::dict& problem, const py::dict& how,
   const auto launch = birl::filled<Launch>(where);
   const DeviceGuard guard(launch.device);
   std::size_t bytes = 0;
-  check(launch.large ? birl::grid_policy_solve_workspace(batch, pattern_of(launch, batch),
-                                                         right_sides, bytes)
-                     : birl::policy_solve_workspace(batch, right_sides, bytes),
+  check(launch.grid ? birl::grid_policy_solve_workspace(batch, pattern_of(launch, batch),
+                                                        right_sides, bytes)
+                    : birl::policy_solve_workspace(batch, right_sides, bytes),
         "policy_solve_workspace");
   return bytes;
 }
@@ -120,9 +120,9 @@ void policy_solve(const py::dict& problem, const py::dict& how, const py::dict& 
   const auto launch = birl::filled<Launch>(where);
   py::gil_scoped_release release;
   const DeviceGuard guard(launch.device);
-  check(launch.large ? birl::launch_grid_policy_solve(batch, request, pattern_of(launch, batch),
-                                                      launch.workspace, launch.stream)
-                     : birl::launch_policy_solve(batch, request, launch.workspace, launch.stream),
+  check(launch.grid ? birl::launch_grid_policy_solve(batch, request, pattern_of(launch, batch),
+                                                     launch.workspace, launch.stream)
+                    : birl::launch_policy_solve(batch, request, launch.workspace, launch.stream),
         "policy_solve");
 }
 
