@@ -6,10 +6,6 @@
 namespace test {
 namespace {
 
-struct Answer {
-  std::vector<double> x, residual;
-};
-
 template <class Real>
 Answer answer(const Case<Real>& c, const Systems& systems, bool transpose, bool sparse,
               const GridRun& how = {}) {
@@ -26,46 +22,13 @@ Answer answer(const Case<Real>& c, const Systems& systems, bool transpose, bool 
 }
 
 template <class Real>
-void compare(const Case<Real>& c, const Systems& systems, bool transpose, const Answer& found,
-             const std::string& name) {
-  for (Index item = 0; item < c.items(); ++item) {
-    std::vector<Long> matrix = policy_system(c, item, systems.policy.data() + item * c.table());
-    if (transpose)
-      for (int i = 0; i < c.S; ++i)
-        for (int j = 0; j < i; ++j) std::swap(matrix[i * c.S + j], matrix[j * c.S + i]);
-    for (int k = 0; k < systems.K; ++k) {
-      const Index at = (item * systems.K + k) * c.S;
-      std::vector<Long> x(systems.rhs.begin() + at, systems.rhs.begin() + at + c.S);
-      Long size = 0, bound = 0;
-      for (const Long e : x) size = transpose ? size + std::fabs(e) : std::fmax(size, std::fabs(e));
-      gauss(matrix, x);
-      for (const Long e : x)
-        bound = transpose ? bound + std::fabs(e) : std::fmax(bound, std::fabs(e));
-      const std::string where =
-          name + " " + c.name + " system " + std::to_string(item) + "," + std::to_string(k);
-      const double rounding = 50.0 * kEps * static_cast<double>(size + bound);
-      expect(found.residual[item * systems.K + k] <= rounding, where + ": a large residual");
-      // ‖x − x*‖ <= ‖residual‖/(1 − γ) in either norm, (M5) and (M13); and π's own rounding
-      const double allowed = rounding / (1.0 - c.discount[item]);
-      for (int s = 0; s < c.S; ++s)
-        near(found.x[at + s], static_cast<double>(x[s]), allowed,
-             where + " x " + std::to_string(s));
-    }
-  }
-}
-
-bool same_bits(const Answer& x, const Answer& y) {
-  return test::same_bits(x.x, y.x) && test::same_bits(x.residual, y.residual);
-}
-
-template <class Real>
 void solves(const Case<Real>& c, const Systems& systems) {
   for (const bool transpose : {false, true})
     for (const bool sparse : {false, true}) {
       const std::string what =
           std::string(sparse ? "csr" : "dense") + (transpose ? " transposed" : "");
       const Answer found = answer(c, systems, transpose, sparse, {1, 4, Order::kForward, 0});
-      compare(c, systems, transpose, found, what);
+      expect_solved(c, systems, transpose, found, what);
       for (const GridRun& run :
            {GridRun{3, 4, Order::kBackward, 0}, GridRun{2, 5, Order::kShuffled, 1},
             GridRun{7, 3, Order::kShuffled, 2}})
@@ -95,7 +58,7 @@ void many_columns() {
   Systems systems = make_systems(c, 70, false, 6);
   for (const bool transpose : {false, true}) {
     const Answer whole = answer(c, systems, transpose, false);
-    compare(c, systems, transpose, whole, "seventy");
+    expect_solved(c, systems, transpose, whole, "seventy");
     Systems one = systems;
     one.K = 1;
     one.rhs.assign(systems.rhs.begin() + 68 * c.S, systems.rhs.begin() + 69 * c.S);

@@ -8,10 +8,6 @@
 namespace test {
 namespace {
 
-struct Answer {
-  std::vector<double> x, residual;
-};
-
 template <class Home, class Real = typename Home::Real>
 Answer policy_solve(const Home& home, const Case<Real>& c, const Systems& systems, bool transpose,
                     const HostRun& how = {}) {
@@ -34,36 +30,13 @@ void solves(const Case<Real>& c, const Systems& systems, bool transpose) {
        {HostRun{32, Order::kBackward, 0, 1}, HostRun{48, Order::kShuffled, 1, 2},
         HostRun{5, Order::kForward, 0, 1}}) {
     const Answer other = policy_solve(shared_rows(c), c, systems, transpose, run);
-    expect(same_bits(found.x, other.x) && same_bits(found.residual, other.residual),
-           what + ": bits depend on the order");
+    expect(same_bits(found, other), what + ": bits depend on the order");
   }
   const Answer global = policy_solve(global_rows(c), c, systems, transpose);
   expect(same_bits(found.x, global.x), what + ": not its twin");
   const Answer csr = policy_solve(csr_rows(c), c, systems, transpose);
-  for (Index item = 0; item < c.items(); ++item) {
-    std::vector<Long> matrix = policy_system(c, item, systems.policy.data() + item * c.table());
-    if (transpose)
-      for (int i = 0; i < c.S; ++i)
-        for (int j = 0; j < i; ++j) std::swap(matrix[i * c.S + j], matrix[j * c.S + i]);
-    for (int k = 0; k < systems.K; ++k) {
-      const Index at = (item * systems.K + k) * c.S;
-      std::vector<Long> x(systems.rhs.begin() + at, systems.rhs.begin() + at + c.S);
-      Long size = 0, bound = 0;
-      for (const Long e : x) size = transpose ? size + std::fabs(e) : std::fmax(size, std::fabs(e));
-      gauss(matrix, x);
-      for (const Long e : x)
-        bound = transpose ? bound + std::fabs(e) : std::fmax(bound, std::fabs(e));
-      const std::string where = what + " system " + std::to_string(item) + "," + std::to_string(k);
-      const double rounding = 50.0 * kEps * static_cast<double>(size + bound);
-      expect(found.residual[item * systems.K + k] <= rounding, where + ": a large residual");
-      // ‖x − x*‖ <= ‖residual‖/(1 − γ) in either norm, (M5) and (M13); and π's own rounding
-      const double allowed = rounding / (1.0 - c.discount[item]);
-      for (int s = 0; s < c.S; ++s) {
-        near(found.x[at + s], static_cast<double>(x[s]), allowed, where + " x");
-        near(csr.x[at + s], static_cast<double>(x[s]), allowed, where + " csr x");
-      }
-    }
-  }
+  expect_solved(c, systems, transpose, found, transpose ? "dense transposed" : "dense");
+  expect_solved(c, systems, transpose, csr, transpose ? "csr transposed" : "csr");
 }
 
 // A non-negative right-hand side has every component to full relative accuracy.
