@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import numbers
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -163,7 +164,7 @@ def _check(ours: Any, state: Any, name: str) -> None:
         fits = isinstance(state, Tensor)
         if fits and (state.shape != ours.shape or state.dtype != ours.dtype):
             fits, kind = False, DtypeError if state.shape == ours.shape else ShapeError
-    elif isinstance(ours, Stateful):
+    elif hasattr(ours, "_check_state"):
         ours._check_state(state, name)
         fits = True
     else:
@@ -180,34 +181,51 @@ def _check(ours: Any, state: Any, name: str) -> None:
 
 
 def _check_optimiser(ours: Optimizer, state: Any, name: str) -> None:
-    """Refuse settings of another type, and tensors whose shapes are not of the parameters."""
-    for number, (group, stored) in enumerate(
-        zip(ours.param_groups, state["param_groups"], strict=True)
-    ):
+    """Refuse settings that are no numbers where ours are, and tensors whose shapes are not of the
+    parameters.
+    """
+
+    def refuse(kind: type[BirlError], place: str, found: Any, allowed: str) -> None:
+        raise kind(
+            f"the stored {name}{place} is {_described(found)}",
+            allowed=allowed,
+            fix="load it into one that was made with the same arguments",
+        )
+
+    groups = state["param_groups"]
+    for number, (group, stored) in enumerate(zip(ours.param_groups, groups, strict=True)):
         for key, setting in group.items():
-            if isinstance(setting, bool | int | float):
-                fits = isinstance(stored[key], type(setting) | int | float | Tensor)
-            else:
-                fits = key == "params" or setting is None or type(stored[key]) is type(setting)
-            if not fits:
-                raise OptionError(
-                    f"the stored {name}['param_groups'][{number}][{key!r}] is "
-                    f"{_described(stored[key])}",
-                    allowed=_described(setting),
-                )
-    if not isinstance(ours, _ELEMENTWISE):
+            if key != "params" and not _may_be_set(stored[key], setting):
+                place = f"['param_groups'][{number}][{key!r}]"
+                refuse(OptionError, place, stored[key], _described(setting))
+    order = [one for group in groups for one in group["params"]]
+    known = all(type(one) is int for one in order) and state["state"].keys() <= set(order)
+    if not known:
+        refuse(OptionError, "['state']", state["state"], f"a dict of parameters {order}"[:200])
+    if type(ours) not in _ELEMENTWISE:
         return
     parameters = (one for group in ours.param_groups for one in group["params"])
-    numbers = (one for group in state["param_groups"] for one in group["params"])
-    for parameter, number in zip(parameters, numbers, strict=True):
+    for parameter, number in zip(parameters, order, strict=True):
         kept = state["state"].get(number, {})
         for key, part in kept.items() if isinstance(kept, Mapping) else ():
-            if isinstance(part, Tensor) and part.dim() and part.shape != parameter.shape:
-                raise ShapeError(
-                    f"the stored {name}['state'][{number}][{key!r}] is {_described(part)}",
-                    allowed=str(tuple(parameter.shape)),
-                    fix="load it into one that was made with the same arguments",
-                )
+            wanted = () if key == "step" else tuple(parameter.shape)
+            if isinstance(part, Tensor) and tuple(part.shape) != wanted:
+                refuse(ShapeError, f"['state'][{number}][{key!r}]", part, str(wanted))
+
+
+def _may_be_set(stored: Any, ours: Any) -> bool:
+    """Whether a setting of an optimiser, of which flags may be whatever torch takes, can be put in
+    the place of `ours`.
+    """
+    if isinstance(ours, list | tuple):
+        if not isinstance(stored, list | tuple) or len(stored) != len(ours):
+            return False
+        return all(_may_be_set(part, own) for part, own in zip(stored, ours, strict=True))
+    if isinstance(ours, bool) or not isinstance(ours, numbers.Number | Tensor):
+        return True
+    if isinstance(stored, Tensor):
+        return stored.numel() == 1
+    return isinstance(stored, numbers.Number) and not isinstance(stored, bool)
 
 
 def _is_such_a_number(state: Any, ours: Any) -> bool:
@@ -229,7 +247,8 @@ def _groups(state: Any) -> tuple[list[int], list[str]] | None:
     try:
         groups = state["param_groups"]
         sizes = [len(group["params"]) for group in groups if isinstance(state["state"], Mapping)]
-        return sizes, sorted({key for group in groups for key in group} - {"params"})
+        shared = set.intersection(*map(set, groups)) if groups else set()
+        return sizes, sorted(shared - {"params"})
     except (KeyError, TypeError, IndexError):
         return None
 

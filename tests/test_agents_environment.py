@@ -287,11 +287,17 @@ def test_foreign_environments_start_new_episodes_when_resumed() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("episodes", None, "stored episodes is a NoneType"),
-        ("episodes", [0, 0.5], "stored episodes is a list"),
-        ("actions", [1, 2], "stored actions is a list"),
-        ("observation", 3, "stored observation is a int"),
-        ("other", 3, "stored environments are .'episodes', 'actions', 'observation', 'other'"),
+        ("episodes", None, "stored episodes is None .*whole numbers"),
+        ("episodes", [0, 0.5], "stored episodes is .0, 0.5."),
+        ("episodes", [0, True], "stored episodes is "),
+        ("episodes", [0, -1], "stored episodes is .*0 or more"),
+        ("episodes", [0], "1 environments are stored"),
+        ("actions", [1, 2], "stored actions is int"),
+        ("actions", [torch.zeros(3)], "stored actions is list .*a list of 2"),
+        ("actions", [torch.zeros(3, 7), torch.zeros(0)], "stored actions is Tensor"),
+        ("observation", 3, r"stored observation is int .*\(2, "),
+        ("observation", torch.zeros(2, 99), "stored observation is Tensor"),
+        ("other", 3, "stored environments is .'episodes', 'actions', 'observation', 'other'"),
     ],
 )
 def test_the_state_of_no_environments_is_refused(key: str, value: Any, words: str) -> None:
@@ -300,7 +306,7 @@ def test_the_state_of_no_environments_is_refused(key: str, value: Any, words: st
         before = ours.episodes
         with pytest.raises(OptionError, match=words):
             ours.load_state_dict({**state, key: value})
-        with pytest.raises(OptionError, match="stored environments are NoneType"):
+        with pytest.raises(OptionError, match="stored environments is NoneType"):
             ours.load_state_dict(untyped(None))
         assert ours.episodes == before
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from cases import untyped
@@ -192,7 +193,13 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
         (("x", "units"), None),
         (("x", "weight"), None),
         (("optimiser", "state", 0, "exp_avg"), torch.zeros(2, dtype=torch.float64)),
+        (("optimiser", "state", 0, "exp_avg"), torch.zeros(()).double()),
+        (("optimiser", "state", 0, "step"), torch.zeros(3, 2)),
         (("optimiser", "param_groups", 0, "lr"), "x"),
+        (("optimiser", "param_groups", 0, "lr"), True),
+        (("optimiser", "param_groups", 0, "betas"), ("a", "b")),
+        (("optimiser", "param_groups", 0, "params"), [7]),
+        (("optimiser", "param_groups", 0, "params"), [[0]]),
         (("optimiser", "param_groups", 0, "betas"), 0.9),
         (("steps",), None),
         (("steps",), True),
@@ -222,6 +229,63 @@ def test_a_state_that_an_algorithm_cannot_take_changes_nothing(
         ours.load_state_dict(state)
     assert_same_state(ours.state_dict(), before)
     ours.step()
+
+
+class Remembering(torch.optim.SGD):
+    """It keeps what is not of the shape of its parameters."""
+
+    def step(self, closure: Any = None) -> Any:
+        found = super().step(closure)
+        for one in self.param_groups[0]["params"]:
+            self.state[one]["history"] = torch.zeros(5)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (adam, lambda parameters: torch.optim.Adam(parameters, lr=torch.tensor(0.1))),
+        (lambda parameters: torch.optim.Adam(parameters, lr=torch.tensor(0.1)), adam),
+        (adam, lambda parameters: torch.optim.Adam(parameters, lr=0.1, foreach=True)),
+        (lambda parameters: torch.optim.Adam(parameters, lr=0.1, foreach=True), adam),
+        (adam, lambda parameters: torch.optim.Adam(parameters, lr=untyped(np.float32(0.1)))),
+        (torch.optim.LBFGS, torch.optim.LBFGS),
+        (
+            torch.optim.LBFGS,
+            lambda parameters: torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe"),
+        ),
+        (lambda p: Remembering(p, lr=0.1), lambda p: Remembering(p, lr=0.1)),
+        (
+            lambda parameters: torch.optim.Adadelta(parameters, lr=0.1),
+            lambda parameters: torch.optim.Adadelta(parameters, lr=0.1),
+        ),
+    ],
+)
+def test_every_good_state_of_an_optimiser_is_taken(theirs: Any, ours: Any) -> None:
+    one, other = descent(theirs), descent(ours)
+    one.run(2, progress=False)
+    other.load_state_dict(one.state_dict())
+    assert_same_bits(one.step().objective, other.step().objective, label="objective")
+    if theirs is ours or "Adam" not in type(one.optimiser).__name__:
+        assert_same_bits(one.x.weight, other.x.weight, label="x")
+
+
+@pytest.mark.filterwarnings("ignore::birl_ext.errors.AccuracyWarning")
+def test_a_batch_of_temperatures_may_come_later() -> None:
+    transition = torch.full((3, 2, 3), 1 / 3, dtype=torch.float64)
+    problem = birl_ext.BilevelProblem(
+        lambda x: birl_ext.DenseMDP(x, transition, 0.9),
+        lambda x, solution: solution.policy[..., 0].square().sum(),
+    )
+    both = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    algorithm = birl_ext.MSoBiRL(
+        problem,
+        torch.full((3, 2), 0.3, dtype=torch.float64),
+        temperature=lambda step: both if step else 1.0,
+        optimiser=adam,
+        mode="published",
+    )
+    algorithm.run(2, progress=False)
 
 
 @pytest.mark.filterwarnings("ignore::birl_ext.errors.AccuracyWarning")

@@ -263,7 +263,7 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
             shape = at.source.shape
             start = torch.randn(shape, generator=self.generator, dtype=torch.float64)
             flow = -start.to(at.source.device) / at.temperature.unsqueeze(-1)
-        elif flow.shape != at.source.shape:
+        elif any(n not in (1, m) for n, m in zip(flow.shape, at.source.shape, strict=True)):
             raise ShapeError(
                 f"the flow that the last step left is of shape {tuple(flow.shape)}",
                 allowed=f"{tuple(at.source.shape)}, by the MDP of `lower`",

@@ -348,6 +348,7 @@ class SoBiRL(Stateful):
         """
         with self.loaded_whole():
             super().load_state_dict(state)
+            check_count("steps", self.steps, 0)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(x={described(self.reward)}, steps={self.steps})"

@@ -361,7 +361,8 @@ class Environments:
             OptionError: the state is none, or of another number of environments.
             EnvironmentFailureError: an environment does not repeat itself.
         """
-        episodes = self._check_state(state)
+        self._check_state(state)
+        episodes = list(state["episodes"])
         if not self.repeatable or state["actions"] is None:
             self._begin([episode + 1 for episode in episodes], [[] for _ in episodes])
             return
@@ -379,33 +380,44 @@ class Environments:
                     "that remembers earlier episodes",
                 )
 
-    def _check_state(self, state: Any) -> list[int]:
-        """The numbers of the stored episodes, before anything has changed."""
-        parts = ("episodes", "actions", "observation")
-        if not isinstance(state, Mapping) or state.keys() != set(parts):
-            names = list(state) if isinstance(state, Mapping) else type(state).__name__
+    def _check_state(self, state: Any, name: str = "environments") -> None:
+        """Refuse a state that cannot be put, before anything has changed."""
+
+        def refuse(what: str, found: Any, allowed: str) -> None:
             raise OptionError(
-                f"the stored environments are {str(names)[:200]}",
-                allowed=f"a dict of {', '.join(parts)}",
+                f"the stored {what} is {str(found)[:200]}",
+                allowed=allowed,
                 fix="load what `state_dict` gave",
             )
-        for name, stored in state.items():
-            if name == "actions" and stored is None:
-                continue
-            if name == "observation":
-                fits = isinstance(stored, Tensor) and stored.dim() > 0
-            else:
-                kind = int if name == "episodes" else Tensor
-                fits = isinstance(stored, list) and all(isinstance(one, kind) for one in stored)
-            if not fits:
-                raise OptionError(
-                    f"the stored {name} is a {type(stored).__name__}",
-                    allowed=f"one of each of {self.count} environments",
-                    fix="load what `state_dict` gave",
-                )
-            if len(stored) != self.count:
-                raise OptionError(f"{len(stored)} environments are stored", allowed=str(self.count))
-        return list(state["episodes"])
+
+        parts = ("episodes", "actions", "observation")
+        if not isinstance(state, Mapping) or state.keys() != set(parts):
+            found = list(state) if isinstance(state, Mapping) else type(state).__name__
+            refuse(name, found, f"a dict of {', '.join(parts)}")
+        spaces, count = self.spaces, self.count
+        episodes, actions, observation = (state[part] for part in parts)
+        if not isinstance(episodes, list) or any(type(one) is not int for one in episodes):
+            refuse("episodes", episodes, "a list of whole numbers")
+        if len(episodes) != count:
+            raise OptionError(f"{len(episodes)} environments are stored", allowed=str(count))
+        if not all(0 <= one < 2**63 for one in episodes):
+            refuse("episodes", episodes, "whole numbers, 0 or more")
+        kind, shape = spaces.observation_dtype, spaces.observation_shape
+        fits = isinstance(observation, Tensor) and observation.shape == (count, *shape)
+        if not fits or observation.dtype != kind:
+            refuse("observation", type(observation).__name__, f"{(count, *shape)} of {kind}")
+        if actions is None:
+            return
+        if not isinstance(actions, list) or len(actions) != count:
+            refuse("actions", type(actions).__name__, f"None, or a list of {count}")
+        for taken in actions:
+            if not (
+                isinstance(taken, Tensor)
+                and taken.dim() > 0
+                and (len(taken) == 0 or taken.shape[1:] == spaces.action_shape)
+                and not taken.requires_grad
+            ):
+                refuse("actions", type(taken).__name__, f"(steps, *{spaces.action_shape}) each")
 
     def close(self) -> None:
         """Close the environments and end their processes."""
