@@ -115,7 +115,7 @@ class FourRoomsConfig:
     def __post_init__(self) -> None:
         check_settings(
             self,
-            least={"heat": 1, "gradient_noise": 0},
+            least={"heat": 1, "gradient_noise": 0, "kappa": 0},
             above={"temperature": 0, "starts": 0, "steps": 3, "learning_rate": 0, "spread": 0},
             most={"spread": 1e6, "heat": 1e6},
         )
@@ -309,6 +309,7 @@ class FourRoomsJob(Stateful):
             self._heat = state["heat"]
             self._climb(state["algorithm"]["x"])  # with as many starts
             super().load_state_dict(state)
+            check_count("rung", self._rung, 0, below=len(self._ends))
 
     def summary(self) -> dict[str, Any]:
         """The best weights seen at λ, with a certified error of their value."""
