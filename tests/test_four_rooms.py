@@ -229,8 +229,7 @@ def test_unknown_noise_is_refused():
 @pytest.mark.parametrize("key", ["heat", "algorithm", "values", "best"])
 @pytest.mark.parametrize("value", ["absent", "x", None])
 def test_a_state_that_a_run_cannot_take_changes_nothing(key: str, value: Any) -> None:
-    config = FourRoomsConfig(starts=3, steps=6)
-    theirs, ours = FourRoomsJob(config), FourRoomsJob(config)
+    theirs, ours = (FourRoomsJob(FourRoomsConfig(starts=3, steps=6)) for _ in range(2))
     for job in (theirs, ours, theirs):
         job.step()
     state = {**theirs.state_dict(), key: value}
@@ -241,3 +240,18 @@ def test_a_state_that_a_run_cannot_take_changes_nothing(key: str, value: Any) ->
         ours.load_state_dict(state)
     assert_same_state(ours.state_dict(), before)
     ours.step()
+
+
+@pytest.mark.parametrize("rung", [-1, 3, 99, 1.0])
+def test_a_rung_that_is_none_is_refused(rung: Any) -> None:
+    job = FourRoomsJob(FourRoomsConfig(starts=3, steps=6))
+    before = job.state_dict()
+    with pytest.raises(OptionError, match="rung"):
+        job.load_state_dict({**before, "rung": rung})
+    assert_same_state(job.state_dict(), before)
+
+
+def test_a_price_is_not_negative() -> None:
+    assert FourRoomsConfig(kappa=0.0).kappa == 0
+    with pytest.raises(ConfigError, match="kappa is -1"):
+        FourRoomsConfig(kappa=-1.0)

@@ -35,9 +35,10 @@ from birl_ext.bilevel.problem import (
     temperature_at,
 )
 from birl_ext.errors import AccuracyWarning, OptionError, ShapeError, warn
-from birl_ext.functional import bellman, solve
+from birl_ext.functional import solve
 from birl_ext.model import checks
 from birl_ext.model.mdp import DenseMDP, SparseMDP
+from birl_ext.ops.bellman import bellman
 
 __all__ = ["MSoBiRL", "MSoBiRLOutcome"]
 
@@ -227,19 +228,20 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
         """V after N − 1 plain sweeps, or fewer once it is as good as `tol` (M5), and its certified
         error; the linearisation makes the last one.
         """
-        value = self._value
-        if value is None:
-            value = mdp.reward.new_zeros(mdp.states)
+        data, layout = mdp.flatten(tau)
+        start = mdp.reward.new_zeros(mdp.states) if self._value is None else self._value
+        value = layout.grouped(start.double(), 1)
         self._counts[0] = 1
         for _ in range(self.sweeps - 1):
-            before, (value, _, _) = value, bellman(value, mdp, temperature=tau)
+            before, (value, _, _, _) = value, bellman(data, value)
             self._counts[0] += 1
             if self.tol is None:
                 continue
-            moved = (value - before).abs().amax(-1) * mdp.discount / (1 - mdp.discount)
-            size = value.abs().amax(-1).clamp(min=torch.as_tensor(tau).to(value))
+            moved = (value - before).abs().amax(-1) * data.discount / (1 - data.discount)
+            size = torch.maximum(value.abs().amax(-1), data.temperature)
             if bool((moved <= self.tol * size).all()):
                 break
+        value = layout.restore(value).to(mdp.reward.dtype)
         near = solve(
             mdp,
             temperature=tau,

@@ -50,6 +50,7 @@ __all__ = [
     "as_floating",
     "as_tensor",
     "below_zero",
+    "broadcast",
     "broadcast_batches",
     "check_actions",
     "check_callable",
@@ -409,6 +410,14 @@ def check_state_shapes(
         _check_event_shape("initial_distribution", initial_distribution, (states,), "S")
 
 
+def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """`torch.broadcast_shapes`, which takes a while, of shapes that are mostly () or equal."""
+    longest = max(shapes, key=len)
+    if all(not shape or shape == longest for shape in shapes):
+        return tuple(longest)
+    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
 def broadcast_batches(batches: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The common batch shape, or ShapeError naming the tensor whose batch axes do not broadcast."""
     shape: tuple[int, ...] = ()
@@ -416,7 +425,7 @@ def broadcast_batches(batches: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]
         if not batch:
             continue
         try:
-            shape = tuple(torch.broadcast_shapes(shape, batch))  # type: ignore[no-untyped-call]
+            shape = broadcast(shape, tuple(batch))
         except RuntimeError:
             raise ShapeError(
                 f"{name} has batch axes {tuple(batch)}",

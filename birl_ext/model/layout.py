@@ -88,7 +88,7 @@ def layout(transition_batch: tuple[int, ...], *batches: tuple[int, ...]) -> Layo
     """
     if not transition_batch and not any(batches):
         return _SINGLE
-    batch = tuple(torch.broadcast_shapes(transition_batch, *batches))  # type: ignore[no-untyped-call]
+    batch = checks.broadcast(transition_batch, *batches)
     own = (1,) * (len(batch) - len(transition_batch)) + tuple(transition_batch)
     # An axis along which the transition has size one belongs to the group; if such an axis comes
     # before one of the transition's, the small tensors are permuted instead of copying P.

@@ -13,7 +13,7 @@ from torch import Tensor
 from birl_ext.bilevel import BilevelProblem, MSoBiRL
 from birl_ext.errors import ConfigError
 from birl_ext.functional import evaluate, occupancy
-from birl_ext.model.checks import check_memory
+from birl_ext.model.checks import check_count, check_memory
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.problems.settings import check_settings
 from birl_ext.solution import Solution
