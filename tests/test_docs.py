@@ -313,8 +313,6 @@ def test_the_table_of_an_outer_step_is_the_one_measured() -> None:
     assert case["case"] == "bilevel loop, four rooms"
     text = (ROOT / "docs" / "bilevel.md").read_text()
     for row in case["rows"]:
-        if row["key"] == "contracting":
-            continue  # a mode that is gone
         cells = [digits(row[key]) for key in ("milliseconds", "median_error", "largest_error")]
         line = next(
             line for line in text.splitlines() if line.startswith(f"| {row['candidate']} |")
