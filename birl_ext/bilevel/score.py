@@ -68,6 +68,17 @@ class Score(Protocol):
         """A surrogate (n,) from fragments (n, H, …), of which `present` steps count."""
         ...
 
+    def each(
+        self,
+        reward: RewardFunction,
+        follower: Follower,
+        observation: Tensor,
+        action: Tensor,
+        present: Tensor,
+    ) -> Tensor:
+        """Its terms, of each step, (n, H); zero where a step is not `present`."""
+        ...
+
 
 class _StepByStep:
     """A sum over the steps of each fragment, of one number per step."""
@@ -80,8 +91,19 @@ class _StepByStep:
         action: Tensor,
         present: Tensor,
     ) -> Tensor:
+        return self.each(reward, follower, observation, action, present).sum(-1)
+
+    def each(
+        self,
+        reward: RewardFunction,
+        follower: Follower,
+        observation: Tensor,
+        action: Tensor,
+        present: Tensor,
+    ) -> Tensor:
+        """The surrogate of each step, (n, H)."""
         steps = self.steps_of(reward, follower, observation[present], action[present])
-        return steps.new_zeros(present.shape).masked_scatter(present, steps).sum(-1)
+        return steps.new_zeros(present.shape).masked_scatter(present, steps)
 
     def steps_of(
         self, reward: RewardFunction, follower: Follower, where: Tensor, chosen: Tensor

@@ -1,4 +1,6 @@
-"""The hyper-gradient of a loss of sampled trajectories (M16), (M17)."""
+"""The hyper-gradient of an upper level of sampled trajectories (M16), (M17): of a loss of whole
+paths, or of a cost that is a sum over steps.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from birl_ext.errors import OptionError, ShapeError
 from birl_ext.model import checks
 
-__all__ = ["Baseline", "check_baseline", "trajectory_surrogate"]
+__all__ = ["Baseline", "additive_surrogate", "check_baseline", "trajectory_surrogate"]
 
 Baseline = Literal["others", "none"]
 
@@ -62,6 +64,70 @@ def trajectory_surrogate(
     likelihood = score / temperature if path is None else path + score / temperature
     indirect = share * fixed * (likelihood - likelihood.detach())
     return (share * loss + indirect).mean()
+
+
+def additive_surrogate(
+    cost: Tensor,
+    score: Tensor,
+    *,
+    temperature: float,
+    discount: float,
+    baseline: Baseline = "others",
+    advantage: Tensor | None = None,
+    path: Tensor | None = None,
+) -> Tensor:
+    """A scalar whose value is the mean of Σ_t γᵗ f_t, and whose gradient is an estimate of ∇φ.
+
+        φ = E[ Σ_t γᵗ f(s_t, a_t; x) ]
+        ∇φ̂ = (1/n) Σ_i Σ_t γᵗ [ ∇f_t + (G_t − b_t) ∇h_t/τ + γ (G_{t+1} − b_{t+1}) ∇p_t ],
+        G_t = Σ_{k≥t} γᵏ⁻ᵗ f_k
+
+    A step is given credit for what follows it alone. Weighing every score by the whole path's sum
+    (`trajectory_surrogate`) has the same mean, and a variance that grows with the horizon. With an
+    `advantage`, A of the upper level's own return, the noise of what follows is gone too: what is
+    left is that of the states which are visited, and the advantage's error is bias.
+
+    Args:
+        cost: f, (n, H), along independent paths, zero after their ends, units of φ.
+        score: h, (n, H), of each step (`each` of `birl_ext.bilevel.score`). Only its gradient
+            counts.
+        temperature: τ of the lower level, units of reward.
+        discount: γ of the upper level, [0, 1]: one for paths that are no longer than H.
+        baseline: "others": b_t is the mean of the other paths' G_t, without bias because
+            E[∇h_t] = E[∇p_t] = 0; "none": zero.
+        advantage: A(s_t, a_t) = Q(s_t, a_t) − Σ_a π(a|s_t) Q(s_t, a) of the upper level's return,
+            (n, H), as `Critic.each` makes it from an upper critic Q; it takes the place of
+            G_t − b_t. No gradient.
+        path: p_t, (n, H), log probability of what follows each step, where x moves it. Only its
+            gradient counts.
+
+    Gradients: first order, through `cost`, `score` and `path`.
+
+    Source: (M16), (M17) for a loss that is a sum over steps; reward to go: Williams (1992), with
+    the upper level's advantage: Thoma et al. (2024).
+    """
+    checks.check_temperature(temperature)
+    if not 0.0 <= discount <= 1.0:
+        raise OptionError(f"discount is {discount!r}", allowed="[0, 1]")
+    checks.as_floating("cost", cost)
+    if cost.dim() != 2:
+        raise ShapeError(f"cost has shape {tuple(cost.shape)}", allowed="(n, H)")
+    for name, tensor in (("score", score), ("advantage", advantage), ("path", path)):
+        if tensor is not None and tensor.shape != cost.shape:
+            raise ShapeError(
+                f"{name} has shape {tuple(tensor.shape)}", allowed=f"{tuple(cost.shape)}"
+            )
+    check_baseline(baseline)
+    powers = discount ** torch.arange(cost.shape[1], dtype=cost.dtype, device=cost.device)
+    # γᵗ G_t, which no division by γᵗ is needed for
+    ahead = (powers * cost.detach()).flip(1).cumsum(1).flip(1)
+    if baseline == "others" and len(cost) > 1:
+        ahead = ahead - (ahead.sum(0) - ahead) / (len(cost) - 1)
+    credit = ahead if advantage is None else powers * advantage.detach()
+    indirect = credit * (score - score.detach()) / temperature
+    if path is not None:
+        indirect[:, :-1] += ahead[:, 1:] * (path - path.detach())[:, :-1]
+    return (powers * cost + indirect).sum(1).mean()
 
 
 def check_baseline(baseline: Baseline) -> None:
