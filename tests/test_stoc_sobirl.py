@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from closeness import assert_same_state
 from torch import Tensor
 
 import birl_ext
@@ -51,6 +53,7 @@ def test_the_sampled_objective_is_the_exact_one() -> None:
     objective, solution = exact.evaluate(x, SMALL.temperature)
     follower = FiniteFollower(solution.policy)
     paths = [simulator.rollout(follower, 200_000, 1) for _ in range(2)]
+    assert problem.loss is not None
     loss = problem.loss(x, paths)
     error = float(loss.std() / len(loss) ** 0.5)
     assert abs(float(loss.mean() - objective)) < 4 * error
@@ -305,3 +308,125 @@ def test_a_loss_may_use_any_number_of_paths() -> None:
         effort=Effort(10, 3, 3),
     )
     assert algorithm.step().gradient_norm > 0
+
+
+def additive(
+    credit: Any = "critic", *, moves: bool = False, **options: Any
+) -> tuple[StocSoBiRL, Tensor]:
+    """An upper level that sums its own costs over the steps of one path, which x enters too, and
+    its exact gradient over them.
+    """
+    draws = torch.Generator().manual_seed(4)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draws, dtype=torch.float64)
+
+    features, own, lean = normal(4, 3, 5), normal(4, 3), 0.3 * normal(4, 3, 4, 5)
+    logits, start, x = 1.5 * normal(4, 3, 4), normal(4).softmax(-1), normal(5)
+    ends = torch.tensor([False, False, True, False])
+    steps, above = 12, 0.7
+
+    def transition(x: Tensor) -> Tensor:
+        rows = (logits + (lean @ x if moves else 0.0)).softmax(-1)
+        return torch.where(ends[:, None, None], 0.0, rows)
+
+    def cost(x: Tensor) -> Tensor:
+        return own + 0.1 * (features @ x).square()
+
+    def mdp(x: Tensor) -> birl_ext.DenseMDP:
+        return birl_ext.DenseMDP(
+            features @ x, transition(x), 0.6, terminal=ends, initial_distribution=start
+        )
+
+    at = x.clone().requires_grad_()
+    policy = birl_ext.solve(mdp(at), temperature=0.5).policy
+    objective, where = torch.zeros((), dtype=torch.float64), start
+    for step in range(steps):
+        objective = objective + above**step * torch.einsum("s,sa,sa->", where, policy, cost(at))
+        where = torch.einsum("s,sa,sat->t", where, policy, transition(at))
+    (exact,) = torch.autograd.grad(objective, at)
+    algorithm = StocSoBiRL(
+        SampledProblem(
+            lambda x: features @ x,
+            cost=cost,
+            steps=steps,
+            discount=above,
+            transition=transition if moves else None,
+        ),
+        FiniteSimulator(mdp(x + 1 if moves else x), torch.Generator().manual_seed(0)),
+        x,
+        discount=0.6,
+        temperature=0.5,
+        optimiser=lambda parameters: torch.optim.SGD(parameters, lr=0.02),
+        effort=Effort(**{"batch": 2000, "horizon": 20, "sweeps": 2000, **options}),
+        credit=credit,
+    )
+    return algorithm, exact
+
+
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("credit", ["critic", "to go"])
+def test_a_sum_over_steps_has_the_exact_hypergradient(credit: str, moves: bool) -> None:
+    algorithm, exact = additive(credit, moves=moves)
+    report = measure_estimator(lambda: algorithm.hypergradient()[1], exact, repetitions=12)
+    assert report.noise < 0.04, report
+    assert report.relative_error < 4 * report.noise + 0.02, report
+
+
+def test_a_critic_of_the_upper_level_learns_what_the_policy_costs() -> None:
+    algorithm, _ = additive(batch=1, horizon=1, sweeps=20_000)
+    algorithm.hypergradient()
+    simulator, policy = algorithm.simulator, algorithm._preference().softmax(-1)
+    cost = algorithm.problem.cost
+    assert cost is not None
+    mdp = simulator._mdp
+    table, ends = cost(algorithm.x.detach()), mdp.terminal
+    value = birl_ext.evaluate(policy, table, mdp.transition, discount=0.7, terminal=ends)
+    wanted = table + 0.7 * torch.einsum("sat,t->sa", mdp.transition, value)
+    torch.testing.assert_close(algorithm.upper_q, wanted, rtol=0, atol=0.03)
+
+
+def test_a_critic_costs_less_noise_than_what_follows() -> None:
+    noise = {}
+    for credit in ("critic", "to go"):
+        algorithm, exact = additive(credit, batch=200)
+        estimates = (algorithm.hypergradient()[1] for _ in range(30))
+        noise[credit] = measure_estimator(estimates.__next__, exact, repetitions=30).variance
+    assert noise["critic"] < noise["to go"] / 2
+
+
+def test_a_sum_over_steps_goes_on_from_its_state() -> None:
+    ours, theirs = (additive(batch=20, horizon=5, sweeps=20)[0] for _ in range(2))
+    ours.step()
+    theirs.load_state_dict(ours.state_dict())
+    assert ours.step() == theirs.step()
+    assert_same_state(ours.state_dict(), theirs.state_dict())
+
+
+def test_what_a_sum_over_steps_needs_is_named() -> None:
+    def table(x: Tensor) -> Tensor:
+        return x
+
+    with pytest.raises(OptionError, match="neither loss and cost"):
+        SampledProblem(table)
+    with pytest.raises(OptionError, match="both loss and cost"):
+        SampledProblem(table, lambda x, paths: x, cost=table)
+    with pytest.raises(OptionError, match=r"discount is 1.5 \(allowed: \[0, 1\]"):
+        SampledProblem(table, cost=table, discount=1.5)
+    with pytest.raises(OptionError, match=r"credit is 'actor'"):
+        additive("actor")
+    algorithm, _ = additive(batch=2, horizon=2, sweeps=2)
+    endless = dataclasses.replace(algorithm.problem, discount=1.0)
+    with pytest.raises(OptionError, match=r'discount of the costs is 1.0.*credit="to go"'):
+        StocSoBiRL(
+            endless,
+            algorithm.simulator,
+            algorithm.x,
+            discount=0.6,
+            temperature=0.5,
+            optimiser=torch.optim.Adam,
+            effort=algorithm.effort,
+        )
+    algorithm.problem = dataclasses.replace(algorithm.problem, cost=lambda x: x)
+    with pytest.raises(ShapeError, match=r"cost has shape \(5,\) \(allowed: \(S, A\) = \(4, 3\)"):
+        algorithm.step()

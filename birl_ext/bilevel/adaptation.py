@@ -18,7 +18,12 @@ from birl_ext.bilevel.guards import check_count
 from birl_ext.bilevel.score import Follower, Simulator
 from birl_ext.preferences.loss import RewardFunction
 
-__all__ = ["AdaptedReward", "TransitionFunction", "path_log_probability"]
+__all__ = [
+    "AdaptedReward",
+    "TransitionFunction",
+    "path_log_probability",
+    "transition_log_probabilities",
+]
 
 
 class TransitionFunction(Protocol):
@@ -102,8 +107,14 @@ def path_log_probability(
 
     Source: (M17), the probability of a path.
     """
-    onward = present[:, :-1] & present[:, 1:]
-    found = transition(
-        observation[:, :-1][onward], action[:, :-1][onward], observation[:, 1:][onward]
-    )
-    return found.new_zeros(onward.shape).masked_scatter(onward, found).sum(-1)
+    return transition_log_probabilities(transition, observation, action, present).sum(-1)
+
+
+def transition_log_probabilities(
+    transition: TransitionFunction, observation: Tensor, action: Tensor, present: Tensor
+) -> Tensor:
+    """The terms of `path_log_probability`, (n, H): zero where no step follows."""
+    onward = torch.zeros_like(present)
+    onward[:, :-1] = present[:, :-1] & present[:, 1:]
+    found = transition(observation[onward], action[onward], observation.roll(-1, 1)[onward])
+    return found.new_zeros(onward.shape).masked_scatter(onward, found)

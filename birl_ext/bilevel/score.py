@@ -195,6 +195,18 @@ class FullHorizon(_StepByStep):
         self.discount = check_discount(discount)
         self.steps = check_count("steps", steps)
 
+    def of_actions(
+        self, reward: RewardFunction, follower: Follower, where: Tensor, actions: int
+    ) -> Tensor:
+        """∇Q(s, ·) alone, for weights that sum to zero over the actions: (m, *O) → (m, A)."""
+        every = torch.arange(actions, device=where.device).repeat(len(where))
+        with torch.no_grad():
+            path = self.simulator.continuations(
+                follower, where.repeat_interleave(actions, 0), every, self.steps
+            )
+        counts = torch.ones_like(path.present[:, 0])
+        return self._discounted(reward, path, counts).view(-1, actions)
+
     def steps_of(
         self, reward: RewardFunction, follower: Follower, where: Tensor, chosen: Tensor
     ) -> Tensor:

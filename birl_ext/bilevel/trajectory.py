@@ -89,15 +89,16 @@ def additive_surrogate(
 
     Args:
         cost: f, (n, H), along independent paths, zero after their ends, units of φ.
-        score: h, (n, H), of each step (`each` of `birl_ext.bilevel.score`). Only its gradient
-            counts.
+        score: h, (n, H), of each step (`each` of `birl_ext.bilevel.score`), or (n, H, A). Only its
+            gradient counts.
         temperature: τ of the lower level, units of reward.
         discount: γ of the upper level, [0, 1]: one for paths that are no longer than H.
         baseline: "others": b_t is the mean of the other paths' G_t, without bias because
             E[∇h_t] = E[∇p_t] = 0; "none": zero.
         advantage: A(s_t, a_t) = Q(s_t, a_t) − Σ_a π(a|s_t) Q(s_t, a) of the upper level's return,
             (n, H), as `Critic.each` makes it from an upper critic Q; it takes the place of
-            G_t − b_t. No gradient.
+            G_t − b_t. Or of every action, π(a|s_t) A(s_t, a), (n, H, A), with a score of every
+            action: the sum over them takes the place of the one that was drawn. No gradient.
         path: p_t, (n, H), log probability of what follows each step, where x moves it. Only its
             gradient counts.
 
@@ -112,19 +113,27 @@ def additive_surrogate(
     checks.as_floating("cost", cost)
     if cost.dim() != 2:
         raise ShapeError(f"cost has shape {tuple(cost.shape)}", allowed="(n, H)")
-    for name, tensor in (("score", score), ("advantage", advantage), ("path", path)):
-        if tensor is not None and tensor.shape != cost.shape:
-            raise ShapeError(
-                f"{name} has shape {tuple(tensor.shape)}", allowed=f"{tuple(cost.shape)}"
-            )
+    of_all = advantage is not None and score.dim() == 3
+    steps = tuple(cost.shape)
+    wanted = (*steps, score.shape[-1]) if of_all else steps
+    for name, tensor, shape in (
+        ("score", score, wanted),
+        ("advantage", advantage, wanted),
+        ("path", path, steps),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}", allowed=f"{shape}")
     check_baseline(baseline)
     powers = discount ** torch.arange(cost.shape[1], dtype=cost.dtype, device=cost.device)
     # γᵗ G_t, which no division by γᵗ is needed for
     ahead = (powers * cost.detach()).flip(1).cumsum(1).flip(1)
     if baseline == "others" and len(cost) > 1:
         ahead = ahead - (ahead.sum(0) - ahead) / (len(cost) - 1)
-    credit = ahead if advantage is None else powers * advantage.detach()
-    indirect = credit * (score - score.detach()) / temperature
+    if advantage is None:
+        indirect = ahead * (score - score.detach()) / temperature
+    else:
+        moved = advantage.detach() * (score - score.detach())
+        indirect = powers * (moved.sum(-1) if of_all else moved) / temperature
     if path is not None:
         indirect[:, :-1] += ahead[:, 1:] * (path - path.detach())[:, :-1]
     return (powers * cost + indirect).sum(1).mean()
