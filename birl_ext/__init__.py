@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from birl_ext import nn
 from birl_ext._version import __version__
+from birl_ext.entropy import temperature_for
 from birl_ext.functional import bellman, evaluate, occupancy, solve
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.nn import SoftPlanner
@@ -154,6 +155,7 @@ __all__ = [
     "runs",
     "simulators",
     "solve",
+    "temperature_for",
 ]
 
 

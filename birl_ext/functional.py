@@ -153,7 +153,7 @@ def solve(
         found = _solve_fast(reward, transition, discount, temperature, options)
         if found is not None:
             return found
-    given = _Given(reward, transition, discount, temperature, reference, mask, terminal, validate)
+    given = Given(reward, transition, discount, temperature, reference, mask, terminal, validate)
     return _solve_in_normal_form(given, initial, options)
 
 
@@ -192,7 +192,7 @@ def bellman(
     Source: (M1), (M2), (M3).
     """
     value = checks.as_floating("value", value)
-    given = _Given(reward, transition, discount, temperature, reference, mask, terminal, validate)
+    given = Given(reward, transition, discount, temperature, reference, mask, terminal, validate)
     flat = _flat(given, value.shape[:-1], read=True, tell=True)
     checks.check_devices({"reward": flat.data.reward, "value": value})
     _require_shape("value", value, (flat.data.reward.shape[-2],))
@@ -252,7 +252,7 @@ def evaluate(
     """
     policy = checks.as_floating("policy", policy)
     batch = tuple(policy.shape[:-2])
-    given = _Given(reward, transition, discount, 1.0, terminal=terminal, validate=validate)
+    given = Given(reward, transition, discount, 1.0, terminal=terminal, validate=validate)
     flat = _flat(given, batch, read=True)
     checks.check_devices({"transition": flat.data.transition, "policy": policy})
     pi = _checked(policy, flat, reward, validate)
@@ -321,7 +321,7 @@ def occupancy(
     else:
         rows = checks.as_floating("transition", transition)
         reward = rows.new_zeros(()).expand(*checks.states_and_actions("policy", policy))
-    given = _Given(reward, rows, discount, 1.0, terminal=terminal, validate=validate)
+    given = Given(reward, rows, discount, 1.0, terminal=terminal, validate=validate)
     flat = _flat(given, batch, read=rows is not None)
     tensors = {"policy": policy, "initial_distribution": initial_distribution}
     checks.check_devices({"transition": flat.data.transition, **tensors})
@@ -403,7 +403,7 @@ def _require_solved(solution: Tensor, residual: Tensor, flat: Flat) -> None:
     )
 
 
-class _Given(NamedTuple):
+class Given(NamedTuple):
     """A problem as a caller gives it: tensors, or an MDP object in the place of the reward."""
 
     reward: Tensor | MDP
@@ -456,7 +456,7 @@ class _Given(NamedTuple):
 
 
 def _flat(
-    given: _Given, batch: tuple[int, ...] = (), *, read: bool = False, tell: bool = False
+    given: Given, batch: tuple[int, ...] = (), *, read: bool = False, tell: bool = False
 ) -> Flat:
     """A problem, checked once, in the normal form of the ops.
 
@@ -551,7 +551,7 @@ def _solve_fast(
 
 
 @checks.within_memory
-def _solve_in_normal_form(given: _Given, initial: Tensor | None, options: Options) -> Solution:
+def _solve_in_normal_form(given: Given, initial: Tensor | None, options: Options) -> Solution:
     flat = _flat(given, tell=True)
     start = _start(initial, flat)
     settings, too_tight = _settings(options, flat, given.ending)

@@ -133,14 +133,16 @@ class SoftPlanner(nn.Module):
         terminal: Tensor | None = None,
         reference: Tensor | None = None,
         initial: Tensor | None = None,
+        temperature: float | Tensor | None = None,
     ) -> Solution:
-        """Solve for rewards (*B, S, A); what is given here takes the place of the buffers."""
+        """Solve for rewards (*B, S, A); what is given here takes the place of what is kept."""
         extras: dict[str, Any] = {
             "mask": self.mask if mask is None else mask,
             "terminal": self.terminal if terminal is None else terminal,
             "reference": self.reference if reference is None else reference,
         }
-        temperature = self.log_temperature.double().exp().squeeze(0)
+        if temperature is None:
+            temperature = self.log_temperature.double().exp().squeeze(0)
         initial = self.initial if initial is None else initial
         given = self.transition if transition is None else transition
         if given is None:

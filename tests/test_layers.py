@@ -29,6 +29,7 @@ LAYERS = (
     "options",
     "ops",
     "functional",
+    "entropy",
     "nn",
     "__init__",  # the front door, open to everything above it
     "environments",
