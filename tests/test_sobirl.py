@@ -79,7 +79,7 @@ def test_the_hypergradient_of_preferences_is_the_exact_one() -> None:
     problem, reward, exact = table_problem()
     simulator = simulator_of(problem)
     score = FullHorizon(simulator, discount=DISCOUNT, steps=30)
-    algorithm = SoBiRL(reward, optimiser=still, score=score)
+    algorithm = SoBiRL(reward, optimiser=still, average=0.0, score=score)
 
     def estimate() -> Tensor:
         pairs = answered(problem, simulator, 10_000)
@@ -137,7 +137,7 @@ def test_a_lead_scores_the_steps_before_a_fragment() -> None:
         share = torch.sigmoid((first.reward - second.reward)[:, -1])
         label = torch.bernoulli(share, generator=simulator.generator)
         pairs = Pairs(first, second, label).after(2 - lead)
-        algorithm = SoBiRL(reward, optimiser=still, score=score, lead=lead)
+        algorithm = SoBiRL(reward, optimiser=still, average=0.0, score=score, lead=lead)
         algorithm.step(pairs, problem.follower, temperature=TEMPERATURE)
         (parameter,) = algorithm.parameters
         assert parameter.grad is not None
@@ -293,7 +293,7 @@ def test_a_step_is_the_sum_over_pairs_and_steps(
     follower: Any = policy
     if not shared:  # the same policy, of a kind that names no table of logarithms
         follower = SimpleNamespace(probabilities=policy.probabilities, log_prob=policy.log_prob)
-    algorithm = SoBiRL(reward, optimiser=still, score=OneStep(4), limit=1.5)
+    algorithm = SoBiRL(reward, optimiser=still, average=0.0, score=OneStep(4), limit=1.5)
     outcome = algorithm.step(pairs, follower, temperature=0.5)
     for parameter, one, other in zip(algorithm.parameters, direct, indirect, strict=True):
         assert parameter.grad is not None
@@ -313,7 +313,9 @@ def test_each_network_is_run_once_over_the_steps(ensemble: bool) -> None:
     reward = RewardEnsemble([member]) if ensemble else member
     seen: list[int] = []
     member.body.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
-    SoBiRL(reward, optimiser=still, score=OneStep(4)).step(pairs, policy, temperature=1.0)
+    SoBiRL(reward, optimiser=still, average=0.0, score=OneStep(4)).step(
+        pairs, policy, temperature=1.0
+    )
     steps = int(pairs.first.present.sum() + pairs.second.present.sum())
     assert seen == policy.asked == [steps]
 
@@ -326,7 +328,7 @@ def test_the_scores_part_is_shortened_to_its_limit(limit: float) -> None:
     one, other = (torch.cat([x.flatten() for x in part]) for part in (direct, indirect))
     factor = min(1.0, limit * float(one.norm() / other.norm()))
     assert (factor < 1) == (limit < 0.5)  # both cases are tried
-    algorithm = SoBiRL(reward, optimiser=still, score=OneStep(4), indirect_limit=limit)
+    algorithm = SoBiRL(reward, optimiser=still, average=0.0, score=OneStep(4), indirect_limit=limit)
     outcome = algorithm.step(pairs, policy, temperature=0.5)
     found = torch.cat([p.grad.flatten() for p in algorithm.parameters if p.grad is not None])
     torch.testing.assert_close(found, one + factor * other, rtol=1e-10, atol=1e-12)
@@ -340,7 +342,7 @@ def test_the_loss_may_count_all_answers_alike() -> None:
     _, indirect = pair_by_pair(reward, policy, pairs, 0.5, 5.0)
     loss = bradley_terry(margins(reward, pairs), pairs.label).mean()
     plain = torch.autograd.grad(loss, list(reward.parameters()))
-    algorithm = SoBiRL(reward, optimiser=still, score=OneStep(4), weigh_loss=False)
+    algorithm = SoBiRL(reward, optimiser=still, average=0.0, score=OneStep(4), weigh_loss=False)
     algorithm.step(pairs, policy, temperature=0.5)
     for parameter, one, other in zip(algorithm.parameters, plain, indirect, strict=True):
         torch.testing.assert_close(parameter.grad, one + other, rtol=1e-10, atol=1e-12)
@@ -375,7 +377,7 @@ def test_the_score_of_an_ensemble_is_that_of_its_mean(shared: bool) -> None:
     follower: Any = policy
     if not shared:
         follower = SimpleNamespace(probabilities=policy.probabilities, log_prob=policy.log_prob)
-    algorithm = SoBiRL(ensemble, optimiser=still, score=OneStep(4), limit=1.5)
+    algorithm = SoBiRL(ensemble, optimiser=still, average=0.0, score=OneStep(4), limit=1.5)
     outcome = algorithm.step(pairs, follower, temperature=0.5)
     for parameter, one, other in zip(algorithm.parameters, direct, indirect, strict=True):
         assert parameter.grad is not None
@@ -390,7 +392,7 @@ def test_copies_in_an_ensemble_behave_as_one() -> None:
     copies = [copy.deepcopy(reward) for _ in range(3)]
     grads = []
     for model in (reward, RewardEnsemble(copies)):
-        algorithm = SoBiRL(model, optimiser=still, score=OneStep(4))
+        algorithm = SoBiRL(model, optimiser=still, average=0.0, score=OneStep(4))
         algorithm.step(pairs, policy, temperature=0.5)
         grads.append([parameter.grad for parameter in algorithm.parameters])
     for alone, copied in zip(3 * grads[0], grads[1], strict=True):
@@ -414,7 +416,7 @@ def test_the_follower_is_held_fixed(tabulated: bool) -> None:
         follower: Any = policy
         if not tabulated:
             follower = SimpleNamespace(probabilities=policy.probabilities, log_prob=policy.log_prob)
-        algorithm = SoBiRL(reward, optimiser=still, score=OneStep(4))
+        algorithm = SoBiRL(reward, optimiser=still, average=0.0, score=OneStep(4))
         algorithm.step(pairs, follower, temperature=0.5)
         found.append([parameter.grad for parameter in algorithm.parameters])
     for one, other in zip(*found, strict=True):

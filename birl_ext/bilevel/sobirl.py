@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.bilevel.guards import check_count, check_kind, check_number, make_optimiser, take_step
 from birl_ext.bilevel.score import OneStep, Score
+from birl_ext.bilevel.score_average import ScoreAverage
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
 from birl_ext.bilevel.variables import described
 from birl_ext.errors import GradientError, NonFiniteResultError, OptionError
@@ -42,6 +43,7 @@ class SoBiRLOutcome(NamedTuple):
         accuracy: share of pairs, ties apart, whose order the reward explains; before the update.
         gradient_norm: ‖∇φ̂‖₂.
         indirect_share: ‖the score's part‖₂ / ‖∇φ̂‖₂: zero without a hyper-gradient.
+        kept: what the noise leaves of the score's part, [0, 1], see `ScoreAverage`.
         used: pairs whose weight is not zero; the loss counts the others too without `weigh_loss`.
         effective: (Σw)²/Σw² of the importance weights.
     """
@@ -50,6 +52,7 @@ class SoBiRLOutcome(NamedTuple):
     accuracy: float
     gradient_norm: float
     indirect_share: float
+    kept: float
     used: int
     effective: float
 
@@ -138,16 +141,19 @@ class SoBiRL(Stateful):
         weigh_loss: whether the weights hold for the loss itself too, as ∇φ asks. Without, the
             reward is fitted to all answers alike, and only the score's part is corrected: less
             noise, for a fit to behaviour that is not the present one's.
+        average: β, [0, 1), of the average over updates that the score's part is, shrunk by its own
+            noise (`birl_ext.bilevel.score_average`): the estimate of a few pairs is mostly noise
+            once the loss is fitted. Zero takes the part of each update as it is.
         indirect_limit: the most that the norm of the score's part may be, in units of that of the
-            loss's; what is longer is shortened. The estimate of a few pairs is mostly noise once
-            the loss is fitted. Infinite leaves ∇φ̂ as it is.
+            loss's; what is longer is shortened. For pairs that are used again and again, whose
+            error no average takes away. Infinite: no limit.
         lead: the first steps of every fragment that are scored and weighed but not compared, see
             `birl_ext.preferences.fragments.draw`; what the policy did before them is left out.
 
     Source: Yang, Gao and Yuan (2025), Algorithm SoBiRL; (M16).
     """
 
-    STATE = ("reward", "optimiser", "steps")
+    STATE = ("reward", "optimiser", "steps", "_average")
 
     def __init__(
         self,
@@ -160,6 +166,7 @@ class SoBiRL(Stateful):
         stale: Stale = "weigh",
         limit: float = 5.0,
         weigh_loss: bool = True,
+        average: float = 0.9,
         indirect_limit: float = math.inf,
         lead: int = 0,
     ) -> None:
@@ -179,6 +186,8 @@ class SoBiRL(Stateful):
         self.indirect_limit = check_number("indirect_limit", indirect_limit, infinite=True)
         self.lead = check_count("lead", lead, 0)
         self.steps = 0
+        size = 0 if score is None else sum(parameter.numel() for parameter in self.parameters)
+        self._average = ScoreAverage(size, average, self.parameters[0].detach())
 
     def step(self, pairs: Pairs, follower: Any, *, temperature: float) -> SoBiRLOutcome:
         """One update from a batch of answered pairs.
@@ -204,18 +213,21 @@ class SoBiRL(Stateful):
         if not len(pairs):
             raise OptionError("there are no pairs", allowed="1 or more")
         pairs.after(self.lead)  # refuses a lead that leaves nothing
-        outcomes: list[SoBiRLOutcome] = []
+        outcomes: list[tuple[SoBiRLOutcome, ScoreAverage]] = []
 
         def closure() -> float:
             outcomes.append(self._prepare(pairs, follower, temperature))
-            return outcomes[-1].loss
+            return outcomes[-1][0].loss
 
         take_step(self.optimiser, self.reward, closure, self.steps)
         self.steps += 1
-        return outcomes[0]
+        outcome, self._average = outcomes[0]
+        return outcome
 
-    def _prepare(self, pairs: Pairs, follower: Any, temperature: float) -> SoBiRLOutcome:
-        """Set the gradient of each parameter at its present value."""
+    def _prepare(
+        self, pairs: Pairs, follower: Any, temperature: float
+    ) -> tuple[SoBiRLOutcome, ScoreAverage]:
+        """Set the gradient of each parameter at its present value; the average with this one."""
         found = self._evaluated(pairs, follower)
         margin = found.margin
         loss = own = bradley_terry(margin, pairs.label, self.noise)
@@ -225,7 +237,7 @@ class SoBiRL(Stateful):
         weight = self._weight(pairs, found.log_prob).to(loss)
         direct = ((weight if self.weigh_loss else 1.0) * own).sum() / len(loss)
         gradient = self._gradient("the loss", direct, retain_graph=found.score is not None)
-        share = 0.0
+        share, average = 0.0, self._average
         if found.score is not None:
             # (1/n) Σ w (l − b) h/τ, whose gradient is the score's part
             indirect = trajectory_surrogate(
@@ -235,7 +247,8 @@ class SoBiRL(Stateful):
                 baseline=self.baseline,
                 weight=weight,
             )
-            part = self._gradient("the score", indirect)
+            average = average.after(self._flat(self._gradient("the score", indirect)))
+            part = self._parts(average.kept * average.mean)
             share = _norm(part)
             cut = min(1.0, self.indirect_limit * _norm(gradient) / share) if share else 1.0
             share *= cut
@@ -249,14 +262,31 @@ class SoBiRL(Stateful):
             )
         for parameter, one in zip(self.parameters, gradient, strict=True):
             parameter.grad = one
-        return SoBiRLOutcome(
+        outcome = SoBiRLOutcome(
             loss=value,
             accuracy=float(accuracy(margin, pairs.label)),
             gradient_norm=size,
             indirect_share=share / size if size else 0.0,
+            kept=average.kept if share else 0.0,
             used=int((weight > 0).sum()),
             effective=float(weight.sum().square() / weight.square().sum().clamp(min=1e-12)),
         )
+        return outcome, average
+
+    def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """Of all parameters one below the other; zero where there is none."""
+        pairs = zip(self.parameters, parts, strict=True)
+        return torch.cat(
+            [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in pairs]
+        )
+
+    def _parts(self, flat: Tensor) -> list[Tensor | None]:
+        """Of each parameter; None where it is frozen."""
+        parts = torch.split(flat, [parameter.numel() for parameter in self.parameters])
+        return [
+            part.view_as(parameter) if parameter.requires_grad else None
+            for parameter, part in zip(self.parameters, parts, strict=True)
+        ]
 
     def _gradient(
         self, name: str, value: Tensor, *, retain_graph: bool = False

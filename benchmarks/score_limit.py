@@ -1,0 +1,237 @@
+"""How much of the score's part of SoBiRL's hyper-gradient should a step use?
+
+    python benchmarks/score_limit.py [--seeds 6] [--out FILE]
+
+Random MDPs (5 states, 3 actions, γ = 0.7, τ = 0.3), a table of rewards learned by Adam (0.03) from
+the comparisons, by a true reward, of fragments of two steps; exact soft-optimal followers and exact
+scores. φ is the cross entropy over all pairs of paths, in full; its exact minimiser by the same
+optimiser on ∇φ says what there is to gain over the fit of the loss alone (DRLHF). "Fresh": 64 new
+pairs an update, 200 updates. "Reused": 240 pairs in all, 24 new ones every 20 updates, batches of
+64 of them, importance weights cut at 5. Along each run: the error and the cosine of the update's
+gradient against ∇φ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from birl_bench import machine
+from birl_bench.report import store
+from torch import Tensor
+
+import birl_ext
+from birl_ext.bilevel.bias_meter import exact_pair_objective
+from birl_ext.bilevel.score import Critic
+from birl_ext.bilevel.sobirl import DRLHF, SoBiRL
+from birl_ext.preferences.fragments import Fragments, Pairs
+from birl_ext.preferences.reward_model import RewardNetwork
+from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator, Paths
+
+STATES, ACTIONS, STEPS, DISCOUNT, TEMPERATURE = 5, 3, 2, 0.7, 0.3
+UPDATES, BATCH, POOL, ROUND, RATE = 200, 64, 240, 20, 0.03
+RULES: dict[str, dict[str, Any] | None] = {
+    "exact ∇φ": None,
+    "averaged and shrunk by its noise": {"average": 0.9},
+    "the same, at most 1 of the loss's part": {"average": 0.9, "indirect_limit": 1.0},
+    "the same, at most .3": {"average": 0.9, "indirect_limit": 0.3},
+    "the same, at most .1": {"average": 0.9, "indirect_limit": 0.1},
+    "as it is": {"average": 0.0},
+    "at most 1 of the loss's part": {"average": 0.0, "indirect_limit": 1.0},
+    "at most .1": {"average": 0.0, "indirect_limit": 0.1},
+    "not at all (DRLHF)": {},
+}
+EXACT, NOTHING = list(RULES)[0], list(RULES)[-1]
+
+
+class Setting:
+    """One MDP with a true reward, and φ of any table in full."""
+
+    def __init__(self, seed: int) -> None:
+        draws = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=draws, dtype=torch.float64)
+
+        self.transition = (1.5 * normal(STATES, ACTIONS, STATES)).softmax(-1)
+        self.truth = normal(STATES, ACTIONS)
+        self.start = normal(STATES).softmax(-1)
+        self.seed = seed
+
+    def mdp(self, table: Tensor) -> birl_ext.DenseMDP:
+        return birl_ext.DenseMDP(
+            table, self.transition, DISCOUNT, initial_distribution=self.start, validate="off"
+        )
+
+    def policy(self, table: Tensor) -> Tensor:
+        return birl_ext.solve(self.mdp(table), temperature=TEMPERATURE).policy
+
+    def objective(self, table: Tensor) -> Tensor:
+        """φ."""
+
+        def loss(s1: Tensor, a1: Tensor, s2: Tensor, a2: Tensor) -> Tensor:
+            gap = (table[s1, a1] - table[s2, a2]).sum(-1)
+            share = torch.sigmoid((self.truth[s1, a1] - self.truth[s2, a2]).sum(-1))
+            return torch.nn.functional.binary_cross_entropy_with_logits(
+                gap, share, reduction="none"
+            )
+
+        return exact_pair_objective(self.mdp(table), loss, temperature=TEMPERATURE, steps=STEPS)
+
+    def value(self, table: Tensor) -> float:
+        """The true return of the policy of a table, discounted."""
+        policy = self.policy(table)
+        found = birl_ext.evaluate(policy, self.truth, self.transition, discount=DISCOUNT)
+        return float(self.start @ found)
+
+    def answered(self, simulator: FiniteSimulator, follower: FiniteFollower, count: int) -> Pairs:
+        def side(path: Paths) -> Fragments:
+            where, chosen, present = path
+            return Fragments(
+                where,
+                chosen,
+                self.truth[where, chosen],
+                present,
+                follower.log_prob(where, chosen),
+                torch.zeros(count, dtype=torch.int64),
+            )
+
+        first, second = (side(simulator.rollout(follower, count, STEPS)) for _ in range(2))
+        share = torch.sigmoid((first.reward - second.reward).sum(-1))
+        return Pairs(first, second, torch.bernoulli(share, generator=simulator.generator))
+
+
+def exact_score(setting: Setting, policy: Tensor, weight: Callable[[], Tensor]) -> Critic:
+    """∇Q of a table's entries: discounted visits of each state and action, from each."""
+    size = STATES * ACTIONS
+    own = torch.eye(size, dtype=torch.float64).view(STATES, ACTIONS, size)
+    moves = DISCOUNT * torch.einsum("sa,sat->st", policy, setting.transition)
+    mean = torch.einsum("sa,saf->sf", policy, own)
+    ahead = torch.linalg.solve(torch.eye(STATES, dtype=torch.float64) - moves, mean)
+    visits = own + DISCOUNT * torch.einsum("sat,tf->saf", setting.transition, ahead)
+    return Critic(lambda where: visits[where], weight)
+
+
+def run(setting: Setting, rule: dict[str, Any] | None, *, fresh: bool) -> dict[str, float]:
+    """φ and return at the end, and the gradients' errors and cosines along the way."""
+    reward = RewardNetwork.table(STATES, ACTIONS).double()
+    (weight,) = reward.parameters()
+    with torch.no_grad():
+        weight.zero_()
+    simulator = FiniteSimulator(
+        setting.mdp(torch.zeros(STATES, ACTIONS, dtype=torch.float64)),
+        torch.Generator().manual_seed(setting.seed + 1),
+    )
+    adam: Any = lambda parameters: torch.optim.Adam(parameters, lr=RATE)  # noqa: E731
+    if rule is None:
+        optimiser = adam([weight])
+        algorithm: Any = None
+    elif rule:
+        algorithm = SoBiRL(
+            reward, optimiser=adam, score=exact_score(setting, _uniform(), lambda: weight), **rule
+        )
+    else:
+        algorithm = DRLHF(reward, optimiser=adam)
+    pool: Pairs | None = None
+    errors, cosines = [], []
+    for update in range(UPDATES):
+        table = weight.detach().reshape(STATES, ACTIONS).clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(setting.objective(table), table)
+        truth = gradient.flatten()
+        if algorithm is None:
+            weight.grad = truth.view_as(weight).clone()
+            optimiser.step()
+            continue
+        policy = setting.policy(table.detach())
+        follower = FiniteFollower(policy)
+        if algorithm.score is not None:
+            algorithm.score = exact_score(setting, policy, lambda: weight.flatten())
+        if fresh:
+            pairs = setting.answered(simulator, follower, BATCH)
+        else:
+            if update % ROUND == 0:
+                new = setting.answered(simulator, follower, POOL * ROUND // UPDATES)
+                pool = new if pool is None else _joined(pool, new)
+            assert pool is not None
+            chosen = torch.randint(len(pool), (BATCH,), generator=simulator.generator)
+            pairs = pool.select(chosen)
+        algorithm.step(pairs, follower, temperature=TEMPERATURE)
+        assert weight.grad is not None
+        used = weight.grad.flatten()
+        if update >= ROUND:
+            errors.append(float((used - truth).norm() / truth.norm()))
+            cosines.append(float(torch.nn.functional.cosine_similarity(used, truth, dim=0)))
+    final = weight.detach().reshape(STATES, ACTIONS)
+    found = {"objective": float(setting.objective(final)), "return": setting.value(final)}
+    if errors:
+        found |= {"error": median(errors), "cosine": fmean(cosines)}
+    return found
+
+
+def _uniform() -> Tensor:
+    return torch.full((STATES, ACTIONS), 1 / ACTIONS, dtype=torch.float64)
+
+
+def _joined(one: Pairs, other: Pairs) -> Pairs:
+    def cat(a: Any, b: Any) -> Any:
+        return type(a)(*(torch.cat(parts) for parts in zip(a, b, strict=True)))
+
+    return Pairs(
+        cat(one.first, other.first),
+        cat(one.second, other.second),
+        torch.cat((one.label, other.label)),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    kinds = {True: "fresh", False: "reused"}
+    for fresh in (True, False):
+        print(f"{kinds[fresh]} pairs")
+        print(f"{'rule':<42} {'share of the gain':>17} {'φ':>7} {'return':>7} error cosine")
+        for name, rule in RULES.items():
+            for seed in range(options.seeds):
+                found = run(Setting(seed), rule, fresh=fresh)
+                rows.append(
+                    {"pairs": "fresh" if fresh else "reused", "rule": name, "seed": seed, **found}
+                )
+        kind = [row for row in rows if row["pairs"] == kinds[fresh]]
+
+        def mean(name: str, key: str, kind: Any = kind) -> float:
+            return fmean(row.get(key, math.nan) for row in kind if row["rule"] == name)
+
+        worst, best = mean(NOTHING, "objective"), mean(EXACT, "objective")
+        for name in RULES:
+            share = (worst - mean(name, "objective")) / (worst - best)
+            print(
+                f"{name:<42} {share:17.2f} {mean(name, 'objective'):7.4f} "
+                f"{mean(name, 'return'):7.3f} {mean(name, 'error'):5.2f} "
+                f"{mean(name, 'cosine'):6.2f}",
+                flush=True,
+            )
+    if options.out:
+        report = {
+            **machine.header(f"python benchmarks/score_limit.py --seeds {options.seeds}"),
+            "seconds": time.perf_counter() - began,
+            "seeds": options.seeds,
+            "rows": rows,
+        }
+        store(report, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
