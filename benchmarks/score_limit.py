@@ -48,7 +48,7 @@ RULES: dict[str, dict[str, Any] | None] = {
     "at most .1": {"average": 0.0, "indirect_limit": 0.1},
     "not at all (DRLHF)": {},
 }
-EXACT, NOTHING = list(RULES)[0], list(RULES)[-1]
+EXACT, *_, NOTHING = RULES
 
 
 class Setting:

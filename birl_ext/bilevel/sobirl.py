@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from birl_ext.agents.categorical import CategoricalPolicy
+from birl_ext.bilevel.entropy_target import path_slopes, temperature_surrogate
 from birl_ext.bilevel.guards import check_count, check_kind, check_number, make_optimiser, take_step
-from birl_ext.bilevel.score import OneStep, Score
+from birl_ext.bilevel.score import Critic, OneStep, Score
 from birl_ext.bilevel.score_average import ScoreAverage
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
 from birl_ext.bilevel.variables import described
@@ -149,11 +150,12 @@ class SoBiRL(Stateful):
             error no average takes away. Infinite: no limit.
         lead: the first steps of every fragment that are scored and weighed but not compared, see
             `birl_ext.preferences.fragments.draw`; what the policy did before them is left out.
+        seed: of the actions drawn for a temperature that follows an entropy target.
 
     Source: Yang, Gao and Yuan (2025), Algorithm SoBiRL; (M16).
     """
 
-    STATE = ("reward", "optimiser", "steps", "_average")
+    STATE = ("reward", "optimiser", "steps", "_average", "_generator")
 
     def __init__(
         self,
@@ -169,6 +171,7 @@ class SoBiRL(Stateful):
         average: float = 0.9,
         indirect_limit: float = math.inf,
         lead: int = 0,
+        seed: int = 0,
     ) -> None:
         check_kind("reward", reward, RewardModel)
         _check_stale(stale, limit)
@@ -188,8 +191,11 @@ class SoBiRL(Stateful):
         self.steps = 0
         size = 0 if score is None else sum(parameter.numel() for parameter in self.parameters)
         self._average = ScoreAverage(size, average, self.parameters[0].detach())
+        self._generator = torch.Generator().manual_seed(checks.check_seed(seed))
 
-    def step(self, pairs: Pairs, follower: Any, *, temperature: float) -> SoBiRLOutcome:
+    def step(
+        self, pairs: Pairs, follower: Any, *, temperature: float, held: Tensor | None = None
+    ) -> SoBiRLOutcome:
         """One update from a batch of answered pairs.
 
         With `OneStep` of discrete actions and a `CategoricalPolicy`, reward and policy are each run
@@ -200,9 +206,12 @@ class SoBiRL(Stateful):
             follower: the present policy, held fixed; `log_prob` is asked of it where `stale` is not
                 "keep".
             temperature: its τ, units of the reward held here.
+            held: observations (m, *O) over which τ holds the follower's mean entropy at a target,
+                such as a batch of its replay: dτ/dx is part of the gradient then (M21). None: τ is
+                fixed. Discrete actions, and a score other than `Critic`.
 
         Raises:
-            OptionError: there is no pair, or no step after the lead.
+            OptionError: there is no pair, or no step after the lead; or no entropy can be held.
             TemperatureError: τ is not positive and finite.
             GradientError: neither loss nor score depends on a parameter that is not frozen.
             NonFiniteResultError: loss, gradient or the new parameters are NaN or infinite. After
@@ -216,7 +225,7 @@ class SoBiRL(Stateful):
         outcomes: list[tuple[SoBiRLOutcome, ScoreAverage]] = []
 
         def closure() -> float:
-            outcomes.append(self._prepare(pairs, follower, temperature))
+            outcomes.append(self._prepare(pairs, follower, temperature, held))
             return outcomes[-1][0].loss
 
         take_step(self.optimiser, self.reward, closure, self.steps)
@@ -225,7 +234,7 @@ class SoBiRL(Stateful):
         return outcome
 
     def _prepare(
-        self, pairs: Pairs, follower: Any, temperature: float
+        self, pairs: Pairs, follower: Any, temperature: float, held: Tensor | None
     ) -> tuple[SoBiRLOutcome, ScoreAverage]:
         """Set the gradient of each parameter at its present value; the average with this one."""
         found = self._evaluated(pairs, follower)
@@ -240,13 +249,13 @@ class SoBiRL(Stateful):
         share, average = 0.0, self._average
         if found.score is not None:
             # (1/n) Σ w (l − b) h/τ, whose gradient is the score's part
-            indirect = trajectory_surrogate(
-                own.detach(),
-                found.score,
-                temperature=temperature,
-                baseline=self.baseline,
-                weight=weight,
-            )
+            indirect = self._weighed(own, found.score, temperature, weight)
+            if held is not None:
+                slopes, moved = self._through_temperature(pairs, follower, temperature, held)
+                along = torch.zeros((), dtype=own.dtype, device=own.device, requires_grad=True)
+                by_tau = self._weighed(own, along * slopes.to(own), temperature, weight)
+                (slope,) = torch.autograd.grad(by_tau, along)  # ∂φ/∂τ
+                indirect = indirect + slope * moved
             average = average.after(self._flat(self._gradient("the score", indirect)))
             part = self._parts(average.kept * average.mean)
             share = _norm(part)
@@ -272,6 +281,37 @@ class SoBiRL(Stateful):
             effective=float(weight.sum().square() / weight.square().sum().clamp(min=1e-12)),
         )
         return outcome, average
+
+    def _weighed(self, loss: Tensor, score: Tensor, temperature: float, weight: Tensor) -> Tensor:
+        return trajectory_surrogate(
+            loss.detach(), score, temperature=temperature, baseline=self.baseline, weight=weight
+        )
+
+    def _through_temperature(
+        self, pairs: Pairs, follower: Any, temperature: float, held: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """τ ∂/∂τ of the pairs' log-probabilities, (n,), and a scalar whose gradient is dτ/dx."""
+        score, discrete = self.score, not pairs.first.action.is_floating_point()
+        if score is None or isinstance(score, Critic) or not discrete:
+            raise OptionError(
+                "the temperature's own derivative was asked for by `held`",
+                allowed="discrete actions, and a score that is OneStep or FullHorizon",
+                fix="leave `held` out: the temperature then counts as fixed",
+            )
+        parts = (pairs.first, pairs.second)
+        first, second = (
+            path_slopes(score, follower, part.observation, part.action, part.present)
+            for part in parts
+        )
+        moved = temperature_surrogate(
+            score,
+            self.reward,
+            follower,
+            held,
+            temperature=temperature,
+            generator=self._generator,
+        )
+        return first + second, moved
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Of all parameters one below the other; zero where there is none."""

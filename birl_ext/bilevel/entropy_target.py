@@ -1,0 +1,103 @@
+"""What a temperature that follows an entropy target adds to a hyper-gradient from samples (M21)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from birl_ext.bilevel.score import Follower, Score
+from birl_ext.errors import OptionError, ShapeError
+from birl_ext.preferences.loss import RewardFunction
+
+__all__ = ["path_slopes", "temperature_surrogate"]
+
+_LEAST_RISE = 1e-9
+"""Nats per unit of log τ: below, it is rounding."""
+
+
+def path_slopes(
+    score: Score, follower: Follower, observation: Tensor, action: Tensor, present: Tensor
+) -> Tensor:
+    """τ ∂/∂τ Σ_h log π(a_h|s_h) of fragments, (n,).
+
+        Σ_h [ ∂_τ(Q − V)(s_h, a_h) − log π(a_h|s_h) − H(s_h) ],   ∂_τQ(s, a) = γE[Σ_k γᵏ H(s_k)]
+
+    The entropy that is still to come is the score's of a reward H(s): whatever the score leaves out
+    of what follows a step, it leaves out here.
+
+    Args:
+        score: as of the fragments' rewards; not a critic, which knows its own features only.
+        follower: π, of discrete actions.
+        observation, action, present: fragments, (n, H, …).
+
+    Source: (M21).
+    """
+    with torch.no_grad():
+        share = follower.probabilities(observation[present])
+        chosen = action[present].unsqueeze(-1)
+        own = share.clamp(min=torch.finfo(share.dtype).tiny).log()
+        entropy = -(share * own).sum(-1)
+        now = -own.gather(-1, chosen).squeeze(-1) - entropy
+        table = now.new_zeros(present.shape).masked_scatter(present, now)
+        later = score(_entropy_of(follower), follower, observation, action, present)
+    return table.sum(-1) + later
+
+
+def temperature_surrogate(
+    score: Score,
+    reward: RewardFunction,
+    follower: Follower,
+    observation: Tensor,
+    *,
+    temperature: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """A scalar whose value is zero, and whose gradient an estimate of dτ/dx.
+
+        dτ/dx = −(Σ_s d ∂H/∂x)/(Σ_s d ∂H/∂τ),   ∂H/∂z(s) = −Σ_a π(a|s) log π(a|s) ∂_z log π(a|s)
+
+    Args:
+        score, reward, follower: as of a step of SoBiRL; discrete actions.
+        observation: states that are drawn from d, (m, *O): those over which the agent holds its
+            entropy, such as a batch of its replay. A few hundred: the quotient is biased by O(1/m).
+        temperature: τ, units of reward.
+        generator: of the actions.
+
+    Raises:
+        OptionError: the estimate of Σ d ∂H/∂τ is not positive: no temperature is followed there.
+
+    Gradients: first order, through `reward`.
+
+    Source: (M21).
+    """
+    if observation.dim() < 1 or not len(observation):
+        raise ShapeError(
+            f"the states of the entropy have shape {tuple(observation.shape)}", allowed="(m, *O)"
+        )
+    with torch.no_grad():
+        share = follower.probabilities(observation)
+        action = torch.multinomial(share.cpu(), 1, generator=generator).to(share.device)
+        own = share.clamp(min=torch.finfo(share.dtype).tiny).log()
+        surplus = own.gather(-1, action).squeeze(-1) - (share * own).sum(-1)
+    present = torch.ones(len(observation), 1, dtype=torch.bool, device=observation.device)
+    steps = observation.unsqueeze(1), action, present
+    slopes = path_slopes(score, follower, *steps)
+    rise = -(surplus * slopes).mean()  # τ Σ d ∂H/∂τ
+    if not bool(rise > _LEAST_RISE):
+        raise OptionError(
+            f"the entropy's slope in log τ is estimated as {float(rise):.3g}",
+            allowed="above 0",
+            fix="give more states, or keep the temperature fixed",
+        )
+    moved = score(reward, follower, *steps)
+    return (surplus * (moved - moved.detach())).mean() / rise
+
+
+def _entropy_of(follower: Follower) -> RewardFunction:
+    """H(s), as a reward."""
+
+    def entropy(observation: Tensor, action: Tensor) -> Tensor:
+        share = follower.probabilities(observation)
+        return -(share * share.clamp(min=torch.finfo(share.dtype).tiny).log()).sum(-1)
+
+    return entropy
