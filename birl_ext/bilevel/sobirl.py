@@ -168,7 +168,7 @@ class SoBiRL(Stateful):
         stale: Stale = "weigh",
         limit: float = 5.0,
         weigh_loss: bool = True,
-        average: float = 0.9,
+        average: float = 0.98,
         indirect_limit: float = math.inf,
         lead: int = 0,
         seed: int = 0,

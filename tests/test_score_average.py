@@ -1,0 +1,136 @@
+"""The average of noisy gradients, and what its noise leaves of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_same_bits, assert_same_state
+from torch import Tensor
+
+from birl_ext.bilevel.score_average import ScoreAverage
+from birl_ext.bilevel.sobirl import SoBiRL
+from birl_ext.errors import OptionError
+from birl_ext.preferences.fragments import Fragments, Pairs
+from birl_ext.preferences.reward_model import RewardNetwork
+from birl_ext.simulators.finite import FiniteFollower
+
+SIZE = 400
+
+
+def averaged(decay: float, gradients: Tensor) -> list[ScoreAverage]:
+    found = [ScoreAverage(gradients.shape[-1], decay, gradients)]
+    for gradient in gradients:
+        found.append(found[-1].after(gradient))
+    return found[1:]
+
+
+def noise(count: int, seed: int = 0) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(count, SIZE, generator=random, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
+def test_it_is_the_mean_by_weights_that_sum_to_one(decay: float) -> None:
+    gradients = noise(12)
+    for t, average in enumerate(averaged(decay, gradients), 1):
+        weight = torch.tensor([decay ** (t - s) for s in range(1, t + 1)], dtype=torch.float64)
+        want = (weight / weight.sum()) @ gradients[:t]
+        torch.testing.assert_close(average.mean, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.05, 0.2, 2.0])
+def test_what_is_kept_is_the_share_of_the_signal(signal: float) -> None:
+    """1 − noise/(noise + signal²), of the average: the factor that makes the least error."""
+    decay, truth = 0.9, torch.full((SIZE,), signal, dtype=torch.float64)
+    kept = [averaged(decay, truth + noise(100, seed))[-1].kept for seed in range(40)]
+    left = (1 - decay) / (1 + decay)  # c, of a variance of one in each number
+    want = signal**2 / (signal**2 + left)
+    assert abs(sum(kept) / len(kept) - want) < 0.06, (kept, want)
+
+
+def test_nothing_is_used_before_its_noise_is_known() -> None:
+    first, second = averaged(0.9, torch.ones(2, SIZE, dtype=torch.float64))
+    assert (first.kept, second.kept) == (0.0, 1.0)
+    assert [one.kept for one in averaged(0.0, noise(2))] == [1.0, 1.0]
+    assert ScoreAverage(3, 0.9, torch.zeros(1)).kept == 0.0
+    for decay in (-0.1, 1.0, math.nan, "x"):
+        with pytest.raises(OptionError, match="average is "):
+            ScoreAverage(3, decay, torch.zeros(1))  # type: ignore[arg-type]
+
+
+def learner(average: float) -> tuple[SoBiRL, Any]:
+    """A table of rewards, and a step on pairs of one's own choosing."""
+    reward = RewardNetwork.table(3, 2).double()
+    follower = FiniteFollower(torch.tensor([[0.3, 0.7], [0.5, 0.5], [0.9, 0.1]]))
+    (weight,) = reward.parameters()
+    with torch.no_grad():
+        weight.copy_(torch.linspace(-1, 1, weight.numel()).view_as(weight))
+
+    def score(reward: Any, follower: Any, where: Tensor, chosen: Tensor, _: Tensor) -> Tensor:
+        found: Tensor = reward(where.flatten(), chosen.flatten()).view(where.shape).sum(-1)
+        return found
+
+    own = SoBiRL(
+        reward,
+        optimiser=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        score=score,  # type: ignore[arg-type]
+        average=average,
+    )
+
+    def step(seed: int) -> Any:
+        random = torch.Generator().manual_seed(seed)
+
+        def side() -> Fragments:
+            where = torch.randint(3, (8, 2), generator=random)
+            chosen = torch.randint(2, (8, 2), generator=random)
+            log_prob, ones = follower.log_prob(where, chosen), torch.ones(8, 2)
+            now = torch.zeros(8, dtype=torch.int64)
+            return Fragments(where, chosen, ones, ones.bool(), log_prob, now)
+
+        label = torch.randint(2, (8,), generator=random).double()
+        return own.step(Pairs(side(), side(), label), follower, temperature=0.5)
+
+    return own, step
+
+
+def test_a_step_uses_what_the_noise_leaves() -> None:
+    """The first update has the loss alone; what is kept then is the factor of the average."""
+    own, step = learner(0.9)
+    first = step(0)
+    assert (first.indirect_share, first.kept) == (0.0, 0.0)
+    shares = [step(seed) for seed in range(1, 12)]
+    assert any(outcome.kept > 0 for outcome in shares)
+    assert all((outcome.indirect_share > 0) == (outcome.kept > 0) for outcome in shares)
+    plain, at_once = learner(0.0)
+    assert at_once(0).kept == 1.0
+    assert plain.steps == 1
+    assert own.steps == 12
+
+
+def test_an_average_goes_on_from_its_state() -> None:
+    ours, step = learner(0.9)
+    for seed in range(6):
+        step(seed)
+    theirs, other = learner(0.9)
+    theirs.load_state_dict(ours.state_dict())
+    for seed in range(6, 10):
+        assert step(seed) == other(seed)
+    assert_same_state(ours.state_dict(), theirs.state_dict())
+    assert_same_bits(ours.parameters[0], theirs.parameters[0], label="reward")
+
+
+def test_a_step_that_fails_leaves_the_average() -> None:
+    own, step = learner(0.9)
+    step(0), step(1)
+    before = own.state_dict()
+
+    def broken(*_: Any) -> Tensor:
+        raise OptionError("no score")
+
+    own.score = broken  # type: ignore[assignment]
+    with pytest.raises(OptionError, match="no score"):
+        step(2)
+    assert_same_state(own.state_dict(), before)
