@@ -189,7 +189,7 @@ class SoBiRL(Stateful):
         self.indirect_limit = check_number("indirect_limit", indirect_limit, infinite=True)
         self.lead = check_count("lead", lead, 0)
         self.steps = 0
-        size = 0 if score is None else sum(parameter.numel() for parameter in self.parameters)
+        size = sum(parameter.numel() for parameter in self.parameters)
         self._average = ScoreAverage(size, average, self.parameters[0].detach())
         self._generator = torch.Generator().manual_seed(checks.check_seed(seed))
 
