@@ -180,26 +180,21 @@ def measured(seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
+def table(report: dict[str, Any]) -> str:
     """A line for each credit: the median over seeds, and the range of what is gained."""
-    lines = []
-    for kind in dict.fromkeys((row["scores"], row["credit"]) for row in rows):
-        found = [row for row in rows if (row["scores"], row["credit"]) == kind]
+    lines = [
+        "| scores | credit | variance of one path | times less | relative error | its noise |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = report["rows"]
+    for scores, credit in dict.fromkeys((row["scores"], row["credit"]) for row in rows):
+        found = [row for row in rows if (row["scores"], row["credit"]) == (scores, credit)]
         less = [row["times_less"] for row in found]
-        lines.append(
-            [
-                *kind,
-                f"{median(row['variance'] for row in found):.3g}",
-                f"{min(less):.0f} to {max(less):.0f}",
-                f"{median(row['relative_error'] for row in found):.3f}",
-                f"{median(row['noise'] for row in found):.3f}",
-            ]
-        )
-    return lines
-
-
-HEADS = ["scores", "credit", "variance of one path", "times less", "relative error", "its noise"]
-WIDTHS = (8, 28, 20, 14, 15, 9)
+        cells = [scores, credit, f"{median(row['variance'] for row in found):.3g}"]
+        cells.append("" if credit == WHOLE else f"{min(less):.0f} to {max(less):.0f}")
+        cells += [f"{median(row[key] for row in found):.3f}" for key in ("relative_error", "noise")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -213,8 +208,7 @@ def main() -> int:
     for seed in range(options.seeds):
         rows += measured(seed)
         print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
-    for line in (HEADS, *summary(rows)):
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, WIDTHS, strict=True)))
+    print(table({"rows": rows}))
     if options.out:
         report = {
             **machine.header(f"python benchmarks/additive_credit.py --seeds {options.seeds}"),

@@ -194,6 +194,30 @@ def _joined(one: Pairs, other: Pairs) -> Pairs:
     )
 
 
+def table(report: dict[str, Any]) -> str:
+    """Means over seeds; the share of what the exact gradient gains over the loss alone in φ."""
+    lines = [
+        "| pairs | score's part | share of the gain in φ | φ | true return | error of the gradient | "
+        "cosine |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for pairs in ("fresh", "reused"):
+
+        def mean(name: str, key: str, pairs: str = pairs) -> float:
+            kind = [r for r in report["rows"] if (r["pairs"], r["rule"]) == (pairs, name)]
+            return fmean(row.get(key, math.nan) for row in kind)
+
+        worst, best = mean(NOTHING, "objective"), mean(EXACT, "objective")
+        for name in RULES:
+            share = (worst - mean(name, "objective")) / (worst - best)
+            cells = [pairs, name, f"{share:.2f}", f"{mean(name, 'objective'):.3f}"]
+            cells.append(f"{mean(name, 'return'):.2f}")
+            along = [mean(name, key) for key in ("error", "cosine")]
+            cells += ["" if math.isnan(one) else f"{one:.2f}" for one in along]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=6)
@@ -202,30 +226,13 @@ def main() -> int:
     torch.set_num_threads(1)
     began = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    kinds = {True: "fresh", False: "reused"}
-    for fresh in (True, False):
-        print(f"{kinds[fresh]} pairs")
-        print(f"{'rule':<42} {'share of the gain':>17} {'φ':>7} {'return':>7} error cosine")
+    for pairs in ("fresh", "reused"):
         for name, rule in RULES.items():
             for seed in range(options.seeds):
-                found = run(Setting(seed), rule, fresh=fresh)
-                rows.append(
-                    {"pairs": "fresh" if fresh else "reused", "rule": name, "seed": seed, **found}
-                )
-        kind = [row for row in rows if row["pairs"] == kinds[fresh]]
-
-        def mean(name: str, key: str, kind: Any = kind) -> float:
-            return fmean(row.get(key, math.nan) for row in kind if row["rule"] == name)
-
-        worst, best = mean(NOTHING, "objective"), mean(EXACT, "objective")
-        for name in RULES:
-            share = (worst - mean(name, "objective")) / (worst - best)
-            print(
-                f"{name:<42} {share:17.2f} {mean(name, 'objective'):7.4f} "
-                f"{mean(name, 'return'):7.3f} {mean(name, 'error'):5.2f} "
-                f"{mean(name, 'cosine'):6.2f}",
-                flush=True,
-            )
+                found = run(Setting(seed), rule, fresh=pairs == "fresh")
+                rows.append({"pairs": pairs, "rule": name, "seed": seed, **found})
+            print(f"{pairs} pairs, {name}: {time.perf_counter() - began:.0f} s", flush=True)
+    print(table({"rows": rows}))
     if options.out:
         report = {
             **machine.header(f"python benchmarks/score_limit.py --seeds {options.seeds}"),

@@ -99,6 +99,21 @@ def measured(seed: int) -> dict[str, float]:
     }
 
 
+NAMES = {
+    "fixed": "exact, τ taken for fixed",
+    "sobirl_without": "SoBiRL from 20,000 pairs, τ taken for fixed",
+    "sobirl_with": "SoBiRL from 20,000 pairs, dτ/dx with it",
+}
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = ["| gradient | median error | range |", "|---|---|---|"]
+    for name, words in NAMES.items():
+        found = sorted(row[name] for row in report["rows"])
+        lines.append(f"| {words} | {median(found):.3f} | {found[0]:.3f} to {found[-1]:.3f} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
@@ -107,13 +122,7 @@ def main() -> int:
     torch.set_num_threads(1)
     began = time.perf_counter()
     rows = [measured(seed) for seed in range(options.seeds)]
-    for name, words in (
-        ("fixed", "exact, τ taken for fixed"),
-        ("sobirl_without", "SoBiRL, τ taken for fixed"),
-        ("sobirl_with", "SoBiRL, dτ/dx with it"),
-    ):
-        found = sorted(row[name] for row in rows)
-        print(f"{words:<28} median {median(found):.3f}, {found[0]:.3f} to {found[-1]:.3f}")
+    print(table({"rows": rows}))
     if options.out:
         report = {
             **machine.header(f"python benchmarks/temperature_gradient.py --seeds {options.seeds}"),

@@ -140,6 +140,15 @@ def test_the_tables_of_preference_runs_are_those_measured(task: str) -> None:
     assert found.strip() == table, f"docs/preferences.md should contain\n\n{table}"
 
 
+@pytest.mark.parametrize("name", ["additive_credit", "temperature_gradient", "score_limit"])
+def test_the_tables_of_estimators_are_those_measured(name: str) -> None:
+    stored = sorted((ROOT / "benchmarks" / "results").glob(f"{name}_*.json"))[-1]
+    page = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
+    table = page["table"](json.loads(stored.read_text()))
+    found = between((ROOT / "docs" / "stochastic.md").read_text(), name.replace("_", " "))
+    assert found.strip() == table, f"docs/stochastic.md should contain\n\n{table}"
+
+
 @pytest.mark.skipif(not RELIABILITY, reason="no stored figures of reliability")
 def test_the_figures_of_reliability_are_those_measured() -> None:
     report = json.loads(RELIABILITY[-1].read_text())
