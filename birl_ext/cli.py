@@ -249,6 +249,12 @@ def _parse(
 ) -> tuple[Any, RunOptions]:
     """The config, with flags over the file's or the class's defaults, and the options."""
     tyro = _tyro()
+    # Of a flag given twice tyro takes the last; of --module it is all.
+    early = argparse.ArgumentParser(prog=f"birl run {name}", add_help=False, allow_abbrev=False)
+    early.add_argument("--module", action="extend", nargs="+")
+    found, words = early.parse_known_args(flags)
+    if found.module:
+        words += ["--module", *found.module]
     flat = tyro.conf.arg(name="")
     arguments = dataclasses.make_dataclass(
         "Arguments",
@@ -258,7 +264,7 @@ def _parse(
         ],
         frozen=True,
     )
-    parsed: Any = _cli(arguments, f"birl run {name}", problem.summary, flags)
+    parsed: Any = _cli(arguments, f"birl run {name}", problem.summary, words)
     return parsed.settings, parsed.options
 
 

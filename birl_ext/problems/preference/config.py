@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from birl_ext.errors import ConfigError
+from birl_ext.modules import locate
 from birl_ext.problems.settings import check_settings
 
 __all__ = ["PreferenceConfig"]
@@ -18,6 +19,9 @@ class PreferenceConfig:
     env: str = "CartPole-v1"
     """Gymnasium id with its version: discrete or continuous actions; ALE/… is seen as 84 × 84 grey
     frames."""
+    module: tuple[str, ...] = ()
+    """Your own code, the path of a file or the name of a module, imported first: it may register
+    environments. Kept by its absolute path."""
     algorithm: Literal["sobirl", "stoc-sobirl", "drlhf"] = "sobirl"
     """stoc-sobirl learns from each round's own pairs only; drlhf leaves the hyper-gradient out."""
     score: Literal["one-step", "full-horizon", "critic"] = "one-step"
@@ -118,6 +122,7 @@ class PreferenceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "module", tuple(map(locate, self.module)))  # found from anywhere
         check_settings(
             self,
             least=_LEAST | {"temperature": 1e-12},  # by which float32 can divide

@@ -19,6 +19,7 @@ from birl_ext.bilevel.sobirl import SoBiRLOutcome
 from birl_ext.environments.atari import is_atari
 from birl_ext.environments.vector import Environments, make_environments, registration
 from birl_ext.errors import ConfigError, MissingDependencyError, RenderError, warn
+from birl_ext.modules import import_own
 from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.buffer import PreferenceBuffer
 from birl_ext.preferences.fit import evaluate, fit
@@ -81,6 +82,8 @@ class PreferenceJob(Stateful):
 
     def __init__(self, config: PreferenceConfig) -> None:
         self.config = config
+        for module in config.module:
+            import_own(module)
         check_device(config.device)
         self.schedule = check_sizes(config)
         if config.video_every:
@@ -207,6 +210,7 @@ class PreferenceJob(Stateful):
             options=environment_options(self.config),
             parallel=self.config.parallel,
             timeout=self.config.timeout,
+            modules=self.config.module,
         )
 
     def _play_first_round(self) -> None:
