@@ -38,6 +38,29 @@ class Walk(gymnasium.Env):
         return np.array([self.place], np.float32)
 
 gymnasium.register("Walk-v0", Walk, max_episode_steps=20)
+
+class Farther:
+    # Likes to be far out, and counts how often it was asked.
+
+    asked = 0
+
+    def __call__(self, first, second):
+        ours, theirs = (part.observation[:, -1, 0] for part in (first, second))
+        self.asked += len(ours)
+        return [None if a == b == 0 else (a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs)]
+
+    def state_dict(self):
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state):
+        self.asked = state["asked"]
+
+class Silent:
+    def __init__(self, name):
+        self.name = name
+
+from birl_ext.preferences.teachers import register_teacher
+register_teacher("farther", Farther)
 """
 FLAGS = [
     word
@@ -87,6 +110,7 @@ def test_a_run_in_an_own_environment_is_found_again_from_anywhere(
     more = own.with_name("own_more.py")
     more.write_text("")
     words = ["--module", "own_walk.py", "--env", "Walk-v0", "--module", "own_more"]
+    words += ["--teacher", "own_walk:Farther"]
     birl("run", "preference", *words, *FLAGS, "--out", str(out), cwd=own.parent)
     assert str(own) in (out / "config.toml").read_text()
     assert str(more) in (out / "config.toml").read_text()
@@ -178,3 +202,36 @@ def test_an_id_that_names_code_is_refused_with_the_flag_to_give() -> None:
         make_job(env="my_code:Own-v0")
     with pytest.raises(OptionError, match=r"[^.]\. Fix: .*--module FILE$"):
         make_job(env="Own-v0")
+
+
+@pytest.mark.parametrize("name", ["farther", "own_walk:Farther"])
+def test_a_teacher_of_an_own_module_is_named_by_a_setting(own: Path, name: str) -> None:
+    def made() -> Any:
+        return make_job(env="Walk-v0", module=(str(own),), teacher=name)
+
+    job = made()
+    while not job.done:
+        job.step()
+    assert job.teacher.teacher.asked == SMALL["labels"]
+    other = made()
+    other.load_state_dict(job.state_dict())
+    assert other.teacher.teacher.asked == SMALL["labels"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": "orcale"}, r"teacher is 'orcale' .*oracle.*MODULE:NAME.*mean 'oracle'"),
+        ({"teacher": "elsewhere:T"}, r"'elsewhere' is not named\. Fix: .*--module elsewhere\.py$"),
+        ({"teacher": "sys:exit"}, "'sys' is not named"),  # imported, but not for this run
+        ({"teacher": "own_walk:Father"}, "the module has no 'Father' at .*mean 'Farther'"),
+        ({"teacher": "own_walk:Silent"}, "making the teacher 'own_walk:Silent' raised TypeError"),
+        ({"teacher": "own_walk:gymnasium"}, "BIRL-E903 the teacher is builtins:module"),
+        ({"teacher": "farther", "sign_only": True}, "sign_only is True, with teacher farther"),
+    ],
+)
+def test_a_teacher_that_is_none_has_a_name(
+    own: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BirlError, match=message):
+        make_job(env="Walk-v0", module=(str(own),), **changes)

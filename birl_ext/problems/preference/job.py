@@ -24,7 +24,13 @@ from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.buffer import PreferenceBuffer
 from birl_ext.preferences.fit import evaluate, fit
 from birl_ext.preferences.fragments import Pairs, draw
-from birl_ext.preferences.teachers import TEACHERS, ScriptedTeacher
+from birl_ext.preferences.teachers import (
+    TEACHERS,
+    OwnTeacher,
+    ScriptedTeacher,
+    Teacher,
+    named_teacher,
+)
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.gridworld import GRIDWORLD, draw_worlds
 from birl_ext.problems.preference.parts import (
@@ -60,6 +66,10 @@ class PreferenceJob(Stateful):
 
     With a directory (`attach`) every answer is on the disk before it is used, and episodes are
     recorded as videos.
+
+    Args:
+        config: the settings.
+        teacher: in place of the one that they name.
     """
 
     STATE = (
@@ -80,10 +90,11 @@ class PreferenceJob(Stateful):
         "_seconds",
     )
 
-    def __init__(self, config: PreferenceConfig) -> None:
+    def __init__(self, config: PreferenceConfig, *, teacher: Teacher | None = None) -> None:
         self.config = config
-        for module in config.module:
-            import_own(module)
+        modules = {found.__name__: found for found in map(import_own, config.module)}
+        if teacher is None and config.teacher not in TEACHERS:
+            teacher = named_teacher(config.teacher, modules)
         check_device(config.device)
         self.schedule = check_sizes(config)
         if config.video_every:
@@ -98,9 +109,7 @@ class PreferenceJob(Stateful):
         )
         self._replay = make_replay(config)
         self.reward = make_reward(config, spaces, draws)
-        self.teacher = ScriptedTeacher(
-            dataclasses.replace(TEACHERS[config.teacher], sign_only=config.sign_only), draws.next()
-        )
+        self.teacher = _teacher(config, teacher, draws.next())
         self._sampling = draws.next()  # of minibatches and questions
         # The score last: what is drawn for it must not change what every algorithm has.
         score, features = None, None
@@ -123,7 +132,7 @@ class PreferenceJob(Stateful):
         self._seconds = dict.fromkeys(("environment", "update", "reward"), 0.0)
         self._log: AnswerLog | None = None
         self._videos: Path | None = None
-        if self.teacher.rule.skip_share and config.initial_labels + self.schedule.counts[0]:
+        if self._skips and config.initial_labels + self.schedule.counts[0]:
             self._play_first_round()
 
     def attach(self, path: Path) -> None:
@@ -230,7 +239,7 @@ class PreferenceJob(Stateful):
     def _mean_reward(self, seen: Recorder) -> float:
         """True reward per step, where the teacher can answer by it."""
         mean = seen.mean_reward(sign_only=self.config.sign_only)
-        if mean < 0 and self.teacher.rule.skip_share:
+        if mean < 0 and self._skips:
             raise ConfigError(
                 f"teacher is {self.config.teacher}, and the mean true reward per step {mean:.4g}",
                 where=self.config.env,
@@ -238,6 +247,10 @@ class PreferenceJob(Stateful):
                 fix="choose another teacher, on the command line --teacher",
             )
         return mean
+
+    @property
+    def _skips(self) -> bool:
+        return isinstance(self.teacher, ScriptedTeacher) and self.teacher.rule.skip_share > 0
 
     def _passed(self, found: float) -> bool:
         return self._threshold is not None and found >= self._threshold
@@ -310,7 +323,8 @@ class PreferenceJob(Stateful):
             first.after(config.lead), second.after(config.lead), count, self._sampling
         )
         first, second = first.select(chosen), second.select(chosen)
-        self.teacher.observe(self._mean_reward(self._recorder))
+        if isinstance(self.teacher, ScriptedTeacher):
+            self.teacher.observe(self._mean_reward(self._recorder))
         label = self.teacher(first.after(config.lead), second.after(config.lead))
         asked = Pairs(first, second, label).after(config.lead)  # what the teacher sees
         if self._log is not None:
@@ -418,6 +432,15 @@ class PreferenceJob(Stateful):
 
         drawn = {"true_return": learning, "reward_accuracy": reward}
         return drawn | ({"learned_reward": worlds} if self.config.env == GRIDWORLD else {})
+
+
+def _teacher(
+    config: PreferenceConfig, own: Teacher | None, generator: torch.Generator
+) -> ScriptedTeacher | OwnTeacher:
+    if own is None:
+        rule = dataclasses.replace(TEACHERS[config.teacher], sign_only=config.sign_only)
+        return ScriptedTeacher(rule, generator)
+    return own if isinstance(own, ScriptedTeacher) else OwnTeacher(own)
 
 
 def _registration(config: PreferenceConfig) -> EnvSpec:
