@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from birl_ext.rollouts.collect import Collector
     from birl_ext.rollouts.evaluate import evaluate_agent
     from birl_ext.rollouts.video import record_video
+    from birl_ext.runs.saved import load_run
     from birl_ext.simulators.equations import DynamicsSimulator
     from birl_ext.simulators.finite import FiniteSimulator
     from birl_ext.simulators.restored import RestoredSimulator
@@ -95,6 +96,7 @@ _LAZY = {
     "evaluate_agent": "rollouts.evaluate",
     "geometric": "bilevel.problem",
     "hypergradient_report": "bilevel.hypergradient",
+    "load_run": "runs.saved",
     "make_environments": "environments.vector",
     "measure_estimator": "bilevel.bias_meter",
     "record_video": "rollouts.video",
@@ -142,6 +144,7 @@ __all__ = [
     "evaluate_agent",
     "geometric",
     "hypergradient_report",
+    "load_run",
     "make_environments",
     "measure_estimator",
     "nn",

@@ -48,6 +48,7 @@ from birl_ext.problems.preference.parts import (
 from birl_ext.problems.preference.recorder import Recorder
 from birl_ext.rollouts.collect import Collector
 from birl_ext.rollouts.evaluate import Evaluation, evaluate_agent
+from birl_ext.rollouts.policy import Policy
 from birl_ext.rollouts.video import film_writer, record_video
 from birl_ext.runs.device import check_device
 from birl_ext.state import Stateful
@@ -147,6 +148,11 @@ class PreferenceJob(Stateful):
             self._log.close()
         self._environments.close()
         self._log, self._videos = None, None
+
+    @property
+    def policy(self) -> Policy:
+        """The agent's, for use elsewhere."""
+        return Policy(self.agent, self._environments.spaces, seed=self.config.seed)
 
     @property
     def total_steps(self) -> int:
