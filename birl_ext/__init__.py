@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from birl_ext.bilevel.newton import DampedNewton
     from birl_ext.bilevel.problem import BilevelProblem, geometric
     from birl_ext.bilevel.score import FullHorizon, OneStep
-    from birl_ext.bilevel.sobirl import DRLHF, SoBiRL
+    from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate
     from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
     from birl_ext.bilevel.zero_order import ZeroOrder
     from birl_ext.environments.vector import make_environments
@@ -70,7 +70,7 @@ _LAZY = {
     "AdaptedReward": "bilevel.adaptation",
     "BilevelProblem": "bilevel.problem",
     "Collector": "rollouts.collect",
-    "DRLHF": "bilevel.sobirl",
+    "DRLHFUpdate": "bilevel.sobirl",
     "DampedNewton": "bilevel.newton",
     "DiscreteSAC": "agents.sac_discrete",
     "DynamicsSimulator": "simulators.equations",
@@ -88,7 +88,7 @@ _LAZY = {
     "SAC": "agents.sac",
     "SampledProblem": "bilevel.stoc_sobirl",
     "ScriptedTeacher": "preferences.teachers",
-    "SoBiRL": "bilevel.sobirl",
+    "SoBiRLUpdate": "bilevel.sobirl",
     "SoftQ": "agents.soft_q",
     "StocSoBiRL": "bilevel.stoc_sobirl",
     "TEACHERS": "preferences.teachers",
@@ -103,12 +103,12 @@ _LAZY = {
 }
 
 __all__ = [
-    "DRLHF",
     "SAC",
     "TEACHERS",
     "AdaptedReward",
     "BilevelProblem",
     "Collector",
+    "DRLHFUpdate",
     "DampedNewton",
     "DenseMDP",
     "DiscreteSAC",
@@ -126,7 +126,7 @@ __all__ = [
     "RewardNetwork",
     "SampledProblem",
     "ScriptedTeacher",
-    "SoBiRL",
+    "SoBiRLUpdate",
     "SoftPlanner",
     "SoftQ",
     "Solution",

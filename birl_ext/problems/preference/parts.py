@@ -25,7 +25,7 @@ from birl_ext.agents.temperature import (
     discrete_entropy_target,
 )
 from birl_ext.bilevel.score import Critic, FullHorizon, OneStep, Score, Simulator
-from birl_ext.bilevel.sobirl import DRLHF, SoBiRL
+from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate
 from birl_ext.environments.atari import atari_environment, is_atari
 from birl_ext.environments.spaces import Spaces
 from birl_ext.errors import ConfigError
@@ -279,15 +279,17 @@ def _critic(
     return Critic(features, layer.weights, trunk=layer.trunk), features
 
 
-def make_learner(config: PreferenceConfig, reward: RewardModel, score: Score | None) -> SoBiRL:
+def make_learner(
+    config: PreferenceConfig, reward: RewardModel, score: Score | None
+) -> SoBiRLUpdate:
     """The upper level."""
 
     def optimiser(parameters: Iterable[Tensor]) -> Optimizer:
         return torch.optim.AdamW(parameters, lr=config.reward_rate, fused=True)
 
     if config.algorithm == "drlhf":
-        return DRLHF(reward, optimiser=optimiser, noise=config.noise, lead=config.lead)
-    return SoBiRL(
+        return DRLHFUpdate(reward, optimiser=optimiser, noise=config.noise, lead=config.lead)
+    return SoBiRLUpdate(
         reward,
         optimiser=optimiser,
         score=score,
