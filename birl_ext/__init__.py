@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from birl_ext.preferences.buffer import PreferenceBuffer
     from birl_ext.preferences.reward_model import RewardEnsemble, RewardNetwork
     from birl_ext.preferences.teachers import TEACHERS, ScriptedTeacher
+    from birl_ext.problems.preference.learner import DRLHF, SoBiRL
     from birl_ext.replay.buffer import ReplayBuffer
     from birl_ext.replay.frames import FrameReplay
     from birl_ext.rollouts.collect import Collector
@@ -70,6 +71,7 @@ _LAZY = {
     "AdaptedReward": "bilevel.adaptation",
     "BilevelProblem": "bilevel.problem",
     "Collector": "rollouts.collect",
+    "DRLHF": "problems.preference.learner",
     "DRLHFUpdate": "bilevel.sobirl",
     "DampedNewton": "bilevel.newton",
     "DiscreteSAC": "agents.sac_discrete",
@@ -88,6 +90,7 @@ _LAZY = {
     "SAC": "agents.sac",
     "SampledProblem": "bilevel.stoc_sobirl",
     "ScriptedTeacher": "preferences.teachers",
+    "SoBiRL": "problems.preference.learner",
     "SoBiRLUpdate": "bilevel.sobirl",
     "SoftQ": "agents.soft_q",
     "StocSoBiRL": "bilevel.stoc_sobirl",
@@ -103,6 +106,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "DRLHF",
     "SAC",
     "TEACHERS",
     "AdaptedReward",
@@ -126,6 +130,7 @@ __all__ = [
     "RewardNetwork",
     "SampledProblem",
     "ScriptedTeacher",
+    "SoBiRL",
     "SoBiRLUpdate",
     "SoftPlanner",
     "SoftQ",

@@ -26,10 +26,12 @@ from birl_ext.state import Stateful
 
 __all__ = [
     "TEACHERS",
+    "AbsentTeacher",
     "OwnTeacher",
     "ScriptedTeacher",
     "Teacher",
     "TeacherRule",
+    "name_of",
     "named_teacher",
     "register_teacher",
 ]
@@ -356,6 +358,31 @@ class OwnTeacher:
         own: Any = self.teacher
         if self._remembers:
             own.load_state_dict(copy.deepcopy(state["own"]))
+
+
+class AbsentTeacher:
+    """In the place of a teacher that was given as an object and is not at hand: it keeps the state.
+
+    Args:
+        name: what it was.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._state: Mapping[str, Any] = {}
+
+    def __call__(self, first: Fragments, second: Fragments) -> Tensor:
+        """Raises TeacherError."""
+        raise TeacherError(
+            f"the teacher {self.name} was given as an object, and is not at hand",
+            fix="give it: load(DIR, teacher=…).learn()",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._state = copy.deepcopy(dict(state))
 
 
 _REGISTERED: dict[str, Teacher | type[Any]] = {}

@@ -57,6 +57,7 @@ def run(
     *,
     checkpoint_every: int | None = None,
     loggers: Sequence[Logger] = (),
+    show: bool = True,
 ) -> RunOutcome:
     """Run a job to its end, or until a signal, from its newest checkpoint if it has one.
 
@@ -71,6 +72,7 @@ def run(
             them, and more where saving would take over a twentieth of the time.
         loggers: called with each row of metrics, after it is in metrics.jsonl. A resumed run calls
             them again with the rows since its checkpoint.
+        show: the progress, on stderr.
 
     Returns:
         The outcome; a finished run has its summary.json and its last checkpoint.
@@ -101,11 +103,11 @@ def run(
         with (
             contextlib.closing(metrics),
             stop_requests() as stop,
-            progress(directory.problem, total=job.total_steps, completed=step, lines=10.0) as show,
+            _progress(directory.problem, job.total_steps, step, show) as display,
         ):
             saver = Saver(job, store, metrics, found, checkpoint_every)
             saver.save(step)  # for a first step that fails
-            told: list[Logger] = [metrics, *loggers, show]
+            told: list[Logger] = [metrics, *loggers, display]
             while not job.done and not stop:
                 with _told_where(saver, directory):
                     values = checked_metrics(job.step(), job)
@@ -199,6 +201,15 @@ class Saver:
             except CheckpointWriteError as error:
                 # The disk may have room again later; only the last save must succeed.
                 warn(str(error))
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: int, step: int, show: bool) -> Iterator[Logger]:
+    if not show:
+        yield lambda row: None
+        return
+    with progress(name, total=total, completed=step, lines=10.0) as display:
+        yield display
 
 
 @contextlib.contextmanager

@@ -66,16 +66,20 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(
-    path: str | os.PathLike[str], *, build: Callable[[Any], Job] | None = None
+    path: str | os.PathLike[str],
+    *,
+    problem: str | None = None,
+    build: Callable[[Any], Job] | None = None,
 ) -> LoadedRun:
     """What a run has learned: ``load_run(DIR).policy(observation)``.
 
     Args:
         path: a run directory; nothing is changed there.
+        problem: the name of the only one wanted.
         build: makes the job from its config, in place of the problem.
 
     Raises:
-        ConfigError: it is none, or has no checkpoint yet.
+        ConfigError: it is none, has no checkpoint yet, or is of another problem.
         CheckpointIncompatibleError: another version of birl_ext wrote it, and it does not fit this
             one.
         CheckpointCorruptError: no checkpoint is intact.
@@ -85,6 +89,13 @@ def load_run(
         UserWarning: another version wrote it, and it fits.
     """
     directory = RunDirectory(Path(path))
+    if problem not in (None, directory.problem):
+        raise ConfigError(
+            f"a run of {directory.problem!r}",
+            where=str(directory.path),
+            allowed=f"runs of {problem!r}",
+            fix="load it with birl_ext.load_run",
+        )
     store = CheckpointStore(directory.checkpoints)
     if not store.paths():
         directory.check_unstarted()
@@ -95,9 +106,9 @@ def load_run(
             f"{shlex.quote(str(directory.path))}",
         )
     with _of_another_version(directory, store):
-        problem = find_problem(directory.problem)
+        known = find_problem(directory.problem)
         where = str(directory.config_path)
-        job = (build or problem.job)(from_plain(problem.config, directory.config, where=where))
+        job = (build or known.job)(from_plain(known.config, directory.config, where=where))
         found = restore(job, store)
     if isinstance(job, WritesFiles):
         job.detach()

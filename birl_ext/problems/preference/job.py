@@ -13,11 +13,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from gymnasium.vector import VectorEnv
 
 from birl_ext.agents.agent import DiscreteAgent
 from birl_ext.bilevel.sobirl import SoBiRLOutcome
-from birl_ext.environments.atari import is_atari
-from birl_ext.environments.vector import Environments, make_environments, registration
+from birl_ext.environments.vector import Environments, make_environments
 from birl_ext.errors import ConfigError, MissingDependencyError, RenderError, warn
 from birl_ext.modules import import_own
 from birl_ext.preferences.answer_log import AnswerLog
@@ -26,6 +26,7 @@ from birl_ext.preferences.fit import evaluate, fit
 from birl_ext.preferences.fragments import Pairs, draw
 from birl_ext.preferences.teachers import (
     TEACHERS,
+    AbsentTeacher,
     OwnTeacher,
     ScriptedTeacher,
     Teacher,
@@ -35,15 +36,17 @@ from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.gridworld import GRIDWORLD, draw_worlds
 from birl_ext.problems.preference.parts import (
     Generators,
+    Source,
     check_sizes,
-    environment_options,
     environment_source,
+    is_own,
     make_agent,
     make_learner,
     make_query,
     make_replay,
     make_reward,
     make_score,
+    registered_threshold,
 )
 from birl_ext.problems.preference.recorder import Recorder
 from birl_ext.rollouts.collect import Collector
@@ -54,7 +57,6 @@ from birl_ext.runs.device import check_device
 from birl_ext.state import Stateful
 
 if TYPE_CHECKING:
-    from gymnasium.envs.registration import EnvSpec
     from matplotlib.figure import Figure
 
 __all__ = ["PreferenceJob"]
@@ -70,6 +72,9 @@ class PreferenceJob(Stateful):
 
     Args:
         config: the settings.
+        environment: in place of the id in them, which is its name in brackets then: a function that
+            builds a `gymnasium.Env`, or a vector environment, whose episodes under way are cut off
+            by every evaluation and by a resume.
         teacher: in place of the one that they name.
     """
 
@@ -91,20 +96,28 @@ class PreferenceJob(Stateful):
         "_seconds",
     )
 
-    def __init__(self, config: PreferenceConfig, *, teacher: Teacher | None = None) -> None:
+    def __init__(
+        self,
+        config: PreferenceConfig,
+        *,
+        environment: Source | None = None,
+        teacher: Teacher | None = None,
+    ) -> None:
         self.config = config
         modules = {found.__name__: found for found in map(import_own, config.module)}
-        if teacher is None and config.teacher not in TEACHERS:
+        if teacher is None and config.teacher not in TEACHERS and not is_own(config.teacher):
             teacher = named_teacher(config.teacher, modules)
         check_device(config.device)
         self.schedule = check_sizes(config)
         if config.video_every:
             film_writer()  # before the run, not when the first film is due
-        registered = _registration(config)
+        self._own = environment
+        registered = registered_threshold(config, environment)
         draws = Generators(config.seed)
         self._environments = self._make_environments(config.environments, config.seed)
         spaces = self._environments.spaces
         self.agent = make_agent(config, spaces, draws)
+        self.policy = Policy(self.agent, spaces, seed=config.seed)
         self._collector = Collector(
             self._environments, self.agent, seed=config.seed, random_steps=config.random_steps
         )
@@ -126,14 +139,13 @@ class PreferenceJob(Stateful):
         self._asked = 0
         self._answered = 0  # of this round's questions
         self._return = math.nan
-        self._threshold = config.threshold
-        if self._threshold is None and registered.reward_threshold is not None:
-            self._threshold = float(registered.reward_threshold)
+        self._threshold = registered if config.threshold is None else config.threshold
         self._labels_to_threshold: int | None = None
         self._seconds = dict.fromkeys(("environment", "update", "reward"), 0.0)
         self._log: AnswerLog | None = None
         self._videos: Path | None = None
-        if self._skips and config.initial_labels + self.schedule.counts[0]:
+        labels = config.initial_labels + self.schedule.counts[0]
+        if self._skips and labels and self._shared is None:
             self._play_first_round()
 
     def attach(self, path: Path) -> None:
@@ -146,13 +158,9 @@ class PreferenceJob(Stateful):
         """Close the log and the environments; there are no more steps after that."""
         if self._log is not None:
             self._log.close()
-        self._environments.close()
+        if self._shared is None:
+            self._environments.close()
         self._log, self._videos = None, None
-
-    @property
-    def policy(self) -> Policy:
-        """The agent's, for use elsewhere."""
-        return Policy(self.agent, self._environments.spaces, seed=self.config.seed)
 
     @property
     def total_steps(self) -> int:
@@ -213,16 +221,37 @@ class PreferenceJob(Stateful):
     def evaluate(self) -> Evaluation:
         """Episodes of the present policy on the true reward, in environments of their own."""
         config = self.config
+        if self._shared is not None:
+            own = self._make_environments(config.environments, config.seed + _EVALUATION_SEED)
+            found = evaluate_agent(self.agent, own, episodes=config.evaluation_episodes)
+            self._collector.load_state_dict(self._collector.state_dict())  # begins new episodes
+            self._recorder.cut_off()
+            return found
         count = min(config.environments, config.evaluation_episodes)
         with self._make_environments(count, config.seed + _EVALUATION_SEED) as own:
             return evaluate_agent(self.agent, own, episodes=config.evaluation_episodes)
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, which stays as it is."""
+        super().load_state_dict(state)
+        if not self._environments.repeatable:  # new episodes have begun
+            self._recorder.cut_off()
+
+    @property
+    def _shared(self) -> VectorEnv[Any, Any, Any] | None:
+        """The one vector environment for acting and evaluation, where it was given."""
+        return self._own if isinstance(self._own, VectorEnv) else None
+
     def _make_environments(self, count: int, seed: int) -> Environments:
+        config = self.config
+        if self._shared is not None:
+            return Environments(self._shared, name=config.env, seed=seed, timeout=config.timeout)
+        source, options = environment_source(config, self._own)
         return make_environments(
-            environment_source(self.config.env),
+            source,
             count=count,
             seed=seed,
-            options=environment_options(self.config),
+            options=options,
             parallel=self.config.parallel,
             timeout=self.config.timeout,
             modules=self.config.module,
@@ -267,14 +296,9 @@ class PreferenceJob(Stateful):
         self._videos.mkdir(exist_ok=True)
         path = self._videos / f"round-{self._round:05d}.mp4"
         seed = self.config.seed + _EVALUATION_SEED
+        source, options = environment_source(self.config, self._own)
         try:
-            record_video(
-                self.agent,
-                environment_source(self.config.env),
-                path,
-                seed=seed,
-                options=environment_options(self.config),
-            )
+            record_video(self.agent, source, path, seed=seed, options=options)
         except (RenderError, MissingDependencyError) as error:  # the run itself is well
             warn(str(error))
 
@@ -442,24 +466,13 @@ class PreferenceJob(Stateful):
 
 def _teacher(
     config: PreferenceConfig, own: Teacher | None, generator: torch.Generator
-) -> ScriptedTeacher | OwnTeacher:
+) -> ScriptedTeacher | OwnTeacher | AbsentTeacher:
+    if own is None and is_own(config.teacher):
+        return AbsentTeacher(config.teacher)
     if own is None:
         rule = dataclasses.replace(TEACHERS[config.teacher], sign_only=config.sign_only)
         return ScriptedTeacher(rule, generator)
     return own if isinstance(own, ScriptedTeacher) else OwnTeacher(own)
-
-
-def _registration(config: PreferenceConfig) -> EnvSpec:
-    """What the environment was registered with; refuses one whose evaluation might not end."""
-    found = registration(config.env)
-    limit = found.max_episode_steps if config.episode_steps is None else config.episode_steps
-    if limit is None and not is_atari(config.env):  # a console has a limit of its own
-        raise ConfigError(
-            f"env is {config.env}, which has no time limit",
-            allowed="environments that have one, or episode_steps",
-            fix="set episode_steps, on the command line --episode-steps",
-        )
-    return found
 
 
 @contextmanager
