@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import runpy
 import signal
 from pathlib import Path
 from typing import Any
@@ -121,10 +122,27 @@ def test_an_own_environment_and_an_own_teacher(learner: Any, tmp_path: Path) -> 
     found = learner.load(path, environment=Counting)  # the teacher is not needed
     same(found, made)
     assert found.learn() is found  # nothing is left to do
-    with pytest.raises(ConfigError, match=r"^BIRL-E801 env is <\S+:Counting>: .*environment=…"):
+    assert {drawn.parent for drawn in found.plot()} == {path / "figures"}
+    assert (path / "figures" / "true_return.png").stat().st_size > 1000
+    with pytest.raises(
+        ConfigError,
+        match=rf"^BIRL-E801 env is <\S+:Counting>: .*birl_ext\.{learner.__name__}\.load\(DIR, env",
+    ):
         learner.load(path)
     with pytest.raises(ConfigError, match="not empty"):
         made.save(path)
+
+
+def test_the_example_learns_what_its_teacher_likes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = Path(__file__).parent.parent / "examples" / "own_environment_and_teacher.py"
+    runpy.run_path(str(example), run_name="__main__")
+    first, second = capsys.readouterr().out.splitlines()
+    returns = [float(word) for word in first.partition(": ")[2].split(", ")]
+    assert returns[-1] > -20 > returns[0]  # whoever does nothing has -25 on average
+    assert second.endswith("right")
 
 
 @pytest.mark.parametrize("shown", [True, False])
@@ -257,6 +275,8 @@ def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path: Path) -> None:
     made = SoBiRL(short, Counted(), directory=tmp_path / "run", **SMALL)
     with pytest.raises(ConfigError, match=r"nothing has been learned yet\. Fix: call learn"):
         made.save(tmp_path / "saved")
+    with pytest.raises(ConfigError, match="nothing has been learned yet"):
+        made.plot()
     made.learn(progress=False)
     with pytest.raises(ConfigError, match=r"algorithm is 'sobirl' at DRLHF .*birl_ext\.SoBiRL for"):
         DRLHF.load(tmp_path / "run", environment=short)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import gymnasium
 from gymnasium.vector import VectorEnv
 
-from birl_ext.errors import ConfigError, OptionError
+from birl_ext.errors import ConfigError, MissingDependencyError, OptionError
 from birl_ext.files import PARTIAL
 from birl_ext.preferences.reward_model import RewardModel
 from birl_ext.preferences.teachers import Teacher, name_of
@@ -27,7 +27,7 @@ from birl_ext.runs.checkpoint import CheckpointStore
 from birl_ext.runs.config import from_plain, to_plain
 from birl_ext.runs.directory import RunDirectory, free_directory
 from birl_ext.runs.job import Logger, Metrics
-from birl_ext.runs.loop import run
+from birl_ext.runs.loop import draw_figures, run
 from birl_ext.runs.saved import load_run
 
 __all__ = ["DRLHF", "SoBiRL"]
@@ -148,8 +148,27 @@ class SoBiRL:
         """The result; None until the budget is used."""
         return self._directory.read_summary()
 
+    def plot(self) -> list[Path]:
+        """Draw the figures of ``birl plot``: returns and the reward's accuracy, by rounds.
+
+        Returns:
+            The files, in the run's directory.
+
+        Raises:
+            ConfigError: nothing has been learned yet.
+            MissingDependencyError: matplotlib is not installed.
+        """
+        self._require_learned()
+        written, missing = draw_figures(self._job, self._directory, self.summary or {})
+        if missing:
+            raise MissingDependencyError(
+                f"figures need matplotlib: {', '.join(missing)}", fix='pip install "birl_ext[viz]"'
+            )
+        return written
+
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Copy the run's directory, which `load`, ``birl plot`` and `birl_ext.load_run` read.
+        """Copy the run's directory, which `load` reads; so do ``birl plot`` and
+        `birl_ext.load_run` where the environment was given by an id.
 
         Args:
             path: new or empty.
@@ -160,8 +179,7 @@ class SoBiRL:
         Raises:
             ConfigError: nothing has been learned yet, or the path is taken.
         """
-        if not CheckpointStore(self._directory.checkpoints).paths():
-            raise ConfigError("nothing has been learned yet", fix="call learn() first")
+        self._require_learned()
         target = Path(path)
         free_directory(target)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +217,10 @@ class SoBiRL:
         assert isinstance(found.job, PreferenceJob)
         made._job, made._directory, made._ended = found.job, found.directory, True
         return made
+
+    def _require_learned(self) -> None:
+        if not CheckpointStore(self._directory.checkpoints).paths():
+            raise ConfigError("nothing has been learned yet", fix="call learn() first")
 
     def _take(self, environment: Any, teacher: Any) -> None:
         """What was given as objects."""

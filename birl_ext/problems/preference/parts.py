@@ -123,9 +123,10 @@ def registered_threshold(config: PreferenceConfig, own: Source | None) -> float 
         EnvironmentFailureError: it cannot be built.
     """
     if own is None and is_own(config.env):
+        face = "DRLHF" if config.algorithm == "drlhf" else "SoBiRL"
         raise ConfigError(
             f"env is {config.env}: a function or an environment of the program that made the run",
-            fix="give it: birl_ext.SoBiRL.load(DIR, environment=…)",
+            fix=f"give it: birl_ext.{face}.load(DIR, environment=…); its plot() draws figures",
         )
     if own is not None and not is_own(config.env):
         raise ConfigError(
