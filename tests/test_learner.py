@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import runpy
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,8 @@ def test_what_fails_goes_on_from_its_checkpoint() -> None:
     broken = SoBiRL(short, teacher, **SMALL)
     with pytest.raises(TeacherError, match="raised RuntimeError: gone for lunch") as caught:
         broken.learn(progress=False)
-    assert any("newest checkpoint" in note for note in caught.value.__notes__)
+    (note,) = caught.value.__notes__
+    assert note.endswith("there with: learn()")
     assert broken.summary is None
     same(broken.learn(progress=False), whole)
 
@@ -269,6 +271,20 @@ def test_what_cannot_be_learned_from_is_refused_at_once(
         del given["environments"]
     with pytest.raises(error, match=message):
         SoBiRL(environment, **given)
+
+
+class Failing(Counting):
+    def step(self, action: Any) -> Any:
+        if self.steps == 4:
+            time.sleep(60)
+        return super().step(action)
+
+
+def test_an_environment_that_hangs_has_its_name() -> None:
+    made = SoBiRL(Failing, Counted(), parallel=True, timeout=0.5, episode_steps=9, **SMALL)
+    where = r"environment 0 of '<\S+:Failing>', seed \d+, step 4"
+    with pytest.raises(EnvironmentFailureError, match=f"no answer within 0.5 s at {where}"):
+        made.learn(progress=False)
 
 
 def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def run(
     checkpoint_every: int | None = None,
     loggers: Sequence[Logger] = (),
     show: bool = True,
+    again: str = "",
 ) -> RunOutcome:
     """Run a job to its end, or until a signal, from its newest checkpoint if it has one.
 
@@ -73,6 +74,7 @@ def run(
         loggers: called with each row of metrics, after it is in metrics.jsonl. A resumed run calls
             them again with the rows since its checkpoint.
         show: the progress, on stderr.
+        again: what goes on with the run, for the note; by default the command.
 
     Returns:
         The outcome; a finished run has its summary.json and its last checkpoint.
@@ -109,7 +111,7 @@ def run(
             saver.save(step)  # for a first step that fails
             told: list[Logger] = [metrics, *loggers, display]
             while not job.done and not stop:
-                with _told_where(saver, directory):
+                with _told_where(saver, again or _resume(directory)):
                     values = checked_metrics(job.step(), job)
                 step += 1
                 row = {"step": step, **values}
@@ -213,16 +215,20 @@ def _progress(name: str, total: int, step: int, show: bool) -> Iterator[Logger]:
 
 
 @contextlib.contextmanager
-def _told_where(saver: Saver, directory: RunDirectory) -> Iterator[None]:
+def _told_where(saver: Saver, again: str) -> Iterator[None]:
     """A step that fails tells of the newest checkpoint; from there it may fail again."""
     try:
         yield
     except Exception as error:
         error.add_note(
             f"The newest checkpoint is of step {saver.saved}; what failed is tried again from "
-            f"there with: birl run --resume {shlex.quote(str(directory.path))}"
+            f"there with: {again}"
         )
         raise
+
+
+def _resume(directory: RunDirectory) -> str:
+    return f"birl run --resume {shlex.quote(str(directory.path))}"
 
 
 @contextlib.contextmanager

@@ -114,7 +114,7 @@ class SoBiRL:
                 return self
             self._job = self._made(self.config)
         self._ended = True  # its environments are closed, however it ends
-        found = run(self._job, self._directory, loggers=loggers, show=progress)
+        found = run(self._job, self._directory, loggers=loggers, show=progress, again="learn()")
         if found.stopped_by is not None:
             signal.raise_signal(found.stopped_by)
         return self

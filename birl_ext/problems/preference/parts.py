@@ -101,17 +101,25 @@ def environment_source(
     steps = config.episode_steps
     if own is not None:
         assert not isinstance(own, VectorEnv)
-        return own if steps is None else functools.partial(_cut_off, own, steps), {}
+        return _own_source(config, own), {}
     options = {} if steps is None else {"max_episode_steps": steps}
     if is_atari(config.env):
         return functools.partial(atari_environment, config.env), options
     return config.env, options
 
 
-def _cut_off(
-    build: Callable[..., gymnasium.Env[Any, Any]], steps: int, **options: Any
-) -> gymnasium.Env[Any, Any]:
-    return TimeLimit(build(**options), steps)
+def _own_source(
+    config: PreferenceConfig, build: Callable[..., gymnasium.Env[Any, Any]]
+) -> Callable[..., gymnasium.Env[Any, Any]]:
+    """The same with the settings' limit, under the name that messages have for it."""
+    steps = config.episode_steps
+
+    def made(**options: Any) -> gymnasium.Env[Any, Any]:
+        built = build(**options)
+        return built if steps is None else TimeLimit(built, steps)
+
+    made.__name__ = config.env
+    return made
 
 
 def registered_threshold(config: PreferenceConfig, own: Source | None) -> float | None:
