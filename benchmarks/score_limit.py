@@ -30,7 +30,7 @@ from torch import Tensor
 import birl_ext
 from birl_ext.bilevel.bias_meter import exact_pair_objective
 from birl_ext.bilevel.score import Critic
-from birl_ext.bilevel.sobirl import DRLHF, SoBiRL
+from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.reward_model import RewardNetwork
 from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator, Paths
@@ -134,7 +134,7 @@ def run(setting: Setting, rule: dict[str, Any] | None, *, fresh: bool) -> dict[s
         optimiser = adam([weight])
         algorithm: Any = None
     elif rule:
-        algorithm = SoBiRL(
+        algorithm = SoBiRLUpdate(
             reward,
             optimiser=adam,
             score=exact_score(setting, _uniform(), weight.flatten),
@@ -142,7 +142,7 @@ def run(setting: Setting, rule: dict[str, Any] | None, *, fresh: bool) -> dict[s
             **rule,
         )
     else:
-        algorithm = DRLHF(reward, optimiser=adam)
+        algorithm = DRLHFUpdate(reward, optimiser=adam)
     pool: Pairs | None = None
     errors, cosines = [], []
     for update in range(UPDATES):
@@ -197,8 +197,7 @@ def _joined(one: Pairs, other: Pairs) -> Pairs:
 def table(report: dict[str, Any]) -> str:
     """Means over seeds; the share of what the exact gradient gains over the loss alone in φ."""
     lines = [
-        "| pairs | score's part | share of the gain in φ | φ | true return | error of the gradient | "
-        "cosine |",
+        "| pairs | score's part | share of the gain in φ | φ | true return | error of ∇φ̂ | cosine |",
         "|---|---|---|---|---|---|---|",
     ]
     for pairs in ("fresh", "reused"):

@@ -26,7 +26,7 @@ from torch import Tensor
 import birl_ext
 from birl_ext.bilevel.bias_meter import exact_pair_objective
 from birl_ext.bilevel.score import FullHorizon
-from birl_ext.bilevel.sobirl import SoBiRL
+from birl_ext.bilevel.sobirl import SoBiRLUpdate
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.reward_model import RewardNetwork
 from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator
@@ -76,7 +76,7 @@ def measured(seed: int) -> dict[str, float]:
 
     def estimate(states: Tensor | None) -> float:
         """The relative error against the whole derivative."""
-        learner = SoBiRL(
+        learner = SoBiRLUpdate(
             reward,
             optimiser=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
             score=FullHorizon(simulator, discount=DISCOUNT, steps=20),

@@ -40,18 +40,20 @@ if TYPE_CHECKING:
     from birl_ext.bilevel.newton import DampedNewton
     from birl_ext.bilevel.problem import BilevelProblem, geometric
     from birl_ext.bilevel.score import FullHorizon, OneStep
-    from birl_ext.bilevel.sobirl import DRLHF, SoBiRL
+    from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate
     from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
     from birl_ext.bilevel.zero_order import ZeroOrder
     from birl_ext.environments.vector import make_environments
     from birl_ext.preferences.buffer import PreferenceBuffer
     from birl_ext.preferences.reward_model import RewardEnsemble, RewardNetwork
     from birl_ext.preferences.teachers import TEACHERS, ScriptedTeacher
+    from birl_ext.problems.preference.learner import DRLHF, SoBiRL
     from birl_ext.replay.buffer import ReplayBuffer
     from birl_ext.replay.frames import FrameReplay
     from birl_ext.rollouts.collect import Collector
     from birl_ext.rollouts.evaluate import evaluate_agent
     from birl_ext.rollouts.video import record_video
+    from birl_ext.runs.saved import load_run
     from birl_ext.simulators.equations import DynamicsSimulator
     from birl_ext.simulators.finite import FiniteSimulator
     from birl_ext.simulators.restored import RestoredSimulator
@@ -70,7 +72,8 @@ _LAZY = {
     "AdaptedReward": "bilevel.adaptation",
     "BilevelProblem": "bilevel.problem",
     "Collector": "rollouts.collect",
-    "DRLHF": "bilevel.sobirl",
+    "DRLHF": "problems.preference.learner",
+    "DRLHFUpdate": "bilevel.sobirl",
     "DampedNewton": "bilevel.newton",
     "DiscreteSAC": "agents.sac_discrete",
     "DynamicsSimulator": "simulators.equations",
@@ -88,7 +91,8 @@ _LAZY = {
     "SAC": "agents.sac",
     "SampledProblem": "bilevel.stoc_sobirl",
     "ScriptedTeacher": "preferences.teachers",
-    "SoBiRL": "bilevel.sobirl",
+    "SoBiRL": "problems.preference.learner",
+    "SoBiRLUpdate": "bilevel.sobirl",
     "SoftQ": "agents.soft_q",
     "StocSoBiRL": "bilevel.stoc_sobirl",
     "TEACHERS": "preferences.teachers",
@@ -96,6 +100,7 @@ _LAZY = {
     "evaluate_agent": "rollouts.evaluate",
     "geometric": "bilevel.problem",
     "hypergradient_report": "bilevel.hypergradient",
+    "load_run": "runs.saved",
     "make_environments": "environments.vector",
     "measure_estimator": "bilevel.bias_meter",
     "record_video": "rollouts.video",
@@ -108,6 +113,7 @@ __all__ = [
     "AdaptedReward",
     "BilevelProblem",
     "Collector",
+    "DRLHFUpdate",
     "DampedNewton",
     "DenseMDP",
     "DiscreteSAC",
@@ -126,6 +132,7 @@ __all__ = [
     "SampledProblem",
     "ScriptedTeacher",
     "SoBiRL",
+    "SoBiRLUpdate",
     "SoftPlanner",
     "SoftQ",
     "Solution",
@@ -143,6 +150,7 @@ __all__ = [
     "evaluate_agent",
     "geometric",
     "hypergradient_report",
+    "load_run",
     "make_environments",
     "measure_estimator",
     "nn",

@@ -175,6 +175,7 @@ def _run(words: list[str]) -> int:
     from birl_ext.runs.directory import RunDirectory, default_path
     from birl_ext.runs.job import require_job
     from birl_ext.runs.loop import check_pace
+    from birl_ext.runs.saved import find_problem
 
     stored_name, stored, where = _stored(files)
     if name and stored_name not in ("", name):
@@ -185,7 +186,7 @@ def _run(words: list[str]) -> int:
             fix="leave the name out",
         )
     name = name or stored_name
-    problem = _problem(name)
+    problem = find_problem(name)
     # Not checked yet: a flag may replace what the rest forbids.
     default = from_plain(problem.config, stored, where=where, check=False)
     config, options = _parse(name, problem, default, flags)
@@ -235,20 +236,17 @@ class _ConfigFile:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _problem(name: str) -> Problem:
-    from birl_ext.problems import PROBLEMS
-
-    if name not in PROBLEMS:
-        raise _unknown("problem", name, PROBLEMS)
-    problem: Problem = PROBLEMS[name]
-    return problem
-
-
 def _parse(
     name: str, problem: Problem, default: Any, flags: Sequence[str]
 ) -> tuple[Any, RunOptions]:
     """The config, with flags over the file's or the class's defaults, and the options."""
     tyro = _tyro()
+    # Of a flag given twice tyro takes the last; of --module it is all.
+    early = argparse.ArgumentParser(prog=f"birl run {name}", add_help=False, allow_abbrev=False)
+    early.add_argument("--module", action="extend", nargs="+")
+    found, words = early.parse_known_args(flags)
+    if found.module:
+        words += ["--module", *found.module]
     flat = tyro.conf.arg(name="")
     arguments = dataclasses.make_dataclass(
         "Arguments",
@@ -258,7 +256,7 @@ def _parse(
         ],
         frozen=True,
     )
-    parsed: Any = _cli(arguments, f"birl run {name}", problem.summary, flags)
+    parsed: Any = _cli(arguments, f"birl run {name}", problem.summary, words)
     return parsed.settings, parsed.options
 
 
@@ -304,28 +302,12 @@ def _plot(words: list[str]) -> int:
     parser.add_argument("directory", type=Path, metavar="DIR", help="run directory")
     path = parser.parse_args(words).directory
 
-    from birl_ext.runs.checkpoint import CheckpointStore
-    from birl_ext.runs.config import from_plain
-    from birl_ext.runs.directory import RunDirectory
-    from birl_ext.runs.loop import draw_figures, restore, summarise
+    from birl_ext.runs.loop import draw_figures, summarise
+    from birl_ext.runs.saved import load_run
 
-    directory = RunDirectory(path)
-    problem = _problem(directory.problem)
-    where = str(directory.config_path)
-    config = from_plain(problem.config, directory.config, where=where)
-    store = CheckpointStore(directory.checkpoints)
-    if not store.paths():
-        directory.check_unstarted()
-        raise ConfigError(
-            "the run has no checkpoint yet",
-            where=str(directory.path),
-            fix=f"wait for its first one, or go on with {_resume_command(directory)}",
-        )
-    job = problem.job(config)
-    found = restore(job, store)
-    directory.recorded(found.step, found.metrics)
-    stored = directory.read_summary()
-    summary = stored or summarise(job, directory, step=found.step, seconds=found.seconds)
+    run = load_run(path)
+    job, directory, stored = run.job, run.directory, run.summary
+    summary = stored or summarise(job, directory, step=run.step, seconds=run.seconds)
     try:
         written, missing = draw_figures(job, directory, summary)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -50,6 +50,7 @@ __all__ = [
     "SolveError",
     "SparseFormatError",
     "StagnatedError",
+    "TeacherError",
     "TemperatureError",
     "TerminalChoiceWarning",
     "UndeterminedError",
@@ -367,6 +368,12 @@ class RenderError(BirlError, RuntimeError):
     code = "BIRL-E902"
     meaning = "an environment cannot be drawn on this machine"
     remedy = 'build it with render_mode="rgb_array"'
+
+
+class TeacherError(BirlError, ValueError):
+    code = "BIRL-E903"
+    meaning = "a teacher raised, or gave an answer that is none"
+    remedy = "answer 1 where the first is better, 0 where the second is, 0.5 for a tie"
 
 
 def warn(message: str | Warning, category: type[Warning] | None = None) -> None:

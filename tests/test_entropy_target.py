@@ -12,7 +12,7 @@ import birl_ext
 from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
 from birl_ext.bilevel.entropy_target import temperature_surrogate
 from birl_ext.bilevel.score import Critic, FullHorizon, OneStep, Score
-from birl_ext.bilevel.sobirl import SoBiRL
+from birl_ext.bilevel.sobirl import SoBiRLUpdate
 from birl_ext.errors import OptionError, ShapeError
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.reward_model import RewardNetwork
@@ -95,8 +95,8 @@ def still(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.0)
 
 
-def algorithm(setting: Setting, score: Score) -> SoBiRL:
-    return SoBiRL(setting.reward, optimiser=still, score=score, average=0.0)
+def algorithm(setting: Setting, score: Score) -> SoBiRLUpdate:
+    return SoBiRLUpdate(setting.reward, optimiser=still, score=score, average=0.0)
 
 
 def test_the_slope_of_the_temperature_is_the_exact_one() -> None:

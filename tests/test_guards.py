@@ -29,7 +29,7 @@ from birl_ext.bilevel import (
 from birl_ext.bilevel.guards import reaches
 from birl_ext.bilevel.newton import _undetermined
 from birl_ext.bilevel.score import FullHorizon
-from birl_ext.bilevel.sobirl import DRLHF, SoBiRL
+from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate
 from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
 from birl_ext.errors import (
     AccuracyWarning,
@@ -656,10 +656,10 @@ def test_what_is_of_another_kind_is_refused_by_name() -> None:
     reward, start = RewardNetwork.table(2, 2), torch.ones(2)
     for words, make in (
         (r"members\[0\] is 3", lambda: RewardEnsemble(untyped([3]))),
-        ("reward is a Linear", lambda: DRLHF(untyped(nn.Linear(2, 2)), optimiser=sgd)),
+        ("reward is a Linear", lambda: DRLHFUpdate(untyped(nn.Linear(2, 2)), optimiser=sgd)),
         (
             "pairs is 3",
-            lambda: DRLHF(reward, optimiser=sgd).step(untyped(3), None, temperature=1.0),
+            lambda: DRLHFUpdate(reward, optimiser=sgd).step(untyped(3), None, temperature=1.0),
         ),
         ("reward is 3", lambda: SampledProblem(untyped(3), untyped(4))),
         ("problem is 3", lambda: hypergradient_report(untyped(3), start, 0.5)),
@@ -990,13 +990,13 @@ def test_efforts_are_whole_numbers(value: Any) -> None:
             SampledProblem(lambda x: x, lambda x, paths: x, **{name: value})
 
 
-@pytest.mark.parametrize("of", [SoBiRL, DRLHF])
+@pytest.mark.parametrize("of", [SoBiRLUpdate, DRLHFUpdate])
 @pytest.mark.parametrize(
     ("name", "value"),
     [("noise", -0.1), ("noise", NAN), ("noise", "loud"), ("lead", 0.5), ("lead", -1)],
 )
 def test_options_of_learned_rewards_are_named(of: Any, name: str, value: Any) -> None:
-    options: dict[str, Any] = {"score": None} if of is SoBiRL else {}
+    options: dict[str, Any] = {"score": None} if of is SoBiRLUpdate else {}
     with pytest.raises(OptionError, match=f"{name} is "):
         of(RewardNetwork.table(2, 2), optimiser=sgd, **options, **{name: value})
     for optimiser, words in (OPTIMISERS["number"], OPTIMISERS["a copy"], OPTIMISERS["None"]):

@@ -667,5 +667,5 @@ def test_an_example_configuration_is_accepted(file: Path) -> None:
     assert f"examples/preference/{file.name}" in file.read_text()
     if is_atari(config.env):
         pytest.importorskip("ale_py")
-    with make_environments(environment_source(config.env)) as environments:
+    with make_environments(environment_source(config)[0]) as environments:
         assert environments.spaces.observation_shape is not None

@@ -7,13 +7,21 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from preference_cases import fragments_with
 
-from birl_ext.errors import NonFiniteInputError, OptionError
+from birl_ext.errors import NonFiniteInputError, OptionError, TeacherError
 from birl_ext.preferences.buffer import PreferenceBuffer
-from birl_ext.preferences.teachers import TEACHERS, ScriptedTeacher, TeacherRule
+from birl_ext.preferences.teachers import (
+    TEACHERS,
+    OwnTeacher,
+    ScriptedTeacher,
+    TeacherRule,
+    register_teacher,
+)
+from birl_ext.problems.preference.config import SCRIPTED
 
 COUNT = 20_000
 H = 4
@@ -223,3 +231,87 @@ def test_a_teacher_resumes_to_the_same_bits():
     torch.manual_seed(6)
     assert other(first, second).equal(want)
     assert not one(first, second).equal(want), "chance goes on"
+
+
+def answered(found, count=3):
+    rows = fragments_with(torch.zeros(count, 2))
+    return OwnTeacher(lambda first, second: found)(rows, rows)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        torch.tensor([1.0, 0.5, math.nan]),
+        torch.tensor([1.0, 0.5, math.nan], dtype=torch.float16, requires_grad=True),
+        np.array([1.0, 0.5, math.nan]),
+        [1, 0.5, None],
+        (True, np.float32(0.5), None),
+        [torch.tensor(1), torch.tensor(0.5), math.nan],
+    ],
+)
+def test_an_own_teacher_answers_in_numbers_of_any_kind(found):
+    label = answered(found)
+    assert label.dtype == torch.float32
+    assert label.tolist() == pytest.approx([1.0, 0.5, math.nan], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ([0, 1, 2], r"answered 2 at pair 2 of 3 .allowed: 0, 1, 0\.5; NaN or None"),
+        ([-1, 1, 1], "answered -1 at pair 0 of 3"),
+        ([0, 0.3, 1], "answered 0.3 at pair 1 of 3"),
+        ([0, math.inf, 1], "answered inf at pair 1 of 3"),
+        ([0, 1], r"answered list \(2,\) at a batch of 3 pairs .allowed: 3 numbers"),
+        (torch.zeros(3, 1), r"answered Tensor \(3, 1\)"),
+        (1, r"answered int \(\)"),
+        (None, "answered NoneType"),
+        (["first"] * 3, "answered list"),
+        ([[0], [1, 2], 3], "answered list"),
+    ],
+)
+def test_an_answer_that_is_none_names_its_pair(found, message):
+    with pytest.raises(TeacherError, match=rf"BIRL-E903 the teacher \S+ {message}.*Fix: answer 1"):
+        answered(found)
+
+
+class Half:
+    def __call__(self, first, second):
+        return [1]
+
+    def state_dict(self):
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("oracle", "the teacher is builtins:str"),
+        (Half, r"the teacher is the class \S+:Half .*Fix: give an object of it: Half\(…\)"),
+        (lambda pairs: [1], r"does not take \(first, second\)"),
+        (lambda first, second, third: [1], r"does not take \(first, second\): .*'third'"),
+        (Half(), "has one of state_dict and load_state_dict .*both, or neither"),
+    ],
+)
+def test_a_teacher_that_cannot_be_asked_is_refused_when_it_is_given(teacher, message):
+    with pytest.raises(TeacherError, match=message):
+        OwnTeacher(teacher)
+    if not isinstance(teacher, type):  # of which each run makes one
+        with pytest.raises(TeacherError, match=message):
+            register_teacher("mine", teacher)
+
+
+def test_what_a_teacher_raises_has_its_name():
+    rows = fragments_with(torch.zeros(1, 1))
+    with pytest.raises(TeacherError, match=r"teacher \S+ raised ZeroDivisionError: .*1 pairs"):
+        OwnTeacher(lambda first, second: [1 // 0])(rows, rows)
+
+
+@pytest.mark.parametrize("name", ["", "noisy", "my:own", 3])
+def test_a_teacher_cannot_take_another_s_name(name):
+    with pytest.raises(OptionError, match="the teacher's name is"):
+        register_teacher(name, lambda first, second: [1])
+
+
+def test_the_settings_know_the_scripted_ones():
+    assert tuple(TEACHERS) == SCRIPTED

@@ -11,7 +11,7 @@ from closeness import assert_same_bits, assert_same_state
 from torch import Tensor
 
 from birl_ext.bilevel.score_average import ScoreAverage
-from birl_ext.bilevel.sobirl import SoBiRL
+from birl_ext.bilevel.sobirl import SoBiRLUpdate
 from birl_ext.errors import OptionError
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.reward_model import RewardNetwork
@@ -61,7 +61,7 @@ def test_nothing_is_used_before_its_noise_is_known() -> None:
             ScoreAverage(3, decay, torch.zeros(1))  # type: ignore[arg-type]
 
 
-def learner(average: float) -> tuple[SoBiRL, Any]:
+def learner(average: float) -> tuple[SoBiRLUpdate, Any]:
     """A table of rewards, and a step on pairs of one's own choosing."""
     reward = RewardNetwork.table(3, 2).double()
     follower = FiniteFollower(torch.tensor([[0.3, 0.7], [0.5, 0.5], [0.9, 0.1]]))
@@ -73,7 +73,7 @@ def learner(average: float) -> tuple[SoBiRL, Any]:
         found: Tensor = reward(where.flatten(), chosen.flatten()).view(where.shape).sum(-1)
         return found
 
-    own = SoBiRL(
+    own = SoBiRLUpdate(
         reward,
         optimiser=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         score=score,  # type: ignore[arg-type]

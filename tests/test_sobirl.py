@@ -24,7 +24,7 @@ from torch import Tensor
 from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
 from birl_ext.bilevel.score import Critic, FullHorizon, OneStep
-from birl_ext.bilevel.sobirl import DRLHF, SoBiRL, importance
+from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate, importance
 from birl_ext.errors import GradientError, NonFiniteResultError, OptionError, TemperatureError
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import bradley_terry, margins
@@ -79,7 +79,7 @@ def test_the_hypergradient_of_preferences_is_the_exact_one() -> None:
     problem, reward, exact = table_problem()
     simulator = simulator_of(problem)
     score = FullHorizon(simulator, discount=DISCOUNT, steps=30)
-    algorithm = SoBiRL(reward, optimiser=still, average=0.0, score=score)
+    algorithm = SoBiRLUpdate(reward, optimiser=still, average=0.0, score=score)
 
     def estimate() -> Tensor:
         pairs = answered(problem, simulator, 10_000)
@@ -91,7 +91,7 @@ def test_the_hypergradient_of_preferences_is_the_exact_one() -> None:
     report = measure_estimator(estimate, exact, repetitions=20)
     assert report.noise < 0.06, report
     assert report.relative_error < 4 * report.noise, report
-    without = DRLHF(reward, optimiser=still)
+    without = DRLHFUpdate(reward, optimiser=still)
     without.step(answered(problem, simulator, 10_000), problem.follower, temperature=1.0)
     (parameter,) = without.parameters
     assert parameter.grad is not None
@@ -137,7 +137,7 @@ def test_a_lead_scores_the_steps_before_a_fragment() -> None:
         share = torch.sigmoid((first.reward - second.reward)[:, -1])
         label = torch.bernoulli(share, generator=simulator.generator)
         pairs = Pairs(first, second, label).after(2 - lead)
-        algorithm = SoBiRL(reward, optimiser=still, average=0.0, score=score, lead=lead)
+        algorithm = SoBiRLUpdate(reward, optimiser=still, average=0.0, score=score, lead=lead)
         algorithm.step(pairs, problem.follower, temperature=TEMPERATURE)
         (parameter,) = algorithm.parameters
         assert parameter.grad is not None
@@ -149,13 +149,13 @@ def test_a_lead_scores_the_steps_before_a_fragment() -> None:
         assert report.relative_error < 4 * report.noise, report
         assert (report.mean - other).norm() / truth.norm() > 8 * report.noise, report
     with pytest.raises(OptionError, match="lead is -1"):
-        SoBiRL(reward, optimiser=still, score=score, lead=-1)
+        SoBiRLUpdate(reward, optimiser=still, score=score, lead=-1)
 
 
 def test_drlhf_is_the_gradient_of_the_cross_entropy() -> None:
     problem, reward, _ = table_problem()
     pairs = answered(problem, simulator_of(problem), 50)
-    algorithm = DRLHF(reward, optimiser=still, noise=0.1)
+    algorithm = DRLHFUpdate(reward, optimiser=still, noise=0.1)
     outcome = algorithm.step(pairs, None, temperature=1.0)
     loss = bradley_terry(margins(reward, pairs), pairs.label, 0.1).mean()
     (expected,) = torch.autograd.grad(loss, algorithm.parameters)
@@ -293,7 +293,7 @@ def test_a_step_is_the_sum_over_pairs_and_steps(
     follower: Any = policy
     if not shared:  # the same policy, of a kind that names no table of logarithms
         follower = SimpleNamespace(probabilities=policy.probabilities, log_prob=policy.log_prob)
-    algorithm = SoBiRL(reward, optimiser=still, average=0.0, score=OneStep(4), limit=1.5)
+    algorithm = SoBiRLUpdate(reward, optimiser=still, average=0.0, score=OneStep(4), limit=1.5)
     outcome = algorithm.step(pairs, follower, temperature=0.5)
     for parameter, one, other in zip(algorithm.parameters, direct, indirect, strict=True):
         assert parameter.grad is not None
@@ -313,7 +313,7 @@ def test_each_network_is_run_once_over_the_steps(ensemble: bool) -> None:
     reward = RewardEnsemble([member]) if ensemble else member
     seen: list[int] = []
     member.body.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
-    SoBiRL(reward, optimiser=still, average=0.0, score=OneStep(4)).step(
+    SoBiRLUpdate(reward, optimiser=still, average=0.0, score=OneStep(4)).step(
         pairs, policy, temperature=1.0
     )
     steps = int(pairs.first.present.sum() + pairs.second.present.sum())
@@ -328,7 +328,9 @@ def test_the_scores_part_is_shortened_to_its_limit(limit: float) -> None:
     one, other = (torch.cat([x.flatten() for x in part]) for part in (direct, indirect))
     factor = min(1.0, limit * float(one.norm() / other.norm()))
     assert (factor < 1) == (limit < 0.5)  # both cases are tried
-    algorithm = SoBiRL(reward, optimiser=still, average=0.0, score=OneStep(4), indirect_limit=limit)
+    algorithm = SoBiRLUpdate(
+        reward, optimiser=still, average=0.0, score=OneStep(4), indirect_limit=limit
+    )
     outcome = algorithm.step(pairs, policy, temperature=0.5)
     found = torch.cat([p.grad.flatten() for p in algorithm.parameters if p.grad is not None])
     torch.testing.assert_close(found, one + factor * other, rtol=1e-10, atol=1e-12)
@@ -342,7 +344,9 @@ def test_the_loss_may_count_all_answers_alike() -> None:
     _, indirect = pair_by_pair(reward, policy, pairs, 0.5, 5.0)
     loss = bradley_terry(margins(reward, pairs), pairs.label).mean()
     plain = torch.autograd.grad(loss, list(reward.parameters()))
-    algorithm = SoBiRL(reward, optimiser=still, average=0.0, score=OneStep(4), weigh_loss=False)
+    algorithm = SoBiRLUpdate(
+        reward, optimiser=still, average=0.0, score=OneStep(4), weigh_loss=False
+    )
     algorithm.step(pairs, policy, temperature=0.5)
     for parameter, one, other in zip(algorithm.parameters, plain, indirect, strict=True):
         torch.testing.assert_close(parameter.grad, one + other, rtol=1e-10, atol=1e-12)
@@ -357,11 +361,11 @@ def test_members_of_an_ensemble_are_fitted_one_by_one() -> None:
     ]
     alone = []
     for member in members:
-        SoBiRL(member, optimiser=still, score=None, stale="keep").step(
+        SoBiRLUpdate(member, optimiser=still, score=None, stale="keep").step(
             pairs, policy, temperature=1.0
         )
         alone += [p.grad.clone() for p in member.parameters() if p.grad is not None]
-    together = SoBiRL(RewardEnsemble(members), optimiser=still, score=None, stale="keep")
+    together = SoBiRLUpdate(RewardEnsemble(members), optimiser=still, score=None, stale="keep")
     together.step(pairs, policy, temperature=1.0)
     for parameter, expected in zip(together.parameters, alone, strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-12)
@@ -377,7 +381,7 @@ def test_the_score_of_an_ensemble_is_that_of_its_mean(shared: bool) -> None:
     follower: Any = policy
     if not shared:
         follower = SimpleNamespace(probabilities=policy.probabilities, log_prob=policy.log_prob)
-    algorithm = SoBiRL(ensemble, optimiser=still, average=0.0, score=OneStep(4), limit=1.5)
+    algorithm = SoBiRLUpdate(ensemble, optimiser=still, average=0.0, score=OneStep(4), limit=1.5)
     outcome = algorithm.step(pairs, follower, temperature=0.5)
     for parameter, one, other in zip(algorithm.parameters, direct, indirect, strict=True):
         assert parameter.grad is not None
@@ -392,7 +396,7 @@ def test_copies_in_an_ensemble_behave_as_one() -> None:
     copies = [copy.deepcopy(reward) for _ in range(3)]
     grads = []
     for model in (reward, RewardEnsemble(copies)):
-        algorithm = SoBiRL(model, optimiser=still, average=0.0, score=OneStep(4))
+        algorithm = SoBiRLUpdate(model, optimiser=still, average=0.0, score=OneStep(4))
         algorithm.step(pairs, policy, temperature=0.5)
         grads.append([parameter.grad for parameter in algorithm.parameters])
     for alone, copied in zip(3 * grads[0], grads[1], strict=True):
@@ -416,7 +420,7 @@ def test_the_follower_is_held_fixed(tabulated: bool) -> None:
         follower: Any = policy
         if not tabulated:
             follower = SimpleNamespace(probabilities=policy.probabilities, log_prob=policy.log_prob)
-        algorithm = SoBiRL(reward, optimiser=still, average=0.0, score=OneStep(4))
+        algorithm = SoBiRLUpdate(reward, optimiser=still, average=0.0, score=OneStep(4))
         algorithm.step(pairs, follower, temperature=0.5)
         found.append([parameter.grad for parameter in algorithm.parameters])
     for one, other in zip(*found, strict=True):
@@ -427,7 +431,7 @@ def test_layers_may_be_frozen_and_released_between_steps() -> None:
     reward, policy, pairs = linear_problem()
     assert isinstance(reward.body, torch.nn.Sequential)
     trunk = list(reward.body[:-1].parameters())
-    algorithm = SoBiRL(
+    algorithm = SoBiRLUpdate(
         reward, optimiser=lambda p: torch.optim.SGD(p, lr=0.1), score=OneStep(4), stale="keep"
     )
     for frozen in (True, False):
@@ -448,7 +452,7 @@ def test_what_is_not_finite_changes_nothing() -> None:
     reward, policy, pairs = linear_problem()
     label = pairs.label.clone()
     label[2] = math.nan
-    algorithm = SoBiRL(
+    algorithm = SoBiRLUpdate(
         reward, optimiser=lambda p: torch.optim.Adam(p, lr=0.1), score=None, stale="keep"
     )
     before = [parameter.detach().clone() for parameter in algorithm.parameters]
@@ -463,7 +467,7 @@ def test_what_is_not_finite_changes_nothing() -> None:
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 def test_temperatures_are_named(score: Any, temperature: float) -> None:
     reward, policy, pairs = linear_problem()
-    algorithm = SoBiRL(reward, optimiser=still, score=score)
+    algorithm = SoBiRLUpdate(reward, optimiser=still, score=score)
     with pytest.raises(TemperatureError, match="temperature is"):
         algorithm.step(pairs, policy, temperature=temperature)
     assert algorithm.steps == 0
@@ -476,7 +480,7 @@ def test_what_has_no_path_to_the_reward_is_refused() -> None:
     def deaf(*arguments: Any) -> Tensor:
         return OneStep(4)(*arguments).detach()
 
-    algorithm = SoBiRL(reward, optimiser=torch.optim.SGD, score=deaf)  # type: ignore[arg-type]
+    algorithm = SoBiRLUpdate(reward, optimiser=torch.optim.SGD, score=deaf)  # type: ignore[arg-type]
     before = [parameter.detach().clone() for parameter in algorithm.parameters]
     with pytest.raises(GradientError, match="score does not depend on any of the reward's param"):
         algorithm.step(pairs, policy, temperature=0.5)
@@ -485,7 +489,7 @@ def test_what_has_no_path_to_the_reward_is_refused() -> None:
 
 def test_a_step_to_infinity_is_taken_back() -> None:
     reward, policy, pairs = linear_problem()
-    algorithm = SoBiRL(
+    algorithm = SoBiRLUpdate(
         reward, optimiser=lambda p: torch.optim.SGD(p, lr=math.inf), score=None, stale="keep"
     )
     before = [parameter.detach().clone() for parameter in algorithm.parameters]
@@ -498,19 +502,19 @@ def test_a_step_to_infinity_is_taken_back() -> None:
 def test_options_are_named() -> None:
     reward = RewardNetwork.table(2, 2)
     with pytest.raises(OptionError, match="stale is 'old'"):
-        SoBiRL(reward, optimiser=still, score=None, stale="old")  # type: ignore[arg-type]
+        SoBiRLUpdate(reward, optimiser=still, score=None, stale="old")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="noise is 1"):
-        DRLHF(reward, optimiser=still, noise=1)
+        DRLHFUpdate(reward, optimiser=still, noise=1)
     with pytest.raises(OptionError, match="indirect_limit is nan"):
-        SoBiRL(reward, optimiser=still, score=None, indirect_limit=math.nan)
+        SoBiRLUpdate(reward, optimiser=still, score=None, indirect_limit=math.nan)
     network, policy, pairs = linear_problem()
     with pytest.raises(OptionError, match="an ensemble is inside a RewardEnsemble"):
-        DRLHF(RewardEnsemble([RewardEnsemble([network])]), optimiser=still)
+        DRLHFUpdate(RewardEnsemble([RewardEnsemble([network])]), optimiser=still)
     nobody = pairs.select(torch.arange(0))
     with pytest.raises(OptionError, match="there are no pairs"):
-        DRLHF(network, optimiser=still).step(nobody, policy, temperature=1.0)
+        DRLHFUpdate(network, optimiser=still).step(nobody, policy, temperature=1.0)
     with pytest.raises(OptionError, match=r"lead is 4 \(allowed: 0 to 3, of 4 steps"):
-        DRLHF(network, optimiser=still, lead=4).step(pairs, policy, temperature=1.0)
+        DRLHFUpdate(network, optimiser=still, lead=4).step(pairs, policy, temperature=1.0)
     problem, _, _ = table_problem()
     one = fragments(problem, simulator_of(problem).rollout(problem.follower, 4, 2))
     with pytest.raises(OptionError, match="limit is 1"):

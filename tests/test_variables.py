@@ -12,9 +12,9 @@ from closeness import assert_close, assert_same_bits, assert_same_state
 from torch import Tensor, nn
 
 from birl_ext.bilevel import (
-    DRLHF,
     BilevelProblem,
     DampedNewton,
+    DRLHFUpdate,
     MSoBiRL,
     SampledProblem,
     StocSoBiRL,
@@ -468,8 +468,8 @@ def test_repr_of_many_leaves_is_a_line() -> None:
     many = [torch.zeros(2, 2) for _ in range(9)]
     shown = repr(exact(many, problem_of()))
     assert shown == "MSoBiRL(x=list(9 tensors of 36 numbers), mode='exact', steps=0)"
-    learner = DRLHF(RewardNetwork.table(3, 2), optimiser=sgd)
-    assert re.fullmatch(r"DRLHF\(x=RewardNetwork\(\..*: \(3, 2\)\), steps=0\)", repr(learner))
+    learner = DRLHFUpdate(RewardNetwork.table(3, 2), optimiser=sgd)
+    assert re.fullmatch(r"DRLHFUpdate\(x=RewardNetwork\(\..*: \(3, 2\)\), steps=0\)", repr(learner))
 
 
 # From samples

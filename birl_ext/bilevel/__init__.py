@@ -9,14 +9,14 @@ from birl_ext.bilevel.msobirl import MSoBiRL, MSoBiRLOutcome
 from birl_ext.bilevel.newton import DampedNewton, NewtonOutcome
 from birl_ext.bilevel.problem import BilevelProblem, geometric
 from birl_ext.bilevel.score import FullHorizon, OneStep
-from birl_ext.bilevel.sobirl import DRLHF, SoBiRL, SoBiRLOutcome, importance
+from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLOutcome, SoBiRLUpdate, importance
 from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL, StocSoBiRLOutcome
 from birl_ext.bilevel.zero_order import ZeroOrder, ZeroOrderOutcome
 
 __all__ = [
-    "DRLHF",
     "AdaptedReward",
     "BilevelProblem",
+    "DRLHFUpdate",
     "DampedNewton",
     "Effort",
     "EstimatorReport",
@@ -27,8 +27,8 @@ __all__ = [
     "NewtonOutcome",
     "OneStep",
     "SampledProblem",
-    "SoBiRL",
     "SoBiRLOutcome",
+    "SoBiRLUpdate",
     "StocSoBiRL",
     "StocSoBiRLOutcome",
     "ZeroOrder",

@@ -30,7 +30,7 @@ from birl_ext.preferences.loss import (
 from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, members_of
 from birl_ext.state import Stateful
 
-__all__ = ["DRLHF", "SoBiRL", "SoBiRLOutcome", "importance"]
+__all__ = ["DRLHFUpdate", "SoBiRLOutcome", "SoBiRLUpdate", "importance"]
 
 Stale = Literal["weigh", "reject", "keep"]
 _STALE = ("weigh", "reject", "keep")
@@ -122,7 +122,7 @@ def _check_stale(stale: str, limit: float) -> None:
     check_number("limit", limit, 1.0, above=True, infinite=True)
 
 
-class SoBiRL(Stateful):
+class SoBiRLUpdate(Stateful):
     """The upper level: the reward that explains a teacher's answers about the behaviour it causes.
 
         φ(x) = E[ l(d₁, d₂, y; x) ],  l = −y log p − (1 − y) log(1 − p),  p = σ(R_x(d₁) − R_x(d₂)),
@@ -424,12 +424,12 @@ class SoBiRL(Stateful):
         return f"{type(self).__name__}(x={described(self.reward)}, steps={self.steps})"
 
 
-class DRLHF(SoBiRL):
+class DRLHFUpdate(SoBiRLUpdate):
     """Reward learning from preferences without the hyper-gradient: the cross entropy alone, every
     pair counted as it is (Christiano et al., 2017).
 
     Args:
-        reward, optimiser, noise, lead: as for `SoBiRL`.
+        reward, optimiser, noise, lead: as for `SoBiRLUpdate`.
     """
 
     def __init__(

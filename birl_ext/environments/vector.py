@@ -13,7 +13,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any, NamedTuple, cast
@@ -37,6 +37,7 @@ from birl_ext.errors import (
     ShapeError,
     warn,
 )
+from birl_ext.modules import import_own
 
 try:
     import gymnasium
@@ -111,6 +112,7 @@ def make_environments(
     options: Mapping[str, Any] | None = None,
     allow_entry_points: bool = False,
     context: str | None = None,
+    modules: Sequence[str] = (),
 ) -> Environments:
     """`count` copies of an environment, stepped together.
 
@@ -128,8 +130,11 @@ def make_environments(
         allow_entry_points: accept an id that names a module to import ("module:Name-v0") or an
             EnvSpec. Either can run any code.
         context: how processes are started: "fork", "spawn", "forkserver", None for the default.
+        modules: files or names of modules that each process imports first, see
+            `birl_ext.modules.import_own`; they may register the id.
 
     Raises:
+        ConfigError: a module cannot be imported.
         OptionError: no such id, one that would import code, or spaces that are not supported.
         MissingDependencyError: a package of the environment is not installed.
         EnvironmentFailureError: it cannot be built.
@@ -144,7 +149,9 @@ def make_environments(
     if not timeout > 0:
         raise OptionError(f"timeout is {timeout!r}", allowed="more than 0, in seconds")
     builders = [
-        functools.partial(_build, source, name, dict(options or {}), seed, i, os.getpid())
+        functools.partial(
+            _build, source, name, dict(options or {}), seed, i, os.getpid(), tuple(modules)
+        )
         for i in range(count)
     ]
     mode = AutoresetMode.SAME_STEP
@@ -644,16 +651,20 @@ def _kill(processes: list[Any]) -> None:
 
 
 def _imports_code(name: str) -> OptionError:
+    module, _, id = name.rpartition(":")
     return OptionError(
         f"the id {name!r} names code to import",
         allowed="ids that are registered already",
-        fix="import the module first, or pass allow_entry_points=True if you trust it",
+        fix=f"import the module first, on the command line by --module {module} --env {id}"
+        if module
+        else "register it and give its id, or pass allow_entry_points=True if you trust it",
     )
 
 
 def _unknown(name: str, error: gymnasium.error.Error) -> OptionError:
     return OptionError(
-        f"no environment {name!r}: {error}", fix="check the id, or import what registers it"
+        f"no environment {name!r}: {str(error).rstrip('.')}",
+        fix="check the id, or import what registers it, on the command line by --module FILE",
     )
 
 
@@ -750,6 +761,7 @@ def _build(
     seed: int,
     index: int,
     maker: int,
+    modules: tuple[str, ...],
 ) -> gymnasium.Env[Any, Any]:
     if os.getpid() != maker:
         # A signal to the whole group, such as Ctrl-C, is for the process that made this one: it
@@ -757,6 +769,8 @@ def _build(
         # environment starts would inherit.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _leave)
+    for module in modules:
+        import_own(module)
     if isinstance(source, str) and is_atari(source):
         register_atari(source)
     made = source(**options) if callable(source) else gymnasium.make(source, **options)

@@ -141,7 +141,7 @@ def draw(
     An episode of T ≥ H steps has T − H + 1 places; a shorter one has one, and is padded.
 
     The policy chose the steps before a fragment, too. With a lead they come along, for the score
-    (`birl_ext.bilevel.sobirl.SoBiRL`, option `lead`); `Fragments.after` takes them off.
+    (`birl_ext.bilevel.sobirl.SoBiRLUpdate`, option `lead`); `Fragments.after` takes them off.
 
     Args:
         episodes: at least one; steps of different ones never share a fragment.

@@ -1,29 +1,62 @@
-"""Those who answer which of two fragments is better; here, by rule from the true reward."""
+"""Those who answer which of two fragments is better: by rule from the true reward, or by code of a
+user's own.
+"""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Protocol
+from types import MappingProxyType, ModuleType
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from birl_ext.errors import NonFiniteInputError, OptionError
+from birl_ext.errors import BirlError, ConfigError, NonFiniteInputError, OptionError, TeacherError
 from birl_ext.model import checks
 from birl_ext.preferences.fragments import Fragments
+from birl_ext.runs.config import suggestion
 from birl_ext.state import Stateful
 
-__all__ = ["TEACHERS", "ScriptedTeacher", "Teacher", "TeacherRule"]
+__all__ = [
+    "TEACHERS",
+    "AbsentTeacher",
+    "OwnTeacher",
+    "ScriptedTeacher",
+    "Teacher",
+    "TeacherRule",
+    "name_of",
+    "named_teacher",
+    "register_teacher",
+]
 
 
 class Teacher(Protocol):
-    """Whoever answers: a rule, or a person."""
+    """Whoever answers: a rule, or a person; any function of two batches of fragments.
 
-    def __call__(self, first: Fragments, second: Fragments) -> Tensor:
-        """Labels (n,): 1 if `first` is better, 0 if `second`, 0.5 for a tie, NaN for no answer."""
+    A teacher that remembers may have `state_dict` and `load_state_dict` besides, both or neither:
+    what the first returns (tensors and plain values) is in every checkpoint, and a resumed run
+    gives it to the second.
+    """
+
+    def __call__(
+        self, first: Fragments, second: Fragments
+    ) -> Tensor | NDArray[Any] | Sequence[float | None]:
+        """Which of two fragments is better, for each of n pairs.
+
+        Args:
+            first, second: n fragments each, of which pair i is the i-th of both.
+
+        Returns:
+            (n,): 1 if `first` is better, 0 if `second`, 0.5 for a tie; NaN or None for no answer,
+            and the pair is left out.
+        """
         ...
 
 
@@ -239,3 +272,192 @@ def _check_finite(name: str, fragments: Fragments) -> None:
             where=f"pair {row}, step {step} of its {name} fragment",
             fix="mend the environment, or leave the pair out",
         )
+
+
+class OwnTeacher:
+    """A teacher of a user's own, looked at when it is given and at every answer.
+
+    Args:
+        teacher: see `Teacher`.
+
+    Raises:
+        TeacherError: it cannot be called with two batches of fragments, or has one half of a state.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.name = name_of(teacher)
+        fix = "give a function of two batches of fragments, or an object with such a __call__"
+        if isinstance(teacher, type):
+            fix = f"give an object of it: {teacher.__name__}(…)"
+        if isinstance(teacher, type) or not callable(teacher):
+            what = f"the teacher is {'the class ' * isinstance(teacher, type)}{self.name}"
+            raise TeacherError(what, allowed="what answers when it is called", fix=fix)
+        try:
+            inspect.signature(teacher).bind(None, None)
+        except TypeError as error:
+            what = f"the teacher {self.name} does not take (first, second): {error}"
+            raise TeacherError(what, fix=fix) from None
+        except ValueError:  # compiled code may not say what it takes
+            pass
+        halves = [hasattr(teacher, half) for half in ("state_dict", "load_state_dict")]
+        if any(halves) and not all(halves):
+            raise TeacherError(
+                f"the teacher {self.name} has one of state_dict and load_state_dict",
+                allowed="both, or neither",
+                fix="define the other",
+            )
+        self.teacher = teacher
+        self._remembers = all(halves)
+
+    def __call__(self, first: Fragments, second: Fragments) -> Tensor:
+        """Labels (n,) float32, NaN where there is no answer.
+
+        Raises:
+            TeacherError: it raised, or an answer is neither 0, 1, 0.5 nor none.
+        """
+        count = len(first)
+        try:
+            found = self.teacher(first, second)
+        except BirlError:
+            raise
+        except Exception as error:
+            raise TeacherError(
+                f"the teacher {self.name} raised {type(error).__name__}: {error}",
+                where=f"a batch of {count} pairs",
+                fix="mend the teacher; the questions are asked again",
+            ) from error
+        try:
+            plain = found.detach().cpu() if isinstance(found, Tensor) else found
+            label = np.asarray(plain, dtype=np.float64)  # None is NaN there
+        except (TypeError, ValueError):
+            label = np.empty(0)
+        if label.shape != (count,):
+            shape = tuple(getattr(found, "shape", label.shape))
+            raise TeacherError(
+                f"the teacher {self.name} answered {type(found).__name__} {shape}",
+                where=f"a batch of {count} pairs",
+                allowed=f"{count} numbers, one for each pair, in a list, an array or a tensor",
+            )
+        wrong = ~(np.isin(label, (0.0, 0.5, 1.0)) | np.isnan(label))
+        if wrong.any():
+            pair = int(wrong.argmax())
+            raise TeacherError(
+                f"the teacher {self.name} answered {label[pair]:.7g}",
+                where=f"pair {pair} of {count}",
+                allowed="0, 1, 0.5; NaN or None for no answer",
+            )
+        return torch.from_numpy(label).to(first.reward.device, torch.float32)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the teacher remembers, as a snapshot; nothing of one that does not."""
+        own: Any = self.teacher
+        return {"own": copy.deepcopy(own.state_dict())} if self._remembers else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the teacher go on from a state."""
+        own: Any = self.teacher
+        if self._remembers:
+            own.load_state_dict(copy.deepcopy(state["own"]))
+
+
+class AbsentTeacher:
+    """In the place of a teacher that was given as an object and is not at hand: it keeps the state.
+
+    Args:
+        name: what it was.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._state: Mapping[str, Any] = {}
+
+    def __call__(self, first: Fragments, second: Fragments) -> Tensor:
+        """Raises TeacherError."""
+        raise TeacherError(
+            f"the teacher {self.name} was given as an object, and is not at hand",
+            fix="give it: load(DIR, teacher=…).learn()",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._state = copy.deepcopy(dict(state))
+
+
+_REGISTERED: dict[str, Teacher | type[Any]] = {}
+
+
+def register_teacher(name: str, teacher: Teacher | type[Any]) -> None:
+    """Let runs name a teacher of one's own, on the command line by ``--teacher NAME``.
+
+    Args:
+        name: not one of `TEACHERS`; of two teachers of one name the later one holds.
+        teacher: see `Teacher`; or a class, of which each run makes one without arguments.
+
+    Raises:
+        OptionError: the name is none, or taken.
+        TeacherError: no teacher can be called so.
+    """
+    if not isinstance(name, str) or not name or ":" in name or name in TEACHERS:
+        raise OptionError(
+            f"the teacher's name is {name!r}",
+            allowed=f"words without a colon, other than {', '.join(TEACHERS)}",
+        )
+    if not isinstance(teacher, type):
+        OwnTeacher(teacher)  # looked at now
+    _REGISTERED[name] = teacher
+
+
+def named_teacher(name: str, modules: Mapping[str, ModuleType]) -> Teacher:
+    """A teacher of a user's own, as a setting names it.
+
+    Args:
+        name: as it was registered, or MODULE:NAME of a function, an object, or a class that is made
+            without arguments.
+        modules: those that have been imported for this run.
+
+    Raises:
+        ConfigError: there is none.
+        TeacherError: the class cannot be made.
+    """
+    found: Any = _REGISTERED.get(name)
+    module, colon, path = name.partition(":")
+    if found is None and colon:
+        if module not in modules:
+            raise ConfigError(
+                f"teacher is {name!r}, and module {module!r} is not named",
+                fix=f"name its file, on the command line --module {module}.py",
+            )
+        try:
+            found = operator.attrgetter(path)(modules[module])
+        except AttributeError:
+            known = [one for one, value in vars(modules[module]).items() if callable(value)]
+            raise ConfigError(
+                f"teacher is {name!r}, and the module has no {path!r}",
+                where=str(modules[module].__file__),
+                fix=suggestion(path, known) or "give the name of a class or function in it",
+            ) from None
+    if found is None:
+        known = [*TEACHERS, *_REGISTERED]
+        raise ConfigError(
+            f"teacher is {name!r}",
+            allowed=f"{', '.join(known)}; or MODULE:NAME of code named by --module",
+            fix=suggestion(name, known) or "choose one of them",
+        )
+    if not isinstance(found, type):
+        return found  # type: ignore[no-any-return]
+    try:
+        return found()  # type: ignore[no-any-return]
+    except Exception as error:
+        raise TeacherError(
+            f"making the teacher {name!r} raised {type(error).__name__}: {error}",
+            fix="let it be made without arguments, or register an object",
+        ) from error
+
+
+def name_of(thing: Any) -> str:
+    """MODULE:NAME of what is given, or of its class."""
+    if not hasattr(thing, "__qualname__"):
+        thing = type(thing)
+    return f"{thing.__module__}:{thing.__qualname__}"

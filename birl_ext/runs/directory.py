@@ -19,7 +19,7 @@ from birl_ext.files import PARTIAL, locked, replacing, tidy
 from birl_ext.runs.config import from_plain, read_toml, write_toml
 from birl_ext.runs.job import Metrics
 
-__all__ = ["MetricsWriter", "RunDirectory", "default_path", "to_json"]
+__all__ = ["MetricsWriter", "RunDirectory", "default_path", "free_directory", "to_json"]
 
 CONFIG = "config.toml"
 _METRIC = (int, float, type(None))
@@ -33,6 +33,24 @@ def default_path(problem: str) -> Path:
         count += 1
         candidate = base.with_name(f"{base.name}-{count}")
     return candidate
+
+
+def free_directory(path: Path) -> None:
+    """Refuse a path that a run cannot be written to.
+
+    Raises:
+        ConfigError: it exists and is not an empty directory.
+    """
+    # A kill may have left half of a configuration, and with it nothing that could be resumed.
+    if path.exists() and (
+        not path.is_dir() or any(not p.name.startswith(PARTIAL) for p in path.iterdir())
+    ):
+        raise ConfigError(
+            "the run directory is not empty",
+            where=str(path),
+            fix="choose another --out"
+            + (f", or go on with --resume {path}" if (path / CONFIG).is_file() else ""),
+        )
 
 
 class RunDirectory:
@@ -72,16 +90,7 @@ class RunDirectory:
         Raises:
             ConfigError: the path exists and is not an empty directory.
         """
-        # A kill may have left half of a configuration, and with it nothing that could be resumed.
-        if path.exists() and (
-            not path.is_dir() or any(not p.name.startswith(PARTIAL) for p in path.iterdir())
-        ):
-            raise ConfigError(
-                "the run directory is not empty",
-                where=str(path),
-                fix="choose another --out"
-                + (f", or go on with --resume {path}" if (path / CONFIG).is_file() else ""),
-            )
+        free_directory(path)
         path.mkdir(parents=True, exist_ok=True)
         write_toml(path / CONFIG, {"problem": problem, "config": config})
         return cls(path)

@@ -57,6 +57,8 @@ def run(
     *,
     checkpoint_every: int | None = None,
     loggers: Sequence[Logger] = (),
+    show: bool = True,
+    again: str = "",
 ) -> RunOutcome:
     """Run a job to its end, or until a signal, from its newest checkpoint if it has one.
 
@@ -71,6 +73,8 @@ def run(
             them, and more where saving would take over a twentieth of the time.
         loggers: called with each row of metrics, after it is in metrics.jsonl. A resumed run calls
             them again with the rows since its checkpoint.
+        show: the progress, on stderr.
+        again: what goes on with the run, for the note; by default the command.
 
     Returns:
         The outcome; a finished run has its summary.json and its last checkpoint.
@@ -101,13 +105,13 @@ def run(
         with (
             contextlib.closing(metrics),
             stop_requests() as stop,
-            progress(directory.problem, total=job.total_steps, completed=step, lines=10.0) as show,
+            _progress(directory.problem, job.total_steps, step, show) as display,
         ):
             saver = Saver(job, store, metrics, found, checkpoint_every)
             saver.save(step)  # for a first step that fails
-            told: list[Logger] = [metrics, *loggers, show]
+            told: list[Logger] = [metrics, *loggers, display]
             while not job.done and not stop:
-                with _told_where(saver, directory):
+                with _told_where(saver, again or _resume(directory)):
                     values = checked_metrics(job.step(), job)
                 step += 1
                 row = {"step": step, **values}
@@ -202,16 +206,29 @@ class Saver:
 
 
 @contextlib.contextmanager
-def _told_where(saver: Saver, directory: RunDirectory) -> Iterator[None]:
+def _progress(name: str, total: int, step: int, show: bool) -> Iterator[Logger]:
+    if not show:
+        yield lambda row: None
+        return
+    with progress(name, total=total, completed=step, lines=10.0) as display:
+        yield display
+
+
+@contextlib.contextmanager
+def _told_where(saver: Saver, again: str) -> Iterator[None]:
     """A step that fails tells of the newest checkpoint; from there it may fail again."""
     try:
         yield
     except Exception as error:
         error.add_note(
             f"The newest checkpoint is of step {saver.saved}; what failed is tried again from "
-            f"there with: birl run --resume {shlex.quote(str(directory.path))}"
+            f"there with: {again}"
         )
         raise
+
+
+def _resume(directory: RunDirectory) -> str:
+    return f"birl run --resume {shlex.quote(str(directory.path))}"
 
 
 @contextlib.contextmanager

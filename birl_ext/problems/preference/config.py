@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from birl_ext.errors import ConfigError
+from birl_ext.modules import locate
 from birl_ext.problems.settings import check_settings
 
 __all__ = ["PreferenceConfig"]
+
+SCRIPTED = ("oracle", "mistake", "noisy", "skip", "myopic", "equal")
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,9 @@ class PreferenceConfig:
     env: str = "CartPole-v1"
     """Gymnasium id with its version: discrete or continuous actions; ALE/… is seen as 84 × 84 grey
     frames."""
+    module: tuple[str, ...] = ()
+    """Your own code, the path of a file or the name of a module, imported first: it may register
+    environments and teachers. Kept by its absolute path."""
     algorithm: Literal["sobirl", "stoc-sobirl", "drlhf"] = "sobirl"
     """stoc-sobirl learns from each round's own pairs only; drlhf leaves the hyper-gradient out."""
     score: Literal["one-step", "full-horizon", "critic"] = "one-step"
@@ -34,7 +40,9 @@ class PreferenceConfig:
     hypergradient_after: int = 0
     """Environment steps before the hyper-gradient counts."""
 
-    teacher: Literal["oracle", "mistake", "noisy", "skip", "myopic", "equal"] = "noisy"
+    teacher: str = "noisy"
+    """oracle, mistake, noisy, skip, myopic, equal; your own by MODULE:NAME of code that --module
+    names, or by the name it was registered with."""
     sign_only: bool = False
     """The teacher looks at the sign of each true reward only, as is usual on Atari."""
     labels: int = 300
@@ -118,6 +126,7 @@ class PreferenceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "module", tuple(map(locate, self.module)))  # found from anywhere
         check_settings(
             self,
             least=_LEAST | {"temperature": 1e-12},  # by which float32 can divide
@@ -147,6 +156,12 @@ class PreferenceConfig:
             )
         if any(width < 1 for width in self.hidden):
             raise ConfigError(f"hidden is {self.hidden}", allowed="widths of 1 or more")
+        if self.sign_only and self.teacher not in SCRIPTED:
+            raise ConfigError(
+                f"sign_only is True, with teacher {self.teacher}",
+                allowed=f"with {', '.join(SCRIPTED)}, which answer by the true reward",
+                fix="leave sign_only out",
+            )
         if self.query == "disagreement" and self.members < 2:
             raise ConfigError(
                 f"members is {self.members}",

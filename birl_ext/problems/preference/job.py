@@ -13,40 +13,50 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from gymnasium.vector import VectorEnv
 
 from birl_ext.agents.agent import DiscreteAgent
 from birl_ext.bilevel.sobirl import SoBiRLOutcome
-from birl_ext.environments.atari import is_atari
-from birl_ext.environments.vector import Environments, make_environments, registration
+from birl_ext.environments.vector import Environments, make_environments
 from birl_ext.errors import ConfigError, MissingDependencyError, RenderError, warn
+from birl_ext.modules import import_own
 from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.buffer import PreferenceBuffer
 from birl_ext.preferences.fit import evaluate, fit
 from birl_ext.preferences.fragments import Pairs, draw
-from birl_ext.preferences.teachers import TEACHERS, ScriptedTeacher
+from birl_ext.preferences.teachers import (
+    TEACHERS,
+    AbsentTeacher,
+    OwnTeacher,
+    ScriptedTeacher,
+    Teacher,
+    named_teacher,
+)
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.gridworld import GRIDWORLD, draw_worlds
 from birl_ext.problems.preference.parts import (
     Generators,
+    Source,
     check_sizes,
-    environment_options,
     environment_source,
+    is_own,
     make_agent,
     make_learner,
     make_query,
     make_replay,
     make_reward,
     make_score,
+    registered_threshold,
 )
 from birl_ext.problems.preference.recorder import Recorder
 from birl_ext.rollouts.collect import Collector
 from birl_ext.rollouts.evaluate import Evaluation, evaluate_agent
+from birl_ext.rollouts.policy import Policy
 from birl_ext.rollouts.video import film_writer, record_video
 from birl_ext.runs.device import check_device
 from birl_ext.state import Stateful
 
 if TYPE_CHECKING:
-    from gymnasium.envs.registration import EnvSpec
     from matplotlib.figure import Figure
 
 __all__ = ["PreferenceJob"]
@@ -59,6 +69,13 @@ class PreferenceJob(Stateful):
 
     With a directory (`attach`) every answer is on the disk before it is used, and episodes are
     recorded as videos.
+
+    Args:
+        config: the settings.
+        environment: in place of the id in them, which is its name in brackets then: a function that
+            builds a `gymnasium.Env`, or a vector environment, whose episodes under way are cut off
+            by every evaluation and by a resume.
+        teacher: in place of the one that they name.
     """
 
     STATE = (
@@ -79,25 +96,34 @@ class PreferenceJob(Stateful):
         "_seconds",
     )
 
-    def __init__(self, config: PreferenceConfig) -> None:
+    def __init__(
+        self,
+        config: PreferenceConfig,
+        *,
+        environment: Source | None = None,
+        teacher: Teacher | None = None,
+    ) -> None:
         self.config = config
+        modules = {found.__name__: found for found in map(import_own, config.module)}
+        if teacher is None and config.teacher not in TEACHERS and not is_own(config.teacher):
+            teacher = named_teacher(config.teacher, modules)
         check_device(config.device)
         self.schedule = check_sizes(config)
         if config.video_every:
             film_writer()  # before the run, not when the first film is due
-        registered = _registration(config)
+        self._own = environment
+        registered = registered_threshold(config, environment)
         draws = Generators(config.seed)
         self._environments = self._make_environments(config.environments, config.seed)
         spaces = self._environments.spaces
         self.agent = make_agent(config, spaces, draws)
+        self.policy = Policy(self.agent, spaces, seed=config.seed)
         self._collector = Collector(
             self._environments, self.agent, seed=config.seed, random_steps=config.random_steps
         )
         self._replay = make_replay(config)
         self.reward = make_reward(config, spaces, draws)
-        self.teacher = ScriptedTeacher(
-            dataclasses.replace(TEACHERS[config.teacher], sign_only=config.sign_only), draws.next()
-        )
+        self.teacher = _teacher(config, teacher, draws.next())
         self._sampling = draws.next()  # of minibatches and questions
         # The score last: what is drawn for it must not change what every algorithm has.
         score, features = None, None
@@ -113,14 +139,13 @@ class PreferenceJob(Stateful):
         self._asked = 0
         self._answered = 0  # of this round's questions
         self._return = math.nan
-        self._threshold = config.threshold
-        if self._threshold is None and registered.reward_threshold is not None:
-            self._threshold = float(registered.reward_threshold)
+        self._threshold = registered if config.threshold is None else config.threshold
         self._labels_to_threshold: int | None = None
         self._seconds = dict.fromkeys(("environment", "update", "reward"), 0.0)
         self._log: AnswerLog | None = None
         self._videos: Path | None = None
-        if self.teacher.rule.skip_share and config.initial_labels + self.schedule.counts[0]:
+        labels = config.initial_labels + self.schedule.counts[0]
+        if self._skips and labels and self._shared is None:
             self._play_first_round()
 
     def attach(self, path: Path) -> None:
@@ -133,7 +158,8 @@ class PreferenceJob(Stateful):
         """Close the log and the environments; there are no more steps after that."""
         if self._log is not None:
             self._log.close()
-        self._environments.close()
+        if self._shared is None:
+            self._environments.close()
         self._log, self._videos = None, None
 
     @property
@@ -195,18 +221,40 @@ class PreferenceJob(Stateful):
     def evaluate(self) -> Evaluation:
         """Episodes of the present policy on the true reward, in environments of their own."""
         config = self.config
+        if self._shared is not None:
+            own = self._make_environments(config.environments, config.seed + _EVALUATION_SEED)
+            found = evaluate_agent(self.agent, own, episodes=config.evaluation_episodes)
+            self._collector.load_state_dict(self._collector.state_dict())  # begins new episodes
+            self._recorder.cut_off()
+            return found
         count = min(config.environments, config.evaluation_episodes)
         with self._make_environments(count, config.seed + _EVALUATION_SEED) as own:
             return evaluate_agent(self.agent, own, episodes=config.evaluation_episodes)
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, which stays as it is."""
+        super().load_state_dict(state)
+        if not self._environments.repeatable:  # new episodes have begun
+            self._recorder.cut_off()
+
+    @property
+    def _shared(self) -> VectorEnv[Any, Any, Any] | None:
+        """The one vector environment for acting and evaluation, where it was given."""
+        return self._own if isinstance(self._own, VectorEnv) else None
+
     def _make_environments(self, count: int, seed: int) -> Environments:
+        config = self.config
+        if self._shared is not None:
+            return Environments(self._shared, name=config.env, seed=seed, timeout=config.timeout)
+        source, options = environment_source(config, self._own)
         return make_environments(
-            environment_source(self.config.env),
+            source,
             count=count,
             seed=seed,
-            options=environment_options(self.config),
+            options=options,
             parallel=self.config.parallel,
             timeout=self.config.timeout,
+            modules=self.config.module,
         )
 
     def _play_first_round(self) -> None:
@@ -226,7 +274,7 @@ class PreferenceJob(Stateful):
     def _mean_reward(self, seen: Recorder) -> float:
         """True reward per step, where the teacher can answer by it."""
         mean = seen.mean_reward(sign_only=self.config.sign_only)
-        if mean < 0 and self.teacher.rule.skip_share:
+        if mean < 0 and self._skips:
             raise ConfigError(
                 f"teacher is {self.config.teacher}, and the mean true reward per step {mean:.4g}",
                 where=self.config.env,
@@ -234,6 +282,10 @@ class PreferenceJob(Stateful):
                 fix="choose another teacher, on the command line --teacher",
             )
         return mean
+
+    @property
+    def _skips(self) -> bool:
+        return isinstance(self.teacher, ScriptedTeacher) and self.teacher.rule.skip_share > 0
 
     def _passed(self, found: float) -> bool:
         return self._threshold is not None and found >= self._threshold
@@ -244,14 +296,9 @@ class PreferenceJob(Stateful):
         self._videos.mkdir(exist_ok=True)
         path = self._videos / f"round-{self._round:05d}.mp4"
         seed = self.config.seed + _EVALUATION_SEED
+        source, options = environment_source(self.config, self._own)
         try:
-            record_video(
-                self.agent,
-                environment_source(self.config.env),
-                path,
-                seed=seed,
-                options=environment_options(self.config),
-            )
+            record_video(self.agent, source, path, seed=seed, options=options)
         except (RenderError, MissingDependencyError) as error:  # the run itself is well
             warn(str(error))
 
@@ -306,7 +353,8 @@ class PreferenceJob(Stateful):
             first.after(config.lead), second.after(config.lead), count, self._sampling
         )
         first, second = first.select(chosen), second.select(chosen)
-        self.teacher.observe(self._mean_reward(self._recorder))
+        if isinstance(self.teacher, ScriptedTeacher):
+            self.teacher.observe(self._mean_reward(self._recorder))
         label = self.teacher(first.after(config.lead), second.after(config.lead))
         asked = Pairs(first, second, label).after(config.lead)  # what the teacher sees
         if self._log is not None:
@@ -416,17 +464,15 @@ class PreferenceJob(Stateful):
         return drawn | ({"learned_reward": worlds} if self.config.env == GRIDWORLD else {})
 
 
-def _registration(config: PreferenceConfig) -> EnvSpec:
-    """What the environment was registered with; refuses one whose evaluation might not end."""
-    found = registration(config.env)
-    limit = found.max_episode_steps if config.episode_steps is None else config.episode_steps
-    if limit is None and not is_atari(config.env):  # a console has a limit of its own
-        raise ConfigError(
-            f"env is {config.env}, which has no time limit",
-            allowed="environments that have one, or episode_steps",
-            fix="set episode_steps, on the command line --episode-steps",
-        )
-    return found
+def _teacher(
+    config: PreferenceConfig, own: Teacher | None, generator: torch.Generator
+) -> ScriptedTeacher | OwnTeacher | AbsentTeacher:
+    if own is None and is_own(config.teacher):
+        return AbsentTeacher(config.teacher)
+    if own is None:
+        rule = dataclasses.replace(TEACHERS[config.teacher], sign_only=config.sign_only)
+        return ScriptedTeacher(rule, generator)
+    return own if isinstance(own, ScriptedTeacher) else OwnTeacher(own)
 
 
 @contextmanager

@@ -6,10 +6,14 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
+import gymnasium
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import VectorEnv
+from gymnasium.wrappers import TimeLimit
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,10 +29,11 @@ from birl_ext.agents.temperature import (
     discrete_entropy_target,
 )
 from birl_ext.bilevel.score import Critic, FullHorizon, OneStep, Score, Simulator
-from birl_ext.bilevel.sobirl import DRLHF, SoBiRL
+from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate
 from birl_ext.environments.atari import atari_environment, is_atari
 from birl_ext.environments.spaces import Spaces
-from birl_ext.errors import ConfigError
+from birl_ext.environments.vector import registration
+from birl_ext.errors import ConfigError, EnvironmentFailureError, OptionError
 from birl_ext.model.checks import check_memory
 from birl_ext.preferences.last_layer import LastLayer
 from birl_ext.preferences.queries import Disagreement, Entropy, Query, Uniform
@@ -42,20 +47,19 @@ from birl_ext.simulators.finite import FiniteSimulator
 from birl_ext.simulators.restored import simulator_for
 from birl_ext.state import Stateful
 
-if TYPE_CHECKING:
-    import gymnasium
-
 __all__ = [
     "Generators",
+    "Source",
     "check_sizes",
-    "environment_options",
     "environment_source",
+    "is_own",
     "make_agent",
     "make_learner",
     "make_query",
     "make_replay",
     "make_reward",
     "make_score",
+    "registered_threshold",
 ]
 
 
@@ -79,15 +83,122 @@ class Generators(Stateful):
         return made
 
 
-def environment_source(name: str) -> str | Callable[..., gymnasium.Env[Any, Any]]:
-    """What `make_environments` builds: Atari comes with its preprocessing."""
-    return functools.partial(atari_environment, name) if is_atari(name) else name
+Source: TypeAlias = "Callable[[], gymnasium.Env[Any, Any]] | VectorEnv[Any, Any, Any]"
+"""An environment of a user's own: a function that builds one, or several in one."""
 
 
-def environment_options(config: PreferenceConfig) -> dict[str, Any]:
-    """Its keyword arguments."""
+def is_own(name: str) -> bool:
+    """Whether a setting names an environment or a teacher that was given as an object."""
+    return name.startswith("<")
+
+
+def environment_source(
+    config: PreferenceConfig, own: Source | None = None
+) -> tuple[str | Callable[..., gymnasium.Env[Any, Any]], dict[str, Any]]:
+    """What `make_environments` builds, and its keyword arguments: Atari comes with its
+    preprocessing.
+    """
     steps = config.episode_steps
-    return {} if steps is None else {"max_episode_steps": steps}
+    if own is not None:
+        assert not isinstance(own, VectorEnv)
+        return _own_source(config, own), {}
+    options = {} if steps is None else {"max_episode_steps": steps}
+    if is_atari(config.env):
+        return functools.partial(atari_environment, config.env), options
+    return config.env, options
+
+
+def _own_source(
+    config: PreferenceConfig, build: Callable[..., gymnasium.Env[Any, Any]]
+) -> Callable[..., gymnasium.Env[Any, Any]]:
+    """The same with the settings' limit, under the name that messages have for it."""
+    steps = config.episode_steps
+
+    def made(**options: Any) -> gymnasium.Env[Any, Any]:
+        built = build(**options)
+        return built if steps is None else TimeLimit(built, steps)
+
+    made.__name__ = config.env
+    return made
+
+
+def registered_threshold(config: PreferenceConfig, own: Source | None) -> float | None:
+    """The return that counts as learned, where the environment was registered with one.
+
+    Raises:
+        ConfigError: its evaluation might not end, or a setting asks for what it does not give.
+        OptionError: it is not registered, or none.
+        EnvironmentFailureError: it cannot be built.
+    """
+    if own is None and is_own(config.env):
+        face = "DRLHF" if config.algorithm == "drlhf" else "SoBiRL"
+        raise ConfigError(
+            f"env is {config.env}: a function or an environment of the program that made the run",
+            fix=f"give it: birl_ext.{face}.load(DIR, environment=…); its plot() draws figures",
+        )
+    if own is not None and not is_own(config.env):
+        raise ConfigError(
+            f"env is {config.env}, and an environment is given besides", fix="leave one out"
+        )
+    if own is not None and config.score == "full-horizon" and config.algorithm != "drlhf":
+        raise ConfigError(
+            f"score is 'full-horizon', with env {config.env}",
+            allowed="ids, of which copies can be made in any state",
+            fix="register the environment and give its id, or use score=one-step",
+        )
+    limit: float | None = config.episode_steps
+    if isinstance(own, VectorEnv):
+        for name, value, none in (
+            ("episode_steps", config.episode_steps, None),
+            ("video_every", config.video_every, 0),
+            ("environments", config.environments, own.num_envs),
+        ):
+            if value != none:
+                raise ConfigError(
+                    f"{name} is {value}", where=f"env {config.env}", allowed=str(none)
+                )
+        spec, limit = own.spec, math.inf  # what it is made of is not seen
+    elif own is not None:
+        spec, own_limit = _looked_at(own, config.env)
+        limit = limit or own_limit
+    else:
+        spec = registration(config.env)
+        limit = limit or spec.max_episode_steps
+    if limit is None and not is_atari(config.env):  # a console has a limit of its own
+        raise ConfigError(
+            f"env is {config.env}, which has no time limit",
+            allowed="environments that have one, or episode_steps",
+            fix="set episode_steps, on the command line --episode-steps",
+        )
+    found = None if spec is None else spec.reward_threshold
+    return None if found is None else float(found)
+
+
+def _looked_at(
+    build: Callable[[], gymnasium.Env[Any, Any]], name: str
+) -> tuple[EnvSpec | None, int | None]:
+    """What an environment was registered with, if it was, and its time limit."""
+    try:
+        made = build()
+    except (Exception, SystemExit) as error:
+        raise EnvironmentFailureError(
+            f"building raised {type(error).__name__}: {error}", where=f"environment {name!r}"
+        ) from error
+    if not isinstance(made, gymnasium.Env):
+        raise OptionError(
+            f"the environment's function returned a {type(made).__name__}",
+            where=f"environment {name!r}",
+            allowed="a gymnasium.Env",
+            fix="give a vector environment itself, not a function",
+        )
+    made.close()
+    spec = made.spec
+    limit = None if spec is None else spec.max_episode_steps
+    while limit is None and isinstance(made, gymnasium.Wrapper):
+        if isinstance(made, TimeLimit):
+            limit = made._max_episode_steps
+        made = made.env
+    return spec, limit
 
 
 def check_sizes(config: PreferenceConfig) -> QuerySchedule:
@@ -279,15 +390,17 @@ def _critic(
     return Critic(features, layer.weights, trunk=layer.trunk), features
 
 
-def make_learner(config: PreferenceConfig, reward: RewardModel, score: Score | None) -> SoBiRL:
+def make_learner(
+    config: PreferenceConfig, reward: RewardModel, score: Score | None
+) -> SoBiRLUpdate:
     """The upper level."""
 
     def optimiser(parameters: Iterable[Tensor]) -> Optimizer:
         return torch.optim.AdamW(parameters, lr=config.reward_rate, fused=True)
 
     if config.algorithm == "drlhf":
-        return DRLHF(reward, optimiser=optimiser, noise=config.noise, lead=config.lead)
-    return SoBiRL(
+        return DRLHFUpdate(reward, optimiser=optimiser, noise=config.noise, lead=config.lead)
+    return SoBiRLUpdate(
         reward,
         optimiser=optimiser,
         score=score,

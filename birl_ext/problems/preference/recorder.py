@@ -54,6 +54,12 @@ class Recorder:
         while len(self._closed) > 1 and self._steps - len(self._closed[0].reward) >= self.keep:
             self._steps -= len(self._closed.popleft().reward)
 
+    def cut_off(self) -> None:
+        """End the episodes under way: what comes next is not their continuation."""
+        for where, steps in enumerate(self._open):
+            if steps:
+                self._close(where)
+
     def episodes(self) -> list[Episode]:
         """Finished ones, then those under way."""
         return [*self._closed, *(_joined(steps) for steps in self._open if steps)]
