@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from birl_ext.agents.agent import Agent
 from birl_ext.agents.networks import StateActionMLP, Twin, head_network
 from birl_ext.agents.sac import SAC
 from birl_ext.agents.sac_discrete import DiscreteSAC
@@ -105,7 +104,7 @@ def check_sizes(config: PreferenceConfig) -> QuerySchedule:
     check(10_000 * config.environments, "environments")
     check(10_000 * config.members, "members")
     check(16 * sum(map(math.prod, pairwise((1, *config.hidden, 1)))), "hidden")
-    check(config.batch_size, "batch_size")
+    check(config.batch_size * config.n_step, "batch_size", "n_step")
     check(config.replay, "replay")
     schedule = QuerySchedule(config.schedule, config.rounds, config.labels, config.initial_labels)
     most = max(schedule.counts[0] + config.initial_labels, *schedule.counts)
@@ -126,16 +125,21 @@ class _Learned(TypedDict):
     optimiser: Callable[[Iterable[Tensor]], Optimizer]
     target_rate: float
     target_period: int
+    anneal_over: int | None
 
 
-def make_agent(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> Agent:
-    """Soft Q-learning of a table where observations are indices, otherwise soft actor-critic."""
+def make_agent(
+    config: PreferenceConfig, spaces: Spaces, draws: Generators
+) -> SoftQ | DiscreteSAC | SAC:
+    """Soft Q-learning, of a table where observations are indices, or soft actor-critic."""
+    total = config.updates_due(config.rounds * config.environment_steps)
     learned: _Learned = {
         "discount": config.discount,
         "temperature": _temperature(config, spaces),
         "optimiser": functools.partial(torch.optim.Adam, lr=config.learning_rate, fused=True),
         "target_rate": config.target_rate,
         "target_period": config.target_period,
+        "anneal_over": max(total, 1) if config.anneal else None,
     }
     shape, dtype = spaces.observation_shape, spaces.observation_dtype
 
@@ -148,8 +152,15 @@ def make_agent(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> A
             table = nn.Embedding(spaces.observations, spaces.actions, device=config.device)
             nn.init.zeros_(table.weight)
             return SoftQ(table, **learned)
+        if config.follower != "sac":
+            return SoftQ(heads(spaces.actions), **learned)
         return DiscreteSAC(
             heads(spaces.actions), Twin(heads(spaces.actions), heads(spaces.actions)), **learned
+        )
+    if config.follower == "soft-q":
+        raise ConfigError(
+            f"follower is soft-q, and env {config.env} has continuous actions",
+            allowed="sac there, which auto takes",
         )
     if dtype is torch.uint8 or spaces.observations is not None:
         raise ConfigError(
@@ -179,7 +190,7 @@ def make_replay(config: PreferenceConfig) -> ReplayBuffer | FrameReplay:
     """One that holds each frame once, where observations are known to be stacks of frames."""
     # Atari's are, by its preprocessing; others may be the colours of one picture.
     kind = FrameReplay if is_atari(config.env) else ReplayBuffer
-    return kind(config.replay, device=config.device)
+    return kind(config.replay, device=config.device, linked=config.n_step > 1)
 
 
 def _temperature(config: PreferenceConfig, spaces: Spaces) -> Temperature:
