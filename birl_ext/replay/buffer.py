@@ -15,7 +15,6 @@ from torch import Tensor
 from birl_ext.environments.transitions import Transitions
 from birl_ext.errors import DtypeError, OptionError, ShapeError
 from birl_ext.replay.storage import reserve
-from birl_ext.state import Stateful
 
 if TYPE_CHECKING:  # replay works without gymnasium, collecting does not
     from birl_ext.rollouts.collect import Collection
@@ -200,35 +199,44 @@ class ReplayBuffer:
         return Transitions(*reserve(what, self.capacity, batch, self.device, fix=LOWER))
 
 
-class _Links(Stateful):
+class _Links:
     """Which row of a ring follows which, in the same episode.
 
     Args:
         capacity, device: of the ring.
     """
 
-    STATE = ("following", "_open", "_written")
-
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.following = torch.full((capacity,), -1, device=device)
         """(capacity,) int64, −1 where none does, or none yet."""
-        self._open = torch.empty(0, dtype=torch.int64)
-        """The number of the newest row of each environment, −1 where its episode has ended."""
+        self._open: dict[int, int] = {}
+        """Environment → number of its newest row, if its episode goes on."""
         self._written = 0
 
     def add(self, ring: Transitions, environment: Sequence[int], ended: Sequence[bool]) -> None:
         """The newest rows of the ring, those of one environment in the order of time."""
         capacity = len(self.following)
-        more = max(environment, default=-1) + 1 - len(self._open)
-        if more > 0:
-            self._open = torch.cat([self._open, torch.full((more,), -1)])
         for e, over in zip(environment, ended, strict=True):
-            row, before = self._written % capacity, int(self._open[e])
+            row, before = self._written % capacity, self._open.pop(e, None)
             self.following[row] = -1
-            if before >= 0 and self._written - before < capacity:
+            if before is not None and self._written - before < capacity:
                 before %= capacity
                 # not so where an environment was taken up again in a new episode
                 if torch.equal(ring.next_observation[before], ring.observation[row]):
                     self.following[before] = row
-            self._open[e] = -1 if over else self._written
+            if not over:
+                self._open[e] = self._written
             self._written += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "following": self.following.clone(),
+            "environments": list(self._open),
+            "newest": list(self._open.values()),
+            "written": self._written,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.following = state["following"].clone().to(self.following.device)
+        self._open = dict(zip(state["environments"], state["newest"], strict=True))
+        self._written = int(state["written"])

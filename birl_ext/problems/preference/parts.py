@@ -149,6 +149,11 @@ def make_agent(
 
     if spaces.actions is not None:
         if spaces.observations is not None:
+            if config.follower == "sac":
+                raise ConfigError(
+                    f"follower is sac, and env {config.env} is learned by a table",
+                    allowed="soft-q there, which auto takes",
+                )
             table = nn.Embedding(spaces.observations, spaces.actions, device=config.device)
             nn.init.zeros_(table.weight)
             return SoftQ(table, **learned)
