@@ -71,7 +71,7 @@ EARLIER = {
     "learning_rate": 1e-3,
     "anneal": False,
     "update_every": 2,
-    "updates": 1,
+    "burst": 1,
     "target_rate": 0.01,
     "target_period": 1,
 }

@@ -530,10 +530,10 @@ def path_agent(kind: str) -> Any:
     if kind == "discrete SAC":
         actor, *critics = (MLP(2, 3, hidden=(4,), generator=source) for _ in range(3))
         return DiscreteSAC(actor, Twin(*critics), optimiser=sgd(0.0), **options)
-    critics = [StateActionMLP(2, 1, hidden=(4,), generator=source) for _ in range(2)]
+    pair = [StateActionMLP(2, 1, hidden=(4,), generator=source) for _ in range(2)]
     actor = MLP(2, 2, hidden=(4,), generator=source)
     edge = torch.ones(1)
-    return SAC(actor, Twin(*critics), low=-edge, high=edge, optimiser=sgd(0.0), **options)
+    return SAC(actor, Twin(*pair), low=-edge, high=edge, optimiser=sgd(0.0), **options)
 
 
 def paths(kind: str) -> tuple[Transitions, Tensor, Tensor]:

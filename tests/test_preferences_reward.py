@@ -302,8 +302,8 @@ def test_normalised_members_count_in_units_of_their_own_spread() -> None:
     models = [RewardNetwork.mlp(3, source, actions=2, hidden=(5,)) for _ in range(2)]
     big = copy.deepcopy(models[1])
     with torch.no_grad():
-        for parameter in (big.body[-1].weight, big.body[-1].bias):  # type: ignore[index, union-attr]
-            parameter.mul_(100.0)  # type: ignore[union-attr, operator]
+        for parameter in untyped(big.body)[-1].parameters():
+            parameter.mul_(100.0)
     observation, action = torch.randn(50, 3, generator=source), torch.arange(50) % 2
     plain, scaled = RewardEnsemble(models), RewardEnsemble([models[0], big])
     before = scaled.each(observation, action)

@@ -78,9 +78,9 @@ class PreferenceConfig:
     """What learns the policy: soft Q-learning by one network, of discrete actions, or soft
     actor-critic; auto takes the first where it can."""
     update_every: int = 2
-    """Environment steps from one burst of updates of the agent to the next."""
-    updates: int = 1
-    """Of a burst."""
+    """Environment steps per update of the agent, in the mean."""
+    burst: int = 1
+    """Updates made at once, after burst · update_every environment steps."""
     n_step: int = 1
     """Steps of the learned reward that a target sums before it takes the critic's word; more than 1
     take the actions between as the present policy's."""
@@ -192,12 +192,13 @@ class PreferenceConfig:
 
     def updates_due(self, steps: int) -> int:
         """Updates of the agent after so many environment steps."""
-        return max(steps - self.silent_steps, 0) // self.update_every * self.updates
+        steps = max(steps - self.silent_steps, 0)
+        return steps // (self.update_every * self.burst) * self.burst
 
 
 _ONE_OR_MORE = """
     horizon fragment recent candidates pairs rounds environment_steps environments
-    episode_steps update_every updates n_step batch_size replay target_period members pair_batch
+    episode_steps update_every burst n_step batch_size replay target_period members pair_batch
     evaluation_episodes evaluate_every
 """
 _NONE_OR_MORE = """
