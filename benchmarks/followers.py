@@ -67,13 +67,13 @@ class Candidate:
 
 EARLIER = {
     "hidden": (64, 64),
-    "temperature": None,
+    "temperature": 1.0,
+    "entropy_target": True,
     "learning_rate": 1e-3,
     "anneal": False,
     "update_every": 2,
     "burst": 1,
     "target_rate": 0.01,
-    "target_period": 1,
 }
 """The defaults until November 2026."""
 CANDIDATES = {

@@ -697,7 +697,7 @@ def test_followers_are_judged_from_the_same_starts(
     import followers
 
     judged: list[Any] = []
-    plain = followers.evaluate_agent
+    plain = untyped(followers).evaluate_agent
 
     def evaluate(agent: Any, own: Any, *, episodes: int) -> Any:
         found = plain(agent, own, episodes=episodes)

@@ -186,7 +186,7 @@ def test_the_agent_learning_rate_falls_to_the_end_of_the_run(
         job.step()
     assert len(rates) == 90
     assert rates == pytest.approx([job.config.learning_rate * (1 - k / 90) for k in range(90)])
-    assert make_job().agent.anneal_over is None
+    assert make_job(anneal=False).agent.anneal_over is None
 
 
 @pytest.mark.parametrize("n_step", [1, 3])
@@ -636,7 +636,12 @@ def test_bytes_are_numbers_or_pixels_that_need_not_be_stacks(
     gymnasium.register("Bytes-v0", partial(Bytes, shape, action_space), max_episode_steps=10)
     try:
         job = make_job(
-            env="Bytes-v0", rounds=2, environment_steps=40, update_every=20, initial_epochs=1
+            env="Bytes-v0",
+            rounds=2,
+            environment_steps=40,
+            update_every=20,
+            burst=1,
+            initial_epochs=1,
         )
         while not job.done:
             row = job.step()
@@ -725,6 +730,7 @@ ATARI: dict[str, Any] = {
     "environments": 4,
     "episode_steps": 600,
     "update_every": 150,
+    "burst": 1,
     "batch_size": 16,
     "replay": 2000,
     "recent": 1200,
@@ -748,6 +754,7 @@ MUJOCO: dict[str, Any] = {
     "environments": 2,
     "episode_steps": 200,
     "update_every": 8,
+    "burst": 1,
     "batch_size": 32,
     "hidden": (32, 32),
     "fragment": 10,

@@ -70,21 +70,24 @@ class PreferenceConfig:
     """Seconds that a parallel environment may take for a step."""
 
     discount: float = 0.99
-    temperature: float | None = None
-    """τ in units of the learned reward; by default it follows an entropy target."""
+    temperature: float = 0.1
+    """τ in units of the reward that the agent is given, see normalise."""
+    entropy_target: bool = False
+    """τ only starts at temperature, and follows a target for the policy's entropy: entropy_share of
+    ln A nats, of d continuous actions −d."""
     entropy_share: float = 0.5
-    """The target, of discrete actions: this share of ln A."""
+    """Of ln A, the entropy of A equally likely actions."""
     follower: Literal["auto", "soft-q", "sac"] = "auto"
     """What learns the policy: soft Q-learning by one network, of discrete actions, or soft
     actor-critic; auto takes the first where it can."""
     update_every: int = 2
     """Environment steps per update of the agent, in the mean."""
-    burst: int = 1
+    burst: int = 128
     """Updates made at once, after burst · update_every environment steps."""
     n_step: int = 1
     """Steps of the learned reward that a target sums before it takes the critic's word; more than 1
     take the actions between as the present policy's."""
-    normalise: Literal["no", "scale", "standard"] = "no"
+    normalise: Literal["no", "scale", "standard"] = "scale"
     """Of the reward that the agent is given: scale divides it by its standard deviation over the
     replay, of every round; standard takes its mean off too, which changes what is best where
     episodes may terminate. temperature is in units of what results."""
@@ -94,13 +97,13 @@ class PreferenceConfig:
     batch_size: int = 64
     replay: int = 50_000
     """Transitions kept."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2.3e-3
     """Of the agent, at the start."""
-    anneal: bool = False
+    anneal: bool = True
     """The agent's learning rate falls linearly to 0 at the last update of the run."""
-    hidden: tuple[int, ...] = (64, 64)
+    hidden: tuple[int, ...] = (256, 256)
     """Widths of the agent's hidden layers; of pixels, its convolutions have their own."""
-    target_rate: float = 0.01
+    target_rate: float = 0.03
     """Share of the critics that their copies take over when they move."""
     target_period: int = 1
     """Updates from one move of the copies to the next."""

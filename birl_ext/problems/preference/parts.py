@@ -200,14 +200,14 @@ def make_replay(config: PreferenceConfig) -> ReplayBuffer | FrameReplay:
 
 def _temperature(config: PreferenceConfig, spaces: Spaces) -> Temperature:
     target = None
-    if config.temperature is None:
+    if config.entropy_target:
         target = (
             continuous_entropy_target(spaces.action_shape[0])
             if spaces.actions is None
             else discrete_entropy_target(spaces.actions, config.entropy_share)
         )
     return Temperature(
-        1.0 if config.temperature is None else config.temperature,
+        config.temperature,
         entropy_target=target,
         learning_rate=config.learning_rate,
         device=config.device,
