@@ -67,8 +67,6 @@ class Candidate:
 
 EARLIER = {
     "hidden": (64, 64),
-    "temperature": 1.0,
-    "entropy_target": True,
     "learning_rate": 1e-3,
     "anneal": False,
     "update_every": 2,

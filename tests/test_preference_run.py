@@ -103,7 +103,13 @@ def test_a_run_of_each_teacher(teacher: str) -> None:
         {"env": "Pendulum-v1", "recent": 80},  # less than an episode under way, more than a round
         {"env": "Pendulum-v1", **FULL},
         {"members": 2, "query": "disagreement", "candidates": 3},
-        {"query": "entropy", "candidates": 3, "temperature": 0.5, "hypergradient_after": 200},
+        {
+            "query": "entropy",
+            "candidates": 3,
+            "temperature": 0.5,
+            "entropy_target": False,
+            "hypergradient_after": 200,
+        },
         {"follower": "sac", "n_step": 3, "normalise": "standard", "anneal": True},
         {"members": 2, "normalise_members": True, "burst": 4, "target_rate": 1.0},
     ],
@@ -212,7 +218,9 @@ def test_the_agent_is_given_a_normalised_reward(
     normalise: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In units that hold for a round; the hyper-gradient has τ in those of the reward itself."""
-    job = make_job(rounds=2, normalise=normalise, reward_rate=0.01, temperature=0.5)
+    job = make_job(
+        rounds=2, normalise=normalise, reward_rate=0.01, temperature=0.5, entropy_target=False
+    )
     job.step()
     before = copy.deepcopy(job.reward)
     normal = dict(job._normal)
@@ -260,6 +268,20 @@ def test_members_are_normalised_for_agent_and_score_alike() -> None:
         one.step(pairs, follower, temperature=0.5)
     for ours, theirs in zip(job.reward.parameters(), learner.reward.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_temperature_follows_an_entropy_or_stays() -> None:
+    for entropy_target, share in ((False, 0.5), (True, 0.5), (True, 0.9)):
+        job = make_job(
+            rounds=2, temperature=0.2, entropy_target=entropy_target, entropy_share=share
+        )
+        assert job.agent.temperature == pytest.approx(0.2)
+        job.step()
+        job.step()
+        assert (job.agent.temperature == 0.2) == (not entropy_target)
+        if entropy_target:
+            assert job.agent._temperature.entropy_target == pytest.approx(share * math.log(2))
+    assert make_job(env="Pendulum-v1").agent._temperature.entropy_target == -1
 
 
 @pytest.mark.parametrize("keep_best", [True, False])

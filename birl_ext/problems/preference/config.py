@@ -70,11 +70,12 @@ class PreferenceConfig:
     """Seconds that a parallel environment may take for a step."""
 
     discount: float = 0.99
-    temperature: float = 0.1
-    """τ in units of the reward that the agent is given, see normalise."""
-    entropy_target: bool = False
-    """τ only starts at temperature, and follows a target for the policy's entropy: entropy_share of
-    ln A nats, of d continuous actions −d."""
+    temperature: float = 1.0
+    """τ in units of the reward that the agent is given, see normalise: where entropy_target is on,
+    of the start."""
+    entropy_target: bool = True
+    """τ follows a target for the policy's entropy, entropy_share of ln A nats, of d continuous
+    actions −d; otherwise it stays."""
     entropy_share: float = 0.5
     """Of ln A, the entropy of A equally likely actions."""
     follower: Literal["auto", "soft-q", "sac"] = "auto"
@@ -87,7 +88,7 @@ class PreferenceConfig:
     n_step: int = 1
     """Steps of the learned reward that a target sums before it takes the critic's word; more than 1
     take the actions between as the present policy's."""
-    normalise: Literal["no", "scale", "standard"] = "scale"
+    normalise: Literal["no", "scale", "standard"] = "no"
     """Of the reward that the agent is given: scale divides it by its standard deviation over the
     replay, of every round; standard takes its mean off too, which changes what is best where
     episodes may terminate. temperature is in units of what results."""
