@@ -74,8 +74,11 @@ EARLIER = {
     "target_rate": 0.01,
 }
 """The defaults until November 2026."""
+FIXED = {"temperature": 0.1, "entropy_target": False}
+"""For rewards of a known scale, about one per step."""
 CANDIDATES = {
     "soft Q": Candidate(CARTPOLE, {"follower": "soft-q"}),
+    "soft Q, τ fixed": Candidate(CARTPOLE, {"follower": "soft-q", **FIXED}),
     "discrete SAC": Candidate(CARTPOLE, {"follower": "sac"}),
     "discrete SAC, earlier defaults": Candidate(CARTPOLE, {"follower": "sac", **EARLIER}),
     "Stable-Baselines3 DQN": Candidate(
@@ -96,6 +99,7 @@ CANDIDATES = {
         rival="DQN",
     ),
     "SAC": Candidate(PENDULUM, {"follower": "sac"}),
+    "SAC, τ fixed": Candidate(PENDULUM, {"follower": "sac", **FIXED}),
     "Stable-Baselines3 SAC": Candidate(PENDULUM, {"learning_rate": 1e-3}, rival="SAC"),
 }
 
@@ -103,10 +107,26 @@ CANDIDATES = {
 Judge = Callable[[Any], None]
 
 
+USED = """
+    follower discount temperature entropy_target entropy_share update_every burst n_step batch_size
+    replay learning_rate anneal hidden target_rate target_period environments environment_steps
+"""
+
+
 def config_of(candidate: Candidate, seed: int) -> PreferenceConfig:
     task = candidate.task
     rounds = {"rounds": task.steps // 1000, "environment_steps": 1000}
     return PreferenceConfig(env=task.env, seed=seed, **rounds, **candidate.settings)
+
+
+def recorded(candidate: Candidate) -> dict[str, Any]:
+    """The settings that decide what is measured, as JSON holds them."""
+    if candidate.rival:
+        found: dict[str, Any] = candidate.settings
+    else:
+        plain = to_plain(config_of(candidate, 0))
+        found = {name: plain[name] for name in USED.split()}
+    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
 
 def ours(candidate: Candidate, seed: int, judge: Judge) -> None:
@@ -222,17 +242,14 @@ def main() -> int:
     report: dict[str, Any] = {
         "question": (__doc__ or "").splitlines()[0],
         **header("python benchmarks/followers.py", threads=1),
-        "settings": {
-            name: one.settings if one.rival else to_plain(config_of(one, 0))
-            for name, one in CANDIDATES.items()
-        },
+        "settings": {name: recorded(one) for name, one in CANDIDATES.items()},
         "runs": [],
     }
     report["versions"]["stable_baselines3"] = installed("stable_baselines3")
     if options.out.exists():
         held = json.loads(options.out.read_text())
         for name in options.candidates:
-            old, new = held["settings"].get(name), json.loads(json.dumps(report["settings"][name]))
+            old, new = held["settings"].get(name), report["settings"][name]
             if old is not None and old != new:
                 parser.error(
                     f"{options.out} holds {name} with other settings; choose another --out"
