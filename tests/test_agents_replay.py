@@ -155,6 +155,14 @@ def test_an_episode_that_began_anew_is_no_path() -> None:
     assert not bool(buffer.ahead(30, 2, generator())[1][1].any())
 
 
+def test_nothing_follows_what_is_no_longer_held() -> None:
+    """All observations alike: another row lies where an environment that paused was seen last."""
+    buffer, now = ReplayBuffer(3, linked=True), torch.zeros(1, dtype=torch.int64)
+    for where, over in ((0, False), (1, True), (1, True), (1, True), (1, True), (0, True)):
+        buffer.append(Transitions(now, now, now, now > 0, now.float()), [where], [over])
+    assert not bool(buffer.ahead(30, 2, generator())[1][1].any())
+
+
 def test_a_replay_without_links_knows_no_paths() -> None:
     buffer = ReplayBuffer(4)
     buffer.append(rows(0, 2))
