@@ -197,7 +197,7 @@ def _joined(one: Pairs, other: Pairs) -> Pairs:
 def table(report: dict[str, Any]) -> str:
     """Means over seeds; the share of what the exact gradient gains over the loss alone in φ."""
     lines = [
-        "| pairs | score's part | share of the gain in φ | φ | true return | error of ∇φ̂ | cosine |",
+        "| pairs | score's part | share of the gain | φ | true return | error of ∇φ | cosine |",
         "|---|---|---|---|---|---|---|",
     ]
     for pairs in ("fresh", "reused"):

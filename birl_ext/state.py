@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from birl_ext.errors import BirlError, DtypeError, OptionError, ShapeError
 
-__all__ = ["Stateful"]
+__all__ = ["Stateful", "put", "taken"]
 
 _ELEMENTWISE = (
     torch.optim.Adam,
@@ -39,7 +39,7 @@ class Stateful:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, as a snapshot."""
-        return {name.lstrip("_"): _taken(getattr(self, name)) for name in self._state()}
+        return {name.lstrip("_"): taken(getattr(self, name)) for name in self._state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, which stays as it is.
@@ -52,7 +52,7 @@ class Stateful:
         self._check_state(state)
         for name in self._state():
             key = name.lstrip("_")
-            setattr(self, name, _put(getattr(self, name), state[key]))
+            setattr(self, name, put(getattr(self, name), state[key]))
 
     def _check_state(self, state: Any, name: str = "") -> None:
         """Refuse a state that cannot be put, before anything has changed."""
@@ -64,7 +64,7 @@ class Stateful:
         """What happens inside to the state is taken back after an error, or `always`."""
         names = [name for name in self._state() if name not in without]
         held = {name: getattr(self, name) for name in names}
-        kept = {name: _taken(part) for name, part in held.items()}
+        kept = {name: taken(part) for name, part in held.items()}
         try:
             yield
         except BaseException:
@@ -72,7 +72,7 @@ class Stateful:
             raise
         finally:
             for name, part in kept.items() if always else ():
-                setattr(self, name, _put(held[name], part))
+                setattr(self, name, put(held[name], part))
 
     @contextmanager
     def loaded_whole(self, optional: Collection[str] = ()) -> Iterator[None]:
@@ -107,7 +107,8 @@ class Stateful:
         return [name for base in reversed(cls.__mro__) for name in base.__dict__.get("STATE", ())]
 
 
-def _taken(value: Any) -> Any:
+def taken(value: Any) -> Any:
+    """A snapshot of what an attribute holds, as plain data."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, torch.Generator):
@@ -119,9 +120,9 @@ def _taken(value: Any) -> Any:
     elif hasattr(value, "state_dict"):
         return value.state_dict()
     if isinstance(value, Mapping):
-        return {key: _taken(part) for key, part in value.items()}
+        return {key: taken(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_taken(part) for part in value]
+        return [taken(part) for part in value]
     return copy.deepcopy(value)
 
 
@@ -271,7 +272,7 @@ def _names(keys: Collection[Any]) -> str:
     return (some or "nothing") + ", …" * (len(keys) > 8)
 
 
-def _put(ours: Any, state: Any) -> Any:
+def put(ours: Any, state: Any) -> Any:
     """What takes the place of `ours`: itself where it can be changed, for others may hold it."""
     if isinstance(ours, torch.Generator):
         ours.set_state(state)
@@ -284,9 +285,9 @@ def _put(ours: Any, state: Any) -> Any:
         with torch.no_grad():
             ours.copy_(state)
     elif isinstance(ours, Mapping):
-        return {key: _put(part, state[key]) for key, part in ours.items()}
+        return {key: put(part, state[key]) for key, part in ours.items()}
     elif isinstance(ours, list | tuple):
-        parts = [_put(part, held) for part, held in zip(ours, state, strict=True)]
+        parts = [put(part, held) for part, held in zip(ours, state, strict=True)]
         return ours._make(parts) if hasattr(ours, "_make") else type(ours)(parts)
     elif isinstance(state, Tensor):
         return state.clone().to(ours.device) if isinstance(ours, Tensor) else state.clone()

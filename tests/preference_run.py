@@ -9,6 +9,7 @@ SMALL: dict[str, Any] = {
     "environment_steps": 120,
     "environments": 2,
     "update_every": 8,
+    "burst": 1,
     "batch_size": 16,
     "hidden": (16,),
     "labels": 40,

@@ -18,6 +18,7 @@ from closeness import assert_close, assert_same_state
 from torch import Tensor, nn
 
 import birl_ext
+from birl_ext.agents.best import Best
 from birl_ext.agents.categorical import CategoricalPolicy
 from birl_ext.agents.networks import MLP, OneHot, StateActionMLP, Twin
 from birl_ext.agents.sac import SAC
@@ -518,6 +519,142 @@ def test_an_agent_learns_where_its_networks_are(kind: str, device: str) -> None:
         one.environments.close()
 
 
+# Paths of several steps
+
+
+def path_agent(kind: str) -> Any:
+    options: dict[str, Any] = {"discount": 0.5, "temperature": Temperature(0.3)}
+    source = generator(5)
+    if kind == "soft Q":
+        return SoftQ(MLP(2, 3, hidden=(4,), generator=source), optimiser=sgd(0.0), **options)
+    if kind == "discrete SAC":
+        actor, *critics = (MLP(2, 3, hidden=(4,), generator=source) for _ in range(3))
+        return DiscreteSAC(actor, Twin(*critics), optimiser=sgd(0.0), **options)
+    pair = [StateActionMLP(2, 1, hidden=(4,), generator=source) for _ in range(2)]
+    actor = MLP(2, 2, hidden=(4,), generator=source)
+    edge = torch.ones(1)
+    return SAC(actor, Twin(*pair), low=-edge, high=edge, optimiser=sgd(0.0), **options)
+
+
+def paths(kind: str) -> tuple[Transitions, Tensor, Tensor]:
+    """Four of up to three steps; the second ends by termination, the third is cut off."""
+    source = generator(2)
+    present = torch.tensor([[True] * 4, [True, False, True, True], [True, False, False, True]])
+    action = torch.randint(3, (12,), generator=source)
+    batch = Transitions(
+        torch.randn(12, 2, generator=source),
+        action if kind != "SAC" else torch.rand(12, 1, generator=source),
+        torch.randn(12, 2, generator=source),
+        torch.tensor([False, True] + 9 * [False] + [True]),
+        torch.full((12,), math.nan),
+    )
+    return batch, torch.randn(12, generator=source), present
+
+
+@pytest.mark.parametrize("kind", ["soft Q", "discrete SAC", "SAC"])
+@torch.no_grad()
+def test_a_target_of_several_steps_is_their_soft_return(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Σ γᵏ (r_k + τ H(s_k) [k > 0]) + γᵐ (1 − terminated) V̄(s_m), added up path by path; an
+    estimate of the entropy is replaced by a function of the state."""
+    agent = path_agent(kind)
+    if kind == "SAC":
+        monkeypatch.setattr(agent, "_entropy", lambda where: where[:, 0])
+        monkeypatch.setattr(agent, "_following", lambda where: where[:, 1])
+    batch, reward, present = paths(kind)
+    first, goal = agent._goal(batch, reward, present)
+    for part, whole in zip(first[:4], batch[:4], strict=True):
+        assert torch.equal(part, whole[:4])
+    for path in range(4):
+        want, rows = 0.0, [path + 4 * k for k in range(3) if present[k, path]]
+        for k, row in enumerate(rows):
+            bonus = float(agent._entropy(batch.observation[[row]])) if k else 0.0
+            want += 0.5**k * (float(reward[row]) + 0.3 * bonus)
+        if not batch.terminated[rows[-1]]:
+            after = agent._following(batch.next_observation[[rows[-1]]])
+            want += 0.5 ** len(rows) * float(after)
+        assert float(goal[path]) == pytest.approx(want, abs=1e-5), path
+    with torch.enable_grad():
+        assert math.isfinite(agent.update(batch, reward, present)["entropy"])
+
+
+@pytest.mark.parametrize("kind", ["soft Q", "discrete SAC"])
+def test_the_entropy_of_a_state_is_that_of_its_policy(kind: str) -> None:
+    agent = path_agent(kind)
+    where = torch.randn(5, 2, generator=generator())
+    share = agent.probabilities(where)  # the copy is not behind yet
+    assert_close(agent._entropy(where), -(share * share.log()).sum(-1), bound=1e-6, label="H")
+
+
+def test_paths_that_fit_no_batch_are_refused() -> None:
+    agent = path_agent("soft Q")
+    batch, reward, present = paths("soft Q")
+    for wrong in (present[:2], present[0], ~present):
+        with pytest.raises(ShapeError, match=r"present has shape .* a batch of 12"):
+            agent.update(batch, reward, wrong)
+
+
+# Learning rates
+
+
+@pytest.mark.parametrize("kind", ["soft Q", "discrete SAC", "SAC"])
+def test_learning_rates_fall_linearly_to_nothing(kind: str) -> None:
+    run = Run(kind, seed=1)  # over 40 updates
+    run.advance(11)
+    optimisers = [one for one in vars(run.agent).values() if isinstance(one, torch.optim.Optimizer)]
+    assert len(optimisers) == (1 if kind == "soft Q" else 2)
+    for one in optimisers:  # the eleventh update had ten before it
+        assert one.param_groups[0]["lr"] == pytest.approx(1e-3 * 30 / 40)
+    run.advance(29)
+    before = run.agent.policy_state()["network"]
+    run.advance(2)
+    assert_same_state(run.agent.policy_state()["network"], before)
+    run.environments.close()
+    with pytest.raises(OptionError, match="anneal_over is 0"):
+        SoftQ(
+            table(2, 2, generator()),
+            discount=0.5,
+            temperature=Temperature(1.0),
+            optimiser=sgd(1.0),
+            anneal_over=0,
+        )
+
+
+# The best so far
+
+
+@pytest.mark.parametrize("kind", ["soft Q", "discrete SAC", "SAC"])
+def test_the_best_policy_is_kept_and_restored(kind: str) -> None:
+    run = Run(kind, seed=1)
+    best = Best(run.agent)
+    where = torch.randn(6, run.environments.spaces.observation_shape[0], generator=generator())
+
+    def acts() -> tuple[Tensor, float]:
+        return run.agent.sample(where, generator()), run.agent.temperature
+
+    found = {}
+    for value in (1.0, 3.0, 2.0, math.nan):
+        run.advance(3)
+        best.offer(value)
+        found[value] = acts(), run.agent.policy_state()
+    assert best.value == 3.0
+    kept = best.state_dict()
+    run.advance(1)
+    best.restore()
+    (action, tau), network = found[3.0]
+    assert torch.equal(acts()[0], action)
+    assert acts()[1] == tau != found[2.0][0][1]
+    assert_same_state(run.agent.policy_state(), network)
+    run.advance(1)
+    again = Best(run.agent)
+    again.load_state_dict(kept)
+    again.restore()
+    assert_same_state(run.agent.policy_state(), network)
+    assert_same_state(again.state_dict(), kept)
+    run.environments.close()
+
+
 # Resuming
 
 
@@ -533,6 +670,7 @@ class Run:
             "optimiser": adam(1e-3),
             "target_rate": 0.5,
             "target_period": 3,
+            "anneal_over": 40,
         }
         name = "Pendulum-v1" if kind == "SAC" else "CartPole-v1"
         self.environments = make_environments(name, count=3, seed=4)

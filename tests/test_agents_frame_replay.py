@@ -145,6 +145,23 @@ def test_each_frame_is_held_once_and_let_go(parts: tuple[int, ...]) -> None:
         assert ours.frames == len(frames.unique(dim=0))
 
 
+def test_paths_are_those_of_the_plain_replay() -> None:
+    ours, plain = FrameReplay(40, linked=True), ReplayBuffer(40, linked=True)
+    for found in film((9,) * 6, count=3, kinds=2):
+        ours.record(found)
+        plain.record(found)
+        (paths, present), (want, there) = (one.ahead(100, 4, generator()) for one in (ours, plain))
+        assert torch.equal(present, there)
+        for a, b in zip(paths, want, strict=True):
+            assert_same_bits(a, b, label="path")
+    assert bool(present[3].any())
+    assert not bool(present[3].all())
+    again = FrameReplay(40, linked=True)
+    again.load_state_dict(ours.state_dict())
+    for a, b in zip(again.ahead(100, 4, generator())[0], paths, strict=True):
+        assert_same_bits(a, b, label="resumed")
+
+
 def test_a_long_episode_takes_a_frame_a_step() -> None:
     (found,) = film((100,), length=10**6)
     ours, small = FrameReplay(500), FrameReplay(20)

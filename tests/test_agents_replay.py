@@ -82,6 +82,96 @@ def test_a_snapshot_goes_on_like_the_original() -> None:
         ReplayBuffer(7).load_state_dict(state)
 
 
+def moments(count: int, ends: float, seed: int) -> list[tuple[Transitions, list[int], list[bool]]]:
+    """Of three environments, not all of them at each moment; observations say where and when."""
+    source, found = generator(seed), []
+    clock = [0, 0, 0]
+    for _ in range(count):
+        where = [e for e in range(3) if float(torch.rand((), generator=source)) < 0.8] or [0]
+        over = [float(torch.rand((), generator=source)) < ends for _ in where]
+        now = torch.tensor([100 * clock[e] + e for e in where])
+        batch = Transitions(now, now, now + 100, torch.tensor(over), now.float())
+        for e in where:
+            clock[e] += 1
+        found.append((batch, where, over))
+    return found
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 1000])
+@pytest.mark.parametrize("at_once", [1, 6])
+def test_a_path_goes_on_to_the_end_of_its_episode_or_of_what_is_held(
+    capacity: int, at_once: int
+) -> None:
+    buffer, every = ReplayBuffer(capacity, linked=True), moments(60, 0.2, seed=1)
+    ends: dict[int, bool] = {}
+    for start in range(0, 60, at_once):
+        some = every[start : start + at_once]
+        batch = Transitions(*(torch.cat(part) for part in zip(*(m[0] for m in some), strict=True)))
+        where, over = [e for m in some for e in m[1]], [end for m in some for end in m[2]]
+        buffer.append(batch, where, over)
+        ends |= dict(zip(batch.action.tolist(), over, strict=True))
+    held = set(buffer.sample(5000, generator()).action.tolist())
+    found, present = buffer.ahead(300, 4, generator())
+    plain = buffer.sample(300, generator())
+    for part, whole in zip(found, plain, strict=True):
+        assert torch.equal(part[:300], whole)
+    table = found.action.view(4, 300)
+    for path in range(300):
+        want = [int(table[0, path])]
+        while len(want) < 4 and not ends[want[-1]] and want[-1] + 100 in held:
+            want.append(want[-1] + 100)
+        there = present[:, path].tolist()
+        assert there == [k < len(want) for k in range(4)]
+        assert table[:, path].tolist() == want + [want[-1]] * (4 - len(want))
+    assert bool(present[{1: 0, 7: 1, 1000: 3}[capacity]].any())
+
+
+def test_links_go_on_like_the_original() -> None:
+    ours, theirs = (ReplayBuffer(20, linked=True) for _ in range(2))
+    every = moments(16, 0.1, seed=2)
+    for moment in every[:8]:
+        ours.append(*moment)
+    theirs.load_state_dict(ours.state_dict())
+    for moment in every[8:]:
+        ours.append(*moment)
+        theirs.append(*moment)
+    one, other = (buffer.ahead(60, 5, generator()) for buffer in (ours, theirs))
+    assert torch.equal(one[1], other[1])
+    assert bool(one[1][4].any())
+    for a, b in zip(one[0], other[0], strict=True):
+        assert_same_bits(a, b, label="path")
+    for buffer in (ReplayBuffer(20), theirs):
+        state = (ours if buffer is not theirs else ReplayBuffer(20)).state_dict()
+        with pytest.raises(OptionError, match="stored replay is linked and this one is not"):
+            buffer.load_state_dict(state)
+
+
+def test_an_episode_that_began_anew_is_no_path() -> None:
+    """An environment that could not be put back after a resume starts from somewhere else."""
+    buffer = ReplayBuffer(8, linked=True)
+    for first in (0, 50):
+        now = torch.tensor([first])
+        buffer.append(Transitions(now, now, now + 1, now < 0, now.float()), [0], [False])
+    assert not bool(buffer.ahead(30, 2, generator())[1][1].any())
+
+
+def test_nothing_follows_what_is_no_longer_held() -> None:
+    """All observations alike: another row lies where an environment that paused was seen last."""
+    buffer, now = ReplayBuffer(3, linked=True), torch.zeros(1, dtype=torch.int64)
+    for where, over in ((0, False), (1, True), (1, True), (1, True), (1, True), (0, True)):
+        buffer.append(Transitions(now, now, now, now > 0, now.float()), [where], [over])
+    assert not bool(buffer.ahead(30, 2, generator())[1][1].any())
+
+
+def test_a_replay_without_links_knows_no_paths() -> None:
+    buffer = ReplayBuffer(4)
+    buffer.append(rows(0, 2))
+    with pytest.raises(OptionError, match="does not know what follows"):
+        buffer.ahead(1, 2, generator())
+    with pytest.raises(OptionError, match="not told where"):
+        ReplayBuffer(4, linked=True).append(rows(0, 2))
+
+
 def test_rows_that_do_not_fit_are_refused() -> None:
     buffer = ReplayBuffer(4)
     with pytest.raises(OptionError, match="empty"):

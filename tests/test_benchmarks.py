@@ -689,6 +689,50 @@ def executable(path: Path, text: str) -> None:
 
 
 @needs_bash
+def test_followers_are_judged_from_the_same_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that is held is not repeated; a rival that is not there is in the table."""
+    pytest.importorskip("gymnasium")
+    import followers
+
+    judged: list[Any] = []
+    plain = untyped(followers).evaluate_agent
+
+    def evaluate(agent: Any, own: Any, *, episodes: int) -> Any:
+        found = plain(agent, own, episodes=episodes)
+        judged.append((agent.version, own.count, episodes))
+        return found
+
+    short = {"hidden": (8,), "burst": 10, "batch_size": 8}
+    task = followers.Task("CartPole-v1", 2000, 1000, 5.0)
+    never = followers.Task("CartPole-v1", 2000, 1000, 1e9)
+    candidates = {
+        "one": followers.Candidate(task, {**short, "n_step": 2}),
+        "other": followers.Candidate(never, {**short, "follower": "sac"}),
+        "rival": followers.Candidate(task, rival="DQN"),
+    }
+    monkeypatch.setattr(followers, "evaluate_agent", evaluate)
+    monkeypatch.setattr(followers, "CANDIDATES", candidates)
+    monkeypatch.setattr(followers, "installed", lambda _: None)
+    file = tmp_path / "found.json"
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["followers.py", "--seeds", "1", "--out", str(file)])
+        assert followers.main() == 0
+    assert judged == 2 * [(0, 20, 20), (500, 20, 20)]  # the first thousand steps are random
+    one, other = (run for run in json.loads(file.read_text())["runs"])
+    assert one["reached"] == 1000
+    assert other["reached"] is None
+    shown = capsys.readouterr().out
+    assert "| one | 1 of 1 | 1000 |" in shown
+    assert "| other | 0 of 1 | – |" in shown
+    assert "| rival | not installed |" in shown
+    candidates["one"].settings["burst"] = 20
+    with pytest.raises(SystemExit):
+        followers.main()
+    assert "holds one with other settings" in capsys.readouterr().err
+
+
 def test_without_a_gpu_the_check_refuses_in_one_line(tmp_path: Path) -> None:
     executable(tmp_path / "nvidia-smi", "echo no devices; exit 9")
     done = bash(f'PATH="{tmp_path}:$PATH" bash "{CHECK}"')

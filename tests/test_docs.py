@@ -28,6 +28,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FOUR_ROOMS = sorted((ROOT / "benchmarks" / "results").glob("four_rooms_*.json"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 PREFERENCES = sorted((ROOT / "benchmarks" / "results").glob("preference_*.json"))
+FOLLOWERS = sorted((ROOT / "benchmarks" / "results").glob("followers_*.json"))
 RELIABILITY = sorted((ROOT / "benchmarks" / "results").glob("reliability_*.json"))
 TAXES = sorted((ROOT / "benchmarks" / "results").glob("taxes_*.json"))
 # what torch itself says while it traces
@@ -147,6 +148,14 @@ def test_the_tables_of_estimators_are_those_measured(name: str) -> None:
     table = page["table"](json.loads(stored.read_text()))
     found = between((ROOT / "docs" / "stochastic.md").read_text(), name.replace("_", " "))
     assert found.strip() == table, f"docs/stochastic.md should contain\n\n{table}"
+
+
+@pytest.mark.skipif(not FOLLOWERS, reason="no stored results of followers")
+def test_the_table_of_followers_is_the_one_measured() -> None:
+    report = json.loads(FOLLOWERS[-1].read_text())
+    table = runpy.run_path(str(ROOT / "benchmarks" / "followers.py"))["table"](report)
+    found = between((ROOT / "docs" / "preferences.md").read_text(), "followers")
+    assert found.strip() == table, f"docs/preferences.md should contain\n\n{table}"
 
 
 @pytest.mark.skipif(not RELIABILITY, reason="no stored figures of reliability")

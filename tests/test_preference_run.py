@@ -21,11 +21,16 @@ import numpy as np
 import pytest
 import torch
 from cases import untyped
+from closeness import assert_same_state
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from gymnasium.spaces import Box, Discrete
 from preference_run import TIMED, make_job
 
+from birl_ext.agents.sac import SAC
+from birl_ext.agents.sac_discrete import DiscreteSAC
+from birl_ext.agents.soft_q import SoftQ
 from birl_ext.environments.atari import is_atari
+from birl_ext.environments.transitions import Transitions
 from birl_ext.environments.vector import make_environments
 from birl_ext.errors import (
     AnswerLogCorruptError,
@@ -44,6 +49,7 @@ from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.job import PreferenceJob
 from birl_ext.problems.preference.parts import environment_source, make_replay
 from birl_ext.replay.frames import FrameReplay
+from birl_ext.rollouts.evaluate import Evaluation
 from birl_ext.runs.checkpoint import CheckpointStore
 from birl_ext.runs.config import from_plain, read_toml, to_plain
 from birl_ext.runs.directory import RunDirectory
@@ -97,7 +103,15 @@ def test_a_run_of_each_teacher(teacher: str) -> None:
         {"env": "Pendulum-v1", "recent": 80},  # less than an episode under way, more than a round
         {"env": "Pendulum-v1", **FULL},
         {"members": 2, "query": "disagreement", "candidates": 3},
-        {"query": "entropy", "candidates": 3, "temperature": 0.5, "hypergradient_after": 200},
+        {
+            "query": "entropy",
+            "candidates": 3,
+            "temperature": 0.5,
+            "entropy_target": False,
+            "hypergradient_after": 200,
+        },
+        {"follower": "sac", "n_step": 3, "normalise": "standard", "anneal": True},
+        {"members": 2, "normalise_members": True, "burst": 4, "target_rate": 1.0},
     ],
     ids=lambda changes: " ".join(map(str, changes.values())) or "defaults",
 )
@@ -115,6 +129,184 @@ def test_a_run_goes_on_to_the_same_bits(changes: dict[str, Any], tmp_path: Path)
         assert str(untimed(one)) == str(untimed(other))
     for name, part in whole.reward.state_dict().items():
         assert torch.equal(part, again.reward.state_dict()[name]), name
+    assert_same_state(again.state_dict()["best"], whole.state_dict()["best"])
+    assert_same_state(again.state_dict()["agent"], whole.state_dict()["agent"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "updates"),
+    [
+        ({}, SoftQ, 15),
+        ({"follower": "soft-q"}, SoftQ, 15),
+        ({"follower": "sac"}, DiscreteSAC, 15),
+        ({"env": "Pendulum-v1"}, SAC, 15),
+        ({"env": GRID}, SoftQ, 15),
+        ({"burst": 5}, SoftQ, 15),
+        ({"burst": 5, "update_every": 10}, SoftQ, 10),
+        ({"burst": 15}, SoftQ, 15),
+        ({"burst": 16}, SoftQ, 0),
+    ],
+)
+def test_who_learns_and_how_often(
+    changes: dict[str, Any], kind: Any, updates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bursts after every so many environment steps, of the 120 after the first round."""
+    job = make_job(rounds=2, **changes)
+    assert isinstance(job.agent, kind)
+    job.step()
+    assert job.agent.version == 0
+    plain, versions = job._collector.collect, set()
+    monkeypatch.setattr(
+        job._collector, "collect", lambda n: (versions.add(job.agent.version), plain(n))[1]
+    )
+    row = job.step()
+    assert job.agent.version == updates == job.config.updates_due(240)
+    assert versions <= set(range(0, updates + 1, changes.get("burst", 1)))
+    assert (row["updates_per_second"] > 0) == (updates > 0)
+
+
+def seen_by_the_agent(job: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What its updates are told."""
+    told: list[Any] = []
+    plain = job.agent.update
+    monkeypatch.setattr(job.agent, "update", lambda *given: (told.append(given), plain(*given))[1])
+    return told
+
+
+def test_the_agent_learning_rate_falls_to_the_end_of_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = make_job(anneal=True, update_every=4)
+    rates: list[float] = []
+    plain = job.agent.update
+    monkeypatch.setattr(
+        job.agent,
+        "update",
+        lambda *given: (
+            plain(*given),
+            rates.append(job.agent.optimiser.param_groups[0]["lr"]),
+            {},
+        )[2],
+    )
+    while not job.done:
+        job.step()
+    assert len(rates) == 90
+    assert rates == pytest.approx([job.config.learning_rate * (1 - k / 90) for k in range(90)])
+    assert make_job(anneal=False).agent.anneal_over is None
+
+
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_targets_of_several_steps_see_what_followed(
+    n_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(rounds=2, n_step=n_step)
+    told = seen_by_the_agent(job, monkeypatch)
+    job.step()
+    job.step()
+    for batch, reward, present in told:
+        assert batch.size == 16 * n_step == len(reward)
+        if n_step == 1:
+            assert present is None
+            continue
+        there = present[1]
+        assert torch.equal(batch.next_observation[:16][there], batch.observation[16:32][there])
+    assert n_step == 1 or sum(int(present[2].sum()) for *_, present in told) > 100
+
+
+@pytest.mark.parametrize("normalise", ["no", "scale", "standard"])
+def test_the_agent_is_given_a_normalised_reward(
+    normalise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In units that hold for a round; the hyper-gradient has τ in those of the reward itself."""
+    job = make_job(
+        rounds=2, normalise=normalise, reward_rate=0.01, temperature=0.5, entropy_target=False
+    )
+    job.step()
+    before = copy.deepcopy(job.reward)
+    normal = dict(job._normal)
+    taus: list[float] = []
+    plain = job.learner.step
+    monkeypatch.setattr(
+        job.learner,
+        "step",
+        lambda *a, temperature: (taus.append(temperature), plain(*a, temperature=temperature))[1],
+    )
+    told = seen_by_the_agent(job, monkeypatch)
+    job.step()
+    assert set(taus) == {0.5 * normal["scale"]}
+    every = Transitions(**job._replay.state_dict()["held"]).select(torch.arange(120))
+    with torch.no_grad():
+        raw = before(every.observation, every.action)
+    if normalise == "no":
+        assert normal == {"shift": 0.0, "scale": 1.0}
+    else:  # of the 120 transitions of the first round, drawn a thousand times
+        assert normal["scale"] == pytest.approx(float(raw.std()), rel=0.15)
+        assert abs(normal["shift"] - (float(raw.mean()) if normalise == "standard" else 0)) < 0.1
+    batch, reward, _ = told[0]
+    with torch.no_grad():
+        want = (before(batch.observation, batch.action) - normal["shift"]) / normal["scale"]
+    assert torch.allclose(reward, want)
+
+
+def test_members_are_normalised_for_agent_and_score_alike() -> None:
+    job = make_job(rounds=2, members=2, normalise_members=True)
+    assert job.reward.scale.tolist() == [1, 1]
+    job.step()
+    every = Transitions(**job._replay.state_dict()["held"])
+    with torch.no_grad():
+        each = job.reward.each(every.observation, every.action)
+    assert job.reward.scale.tolist() == pytest.approx(each.std(1).tolist(), rel=0.15)
+    assert make_job(members=2).reward.scale.tolist() == [1, 1]
+
+    class Plain:
+        """The same policy, by the general way."""
+
+        log_prob, probabilities = job.agent.log_prob, job.agent.probabilities
+
+    learner, pairs = copy.deepcopy(job.learner), job.answers.everything()
+    for one, follower in ((job.learner, job.agent), (learner, Plain)):
+        one.step(pairs, follower, temperature=0.5)
+    for ours, theirs in zip(job.reward.parameters(), learner.reward.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_temperature_follows_an_entropy_or_stays() -> None:
+    for entropy_target, share in ((False, 0.5), (True, 0.5), (True, 0.9)):
+        job = make_job(
+            rounds=2, temperature=0.2, entropy_target=entropy_target, entropy_share=share
+        )
+        assert job.agent.temperature == pytest.approx(0.2)
+        job.step()
+        job.step()
+        assert (job.agent.temperature == 0.2) == (not entropy_target)
+        if entropy_target:
+            assert job.agent._temperature.entropy_target == pytest.approx(share * math.log(2))
+    assert make_job(env="Pendulum-v1").agent._temperature.entropy_target == -1
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_a_finished_run_hands_out_its_best_policy(
+    keep_best: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(keep_best=keep_best, evaluate_every=1)
+    found = iter([1.0, 5.0, math.nan, 3.0])
+    states = []
+
+    def evaluate(_: Any) -> Any:
+        states.append(job.agent.policy_state())
+        return Evaluation(torch.tensor([next(found)]), torch.ones(1))
+
+    monkeypatch.setattr(PreferenceJob, "evaluate", evaluate)
+    while not job.done:
+        job.step()
+    assert_same_state(job.agent.policy_state(), states[1 if keep_best else 3])
+    summary = job.summary()
+    assert summary["objective"] == (5.0 if keep_best else 3.0)
+    assert summary["last_return"] == 3.0
+    again = make_job(keep_best=keep_best, evaluate_every=1)
+    again.load_state_dict(job.state_dict())
+    assert_same_state(again.agent.policy_state(), job.agent.policy_state())
+    assert again.summary()["objective"] == summary["objective"]
 
 
 def test_the_algorithms_differ_by_the_hypergradient_alone() -> None:
@@ -275,6 +467,13 @@ def test_what_cannot_be_run_is_named() -> None:
         ({"env": GRID, "members": 2}, ConfigError, "members is 2"),
         ({"env": "Pendulum-v1", "score": "critic"}, ConfigError, "discrete actions"),
         ({"env": GRID, "score": "critic"}, ConfigError, "one-step"),
+        ({"env": "Pendulum-v1", "follower": "soft-q"}, ConfigError, "continuous actions .*sac"),
+        ({"follower": "ppo"}, ConfigError, "follower is 'ppo'"),
+        ({"env": GRID, "follower": "sac"}, ConfigError, "table .*soft-q"),
+        ({"burst": 0}, ConfigError, "burst is 0"),
+        ({"n_step": 0}, ConfigError, "n_step is 0"),
+        ({"normalise": "mean"}, ConfigError, "normalise is 'mean'"),
+        ({"normalise_members": True}, ConfigError, "members is 1 .*normalise_members"),
     ):
         with pytest.raises(error, match=match):
             make_job(**changes)
@@ -459,7 +658,12 @@ def test_bytes_are_numbers_or_pixels_that_need_not_be_stacks(
     gymnasium.register("Bytes-v0", partial(Bytes, shape, action_space), max_episode_steps=10)
     try:
         job = make_job(
-            env="Bytes-v0", rounds=2, environment_steps=40, update_every=20, initial_epochs=1
+            env="Bytes-v0",
+            rounds=2,
+            environment_steps=40,
+            update_every=20,
+            burst=1,
+            initial_epochs=1,
         )
         while not job.done:
             row = job.step()
@@ -548,6 +752,7 @@ ATARI: dict[str, Any] = {
     "environments": 4,
     "episode_steps": 600,
     "update_every": 150,
+    "burst": 1,
     "batch_size": 16,
     "replay": 2000,
     "recent": 1200,
@@ -571,6 +776,7 @@ MUJOCO: dict[str, Any] = {
     "environments": 2,
     "episode_steps": 200,
     "update_every": 8,
+    "burst": 1,
     "batch_size": 32,
     "hidden": (32, 32),
     "fragment": 10,

@@ -296,6 +296,40 @@ def contents(buffer: PreferenceBuffer) -> list[int]:
     return numbers.tolist()
 
 
+def test_normalised_members_count_in_units_of_their_own_spread() -> None:
+    """And are fitted as they are: the loss sees `each`."""
+    source = seeded()
+    models = [RewardNetwork.mlp(3, source, actions=2, hidden=(5,)) for _ in range(2)]
+    big = copy.deepcopy(models[1])
+    with torch.no_grad():
+        for parameter in untyped(big.body)[-1].parameters():
+            parameter.mul_(100.0)
+    observation, action = torch.randn(50, 3, generator=source), torch.arange(50) % 2
+    plain, scaled = RewardEnsemble(models), RewardEnsemble([models[0], big])
+    before = scaled.each(observation, action)
+    one, other = plain.all_actions(observation), scaled.all_actions(observation)
+    assert float((one - other).detach().abs().max()) > 1
+    for ensemble in (plain, scaled):
+        ensemble.normalise(observation, action)
+    assert torch.equal(scaled.each(observation, action), before)
+    want = (before / before.std(1, correction=0, keepdim=True)).mean(0)
+    assert torch.allclose(scaled(observation, action), want)
+    assert torch.allclose(scaled.all_actions(observation), plain.all_actions(observation))
+    again = RewardEnsemble([models[0], big])
+    again.load_state_dict(scaled.state_dict())
+    assert torch.equal(again(observation, action), scaled(observation, action))
+    gap = torch.autograd.grad(scaled(observation, action).sum(), list(big.parameters()))
+    small = torch.autograd.grad(scaled.each(observation, action)[1].sum(), list(big.parameters()))
+    for got, each in zip(gap, small, strict=True):
+        assert torch.allclose(got, each / (2 * scaled.scale[1]), atol=1e-6)
+
+
+def test_a_constant_member_is_left_as_it_is() -> None:
+    model = RewardEnsemble([constant(3.0, 5.0)])
+    model.normalise(*torch.zeros(2, 4, dtype=torch.int64))
+    assert model.scale.tolist() == [1.0]
+
+
 def test_the_oldest_pairs_make_room():
     model: list[Any] = []
     buffer, number = PreferenceBuffer(7), 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
@@ -10,40 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from birl_ext.agents.agent import check_discount, checked_reward
+from birl_ext.agents.learner import Learner
 from birl_ext.agents.networks import Twin
-from birl_ext.agents.target import Target
 from birl_ext.agents.temperature import Temperature
 from birl_ext.environments.transitions import Transitions
-from birl_ext.state import Stateful
 
 __all__ = ["ActorCritic"]
 
 
-class ActorCritic(Stateful, ABC):
-    """An actor, twin critics and the copies of these that they learn from.
-
-        Q_i(s,a) ← r + γ (1 − terminated) V̄(s')
-
-    An episode that was cut off is continued by V̄; one that terminated is not.
+class ActorCritic(Learner):
+    """An actor, twin critics and the copies of these that they learn from, as `Learner` says.
 
     Args:
         actor, critics: what they map to what is the subclass's to say.
-        discount: γ in [0, 1).
-        temperature: fixed, or with an entropy target.
-        optimiser: from parameters to any torch optimiser; called for the actor and the critics.
-        target_rate, target_period: of the copies Q̄, see `Target`.
+        optimiser: called for the actor and the critics.
+        others: see `Learner`.
     """
 
-    STATE: ClassVar[tuple[str, ...]] = (
-        "actor",
-        "critics",
-        "_target",
-        "actor_optimiser",
-        "critic_optimiser",
-        "_temperature",
-        "version",
-    )
+    STATE: ClassVar[tuple[str, ...]] = ("actor", "critics", "actor_optimiser", "critic_optimiser")
 
     def __init__(
         self,
@@ -55,39 +39,39 @@ class ActorCritic(Stateful, ABC):
         optimiser: Callable[[Iterable[Tensor]], Optimizer],
         target_rate: float,
         target_period: int,
+        anneal_over: int | None,
     ) -> None:
+        super().__init__(
+            actor,
+            critics,
+            discount=discount,
+            temperature=temperature,
+            optimiser=optimiser,
+            target_rate=target_rate,
+            target_period=target_period,
+            anneal_over=anneal_over,
+        )
         self.actor = actor
         self.critics = critics
-        self.discount = check_discount(discount)
-        self.actor_optimiser = optimiser(actor.parameters())
-        self.critic_optimiser = optimiser(critics.parameters())
-        self.version = 0
+        self.actor_optimiser = self._optimiser(actor.parameters())
+        self.critic_optimiser = self._optimiser(critics.parameters())
         # What the actor's loss is differentiated in: the critics only pass its gradient on.
         self._learned = [p for p in actor.parameters() if p.requires_grad]
-        self._temperature = temperature
-        self._target = Target(critics, rate=target_rate, period=target_period)
 
-    @property
-    def temperature(self) -> float:
-        return self._temperature.value
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.actor.parameters()).device
-
-    def update(self, batch: Transitions, reward: Tensor) -> dict[str, float]:
+    def update(
+        self, batch: Transitions, reward: Tensor, present: Tensor | None = None
+    ) -> dict[str, float]:
         """One step of the critics, then one of the actor, then one of τ.
 
         Args:
-            reward: (n,), the learned reward of the batch, of this moment.
+            batch, reward, present: see `Agent.update`.
 
         Returns:
             losses, mean Q and the policy's entropy (nats) over the batch, and τ.
         """
         tau = self.temperature
-        with torch.no_grad():
-            following = self._following(batch.next_observation)
-            goal = checked_reward(batch, reward) + self.discount * following * ~batch.terminated
+        self._anneal()
+        batch, goal = self._goal(batch, reward, present)
         chosen = self._chosen(batch)
         critic_loss = (chosen - goal).square().mean(-1).sum()
         self.critic_optimiser.zero_grad()
@@ -106,10 +90,6 @@ class ActorCritic(Stateful, ABC):
         names = ("critic_loss", "actor_loss", "q", "entropy")
         found = torch.stack(losses).tolist()
         return dict(zip(names, found, strict=True)) | {"temperature": tau}
-
-    @abstractmethod
-    def _following(self, observation: Tensor) -> Tensor:
-        """V̄(s), (n,)."""
 
     @abstractmethod
     def _chosen(self, batch: Transitions) -> Tensor:

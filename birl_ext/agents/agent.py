@@ -59,8 +59,20 @@ class Agent(Actor, Protocol):
         """τ of the moment, units of reward."""
         ...
 
-    def update(self, batch: Transitions, reward: Tensor) -> dict[str, float]:
-        """One gradient step on a batch with its learned reward, (n,); returns metrics."""
+    def update(
+        self, batch: Transitions, reward: Tensor, present: Tensor | None = None
+    ) -> dict[str, float]:
+        """One gradient step.
+
+        Args:
+            batch: n transitions; or, with `present`, n paths of up to K steps, first all first
+                steps, then all second ones: K · n rows.
+            reward: the learned reward of the rows, of this moment.
+            present: (K, n) bool, False after a path's end; see `ReplayBuffer.ahead`.
+
+        Returns:
+            metrics.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:

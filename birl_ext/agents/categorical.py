@@ -9,7 +9,7 @@ from torch import Tensor
 
 from birl_ext.agents.agent import check_drawn
 
-__all__ = ["CategoricalPolicy"]
+__all__ = ["CategoricalPolicy", "entropy"]
 
 
 class CategoricalPolicy(ABC):
@@ -51,3 +51,8 @@ class CategoricalPolicy(ABC):
         if greedy:
             return self.log_probs(observation).argmax(-1)
         return self.sample(observation, generator)
+
+
+def entropy(log_policy: Tensor) -> Tensor:
+    """−Σ_a π(a|s) log π(a|s), nats, (n, A) → (n,)."""
+    return -(log_policy.exp() * log_policy).sum(-1)

@@ -39,6 +39,7 @@ class SAC(ActorCritic):
         temperature: fixed, or with an entropy target.
         optimiser: from parameters to any torch optimiser; called for the actor and the critics.
         target_rate, target_period: of the copies Q̄, see `Target`.
+        anneal_over: see `Learner`.
         seed: of the actions drawn in updates.
 
     Source: Haarnoja et al. (2018).
@@ -58,6 +59,7 @@ class SAC(ActorCritic):
         optimiser: Callable[[Iterable[Tensor]], Optimizer],
         target_rate: float = 0.005,
         target_period: int = 1,
+        anneal_over: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -68,6 +70,7 @@ class SAC(ActorCritic):
             optimiser=optimiser,
             target_rate=target_rate,
             target_period=target_period,
+            anneal_over=anneal_over,
         )
         self._generator = torch.Generator(self.device).manual_seed(seed)
         low, high = (edge.to(self.device, torch.float32) for edge in (low, high))
@@ -117,6 +120,10 @@ class SAC(ActorCritic):
         """min_i Q̄_i(s, a) − τ log p(u) of a drawn action, (n,)."""
         drawn, log_prob = self._policy(observation).rsample(self._generator)
         return self._target(observation, drawn).amin(0) - self.temperature * log_prob
+
+    def _entropy(self, observation: Tensor) -> Tensor:
+        """Of u, from one draw."""
+        return -self._policy(observation).rsample(self._generator)[1]
 
     def _chosen(self, batch: Transitions) -> Tensor:
         values: Tensor = self.critics(batch.observation, self._to_unit(batch.action))

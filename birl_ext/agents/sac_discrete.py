@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from birl_ext.agents.actor_critic import ActorCritic
-from birl_ext.agents.categorical import CategoricalPolicy
+from birl_ext.agents.categorical import CategoricalPolicy, entropy
 from birl_ext.agents.networks import Twin
 from birl_ext.agents.temperature import Temperature
 from birl_ext.environments.transitions import Transitions
@@ -33,6 +33,7 @@ class DiscreteSAC(ActorCritic, CategoricalPolicy):
         temperature: fixed, or with an entropy target.
         optimiser: from parameters to any torch optimiser; called for the actor and the critics.
         target_rate, target_period: of the copies Q̄, see `Target`.
+        anneal_over: see `Learner`.
 
     Source: Haarnoja et al. (2018); Christodoulou (2019).
     """
@@ -47,6 +48,7 @@ class DiscreteSAC(ActorCritic, CategoricalPolicy):
         optimiser: Callable[[Iterable[Tensor]], Optimizer],
         target_rate: float = 1.0,
         target_period: int = 2000,
+        anneal_over: int | None = None,
     ) -> None:
         super().__init__(
             actor,
@@ -56,6 +58,7 @@ class DiscreteSAC(ActorCritic, CategoricalPolicy):
             optimiser=optimiser,
             target_rate=target_rate,
             target_period=target_period,
+            anneal_over=anneal_over,
         )
 
     @torch.no_grad()
@@ -75,6 +78,9 @@ class DiscreteSAC(ActorCritic, CategoricalPolicy):
         lowest = self._target(observation).amin(0)
         return (log_policy.exp() * (lowest - self.temperature * log_policy)).sum(-1)
 
+    def _entropy(self, observation: Tensor) -> Tensor:
+        return entropy(self._log_policy(observation))
+
     def _chosen(self, batch: Transitions) -> Tensor:
         tables: Tensor = self.critics(batch.observation)
         index = batch.action.expand(2, -1).unsqueeze(-1)
@@ -86,7 +92,7 @@ class DiscreteSAC(ActorCritic, CategoricalPolicy):
         policy = log_policy.exp()
         gap = self.temperature * log_policy - self.q(observation)
         loss = (policy * gap).sum(-1).mean()
-        return loss, -(policy * log_policy).sum(-1).mean().detach()
+        return loss, entropy(log_policy).mean().detach()
 
     def _log_policy(self, observation: Tensor) -> Tensor:
         logits: Tensor = self.actor(observation)

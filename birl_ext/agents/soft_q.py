@@ -8,17 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from birl_ext.agents.agent import check_discount, checked_reward
-from birl_ext.agents.categorical import CategoricalPolicy
-from birl_ext.agents.target import Target
+from birl_ext.agents.categorical import CategoricalPolicy, entropy
+from birl_ext.agents.learner import Learner
 from birl_ext.agents.temperature import Temperature
 from birl_ext.environments.transitions import Transitions
-from birl_ext.state import Stateful
 
 __all__ = ["SoftQ"]
 
 
-class SoftQ(Stateful, CategoricalPolicy):
+class SoftQ(Learner, CategoricalPolicy):
     """Q from samples, and π = softmax(Q/τ).
 
         Q(s,a) ← r + γ (1 − terminated) V̄(s'),   V̄(s') = τ log Σ_a exp(Q̄(s',a)/τ)
@@ -31,11 +29,12 @@ class SoftQ(Stateful, CategoricalPolicy):
         temperature: fixed, or with an entropy target.
         optimiser: from parameters to any torch optimiser.
         target_rate, target_period: of the copy Q̄, see `Target`.
+        anneal_over: see `Learner`.
 
     Source: (M1) to (M3), sampled; Haarnoja et al. (2017).
     """
 
-    STATE = ("network", "_target", "optimiser", "_temperature", "version")
+    STATE = ("network", "optimiser")
 
     def __init__(
         self,
@@ -46,21 +45,20 @@ class SoftQ(Stateful, CategoricalPolicy):
         optimiser: Callable[[Iterable[Tensor]], Optimizer],
         target_rate: float = 1.0,
         target_period: int = 1000,
+        anneal_over: int | None = None,
     ) -> None:
+        super().__init__(
+            network,
+            network,
+            discount=discount,
+            temperature=temperature,
+            optimiser=optimiser,
+            target_rate=target_rate,
+            target_period=target_period,
+            anneal_over=anneal_over,
+        )
         self.network = network
-        self.discount = check_discount(discount)
-        self.optimiser = optimiser(network.parameters())
-        self.version = 0
-        self._temperature = temperature
-        self._target = Target(network, rate=target_rate, period=target_period)
-
-    @property
-    def temperature(self) -> float:
-        return self._temperature.value
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        self.optimiser = self._optimiser(network.parameters())
 
     @torch.no_grad()
     def q(self, observation: Tensor) -> Tensor:
@@ -72,18 +70,20 @@ class SoftQ(Stateful, CategoricalPolicy):
         """log π(·|s) = (Q(s,·) − V(s))/τ, (n, A)."""
         return (self.q(observation) / self.temperature).log_softmax(-1)
 
-    def update(self, batch: Transitions, reward: Tensor) -> dict[str, float]:
+    def update(
+        self, batch: Transitions, reward: Tensor, present: Tensor | None = None
+    ) -> dict[str, float]:
         """One step on the mean squared Bellman error.
 
         Args:
-            reward: (n,), the learned reward of the batch, of this moment.
+            batch, reward, present: see `Agent.update`.
 
         Returns:
             loss, mean Q and the entropy of π (nats) over the batch, and τ.
         """
         tau = self.temperature
-        following = tau * (self._target(batch.next_observation) / tau).logsumexp(-1)
-        goal = checked_reward(batch, reward) + self.discount * following * ~batch.terminated
+        self._anneal()
+        batch, goal = self._goal(batch, reward, present)
         table: Tensor = self.network(batch.observation)
         chosen = table.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
         loss = nn.functional.mse_loss(chosen, goal)
@@ -92,8 +92,17 @@ class SoftQ(Stateful, CategoricalPolicy):
         self.optimiser.step()
         self._target.follow()
         log_policy = (table.detach() / tau).log_softmax(-1)
-        entropy = -(log_policy.exp() * log_policy).sum(-1).mean()
-        self._temperature.update(entropy)
+        spread = entropy(log_policy).mean()
+        self._temperature.update(spread)
         self.version += 1
-        found = torch.stack([loss.detach(), chosen.detach().mean(), entropy]).tolist()
+        found = torch.stack([loss.detach(), chosen.detach().mean(), spread]).tolist()
         return dict(zip(("loss", "q", "entropy"), found, strict=True)) | {"temperature": tau}
+
+    def _following(self, observation: Tensor) -> Tensor:
+        """V̄(s) = τ log Σ_a exp(Q̄(s,a)/τ), (n,)."""
+        tau = self.temperature
+        return tau * (self._target(observation) / tau).logsumexp(-1)
+
+    def _entropy(self, observation: Tensor) -> Tensor:
+        """Of softmax(Q̄/τ), whose V̄ it is, (n,)."""
+        return entropy((self._target(observation) / self.temperature).log_softmax(-1))

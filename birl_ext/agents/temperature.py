@@ -52,7 +52,7 @@ class Temperature(Stateful):
     Source: Haarnoja et al. (2018), with the logarithm in place of τ.
     """
 
-    STATE = ("_log", "_fixed", "_optimiser")
+    STATE = ("log", "_fixed", "_optimiser")
 
     def __init__(
         self,
@@ -65,16 +65,16 @@ class Temperature(Stateful):
         if not 0 < (checks.real(initial) or 0) < math.inf:
             raise TemperatureError(f"temperature is {initial!r}", allowed="(0, inf)")
         self.entropy_target = entropy_target
-        self._log = torch.tensor(math.log(initial), device=device, dtype=torch.float64)
+        self.log = torch.tensor(math.log(initial), device=device, dtype=torch.float64)
         self._fixed = None if entropy_target is not None else float(initial)
         self._optimiser = None
         if entropy_target is not None:
-            self._log.requires_grad_()
-            self._optimiser = torch.optim.Adam([self._log], lr=learning_rate, fused=True)
+            self.log.requires_grad_()
+            self._optimiser = torch.optim.Adam([self.log], lr=learning_rate, fused=True)
 
     @property
     def value(self) -> float:
-        return self._fixed if self._fixed is not None else math.exp(float(self._log.detach()))
+        return self._fixed if self._fixed is not None else math.exp(float(self.log.detach()))
 
     def update(self, entropy: Tensor) -> None:
         """One step towards the entropy target; nothing if τ is fixed.
@@ -84,7 +84,7 @@ class Temperature(Stateful):
         """
         if self._optimiser is None or self.entropy_target is None:
             return
-        self._log.grad = (entropy.detach() - self.entropy_target).to(self._log)
+        self.log.grad = (entropy.detach() - self.entropy_target).to(self.log)
         self._optimiser.step()
 
     def _check_state(self, state: Any, name: str = "") -> None:

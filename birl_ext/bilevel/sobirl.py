@@ -385,7 +385,7 @@ class SoBiRLUpdate(Stateful):
             log_policy = in_parts(follower.log_probs, where, at_once=at_once, dim=0)
         if isinstance(self.reward, RewardEnsemble):
             tables = in_parts(self.reward.each_all_actions, where, at_once=at_once, dim=1)
-            table = tables.mean(0)
+            table = self.reward.combined(tables)
         else:
             tables = table = in_parts(self.reward.all_actions, where, at_once=at_once, dim=0)
         found = tables.gather(-1, chosen.expand(*tables.shape[:-1], 1)).squeeze(-1)

@@ -24,6 +24,7 @@ __all__ = [
     "RewardNetwork",
     "global_draws_from",
     "members_of",
+    "spread",
 ]
 
 _SCALE = 1 / 255
@@ -223,9 +224,15 @@ class RewardNetwork(RewardModel):
 class RewardEnsemble(RewardModel):
     """Several rewards; the mean is the reward, the spread says where they disagree.
 
+    After `normalise` the reward is the mean of the members in units of their own standard
+    deviations: (1/E) Σ_i r_i/σ_i. Each is still fitted, asked and compared as it is.
+
     Args:
         members: E ≥ 1 models.
     """
+
+    scale: Tensor
+    """σ, (E,), units of reward."""
 
     def __init__(self, members: Iterable[RewardModel]) -> None:
         super().__init__()
@@ -235,6 +242,7 @@ class RewardEnsemble(RewardModel):
         self.members = nn.ModuleList(members)
         if not self.members:
             raise OptionError("an ensemble has no members", allowed="1 or more")
+        self.register_buffer("scale", torch.ones(len(self.members)))
         self.eval()
 
     @classmethod
@@ -248,7 +256,7 @@ class RewardEnsemble(RewardModel):
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """Mean over members, (m,)."""
-        return self.each(observation, action).mean(0)
+        return self.combined(self.each(observation, action))
 
     def each_all_actions(self, observation: Tensor) -> Tensor:
         """The members' r(s, ·), (E, m, A)."""
@@ -256,11 +264,27 @@ class RewardEnsemble(RewardModel):
 
     def all_actions(self, observation: Tensor) -> Tensor:
         """Mean over members of r(s, ·), (m, A)."""
-        return self.each_all_actions(observation).mean(0)
+        return self.combined(self.each_all_actions(observation))
+
+    def combined(self, each: Tensor) -> Tensor:
+        """The reward from those of the members, (E, …) → (…)."""
+        return (each / self.scale.to(each).view(-1, *[1] * (each.dim() - 1))).mean(0)
+
+    @torch.no_grad()
+    def normalise(self, observation: Tensor, action: Tensor) -> None:
+        """Take σ from m steps, as constants from now on; 1 where a member is the same at all."""
+        self.scale.copy_(spread(self.each(observation, action)))
 
     def std(self, observation: Tensor, action: Tensor) -> Tensor:
         """Standard deviation over members, divisor E, (m,)."""
         return self.each(observation, action).std(0, correction=0)
+
+
+def spread(reward: Tensor) -> Tensor:
+    """Standard deviation over the last axis, divisor m; 1 where that is rounding, of a constant."""
+    found = reward.std(-1, correction=0)
+    least = 1e-6 * reward.abs().amax(-1)
+    return torch.where(found > least, found, torch.ones_like(found))
 
 
 def members_of(reward: RewardModel) -> list[nn.Module]:

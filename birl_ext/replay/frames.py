@@ -36,12 +36,14 @@ class FrameReplay:
 
     Args:
         capacity: most transitions held.
-        device: where they are held and sampled.
+        device, linked: as for `ReplayBuffer`.
     """
 
-    def __init__(self, capacity: int, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, capacity: int, *, device: torch.device | str = "cpu", linked: bool = False
+    ) -> None:
         # Rows whose observations are places in `_frames`, (n, C) int64.
-        self._rows = ReplayBuffer(capacity, device=device)
+        self._rows = ReplayBuffer(capacity, device=device, linked=linked)
         self._frames: Tensor | None = None  # (places, *F)
         self._users = torch.zeros(0, dtype=torch.int64)  # of each place, rows and `_latest`
         self._free: list[int] = []  # places without users
@@ -70,7 +72,7 @@ class FrameReplay:
         for start in range(0, batch.size, step):
             piece = slice(start, start + step)
             rows = Transitions(*(part[piece].to(self._rows.device) for part in batch))
-            self._write(rows, found.environment[piece].tolist())
+            self._write(rows, found.environment[piece].tolist(), found.ended[piece].tolist())
 
     def sample(self, size: int, generator: torch.Generator) -> Transitions:
         """`size` transitions, uniform over those held, with replacement; see `ReplayBuffer.sample`.
@@ -78,7 +80,17 @@ class FrameReplay:
         Raises:
             OptionError: nothing is held.
         """
-        rows = self._rows.sample(size, generator)
+        return self._shown(self._rows.sample(size, generator))
+
+    def ahead(
+        self, size: int, steps: int, generator: torch.Generator
+    ) -> tuple[Transitions, Tensor]:
+        """Paths of transitions, see `ReplayBuffer.ahead`."""
+        rows, present = self._rows.ahead(size, steps, generator)
+        return self._shown(rows), present
+
+    def _shown(self, rows: Transitions) -> Transitions:
+        """With frames in place of where they lie."""
         assert self._frames is not None
         return rows._replace(
             observation=self._frames[rows.observation],
@@ -116,7 +128,7 @@ class FrameReplay:
         self._hold(held["observation"], held["next_observation"][:, -1:], state["latest"])
         self._free = (self._users == 0).nonzero().squeeze(-1).tolist()
 
-    def _write(self, batch: Transitions, environment: Sequence[int]) -> None:
+    def _write(self, batch: Transitions, environment: Sequence[int], ended: Sequence[bool]) -> None:
         """Rows in the order of time, at most as many as the capacity."""
         if self._frames is None:
             self._reserve(batch.observation[:, 0])
@@ -125,9 +137,8 @@ class FrameReplay:
             self._release(replaced.observation, replaced.next_observation[:, -1:])
         before = [self._latest[e] for e in set(environment) if e in self._latest]
         places = self._store(batch, environment)
-        self._rows.append(
-            batch._replace(observation=places[:, :-1], next_observation=places[:, 1:])
-        )
+        rows = batch._replace(observation=places[:, :-1], next_observation=places[:, 1:])
+        self._rows.append(rows, environment, ended)
         self._hold(places, torch.tensor([self._latest[e] for e in set(environment)]))
         if before:
             self._release(torch.tensor(before))

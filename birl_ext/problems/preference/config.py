@@ -78,29 +78,50 @@ class PreferenceConfig:
     """Seconds that a parallel environment may take for a step."""
 
     discount: float = 0.99
-    temperature: float | None = None
-    """τ in units of the learned reward; by default it follows an entropy target."""
+    temperature: float = 1.0
+    """τ in units of the reward that the agent is given, see normalise: where entropy_target is on,
+    of the start."""
+    entropy_target: bool = True
+    """τ follows a target for the policy's entropy, entropy_share of ln A nats, of d continuous
+    actions −d; otherwise it stays."""
     entropy_share: float = 0.5
-    """The target, of discrete actions: this share of ln A."""
+    """Of ln A, the entropy of A equally likely actions."""
+    follower: Literal["auto", "soft-q", "sac"] = "auto"
+    """What learns the policy: soft Q-learning by one network, of discrete actions, or soft
+    actor-critic; auto takes the first where it can."""
     update_every: int = 2
-    """Environment steps per update of the agent."""
+    """Environment steps per update of the agent, in the mean."""
+    burst: int = 128
+    """Updates made at once, after burst · update_every environment steps."""
+    n_step: int = 1
+    """Steps of the learned reward that a target sums before it takes the critic's word; more than 1
+    take the actions between as the present policy's."""
+    normalise: Literal["no", "scale", "standard"] = "no"
+    """Of the reward that the agent is given: scale divides it by its standard deviation over the
+    replay, of every round; standard takes its mean off too, which changes what is best where
+    episodes may terminate. temperature is in units of what results."""
     learning_starts: int | None = None
     """Environment steps of random actions at the start, by default those of the first round. The
     agent learns after them, and after the first round, when there is a reward."""
     batch_size: int = 64
     replay: int = 50_000
     """Transitions kept."""
-    learning_rate: float = 1e-3
-    """Of the agent."""
-    hidden: tuple[int, ...] = (64, 64)
+    learning_rate: float = 2.3e-3
+    """Of the agent, at the start."""
+    anneal: bool = True
+    """The agent's learning rate falls linearly to 0 at the last update of the run."""
+    hidden: tuple[int, ...] = (256, 256)
     """Widths of the agent's hidden layers; of pixels, its convolutions have their own."""
-    target_rate: float = 0.01
+    target_rate: float = 0.03
     """Share of the critics that their copies take over when they move."""
     target_period: int = 1
     """Updates from one move of the copies to the next."""
 
     members: int = 1
     """Rewards in the ensemble."""
+    normalise_members: bool = False
+    """Each is divided by its own standard deviation over the replay, of every round, before the
+    mean is taken."""
     initial_epochs: int = 100
     """Passes over the first answers, before the agent learns."""
     reward_steps: int = 20
@@ -117,6 +138,8 @@ class PreferenceConfig:
     evaluation_episodes: int = 10
     evaluate_every: int = 5
     """Outer steps between evaluations."""
+    keep_best: bool = True
+    """A finished run hands out the policy of its best evaluation, by true return, not its last."""
     threshold: float | None = None
     """True return that counts as learned; by default the one registered with the environment."""
     video_every: int = 0
@@ -169,15 +192,32 @@ class PreferenceConfig:
                 fix="set members to 3",
             )
 
+        if self.normalise_members and self.members < 2:
+            raise ConfigError(
+                f"members is {self.members}",
+                allowed="2 or more, with normalise_members",
+                fix="set members to 3, or take normalise=scale",
+            )
+
     @property
     def random_steps(self) -> int:
         """Environment steps of random actions at the start."""
         return self.environment_steps if self.learning_starts is None else self.learning_starts
 
+    @property
+    def silent_steps(self) -> int:
+        """Environment steps before the agent learns."""
+        return max(self.random_steps, self.environment_steps)
+
+    def updates_due(self, steps: int) -> int:
+        """Updates of the agent after so many environment steps."""
+        steps = max(steps - self.silent_steps, 0)
+        return steps // (self.update_every * self.burst) * self.burst
+
 
 _ONE_OR_MORE = """
     horizon fragment recent candidates pairs rounds environment_steps environments
-    episode_steps update_every batch_size replay target_period members pair_batch
+    episode_steps update_every burst n_step batch_size replay target_period members pair_batch
     evaluation_episodes evaluate_every
 """
 _NONE_OR_MORE = """

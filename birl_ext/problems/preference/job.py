@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from gymnasium.vector import VectorEnv
+from torch import Tensor
 
 from birl_ext.agents.agent import DiscreteAgent
+from birl_ext.agents.best import Best
 from birl_ext.bilevel.sobirl import SoBiRLOutcome
+from birl_ext.environments.transitions import Transitions
 from birl_ext.environments.vector import Environments, make_environments
 from birl_ext.errors import ConfigError, MissingDependencyError, RenderError, warn
 from birl_ext.modules import import_own
@@ -24,6 +27,7 @@ from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.buffer import PreferenceBuffer
 from birl_ext.preferences.fit import evaluate, fit
 from birl_ext.preferences.fragments import Pairs, draw
+from birl_ext.preferences.reward_model import RewardEnsemble, spread
 from birl_ext.preferences.teachers import (
     TEACHERS,
     AbsentTeacher,
@@ -62,6 +66,8 @@ if TYPE_CHECKING:
 __all__ = ["PreferenceJob"]
 
 _EVALUATION_SEED = 1_000_003  # added to the run's: episodes that are not those of training
+_NORMALISED_OVER = 1000
+"""Transitions that the scale of the reward is taken over."""
 
 
 class PreferenceJob(Stateful):
@@ -92,6 +98,8 @@ class PreferenceJob(Stateful):
         "_round",
         "_asked",
         "_return",
+        "_best",
+        "_normal",
         "_labels_to_threshold",
         "_seconds",
     )
@@ -122,6 +130,7 @@ class PreferenceJob(Stateful):
             self._environments, self.agent, seed=config.seed, random_steps=config.random_steps
         )
         self._replay = make_replay(config)
+        self._best = Best(self.agent)
         self.reward = make_reward(config, spaces, draws)
         self.teacher = _teacher(config, teacher, draws.next())
         self._sampling = draws.next()  # of minibatches and questions
@@ -139,6 +148,7 @@ class PreferenceJob(Stateful):
         self._asked = 0
         self._answered = 0  # of this round's questions
         self._return = math.nan
+        self._normal = {"shift": 0.0, "scale": 1.0}  # of the reward, as the agent is given it
         self._threshold = registered if config.threshold is None else config.threshold
         self._labels_to_threshold: int | None = None
         self._seconds = dict.fromkeys(("environment", "update", "reward"), 0.0)
@@ -182,12 +192,16 @@ class PreferenceJob(Stateful):
             if self._round == 0:
                 self._first_fit()
             outcomes = self._learn_reward()
+            self._normalise()
         self._round += 1
         evaluated = self.done or self._round % self.config.evaluate_every == 0
         if evaluated:
             self._return = self.evaluate().mean
+            self._best.offer(self._return)
             if self._labels_to_threshold is None and self._passed(self._return):
                 self._labels_to_threshold = self._asked
+        if self.done and self.config.keep_best:
+            self._best.restore()
         if self.config.video_every and self._round % self.config.video_every == 0:
             self._record_video()
         total = sum(spent.values())
@@ -305,7 +319,6 @@ class PreferenceJob(Stateful):
     def _live(self, spent: dict[str, float]) -> tuple[list[Any], dict[str, float]]:
         """The environment steps of a round, with an update of the agent now and then."""
         config = self.config
-        starts = max(config.random_steps, config.environment_steps)
         episodes: list[Any] = []
         sums: Counter[str] = Counter()
         updates = 0
@@ -318,7 +331,7 @@ class PreferenceJob(Stateful):
             if self._round == 0:  # there is no reward to learn from yet
                 continue
             with _clock(spent, "update"):
-                due = (self._collector.transitions - starts) // config.update_every
+                due = config.updates_due(self._collector.transitions)
                 while self.agent.version < due:
                     sums.update(self._update())
                     updates += 1
@@ -326,12 +339,33 @@ class PreferenceJob(Stateful):
         return episodes, means | {"updates": float(updates)}
 
     def _update(self) -> dict[str, float]:
-        batch = self._replay.sample(self.config.batch_size, self._sampling)
+        size, steps = self.config.batch_size, self.config.n_step
+        present: Tensor | None = None
+        if steps == 1:
+            batch = self._replay.sample(size, self._sampling)
+        else:
+            batch, present = self._replay.ahead(size, steps, self._sampling)
         with torch.no_grad():
             reward = self.reward(batch.observation, batch.action)
+        reward = (reward - self._normal["shift"]) / self._normal["scale"]
         if self._features is not None:
-            self._features.update(batch, cast(DiscreteAgent, self.agent))
-        return self.agent.update(batch, reward)
+            first = Transitions(*(part[:size] for part in batch))
+            self._features.update(first, cast(DiscreteAgent, self.agent))
+        return self.agent.update(batch, reward, present)
+
+    @torch.no_grad()
+    def _normalise(self) -> None:
+        """Take the scale of the reward of this moment, over transitions of the replay."""
+        config = self.config
+        if config.normalise == "no" and not config.normalise_members:
+            return
+        batch = self._replay.sample(_NORMALISED_OVER, self._sampling)
+        if config.normalise_members:
+            cast(RewardEnsemble, self.reward).normalise(batch.observation, batch.action)
+        if config.normalise != "no":
+            reward = self.reward(batch.observation, batch.action)
+            self._normal["scale"] = float(spread(reward))
+            self._normal["shift"] = float(reward.mean()) if config.normalise == "standard" else 0.0
 
     def _ask(self, count: int) -> dict[str, float]:
         """Put questions to the teacher and keep the answers.
@@ -407,7 +441,7 @@ class PreferenceJob(Stateful):
             self.learner.step(
                 self.answers.select(oldest + torch.randperm(pool, generator=self._sampling)[:size]),
                 self.agent,
-                temperature=self.agent.temperature,
+                temperature=self.agent.temperature * self._normal["scale"],  # units of the reward
             )
             for _ in range(config.reward_steps)
         ]
@@ -415,7 +449,8 @@ class PreferenceJob(Stateful):
     def summary(self) -> dict[str, Any]:
         total = sum(self._seconds.values()) or math.nan
         return {
-            "objective": self._return,
+            "objective": self._best.value if self.config.keep_best else self._return,
+            "last_return": self._return,
             "labels": self._asked,
             "labels_to_threshold": self._labels_to_threshold,
             "strict_answers": self.answers.strict,

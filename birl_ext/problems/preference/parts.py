@@ -17,7 +17,6 @@ from gymnasium.wrappers import TimeLimit
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from birl_ext.agents.agent import Agent
 from birl_ext.agents.networks import StateActionMLP, Twin, head_network
 from birl_ext.agents.sac import SAC
 from birl_ext.agents.sac_discrete import DiscreteSAC
@@ -216,7 +215,7 @@ def check_sizes(config: PreferenceConfig) -> QuerySchedule:
     check(10_000 * config.environments, "environments")
     check(10_000 * config.members, "members")
     check(16 * sum(map(math.prod, pairwise((1, *config.hidden, 1)))), "hidden")
-    check(config.batch_size, "batch_size")
+    check(config.batch_size * config.n_step, "batch_size", "n_step")
     check(config.replay, "replay")
     schedule = QuerySchedule(config.schedule, config.rounds, config.labels, config.initial_labels)
     most = max(schedule.counts[0] + config.initial_labels, *schedule.counts)
@@ -237,16 +236,21 @@ class _Learned(TypedDict):
     optimiser: Callable[[Iterable[Tensor]], Optimizer]
     target_rate: float
     target_period: int
+    anneal_over: int | None
 
 
-def make_agent(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> Agent:
-    """Soft Q-learning of a table where observations are indices, otherwise soft actor-critic."""
+def make_agent(
+    config: PreferenceConfig, spaces: Spaces, draws: Generators
+) -> SoftQ | DiscreteSAC | SAC:
+    """Soft Q-learning, of a table where observations are indices, or soft actor-critic."""
+    total = config.updates_due(config.rounds * config.environment_steps)
     learned: _Learned = {
         "discount": config.discount,
         "temperature": _temperature(config, spaces),
         "optimiser": functools.partial(torch.optim.Adam, lr=config.learning_rate, fused=True),
         "target_rate": config.target_rate,
         "target_period": config.target_period,
+        "anneal_over": max(total, 1) if config.anneal else None,
     }
     shape, dtype = spaces.observation_shape, spaces.observation_dtype
 
@@ -256,11 +260,23 @@ def make_agent(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> A
 
     if spaces.actions is not None:
         if spaces.observations is not None:
+            if config.follower == "sac":
+                raise ConfigError(
+                    f"follower is sac, and env {config.env} is learned by a table",
+                    allowed="soft-q there, which auto takes",
+                )
             table = nn.Embedding(spaces.observations, spaces.actions, device=config.device)
             nn.init.zeros_(table.weight)
             return SoftQ(table, **learned)
+        if config.follower != "sac":
+            return SoftQ(heads(spaces.actions), **learned)
         return DiscreteSAC(
             heads(spaces.actions), Twin(heads(spaces.actions), heads(spaces.actions)), **learned
+        )
+    if config.follower == "soft-q":
+        raise ConfigError(
+            f"follower is soft-q, and env {config.env} has continuous actions",
+            allowed="sac there, which auto takes",
         )
     if dtype is torch.uint8 or spaces.observations is not None:
         raise ConfigError(
@@ -290,19 +306,19 @@ def make_replay(config: PreferenceConfig) -> ReplayBuffer | FrameReplay:
     """One that holds each frame once, where observations are known to be stacks of frames."""
     # Atari's are, by its preprocessing; others may be the colours of one picture.
     kind = FrameReplay if is_atari(config.env) else ReplayBuffer
-    return kind(config.replay, device=config.device)
+    return kind(config.replay, device=config.device, linked=config.n_step > 1)
 
 
 def _temperature(config: PreferenceConfig, spaces: Spaces) -> Temperature:
     target = None
-    if config.temperature is None:
+    if config.entropy_target:
         target = (
             continuous_entropy_target(spaces.action_shape[0])
             if spaces.actions is None
             else discrete_entropy_target(spaces.actions, config.entropy_share)
         )
     return Temperature(
-        1.0 if config.temperature is None else config.temperature,
+        config.temperature,
         entropy_target=target,
         learning_rate=config.learning_rate,
         device=config.device,
