@@ -412,8 +412,10 @@ def check_state_shapes(
 
 def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
     """`torch.broadcast_shapes`, which takes a while, of shapes that are mostly () or equal."""
-    longest = max(shapes, key=len)
-    if all(not shape or shape == longest for shape in shapes):
+    longest: tuple[int, ...] = ()  # in words that Dynamo follows: no max by a key, no `not shape`
+    for shape in shapes:
+        longest = shape if len(shape) > len(longest) else longest
+    if all(len(shape) == 0 or shape == longest for shape in shapes):
         return tuple(longest)
     return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
 
