@@ -21,6 +21,7 @@ LAYERS = (
     "_version",
     "torch_internals",
     "errors",
+    "modules",
     "files",
     "state",
     "progress",

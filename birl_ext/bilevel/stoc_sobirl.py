@@ -148,7 +148,7 @@ class StocSoBiRL(Descent[StocSoBiRLOutcome]):
         credit: of a problem with a `cost`, what weighs a step's score. "critic": the advantage of
             the upper level's return, of which a Q is learned beside the lower level's from the same
             samples, summed over the actions: its error is bias. "to go": the costs that follow,
-            which have none, and 10 to 100 times the variance.
+            which have none, and several times the variance.
 
     Source: (M16), (M17); Yang, Gao and Yuan (2025), Stoc-SoBiRL; the step sizes
     α_j = 1/(1 + (1 − γ)j) of the lower level: Wainwright (2019).
