@@ -48,12 +48,12 @@ if TYPE_CHECKING:
     from birl_ext.preferences.reward_model import RewardEnsemble, RewardNetwork
     from birl_ext.preferences.teachers import TEACHERS, ScriptedTeacher
     from birl_ext.problems.preference.learner import DRLHF, SoBiRL
+    from birl_ext.problems.saved import load_run
     from birl_ext.replay.buffer import ReplayBuffer
     from birl_ext.replay.frames import FrameReplay
     from birl_ext.rollouts.collect import Collector
     from birl_ext.rollouts.evaluate import evaluate_agent
     from birl_ext.rollouts.video import record_video
-    from birl_ext.runs.saved import load_run
     from birl_ext.simulators.equations import DynamicsSimulator
     from birl_ext.simulators.finite import FiniteSimulator
     from birl_ext.simulators.restored import RestoredSimulator
@@ -100,7 +100,7 @@ _LAZY = {
     "evaluate_agent": "rollouts.evaluate",
     "geometric": "bilevel.problem",
     "hypergradient_report": "bilevel.hypergradient",
-    "load_run": "runs.saved",
+    "load_run": "problems.saved",
     "make_environments": "environments.vector",
     "measure_estimator": "bilevel.bias_meter",
     "record_video": "rollouts.video",

@@ -171,11 +171,11 @@ def _run(words: list[str]) -> int:
     if not name and not (files.config or files.resume):
         return _list_problems(asked=any(flag in ("-h", "--help") for flag in flags))
 
+    from birl_ext.problems.saved import find_problem
     from birl_ext.runs.config import from_plain, to_plain
     from birl_ext.runs.directory import RunDirectory, default_path
     from birl_ext.runs.job import require_job
     from birl_ext.runs.loop import check_pace
-    from birl_ext.runs.saved import find_problem
 
     stored_name, stored, where = _stored(files)
     if name and stored_name not in ("", name):
@@ -302,8 +302,8 @@ def _plot(words: list[str]) -> int:
     parser.add_argument("directory", type=Path, metavar="DIR", help="run directory")
     path = parser.parse_args(words).directory
 
+    from birl_ext.problems.saved import load_run
     from birl_ext.runs.loop import draw_figures, summarise
-    from birl_ext.runs.saved import load_run
 
     run = load_run(path)
     job, directory, stored = run.job, run.directory, run.summary
@@ -410,7 +410,7 @@ def _cli(cls: type[_T], prog: str, description: str, words: Sequence[str]) -> _T
 
 
 def _unknown(kind: str, name: str, known: Mapping[str, Any]) -> ConfigError:
-    from birl_ext.runs.config import suggestion
+    from birl_ext.errors import suggestion
 
     return ConfigError(
         f"unknown {kind} {name!r}",

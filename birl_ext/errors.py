@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -56,6 +57,7 @@ __all__ = [
     "UndeterminedError",
     "UninformativeDataError",
     "catalogue",
+    "suggestion",
     "warn",
 ]
 
@@ -401,3 +403,9 @@ def catalogue() -> Iterator[tuple[str, type[BirlError]]]:
         if cls.code:
             found[cls.code] = cls
     yield from sorted(found.items())
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """``did you mean 'x'?``, or nothing if no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else ""

@@ -312,7 +312,7 @@ def test_a_finished_run_hands_out_its_best_policy(
 def test_the_algorithms_differ_by_the_hypergradient_alone() -> None:
     """Same seed: same first answers, and the same reward until a score comes in."""
     jobs = {
-        name: make_job(algorithm=name, reward_steps=1, stale="keep", pair_batch=40)
+        name: make_job(algorithm=name, reward_steps=1, stale="keep", pair_batch=40, average=0.0)
         for name in ("sobirl", "drlhf")
     }
     late = make_job(reward_steps=1, stale="keep", pair_batch=40, hypergradient_after=10_000)

@@ -24,10 +24,10 @@ from birl_ext.errors import (
     ShapeError,
 )
 from birl_ext.problems.random_mdp import RandomMDPConfig, RandomMDPJob
+from birl_ext.problems.saved import LoadedRun, load_run
 from birl_ext.runs.config import to_plain
 from birl_ext.runs.directory import RunDirectory
 from birl_ext.runs.loop import run
-from birl_ext.runs.saved import LoadedRun, load_run
 
 GRID = "birl_ext/Gridworld-v0"
 

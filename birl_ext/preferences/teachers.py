@@ -18,10 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from birl_ext.errors import BirlError, ConfigError, NonFiniteInputError, OptionError, TeacherError
+from birl_ext.errors import (
+    BirlError,
+    ConfigError,
+    NonFiniteInputError,
+    OptionError,
+    TeacherError,
+    suggestion,
+)
 from birl_ext.model import checks
 from birl_ext.preferences.fragments import Fragments
-from birl_ext.runs.config import suggestion
 from birl_ext.state import Stateful
 
 __all__ = [

@@ -8,8 +8,7 @@ import operator
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from birl_ext.errors import ConfigError
-from birl_ext.runs.config import suggestion
+from birl_ext.errors import ConfigError, suggestion
 
 __all__ = ["check_settings"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import functools
 import math
@@ -11,14 +10,14 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from birl_ext.errors import ConfigError, MissingDependencyError
+from birl_ext.errors import ConfigError, MissingDependencyError, suggestion
 from birl_ext.files import replacing
 
-__all__ = ["differences", "from_plain", "read_toml", "suggestion", "to_plain", "write_toml"]
+__all__ = ["differences", "from_plain", "read_toml", "to_plain", "write_toml"]
 
 _T = TypeVar("_T")
 
@@ -101,12 +100,6 @@ def from_plain(
             values[name] = field.default_factory()
         object.__setattr__(made, name, values.get(name, field.default))
     return made
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """``did you mean 'x'?``, or nothing if no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def _accepts_none(hint: Any) -> bool:

@@ -33,6 +33,8 @@ class PreferenceConfig:
     """Steps of a continuation, of full-horizon."""
     lead: int = 0
     """Steps before each fragment that are scored with it, since the policy chose them too."""
+    average: float = 0.98
+    """Of the score's part over updates, which its noise then shrinks; 0 takes each as it is."""
     indirect_limit: float = 0.1
     """Most of the score's part of the gradient, in units of the loss's part; inf for all of it."""
     weigh_loss: bool = False
@@ -156,7 +158,7 @@ class PreferenceConfig:
             above=dict.fromkeys(("learning_rate", "reward_rate", "timeout", "target_rate"), 0)
             | {"entropy_share": 0, "limit": 1},
             most={"target_rate": 1},
-            below={"discount": 1, "entropy_share": 1, "noise": 1},
+            below={"average": 1, "discount": 1, "entropy_share": 1, "noise": 1},
             infinite=("indirect_limit", "limit", "threshold"),
         )
         for name in ("environment_steps", "learning_starts"):
@@ -221,7 +223,7 @@ _ONE_OR_MORE = """
     evaluation_episodes evaluate_every
 """
 _NONE_OR_MORE = """
-    indirect_limit lead hypergradient_after initial_labels learning_starts initial_epochs
+    average indirect_limit lead hypergradient_after initial_labels learning_starts initial_epochs
     reward_steps video_every discount noise
 """
 _LEAST = dict.fromkeys(_ONE_OR_MORE.split(), 1) | dict.fromkeys(_NONE_OR_MORE.split(), 0)

@@ -13,7 +13,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from birl_ext.agents.agent import DiscreteAgent
@@ -41,6 +40,7 @@ from birl_ext.problems.preference.gridworld import GRIDWORLD, draw_worlds
 from birl_ext.problems.preference.parts import (
     Generators,
     Source,
+    VectorEnv,
     check_sizes,
     environment_source,
     is_own,

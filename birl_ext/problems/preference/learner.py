@@ -12,23 +12,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import gymnasium
-from gymnasium.vector import VectorEnv
-
 from birl_ext.errors import ConfigError, MissingDependencyError, OptionError
 from birl_ext.files import PARTIAL
 from birl_ext.preferences.reward_model import RewardModel
 from birl_ext.preferences.teachers import Teacher, name_of
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.job import PreferenceJob
-from birl_ext.problems.preference.parts import Source
+from birl_ext.problems.preference.parts import Source, VectorEnv, gymnasium
+from birl_ext.problems.saved import load_run
 from birl_ext.rollouts.policy import Policy
 from birl_ext.runs.checkpoint import CheckpointStore
 from birl_ext.runs.config import from_plain, to_plain
 from birl_ext.runs.directory import RunDirectory, free_directory
 from birl_ext.runs.job import Logger, Metrics
 from birl_ext.runs.loop import draw_figures, run
-from birl_ext.runs.saved import load_run
 
 __all__ = ["DRLHF", "SoBiRL"]
 

@@ -6,14 +6,10 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
-import gymnasium
 import numpy as np
 import torch
-from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import VectorEnv
-from gymnasium.wrappers import TimeLimit
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -32,7 +28,12 @@ from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate
 from birl_ext.environments.atari import atari_environment, is_atari
 from birl_ext.environments.spaces import Spaces
 from birl_ext.environments.vector import registration
-from birl_ext.errors import ConfigError, EnvironmentFailureError, OptionError
+from birl_ext.errors import (
+    ConfigError,
+    EnvironmentFailureError,
+    MissingDependencyError,
+    OptionError,
+)
 from birl_ext.model.checks import check_memory
 from birl_ext.preferences.last_layer import LastLayer
 from birl_ext.preferences.queries import Disagreement, Entropy, Query, Uniform
@@ -46,11 +47,25 @@ from birl_ext.simulators.finite import FiniteSimulator
 from birl_ext.simulators.restored import simulator_for
 from birl_ext.state import Stateful
 
+try:
+    import gymnasium
+    from gymnasium.vector import VectorEnv
+    from gymnasium.wrappers import TimeLimit
+except ImportError:
+    raise MissingDependencyError(
+        "environments need gymnasium", fix='pip install "birl_ext[rl]"'
+    ) from None
+
+if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec
+
 __all__ = [
     "Generators",
     "Source",
+    "VectorEnv",
     "check_sizes",
     "environment_source",
+    "gymnasium",
     "is_own",
     "make_agent",
     "make_learner",
@@ -424,6 +439,7 @@ def make_learner(
         stale=config.stale,
         limit=config.limit,
         weigh_loss=config.weigh_loss,
+        average=config.average,
         indirect_limit=config.indirect_limit,
         lead=config.lead,
     )

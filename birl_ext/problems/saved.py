@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from birl_ext._version import __version__
-from birl_ext.errors import BirlError, CheckpointIncompatibleError, ConfigError, OptionError
+from birl_ext.errors import (
+    BirlError,
+    CheckpointIncompatibleError,
+    ConfigError,
+    OptionError,
+    suggestion,
+)
 from birl_ext.runs.checkpoint import CheckpointStore
-from birl_ext.runs.config import from_plain, suggestion
+from birl_ext.runs.config import from_plain
 from birl_ext.runs.directory import RunDirectory
 from birl_ext.runs.job import Job, Metrics, Problem, WritesFiles
 from birl_ext.runs.loop import restore
