@@ -8,8 +8,10 @@ import time
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import birl_ext
 from birl_ext.runs.job import Problem
 
 
@@ -130,6 +132,7 @@ PROBLEM = Problem(FakeConfig, FakeJob, "noisy least squares")
 def main() -> int:
     problems: Any = types.ModuleType("birl_ext.problems")
     problems.PROBLEMS = {"fake": PROBLEM}
+    problems.__path__ = [str(Path(birl_ext.__file__).parent / "problems")]
     sys.modules["birl_ext.problems"] = problems
     from birl_ext import cli
 

@@ -34,6 +34,7 @@ BIRL = [sys.executable, str(ROOT / "tests" / "fake_problem.py")]
 @pytest.fixture(autouse=True)
 def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problems: Any = types.ModuleType("birl_ext.problems")
+    problems.__path__ = [str(Path(birl_ext.__file__).parent / "problems")]
     problems.PROBLEMS = {"fake": fake_problem.PROBLEM}
     monkeypatch.setitem(sys.modules, "birl_ext.problems", problems)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
