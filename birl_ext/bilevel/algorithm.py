@@ -114,10 +114,10 @@ class Descent(Algorithm[_Outcome]):
 
     STATE: ClassVar[tuple[str, ...]] = ("x", "optimiser", "steps")
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        with self.loaded_whole(self.OPTIONAL):
-            super().load_state_dict(state)
-            check_count("steps", self.steps, 0)
+    def _check_state(self, state: Any, name: str = "") -> None:
+        super()._check_state(state, name)
+        if state["steps"] is not None:  # else `loaded_whole` says so
+            check_count("steps", state["steps"], 0)
 
     def _begin(self, x: variables.Variables, optimiser: Maker, *, vector: bool = False) -> None:
         self.x = variables.tracked(variables.check_start(x, vector=vector))

@@ -418,7 +418,11 @@ class SoBiRLUpdate(Stateful):
         """
         with self.loaded_whole():
             super().load_state_dict(state)
-            check_count("steps", self.steps, 0)
+
+    def _check_state(self, state: Any, name: str = "") -> None:
+        super()._check_state(state, name)
+        if state["steps"] is not None:  # else `loaded_whole` says so
+            check_count("steps", state["steps"], 0)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(x={described(self.reward)}, steps={self.steps})"
