@@ -37,6 +37,7 @@ from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator, Paths
 
 STATES, ACTIONS, STEPS, DISCOUNT, TEMPERATURE = 5, 3, 2, 0.7, 0.3
 UPDATES, BATCH, POOL, ROUND, RATE = 200, 64, 240, 20, 0.03
+SETTLED, SHOWN = 20, 10
 RULES: dict[str, dict[str, Any] | None] = {
     "exact ∇φ": None,
     "averaged and shrunk by its noise": {"average": 0.98},
@@ -119,7 +120,7 @@ def exact_score(setting: Setting, policy: Tensor, weight: Callable[[], Tensor]) 
     return Critic(lambda where: visits[where], weight)
 
 
-def run(setting: Setting, rule: dict[str, Any] | None, *, fresh: bool) -> dict[str, float]:
+def run(setting: Setting, rule: dict[str, Any] | None, *, fresh: bool) -> dict[str, Any]:
     """φ and return at the end, and the gradients' errors and cosines along the way."""
     reward = RewardNetwork.table(STATES, ACTIONS).double()
     (weight,) = reward.parameters()
@@ -169,13 +170,21 @@ def run(setting: Setting, rule: dict[str, Any] | None, *, fresh: bool) -> dict[s
         algorithm.step(pairs, follower, temperature=TEMPERATURE)
         assert weight.grad is not None
         used = weight.grad.flatten()
-        if update >= ROUND:
-            errors.append(float((used - truth).norm() / truth.norm()))
-            cosines.append(float(torch.nn.functional.cosine_similarity(used, truth, dim=0)))
+        errors.append(float((used - truth).norm() / truth.norm()))
+        cosines.append(float(torch.nn.functional.cosine_similarity(used, truth, dim=0)))
     final = weight.detach().reshape(STATES, ACTIONS)
-    found = {"objective": float(setting.objective(final)), "return": setting.value(final)}
+    found: dict[str, Any] = {
+        "objective": float(setting.objective(final)),
+        "return": setting.value(final),
+    }
     if errors:
-        found |= {"error": median(errors), "cosine": fmean(cosines)}
+        found |= {
+            "error": median(errors[SETTLED:]),
+            "cosine": fmean(cosines[SETTLED:]),
+            # of ten updates each
+            "errors": [median(errors[at : at + SHOWN]) for at in range(0, UPDATES, SHOWN)],
+            "cosines": [fmean(cosines[at : at + SHOWN]) for at in range(0, UPDATES, SHOWN)],
+        }
     return found
 
 
@@ -197,7 +206,8 @@ def _joined(one: Pairs, other: Pairs) -> Pairs:
 def table(report: dict[str, Any]) -> str:
     """Means over seeds; the share of what the exact gradient gains over the loss alone in φ."""
     lines = [
-        "| pairs | score's part | share of the gain | φ | true return | error of ∇φ | cosine |",
+        "| pairs | score's part | share of the gain, range over seeds | φ | true return | error of ∇φ"
+        " | cosine |",
         "|---|---|---|---|---|---|---|",
     ]
     for pairs in ("fresh", "reused"):
@@ -206,10 +216,23 @@ def table(report: dict[str, Any]) -> str:
             kind = [r for r in report["rows"] if (r["pairs"], r["rule"]) == (pairs, name)]
             return fmean(row.get(key, math.nan) for row in kind)
 
+        def spread(name: str, pairs: str = pairs) -> str:
+            """Range over seeds of the share."""
+            by = {
+                (r["rule"], r["seed"]): r["objective"]
+                for r in report["rows"]
+                if r["pairs"] == pairs
+            }
+            seeds = sorted({seed for _, seed in by})
+            shares = [
+                (by[NOTHING, s] - by[name, s]) / (by[NOTHING, s] - by[EXACT, s]) for s in seeds
+            ]
+            return f"{min(shares):.2f} to {max(shares):.2f}"
+
         worst, best = mean(NOTHING, "objective"), mean(EXACT, "objective")
         for name in RULES:
             share = (worst - mean(name, "objective")) / (worst - best)
-            cells = [pairs, name, f"{share:.2f}", f"{mean(name, 'objective'):.3f}"]
+            cells = [pairs, name, f"{share:.2f}, {spread(name)}", f"{mean(name, 'objective'):.3f}"]
             cells.append(f"{mean(name, 'return'):.2f}")
             along = [mean(name, key) for key in ("error", "cosine")]
             cells += ["" if math.isnan(one) else f"{one:.2f}" for one in along]
