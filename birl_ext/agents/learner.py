@@ -73,6 +73,11 @@ class Learner(Stateful, ABC):
         return self._temperature.value
 
     @property
+    def entropy_target(self) -> float | None:
+        """Nats; None where τ is fixed."""
+        return self._temperature.entropy_target
+
+    @property
     def device(self) -> torch.device:
         return next(self._acting.parameters()).device
 

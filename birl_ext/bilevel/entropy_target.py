@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from birl_ext.bilevel.score import Follower, Score
-from birl_ext.errors import OptionError, ShapeError
+from birl_ext.errors import ShapeError
 from birl_ext.preferences.loss import RewardFunction
 
 __all__ = ["path_slopes", "temperature_surrogate"]
 
 _LEAST_RISE = 1e-9
 """Nats per unit of log τ: below, it is rounding."""
+_LEAST_ERRORS = 2.0
+"""Of a slope, in units of its standard error: below, its inverse is noise."""
 
 
 def path_slopes(
@@ -50,9 +52,9 @@ def temperature_surrogate(
     observation: Tensor,
     *,
     temperature: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """A scalar whose value is zero, and whose gradient an estimate of dτ/dx.
+) -> Tensor | None:
+    """A scalar whose value is zero, and whose gradient an estimate of dτ/dx; None where the slope
+    of the entropy is lost in its noise.
 
         dτ/dx = −(Σ_s d ∂H/∂x)/(Σ_s d ∂H/∂τ),   ∂H/∂z(s) = −Σ_a π(a|s) log π(a|s) ∂_z log π(a|s)
 
@@ -61,10 +63,6 @@ def temperature_surrogate(
         observation: states that are drawn from d, (m, *O): those over which the agent holds its
             entropy, such as a batch of its replay. A few hundred: the quotient is biased by O(1/m).
         temperature: τ, units of reward.
-        generator: of the actions.
-
-    Raises:
-        OptionError: the estimate of Σ d ∂H/∂τ is not positive: no temperature is followed there.
 
     Gradients: first order, through `reward`.
 
@@ -76,21 +74,20 @@ def temperature_surrogate(
         )
     with torch.no_grad():
         share = follower.probabilities(observation)
-        action = torch.multinomial(share.cpu(), 1, generator=generator).to(share.device)
         own = share.clamp(min=torch.finfo(share.dtype).tiny).log()
-        surplus = own.gather(-1, action).squeeze(-1) - (share * own).sum(-1)
-    present = torch.ones(len(observation), 1, dtype=torch.bool, device=observation.device)
-    steps = observation.unsqueeze(1), action, present
-    slopes = path_slopes(score, follower, *steps)
-    rise = -(surplus * slopes).mean()  # τ Σ d ∂H/∂τ
-    if not bool(rise > _LEAST_RISE):
-        raise OptionError(
-            f"the entropy's slope in log τ is estimated as {float(rise):.3g}",
-            allowed="above 0",
-            fix="give more states, or keep the temperature fixed",
-        )
-    moved = score(reward, follower, *steps)
-    return (surplus * (moved - moved.detach())).mean() / rise
+        surplus = share * (own - (share * own).sum(-1, keepdim=True))  # of every action
+    count, actions = share.shape
+    every = torch.arange(actions, device=share.device).repeat(count).unsqueeze(1)
+    present = torch.ones_like(every, dtype=torch.bool)
+    steps = observation.repeat_interleave(actions, 0).unsqueeze(1), every, present
+    slopes = path_slopes(score, follower, *steps).view(count, actions)
+    rises = -(surplus * slopes).sum(-1)
+    rise = rises.mean()  # τ Σ d ∂H/∂τ
+    noise = rises.std(correction=0) / count**0.5
+    if not bool(rise > torch.clamp(_LEAST_ERRORS * noise, min=_LEAST_RISE)):
+        return None
+    moved = score(reward, follower, *steps).view(count, actions)
+    return (surplus * (moved - moved.detach())).sum(-1).mean() / rise
 
 
 def _entropy_of(follower: Follower) -> RewardFunction:

@@ -17,7 +17,7 @@ from birl_ext.bilevel.score import Critic, OneStep, Score
 from birl_ext.bilevel.score_average import ScoreAverage
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
 from birl_ext.bilevel.variables import described
-from birl_ext.errors import GradientError, NonFiniteResultError, OptionError
+from birl_ext.errors import GradientError, NonFiniteResultError, OptionError, warn
 from birl_ext.model import checks
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import (
@@ -150,12 +150,11 @@ class SoBiRLUpdate(Stateful):
             error no average takes away. Infinite: no limit.
         lead: the first steps of every fragment that are scored and weighed but not compared, see
             `birl_ext.preferences.fragments.draw`; what the policy did before them is left out.
-        seed: of the actions drawn for a temperature that follows an entropy target.
 
     Source: Yang, Gao and Yuan (2025), Algorithm SoBiRL; (M16).
     """
 
-    STATE = ("reward", "optimiser", "steps", "_average", "_generator")
+    STATE = ("reward", "optimiser", "steps", "_average")
 
     def __init__(
         self,
@@ -171,7 +170,6 @@ class SoBiRLUpdate(Stateful):
         average: float = 0.98,
         indirect_limit: float = math.inf,
         lead: int = 0,
-        seed: int = 0,
     ) -> None:
         check_kind("reward", reward, RewardModel)
         _check_stale(stale, limit)
@@ -191,7 +189,6 @@ class SoBiRLUpdate(Stateful):
         self.steps = 0
         size = sum(parameter.numel() for parameter in self.parameters)
         self._average = ScoreAverage(size, average, self.parameters[0].detach())
-        self._generator = torch.Generator().manual_seed(checks.check_seed(seed))
 
     def step(
         self, pairs: Pairs, follower: Any, *, temperature: float, held: Tensor | None = None
@@ -251,11 +248,19 @@ class SoBiRLUpdate(Stateful):
             # (1/n) Σ w (l − b) h/τ, whose gradient is the score's part
             indirect = self._weighed(own, found.score, temperature, weight)
             if held is not None:
-                slopes, moved = self._through_temperature(pairs, follower, temperature, held)
-                along = torch.zeros((), dtype=own.dtype, device=own.device, requires_grad=True)
-                by_tau = self._weighed(own, along * slopes.to(own), temperature, weight)
-                (slope,) = torch.autograd.grad(by_tau, along)  # ∂φ/∂τ
-                indirect = indirect + slope * moved
+                if pairs.first.action.is_floating_point() or isinstance(self.score, Critic):
+                    raise OptionError(
+                        "the temperature's own derivative was asked for by `held`",
+                        allowed="discrete actions, and a score that is OneStep or FullHorizon",
+                        fix="leave `held` out: the temperature then counts as fixed",
+                    )
+                moved = self._moved_temperature(follower, temperature, held)
+                if moved is not None:
+                    slopes = self._slopes(pairs, follower)
+                    along = torch.zeros((), dtype=own.dtype, device=own.device, requires_grad=True)
+                    by_tau = self._weighed(own, along * slopes.to(own), temperature, weight)
+                    (slope,) = torch.autograd.grad(by_tau, along)  # ∂φ/∂τ
+                    indirect = indirect + slope * moved
             average = average.after(self._flat(self._gradient("the score", indirect)))
             part = self._parts(average.kept * average.mean)
             share = _norm(part)
@@ -287,31 +292,27 @@ class SoBiRLUpdate(Stateful):
             loss.detach(), score, temperature=temperature, baseline=self.baseline, weight=weight
         )
 
-    def _through_temperature(
-        self, pairs: Pairs, follower: Any, temperature: float, held: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """τ ∂/∂τ of the pairs' log-probabilities, (n,), and a scalar whose gradient is dτ/dx."""
-        score, discrete = self.score, not pairs.first.action.is_floating_point()
-        if score is None or isinstance(score, Critic) or not discrete:
-            raise OptionError(
-                "the temperature's own derivative was asked for by `held`",
-                allowed="discrete actions, and a score that is OneStep or FullHorizon",
-                fix="leave `held` out: the temperature then counts as fixed",
-            )
-        parts = (pairs.first, pairs.second)
-        first, second = (
-            path_slopes(score, follower, part.observation, part.action, part.present)
-            for part in parts
-        )
+    def _moved_temperature(self, follower: Any, temperature: float, held: Tensor) -> Tensor | None:
+        """A scalar whose gradient is dτ/dx; None, with a warning, where that is lost in noise."""
+        assert self.score is not None
         moved = temperature_surrogate(
-            score,
-            self.reward,
-            follower,
-            held,
-            temperature=temperature,
-            generator=self._generator,
+            self.score, self.reward, follower, held, temperature=temperature
         )
-        return first + second, moved
+        if moved is None:
+            warn(
+                "the slope of the entropy in log τ is lost in its noise, so that the temperature "
+                "counts as fixed in this update; give more states as `held`"
+            )
+        return moved
+
+    def _slopes(self, pairs: Pairs, follower: Any) -> Tensor:
+        """τ ∂/∂τ of the pairs' log-probabilities, (n,)."""
+        assert self.score is not None
+        first, second = (
+            path_slopes(self.score, follower, part.observation, part.action, part.present)
+            for part in (pairs.first, pairs.second)
+        )
+        return first + second
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Of all parameters one below the other; zero where there is none."""

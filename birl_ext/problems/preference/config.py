@@ -35,8 +35,9 @@ class PreferenceConfig:
     """Steps before each fragment that are scored with it, since the policy chose them too."""
     average: float = 0.98
     """Of the score's part over updates, which its noise then shrinks; 0 takes each as it is."""
-    indirect_limit: float = 0.1
-    """Most of the score's part of the gradient, in units of the loss's part; inf for all of it."""
+    indirect_limit: float = 0.3
+    """Most of the score's part of the gradient, in units of the loss's part; inf for all of it,
+    which pairs that are used again and again let run away."""
     weigh_loss: bool = False
     """Weigh the loss too, not its score alone."""
     hypergradient_after: int = 0

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from birl_ext.agents.agent import DiscreteAgent
 from birl_ext.agents.best import Best
+from birl_ext.agents.categorical import entropy
+from birl_ext.agents.sac import SAC
+from birl_ext.bilevel.score import Critic
 from birl_ext.bilevel.sobirl import SoBiRLOutcome
 from birl_ext.environments.transitions import Transitions
 from birl_ext.environments.vector import Environments, make_environments
@@ -68,6 +71,10 @@ __all__ = ["PreferenceJob"]
 _EVALUATION_SEED = 1_000_003  # added to the run's: episodes that are not those of training
 _NORMALISED_OVER = 1000
 """Transitions that the scale of the reward is taken over."""
+_HELD_OVER = 128
+"""States of the replay at which the entropy, and what moves it, are looked at."""
+_AT_TARGET = 0.1
+"""Of ln A: as near as the entropy must be to its target for τ to be what holds it there."""
 
 
 class PreferenceJob(Stateful):
@@ -139,6 +146,7 @@ class PreferenceJob(Stateful):
         if config.algorithm != "drlhf":
             score, features = make_score(config, spaces, self.reward, draws)
         self._score, self._features = score, features
+        self._holding = draws.next()
         self.learner = make_learner(config, self.reward, score)
         self.answers = PreferenceBuffer(config.pairs, config.device)
         self._query = make_query(config, self.reward)
@@ -437,14 +445,29 @@ class PreferenceJob(Stateful):
         if not size:
             return []
         oldest = len(self.answers) - pool
+        holds = self._holds_entropy()
         return [
             self.learner.step(
                 self.answers.select(oldest + torch.randperm(pool, generator=self._sampling)[:size]),
                 self.agent,
                 temperature=self.agent.temperature * self._normal["scale"],  # units of the reward
+                held=self._replay.sample(_HELD_OVER, self._holding).observation if holds else None,
             )
             for _ in range(config.reward_steps)
         ]
+
+    def _holds_entropy(self) -> bool:
+        """Whether dτ/dx is part of the gradient: τ follows a target, and has reached it."""
+        agent, score = self.agent, self.learner.score
+        if score is None or isinstance(score, Critic) or agent.entropy_target is None:
+            return False
+        if isinstance(agent, SAC):  # continuous actions
+            return False
+        held = self._replay.sample(_HELD_OVER, self._holding).observation
+        with torch.no_grad():
+            log_policy = agent.log_probs(held)
+        apart = abs(float(entropy(log_policy).mean()) - agent.entropy_target)
+        return apart <= _AT_TARGET * math.log(log_policy.shape[-1])
 
     def summary(self) -> dict[str, Any]:
         total = sum(self._seconds.values()) or math.nan
