@@ -284,6 +284,38 @@ def test_the_temperature_follows_an_entropy_or_stays() -> None:
     assert make_job(env="Pendulum-v1").agent._temperature.entropy_target == -1
 
 
+@pytest.mark.parametrize(
+    ("changes", "holds"),
+    [
+        ({"entropy_share": 0.99}, True),
+        ({"entropy_share": 0.99, "score": "full-horizon"}, True),
+        ({"entropy_share": 0.5}, False),  # an untrained policy is nearly uniform
+        ({"entropy_share": 0.99, "entropy_target": False}, False),
+        ({"entropy_share": 0.99, "algorithm": "drlhf"}, False),
+        ({"entropy_share": 0.99, "score": "critic"}, False),
+        ({"env": "Pendulum-v1", "episode_steps": 40}, False),
+    ],
+)
+def test_the_temperature_is_differentiated_where_it_holds_the_entropy(
+    changes: dict[str, Any], holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(**changes)
+    seen: list[Any] = []
+    plain = job.learner.step
+
+    def step(pairs: Any, follower: Any, *, temperature: float, held: Any) -> Any:
+        seen.append(held)
+        return plain(pairs, follower, temperature=temperature, held=held)
+
+    monkeypatch.setattr(job.learner, "step", step)
+    job.step()
+    assert seen
+    assert all((held is not None) == holds for held in seen)
+    if holds:
+        assert len(seen[0]) == 128
+        assert not torch.equal(seen[0], seen[1])
+
+
 @pytest.mark.parametrize("keep_best", [True, False])
 def test_a_finished_run_hands_out_its_best_policy(
     keep_best: bool, monkeypatch: pytest.MonkeyPatch
