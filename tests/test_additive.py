@@ -1,149 +1,165 @@
-"""An upper level that is a sum over steps: every way of giving credit, against the truth."""
+"""An upper level that is a sum over steps, against the derivative through the planner."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from test_entropy_target import (
+    ACTIONS,
+    DISCOUNT,
+    HELD,
+    START,
+    STATES,
+    TARGET,
+    TRUTH,
+    Setting,
+    mdp,
+    still,
+)
 from torch import Tensor
 
 import birl_ext
-from birl_ext.bilevel.score import Critic
-from birl_ext.bilevel.trajectory import additive_surrogate, trajectory_surrogate
-from birl_ext.errors import OptionError, ShapeError, TemperatureError
-from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator, Paths
+from birl_ext.bilevel.additive import AdditiveUpdate
+from birl_ext.bilevel.bias_meter import measure_estimator
+from birl_ext.bilevel.score import Critic, OneStep, Score
+from birl_ext.errors import GradientError, NonFiniteInputError, OptionError, ShapeError
 
-STATES, ACTIONS, STEPS, DISCOUNT, UPPER, TEMPERATURE = 4, 3, 30, 0.8, 0.9, 0.5
-
-
-class Problem(NamedTuple):
-    """A reward linear in x, a cost of the upper level, the exact gradient over `STEPS` steps."""
-
-    cost: Tensor  # (S, A)
-    x: Tensor
-    simulator: FiniteSimulator
-    follower: FiniteFollower
-    score: Critic
-    upper: Critic
-    exact: Tensor
+ABOVE = 0.8
+"""γ of the upper level, which is not the lower's."""
 
 
-def successors(features: Tensor, policy: Tensor, transition: Tensor, discount: float) -> Tensor:
-    """E[Σ γᵏ ψ], (S, A, F), by a linear solve."""
-    moves = discount * torch.einsum("sa,sat->st", policy, transition)
-    mean = torch.einsum("sa,saf->sf", policy, features)
-    ahead = torch.linalg.solve(torch.eye(len(policy), dtype=torch.float64) - moves, mean)
-    return features + discount * torch.einsum("sat,tf->saf", transition, ahead)
+def value(policy: Tensor, transition: Tensor) -> Tensor:
+    """Of the truth, from each state, by a linear solve."""
+    gained = (policy * TRUTH).sum(-1)
+    moves = torch.einsum("sa,sat->st", policy, transition)
+    return torch.linalg.solve(torch.eye(STATES, dtype=torch.float64) - ABOVE * moves, gained)
 
 
-def make_problem(seed: int = 0) -> Problem:
-    draws = torch.Generator().manual_seed(seed)
+class Above:
+    """φ = −(1 − γ_u) E Σ γ_uᵗ truth, its gradients, and what a step needs: all exact."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draws, dtype=torch.float64)
+    def __init__(self) -> None:
+        self.setting = setting = Setting()
+        table = setting.weight.detach().reshape(STATES, ACTIONS).clone().requires_grad_()
+        process = mdp(table)
+        tau = birl_ext.temperature_for(TARGET, process, weight=HELD)
+        self.gradients = {}
+        for name, temperature in (("whole", tau), ("at fixed", setting.temperature)):
+            policy = birl_ext.solve(process, temperature=temperature).policy
+            phi = -(1 - ABOVE) * START @ value(policy, process.transition)
+            (found,) = torch.autograd.grad(phi, table, retain_graph=True)
+            self.gradients[name] = found.flatten()
+        policy, transition = setting.follower.policy, process.transition.detach()
+        worth = TRUTH + ABOVE * transition @ value(policy, transition)
+        self.advantage = policy * (worth - (policy * worth).sum(-1, keepdim=True))
+        moves = torch.einsum("sa,sat->st", policy, transition)
+        self.visits = (1 - ABOVE) * torch.linalg.solve(
+            torch.eye(STATES, dtype=torch.float64) - ABOVE * moves.T, START
+        )
 
-    transition = (1.5 * normal(STATES, ACTIONS, STATES)).softmax(-1)
-    features, cost = normal(STATES, ACTIONS, 4), normal(STATES, ACTIONS)
-    x, start = normal(4).requires_grad_(), normal(STATES).softmax(-1)
-    mdp = birl_ext.DenseMDP(features @ x, transition, DISCOUNT, initial_distribution=start)
-    policy = birl_ext.solve(mdp, temperature=TEMPERATURE).policy
-    objective, where = torch.zeros((), dtype=torch.float64), start
-    for step in range(STEPS):
-        objective = objective + UPPER**step * torch.einsum("s,sa,sa->", where, policy, cost)
-        where = torch.einsum("s,sa,sat->t", where, policy, transition)
-    (exact,) = torch.autograd.grad(objective, x)
-    acts = policy.detach()
-    ahead = successors(features, acts, transition, DISCOUNT)
-    above = successors(cost.unsqueeze(-1), acts, transition, UPPER)
-    return Problem(
-        cost,
-        x,
-        FiniteSimulator(mdp, torch.Generator().manual_seed(seed + 1)),
-        FiniteFollower(acts),
-        Critic(lambda seen: ahead[seen], lambda: x),
-        Critic(lambda seen: above[seen], lambda: torch.ones(1, dtype=torch.float64)),
-        exact,
-    )
+    def estimate(self, score: Score, *, held: int = 0, count: int = 10_000) -> Tensor:
+        setting = self.setting
+        learner = AdditiveUpdate(setting.reward, optimiser=still, score=score, average=0.0)
+        states = torch.multinomial(
+            self.visits, count, replacement=True, generator=setting.simulator.generator
+        )
+        found = learner.step(
+            states,
+            self.advantage[states],
+            setting.follower,
+            temperature=setting.temperature,
+            held=setting.held(held) if held else None,
+        )
+        assert setting.weight.grad is not None
+        gradient = setting.weight.grad.flatten().clone()
+        assert found.gradient_norm == pytest.approx(float(gradient.norm()))
+        assert found.kept == 1.0
+        return gradient
 
 
-def nothing(observation: Tensor, action: Tensor) -> Tensor:
-    raise AssertionError("a critic asks for no reward")
-
-
-def estimates(problem: Problem, paths: Paths) -> dict[str, Tensor]:
-    """∇φ̂ from the same paths, by each way of giving credit."""
-    score = problem.score.each(nothing, problem.follower, *paths)
-    above = problem.upper.each(nothing, problem.follower, *paths)
-    cost = problem.cost[paths.observation, paths.action]
-    powers = UPPER ** torch.arange(STEPS, dtype=torch.float64)
-    given: dict[str, Any] = {"temperature": TEMPERATURE, "discount": UPPER}
-    surrogates = {
-        "whole path": trajectory_surrogate(
-            (powers * cost).sum(-1), score.sum(-1), temperature=TEMPERATURE
+@pytest.mark.parametrize("which", ["whole", "at fixed"])
+def test_the_gradient_is_the_planners(which: str) -> None:
+    above = Above()
+    fixed, whole = above.gradients["at fixed"], above.gradients["whole"]
+    apart = float((whole - fixed).norm() / whole.norm())
+    assert apart > 0.1
+    report = measure_estimator(
+        lambda: above.estimate(
+            above.setting.full_horizon(), held=10_000 if which == "whole" else 0
         ),
-        "to go": additive_surrogate(cost, score, **given),
-        "to go, no baseline": additive_surrogate(cost, score, baseline="none", **given),
-        "critic": additive_surrogate(cost, score, advantage=above, **given),
-    }
-    return {
-        name: torch.autograd.grad(surrogate, problem.x, retain_graph=True)[0]
-        for name, surrogate in surrogates.items()
-    }
-
-
-def test_every_credit_has_the_exact_gradient_as_its_mean() -> None:
-    problem = make_problem()
-    draws = [
-        estimates(problem, problem.simulator.rollout(problem.follower, 400, STEPS))
-        for _ in range(60)
-    ]
-    noise = {}
-    for name in draws[0]:
-        found = torch.stack([draw[name] for draw in draws])
-        error = found.std(0) / len(found) ** 0.5
-        assert bool(((found.mean(0) - problem.exact).abs() < 4.5 * error).all()), name
-        noise[name] = float(found.var(0).sum() / problem.exact.square().sum())
-    assert noise["to go"] < noise["whole path"] / 3
-    assert noise["critic"] < noise["to go"] / 3
-
-
-def test_the_value_is_the_mean_discounted_sum() -> None:
-    cost = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
-    found = additive_surrogate(cost, torch.zeros_like(cost), temperature=1.0, discount=0.5)
-    assert float(found) == (1 + 1 + 3 + 2) / 2
-
-
-def test_what_x_moves_is_credited_with_what_follows_alone() -> None:
-    """∇p_t by γᵗ⁺¹ G_{t+1}: the cost of the step itself is past by then."""
-    path = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
-    cost = torch.tensor([[5.0, 7.0, 11.0]], dtype=torch.float64)
-    value = additive_surrogate(
-        cost, torch.zeros_like(cost), temperature=1.0, discount=0.5, baseline="none", path=path
+        above.gradients[which],
+        repetitions=10,
     )
-    (found,) = torch.autograd.grad(value, path)
-    assert found.tolist() == [[3.5 + 2.75, 2.75, 0.0]]
+    assert report.noise < apart / 6, report
+    assert report.relative_error < 4 * report.noise + 0.005, report
 
 
-@pytest.mark.parametrize(
-    ("given", "kind"),
-    [
-        ({"discount": 1.5}, OptionError),
-        ({"discount": -0.1}, OptionError),
-        ({"temperature": 0.0}, TemperatureError),
-        ({"baseline": "mean"}, OptionError),
-        ({"score": torch.zeros(2)}, ShapeError),
-        ({"cost": torch.zeros(2)}, ShapeError),
-        ({"advantage": torch.zeros(2, 1)}, ShapeError),
-        ({"path": torch.zeros(3, 2)}, ShapeError),
-    ],
-)
-def test_what_does_not_fit_is_refused(given: dict[str, Any], kind: type[Exception]) -> None:
-    usual: dict[str, Any] = {
-        "cost": torch.zeros(2, 2),
-        "score": torch.zeros(2, 2),
-        "temperature": 1.0,
-        "discount": 0.9,
-    }
-    with pytest.raises(kind):
-        additive_surrogate(**{**usual, **given})
+def test_a_critic_has_the_noise_of_the_states_alone() -> None:
+    above = Above()
+    policy, size = above.setting.follower.policy, STATES * ACTIONS
+    transition = mdp(torch.zeros(STATES, ACTIONS, dtype=torch.float64)).transition
+    own = torch.eye(size, dtype=torch.float64).view(STATES, ACTIONS, size)
+    moves = torch.einsum("sat,tb->satb", transition, policy).reshape(size, size)
+    visits = torch.linalg.solve(
+        torch.eye(size, dtype=torch.float64) - DISCOUNT * moves, own.view(size, size)
+    ).view(STATES, ACTIONS, size)
+    critic = Critic(lambda where: visits[where], above.setting.weight.flatten)
+    report = measure_estimator(
+        lambda: above.estimate(critic, count=100_000),
+        above.gradients["at fixed"],
+        repetitions=4,
+    )
+    assert report.relative_error < 0.01, report
+
+
+def test_it_descends() -> None:
+    above = Above()
+    setting = above.setting
+
+    def sgd(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=1.0)
+
+    def phi() -> float:
+        table = setting.weight.detach().reshape(STATES, ACTIONS)
+        policy = birl_ext.solve(mdp(table), temperature=setting.temperature).policy
+        return -(1 - ABOVE) * float(START @ value(policy, mdp(table).transition))
+
+    learner = AdditiveUpdate(setting.reward, optimiser=sgd, score=setting.full_horizon())
+    before = phi()
+    states = torch.multinomial(
+        above.visits, 10_000, replacement=True, generator=setting.simulator.generator
+    )
+    for _ in range(4):
+        learner.step(
+            states, above.advantage[states], setting.follower, temperature=setting.temperature
+        )
+    predicted = float(above.gradients["at fixed"].square().sum())
+    assert phi() < before - 0.5 * predicted
+
+
+def test_what_cannot_be_learned_from_is_named() -> None:
+    above = Above()
+    setting = above.setting
+    learner = AdditiveUpdate(setting.reward, optimiser=still, score=OneStep(ACTIONS))
+    states = torch.arange(STATES)
+    tau = setting.temperature
+    before = setting.weight.detach().clone()
+    for advantage in (above.advantage[:2], above.advantage[0], above.advantage[:0]):
+        with pytest.raises(ShapeError, match=r"allowed: \(m, A\), with m = 3 states"):
+            learner.step(states, advantage, setting.follower, temperature=tau)
+    broken = above.advantage.clone()
+    broken[1, 1] = torch.nan
+    with pytest.raises(NonFiniteInputError, match="advantage is not finite"):
+        learner.step(states, broken, setting.follower, temperature=tau)
+    critic = Critic(lambda where: torch.zeros(len(where), ACTIONS, 9), setting.weight.flatten)
+    learner.score = critic
+    with pytest.raises(OptionError, match="asked for by `held`"):
+        learner.step(
+            states, above.advantage, setting.follower, temperature=tau, held=setting.held(5)
+        )
+    setting.weight.requires_grad_(False)
+    with pytest.raises(GradientError, match="the score does not depend on any"):
+        learner.step(states, above.advantage, setting.follower, temperature=tau)
+    assert torch.equal(setting.weight.detach(), before)

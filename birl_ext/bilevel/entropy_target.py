@@ -9,7 +9,7 @@ from birl_ext.bilevel.score import Follower, Score
 from birl_ext.errors import ShapeError
 from birl_ext.preferences.loss import RewardFunction
 
-__all__ = ["path_slopes", "temperature_surrogate"]
+__all__ = ["action_slopes", "path_slopes", "temperature_surrogate"]
 
 _LEAST_RISE = 1e-9
 """Nats per unit of log τ: below, it is rounding."""
@@ -45,6 +45,15 @@ def path_slopes(
     return table.sum(-1) + later
 
 
+def action_slopes(score: Score, follower: Follower, observation: Tensor) -> Tensor:
+    """`path_slopes` of each action, (m, *O) → (m, A), for weights that sum to zero over them."""
+    with torch.no_grad():
+        share = follower.probabilities(observation)
+        own = share.clamp(min=torch.finfo(share.dtype).tiny).log()
+        later = score.of_actions(_entropy_of(follower), follower, observation, share.shape[-1])
+        return later.to(own) - own
+
+
 def temperature_surrogate(
     score: Score,
     reward: RewardFunction,
@@ -76,17 +85,12 @@ def temperature_surrogate(
         share = follower.probabilities(observation)
         own = share.clamp(min=torch.finfo(share.dtype).tiny).log()
         surplus = share * (own - (share * own).sum(-1, keepdim=True))  # of every action
-    count, actions = share.shape
-    every = torch.arange(actions, device=share.device).repeat(count).unsqueeze(1)
-    present = torch.ones_like(every, dtype=torch.bool)
-    steps = observation.repeat_interleave(actions, 0).unsqueeze(1), every, present
-    slopes = path_slopes(score, follower, *steps).view(count, actions)
-    rises = -(surplus * slopes).sum(-1)
+    rises = -(surplus * action_slopes(score, follower, observation)).sum(-1)
     rise = rises.mean()  # τ Σ d ∂H/∂τ
-    noise = rises.std(correction=0) / count**0.5
+    noise = rises.std(correction=0) / len(rises) ** 0.5
     if not bool(rise > torch.clamp(_LEAST_ERRORS * noise, min=_LEAST_RISE)):
         return None
-    moved = score(reward, follower, *steps).view(count, actions)
+    moved = score.of_actions(reward, follower, observation, share.shape[-1])
     return (surplus * (moved - moved.detach())).sum(-1).mean() / rise
 
 

@@ -79,6 +79,14 @@ class Score(Protocol):
         """Its terms, of each step, (n, H); zero where a step is not `present`."""
         ...
 
+    def of_actions(
+        self, reward: RewardFunction, follower: Follower, where: Tensor, actions: int
+    ) -> Tensor:
+        """∇Q(s, ·) alone, for weights that sum to zero over the A discrete actions: (m, *O) →
+        (m, A).
+        """
+        ...
+
 
 class _StepByStep:
     """A sum over the steps of each fragment, of one number per step."""
@@ -151,6 +159,14 @@ class OneStep(_StepByStep):
             return self.of_table(reward.all_actions(where), share, chosen)
         return reward(where, chosen) - self._mean(reward, follower, where)
 
+    def of_actions(
+        self, reward: RewardFunction, follower: Follower, where: Tensor, actions: int
+    ) -> Tensor:
+        if isinstance(reward, RewardModel):
+            return reward.all_actions(where)
+        every = torch.arange(actions, device=where.device).repeat(len(where))
+        return reward(where.repeat_interleave(actions, 0), every).view(-1, actions)
+
     @staticmethod
     def of_table(table: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
         """`steps_of` from r(s, ·) and π(·|s), (m, A) both: what is known already costs nothing."""
@@ -198,7 +214,6 @@ class FullHorizon(_StepByStep):
     def of_actions(
         self, reward: RewardFunction, follower: Follower, where: Tensor, actions: int
     ) -> Tensor:
-        """∇Q(s, ·) alone, for weights that sum to zero over the actions: (m, *O) → (m, A)."""
         every = torch.arange(actions, device=where.device).repeat(len(where))
         with torch.no_grad():
             path = self.simulator.continuations(
@@ -258,6 +273,15 @@ class Critic(_StepByStep):
         self.features = features
         self.weights = weights
         self.trunk = trunk
+
+    def of_actions(
+        self, reward: RewardFunction, follower: Follower, where: Tensor, actions: int
+    ) -> Tensor:
+        with torch.no_grad():
+            table = self.features(where)
+        weights = self.weights()
+        found = table.to(weights) @ weights
+        return found if self.trunk is None else found + self.trunk(where)
 
     def steps_of(
         self, reward: RewardFunction, follower: Follower, where: Tensor, chosen: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from birl_ext.agents.categorical import CategoricalPolicy
-from birl_ext.bilevel.entropy_target import path_slopes, temperature_surrogate
-from birl_ext.bilevel.guards import check_count, check_kind, check_number, make_optimiser, take_step
-from birl_ext.bilevel.score import Critic, OneStep, Score
+from birl_ext.bilevel.entropy_target import path_slopes
+from birl_ext.bilevel.guards import check_count, check_kind, check_number
+from birl_ext.bilevel.reward_update import RewardUpdate, norm
+from birl_ext.bilevel.score import OneStep, Score
 from birl_ext.bilevel.score_average import ScoreAverage
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
-from birl_ext.bilevel.variables import described
-from birl_ext.errors import GradientError, NonFiniteResultError, OptionError, warn
+from birl_ext.errors import OptionError
 from birl_ext.model import checks
 from birl_ext.preferences.fragments import Fragments, Pairs
 from birl_ext.preferences.loss import (
@@ -27,8 +27,7 @@ from birl_ext.preferences.loss import (
     in_parts,
     steps_at_once,
 )
-from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, members_of
-from birl_ext.state import Stateful
+from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel
 
 __all__ = ["DRLHFUpdate", "SoBiRLOutcome", "SoBiRLUpdate", "importance"]
 
@@ -103,12 +102,6 @@ def importance(fragments: Fragments, log_prob: Tensor, *, stale: Stale, limit: f
     return torch.ones_like(gap)
 
 
-def _norm(gradient: Iterable[Tensor | None]) -> float:
-    """‖·‖₂ of all parts together."""
-    squares = [part.double().square().sum() for part in gradient if part is not None]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
-
-
 def _sum(one: Tensor | None, other: Tensor | None, factor: float) -> Tensor | None:
     """one + factor · other, of those that are there."""
     if one is None or other is None:
@@ -122,7 +115,7 @@ def _check_stale(stale: str, limit: float) -> None:
     check_number("limit", limit, 1.0, above=True, infinite=True)
 
 
-class SoBiRLUpdate(Stateful):
+class SoBiRLUpdate(RewardUpdate):
     """The upper level: the reward that explains a teacher's answers about the behaviour it causes.
 
         φ(x) = E[ l(d₁, d₂, y; x) ],  l = −y log p − (1 − y) log(1 − p),  p = σ(R_x(d₁) − R_x(d₂)),
@@ -154,8 +147,6 @@ class SoBiRLUpdate(Stateful):
     Source: Yang, Gao and Yuan (2025), Algorithm SoBiRL; (M16).
     """
 
-    STATE = ("reward", "optimiser", "steps", "_average")
-
     def __init__(
         self,
         reward: RewardModel,
@@ -171,14 +162,9 @@ class SoBiRLUpdate(Stateful):
         indirect_limit: float = math.inf,
         lead: int = 0,
     ) -> None:
-        check_kind("reward", reward, RewardModel)
+        super().__init__(reward, optimiser=optimiser, score=score, average=average)
         _check_stale(stale, limit)
         check_baseline(baseline)
-        members_of(reward)  # refuses an ensemble inside another model
-        self.reward = reward
-        self.parameters = list(reward.parameters())
-        self.optimiser = make_optimiser(optimiser, self.parameters)
-        self.score = score
         self.noise = check_number("noise", noise, below=1.0)
         self.baseline: Baseline = baseline
         self.stale: Stale = stale
@@ -186,9 +172,6 @@ class SoBiRLUpdate(Stateful):
         self.weigh_loss = weigh_loss
         self.indirect_limit = check_number("indirect_limit", indirect_limit, infinite=True)
         self.lead = check_count("lead", lead, 0)
-        self.steps = 0
-        size = sum(parameter.numel() for parameter in self.parameters)
-        self._average = ScoreAverage(size, average, self.parameters[0].detach())
 
     def step(
         self, pairs: Pairs, follower: Any, *, temperature: float, held: Tensor | None = None
@@ -219,20 +202,11 @@ class SoBiRLUpdate(Stateful):
         if not len(pairs):
             raise OptionError("there are no pairs", allowed="1 or more")
         pairs.after(self.lead)  # refuses a lead that leaves nothing
-        outcomes: list[tuple[SoBiRLOutcome, ScoreAverage]] = []
-
-        def closure() -> float:
-            outcomes.append(self._prepare(pairs, follower, temperature, held))
-            return outcomes[-1][0].loss
-
-        take_step(self.optimiser, self.reward, closure, self.steps)
-        self.steps += 1
-        outcome, self._average = outcomes[0]
-        return outcome
+        return self._take(lambda: self._prepare(pairs, follower, temperature, held))
 
     def _prepare(
         self, pairs: Pairs, follower: Any, temperature: float, held: Tensor | None
-    ) -> tuple[SoBiRLOutcome, ScoreAverage]:
+    ) -> tuple[float, SoBiRLOutcome, ScoreAverage]:
         """Set the gradient of each parameter at its present value; the average with this one."""
         found = self._evaluated(pairs, follower)
         margin = found.margin
@@ -248,13 +222,8 @@ class SoBiRLUpdate(Stateful):
             # (1/n) Σ w (l − b) h/τ, whose gradient is the score's part
             indirect = self._weighed(own, found.score, temperature, weight)
             if held is not None:
-                if pairs.first.action.is_floating_point() or isinstance(self.score, Critic):
-                    raise OptionError(
-                        "the temperature's own derivative was asked for by `held`",
-                        allowed="discrete actions, and a score that is OneStep or FullHorizon",
-                        fix="leave `held` out: the temperature then counts as fixed",
-                    )
-                moved = self._moved_temperature(follower, temperature, held)
+                discrete = not pairs.first.action.is_floating_point()
+                moved = self._moved_temperature(follower, temperature, held, discrete=discrete)
                 if moved is not None:
                     slopes = self._slopes(pairs, follower)
                     along = torch.zeros((), dtype=own.dtype, device=own.device, requires_grad=True)
@@ -263,19 +232,12 @@ class SoBiRLUpdate(Stateful):
                     indirect = indirect + slope * moved
             average = average.after(self._flat(self._gradient("the score", indirect)))
             part = self._parts(average.kept * average.mean)
-            share = _norm(part)
-            cut = min(1.0, self.indirect_limit * _norm(gradient) / share) if share else 1.0
+            share = norm(part)
+            cut = min(1.0, self.indirect_limit * norm(gradient) / share) if share else 1.0
             share *= cut
             gradient = [_sum(one, other, cut) for one, other in zip(gradient, part, strict=True)]
-        size, value = _norm(gradient), float(loss.detach().mean())
-        if not (math.isfinite(size) and math.isfinite(value)):
-            raise NonFiniteResultError(
-                f"the loss is {value}, the norm of its gradient {size}",
-                where=f"step {self.steps}",
-                fix="lower the learning rate, or look for NaN in the pairs",
-            )
-        for parameter, one in zip(self.parameters, gradient, strict=True):
-            parameter.grad = one
+        value = float(loss.detach().mean())
+        size = self._set(gradient, value, "loss")
         outcome = SoBiRLOutcome(
             loss=value,
             accuracy=float(accuracy(margin, pairs.label)),
@@ -285,25 +247,12 @@ class SoBiRLUpdate(Stateful):
             used=int((weight > 0).sum()),
             effective=float(weight.sum().square() / weight.square().sum().clamp(min=1e-12)),
         )
-        return outcome, average
+        return value, outcome, average
 
     def _weighed(self, loss: Tensor, score: Tensor, temperature: float, weight: Tensor) -> Tensor:
         return trajectory_surrogate(
             loss.detach(), score, temperature=temperature, baseline=self.baseline, weight=weight
         )
-
-    def _moved_temperature(self, follower: Any, temperature: float, held: Tensor) -> Tensor | None:
-        """A scalar whose gradient is dτ/dx; None, with a warning, where that is lost in noise."""
-        assert self.score is not None
-        moved = temperature_surrogate(
-            self.score, self.reward, follower, held, temperature=temperature
-        )
-        if moved is None:
-            warn(
-                "the slope of the entropy in log τ is lost in its noise, so that the temperature "
-                "counts as fixed in this update; give more states as `held`"
-            )
-        return moved
 
     def _slopes(self, pairs: Pairs, follower: Any) -> Tensor:
         """τ ∂/∂τ of the pairs' log-probabilities, (n,)."""
@@ -313,39 +262,6 @@ class SoBiRLUpdate(Stateful):
             for part in (pairs.first, pairs.second)
         )
         return first + second
-
-    def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
-        """Of all parameters one below the other; zero where there is none."""
-        pairs = zip(self.parameters, parts, strict=True)
-        return torch.cat(
-            [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in pairs]
-        )
-
-    def _parts(self, flat: Tensor) -> list[Tensor | None]:
-        """Of each parameter; None where it is frozen."""
-        parts = torch.split(flat, [parameter.numel() for parameter in self.parameters])
-        return [
-            part.view_as(parameter) if parameter.requires_grad else None
-            for parameter, part in zip(self.parameters, parts, strict=True)
-        ]
-
-    def _gradient(
-        self, name: str, value: Tensor, *, retain_graph: bool = False
-    ) -> Sequence[Tensor | None]:
-        """Of each parameter; None where it is frozen or not in use."""
-        live = [p for p in self.parameters if p.requires_grad]
-        found: Sequence[Tensor | None] = ()
-        if live and value.requires_grad:
-            found = torch.autograd.grad(value, live, retain_graph=retain_graph, allow_unused=True)
-        if all(part is None for part in found):
-            raise GradientError(
-                f"{name} does not depend on any of the reward's parameters",
-                allowed="a part made by torch from parameters that require a gradient",
-                fix="release a layer by requires_grad_(), or compute reward and score without "
-                "detach and no_grad",
-            )
-        parts = iter(found)
-        return [next(parts) if p.requires_grad else None for p in self.parameters]
 
     def _evaluated(self, pairs: Pairs, follower: Any) -> _Evaluated:
         """Reward and policy at the steps of all pairs."""
@@ -410,23 +326,6 @@ class SoBiRLUpdate(Stateful):
             log_prob = log_prob.to(part.log_prob)
             weight = weight * importance(part, log_prob, stale=self.stale, limit=self.limit)
         return weight
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, which stays as it is.
-
-        Raises:
-            OptionError, ShapeError, DtypeError: it is that of another object; nothing has changed.
-        """
-        with self.loaded_whole():
-            super().load_state_dict(state)
-
-    def _check_state(self, state: Any, name: str = "") -> None:
-        super()._check_state(state, name)
-        if state["steps"] is not None:  # else `loaded_whole` says so
-            check_count("steps", state["steps"], 0)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(x={described(self.reward)}, steps={self.steps})"
 
 
 class DRLHFUpdate(SoBiRLUpdate):

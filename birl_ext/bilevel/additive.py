@@ -1,0 +1,122 @@
+"""A reward whose policy is judged by another reward: an upper level that is a sum over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from birl_ext.bilevel.entropy_target import action_slopes
+from birl_ext.bilevel.reward_update import RewardUpdate
+from birl_ext.bilevel.score import Score
+from birl_ext.bilevel.score_average import ScoreAverage
+from birl_ext.errors import NonFiniteInputError, ShapeError
+from birl_ext.model import checks
+from birl_ext.preferences.reward_model import RewardModel
+
+__all__ = ["AdditiveOutcome", "AdditiveUpdate"]
+
+
+class AdditiveOutcome(NamedTuple):
+    """One update of the reward.
+
+    Args:
+        gradient_norm: ‖∇φ̂‖₂, as it was used.
+        kept: what the noise leaves of it, [0, 1], see `ScoreAverage`.
+    """
+
+    gradient_norm: float
+    kept: float
+
+
+class AdditiveUpdate(RewardUpdate):
+    """The upper level: the reward whose optimal policy earns most by a reward of the upper level's.
+
+        φ(x) = −E[ Σ_t γ_uᵗ f(s_t, a_t) ],  the path of π*(x);   x ← x − β ∇φ̂,
+        ∇φ̂ = −(1/τ) mean over s of Σ_a π(a|s) A_f(s, a) ∇Q(s, a)
+
+    Args:
+        reward: its parameters are x; f is another.
+        optimiser: from parameters to any torch optimiser.
+        score: estimator of ∇Q (`birl_ext.bilevel.score`).
+        average: β, [0, 1), of the average over updates that the gradient is, shrunk by its own
+            noise (`birl_ext.bilevel.score_average`).
+
+    Source: (M15), (M16) for a sum over steps; Thoma et al. (2024), whose advantage this is.
+    """
+
+    def __init__(
+        self,
+        reward: RewardModel,
+        *,
+        optimiser: Callable[[Iterable[nn.Parameter]], Optimizer],
+        score: Score,
+        average: float = 0.98,
+    ) -> None:
+        super().__init__(reward, optimiser=optimiser, score=score, average=average)
+
+    def step(
+        self,
+        observation: Tensor,
+        advantage: Tensor,
+        follower: Any,
+        *,
+        temperature: float,
+        held: Tensor | None = None,
+    ) -> AdditiveOutcome:
+        """One update.
+
+        Args:
+            observation: states (m, *O) of the present policy's paths, each drawn in proportion to
+                γ_uᵗ: φ̂ is in units of one step then, (1 − γ_u) φ.
+            advantage: π(a|s) A_f(s, a), (m, A), as `ActionValue.advantage` has it.
+            follower: the present policy, of discrete actions, held fixed.
+            temperature: its τ, units of the reward held here.
+            held: as for `SoBiRLUpdate.step`.
+
+        Raises:
+            ShapeError: the advantage has not a number for each state and action.
+            NonFiniteInputError: it is NaN or infinite.
+            OptionError: no entropy can be held.
+            TemperatureError: τ is not positive and finite.
+            GradientError: the score does not depend on a parameter that is not frozen.
+            NonFiniteResultError: gradient or new parameters are NaN or infinite. After any error
+                the parameters are what they were.
+        """
+        checks.check_temperature(temperature)
+        if advantage.dim() != 2 or len(advantage) != len(observation) or not len(advantage):
+            raise ShapeError(
+                f"advantage has shape {tuple(advantage.shape)}",
+                allowed=f"(m, A), with m = {len(observation)} states, 1 or more",
+            )
+        if not bool(advantage.isfinite().all()):
+            raise NonFiniteInputError(
+                "the advantage is not finite", fix="lower the learning rate of the upper critic"
+            )
+        return self._take(
+            lambda: self._prepare(observation, -advantage.detach(), follower, temperature, held)
+        )
+
+    def _prepare(
+        self,
+        observation: Tensor,
+        weight: Tensor,
+        follower: Any,
+        temperature: float,
+        held: Tensor | None,
+    ) -> tuple[float, AdditiveOutcome, ScoreAverage]:
+        assert self.score is not None
+        moved = self.score.of_actions(self.reward, follower, observation, weight.shape[-1])
+        surrogate = (weight.to(moved) * moved).sum(-1).mean() / temperature
+        if held is not None:
+            by_x = self._moved_temperature(follower, temperature, held)
+            if by_x is not None:
+                slopes = action_slopes(self.score, follower, observation)
+                along = (weight.to(slopes) * slopes).sum(-1).mean() / temperature  # ∂φ/∂τ
+                surrogate = surrogate + along * by_x
+        average = self._average.after(self._flat(self._gradient("the score", surrogate)))
+        gradient = self._parts(average.kept * average.mean)
+        size = self._set(gradient, float(surrogate.detach()), "surrogate")
+        return 0.0, AdditiveOutcome(size, average.kept), average
