@@ -563,7 +563,7 @@ def test_a_target_of_several_steps_is_their_soft_return(
         monkeypatch.setattr(agent, "_entropy", lambda where: where[:, 0])
         monkeypatch.setattr(agent, "_following", lambda where: where[:, 1])
     batch, reward, present = paths(kind)
-    first, goal = agent._goal(batch, reward, present)
+    first, goal = agent.goal(batch, reward, present)
     for part, whole in zip(first[:4], batch[:4], strict=True):
         assert torch.equal(part, whole[:4])
     for path in range(4):

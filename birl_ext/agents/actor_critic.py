@@ -52,7 +52,6 @@ class ActorCritic(Learner):
             anneal_over=anneal_over,
         )
         self.actor = actor
-        self.critics = critics
         self.actor_optimiser = self._optimiser(actor.parameters())
         self.critic_optimiser = self._optimiser(critics.parameters())
         # What the actor's loss is differentiated in: the critics only pass its gradient on.
@@ -71,8 +70,8 @@ class ActorCritic(Learner):
         """
         tau = self.temperature
         self._anneal()
-        batch, goal = self._goal(batch, reward, present)
-        chosen = self._chosen(batch)
+        batch, goal = self.goal(batch, reward, present)
+        chosen = self.chosen(self.critics, batch.observation, batch.action)
         critic_loss = (chosen - goal).square().mean(-1).sum()
         self.critic_optimiser.zero_grad()
         critic_loss.backward()  # type: ignore[no-untyped-call]
@@ -90,10 +89,6 @@ class ActorCritic(Learner):
         names = ("critic_loss", "actor_loss", "q", "entropy")
         found = torch.stack(losses).tolist()
         return dict(zip(names, found, strict=True)) | {"temperature": tau}
-
-    @abstractmethod
-    def _chosen(self, batch: Transitions) -> Tensor:
-        """Q_i(s, a), (2, n)."""
 
     @abstractmethod
     def _actor_loss(self, observation: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,7 @@ class Learner(Stateful, ABC):
         self.anneal_over = anneal_over
         self.version = 0
         self._acting = policy
+        self.critics = critics
         self._build = optimiser
         self._annealed: list[tuple[Optimizer, list[Any]]] = []
         self._temperature = temperature
@@ -80,6 +81,10 @@ class Learner(Stateful, ABC):
     @property
     def device(self) -> torch.device:
         return next(self._acting.parameters()).device
+
+    @abstractmethod
+    def chosen(self, critics: Callable[..., Tensor], observation: Tensor, action: Tensor) -> Tensor:
+        """Q_i(s, a), (c, n), of each of the agent's c critics or of others in their place."""
 
     @abstractmethod
     def update(
@@ -113,8 +118,8 @@ class Learner(Stateful, ABC):
                 group["lr"] = rate * share
 
     @torch.no_grad()
-    def _goal(
-        self, batch: Transitions, reward: Tensor, present: Tensor | None
+    def goal(
+        self, batch: Transitions, reward: Tensor, present: Tensor | None = None
     ) -> tuple[Transitions, Tensor]:
         """The transitions whose Q is learned, and what it is drawn to, (n,)."""
         reward = checked_reward(batch, reward)

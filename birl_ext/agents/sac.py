@@ -13,7 +13,6 @@ from birl_ext.agents.agent import check_drawn
 from birl_ext.agents.networks import Twin
 from birl_ext.agents.squashed import SquashedGaussian
 from birl_ext.agents.temperature import Temperature
-from birl_ext.environments.transitions import Transitions
 from birl_ext.errors import ShapeError
 
 __all__ = ["SAC"]
@@ -125,9 +124,9 @@ class SAC(ActorCritic):
         """Of u, from one draw."""
         return -self._policy(observation).rsample(self._generator)[1]
 
-    def _chosen(self, batch: Transitions) -> Tensor:
-        values: Tensor = self.critics(batch.observation, self._to_unit(batch.action))
-        return values
+    def chosen(self, critics: Callable[..., Tensor], observation: Tensor, action: Tensor) -> Tensor:
+        """Q_i(s, a), (2, n)."""
+        return critics(observation, self._to_unit(action))
 
     def _actor_loss(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """E[ τ log p(u) − min_i Q_i(s, a(u)) ], and the entropy of u."""

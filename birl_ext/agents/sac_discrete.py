@@ -12,7 +12,6 @@ from birl_ext.agents.actor_critic import ActorCritic
 from birl_ext.agents.categorical import CategoricalPolicy, entropy
 from birl_ext.agents.networks import Twin
 from birl_ext.agents.temperature import Temperature
-from birl_ext.environments.transitions import Transitions
 
 __all__ = ["DiscreteSAC"]
 
@@ -81,10 +80,10 @@ class DiscreteSAC(ActorCritic, CategoricalPolicy):
     def _entropy(self, observation: Tensor) -> Tensor:
         return entropy(self._log_policy(observation))
 
-    def _chosen(self, batch: Transitions) -> Tensor:
-        tables: Tensor = self.critics(batch.observation)
-        index = batch.action.expand(2, -1).unsqueeze(-1)
-        return tables.gather(-1, index).squeeze(-1)
+    def chosen(self, critics: Callable[..., Tensor], observation: Tensor, action: Tensor) -> Tensor:
+        """Q_i(s, a), (2, n)."""
+        index = action.expand(2, -1).unsqueeze(-1)
+        return critics(observation).gather(-1, index).squeeze(-1)
 
     def _actor_loss(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """E[ Σ_a π(a|s) (τ log π(a|s) − min_i Q_i(s,a)) ], and the entropy of π."""

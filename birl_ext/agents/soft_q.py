@@ -83,9 +83,9 @@ class SoftQ(Learner, CategoricalPolicy):
         """
         tau = self.temperature
         self._anneal()
-        batch, goal = self._goal(batch, reward, present)
+        batch, goal = self.goal(batch, reward, present)
         table: Tensor = self.network(batch.observation)
-        chosen = table.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
+        chosen = _of(table, batch.action)
         loss = nn.functional.mse_loss(chosen, goal)
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -98,6 +98,10 @@ class SoftQ(Learner, CategoricalPolicy):
         found = torch.stack([loss.detach(), chosen.detach().mean(), spread]).tolist()
         return dict(zip(("loss", "q", "entropy"), found, strict=True)) | {"temperature": tau}
 
+    def chosen(self, critics: Callable[..., Tensor], observation: Tensor, action: Tensor) -> Tensor:
+        """Q(s, a), (1, n)."""
+        return _of(critics(observation), action).unsqueeze(0)
+
     def _following(self, observation: Tensor) -> Tensor:
         """V̄(s) = τ log Σ_a exp(Q̄(s,a)/τ), (n,)."""
         tau = self.temperature
@@ -106,3 +110,8 @@ class SoftQ(Learner, CategoricalPolicy):
     def _entropy(self, observation: Tensor) -> Tensor:
         """Of softmax(Q̄/τ), whose V̄ it is, (n,)."""
         return entropy((self._target(observation) / self.temperature).log_softmax(-1))
+
+
+def _of(table: Tensor, action: Tensor) -> Tensor:
+    """(n, A) → (n,)."""
+    return table.gather(-1, action.unsqueeze(-1)).squeeze(-1)
