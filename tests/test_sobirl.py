@@ -524,7 +524,7 @@ def test_options_are_named() -> None:
 @pytest.mark.parametrize("steps", [-1, 2.5, True, None])
 def test_a_stored_count_of_steps_is_a_whole_number(steps: Any) -> None:
     reward, _, _ = linear_problem()
-    algorithm = SoBiRL(reward, optimiser=still, score=None)
+    algorithm = SoBiRLUpdate(reward, optimiser=still, score=None)
     with pytest.raises(OptionError, match="steps is"):
         algorithm.load_state_dict({**algorithm.state_dict(), "steps": steps})
     assert algorithm.steps == 0
