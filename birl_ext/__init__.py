@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from birl_ext.bilevel.problem import BilevelProblem, geometric
     from birl_ext.bilevel.score import FullHorizon, OneStep
     from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate
-    from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
+    from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRLDescent
     from birl_ext.bilevel.zero_order import ZeroOrder
     from birl_ext.environments.vector import make_environments
     from birl_ext.preferences.buffer import PreferenceBuffer
@@ -94,7 +94,7 @@ _LAZY = {
     "SoBiRL": "problems.preference.learner",
     "SoBiRLUpdate": "bilevel.sobirl",
     "SoftQ": "agents.soft_q",
-    "StocSoBiRL": "bilevel.stoc_sobirl",
+    "StocSoBiRLDescent": "bilevel.stoc_sobirl",
     "TEACHERS": "preferences.teachers",
     "ZeroOrder": "bilevel.zero_order",
     "evaluate_agent": "rollouts.evaluate",
@@ -138,7 +138,7 @@ __all__ = [
     "Solution",
     "SparseMDP",
     "Status",
-    "StocSoBiRL",
+    "StocSoBiRLDescent",
     "ZeroOrder",
     "__version__",
     "agents",
