@@ -5,8 +5,8 @@
 φ = E Σ_t γ_uᵗ f(s_t, a_t) over 200 steps of random MDPs (10 states, 3 actions, γ = 0.9, γ_u = 0.95,
 τ = 0.5; r = ψ·x with 4 features). The hyper-gradient is estimated from paths by each way of giving
 credit, against the exact one. First with exact ∇Q and exact critics of both levels, so that nothing
-but the credit differs; then by `StocSoBiRLDescent` as it is, all of it sampled: 100 paths, continuations
-of 60 steps, 300 sweeps that learn both critics.
+but the credit differs; then by `StocSoBiRLDescent` as it is, all of it sampled: 100 paths,
+continuations of 60 steps, 300 sweeps that learn both critics.
 """
 
 from __future__ import annotations
