@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from birl_ext.preferences.buffer import PreferenceBuffer
     from birl_ext.preferences.reward_model import RewardEnsemble, RewardNetwork
     from birl_ext.preferences.teachers import TEACHERS, ScriptedTeacher
-    from birl_ext.problems.preference.learner import DRLHF, SoBiRL
+    from birl_ext.problems.preference.learner import DRLHF, SoBiRL, StocSoBiRL
     from birl_ext.problems.saved import load_run
     from birl_ext.replay.buffer import ReplayBuffer
     from birl_ext.replay.frames import FrameReplay
@@ -94,6 +94,7 @@ _LAZY = {
     "SoBiRL": "problems.preference.learner",
     "SoBiRLUpdate": "bilevel.sobirl",
     "SoftQ": "agents.soft_q",
+    "StocSoBiRL": "problems.preference.learner",
     "StocSoBiRLDescent": "bilevel.stoc_sobirl",
     "TEACHERS": "preferences.teachers",
     "ZeroOrder": "bilevel.zero_order",
@@ -138,6 +139,7 @@ __all__ = [
     "Solution",
     "SparseMDP",
     "Status",
+    "StocSoBiRL",
     "StocSoBiRLDescent",
     "ZeroOrder",
     "__version__",
