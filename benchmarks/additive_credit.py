@@ -5,8 +5,8 @@
 φ = E Σ_t γ_uᵗ f(s_t, a_t) over 200 steps of random MDPs (10 states, 3 actions, γ = 0.9, γ_u = 0.95,
 τ = 0.5; r = ψ·x with 4 features). The hyper-gradient is estimated from paths by each way of giving
 credit, against the exact one. First with exact ∇Q and exact critics of both levels, so that nothing
-but the credit differs; then by `StocSoBiRL` as it is, all of it sampled: 100 paths, continuations
-of 60 steps, 300 sweeps that learn both critics.
+but the credit differs; then by `StocSoBiRLDescent` as it is, all of it sampled: 100 paths,
+continuations of 60 steps, 300 sweeps that learn both critics.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext.bilevel.bias_meter import measure_estimator
-from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
+from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRLDescent
 from birl_ext.bilevel.trajectory import additive_surrogate, trajectory_surrogate
 from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator, Paths
 
@@ -137,7 +137,7 @@ def by_stoc_sobirl(problem: Problem, seed: int) -> dict[str, Callable[[], Tensor
         how: dict[str, Any] = {"cost": lambda x: cost, "discount": UPPER}
         if credit == WHOLE:
             how = {"loss": total, "paths": 1}
-        stoc = StocSoBiRL(
+        stoc = StocSoBiRLDescent(
             SampledProblem(lambda x: problem.features @ x, steps=STEPS, **how),
             FiniteSimulator(problem.mdp, torch.Generator().manual_seed(seed)),
             problem.x,

@@ -39,17 +39,21 @@ from birl_ext.runs.intervals import mean_interval
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "sobirl": {"algorithm": "sobirl"},
-    "stoc-sobirl": {"algorithm": "stoc-sobirl"},
+    "sobirl-newest": {"algorithm": "sobirl", "reuse": False},
     "sobirl-whole": {"algorithm": "sobirl", "indirect_limit": math.inf, "weigh_loss": True},
     "drlhf": {"algorithm": "drlhf"},
+    "stoc-sobirl": {"algorithm": "stoc-sobirl"},
 }
-"""Of each candidate, what differs: sobirl-whole takes the estimate of ∇φ as it is."""
+"""Of each candidate, what differs: sobirl-newest learns from each round's own pairs, sobirl-whole
+takes the estimate of ∇φ as it is, stoc-sobirl does both.
+"""
 PUBLISHED = ("sobirl", "stoc-sobirl", "drlhf")
 TASKS = ("gridworld", "cartpole")
 EXAMPLES = Path(__file__).parents[1] / "examples" / "preference"
 NAMES = {
     "sobirl": "SoBiRL",
     "stoc-sobirl": "Stoc-SoBiRL",
+    "sobirl-newest": "SoBiRL, newest pairs",
     "sobirl-whole": "SoBiRL, whole gradient",
     "drlhf": "DRLHF",
 }

@@ -22,7 +22,7 @@ import torch
 from birl_bench import machine
 from birl_bench.report import store
 
-from birl_ext.bilevel.stoc_sobirl import Effort, StocSoBiRL
+from birl_ext.bilevel.stoc_sobirl import Effort, StocSoBiRLDescent
 from birl_ext.problems.random_mdp import RandomMDPConfig
 from birl_ext.problems.sampled_random_mdp import sampled_random_mdp
 
@@ -35,7 +35,7 @@ def run(epsilon: float, seed: int) -> dict[str, float]:
     """Outer steps and samples until ‖∇φ‖² ≤ ε."""
     config = RandomMDPConfig(seed=seed)
     problem, simulator, exact, start = sampled_random_mdp(config, seed)
-    algorithm = StocSoBiRL(
+    algorithm = StocSoBiRLDescent(
         problem,
         simulator,
         start,

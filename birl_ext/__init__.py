@@ -41,13 +41,13 @@ if TYPE_CHECKING:
     from birl_ext.bilevel.problem import BilevelProblem, geometric
     from birl_ext.bilevel.score import FullHorizon, OneStep
     from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate
-    from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
+    from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRLDescent
     from birl_ext.bilevel.zero_order import ZeroOrder
     from birl_ext.environments.vector import make_environments
     from birl_ext.preferences.buffer import PreferenceBuffer
     from birl_ext.preferences.reward_model import RewardEnsemble, RewardNetwork
     from birl_ext.preferences.teachers import TEACHERS, ScriptedTeacher
-    from birl_ext.problems.preference.learner import DRLHF, SoBiRL
+    from birl_ext.problems.preference.learner import DRLHF, SoBiRL, StocSoBiRL
     from birl_ext.problems.saved import load_run
     from birl_ext.replay.buffer import ReplayBuffer
     from birl_ext.replay.frames import FrameReplay
@@ -94,7 +94,8 @@ _LAZY = {
     "SoBiRL": "problems.preference.learner",
     "SoBiRLUpdate": "bilevel.sobirl",
     "SoftQ": "agents.soft_q",
-    "StocSoBiRL": "bilevel.stoc_sobirl",
+    "StocSoBiRL": "problems.preference.learner",
+    "StocSoBiRLDescent": "bilevel.stoc_sobirl",
     "TEACHERS": "preferences.teachers",
     "ZeroOrder": "bilevel.zero_order",
     "evaluate_agent": "rollouts.evaluate",
@@ -139,6 +140,7 @@ __all__ = [
     "SparseMDP",
     "Status",
     "StocSoBiRL",
+    "StocSoBiRLDescent",
     "ZeroOrder",
     "__version__",
     "agents",

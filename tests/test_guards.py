@@ -30,7 +30,7 @@ from birl_ext.bilevel.guards import reaches
 from birl_ext.bilevel.newton import _undetermined
 from birl_ext.bilevel.score import FullHorizon
 from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate
-from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
+from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRLDescent
 from birl_ext.errors import (
     AccuracyWarning,
     BirlError,
@@ -939,7 +939,7 @@ def sampled(
         "effort": Effort(4, 3, 3),
         **options,
     }
-    return StocSoBiRL(own, simulator, start if x is None else x, **settings)
+    return StocSoBiRLDescent(own, simulator, start if x is None else x, **settings)
 
 
 SAMPLED = {

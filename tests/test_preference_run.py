@@ -29,6 +29,7 @@ from preference_run import TIMED, make_job
 from birl_ext.agents.sac import SAC
 from birl_ext.agents.sac_discrete import DiscreteSAC
 from birl_ext.agents.soft_q import SoftQ
+from birl_ext.bilevel.score import FullHorizon
 from birl_ext.environments.atari import is_atari
 from birl_ext.environments.transitions import Transitions
 from birl_ext.environments.vector import make_environments
@@ -361,10 +362,15 @@ def test_the_algorithms_differ_by_the_hypergradient_alone() -> None:
     )
 
 
-def test_the_stochastic_variant_learns_from_the_newest_answers_alone(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    "changes",
+    [{"algorithm": "stoc-sobirl"}, {"reuse": False}, {"algorithm": "drlhf", "reuse": False}],
+    ids=str,
+)
+def test_without_reuse_the_newest_answers_alone_are_learned_from(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(algorithm="stoc-sobirl")
+    job = make_job(**changes)
     seen: list[Any] = []
     plain = job.learner.step
     monkeypatch.setattr(
@@ -383,6 +389,44 @@ def test_the_stochastic_variant_learns_from_the_newest_answers_alone(
         assert seen
         for pairs in seen:
             assert {tuple(x.flatten().tolist()) for x in pairs.first.observation} <= marks
+
+
+def test_the_stochastic_algorithm_takes_the_whole_gradient_of_the_rounds_own_steps() -> None:
+    job = make_job(algorithm="stoc-sobirl", horizon=7)
+    learner, score = job.learner, job._score
+    assert isinstance(score, FullHorizon)
+    assert (score.steps, score.discount) == (7, job.config.discount)
+    assert (learner.weigh_loss, learner.indirect_limit) == (True, math.inf)
+    while not job.done:
+        before = job._recorder.episodes()
+        old = {tuple(row) for part in before for row in part.observation.tolist()}
+        job.step()
+        seen = [row for part in job._recorder.episodes() for row in part.observation.tolist()]
+        assert len(seen) == job.config.environment_steps
+        assert old.isdisjoint(map(tuple, seen))
+
+
+def test_what_is_left_to_the_algorithm_is_settled_and_cannot_be_contradicted() -> None:
+    usual = {"reuse": True, "score": "one-step", "indirect_limit": 0.1, "weigh_loss": False}
+    whole = {
+        "reuse": False,
+        "score": "full-horizon",
+        "indirect_limit": math.inf,
+        "weigh_loss": True,
+        "query": "uniform",
+    }
+    for algorithm, settled in (("sobirl", usual), ("drlhf", usual), ("stoc-sobirl", whole)):
+        config = PreferenceConfig(algorithm=algorithm)  # type: ignore[arg-type]
+        plain = to_plain(config)
+        assert {name: plain[name] for name in settled} == settled
+        assert from_plain(PreferenceConfig, plain) == config
+    assert PreferenceConfig(**untyped(whole)).indirect_limit == math.inf
+    for name, value in (usual | {"score": "critic", "query": "entropy"}).items():
+        fix = f"Fix: leave {name} out, or take algorithm=sobirl"
+        with pytest.raises(ConfigError, match=rf"^BIRL-E801 {name} is {value}, with .*{fix}"):
+            PreferenceConfig(**untyped({"algorithm": "stoc-sobirl", name: value}))
+    with pytest.raises(ConfigError, match="did you mean 'one-step'"):
+        PreferenceConfig(score="one-stap")  # type: ignore[arg-type]
 
 
 def test_every_answer_is_logged_and_never_twice(tmp_path: Path) -> None:
@@ -486,7 +530,8 @@ def test_what_cannot_be_run_is_named() -> None:
         ({"env": "os:Thing-v0"}, OptionError, "names code to import"),
         ({"env": "CartPole"}, OptionError, "no version .*CartPole-v1.* take CartPole-v1"),
         ({"env": "CliffWalking-v1"}, ConfigError, "no time limit .*--episode-steps"),
-        ({"env": "Acrobot-v1", **FULL}, OptionError, "Acrobot-v1"),
+        ({"env": "Acrobot-v1", **FULL}, OptionError, "Acrobot-v1 .*restore.*score=one-step"),
+        ({"env": "Acrobot-v1", "algorithm": "stoc-sobirl"}, OptionError, "algorithm=sobirl"),
         ({"seed": -1}, ConfigError, "seed is -1"),
         ({"hidden": (0,)}, ConfigError, r"hidden is \(0,\)"),
         ({"labels": 10}, ConfigError, "labels is 10"),

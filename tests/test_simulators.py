@@ -390,8 +390,40 @@ def test_simulators_are_found_by_name() -> None:
     assert heavy.dynamics.gravity == 5
 
 
+class Lift(gymnasium.Env):  # type: ignore[misc, name-defined]
+    """Goes up by one floor, from one that is drawn; the seventh is the last."""
+
+    observation_space = gymnasium.spaces.Box(0, 7, (1,))
+    action_space = gymnasium.spaces.Discrete(2)
+    floor: Any
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.restore(self.np_random.integers(7, size=1))
+        return self.floor, {}
+
+    def step(self, action: Any) -> Any:
+        self.floor = self.floor + 1
+        return self.floor, 0.0, bool(self.floor[0] == 7), False, {}
+
+    def restore(self, observation: Any) -> None:
+        self.floor = np.array(observation, np.float32)
+
+
+def test_an_own_environment_is_restarted_by_its_own_method() -> None:
+    def build() -> Any:
+        return gymnasium.wrappers.TimeLimit(Lift(), 3)  # which a path does not know
+
+    spaces = read_spaces(Lift.observation_space, Lift.action_space, "Lift")
+    simulator = simulator_for("<Lift>", spaces, generator(), build=build, copies=2)
+    floors = torch.tensor([[1.0], [5.0], [6.0]])
+    path = simulator.continuations(Coin(), floors, torch.ones(3, dtype=torch.int64), 5)
+    assert path.present.tolist() == [[True] * 5, [True] * 2 + [False] * 3, [True] + [False] * 4]
+    assert path.observation[0, :, 0].tolist() == [1, 2, 3, 4, 5]
+
+
 def test_an_environment_that_cannot_be_restarted_is_named() -> None:
-    with pytest.raises(OptionError, match=r'Acrobot-v1 cannot be restarted.*score="one-step"'):
+    with pytest.raises(OptionError, match=r"Acrobot-v1 cannot be restarted.*score=one-step"):
         simulator_for("Acrobot-v1", spaces_of("Acrobot-v1"), generator())
     other = spaces_of("CartPole-v1")._replace(observation_shape=(8,))
     with pytest.raises(ShapeError, match=r"\(8,\) at CartPole-v1 \(allowed: \(4,\)\)"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext.bilevel.bias_meter import exact_pair_objective, measure_estimator
-from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL
+from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRLDescent
 from birl_ext.errors import (
     DiscountError,
     NonStochasticError,
@@ -28,9 +28,9 @@ from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator, Paths
 SMALL = RandomMDPConfig(states=4, actions=3, dimension=5, discount=0.6)
 
 
-def make(effort: Effort, config: RandomMDPConfig = SMALL, rate: float = 0.05) -> StocSoBiRL:
+def make(effort: Effort, config: RandomMDPConfig = SMALL, rate: float = 0.05) -> StocSoBiRLDescent:
     problem, simulator, _, start = sampled_random_mdp(config, seed=1)
-    return StocSoBiRL(
+    return StocSoBiRLDescent(
         problem,
         simulator,
         start / 4,
@@ -86,7 +86,7 @@ def test_mask_and_reference_are_those_of_the_process(shaped: str) -> None:
     def loss(x: Tensor, paths: Sequence[Paths]) -> Tensor:
         return (paths[0].action[:, 0] == 1).double() + 0 * x[0]
 
-    algorithm = StocSoBiRL(
+    algorithm = StocSoBiRLDescent(
         SampledProblem(lambda x: base + x.view(4, 3), loss, paths=1),
         FiniteSimulator(mdp, torch.Generator().manual_seed(0)),
         x,
@@ -158,7 +158,7 @@ def moved() -> Moved:
 
 def test_a_process_that_x_moves_is_part_of_the_hypergradient() -> None:
     problem = moved()
-    algorithm = StocSoBiRL(
+    algorithm = StocSoBiRLDescent(
         problem.sampled,
         problem.simulator,
         problem.x,
@@ -282,7 +282,7 @@ def test_errors_are_named() -> None:
         FiniteSimulator(batched, torch.Generator())
     problem, simulator, _, start = sampled_random_mdp(SMALL)
     with pytest.raises(TemperatureError):
-        StocSoBiRL(
+        StocSoBiRLDescent(
             problem,
             simulator,
             start,
@@ -298,7 +298,7 @@ def test_a_loss_may_use_any_number_of_paths() -> None:
         return sum((path.observation[:, -1] == 0).double() for path in paths) * x.sum()
 
     _, simulator, exact, _ = sampled_random_mdp(SMALL)
-    algorithm = StocSoBiRL(
+    algorithm = StocSoBiRLDescent(
         SampledProblem(lambda x: exact.lower(x).reward, loss, paths=3, steps=4),
         simulator,
         torch.ones(5, dtype=torch.float64),
@@ -312,7 +312,7 @@ def test_a_loss_may_use_any_number_of_paths() -> None:
 
 def additive(
     credit: Any = "critic", *, moves: bool = False, **options: Any
-) -> tuple[StocSoBiRL, Tensor]:
+) -> tuple[StocSoBiRLDescent, Tensor]:
     """An upper level that sums its own costs over the steps of one path, which x enters too, and
     its exact gradient over them.
     """
@@ -345,7 +345,7 @@ def additive(
         objective = objective + above**step * torch.einsum("s,sa,sa->", where, policy, cost(at))
         where = torch.einsum("s,sa,sat->t", where, policy, transition(at))
     (exact,) = torch.autograd.grad(objective, at)
-    algorithm = StocSoBiRL(
+    algorithm = StocSoBiRLDescent(
         SampledProblem(
             lambda x: features @ x,
             cost=cost,
@@ -418,7 +418,7 @@ def test_what_a_sum_over_steps_needs_is_named() -> None:
     algorithm, _ = additive(batch=2, horizon=2, sweeps=2)
     endless = dataclasses.replace(algorithm.problem, discount=1.0)
     with pytest.raises(OptionError, match=r'discount of the costs is 1.0.*credit="to go"'):
-        StocSoBiRL(
+        StocSoBiRLDescent(
             endless,
             algorithm.simulator,
             algorithm.x,

@@ -17,7 +17,7 @@ from birl_ext.bilevel import (
     DRLHFUpdate,
     MSoBiRL,
     SampledProblem,
-    StocSoBiRL,
+    StocSoBiRLDescent,
     ZeroOrder,
     hypergradient_report,
 )
@@ -486,7 +486,7 @@ def test_sampled_forms_take_the_steps_of_the_vector(form: str) -> None:
             ),
             steps=2,
         )
-        algorithm = StocSoBiRL(
+        algorithm = StocSoBiRLDescent(
             problem,
             FiniteSimulator(BASE, torch.Generator().manual_seed(1)),
             start,

@@ -10,7 +10,12 @@ from birl_ext.bilevel.newton import DampedNewton, NewtonOutcome
 from birl_ext.bilevel.problem import BilevelProblem, geometric
 from birl_ext.bilevel.score import FullHorizon, OneStep
 from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLOutcome, SoBiRLUpdate, importance
-from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL, StocSoBiRLOutcome
+from birl_ext.bilevel.stoc_sobirl import (
+    Effort,
+    SampledProblem,
+    StocSoBiRLDescent,
+    StocSoBiRLOutcome,
+)
 from birl_ext.bilevel.zero_order import ZeroOrder, ZeroOrderOutcome
 
 __all__ = [
@@ -29,7 +34,7 @@ __all__ = [
     "SampledProblem",
     "SoBiRLOutcome",
     "SoBiRLUpdate",
-    "StocSoBiRL",
+    "StocSoBiRLDescent",
     "StocSoBiRLOutcome",
     "ZeroOrder",
     "ZeroOrderOutcome",

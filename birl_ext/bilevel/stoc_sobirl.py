@@ -39,7 +39,7 @@ from birl_ext.model import checks
 from birl_ext.preferences.loss import RewardFunction
 from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator, Paths
 
-__all__ = ["Effort", "SampledProblem", "StocSoBiRL", "StocSoBiRLOutcome"]
+__all__ = ["Effort", "SampledProblem", "StocSoBiRLDescent", "StocSoBiRLOutcome"]
 
 Credit = Literal["critic", "to go"]
 
@@ -130,7 +130,7 @@ class StocSoBiRLOutcome(NamedTuple):
     """Transitions drawn in this step."""
 
 
-class StocSoBiRL(Descent[StocSoBiRLOutcome]):
+class StocSoBiRLDescent(Descent[StocSoBiRLOutcome]):
     """Single-loop stochastic bilevel descent from samples of the process alone.
 
         Q ← Q + α_j (r_x + γ τ log Σ_a μ exp(Q(s', ·)/τ) − Q), s' ~ P(·|s, a), N times, warm-started

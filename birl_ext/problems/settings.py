@@ -39,8 +39,9 @@ def check_settings(
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            choices = [str(choice) for choice in get_args(hint)]
+        options = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+        choices = [str(choice) for option in options for choice in get_args(option)]
+        if choices and value is not None and value not in choices:
             raise ConfigError(
                 f"{field.name} is {value!r}",
                 allowed=", ".join(choices),

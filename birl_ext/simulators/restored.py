@@ -185,47 +185,40 @@ def simulator_for(
     *,
     options: Mapping[str, Any] | None = None,
     copies: int = 64,
+    build: Callable[[], Environment] | None = None,
 ) -> DynamicsSimulator | RestoredSimulator:
-    """The simulator of a Gymnasium environment that can be restarted from any observation.
+    """The simulator of a Gymnasium environment that can be restarted from any observation: one that
+    is known here, or has a method `restore(observation)`, which puts it into the state that the
+    observation shows.
 
     Args:
-        env: Gymnasium id.
+        env: Gymnasium id, or what messages call the environment.
         spaces: of the environment as the lower level sees it.
         generator: source of all randomness, on the policy's device.
         options: keyword arguments of the environment.
-        copies: of a MuJoCo task, see `RestoredSimulator`.
+        copies: of an environment that is restored, see `RestoredSimulator`.
+        build: makes a copy, in place of the id.
 
     Raises:
-        OptionError: the environment cannot be restarted.
+        OptionError: the environment cannot be restarted, or there is none.
         ShapeError: the lower level sees something else than the environment shows: it is wrapped.
     """
     given = dict(options or {})
     simulator: DynamicsSimulator | RestoredSimulator
     shape: tuple[int, ...]
-    if env == "CartPole-v1":
+    if build is None and env == "CartPole-v1":
         simulator, shape = DynamicsSimulator(CartPole(), generator), (CartPole.observation_size,)
-    elif env == "Pendulum-v1":
+    elif build is None and env == "Pendulum-v1":
         pendulum = Pendulum(given.get("g", 10.0))
         simulator, shape = DynamicsSimulator(pendulum, generator), (pendulum.observation_size,)
-    elif env in MUJOCO:
-
-        def build() -> Environment:
-            try:
-                return gymnasium.make(env, max_episode_steps=-1, disable_env_checker=True, **given)
-            except gymnasium.error.DependencyNotInstalled as error:
-                raise MissingDependencyError(
-                    f"{env} needs mujoco", fix='pip install "birl_ext[rl]"'
-                ) from error
-
-        simulator = RestoredSimulator(build, restore_mujoco, generator, copies=copies)
-        shape = simulator.observation_shape
     else:
-        raise OptionError(
-            f"{env} cannot be restarted from an observation",
-            allowed=", ".join(["CartPole-v1", "Pendulum-v1", *MUJOCO]),
-            fix='use score="one-step" or "critic", or a RestoredSimulator with a `restore` of '
-            "your own",
-        )
+        restore: Restore = restore_mujoco
+        if build is None:
+            build = _of_registered(env, given)
+        if env not in MUJOCO:
+            restore = _own_restore(env, build)
+        simulator = RestoredSimulator(build, restore, generator, copies=copies)
+        shape = simulator.observation_shape
     if spaces.observation_shape != shape:
         raise ShapeError(
             f"observations have shape {spaces.observation_shape}",
@@ -234,3 +227,35 @@ def simulator_for(
             fix="leave out wrappers that change what is seen",
         )
     return simulator
+
+
+def _of_registered(env: str, options: Mapping[str, Any]) -> Callable[[], Environment]:
+    """What makes a copy that has no time limit."""
+
+    def build() -> Environment:
+        try:
+            return gymnasium.make(env, max_episode_steps=-1, disable_env_checker=True, **options)
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise MissingDependencyError(
+                f"{env} needs {'mujoco' if env in MUJOCO else error}",
+                fix='pip install "birl_ext[rl]"',
+            ) from error
+
+    return build
+
+
+def _own_restore(env: str, build: Callable[[], Environment]) -> Restore:
+    """The environment's own method, of its outermost wrapper that has one."""
+    made = build()
+    known = made.has_wrapper_attr("restore") and callable(made.get_wrapper_attr("restore"))
+    made.close()
+    if not known:
+        raise OptionError(
+            f"{env} cannot be restarted from an observation, as score=full-horizon and "
+            "algorithm=stoc-sobirl need it",
+            allowed=f"CartPole-v1, Pendulum-v1, {', '.join(MUJOCO)}; one of your own with a method "
+            "restore(observation)",
+            fix="give it that method, which puts it into the state that an observation shows; or "
+            "take algorithm=sobirl with score=one-step or critic",
+        )
+    return lambda environment, shown: environment.get_wrapper_attr("restore")(shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,21 +26,25 @@ class PreferenceConfig:
     """Your own code, the path of a file or the name of a module, imported first: it may register
     environments and teachers. Kept by its absolute path."""
     algorithm: Literal["sobirl", "stoc-sobirl", "drlhf"] = "sobirl"
-    """stoc-sobirl learns from each round's own pairs only; drlhf leaves the hyper-gradient out."""
-    score: Literal["one-step", "full-horizon", "critic"] = "one-step"
-    """Estimator of the policy's derivative; full-horizon needs an environment that can be started
-    from any observation."""
+    """stoc-sobirl takes the whole gradient, from each round's own pairs; drlhf leaves the
+    hyper-gradient out."""
+    reuse: bool | None = None
+    """Learn from all pairs kept, or from those of the newest round only; by default yes, of
+    stoc-sobirl no."""
+    score: Literal["one-step", "full-horizon", "critic"] | None = None
+    """Estimator of the policy's derivative, by default one-step, of stoc-sobirl full-horizon, which
+    needs an environment that can be started from any observation."""
     horizon: int = 20
     """Steps of a continuation, of full-horizon."""
     lead: int = 0
     """Steps before each fragment that are scored with it, since the policy chose them too."""
     average: float = 0.98
     """Of the score's part over updates, which its noise then shrinks; 0 takes each as it is."""
-    indirect_limit: float = 0.3
+    indirect_limit: float | None = None
     """Most of the score's part of the gradient, in units of the loss's part; inf for all of it,
-    which pairs that are used again and again let run away."""
-    weigh_loss: bool = False
-    """Weigh the loss too, not its score alone."""
+    which pairs that are used again and again let run away. By default 0.3, of stoc-sobirl inf."""
+    weigh_loss: bool | None = None
+    """Weigh the loss too, not its score alone; by default no, of stoc-sobirl yes."""
     hypergradient_after: int = 0
     """Environment steps before the hyper-gradient counts."""
 
@@ -57,7 +62,8 @@ class PreferenceConfig:
     fragment: int = 25
     """Steps of a fragment."""
     recent: int = 4000
-    """Newest environment steps that fragments are cut from, in whole episodes."""
+    """Newest environment steps that fragments are cut from, in whole episodes; of stoc-sobirl none
+    before the round."""
     query: Literal["uniform", "disagreement", "entropy"] = "uniform"
     """Which of the candidates are asked; disagreement needs members."""
     candidates: int = 10
@@ -153,6 +159,7 @@ class PreferenceConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "module", tuple(map(locate, self.module)))  # found from anywhere
+        self._settle()
         check_settings(
             self,
             least=_LEAST | {"temperature": 1e-12},  # by which float32 can divide
@@ -202,6 +209,21 @@ class PreferenceConfig:
                 fix="set members to 3, or take normalise=scale",
             )
 
+    def _settle(self) -> None:
+        """What is left to the algorithm, as it has it; what contradicts it is refused."""
+        settled = _STOCHASTIC if self.algorithm == "stoc-sobirl" else _USUAL
+        for name, value in settled.items():
+            given = getattr(self, name)
+            if given is None:
+                object.__setattr__(self, name, value)
+            elif settled is _STOCHASTIC and given != value:
+                raise ConfigError(
+                    f"{name} is {given}, with algorithm stoc-sobirl",
+                    allowed=f"{value}: it descends φ by the whole gradient, from the pairs of "
+                    "the present policy alone",
+                    fix=f"leave {name} out, or take algorithm=sobirl",
+                )
+
     @property
     def random_steps(self) -> int:
         """Environment steps of random actions at the start."""
@@ -218,6 +240,14 @@ class PreferenceConfig:
         return steps // (self.update_every * self.burst) * self.burst
 
 
+_USUAL = {"reuse": True, "score": "one-step", "indirect_limit": 0.3, "weigh_loss": False}
+_STOCHASTIC = {
+    "reuse": False,
+    "score": "full-horizon",
+    "indirect_limit": math.inf,
+    "weigh_loss": True,
+    "query": "uniform",
+}
 _ONE_OR_MORE = """
     horizon fragment recent candidates pairs rounds environment_steps environments
     episode_steps update_every burst n_step batch_size replay target_period members pair_batch

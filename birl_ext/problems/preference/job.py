@@ -144,7 +144,7 @@ class PreferenceJob(Stateful):
         # The score last: what is drawn for it must not change what every algorithm has.
         score, features = None, None
         if config.algorithm != "drlhf":
-            score, features = make_score(config, spaces, self.reward, draws)
+            score, features = make_score(config, spaces, self.reward, draws, environment)
         self._score, self._features = score, features
         self._holding = draws.next()
         self.learner = make_learner(config, self.reward, score)
@@ -330,6 +330,8 @@ class PreferenceJob(Stateful):
         episodes: list[Any] = []
         sums: Counter[str] = Counter()
         updates = 0
+        if config.algorithm == "stoc-sobirl":  # of the present policy's own steps alone
+            self._recorder.forget()
         for _ in range(config.environment_steps // config.environments):
             with _clock(spent, "environment"):
                 found = self._collector.collect(1)
@@ -439,7 +441,7 @@ class PreferenceJob(Stateful):
         late = self._collector.transitions >= config.hypergradient_after
         self.learner.score = self._score if late else None
         pool = len(self.answers)
-        if config.algorithm == "stoc-sobirl":  # those of this round
+        if not config.reuse:
             pool = min(pool, self._answered)
         size = min(config.pair_batch, pool)
         if not size:

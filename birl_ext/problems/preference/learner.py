@@ -18,7 +18,7 @@ from birl_ext.preferences.reward_model import RewardModel
 from birl_ext.preferences.teachers import Teacher, name_of
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.job import PreferenceJob
-from birl_ext.problems.preference.parts import Source, VectorEnv, gymnasium
+from birl_ext.problems.preference.parts import FACES, Source, VectorEnv, gymnasium
 from birl_ext.problems.saved import load_run
 from birl_ext.rollouts.policy import Policy
 from birl_ext.runs.checkpoint import CheckpointStore
@@ -27,7 +27,7 @@ from birl_ext.runs.directory import RunDirectory, free_directory
 from birl_ext.runs.job import Logger, Metrics
 from birl_ext.runs.loop import draw_figures, run
 
-__all__ = ["DRLHF", "SoBiRL"]
+__all__ = ["DRLHF", "SoBiRL", "StocSoBiRL"]
 
 PROBLEM = "preference"
 
@@ -57,7 +57,7 @@ class SoBiRL:
     Source: Yang, Gao and Yuan (2025), Algorithm SoBiRL.
     """
 
-    ALGORITHMS: ClassVar[tuple[str, ...]] = ("sobirl", "stoc-sobirl")
+    ALGORITHMS: ClassVar[tuple[str, ...]] = ("sobirl",)
     """Values of the setting `algorithm`, the default first."""
 
     def __init__(
@@ -241,7 +241,7 @@ class SoBiRL:
                 f"algorithm is {config.algorithm!r}",
                 where=type(self).__name__,
                 allowed=", ".join(self.ALGORITHMS),
-                fix="use birl_ext.DRLHF for drlhf, birl_ext.SoBiRL for the others",
+                fix=f"use birl_ext.{FACES[config.algorithm]}",
             )
         return PreferenceJob(config, environment=self._own, teacher=self._teacher)
 
@@ -249,6 +249,22 @@ class SoBiRL:
         config, done = self.config, len(self.history)
         where = f"{config.env!r}, {config.teacher!r}, algorithm={config.algorithm!r}"
         return f"{type(self).__name__}({where}: {done} of {config.rounds} rounds)"
+
+
+class StocSoBiRL(SoBiRL):
+    """The stochastic algorithm: the whole gradient (M16) from each round's own pairs, by the score
+    of two independent continuations of `horizon` steps from every state.
+
+    Args:
+        environment: as for `SoBiRL`; it must be one that can be started from any observation, see
+            `birl_ext.simulators.restored.simulator_for`.
+        teacher, directory, settings: as for `SoBiRL`; those of `score`, `reuse`, `query`,
+            `weigh_loss` and `indirect_limit` are the algorithm's own.
+
+    Source: Yang, Gao and Yuan (2025), Algorithm Stoc-SoBiRL.
+    """
+
+    ALGORITHMS = ("stoc-sobirl",)
 
 
 class DRLHF(SoBiRL):

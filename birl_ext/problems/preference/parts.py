@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
 
 __all__ = [
+    "FACES",
     "Generators",
     "Source",
     "VectorEnv",
@@ -96,6 +97,9 @@ class Generators(Stateful):
         self._states.append(made)
         return made
 
+
+FACES = {"sobirl": "SoBiRL", "stoc-sobirl": "StocSoBiRL", "drlhf": "DRLHF"}
+"""What the library calls each algorithm."""
 
 Source: TypeAlias = "Callable[[], gymnasium.Env[Any, Any]] | VectorEnv[Any, Any, Any]"
 """An environment of a user's own: a function that builds one, or several in one."""
@@ -145,7 +149,7 @@ def registered_threshold(config: PreferenceConfig, own: Source | None) -> float 
         EnvironmentFailureError: it cannot be built.
     """
     if own is None and is_own(config.env):
-        face = "DRLHF" if config.algorithm == "drlhf" else "SoBiRL"
+        face = FACES[config.algorithm]
         raise ConfigError(
             f"env is {config.env}: a function or an environment of the program that made the run",
             fix=f"give it: birl_ext.{face}.load(DIR, environment=…); its plot() draws figures",
@@ -153,12 +157,6 @@ def registered_threshold(config: PreferenceConfig, own: Source | None) -> float 
     if own is not None and not is_own(config.env):
         raise ConfigError(
             f"env is {config.env}, and an environment is given besides", fix="leave one out"
-        )
-    if own is not None and config.score == "full-horizon" and config.algorithm != "drlhf":
-        raise ConfigError(
-            f"score is 'full-horizon', with env {config.env}",
-            allowed="ids, of which copies can be made in any state",
-            fix="register the environment and give its id, or use score=one-step",
         )
     limit: float | None = config.episode_steps
     if isinstance(own, VectorEnv):
@@ -369,27 +367,39 @@ def _reward_network(spaces: Spaces, generator: torch.Generator) -> RewardNetwork
 
 
 def make_score(
-    config: PreferenceConfig, spaces: Spaces, reward: RewardModel, draws: Generators
+    config: PreferenceConfig,
+    spaces: Spaces,
+    reward: RewardModel,
+    draws: Generators,
+    own: Source | None = None,
 ) -> tuple[Score, SuccessorFeatures | None]:
     """The estimator of the policy's derivative, and what has to learn beside the agent for it."""
     if config.score == "critic":
         return _critic(config, spaces, reward, draws)
     if config.score == "full-horizon":
-        simulator = _simulator(config, spaces, draws.next(config.device))
+        simulator = _simulator(config, spaces, draws.next(config.device), own)
         return FullHorizon(simulator, discount=config.discount, steps=config.horizon), None
     if spaces.actions is None:
         return OneStep(samples=4, generator=draws.next(config.device)), None
     return OneStep(spaces.actions), None
 
 
-def _simulator(config: PreferenceConfig, spaces: Spaces, generator: torch.Generator) -> Simulator:
+def _simulator(
+    config: PreferenceConfig, spaces: Spaces, generator: torch.Generator, own: Source | None
+) -> Simulator:
     if config.env == GRIDWORLD:
         if config.device != "cpu":
             raise ConfigError(
                 f"device is {config.device}", where=f"{GRIDWORLD} with full-horizon", allowed="cpu"
             )
         return FiniteSimulator(gridworld_mdp(config.discount), generator)
-    return simulator_for(config.env, spaces, generator)
+    if isinstance(own, VectorEnv):
+        raise OptionError(
+            "a vector environment cannot be restarted from an observation",
+            allowed="with score=one-step or critic, and algorithm=sobirl",
+            fix="give a function that builds one environment, with a method restore(observation)",
+        )
+    return simulator_for(config.env, spaces, generator, build=own)
 
 
 def _critic(
@@ -431,6 +441,7 @@ def make_learner(
 
     if config.algorithm == "drlhf":
         return DRLHFUpdate(reward, optimiser=optimiser, noise=config.noise, lead=config.lead)
+    assert config.indirect_limit is not None
     return SoBiRLUpdate(
         reward,
         optimiser=optimiser,
@@ -438,7 +449,7 @@ def make_learner(
         noise=config.noise,
         stale=config.stale,
         limit=config.limit,
-        weigh_loss=config.weigh_loss,
+        weigh_loss=bool(config.weigh_loss),
         average=config.average,
         indirect_limit=config.indirect_limit,
         lead=config.lead,

@@ -54,6 +54,13 @@ class Recorder:
         while len(self._closed) > 1 and self._steps - len(self._closed[0].reward) >= self.keep:
             self._steps -= len(self._closed.popleft().reward)
 
+    def forget(self) -> None:
+        """Keep nothing of what was seen; the episodes under way go on from here."""
+        self._closed.clear()
+        for steps in self._open:
+            steps.clear()
+        self._steps = 0
+
     def cut_off(self) -> None:
         """End the episodes under way: what comes next is not their continuation."""
         for where, steps in enumerate(self._open):
