@@ -19,6 +19,7 @@ from birl_ext.errors import OptionError, ShapeError
 from birl_ext.model import checks
 
 __all__ = [
+    "FeatureReward",
     "RewardEnsemble",
     "RewardModel",
     "RewardNetwork",
@@ -219,6 +220,36 @@ class RewardNetwork(RewardModel):
         if given.is_floating_point() or given.dtype == torch.bool:
             return given.to(dtype)
         return given
+
+
+class FeatureReward(RewardModel):
+    """r = x·ψ(s, a) of fixed features: a reward of few knobs.
+
+    Args:
+        features: ψ, (S, A, k), of states that are indices; x is zero at first.
+
+    Gradients: any order, through x.
+    """
+
+    features: Tensor
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        if features.dim() != 3 or not features.numel():
+            raise ShapeError(
+                f"features have shape {tuple(features.shape)}", allowed="(S, A, k), 1 or more each"
+            )
+        self.register_buffer("features", features)
+        self.weight = nn.Parameter(features.new_zeros(features.shape[-1]))
+        self.eval()
+
+    def all_actions(self, observation: Tensor) -> Tensor:
+        """r(s, ·), (m,) int64 → (m, A)."""
+        return self.features[observation] @ self.weight
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """r(s, a), (m,)."""
+        return self.features[observation, action] @ self.weight
 
 
 class RewardEnsemble(RewardModel):

@@ -25,9 +25,16 @@ class PreferenceConfig:
     module: tuple[str, ...] = ()
     """Your own code, the path of a file or the name of a module, imported first: it may register
     environments and teachers. Kept by its absolute path."""
-    algorithm: Literal["sobirl", "stoc-sobirl", "drlhf"] = "sobirl"
+    algorithm: Literal["sobirl", "stoc-sobirl", "drlhf", "mrn"] = "sobirl"
     """stoc-sobirl takes the whole gradient, from each round's own pairs; drlhf leaves the
-    hyper-gradient out."""
+    hyper-gradient out; mrn updates the reward through one step of the agent's critics besides."""
+    upper: Literal["cross-entropy", "critic", "return"] = "cross-entropy"
+    """What the reward is learned for: to explain the answers about the behaviour it causes, the
+    paper's; for behaviour that a second, flexible reward fitted to the same answers judges well;
+    for that which earns most of the environment's own reward: labels is 0 then."""
+    reward_features: int = 0
+    """Knobs of the reward: weights of as many fixed random features, where observations are
+    indices; 0 for the usual network or table."""
     reuse: bool | None = None
     """Learn from all pairs kept, or from those of the newest round only; by default yes, of
     stoc-sobirl no."""
@@ -209,8 +216,18 @@ class PreferenceConfig:
                 fix="set members to 3, or take normalise=scale",
             )
 
+        if self.upper != "cross-entropy" and (self.algorithm != "sobirl" or self.members > 1):
+            raise ConfigError(
+                f"upper is {self.upper}, algorithm {self.algorithm}, members {self.members}",
+                allowed="algorithm=sobirl and one member",
+                fix="leave them out, or take upper=cross-entropy",
+            )
+
     def _settle(self) -> None:
         """What is left to the algorithm, as it has it; what contradicts it is refused."""
+        if self.upper == "return":  # nobody is asked
+            for name in ("labels", "initial_labels"):
+                object.__setattr__(self, name, 0)
         settled = _STOCHASTIC if self.algorithm == "stoc-sobirl" else _USUAL
         for name, value in settled.items():
             given = getattr(self, name)
@@ -255,6 +272,6 @@ _ONE_OR_MORE = """
 """
 _NONE_OR_MORE = """
     average indirect_limit lead hypergradient_after initial_labels learning_starts initial_epochs
-    reward_steps video_every discount noise
+    reward_steps video_every discount noise reward_features
 """
 _LEAST = dict.fromkeys(_ONE_OR_MORE.split(), 1) | dict.fromkeys(_NONE_OR_MORE.split(), 0)

@@ -96,6 +96,8 @@ class PreferenceJob(Stateful):
         "_collector",
         "_replay",
         "learner",
+        "judging",
+        "_worth",
         "teacher",
         "answers",
         "_log",
@@ -148,6 +150,7 @@ class PreferenceJob(Stateful):
         self._score, self._features = score, features
         self._holding = draws.next()
         self.learner = make_learner(config, self.reward, score)
+        self.judging, self._worth = make_judge(config, spaces, draws)
         self.answers = PreferenceBuffer(config.pairs, config.device)
         self._query = make_query(config, self.reward)
         self._recorder = Recorder(config.environments, keep=config.recent)
@@ -361,7 +364,16 @@ class PreferenceJob(Stateful):
         if self._features is not None:
             first = Transitions(*(part[:size] for part in batch))
             self._features.update(first, cast(DiscreteAgent, self.agent))
+        if self._worth is not None:
+            first = Transitions(*(part[:size] for part in batch))
+            judged = self._judged(first.observation, first.action, first.reward)
+            self._worth.update(first, judged, cast(DiscreteAgent, self.agent))
         return self.agent.update(batch, reward, present)
+
+    @torch.no_grad()
+    def _judged(self, observation: Tensor, action: Tensor, true: Tensor) -> Tensor:
+        """The upper level's own reward of steps, (m,)."""
+        return true if self.judging is None else self.judging.reward(observation, action)
 
     @torch.no_grad()
     def _normalise(self) -> None:

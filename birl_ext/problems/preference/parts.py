@@ -17,12 +17,14 @@ from birl_ext.agents.networks import StateActionMLP, Twin, head_network
 from birl_ext.agents.sac import SAC
 from birl_ext.agents.sac_discrete import DiscreteSAC
 from birl_ext.agents.soft_q import SoftQ
-from birl_ext.agents.successor_features import SuccessorFeatures
+from birl_ext.agents.successor_features import ActionValue, SuccessorFeatures
 from birl_ext.agents.temperature import (
     Temperature,
     continuous_entropy_target,
     discrete_entropy_target,
 )
+from birl_ext.bilevel.additive import AdditiveUpdate
+from birl_ext.bilevel.mrn import MRNUpdate
 from birl_ext.bilevel.score import Critic, FullHorizon, OneStep, Score, Simulator
 from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate
 from birl_ext.environments.atari import atari_environment, is_atari
@@ -37,7 +39,12 @@ from birl_ext.errors import (
 from birl_ext.model.checks import check_memory
 from birl_ext.preferences.last_layer import LastLayer
 from birl_ext.preferences.queries import Disagreement, Entropy, Query, Uniform
-from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, RewardNetwork
+from birl_ext.preferences.reward_model import (
+    FeatureReward,
+    RewardEnsemble,
+    RewardModel,
+    RewardNetwork,
+)
 from birl_ext.preferences.schedule import QuerySchedule
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.gridworld import GRIDWORLD, gridworld_mdp
@@ -69,6 +76,7 @@ __all__ = [
     "gymnasium",
     "is_own",
     "make_agent",
+    "make_judge",
     "make_learner",
     "make_query",
     "make_replay",
@@ -98,7 +106,7 @@ class Generators(Stateful):
         return made
 
 
-FACES = {"sobirl": "SoBiRL", "stoc-sobirl": "StocSoBiRL", "drlhf": "DRLHF"}
+FACES = {"sobirl": "SoBiRL", "stoc-sobirl": "StocSoBiRL", "drlhf": "DRLHF", "mrn": "MRN"}
 """What the library calls each algorithm."""
 
 Source: TypeAlias = "Callable[[], gymnasium.Env[Any, Any]] | VectorEnv[Any, Any, Any]"
@@ -272,17 +280,13 @@ def make_agent(
         return made.to(config.device)
 
     if spaces.actions is not None:
-        if spaces.observations is not None:
-            if config.follower == "sac":
-                raise ConfigError(
-                    f"follower is sac, and env {config.env} is learned by a table",
-                    allowed="soft-q there, which auto takes",
-                )
-            table = nn.Embedding(spaces.observations, spaces.actions, device=config.device)
-            nn.init.zeros_(table.weight)
-            return SoftQ(table, **learned)
+        if spaces.observations is not None and config.follower == "sac":
+            raise ConfigError(
+                f"follower is sac, and env {config.env} is learned by a table",
+                allowed="soft-q there, which auto takes",
+            )
         if config.follower != "sac":
-            return SoftQ(heads(spaces.actions), **learned)
+            return SoftQ(_values(config, spaces, draws), **learned)
         return DiscreteSAC(
             heads(spaces.actions), Twin(heads(spaces.actions), heads(spaces.actions)), **learned
         )
@@ -315,6 +319,18 @@ def make_agent(
     )
 
 
+def _values(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> nn.Module:
+    """A number for each discrete action: a table where observations are indices."""
+    assert spaces.actions is not None
+    if spaces.observations is not None:
+        table = nn.Embedding(spaces.observations, spaces.actions, device=config.device)
+        nn.init.zeros_(table.weight)
+        return table
+    shape, dtype = spaces.observation_shape, spaces.observation_dtype
+    made = head_network(shape, dtype, spaces.actions, generator=draws.next(), hidden=config.hidden)
+    return made.to(config.device)
+
+
 def make_replay(config: PreferenceConfig) -> ReplayBuffer | FrameReplay:
     """One that holds each frame once, where observations are known to be stacks of frames."""
     # Atari's are, by its preprocessing; others may be the colours of one picture.
@@ -339,6 +355,23 @@ def _temperature(config: PreferenceConfig, spaces: Spaces) -> Temperature:
 
 
 def make_reward(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> RewardModel:
+    """The reward of few knobs, if it is asked for, or that of `make_flexible_reward`."""
+    if not config.reward_features:
+        return make_flexible_reward(config, spaces, draws)
+    if spaces.observations is None or spaces.actions is None or config.members > 1:
+        raise ConfigError(
+            f"reward_features is {config.reward_features}, with env {config.env} and "
+            f"{config.members} members",
+            allowed="0, unless observations are indices and actions discrete; one member",
+            fix="leave it out",
+        )
+    shape = (spaces.observations, spaces.actions, config.reward_features)
+    return FeatureReward(torch.randn(shape, generator=draws.next())).to(config.device)
+
+
+def make_flexible_reward(
+    config: PreferenceConfig, spaces: Spaces, draws: Generators
+) -> RewardModel:
     """The usual reward for the environment's observations, or an ensemble of them."""
 
     if config.members > 1 and spaces.observations is not None:
@@ -433,18 +466,27 @@ def _critic(
 
 def make_learner(
     config: PreferenceConfig, reward: RewardModel, score: Score | None
-) -> SoBiRLUpdate:
+) -> SoBiRLUpdate | AdditiveUpdate:
     """The upper level."""
-
-    def optimiser(parameters: Iterable[Tensor]) -> Optimizer:
-        return torch.optim.AdamW(parameters, lr=config.reward_rate, fused=True)
-
     if config.algorithm == "drlhf":
-        return DRLHFUpdate(reward, optimiser=optimiser, noise=config.noise, lead=config.lead)
+        return _fitted(config, reward)
+    if config.algorithm == "mrn":
+        return MRNUpdate(
+            reward,
+            optimiser=_reward_optimiser(config),
+            rate=config.learning_rate,
+            noise=config.noise,
+            lead=config.lead,
+        )
+    if config.upper != "cross-entropy":
+        assert score is not None
+        return AdditiveUpdate(
+            reward, optimiser=_reward_optimiser(config), score=score, average=config.average
+        )
     assert config.indirect_limit is not None
     return SoBiRLUpdate(
         reward,
-        optimiser=optimiser,
+        optimiser=_reward_optimiser(config),
         score=score,
         noise=config.noise,
         stale=config.stale,
@@ -454,6 +496,43 @@ def make_learner(
         indirect_limit=config.indirect_limit,
         lead=config.lead,
     )
+
+
+def _fitted(config: PreferenceConfig, reward: RewardModel) -> DRLHFUpdate:
+    return DRLHFUpdate(
+        reward, optimiser=_reward_optimiser(config), noise=config.noise, lead=config.lead
+    )
+
+
+def _reward_optimiser(config: PreferenceConfig) -> Callable[[Iterable[Tensor]], Optimizer]:
+    return functools.partial(torch.optim.AdamW, lr=config.reward_rate, fused=True)
+
+
+def make_judge(
+    config: PreferenceConfig, spaces: Spaces, draws: Generators
+) -> tuple[DRLHFUpdate | None, ActionValue | None]:
+    """Of an upper level that judges behaviour: the reward by which it does, where that is learned
+    from answers, and what the policy earns by it.
+    """
+    if config.upper == "cross-entropy":
+        return None, None
+    if spaces.actions is None:
+        raise ConfigError(
+            f"upper is {config.upper}, and env {config.env} has continuous actions",
+            allowed="discrete actions",
+            fix="take upper=cross-entropy",
+        )
+    value = ActionValue(
+        _values(config, spaces, draws),
+        discount=config.discount,
+        optimiser=functools.partial(torch.optim.Adam, lr=config.learning_rate, fused=True),
+        target_rate=config.target_rate,
+        target_period=config.target_period,
+    )
+    if config.upper == "return":
+        return None, value
+    judge = make_flexible_reward(config, spaces, draws)
+    return _fitted(config, judge), value
 
 
 def make_query(config: PreferenceConfig, reward: RewardModel) -> Query:

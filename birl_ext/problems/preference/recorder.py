@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from birl_ext.preferences.fragments import Episode
 from birl_ext.rollouts.collect import Collection
@@ -70,6 +71,18 @@ class Recorder:
     def episodes(self) -> list[Episode]:
         """Finished ones, then those under way."""
         return [*self._closed, *(_joined(steps) for steps in self._open if steps)]
+
+    def steps(
+        self, count: int, discount: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Observations, actions and true rewards of `count` steps, with replacement, the t-th of an
+        episode in proportion to γᵗ: what happens under the policy, as a discounted sum counts it.
+        """
+        whole = _joined(self.episodes())
+        time = torch.cat([torch.arange(len(one.reward)) for one in self.episodes()])
+        share = discount ** time.double()
+        index = torch.multinomial(share, count, replacement=True, generator=generator)
+        return whole.observation[index], whole.action[index], whole.reward[index]
 
     def mean_reward(self, *, sign_only: bool = False) -> float:
         """True reward per step of what is kept, or the mean of its sign."""
