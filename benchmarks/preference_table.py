@@ -84,6 +84,7 @@ def measure(task: str, teacher: str, algorithm: str, seed: int) -> dict[str, Any
         "labels_to_threshold": summary["labels_to_threshold"],
         "labels": [int(row["labels"]) for row in judged],
         "true_return": [round(row["true_return"], 2) for row in judged],
+        "phi": [None if math.isnan(row["phi"]) else round(row["phi"], 4) for row in judged],
         "indirect_share": round(statistics.fmean(r.get("indirect_share", 0.0) for r in rows), 3),
         "processor_seconds": round(time.process_time() - start, 1),
     }

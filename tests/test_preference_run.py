@@ -337,12 +337,12 @@ def test_a_finished_run_hands_out_its_best_policy(
         job.step()
     assert_same_state(job.agent.policy_state(), states[1 if keep_best else 3])
     summary = job.summary()
-    assert summary["objective"] == (5.0 if keep_best else 3.0)
-    assert summary["last_return"] == 3.0
+    assert summary["true_return"] == (5.0 if keep_best else 3.0)
+    assert (summary["last_return"], summary["best_return"]) == (3.0, 5.0)
     again = make_job(keep_best=keep_best, evaluate_every=1)
     again.load_state_dict(job.state_dict())
     assert_same_state(again.agent.policy_state(), job.agent.policy_state())
-    assert again.summary()["objective"] == summary["objective"]
+    assert again.summary() == summary
 
 
 def test_the_algorithms_differ_by_the_hypergradient_alone() -> None:
@@ -356,7 +356,8 @@ def test_the_algorithms_differ_by_the_hypergradient_alone() -> None:
     delayed = late.step()
     assert rows["drlhf"]["indirect_share"] == 0 == delayed["indirect_share"]
     assert rows["sobirl"]["indirect_share"] > 0
-    assert delayed["objective"] == rows["drlhf"]["objective"] == rows["sobirl"]["objective"]
+    assert delayed["cross_entropy"] == rows["drlhf"]["cross_entropy"]
+    assert delayed["cross_entropy"] == rows["sobirl"]["cross_entropy"]
     for name, part in late.reward.state_dict().items():
         assert torch.equal(part, jobs["drlhf"].reward.state_dict()[name])
     moved = jobs["sobirl"].reward.state_dict()
@@ -513,12 +514,28 @@ def test_reward_accuracy_is_measured_on_answers_not_learned_from(
     job = make_job()
     plain = untyped(module).evaluate
     monkeypatch.setattr(
-        module, "evaluate", lambda *given: (added.append(job.learner.steps), plain(*given))[1]
+        module,
+        "evaluate",
+        lambda *given, **more: (added.append(job.learner.steps), plain(*given, **more))[1],
     )
     assert math.isnan(job.step()["foretold"])  # there was no reward yet
     assert added == []
     assert 0 <= job.step()["foretold"] <= 1
     assert added == [3]  # updates of the first round: none yet from these answers
+
+
+def test_phi_is_the_cross_entropy_of_answers_not_learned_from() -> None:
+    job = make_job(noise=0.1, labels=80)
+    assert math.isnan(job.step()["phi"])
+    while not job.done:
+        before, known = copy.deepcopy(job.reward), job.answers.added
+        row = job.step()
+        new = job.answers.select(torch.arange(known, job.answers.added))
+        loss = bradley_terry(margins(before, new), new.label, 0.1).mean()
+        assert row["phi"] == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert row["cross_entropy"] != row["phi"] == job.summary()["phi"]
+    assert all(name.isidentifier() and name.islower() for name in {**row, **job.summary()})
+    assert list(job.figures([], {})) == ["true_return", "phi", "reward_accuracy"]
 
 
 def test_what_cannot_be_run_is_named() -> None:
@@ -675,7 +692,7 @@ def test_one_answer_is_enough_for_the_stochastic_variant() -> None:
     job = make_job(algorithm="stoc-sobirl", labels=23, rounds=4, schedule="constant")
     rows = [job.step() for _ in range(4)]
     assert [row["answers"] for row in rows] == [21, 22, 22, 23]
-    assert ["objective" in row for row in rows] == [True, True, False, True]
+    assert ["cross_entropy" in row for row in rows] == [True, True, False, True]
 
 
 def test_a_teacher_of_signs_takes_the_mean_of_signs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -747,7 +764,7 @@ def test_bytes_are_numbers_or_pixels_that_need_not_be_stacks(
         )
         while not job.done:
             row = job.step()
-        assert math.isfinite(row["objective"])
+        assert math.isfinite(row["cross_entropy"])
         assert job.agent.version == 2
     finally:
         gymnasium.registry.pop("Bytes-v0")
@@ -941,7 +958,7 @@ def test_a_run_on_each_device(device: str) -> None:
     job = make_job(device=device, members=2)
     rows = [job.step() for _ in range(2)]
     assert next(job.reward.parameters()).device.type == torch.device(device).type
-    assert math.isfinite(rows[-1]["objective"])
+    assert math.isfinite(rows[-1]["cross_entropy"])
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)

@@ -70,7 +70,7 @@ class Job(Protocol):
         """Take over a state; its tensors are on the CPU and belong to the caller."""
 
     def summary(self) -> Mapping[str, Any]:
-        """The result: ``parameters``, ``objective``, ``gradient_norm``, extras.
+        """The result, under the job's own names: what it is judged by first.
 
         Values are numbers, strings, tensors, or nested dicts and lists of them. Scalars at the top
         level are shown in the table that ends a run. If ``converged`` or ``identified`` is among

@@ -107,6 +107,7 @@ class PreferenceJob(Stateful):
         "_round",
         "_asked",
         "_return",
+        "_phi",
         "_best",
         "_normal",
         "_labels_to_threshold",
@@ -158,7 +159,7 @@ class PreferenceJob(Stateful):
         self._round = 0
         self._asked = 0
         self._answered = 0  # of this round's questions
-        self._return = math.nan
+        self._return = self._phi = math.nan
         self._normal = {"shift": 0.0, "scale": 1.0}  # of the reward, as the agent is given it
         self._threshold = registered if config.threshold is None else config.threshold
         self._labels_to_threshold: int | None = None
@@ -219,9 +220,10 @@ class PreferenceJob(Stateful):
         for name, seconds in spent.items():
             self._seconds[name] += seconds
         metrics = {
+            "phi": judged.pop("phi"),
             **({"true_return": self._return} if evaluated else {}),
-            "episodes": float(len(episodes)),
             "training_return": fmean([e.reward for e in episodes]) if episodes else math.nan,
+            "episodes": float(len(episodes)),
             "labels": float(self._asked),
             "environment_steps": float(self._collector.transitions),
             "environment_steps_per_second": self.config.environment_steps / total,
@@ -234,7 +236,7 @@ class PreferenceJob(Stateful):
             last = SoBiRLOutcome(*(fmean(column) for column in zip(*outcomes, strict=True)))  # type: ignore[arg-type]
             known = [found.accuracy for found in outcomes if not math.isnan(found.accuracy)]
             metrics |= {
-                "objective": last.loss,
+                "cross_entropy": last.loss,
                 # of the batches that are not ties alone
                 "reward_accuracy": fmean(known) if known else math.nan,
                 "gradient_norm": last.gradient_norm,
@@ -393,12 +395,13 @@ class PreferenceJob(Stateful):
         """Put questions to the teacher and keep the answers.
 
         Returns:
-            How well the reward foretold them, and how many there were.
+            How well the reward foretold them, and how many there were; `phi` is an unbiased estimate
+            of φ where the fragments are the present policy's, and the query uniform.
         """
         config, device = self.config, self.config.device
         self._answered = 0
         if not count:
-            return self._told(math.nan)
+            return self._told()
         episodes = self._recorder.episodes()
         many = count if config.query == "uniform" else count * config.candidates
         first, second = (
@@ -424,13 +427,15 @@ class PreferenceJob(Stateful):
                 "fragments (--fragment) may differ",
             )
         known = asked.select(~label.isnan())
-        foretold = math.nan
-        if len(known) and self._round:  # in the first round there is no reward yet
-            foretold = evaluate(self.reward, known).accuracy
-        return self._told(foretold)
+        if not len(known) or not self._round:  # in the first round there is no reward yet
+            return self._told()
+        found = evaluate(self.reward, known, noise=config.noise)
+        self._phi = found.loss
+        return self._told(found.loss, found.accuracy)
 
-    def _told(self, foretold: float) -> dict[str, float]:
+    def _told(self, phi: float = math.nan, foretold: float = math.nan) -> dict[str, float]:
         return {
+            "phi": phi,
             "answers": float(self.answers.added),
             "strict_answers": float(self.answers.strict),  # of those kept, without ties
             "foretold": foretold,
@@ -486,13 +491,15 @@ class PreferenceJob(Stateful):
     def summary(self) -> dict[str, Any]:
         total = sum(self._seconds.values()) or math.nan
         return {
-            "objective": self._best.value if self.config.keep_best else self._return,
+            "true_return": self._best.value if self.config.keep_best else self._return,
+            "best_return": self._best.value,
             "last_return": self._return,
+            "phi": self._phi,
             "labels": self._asked,
             "labels_to_threshold": self._labels_to_threshold,
             "strict_answers": self.answers.strict,
             "environment_steps": self._collector.transitions,
-            **{f"share of time, {name}": s / total for name, s in self._seconds.items()},
+            **{f"share_{name}": s / total for name, s in self._seconds.items()},
         }
 
     def figures(
@@ -507,6 +514,21 @@ class PreferenceJob(Stateful):
             known = {} if self._threshold is None else {"threshold": self._threshold}
             return plots.learning_curve(
                 history, curves, title=title, ylabel="true return", references=known
+            )
+
+        def upper() -> Figure:
+            from birl_ext.runs import plots
+
+            curves = {
+                "phi": "φ: of new answers, before it learned from them",
+                "cross_entropy": "of answers it learns from",
+            }
+            return plots.learning_curve(
+                history,
+                curves,
+                title=title,
+                ylabel="cross entropy, nats",
+                references={"coin": math.log(2)},
             )
 
         def reward() -> Figure:
@@ -532,7 +554,7 @@ class PreferenceJob(Stateful):
                 policy = cast(DiscreteAgent, self.agent).probabilities(every).cpu()
                 return draw_worlds(self.reward.all_actions(every).cpu(), policy, title=title)
 
-        drawn = {"true_return": learning, "reward_accuracy": reward}
+        drawn = {"true_return": learning, "phi": upper, "reward_accuracy": reward}
         return drawn | ({"learned_reward": worlds} if self.config.env == GRIDWORLD else {})
 
 
