@@ -19,8 +19,10 @@ from birl_ext.agents.agent import DiscreteAgent
 from birl_ext.agents.best import Best
 from birl_ext.agents.categorical import entropy
 from birl_ext.agents.sac import SAC
+from birl_ext.bilevel.additive import AdditiveOutcome, AdditiveUpdate
+from birl_ext.bilevel.mrn import MRNUpdate
 from birl_ext.bilevel.score import Critic
-from birl_ext.bilevel.sobirl import SoBiRLOutcome
+from birl_ext.bilevel.sobirl import SoBiRLOutcome, SoBiRLUpdate
 from birl_ext.environments.transitions import Transitions
 from birl_ext.environments.vector import Environments, make_environments
 from birl_ext.errors import ConfigError, MissingDependencyError, RenderError, warn
@@ -29,7 +31,7 @@ from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.buffer import PreferenceBuffer
 from birl_ext.preferences.fit import evaluate, fit
 from birl_ext.preferences.fragments import Pairs, draw
-from birl_ext.preferences.reward_model import RewardEnsemble, spread
+from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, spread
 from birl_ext.preferences.teachers import (
     TEACHERS,
     AbsentTeacher,
@@ -48,6 +50,7 @@ from birl_ext.problems.preference.parts import (
     environment_source,
     is_own,
     make_agent,
+    make_judge,
     make_learner,
     make_query,
     make_replay,
@@ -73,6 +76,10 @@ _NORMALISED_OVER = 1000
 """Transitions that the scale of the reward is taken over."""
 _HELD_OVER = 128
 """States of the replay at which the entropy, and what moves it, are looked at."""
+_BEHAVIOUR = 256
+"""Steps of the policy that an update by what it earns is made from."""
+_MEASURED_OVER = 1000
+"""Steps of the policy that its φ is the mean of."""
 _AT_TARGET = 0.1
 """Of ln A: as near as the entropy must be to its target for τ to be what holds it there."""
 
@@ -146,14 +153,14 @@ class PreferenceJob(Stateful):
         self._sampling = draws.next()  # of minibatches and questions
         # The score last: what is drawn for it must not change what every algorithm has.
         score, features = None, None
-        if config.algorithm != "drlhf":
+        if config.algorithm in ("sobirl", "stoc-sobirl"):
             score, features = make_score(config, spaces, self.reward, draws, environment)
         self._score, self._features = score, features
         self._holding = draws.next()
         self.learner = make_learner(config, self.reward, score)
         self.judging, self._worth = make_judge(config, spaces, draws)
         self.answers = PreferenceBuffer(config.pairs, config.device)
-        self._query = make_query(config, self.reward)
+        self._query = make_query(config, self._answering)
         self._recorder = Recorder(config.environments, keep=config.recent)
         self._draws = draws
         self._round = 0
@@ -203,7 +210,10 @@ class PreferenceJob(Stateful):
             judged = self._ask(count)
             if self._round == 0:
                 self._first_fit()
-            outcomes = self._learn_reward()
+            fitted = self._learn_reward()
+            phi = judged.pop("phi")
+            if self._worth is not None:
+                phi = self._phi = self._cost_of_behaviour()
             self._normalise()
         self._round += 1
         evaluated = self.done or self._round % self.config.evaluate_every == 0
@@ -219,8 +229,8 @@ class PreferenceJob(Stateful):
         total = sum(spent.values())
         for name, seconds in spent.items():
             self._seconds[name] += seconds
-        metrics = {
-            "phi": judged.pop("phi"),
+        return {
+            "phi": phi,
             **({"true_return": self._return} if evaluated else {}),
             "training_return": fmean([e.reward for e in episodes]) if episodes else math.nan,
             "episodes": float(len(episodes)),
@@ -231,19 +241,8 @@ class PreferenceJob(Stateful):
             **{f"share_{name}": seconds / total for name, seconds in spent.items()},
             **learned,
             **judged,
+            **fitted,
         }
-        if outcomes:
-            last = SoBiRLOutcome(*(fmean(column) for column in zip(*outcomes, strict=True)))  # type: ignore[arg-type]
-            known = [found.accuracy for found in outcomes if not math.isnan(found.accuracy)]
-            metrics |= {
-                "cross_entropy": last.loss,
-                # of the batches that are not ties alone
-                "reward_accuracy": fmean(known) if known else math.nan,
-                "gradient_norm": last.gradient_norm,
-                "indirect_share": last.indirect_share,
-                "effective_pairs": last.effective,
-            }
-        return metrics
 
     def evaluate(self) -> Evaluation:
         """Episodes of the present policy on the true reward, in environments of their own."""
@@ -360,9 +359,7 @@ class PreferenceJob(Stateful):
             batch = self._replay.sample(size, self._sampling)
         else:
             batch, present = self._replay.ahead(size, steps, self._sampling)
-        with torch.no_grad():
-            reward = self.reward(batch.observation, batch.action)
-        reward = (reward - self._normal["shift"]) / self._normal["scale"]
+        reward = self._paid(batch)
         if self._features is not None:
             first = Transitions(*(part[:size] for part in batch))
             self._features.update(first, cast(DiscreteAgent, self.agent))
@@ -373,9 +370,19 @@ class PreferenceJob(Stateful):
         return self.agent.update(batch, reward, present)
 
     @torch.no_grad()
+    def _paid(self, batch: Transitions) -> Tensor:
+        """The learned reward as the agent is given it, (n,)."""
+        reward: Tensor = self.reward(batch.observation, batch.action)
+        return (reward - self._normal["shift"]) / self._normal["scale"]
+
+    def _cost_of_behaviour(self) -> float:
+        """φ of an upper level that judges behaviour, per step, by its own reward."""
+        return -float(self._judged(*self._behaviour(_MEASURED_OVER)).mean())
+
+    @torch.no_grad()
     def _judged(self, observation: Tensor, action: Tensor, true: Tensor) -> Tensor:
         """The upper level's own reward of steps, (m,)."""
-        return true if self.judging is None else self.judging.reward(observation, action)
+        return true if self.judging is None else self._answering(observation, action)
 
     @torch.no_grad()
     def _normalise(self) -> None:
@@ -395,8 +402,8 @@ class PreferenceJob(Stateful):
         """Put questions to the teacher and keep the answers.
 
         Returns:
-            How well the reward foretold them, and how many there were; `phi` is an unbiased estimate
-            of φ where the fragments are the present policy's, and the query uniform.
+            How well the reward foretold them, and how many there were; `phi` is an unbiased
+            estimate of φ where the fragments are the present policy's, and the query uniform.
         """
         config, device = self.config, self.config.device
         self._answered = 0
@@ -429,7 +436,7 @@ class PreferenceJob(Stateful):
         known = asked.select(~label.isnan())
         if not len(known) or not self._round:  # in the first round there is no reward yet
             return self._told()
-        found = evaluate(self.reward, known, noise=config.noise)
+        found = evaluate(self._answering, known, noise=config.noise)
         self._phi = found.loss
         return self._told(found.loss, found.accuracy)
 
@@ -442,38 +449,102 @@ class PreferenceJob(Stateful):
         }
 
     def _first_fit(self) -> None:
-        if len(self.answers) and self.config.initial_epochs:
+        if not (len(self.answers) and self.config.initial_epochs):
+            return
+        answers = self.answers.everything().after(self.config.lead)
+        for learner in filter(None, (self.learner, self.judging)):
             fit(
-                self.reward,
-                self.answers.everything().after(self.config.lead),
-                self.learner.optimiser,
+                learner.reward,
+                answers,
+                learner.optimiser,
                 self._sampling,
                 epochs=self.config.initial_epochs,
                 batch_size=self.config.pair_batch,
                 noise=self.config.noise,
             )
 
-    def _learn_reward(self) -> list[SoBiRLOutcome]:
-        config = self.config
-        late = self._collector.transitions >= config.hypergradient_after
+    def _learn_reward(self) -> dict[str, float]:
+        late = self._collector.transitions >= self.config.hypergradient_after
         self.learner.score = self._score if late else None
+        if not isinstance(self.learner, AdditiveUpdate):
+            return self._learn_from_answers(self.learner)
+        found = {} if self.judging is None else self._learn_from_answers(self.judging)
+        # in the first round there is no policy of the reward's own yet
+        return found | (self._learn_from_behaviour(self.learner) if self._round and late else {})
+
+    def _learn_from_answers(self, learner: SoBiRLUpdate) -> dict[str, float]:
+        config = self.config
         pool = len(self.answers)
         if not config.reuse:
             pool = min(pool, self._answered)
         size = min(config.pair_batch, pool)
-        if not size:
-            return []
+        if not size or not config.reward_steps:
+            return {}
         oldest = len(self.answers) - pool
         holds = self._holds_entropy()
-        return [
-            self.learner.step(
-                self.answers.select(oldest + torch.randperm(pool, generator=self._sampling)[:size]),
-                self.agent,
-                temperature=self.agent.temperature * self._normal["scale"],  # units of the reward
-                held=self._replay.sample(_HELD_OVER, self._holding).observation if holds else None,
+        outcomes = []
+        for _ in range(config.reward_steps):
+            index = oldest + torch.randperm(pool, generator=self._sampling)[:size]
+            pairs = self.answers.select(index)
+            outcomes.append(
+                learner.step(
+                    pairs,
+                    self.agent,
+                    temperature=self._temperature,
+                    held=self._held() if holds else None,
+                )
             )
-            for _ in range(config.reward_steps)
-        ]
+            if isinstance(learner, MRNUpdate) and self._round:
+                batch = self._replay.sample(config.batch_size, self._holding)
+                learner.through_critic(pairs, self.agent, batch, self._paid(batch))
+        last = SoBiRLOutcome(*(fmean(column) for column in zip(*outcomes, strict=True)))  # type: ignore[arg-type]
+        known = [found.accuracy for found in outcomes if not math.isnan(found.accuracy)]
+        return {
+            "cross_entropy": last.loss,
+            # of the batches that are not ties alone
+            "reward_accuracy": fmean(known) if known else math.nan,
+            "gradient_norm": last.gradient_norm,
+            "indirect_share": last.indirect_share,
+            "effective_pairs": last.effective,
+        }
+
+    def _learn_from_behaviour(self, learner: AdditiveUpdate) -> dict[str, float]:
+        assert self._worth is not None
+        config, agent = self.config, cast(DiscreteAgent, self.agent)
+        holds, outcomes = self._holds_entropy(), []
+        for _ in range(config.reward_steps):
+            where = self._behaviour(_BEHAVIOUR)[0]
+            outcomes.append(
+                learner.step(
+                    where,
+                    self._worth.advantage(where, agent),
+                    agent,
+                    temperature=self._temperature,
+                    held=self._held() if holds else None,
+                )
+            )
+        if not outcomes:
+            return {}
+        last = AdditiveOutcome(*(fmean(column) for column in zip(*outcomes, strict=True)))
+        return {"gradient_norm": last.gradient_norm, "kept": last.kept}
+
+    def _behaviour(self, count: int) -> Sequence[Tensor]:
+        """Observations, actions and true rewards of the policy, as a discounted sum counts them."""
+        drawn = self._recorder.steps(count, self.config.discount, self._holding)
+        return [part.to(self.config.device) for part in drawn]
+
+    @property
+    def _answering(self) -> RewardModel:
+        """The reward that is fitted to the answers."""
+        return self.reward if self.judging is None else self.judging.reward
+
+    @property
+    def _temperature(self) -> float:
+        """τ, in units of the reward itself."""
+        return self.agent.temperature * self._normal["scale"]
+
+    def _held(self) -> Tensor:
+        return self._replay.sample(_HELD_OVER, self._holding).observation
 
     def _holds_entropy(self) -> bool:
         """Whether dτ/dx is part of the gradient: τ follows a target, and has reached it."""
@@ -482,9 +553,8 @@ class PreferenceJob(Stateful):
             return False
         if isinstance(agent, SAC):  # continuous actions
             return False
-        held = self._replay.sample(_HELD_OVER, self._holding).observation
         with torch.no_grad():
-            log_policy = agent.log_probs(held)
+            log_policy = agent.log_probs(self._held())
         apart = abs(float(entropy(log_policy).mean()) - agent.entropy_target)
         return apart <= _AT_TARGET * math.log(log_policy.shape[-1])
 
