@@ -30,9 +30,18 @@ except ImportError:
     ) from None
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["GRIDWORLD", "STEPS", "Gridworld", "draw_worlds", "gridworld_mdp", "true_return"]
+__all__ = [
+    "GRIDWORLD",
+    "STEPS",
+    "Gridworld",
+    "draw_cells",
+    "draw_worlds",
+    "gridworld_mdp",
+    "true_return",
+]
 
 GRIDWORLD = "birl_ext/Gridworld-v0"
 STEPS = 50
@@ -147,6 +156,31 @@ def true_return(policy: Tensor) -> float:
     return total
 
 
+def draw_cells(axes: Axes, values: Tensor, *, policy: Tensor | None = None, **shades: Any) -> Any:
+    """The map with a number per cell as its shade; walls are left blank.
+
+    Args:
+        values: one per state, (S,).
+        policy: π, (S, A); its likeliest moves become arrows.
+        shades: passed to ``Axes.imshow``, such as `vmin`, `vmax`, `cmap`.
+
+    Returns:
+        The image, for a colour bar.
+    """
+    cells = np.full((len(_MAP), len(_MAP[0])), np.nan)
+    rows, columns = np.array(_CELLS).T
+    cells[rows, columns] = values
+    axes.set_facecolor("white")
+    image = axes.imshow(cells, **shades)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    if policy is not None:
+        up, right = np.array(_MOVES)[policy.argmax(-1).numpy()].T
+        axes.quiver(columns, rows, right, -up, color="white", scale=14, width=0.008, pivot="middle")
+    return image
+
+
 def draw_worlds(reward: Tensor, policy: Tensor, *, title: str) -> Figure:
     """The true reward beside a learned one, with the likeliest move of a policy as arrows.
 
@@ -160,21 +194,10 @@ def draw_worlds(reward: Tensor, policy: Tensor, *, title: str) -> Figure:
     figure, axes = plots.new_figure(1, 2, size=(8.2, 4.0))
     found = (reward * policy).sum(-1)
     found = (found - found.min()) / (found.max() - found.min()).clamp(min=1e-12)
-    true = gridworld_mdp(0.0).reward[:, 0]
-    shown = (("true reward", true), ("learned reward, and where the policy goes", found))
-    for panel, (name, values) in zip(axes, shown, strict=True):
-        cells = np.full((len(_MAP), len(_MAP[0])), np.nan)
-        for (row, column), value in zip(_CELLS, values.tolist(), strict=True):
-            cells[row, column] = value
-        panel.set_facecolor("white")  # walls
-        image = panel.imshow(cells, vmin=0, vmax=1)
-        panel.set_title(name)
-        panel.set_xticks([])
-        panel.set_yticks([])
-        panel.grid(False)
-    rows, columns = (np.array(part) for part in zip(*_CELLS, strict=True))
-    up, right = np.array(_MOVES)[policy.argmax(-1).numpy()].T
-    axes[1].quiver(columns, rows, right, -up, color="white", scale=14, width=0.008, pivot="middle")
+    draw_cells(axes[0], gridworld_mdp(0.0).reward[:, 0], vmin=0, vmax=1)
+    image = draw_cells(axes[1], found, policy=policy, vmin=0, vmax=1)
+    axes[0].set_title("true reward")
+    axes[1].set_title("learned reward, and where the policy goes")
     figure.colorbar(image, ax=axes, shrink=0.8)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure
