@@ -30,9 +30,19 @@ except ImportError:
     ) from None
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["GRIDWORLD", "STEPS", "Gridworld", "draw_worlds", "gridworld_mdp", "true_return"]
+__all__ = [
+    "CELLS",
+    "GRIDWORLD",
+    "STEPS",
+    "Gridworld",
+    "draw_cells",
+    "draw_worlds",
+    "gridworld_mdp",
+    "true_return",
+]
 
 GRIDWORLD = "birl_ext/Gridworld-v0"
 STEPS = 50
@@ -53,12 +63,13 @@ _MAP = (
 )
 _REWARDS = {"G": 1.0, "g": 0.3}
 _MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left
-_CELLS = [
+CELLS = [
     (row, column)
     for row, line in enumerate(_MAP)
     for column, sign in enumerate(line)
     if sign != "#"
 ]
+"""(row, column) of each state, from the top left."""
 _SIDE = 32  # pixels of a cell in a picture
 _PAINT = {".": (238, 240, 242), "g": (250, 222, 160), "G": (150, 210, 160)}
 
@@ -69,14 +80,14 @@ def gridworld_mdp(discount: float) -> DenseMDP:
     Args:
         discount: γ.
     """
-    count = len(_CELLS)
+    count = len(CELLS)
     transition = torch.zeros(count, len(_MOVES), count, dtype=torch.float64)
     for state in range(count):
         for action in range(len(_MOVES)):
             for drawn in range(len(_MOVES)):
                 share = SLIP / len(_MOVES) + (1 - SLIP) * (drawn == action)
                 transition[state, action, _moved(state, drawn)] += share
-    signs = [_MAP[row][column] for row, column in _CELLS]
+    signs = [_MAP[row][column] for row, column in CELLS]
     reward = torch.tensor([_REWARDS.get(sign, 0.0) for sign in signs], dtype=torch.float64)
     return DenseMDP(
         reward[:, None].expand(-1, len(_MOVES)),
@@ -99,7 +110,7 @@ class Gridworld(gymnasium.Env[Any, Any]):
         if render_mode not in (None, "rgb_array"):
             raise OptionError(f"render_mode is {render_mode!r}", allowed="None or 'rgb_array'")
         self.render_mode = render_mode
-        self.observation_space = gymnasium.spaces.Discrete(len(_CELLS))
+        self.observation_space = gymnasium.spaces.Discrete(len(CELLS))
         self.action_space = gymnasium.spaces.Discrete(len(_MOVES))
         self._state = 0
 
@@ -107,11 +118,11 @@ class Gridworld(gymnasium.Env[Any, Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[int, dict[str, Any]]:
         super().reset(seed=seed)
-        self._state = int(self.np_random.integers(len(_CELLS)))
+        self._state = int(self.np_random.integers(len(CELLS)))
         return self._state, {}
 
     def step(self, action: Any) -> tuple[int, float, bool, bool, dict[str, Any]]:
-        row, column = _CELLS[self._state]
+        row, column = CELLS[self._state]
         reward = _REWARDS.get(_MAP[row][column], 0.0)
         slips = self.np_random.random() < SLIP
         drawn = int(self.np_random.integers(len(_MOVES))) if slips else int(action)
@@ -121,18 +132,18 @@ class Gridworld(gymnasium.Env[Any, Any]):
     def render(self) -> np.ndarray[Any, Any]:
         """(height, width, 3) uint8: the map, and the walker as a dark square."""
         picture = np.full((len(_MAP), len(_MAP[0]), 3), 90, dtype=np.uint8)
-        for row, column in _CELLS:
+        for row, column in CELLS:
             picture[row, column] = _PAINT[_MAP[row][column]]
         large = picture.repeat(_SIDE, 0).repeat(_SIDE, 1)
-        row, column = (part * _SIDE for part in _CELLS[self._state])
+        row, column = (part * _SIDE for part in CELLS[self._state])
         edge = _SIDE // 4
         large[row + edge : row + _SIDE - edge, column + edge : column + _SIDE - edge] = (0, 60, 120)
         return large
 
 
 def _moved(state: int, direction: int) -> int:
-    row, column = (a + b for a, b in zip(_CELLS[state], _MOVES[direction], strict=True))
-    return _CELLS.index((row, column)) if (row, column) in _CELLS else state
+    row, column = (a + b for a, b in zip(CELLS[state], _MOVES[direction], strict=True))
+    return CELLS.index((row, column)) if (row, column) in CELLS else state
 
 
 def true_return(policy: Tensor) -> float:
@@ -145,6 +156,40 @@ def true_return(policy: Tensor) -> float:
         total += float(here @ mdp.reward[:, 0])
         here = here @ walk
     return total
+
+
+def draw_cells(
+    axes: Axes,
+    values: Tensor,
+    *,
+    policy: Tensor | None = None,
+    arrows: str = "white",
+    walls: str = "white",
+    **shades: Any,
+) -> Any:
+    """The map with a number per cell as its shade.
+
+    Args:
+        values: one per state, (S,).
+        policy: π, (S, A); its likeliest moves become arrows.
+        arrows, walls: their colours.
+        shades: passed to ``Axes.imshow``, such as `vmin`, `vmax`, `cmap`.
+
+    Returns:
+        The image, for a colour bar.
+    """
+    cells = np.full((len(_MAP), len(_MAP[0])), np.nan)
+    rows, columns = np.array(CELLS).T
+    cells[rows, columns] = values
+    axes.set_facecolor(walls)
+    image = axes.imshow(cells, **shades)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    if policy is not None:
+        up, right = np.array(_MOVES)[policy.argmax(-1).numpy()].T
+        axes.quiver(columns, rows, right, -up, color=arrows, scale=14, width=0.008, pivot="middle")
+    return image
 
 
 def draw_worlds(reward: Tensor, policy: Tensor, *, title: str) -> Figure:
@@ -160,21 +205,10 @@ def draw_worlds(reward: Tensor, policy: Tensor, *, title: str) -> Figure:
     figure, axes = plots.new_figure(1, 2, size=(8.2, 4.0))
     found = (reward * policy).sum(-1)
     found = (found - found.min()) / (found.max() - found.min()).clamp(min=1e-12)
-    true = gridworld_mdp(0.0).reward[:, 0]
-    shown = (("true reward", true), ("learned reward, and where the policy goes", found))
-    for panel, (name, values) in zip(axes, shown, strict=True):
-        cells = np.full((len(_MAP), len(_MAP[0])), np.nan)
-        for (row, column), value in zip(_CELLS, values.tolist(), strict=True):
-            cells[row, column] = value
-        panel.set_facecolor("white")  # walls
-        image = panel.imshow(cells, vmin=0, vmax=1)
-        panel.set_title(name)
-        panel.set_xticks([])
-        panel.set_yticks([])
-        panel.grid(False)
-    rows, columns = (np.array(part) for part in zip(*_CELLS, strict=True))
-    up, right = np.array(_MOVES)[policy.argmax(-1).numpy()].T
-    axes[1].quiver(columns, rows, right, -up, color="white", scale=14, width=0.008, pivot="middle")
+    draw_cells(axes[0], gridworld_mdp(0.0).reward[:, 0], vmin=0, vmax=1)
+    image = draw_cells(axes[1], found, policy=policy, vmin=0, vmax=1)
+    axes[0].set_title("true reward")
+    axes[1].set_title("learned reward, and where the policy goes")
     figure.colorbar(image, ax=axes, shrink=0.8)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure
