@@ -522,10 +522,13 @@ def make_judge(
             allowed="discrete actions",
             fix="take upper=cross-entropy",
         )
+    rate = config.learning_rate
+    if spaces.observations is not None:
+        rate *= 1 - config.discount  # a table's entries, which Adam moves by that, are (1 − γ) Q
     value = ActionValue(
         _values(config, spaces, draws),
         discount=config.discount,
-        optimiser=functools.partial(torch.optim.Adam, lr=config.learning_rate, fused=True),
+        optimiser=functools.partial(torch.optim.Adam, lr=rate, fused=True),
         target_rate=config.target_rate,
         target_period=config.target_period,
     )
