@@ -1,4 +1,4 @@
-"""A finite MDP as an environment: it draws what the MDP says, and refuses what nobody can act in."""
+"""A finite MDP as an environment: it draws what the MDP says; what nobody can act in is refused."""
 
 from __future__ import annotations
 

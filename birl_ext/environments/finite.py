@@ -58,13 +58,13 @@ class FiniteEnvironment(gymnasium.Env[Any, Any]):
                     allowed="every action there, as an environment: whoever acts does not see it",
                     fix="let it do what a permitted action does, at a lower reward",
                 )
-        self.mdp = mdp.to_dense() if isinstance(mdp, SparseMDP) else mdp
+        self.mdp = (mdp.to_dense() if isinstance(mdp, SparseMDP) else mdp).to("cpu")
         self.observation_space = gymnasium.spaces.Discrete(mdp.states)
         self.action_space = gymnasium.spaces.Discrete(mdp.actions)
-        self._reward = self.mdp.reward.detach().cpu().numpy()
-        self._transition = self.mdp.transition.detach().cpu().numpy()
-        start = mdp.initial_distribution
-        self._start = np.ones(mdp.states) if start is None else start.detach().cpu().numpy()
+        self._reward = self.mdp.reward.detach().numpy()
+        self._transition = self.mdp.transition.detach().numpy()
+        start = self.mdp.initial_distribution
+        self._start = np.ones(mdp.states) if start is None else start.detach().numpy()
         self._state = 0
 
     def reset(
