@@ -38,7 +38,7 @@ def test_it_draws_from_the_mdp() -> None:
     world = FiniteEnvironment(mdp)
     world.reset(seed=0)
     generator = np.random.default_rng(0)
-    count, starts, ends = torch.zeros_like(mdp.transition), torch.zeros(4), 0
+    count, starts = torch.zeros_like(mdp.transition), torch.zeros(4)
     for _ in range(6000):
         state, ended = world.reset()[0], False
         starts[state] += 1
@@ -51,7 +51,6 @@ def test_it_draws_from_the_mdp() -> None:
             if not ended:
                 count[state, action, after] += 1
             state = after
-        ends += 1
     visits = count.sum(-1, keepdim=True)
     assert int(visits[:3].min()) > 300
     for found, share, tries in (
