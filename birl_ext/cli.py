@@ -186,7 +186,10 @@ def _run(words: list[str]) -> int:
             fix="leave the name out",
         )
     name = name or stored_name
-    problem = find_problem(name)
+    with _of_another_version(files.resume):
+        problem = find_problem(name)
+        if files.resume:
+            from_plain(problem.config, stored, where=where)
     # Not checked yet: a flag may replace what the rest forbids.
     default = from_plain(problem.config, stored, where=where, check=False)
     config, options = _parse(name, problem, default, flags)
@@ -201,6 +204,17 @@ def _run(words: list[str]) -> int:
         path = options.out or default_path(name)
         directory = RunDirectory.create(path, name, to_plain(config))
     return _carry_out(job, directory, options, board)
+
+
+def _of_another_version(resumed: Path | None) -> contextlib.AbstractContextManager[None]:
+    if resumed is None:
+        return contextlib.nullcontext()
+    from birl_ext.runs.checkpoint import CheckpointStore
+    from birl_ext.runs.directory import RunDirectory
+    from birl_ext.runs.loop import of_another_version
+
+    directory = RunDirectory(resumed)
+    return of_another_version(directory, CheckpointStore(directory.checkpoints))
 
 
 def _list_problems(*, asked: bool) -> int:

@@ -25,6 +25,7 @@ from birl_ext.errors import catalogue
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+BRIEFLY = {"sobirl_one_file.py": ["--steps", "2000"]}
 FOUR_ROOMS = sorted((ROOT / "benchmarks" / "results").glob("four_rooms_*.json"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 PREFERENCES = sorted((ROOT / "benchmarks" / "results").glob("preference_*.json"))
@@ -93,7 +94,10 @@ def test_a_block_runs_and_prints_what_is_shown(
 
 @pytest.mark.usefixtures("_apart")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_runs(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_example_runs(
+    example: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [str(example), *BRIEFLY.get(example.name, [])])
     runpy.run_path(str(example), run_name="__main__")
     assert capsys.readouterr().out
 

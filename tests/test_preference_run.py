@@ -795,6 +795,10 @@ class Fragile(CartPoleEnv):
                     raise RuntimeError("wheel came off")
                 case "NaN":
                     reward = math.nan
+                case "unseen":
+                    observation = observation * math.nan
+                case "reshaped":
+                    observation = observation[:3]
                 case "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
                 case "stopped":
@@ -808,6 +812,8 @@ class Fragile(CartPoleEnv):
     [
         ("raises", "it raised RuntimeError: wheel came off"),
         ("NaN", "its reward is nan"),
+        ("unseen", r"its observation is nan in entry \(0,\)"),
+        ("reshaped", r"its observation has shape \(3,\)"),
         ("killed", "the worker ended with signal SIGKILL"),
         ("stopped", "no answer within 2 s"),
     ],

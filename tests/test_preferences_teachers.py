@@ -241,24 +241,28 @@ def answered(found, count=3):
 @pytest.mark.parametrize(
     "found",
     [
-        torch.tensor([1.0, 0.5, math.nan]),
-        torch.tensor([1.0, 0.5, math.nan], dtype=torch.float16, requires_grad=True),
-        np.array([1.0, 0.5, math.nan]),
+        torch.tensor([1.0, 0.5, 0.0]),
+        torch.tensor([1.0, 0.5, 0.0], dtype=torch.float16, requires_grad=True),
+        np.array([1.0, 0.5, 0.0]),
+        np.array([1, 0.5, None], dtype=object),
         [1, 0.5, None],
         (True, np.float32(0.5), None),
-        [torch.tensor(1), torch.tensor(0.5), math.nan],
+        [torch.tensor(1), torch.tensor(0.5), False],
     ],
 )
 def test_an_own_teacher_answers_in_numbers_of_any_kind(found):
     label = answered(found)
     assert label.dtype == torch.float32
-    assert label.tolist() == pytest.approx([1.0, 0.5, math.nan], nan_ok=True)
+    want = [1.0, 0.5, math.nan if found[2] is None else 0.0]
+    assert label.tolist() == pytest.approx(want, nan_ok=True)
 
 
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ([0, 1, 2], r"answered 2 at pair 2 of 3 .allowed: 0, 1, 0\.5; NaN or None"),
+        ([0, 1, 2], r"answered 2 at pair 2 of 3 .allowed: 0, 1, 0\.5; None, in a list"),
+        (torch.tensor([0, math.nan, 1]), "answered nan at pair 1 of 3"),
+        ([None, 1, math.nan], "answered nan at pair 2 of 3"),
         ([-1, 1, 1], "answered -1 at pair 0 of 3"),
         ([0, 0.3, 1], "answered 0.3 at pair 1 of 3"),
         ([0, math.inf, 1], "answered inf at pair 1 of 3"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from preference_run import make_job
 
 import birl_ext
+from birl_ext.cli import main
 from birl_ext.errors import (
     BirlError,
     CheckpointIncompatibleError,
@@ -23,6 +25,7 @@ from birl_ext.errors import (
     OptionError,
     ShapeError,
 )
+from birl_ext.problems.preference.job import PreferenceJob
 from birl_ext.problems.random_mdp import RandomMDPConfig, RandomMDPJob
 from birl_ext.problems.saved import LoadedRun, load_run
 from birl_ext.runs.config import to_plain
@@ -47,7 +50,7 @@ def test_policy_reward_history_and_settings_are_those_at_the_end(tmp_path: Path)
     assert [row["labels"] for row in found.history][-1] == 40.0
     assert found.summary is not None
     returns = [row["true_return"] for row in found.history if "true_return" in row]
-    assert found.summary["objective"] == max(returns)
+    assert found.summary["true_return"] == max(returns)
     assert found.summary["last_return"] == returns[-1]
     seen = torch.randn(50, 4)
     assert found.policy(seen).tolist() == job.agent.act(seen, torch.Generator(), True).tolist()
@@ -128,7 +131,10 @@ def test_a_run_that_is_under_way_is_read_up_to_its_checkpoint(tmp_path: Path) ->
     assert found.summary is None
 
 
-def test_a_run_of_another_version_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("default:.*other versions:UserWarning")
+def test_a_run_of_another_version_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with monkeypatch.context() as then:
         then.setattr(birl_ext, "__version__", "0.0.7")
         finished(tmp_path / "run", "preference", make_job())
@@ -138,12 +144,26 @@ def test_a_run_of_another_version_is_named(tmp_path: Path, monkeypatch: pytest.M
     before = config.read_text()
     what = r"BIRL-E703 the run was written by birl_ext 0\.0\.7, and does not fit \S+: BIRL-E801 "
     for text, reason in (
-        (before + "\nheat = 3\n", "unknown key 'heat'.*load it with birl_ext 0.0.7"),
+        (before + "\nheat = 3\n", "unknown key 'heat'.*go on with birl_ext 0.0.7"),
         (before.replace('"preference"', '"preferences"', 1), "unknown problem 'preferences'"),
     ):
         config.write_text(text)
         with pytest.raises(CheckpointIncompatibleError, match=what + reason):
             load_run(tmp_path / "run")
+        assert main(["run", "--resume", str(tmp_path / "run")]) == 2
+        assert re.search(what + reason, capsys.readouterr().err)
+    config.write_text(before)
+
+    def lacking(self: Any, state: Any) -> None:
+        raise KeyError("_heat")
+
+    monkeypatch.setattr(PreferenceJob, "load_state_dict", lacking)
+    kept = sorted(path.read_bytes() for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert main(["run", "--resume", str(tmp_path / "run")]) == 2
+    assert "written by birl_ext 0.0.7, and does not fit" in capsys.readouterr().err
+    assert kept == sorted(
+        path.read_bytes() for path in (tmp_path / "run" / "checkpoints").iterdir()
+    )
 
 
 def test_a_fault_of_this_version_s_run_keeps_its_own_name(tmp_path: Path) -> None:

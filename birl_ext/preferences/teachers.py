@@ -60,8 +60,8 @@ class Teacher(Protocol):
             first, second: n fragments each, of which pair i is the i-th of both.
 
         Returns:
-            (n,): 1 if `first` is better, 0 if `second`, 0.5 for a tie; NaN or None for no answer,
-            and the pair is left out.
+            (n,): 1 if `first` is better, 0 if `second`, 0.5 for a tie; None for no answer, in a
+            list or an array of objects, and the pair is left out. NaN is refused.
         """
         ...
 
@@ -334,7 +334,7 @@ class OwnTeacher:
             ) from error
         try:
             plain = found.detach().cpu() if isinstance(found, Tensor) else found
-            label = np.asarray(plain, dtype=np.float64)  # None is NaN there
+            label = np.asarray(plain, dtype=np.float64)  # None becomes NaN
         except (TypeError, ValueError):
             label = np.empty(0)
         if label.shape != (count,):
@@ -344,13 +344,14 @@ class OwnTeacher:
                 where=f"a batch of {count} pairs",
                 allowed=f"{count} numbers, one for each pair, in a list, an array or a tensor",
             )
-        wrong = ~(np.isin(label, (0.0, 0.5, 1.0)) | np.isnan(label))
+        silent = np.array([answer is None for answer in plain], dtype=bool)
+        wrong = ~(np.isin(label, (0.0, 0.5, 1.0)) | silent)
         if wrong.any():
             pair = int(wrong.argmax())
             raise TeacherError(
                 f"the teacher {self.name} answered {label[pair]:.7g}",
                 where=f"pair {pair} of {count}",
-                allowed="0, 1, 0.5; NaN or None for no answer",
+                allowed="0, 1, 0.5; None, in a list, for no answer",
             )
         return torch.from_numpy(label).to(first.reward.device, torch.float32)
 

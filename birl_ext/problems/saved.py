@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from birl_ext._version import __version__
-from birl_ext.errors import (
-    BirlError,
-    CheckpointIncompatibleError,
-    ConfigError,
-    OptionError,
-    suggestion,
-)
+from birl_ext.errors import ConfigError, OptionError, suggestion
 from birl_ext.runs.checkpoint import CheckpointStore
 from birl_ext.runs.config import from_plain
 from birl_ext.runs.directory import RunDirectory
 from birl_ext.runs.job import Job, Metrics, Problem, WritesFiles
-from birl_ext.runs.loop import restore
+from birl_ext.runs.loop import of_another_version, restore
 
 if TYPE_CHECKING:
     from birl_ext.preferences.reward_model import RewardModel
@@ -111,7 +103,7 @@ def load_run(
             fix="wait for its first one, or go on with birl run --resume "
             f"{shlex.quote(str(directory.path))}",
         )
-    with _of_another_version(directory, store):
+    with of_another_version(directory, store):
         known = find_problem(directory.problem)
         where = str(directory.config_path)
         job = (build or known.job)(from_plain(known.config, directory.config, where=where))
@@ -146,19 +138,3 @@ def find_problem(name: str) -> Problem:
         )
     problem: Problem = PROBLEMS[name]
     return problem
-
-
-@contextlib.contextmanager
-def _of_another_version(directory: RunDirectory, store: CheckpointStore) -> Iterator[None]:
-    """What does not fit inside is said to be of another version, where it is."""
-    try:
-        yield
-    except (BirlError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        written = store.load().versions.get("birl_ext", "an unknown version")
-        if written == __version__:
-            raise
-        raise CheckpointIncompatibleError(
-            f"the run was written by birl_ext {written}, and does not fit {__version__}: {error}",
-            where=str(directory.path),
-            fix=f"load it with birl_ext {written}; nothing there was changed",
-        ) from error

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from birl_ext.errors import (
+    BirlError,
     CheckpointIncompatibleError,
     CheckpointWriteError,
     ConfigError,
@@ -28,7 +29,16 @@ from birl_ext.runs.directory import MetricsWriter, RunDirectory, to_json
 from birl_ext.runs.job import Job, Logger, WritesFiles, checked_metrics, require_job
 from birl_ext.runs.versions import versions
 
-__all__ = ["RunOutcome", "Saver", "check_pace", "draw_figures", "restore", "run", "summarise"]
+__all__ = [
+    "RunOutcome",
+    "Saver",
+    "check_pace",
+    "draw_figures",
+    "of_another_version",
+    "restore",
+    "run",
+    "summarise",
+]
 
 SECONDS = 30.0
 """Between checkpoints, if nobody says otherwise and `SHARE` allows it."""
@@ -95,7 +105,8 @@ def run(
         )
     store = CheckpointStore(directory.checkpoints)
     with directory.lock(), _attached(job, directory.path):
-        found = restore(job, store) if store.paths() else None
+        with of_another_version(directory, store):
+            found = restore(job, store) if store.paths() else None
         if found is None:
             directory.check_unstarted()
             step, kept = 0, b""
@@ -259,6 +270,25 @@ def restore(job: Job, store: CheckpointStore) -> Checkpoint:
         )
     job.load_state_dict(found.state)
     return found
+
+
+@contextlib.contextmanager
+def of_another_version(directory: RunDirectory, store: CheckpointStore) -> Iterator[None]:
+    """What does not fit inside is said to be of another version, where the newest checkpoint is."""
+    try:
+        yield
+    except (BirlError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        here = versions()["birl_ext"]
+        written = (
+            store.load().versions.get("birl_ext", "of another name") if store.paths() else here
+        )
+        if written == here:
+            raise
+        raise CheckpointIncompatibleError(
+            f"the run was written by birl_ext {written}, and does not fit {here}: {error}",
+            where=str(directory.path),
+            fix=f"go on with birl_ext {written}; nothing there was changed",
+        ) from error
 
 
 def summarise(

@@ -402,8 +402,8 @@ class PreferenceJob(Stateful):
         """Put questions to the teacher and keep the answers.
 
         Returns:
-            How well the reward foretold them, and how many there were; `phi` is an unbiased
-            estimate of φ where the fragments are the present policy's, and the query uniform.
+            How well the reward foretold them, and how many there were; `phi` estimates φ without
+            bias where the fragments are the present policy's and the query is uniform.
         """
         config, device = self.config, self.config.device
         self._answered = 0

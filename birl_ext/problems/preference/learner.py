@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import shutil
@@ -12,8 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from birl_ext.environments.finite import FiniteEnvironment
 from birl_ext.errors import ConfigError, MissingDependencyError, OptionError
 from birl_ext.files import PARTIAL
+from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.preferences.reward_model import RewardModel
 from birl_ext.preferences.teachers import Teacher, name_of
 from birl_ext.problems.preference.config import PreferenceConfig
@@ -41,7 +44,8 @@ class SoBiRL:
 
     Args:
         environment: a Gymnasium id; a function without arguments, or a class, that builds a
-            `gymnasium.Env`; or a Gymnasium vector environment, which stays open.
+            `gymnasium.Env`; a Gymnasium vector environment, which stays open; or a `DenseMDP` or
+            `SparseMDP`, whose reward is the true one, see `FiniteEnvironment`.
         teacher: one of `birl_ext.TEACHERS` by its name, one named by `register_teacher`, or any
             function of two batches of fragments, see `birl_ext.preferences.teachers.Teacher`.
         directory: where the files of the run go, new or empty; None keeps them until the program
@@ -62,7 +66,7 @@ class SoBiRL:
 
     def __init__(
         self,
-        environment: str | Source,
+        environment: str | Source | DenseMDP | SparseMDP,
         teacher: str | Teacher = "noisy",
         *,
         directory: str | os.PathLike[str] | None = None,
@@ -71,6 +75,8 @@ class SoBiRL:
         self._take(environment, teacher)
         if isinstance(environment, VectorEnv):
             settings.setdefault("environments", environment.num_envs)
+        if isinstance(environment, DenseMDP | SparseMDP):
+            settings.setdefault("discount", float(environment.discount))
         if "env" in settings:
             raise ConfigError("env is a setting here", fix="give it as the environment")
         plain = {
@@ -194,7 +200,7 @@ class SoBiRL:
         cls,
         path: str | os.PathLike[str],
         *,
-        environment: Source | None = None,
+        environment: Source | DenseMDP | SparseMDP | None = None,
         teacher: Teacher | None = None,
     ) -> Self:
         """Read back what `save`, or ``birl run preference``, has written; `learn` goes on there.
@@ -224,13 +230,16 @@ class SoBiRL:
         if isinstance(environment, gymnasium.Env):
             raise OptionError(
                 f"the environment is one {type(environment).__name__}",
-                allowed="an id, a function that builds one, a vector environment",
+                allowed="an id, a function that builds one, a vector environment, an MDP",
                 fix="give a function, since several copies are made: lambda: …",
             )
+        if isinstance(environment, DenseMDP | SparseMDP):
+            FiniteEnvironment(environment)  # refuses what cannot be acted in
+            environment = functools.partial(FiniteEnvironment, environment)
         if environment is not None and not isinstance(environment, str | Callable | VectorEnv):
             raise OptionError(
                 f"the environment is a {type(environment).__name__}",
-                allowed="an id, a function that builds one, a vector environment",
+                allowed="an id, a function that builds one, a vector environment, an MDP",
             )
         self._own = None if isinstance(environment, str) else environment
         self._teacher = None if isinstance(teacher, str) else teacher

@@ -28,6 +28,7 @@ from birl_ext.bilevel.mrn import MRNUpdate
 from birl_ext.bilevel.score import Critic, FullHorizon, OneStep, Score, Simulator
 from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate
 from birl_ext.environments.atari import atari_environment, is_atari
+from birl_ext.environments.finite import FiniteEnvironment
 from birl_ext.environments.spaces import Spaces
 from birl_ext.environments.vector import registration
 from birl_ext.errors import (
@@ -37,6 +38,7 @@ from birl_ext.errors import (
     OptionError,
 )
 from birl_ext.model.checks import check_memory
+from birl_ext.model.mdp import DenseMDP
 from birl_ext.preferences.last_layer import LastLayer
 from birl_ext.preferences.queries import Disagreement, Entropy, Query, Uniform
 from birl_ext.preferences.reward_model import (
@@ -420,12 +422,15 @@ def make_score(
 def _simulator(
     config: PreferenceConfig, spaces: Spaces, generator: torch.Generator, own: Source | None
 ) -> Simulator:
-    if config.env == GRIDWORLD:
+    mdp = _finite(config, own)
+    if mdp is not None:
         if config.device != "cpu":
             raise ConfigError(
-                f"device is {config.device}", where=f"{GRIDWORLD} with full-horizon", allowed="cpu"
+                f"device is {config.device}",
+                where=f"{config.env} with full-horizon",
+                allowed="cpu",
             )
-        return FiniteSimulator(gridworld_mdp(config.discount), generator)
+        return FiniteSimulator(mdp, generator)
     if isinstance(own, VectorEnv):
         raise OptionError(
             "a vector environment cannot be restarted from an observation",
@@ -433,6 +438,14 @@ def _simulator(
             fix="give a function that builds one environment, with a method restore(observation)",
         )
     return simulator_for(config.env, spaces, generator, build=own)
+
+
+def _finite(config: PreferenceConfig, own: Source | None) -> DenseMDP | None:
+    """The MDP that the environment is, if it is known to be one."""
+    if config.env == GRIDWORLD:
+        return gridworld_mdp(config.discount)
+    made = None if own is None or isinstance(own, VectorEnv) else own()
+    return made.mdp if isinstance(made, FiniteEnvironment) else None
 
 
 def _critic(
