@@ -71,7 +71,12 @@ class Learner(Stateful, ABC):
 
     @property
     def temperature(self) -> float:
+        """τ, units of reward; may be set where it is fixed."""
         return self._temperature.value
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature.set(value)
 
     @property
     def entropy_target(self) -> float | None:

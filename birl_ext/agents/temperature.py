@@ -62,8 +62,7 @@ class Temperature(Stateful):
         learning_rate: float = 3e-4,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not 0 < (checks.real(initial) or 0) < math.inf:
-            raise TemperatureError(f"temperature is {initial!r}", allowed="(0, inf)")
+        _positive(initial)
         self.entropy_target = entropy_target
         self.log = torch.tensor(math.log(initial), device=device, dtype=torch.float64)
         self._fixed = None if entropy_target is not None else float(initial)
@@ -75,6 +74,16 @@ class Temperature(Stateful):
     @property
     def value(self) -> float:
         return self._fixed if self._fixed is not None else math.exp(float(self.log.detach()))
+
+    def set(self, value: float) -> None:
+        """A fixed τ from now on.
+
+        Raises:
+            OptionError: it follows an entropy target.
+        """
+        if self._fixed is None:
+            raise OptionError("the temperature follows an entropy target", fix="leave it alone")
+        self._fixed = _positive(value)
 
     def update(self, entropy: Tensor) -> None:
         """One step towards the entropy target; nothing if τ is fixed.
@@ -93,3 +102,9 @@ class Temperature(Stateful):
                 "the stored temperature was fixed and this one is not, or the reverse"
             )
         super()._check_state(state, name)
+
+
+def _positive(value: float) -> float:
+    if not 0 < (checks.real(value) or 0) < math.inf:
+        raise TemperatureError(f"temperature is {value!r}", allowed="(0, inf)")
+    return float(value)

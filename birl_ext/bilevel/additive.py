@@ -1,10 +1,13 @@
-"""A reward whose policy is judged by another reward: an upper level that is a sum over steps."""
+"""A reward whose policy is judged by another reward: an upper level that is a sum over steps, from
+samples or through the planner.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -13,10 +16,12 @@ from birl_ext.bilevel.reward_update import RewardUpdate
 from birl_ext.bilevel.score import Score
 from birl_ext.bilevel.score_average import ScoreAverage
 from birl_ext.errors import NonFiniteInputError, ShapeError
+from birl_ext.functional import evaluate, solve
 from birl_ext.model import checks
+from birl_ext.model.mdp import DenseMDP
 from birl_ext.preferences.reward_model import RewardModel
 
-__all__ = ["AdditiveOutcome", "AdditiveUpdate"]
+__all__ = ["AdditiveOutcome", "AdditiveUpdate", "PlannedUpdate"]
 
 
 class AdditiveOutcome(NamedTuple):
@@ -120,3 +125,62 @@ class AdditiveUpdate(RewardUpdate):
         gradient = self._parts(average.kept * average.mean)
         size = self._set(gradient, float(surrogate.detach()), "surrogate")
         return 0.0, AdditiveOutcome(size, average.kept), average
+
+
+class PlannedUpdate(RewardUpdate):
+    """The same where the process is known: the exact gradient, through `birl_ext.solve`.
+
+        φ(x) = −(1 − γ) E[ Σ_t γᵗ f(s_t, a_t) ],  the path of π*(x);   x ← x − β ∇φ
+
+    Args:
+        reward: r_x of discrete actions and states that are indices.
+        process: P, the first states and γ; its own reward is not used.
+        optimiser: from parameters to any torch optimiser.
+
+    Source: (M14).
+    """
+
+    def __init__(
+        self,
+        reward: RewardModel,
+        process: DenseMDP,
+        *,
+        optimiser: Callable[[Iterable[nn.Parameter]], Optimizer],
+    ) -> None:
+        super().__init__(reward, optimiser=optimiser, score=None, average=0.0)
+        self.process = process
+
+    def step(self, worth: Tensor, *, temperature: float) -> AdditiveOutcome:
+        """One update.
+
+        Args:
+            worth: f, (S, A).
+            temperature: τ of the planner, units of the reward held here. From a τ that is large at
+                first and falls, the reward finds what single starts at a small one do not
+                (maths, section 6).
+
+        Raises:
+            ShapeError: f is not (S, A).
+            TemperatureError: τ is not positive and finite.
+            NotConvergedError: the planner has not converged.
+            GradientError, NonFiniteResultError: as for `AdditiveUpdate.step`.
+        """
+        checks.check_temperature(temperature)
+        shape = tuple(self.process.reward.shape)
+        if worth.shape != shape:
+            raise ShapeError(f"worth has shape {tuple(worth.shape)}", allowed=f"(S, A) = {shape}")
+        return self._take(lambda: self._planned(worth.detach(), temperature))
+
+    def _planned(
+        self, worth: Tensor, temperature: float
+    ) -> tuple[float, AdditiveOutcome, ScoreAverage]:
+        process = self.process
+        every = torch.arange(process.reward.shape[-2], device=worth.device)
+        paid = self.reward.all_actions(every).to(process.reward)
+        policy = solve(process.replace(reward=paid), temperature=temperature).policy
+        earned = evaluate(policy, process.replace(reward=worth.to(process.reward)))
+        first = process.initial_distribution
+        mean = earned.mean() if first is None else first @ earned
+        phi = -(1 - process.discount) * mean
+        size = self._set(self._gradient("φ", phi), float(phi.detach()), "φ")
+        return float(phi.detach()), AdditiveOutcome(size, 1.0), self._average

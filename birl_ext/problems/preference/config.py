@@ -38,9 +38,10 @@ class PreferenceConfig:
     reuse: bool | None = None
     """Learn from all pairs kept, or from those of the newest round only; by default yes, of
     stoc-sobirl no."""
-    score: Literal["one-step", "full-horizon", "critic"] | None = None
+    score: Literal["one-step", "full-horizon", "critic", "exact"] | None = None
     """Estimator of the policy's derivative, by default one-step, of stoc-sobirl full-horizon, which
-    needs an environment that can be started from any observation."""
+    needs an environment that can be started from any observation; exact, with upper critic or
+    return, differentiates through the planner of a known MDP."""
     horizon: int = 20
     """Steps of a continuation, of full-horizon."""
     lead: int = 0
@@ -97,6 +98,9 @@ class PreferenceConfig:
     temperature: float = 1.0
     """τ in units of the reward that the agent is given, see normalise: where entropy_target is on,
     of the start."""
+    cool_from: float = 1.0
+    """A fixed τ starts at that many times temperature and falls to it, by equal factors, within 7
+    in 10 rounds."""
     entropy_target: bool = True
     """τ follows a target for the policy's entropy, entropy_share of ln A nats, of d continuous
     actions −d; otherwise it stays."""
@@ -171,7 +175,7 @@ class PreferenceConfig:
             self,
             least=_LEAST | {"temperature": 1e-12},  # by which float32 can divide
             above=dict.fromkeys(("learning_rate", "reward_rate", "timeout", "target_rate"), 0)
-            | {"entropy_share": 0, "limit": 1},
+            | {"cool_from": 0, "entropy_share": 0, "limit": 1},
             most={"target_rate": 1},
             below={"average": 1, "discount": 1, "entropy_share": 1, "noise": 1},
             infinite=("indirect_limit", "limit", "threshold"),
@@ -216,6 +220,18 @@ class PreferenceConfig:
                 fix="set members to 3, or take normalise=scale",
             )
 
+        if self.cool_from != 1.0 and self.entropy_target:
+            raise ConfigError(
+                f"cool_from is {self.cool_from}, and entropy_target is on",
+                allowed="1, where τ follows the entropy",
+                fix="set entropy_target to false",
+            )
+        if self.score == "exact" and self.upper == "cross-entropy":
+            raise ConfigError(
+                "score is exact, with upper cross-entropy",
+                allowed="with upper=critic or upper=return",
+                fix="use score=full-horizon",
+            )
         if self.upper != "cross-entropy" and (self.algorithm != "sobirl" or self.members > 1):
             raise ConfigError(
                 f"upper is {self.upper}, algorithm {self.algorithm}, members {self.members}",

@@ -19,7 +19,7 @@ from birl_ext.agents.agent import DiscreteAgent
 from birl_ext.agents.best import Best
 from birl_ext.agents.categorical import entropy
 from birl_ext.agents.sac import SAC
-from birl_ext.bilevel.additive import AdditiveOutcome, AdditiveUpdate
+from birl_ext.bilevel.additive import AdditiveOutcome, AdditiveUpdate, PlannedUpdate
 from birl_ext.bilevel.mrn import MRNUpdate
 from birl_ext.bilevel.score import Critic
 from birl_ext.bilevel.sobirl import SoBiRLOutcome, SoBiRLUpdate
@@ -76,6 +76,8 @@ _NORMALISED_OVER = 1000
 """Transitions that the scale of the reward is taken over."""
 _HELD_OVER = 128
 """States of the replay at which the entropy, and what moves it, are looked at."""
+_COOLED = 0.7
+"""Share of the rounds in which a fixed τ falls to what it is at the end."""
 _BEHAVIOUR = 256
 """Steps of the policy that an update by what it earns is made from."""
 _MEASURED_OVER = 1000
@@ -157,7 +159,7 @@ class PreferenceJob(Stateful):
             score, features = make_score(config, spaces, self.reward, draws, environment)
         self._score, self._features = score, features
         self._holding = draws.next()
-        self.learner = make_learner(config, self.reward, score)
+        self.learner = make_learner(config, self.reward, score, environment)
         self.judging, self._worth = make_judge(config, spaces, draws)
         self.answers = PreferenceBuffer(config.pairs, config.device)
         self._query = make_query(config, self._answering)
@@ -202,6 +204,7 @@ class PreferenceJob(Stateful):
     def step(self) -> dict[str, float]:
         """One round: act, let the agent learn, ask, let the reward learn, and at times evaluate."""
         spent = dict.fromkeys(self._seconds, 0.0)
+        self._cool()
         episodes, learned = self._live(spent)
         with _clock(spent, "reward"):
             count = self.schedule.counts[self._round]
@@ -328,6 +331,14 @@ class PreferenceJob(Stateful):
         except (RenderError, MissingDependencyError) as error:  # the run itself is well
             warn(str(error))
 
+    def _cool(self) -> None:
+        """Set a fixed τ to what this round has."""
+        config = self.config
+        if config.entropy_target:
+            return
+        left = max(0.0, 1 - self._round / (_COOLED * config.rounds))
+        self.agent.temperature = config.temperature * config.cool_from**left
+
     def _live(self, spent: dict[str, float]) -> tuple[list[Any], dict[str, float]]:
         """The environment steps of a round, with an update of the agent now and then."""
         config = self.config
@@ -363,7 +374,7 @@ class PreferenceJob(Stateful):
         if self._features is not None:
             first = Transitions(*(part[:size] for part in batch))
             self._features.update(first, cast(DiscreteAgent, self.agent))
-        if self._worth is not None:
+        if self._worth is not None and not isinstance(self.learner, PlannedUpdate):
             first = Transitions(*(part[:size] for part in batch))
             judged = self._judged(first.observation, first.action, first.reward)
             self._worth.update(first, judged, cast(DiscreteAgent, self.agent))
@@ -466,7 +477,7 @@ class PreferenceJob(Stateful):
     def _learn_reward(self) -> dict[str, float]:
         late = self._collector.transitions >= self.config.hypergradient_after
         self.learner.score = self._score if late else None
-        if not isinstance(self.learner, AdditiveUpdate):
+        if isinstance(self.learner, SoBiRLUpdate):
             return self._learn_from_answers(self.learner)
         found = {} if self.judging is None else self._learn_from_answers(self.judging)
         # in the first round there is no policy of the reward's own yet
@@ -508,11 +519,14 @@ class PreferenceJob(Stateful):
             "effective_pairs": last.effective,
         }
 
-    def _learn_from_behaviour(self, learner: AdditiveUpdate) -> dict[str, float]:
+    def _learn_from_behaviour(self, learner: AdditiveUpdate | PlannedUpdate) -> dict[str, float]:
         assert self._worth is not None
-        config, agent = self.config, cast(DiscreteAgent, self.agent)
+        agent = cast(DiscreteAgent, self.agent)
         holds, outcomes = self._holds_entropy(), []
-        for _ in range(config.reward_steps):
+        for _ in range(self.config.reward_steps):
+            if isinstance(learner, PlannedUpdate):
+                outcomes.append(learner.step(self._worths(learner), temperature=self._temperature))
+                continue
             where = self._behaviour(_BEHAVIOUR)[0]
             outcomes.append(
                 learner.step(
@@ -527,6 +541,14 @@ class PreferenceJob(Stateful):
             return {}
         last = AdditiveOutcome(*(fmean(column) for column in zip(*outcomes, strict=True)))
         return {"gradient_norm": last.gradient_norm, "kept": last.kept}
+
+    @torch.no_grad()
+    def _worths(self, learner: PlannedUpdate) -> Tensor:
+        """The upper level's own reward of every state and action, (S, A)."""
+        table = learner.process.reward
+        if self.judging is None:
+            return table
+        return self._answering.all_actions(torch.arange(len(table)))
 
     def _behaviour(self, count: int) -> Sequence[Tensor]:
         """Observations, actions and true rewards of the policy, as a discounted sum counts them."""

@@ -23,7 +23,7 @@ from birl_ext.agents.temperature import (
     continuous_entropy_target,
     discrete_entropy_target,
 )
-from birl_ext.bilevel.additive import AdditiveUpdate
+from birl_ext.bilevel.additive import AdditiveUpdate, PlannedUpdate
 from birl_ext.bilevel.mrn import MRNUpdate
 from birl_ext.bilevel.score import Critic, FullHorizon, OneStep, Score, Simulator
 from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate
@@ -407,13 +407,15 @@ def make_score(
     reward: RewardModel,
     draws: Generators,
     own: Source | None = None,
-) -> tuple[Score, SuccessorFeatures | None]:
+) -> tuple[Score | None, SuccessorFeatures | None]:
     """The estimator of the policy's derivative, and what has to learn beside the agent for it."""
     if config.score == "critic":
         return _critic(config, spaces, reward, draws)
     if config.score == "full-horizon":
         simulator = _simulator(config, spaces, draws.next(config.device), own)
         return FullHorizon(simulator, discount=config.discount, steps=config.horizon), None
+    if config.score == "exact":
+        return None, None  # the planner says it all
     if spaces.actions is None:
         return OneStep(samples=4, generator=draws.next(config.device)), None
     return OneStep(spaces.actions), None
@@ -478,8 +480,8 @@ def _critic(
 
 
 def make_learner(
-    config: PreferenceConfig, reward: RewardModel, score: Score | None
-) -> SoBiRLUpdate | AdditiveUpdate:
+    config: PreferenceConfig, reward: RewardModel, score: Score | None, own: Source | None = None
+) -> SoBiRLUpdate | AdditiveUpdate | PlannedUpdate:
     """The upper level."""
     if config.algorithm == "drlhf":
         return _fitted(config, reward)
@@ -491,6 +493,15 @@ def make_learner(
             noise=config.noise,
             lead=config.lead,
         )
+    if config.score == "exact":
+        mdp = _finite(config, own)
+        if mdp is None or config.device != "cpu":
+            raise ConfigError(
+                f"score is exact, with env {config.env} and device {config.device}",
+                allowed=f"an MDP of your own, or {GRIDWORLD}, on the cpu",
+                fix="use score=full-horizon or one-step",
+            )
+        return PlannedUpdate(reward, mdp, optimiser=_reward_optimiser(config))
     if config.upper != "cross-entropy":
         assert score is not None
         return AdditiveUpdate(
