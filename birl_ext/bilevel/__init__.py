@@ -4,6 +4,12 @@ judged by.
 
 from birl_ext.bilevel.adaptation import AdaptedReward
 from birl_ext.bilevel.bias_meter import EstimatorReport, exact_pair_objective, measure_estimator
+from birl_ext.bilevel.environment_adaptation import (
+    Adaptation,
+    AdaptationProblem,
+    Practice,
+    ZeroOrderAdaptation,
+)
 from birl_ext.bilevel.hypergradient import HypergradientReport, hypergradient_report
 from birl_ext.bilevel.msobirl import MSoBiRL, MSoBiRLOutcome
 from birl_ext.bilevel.newton import DampedNewton, NewtonOutcome
@@ -14,6 +20,8 @@ from birl_ext.bilevel.stoc_sobirl import Effort, SampledProblem, StocSoBiRL, Sto
 from birl_ext.bilevel.zero_order import ZeroOrder, ZeroOrderOutcome
 
 __all__ = [
+    "Adaptation",
+    "AdaptationProblem",
     "AdaptedReward",
     "BilevelProblem",
     "DRLHFUpdate",
@@ -26,12 +34,14 @@ __all__ = [
     "MSoBiRLOutcome",
     "NewtonOutcome",
     "OneStep",
+    "Practice",
     "SampledProblem",
     "SoBiRLOutcome",
     "SoBiRLUpdate",
     "StocSoBiRL",
     "StocSoBiRLOutcome",
     "ZeroOrder",
+    "ZeroOrderAdaptation",
     "ZeroOrderOutcome",
     "exact_pair_objective",
     "geometric",
