@@ -322,6 +322,16 @@ def test_after_an_error_all_is_as_it_was() -> None:
     assert digest(leader.state_dict()) == digest(before)
 
 
+def test_a_temperature_that_moves_is_refused() -> None:
+    class Cooling(Driver):
+        def update(self, *_: Any) -> dict[str, float]:
+            self.temperature = 0.5
+            return {}
+
+    with pytest.raises(OptionError, match=r"temperature went from 1 to 0\.5"):
+        sled_leader(agent=Cooling(PLACE)).step()
+
+
 def test_samples_are_steps_of_an_environment() -> None:
     leader = sled_leader()
     outcome = leader.step()

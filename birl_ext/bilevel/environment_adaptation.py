@@ -147,9 +147,10 @@ class _Adapting(Descent[AdaptationOutcome]):
         """One outer step.
 
         Raises:
-            GradientError: φ does not depend on x, or it or its gradient is not finite; x moves what
+            GradientError: neither level depends on x, or the gradient is not finite; x moves what
                 follows where it has no density.
-            NonFiniteResultError: the agent or the optimiser has diverged. After any error all is
+            NonFiniteInputError: reward or cost are not finite.
+            NonFiniteResultError: agent, critics or optimiser have diverged. After any error all is
                 what it was.
         """
         before = self.samples
@@ -304,7 +305,15 @@ class Adaptation(_Adapting):
 
     def hypergradient(self) -> tuple[float, Tensor]:
         """φ and ∇φ, (d,), estimated at the present x, after the follower's practice."""
+        tau = self.agent.temperature
         self.practise()
+        if self.agent.temperature != tau:
+            raise OptionError(
+                f"the agent's temperature went from {tau:g} to {self.agent.temperature:g}",
+                where=f"outer step {self.steps}",
+                allowed="one that stays: ∂φ/∂τ is not in this gradient",
+                fix="give the agent a Temperature without an entropy target",
+            )
         return self.estimate(self.practice.paths)
 
     def estimate(self, count: int) -> tuple[float, Tensor]:

@@ -22,6 +22,7 @@ from birl_ext.bilevel.environment_adaptation import (
     Practice,
     ZeroOrderAdaptation,
 )
+from birl_ext.model.checks import check_memory
 from birl_ext.problems.settings import check_settings
 from birl_ext.simulators.noisy import NoisyDynamics
 from birl_ext.state import Stateful
@@ -102,6 +103,11 @@ class AdaptationConfig:
             },
             most={"springs": 1000},
         )
+        critics = 3 * (1 + len(NAMES) + self.springs)  # of each step, and as much in the making
+        need = STEPS * self.paths * 8 * critics
+        check_memory(f"{self.paths} paths", need, fix="lower paths")
+        episodes = 32 * max(self.rounds, self.first)
+        check_memory(f"{episodes} episodes", STEPS * 8 * episodes, fix="lower rounds and first")
 
 
 class Arm:
