@@ -70,7 +70,7 @@ class AdaptationConfig:
     steps: int = 60
     """Outer steps."""
 
-    learning_rate: float = 0.05
+    learning_rate: float = 0.02
     """Of Adam, on the design."""
 
     radius: float = 0.1
