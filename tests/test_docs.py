@@ -29,6 +29,7 @@ BRIEFLY = {"sobirl_one_file.py": ["--steps", "2000"]}
 FOUR_ROOMS = sorted((ROOT / "benchmarks" / "results").glob("four_rooms_*.json"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 PREFERENCES = sorted((ROOT / "benchmarks" / "results").glob("preference_*.json"))
+ADAPTATION = sorted((ROOT / "benchmarks" / "results").glob("adaptation_*.json"))
 FOLLOWERS = sorted((ROOT / "benchmarks" / "results").glob("followers_*.json"))
 RELIABILITY = sorted((ROOT / "benchmarks" / "results").glob("reliability_*.json"))
 TAXES = sorted((ROOT / "benchmarks" / "results").glob("taxes_*.json"))
@@ -152,6 +153,17 @@ def test_the_tables_of_estimators_are_those_measured(name: str) -> None:
     table = page["table"](json.loads(stored.read_text()))
     found = between((ROOT / "docs" / "stochastic.md").read_text(), name.replace("_", " "))
     assert found.strip() == table, f"docs/stochastic.md should contain\n\n{table}"
+
+
+@pytest.mark.skipif(not ADAPTATION, reason="no stored results of adaptation")
+def test_the_tables_of_adaptation_are_those_measured() -> None:
+    report = json.loads(ADAPTATION[-1].read_text())
+    page = runpy.run_path(str(ROOT / "benchmarks" / "adaptation.py"))
+    text = (ROOT / "docs" / "adaptation.md").read_text()
+    for name, made in (("adaptation", page["table"]), ("adaptation race", page["race"])):
+        table = made(report)
+        found = between(text, name)
+        assert found.strip() == table, f"docs/adaptation.md should contain\n\n{table}"
 
 
 @pytest.mark.skipif(not FOLLOWERS, reason="no stored results of followers")

@@ -37,6 +37,7 @@ SMALL: dict[str, list[str]] = {
     "bus": ["--max-steps=2"],
     "four-rooms": ["--starts=2", "--steps=4"],
     "taxes": ["--cells=6", "--steps=1"],
+    "adaptation": ["--springs=1", "--steps=1", "--first=1", "--rounds=1", "--paths=8"],
     "preference": [
         *("--env=birl_ext/Gridworld-v0", "--rounds=1", "--environments=2", "--fragment=4"),
         *("--environment-steps=20", "--labels=8", "--initial-labels=4", "--batch-size=8"),

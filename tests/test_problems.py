@@ -68,6 +68,10 @@ OUT_OF_RANGE: dict[str, dict[str, tuple[float, ...]]] = {
         **{"temperature": (0.0,), "steps": (0,), "cells": (1,)},
         **{"learning_rate": (0.0, math.inf), "radius": (-1.0, math.inf)},
     },
+    "adaptation": {
+        **{"temperature": (0.0,), "steps": (0,), "rounds": (0,), "paths": (0,), "springs": (-1,)},
+        **{"learning_rate": (0.0, math.inf), "radius": (-1.0, math.inf), "first": (-1,)},
+    },
     "preference": {"learning_rate": (math.inf,)},
 }
 
@@ -98,6 +102,8 @@ def test_the_largest_seed_draws_an_instance() -> None:
 
 # Jobs
 
+BRIEF = {"springs": 2, "steps": 4, "first": 1, "rounds": 1, "paths": 8}  # of "adaptation"
+
 RESUMED: list[tuple[str, dict[str, Any], int]] = [
     *(("random-mdp", {"max_steps": 6, "mode": mode}, 3) for mode in ("exact", "published")),
     *(
@@ -108,6 +114,11 @@ RESUMED: list[tuple[str, dict[str, Any], int]] = [
     *(
         ("taxes", {"cells": 20, "steps": 6, "method": method}, 3)
         for method in ("gradient", "zero-order")
+    ),
+    *(
+        ("adaptation", {**BRIEF, "method": method, "follower": follower}, 2)
+        for method in ("gradient", "zero-order")
+        for follower in ("soft-q", "discrete-sac", "sac")
     ),
     ("bus", {}, 3),
 ]
@@ -134,6 +145,7 @@ FIGURES: dict[str, tuple[dict[str, int], set[str]]] = {
     "random-mdp": ({"max_steps": 3}, {"learning_curve"}),
     "four-rooms": ({"starts": 8, "steps": 12}, {"learning_curve", "incentives", "policies"}),
     "taxes": ({"cells": 20, "steps": 2}, {"learning_curve", "taxes", "households"}),
+    "adaptation": (BRIEF, {"learning_curve", "design", "springs"}),
     "bus": ({"max_steps": 3}, {"learning_curve", "replacement_probability"}),
 }
 

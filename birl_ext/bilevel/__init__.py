@@ -4,6 +4,12 @@ judged by.
 
 from birl_ext.bilevel.adaptation import AdaptedReward
 from birl_ext.bilevel.bias_meter import EstimatorReport, exact_pair_objective, measure_estimator
+from birl_ext.bilevel.environment_adaptation import (
+    Adaptation,
+    AdaptationProblem,
+    Practice,
+    ZeroOrderAdaptation,
+)
 from birl_ext.bilevel.hypergradient import HypergradientReport, hypergradient_report
 from birl_ext.bilevel.msobirl import MSoBiRL, MSoBiRLOutcome
 from birl_ext.bilevel.newton import DampedNewton, NewtonOutcome
@@ -19,6 +25,8 @@ from birl_ext.bilevel.stoc_sobirl import (
 from birl_ext.bilevel.zero_order import ZeroOrder, ZeroOrderOutcome
 
 __all__ = [
+    "Adaptation",
+    "AdaptationProblem",
     "AdaptedReward",
     "BilevelProblem",
     "DRLHFUpdate",
@@ -31,12 +39,14 @@ __all__ = [
     "MSoBiRLOutcome",
     "NewtonOutcome",
     "OneStep",
+    "Practice",
     "SampledProblem",
     "SoBiRLOutcome",
     "SoBiRLUpdate",
     "StocSoBiRLDescent",
     "StocSoBiRLOutcome",
     "ZeroOrder",
+    "ZeroOrderAdaptation",
     "ZeroOrderOutcome",
     "exact_pair_objective",
     "geometric",

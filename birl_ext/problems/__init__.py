@@ -1,5 +1,6 @@
 """Benchmark problems with published numbers, one per file; each is a job that `birl run` runs."""
 
+from birl_ext.problems.adaptation import AdaptationConfig, AdaptationJob
 from birl_ext.problems.bus import BusConfig, BusJob
 from birl_ext.problems.four_rooms import FourRoomsConfig, FourRoomsJob
 from birl_ext.problems.preference.config import PreferenceConfig
@@ -26,6 +27,11 @@ PROBLEMS = {
     ),
     "taxes": Problem(
         TaxesConfig, TaxesJob, "taxes that move the income, and the assets, of those who pay them"
+    ),
+    "adaptation": Problem(
+        AdaptationConfig,
+        AdaptationJob,
+        "an arm designed for its motor, whose controller learns to use it",
     ),
     "preference": Problem(
         PreferenceConfig,

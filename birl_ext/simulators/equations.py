@@ -7,7 +7,7 @@ path goes on to its own end, as the values of the lower level do.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from birl_ext.errors import ShapeError
 from birl_ext.simulators.paths import Paths, Policy, follow
 from birl_ext.state import Stateful
 
-__all__ = ["CartPole", "Dynamics", "DynamicsSimulator", "Pendulum"]
+__all__ = ["CartPole", "Dynamics", "DynamicsSimulator", "Pendulum", "RandomDynamics"]
 
 
 class Dynamics(Protocol):
@@ -38,24 +38,57 @@ class Dynamics(Protocol):
         ...
 
 
+@runtime_checkable
+class RandomDynamics(Dynamics, Protocol):
+    """Dynamics whose `step` is a mean, and which say how what follows is distributed around it."""
+
+    def draw(
+        self, state: Tensor, action: Tensor, generator: torch.Generator, /
+    ) -> tuple[Tensor, Tensor]:
+        """What follows, (n, d), and whether the episode ends with it, (n,) bool."""
+        ...
+
+    def log_prob(self, observation: Tensor, action: Tensor, successor: Tensor, /) -> Tensor:
+        """log P_x(s'|s, a) of observations, (n,), differentiable in what the equations are made
+        from; a constant may be left out.
+        """
+        ...
+
+
 class CartPole:
     """CartPole-v1 of Gymnasium: state and observation are x, ẋ, θ, θ̇ (m, m/s, rad, rad/s).
 
     An observation is the state rounded to float32, so a path from it leaves the environment's own
     by as much; one that grazes a threshold may end a step earlier or later.
 
+    Args:
+        gravity: m/s².
+        cart_mass, pole_mass: kg.
+        half_length: of the pole, m.
+        force: of a push, N. Any of these may be a tensor (), through which gradients pass.
+
     Source: Barto, Sutton and Anderson (1983); Gymnasium's `CartPoleEnv`, Euler's method.
     """
 
     observation_size = 4
-    gravity = 9.8
-    cart_mass = 1.0
-    pole_mass = 0.1
-    half_length = 0.5
-    force = 10.0
     seconds = 0.02
     farthest = 2.4
     steepest = 12 * 2 * math.pi / 360
+
+    def __init__(
+        self,
+        *,
+        gravity: float | Tensor = 9.8,
+        cart_mass: float | Tensor = 1.0,
+        pole_mass: float | Tensor = 0.1,
+        half_length: float | Tensor = 0.5,
+        force: float | Tensor = 10.0,
+    ) -> None:
+        self.gravity = gravity
+        self.cart_mass = cart_mass
+        self.pole_mass = pole_mass
+        self.half_length = half_length
+        self.force = force
 
     def state_of(self, observation: Tensor) -> Tensor:
         return observation.double()
@@ -128,7 +161,7 @@ class DynamicsSimulator(Stateful):
     """Draws paths of an environment whose equations are known.
 
     Args:
-        dynamics: such as `CartPole()`.
+        dynamics: such as `CartPole()`; `RandomDynamics` are drawn from.
         generator: source of all randomness, on the policy's device.
 
     Attributes:
@@ -161,7 +194,10 @@ class DynamicsSimulator(Stateful):
 
         def advance(_: Tensor, chosen: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal state
-            after, ended = self.dynamics.step(state, chosen)
+            if isinstance(self.dynamics, RandomDynamics):
+                after, ended = self.dynamics.draw(state, chosen, self.generator)
+            else:
+                after, ended = self.dynamics.step(state, chosen)
             # Beyond its end the equations may blow up.
             state = torch.where(alive.unsqueeze(-1), after, state)
             self.samples += int(alive.sum())
