@@ -157,7 +157,7 @@ class PlannedUpdate(RewardUpdate):
             worth: f, (S, A).
             temperature: τ of the planner, units of the reward held here. From a τ that is large at
                 first and falls, the reward finds what single starts at a small one do not
-                (maths, section 6).
+                (maths section 7, "Small temperatures").
 
         Raises:
             ShapeError: f is not (S, A).
