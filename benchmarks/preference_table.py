@@ -1,10 +1,12 @@
-"""How many labels does each algorithm need before its policy passes the threshold?
+"""What does each way of learning a reward from preferences reach: φ, true return, labels?
 
-SoBiRL, Stoc-SoBiRL and DRLHF on CartPole and the gridworld, under six teachers, paired by seed: the
-same environment seeds, first networks and teacher. Labels are counted until the first evaluation
-(greedy episodes on the true reward, after every round) that passes; a run that never does counts
-with its whole budget, which is a lower bound, for both algorithms of a pair. Beside it, because one
-lucky evaluation can pass: the true return, averaged over all evaluations of a run.
+SoBiRL, Stoc-SoBiRL, DRLHF and Meta-Reward-Net on CartPole and on the gridworld, there with a table
+as the reward and with 8 knobs, which an upper level that judges behaviour is for; paired by seed:
+the same environment seeds, first networks and teacher. φ is the cross entropy of the last reward
+over new answers about the behaviour of the last policy, which nothing learned from. Labels are
+counted until the first evaluation (greedy episodes on the true reward) that passes; a run that
+never does counts with its whole budget, which is a lower bound, for both algorithms of a pair.
+Beside it, because one lucky evaluation can pass: the true return, averaged over all evaluations.
 
     python benchmarks/preference_table.py [--tasks …] [--teachers …] [--algorithms …] [--seeds N]
         [--workers N] [--out FILE] [--figure FILE]
@@ -17,7 +19,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import shlex
 import statistics
 import sys
@@ -39,31 +40,38 @@ from birl_ext.runs.intervals import mean_interval
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "sobirl": {"algorithm": "sobirl"},
-    "sobirl-newest": {"algorithm": "sobirl", "reuse": False},
-    "sobirl-whole": {"algorithm": "sobirl", "indirect_limit": math.inf, "weigh_loss": True},
+    "stoc-sobirl": {"algorithm": "stoc-sobirl", "reward_steps": 1},
+    "mrn": {"algorithm": "mrn"},
     "drlhf": {"algorithm": "drlhf"},
-    "stoc-sobirl": {"algorithm": "stoc-sobirl"},
+    "critic": {"upper": "critic", "score": "exact", "cool_from": 50.0, "reward_rate": 0.1},
 }
-"""Of each candidate, what differs: sobirl-newest learns from each round's own pairs, sobirl-whole
-takes the estimate of ∇φ as it is, stoc-sobirl does both.
-"""
-PUBLISHED = ("sobirl", "stoc-sobirl", "drlhf")
-TASKS = ("gridworld", "cartpole")
+"""Of each candidate, what differs."""
+TASKS = ("gridworld", "gridworld-8", "cartpole")
+CANDIDATES = {
+    "gridworld": ("sobirl", "stoc-sobirl", "mrn", "drlhf"),
+    "gridworld-8": tuple(ALGORITHMS),
+    "cartpole": ("sobirl", "stoc-sobirl", "mrn", "drlhf"),
+}
+ASKED = {"cartpole": ("oracle", "mistake", "noisy")}
+"""Of a task, the teachers, if not all."""
 EXAMPLES = Path(__file__).parents[1] / "examples" / "preference"
 NAMES = {
     "sobirl": "SoBiRL",
     "stoc-sobirl": "Stoc-SoBiRL",
-    "sobirl-newest": "SoBiRL, newest pairs",
-    "sobirl-whole": "SoBiRL, whole gradient",
+    "mrn": "MRN",
     "drlhf": "DRLHF",
+    "critic": "a table judges",
 }
+MEASURED = 500
+"""New answers that φ is measured by."""
 KEY = ("task", "teacher", "algorithm", "seed")
 
 
 def settings(task: str) -> dict[str, Any]:
-    """What the example of that name holds."""
-    found: dict[str, Any] = read_toml(EXAMPLES / f"{task}.toml")["config"]
-    return found
+    """What the example of that name holds; of gridworld-8, with a reward of 8 knobs."""
+    name, _, knobs = task.partition("-")
+    found: dict[str, Any] = read_toml(EXAMPLES / f"{name}.toml")["config"]
+    return {**found, "keep_best": False, **({"reward_features": int(knobs)} if knobs else {})}
 
 
 def measure(task: str, teacher: str, algorithm: str, seed: int) -> dict[str, Any]:
@@ -84,10 +92,29 @@ def measure(task: str, teacher: str, algorithm: str, seed: int) -> dict[str, Any
         "labels_to_threshold": summary["labels_to_threshold"],
         "labels": [int(row["labels"]) for row in judged],
         "true_return": [round(row["true_return"], 2) for row in judged],
-        "phi": [None if math.isnan(row["phi"]) else round(row["phi"], 4) for row in judged],
+        "phi": round(objective(job), 4),
         "indirect_share": round(statistics.fmean(r.get("indirect_share", 0.0) for r in rows), 3),
         "processor_seconds": round(time.process_time() - start, 1),
     }
+
+
+def objective(job: Any) -> float:
+    """φ of the last reward at the last policy, by new answers of the same teacher."""
+    from birl_ext.preferences.fit import evaluate
+    from birl_ext.preferences.fragments import Pairs, draw
+    from birl_ext.problems.preference.recorder import Recorder
+    from birl_ext.rollouts.collect import Collector
+
+    config, drawn = job.config, torch.Generator().manual_seed(job.config.seed)
+    seen = Recorder(config.environments, keep=config.recent)
+    with job._make_environments(config.environments, config.seed + MEASURED) as own:
+        source = Collector(own, job.agent, seed=config.seed)
+        for _ in range(config.recent // config.environments):
+            seen.record(source.collect(1))
+    first, second = (draw(seen.episodes(), config.fragment, MEASURED, drawn) for _ in range(2))
+    label = job.teacher(first, second)
+    known = Pairs(first, second, label).select(~label.isnan())
+    return evaluate(job.reward, known).loss
 
 
 def needed(run: dict[str, Any]) -> int:
@@ -127,14 +154,15 @@ def pairs(
 
 
 def table(report: dict[str, Any], task: str) -> str:
-    """Markdown of one task: labels until the threshold, and paired differences to DRLHF."""
+    """Markdown of one task: φ, labels until the threshold, and paired differences to DRLHF."""
     runs = [run for run in report["runs"] if run["task"] == task]
     held = [name for name in ALGORITHMS if any(run["algorithm"] == name for run in runs)]
     rivals = [name for name in held if name != "drlhf"]
     head = [
         "teacher",
+        *(f"{NAMES[name]}: φ" for name in held),
         *(f"{NAMES[name]}: labels (passed)" for name in held),
-        *(f"{NAMES[name]} − DRLHF: labels" for name in rivals),
+        *(f"{NAMES[name]} − DRLHF: φ" for name in rivals),
         *(f"{NAMES[name]} − DRLHF: return" for name in rivals),
     ]
     lines = []
@@ -143,12 +171,13 @@ def table(report: dict[str, Any], task: str) -> str:
         if not rows:
             continue
         cells = [teacher or "**all**"]
+        own = {name: [run for run in rows if run["algorithm"] == name] for name in held}
+        cells += [f"{statistics.fmean(r['phi'] for r in own[name]):.2f}" for name in held]
         for name in held:
-            own = [run for run in rows if run["algorithm"] == name]
-            passed = sum(run["labels_to_threshold"] is not None for run in own)
-            mean = f"{statistics.fmean(map(needed, own)):.0f}" if own else "–"
-            cells.append(f"{mean} ({passed} of {len(own)})")
-        cells += [interval(pairs(rows, name, needed)) for name in rivals]
+            passed = sum(run["labels_to_threshold"] is not None for run in own[name])
+            mean = f"{statistics.fmean(map(needed, own[name])):.0f}" if own[name] else "–"
+            cells.append(f"{mean} ({passed} of {len(own[name])})")
+        cells += [interval(pairs(rows, name, lambda run: run["phi"]), 2) for name in rivals]
         cells += [interval(pairs(rows, name, level), 1) for name in rivals]
         lines.append(cells)
     return markdown(head, lines)
@@ -160,7 +189,7 @@ def figure(report: dict[str, Any], path: Path) -> None:
 
     tasks = [task for task in TASKS if any(run["task"] == task for run in report["runs"])]
     with plots.style():
-        drawn, axes = plots.new_figure(1, len(tasks), squeeze=False)
+        drawn, axes = plots.new_figure(1, len(tasks), size=(4.6 * len(tasks), 3.8), squeeze=False)
         for panel, task in zip(axes[0], tasks, strict=True):
             for name, colour in zip(ALGORITHMS, plots.COLOURS, strict=False):
                 own = [r for r in report["runs"] if (r["task"], r["algorithm"]) == (task, name)]
@@ -194,8 +223,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--teachers", nargs="+", choices=list(TEACHERS), default=list(TEACHERS))
-    parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS), default=PUBLISHED)
+    parser.add_argument("--teachers", nargs="+", choices=list(TEACHERS))
+    parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS))
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, … of each")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--figure", type=Path, help="PNG to draw of all runs in the file")
@@ -220,12 +249,11 @@ def main() -> int:
     words = [word for word in sys.argv[1:] if word not in ("--out", str(options.out))]
     report["commands"].append(shlex.join(["python", "benchmarks/preference_table.py", *words]))
     held = {tuple(run[name] for name in KEY) for run in report["runs"]}
-    asked = itertools.product(
-        options.tasks, range(options.seeds), options.teachers, options.algorithms
-    )
     open_runs = [
         key
-        for task, seed, teacher, name in asked
+        for task, seed in itertools.product(options.tasks, range(options.seeds))
+        for teacher in options.teachers or ASKED.get(task, TEACHERS)
+        for name in options.algorithms or CANDIDATES[task]
         if (key := (task, teacher, name, seed)) not in held
     ]
     failed = 0
@@ -241,6 +269,7 @@ def main() -> int:
             print(
                 f"{run['task']:10} {run['teacher']:8} {run['algorithm']:12} seed {run['seed']}  "
                 f"labels {needed(run):4}{'' if run['labels_to_threshold'] else '+'}  "
+                f"φ {run['phi']:5.2f}  "
                 f"last return {run['true_return'][-1]:6.1f}  {run['processor_seconds']:5.1f} s",
                 flush=True,
             )
