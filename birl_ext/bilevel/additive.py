@@ -156,8 +156,7 @@ class PlannedUpdate(RewardUpdate):
         Args:
             worth: f, (S, A).
             temperature: τ of the planner, units of the reward held here. From a τ that is large at
-                first and falls, the reward finds what single starts at a small one do not
-                (maths, section 6).
+                first and falls, the reward finds what single starts at a small one do not.
 
         Raises:
             ShapeError: f is not (S, A).
