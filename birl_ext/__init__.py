@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from birl_ext.preferences.buffer import PreferenceBuffer
     from birl_ext.preferences.reward_model import RewardEnsemble, RewardNetwork
     from birl_ext.preferences.teachers import TEACHERS, ScriptedTeacher
-    from birl_ext.problems.preference.learner import DRLHF, SoBiRL, StocSoBiRL
+    from birl_ext.problems.preference.learner import DRLHF, MRN, SoBiRL, StocSoBiRL
     from birl_ext.problems.saved import load_run
     from birl_ext.replay.buffer import ReplayBuffer
     from birl_ext.replay.frames import FrameReplay
@@ -81,6 +81,7 @@ _LAZY = {
     "FiniteSimulator": "simulators.finite",
     "FrameReplay": "replay.frames",
     "FullHorizon": "bilevel.score",
+    "MRN": "problems.preference.learner",
     "MSoBiRL": "bilevel.msobirl",
     "OneStep": "bilevel.score",
     "PreferenceBuffer": "preferences.buffer",
@@ -109,6 +110,7 @@ _LAZY = {
 
 __all__ = [
     "DRLHF",
+    "MRN",
     "SAC",
     "TEACHERS",
     "AdaptedReward",

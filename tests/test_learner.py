@@ -32,7 +32,8 @@ from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.job import PreferenceJob
 from birl_ext.runs.directory import RunDirectory
 
-DRLHF, SoBiRL, StocSoBiRL = birl_ext.DRLHF, birl_ext.SoBiRL, birl_ext.StocSoBiRL
+DRLHF, MRN = birl_ext.DRLHF, birl_ext.MRN
+SoBiRL, StocSoBiRL = birl_ext.SoBiRL, birl_ext.StocSoBiRL
 
 
 class Counting(gymnasium.Env[Any, Any]):
@@ -118,7 +119,7 @@ def test_a_program_and_the_command_line_make_the_same_run(tmp_path: Path) -> Non
     assert repr(made) == "SoBiRL('CartPole-v1', 'mistake', algorithm='sobirl': 4 of 4 rounds)"
 
 
-@pytest.mark.parametrize("learner", [SoBiRL, StocSoBiRL, DRLHF])
+@pytest.mark.parametrize("learner", [SoBiRL, StocSoBiRL, DRLHF, MRN])
 def test_an_own_environment_and_an_own_teacher(learner: Any, tmp_path: Path) -> None:
     teacher, build = Counted(), Restorable if learner is StocSoBiRL else Counting
     made = learner(build, teacher, episode_steps=9, **SMALL).learn(progress=False)

@@ -99,13 +99,19 @@ class Learner(Stateful, ABC):
 
     def policy_state(self) -> dict[str, Any]:
         """How it acts, a snapshot: a small part of `state_dict`."""
-        return {"network": taken(self._acting), "log_temperature": taken(self._temperature.log)}
+        tau = self._temperature
+        return {
+            "network": taken(self._acting),
+            "log_temperature": taken(tau.log),
+            "fixed_temperature": tau.fixed,
+        }
 
     @torch.no_grad()
     def load_policy_state(self, state: Mapping[str, Any]) -> None:
         """Act like that from now on; what learning goes on from stays as it is."""
         put(self._acting, state["network"])
         self._temperature.log.copy_(state["log_temperature"])
+        self._temperature.fixed = state["fixed_temperature"]
 
     def _optimiser(self, parameters: Iterable[Tensor]) -> Optimizer:
         """One whose learning rates are annealed."""

@@ -52,7 +52,7 @@ class Temperature(Stateful):
     Source: Haarnoja et al. (2018), with the logarithm in place of τ.
     """
 
-    STATE = ("log", "_fixed", "_optimiser")
+    STATE = ("log", "fixed", "_optimiser")
 
     def __init__(
         self,
@@ -65,7 +65,8 @@ class Temperature(Stateful):
         _positive(initial)
         self.entropy_target = entropy_target
         self.log = torch.tensor(math.log(initial), device=device, dtype=torch.float64)
-        self._fixed = None if entropy_target is not None else float(initial)
+        self.fixed = None if entropy_target is not None else float(initial)
+        """τ, where it follows no target; otherwise None."""
         self._optimiser = None
         if entropy_target is not None:
             self.log.requires_grad_()
@@ -73,7 +74,7 @@ class Temperature(Stateful):
 
     @property
     def value(self) -> float:
-        return self._fixed if self._fixed is not None else math.exp(float(self.log.detach()))
+        return self.fixed if self.fixed is not None else math.exp(float(self.log.detach()))
 
     def set(self, value: float) -> None:
         """A fixed τ from now on.
@@ -81,9 +82,9 @@ class Temperature(Stateful):
         Raises:
             OptionError: it follows an entropy target.
         """
-        if self._fixed is None:
+        if self.fixed is None:
             raise OptionError("the temperature follows an entropy target", fix="leave it alone")
-        self._fixed = _positive(value)
+        self.fixed = _positive(value)
 
     def update(self, entropy: Tensor) -> None:
         """One step towards the entropy target; nothing if τ is fixed.
@@ -97,7 +98,7 @@ class Temperature(Stateful):
         self._optimiser.step()
 
     def _check_state(self, state: Any, name: str = "") -> None:
-        if isinstance(state, Mapping) and (state.get("fixed") is None) != (self._fixed is None):
+        if isinstance(state, Mapping) and (state.get("fixed") is None) != (self.fixed is None):
             raise OptionError(
                 "the stored temperature was fixed and this one is not, or the reverse"
             )

@@ -212,14 +212,12 @@ class PreferenceConfig:
                 allowed="2 or more, with query=disagreement",
                 fix="set members to 3",
             )
-
         if self.normalise_members and self.members < 2:
             raise ConfigError(
                 f"members is {self.members}",
                 allowed="2 or more, with normalise_members",
                 fix="set members to 3, or take normalise=scale",
             )
-
         if self.cool_from != 1.0 and self.entropy_target:
             raise ConfigError(
                 f"cool_from is {self.cool_from}, and entropy_target is on",

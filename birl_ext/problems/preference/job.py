@@ -215,7 +215,7 @@ class PreferenceJob(Stateful):
                 self._first_fit()
             fitted = self._learn_reward()
             phi = judged.pop("phi")
-            if self._worth is not None:
+            if self._judges:
                 phi = self._phi = self._cost_of_behaviour()
             self._normalise()
         self._round += 1
@@ -371,11 +371,10 @@ class PreferenceJob(Stateful):
         else:
             batch, present = self._replay.ahead(size, steps, self._sampling)
         reward = self._paid(batch)
+        first = Transitions(*(part[:size] for part in batch))
         if self._features is not None:
-            first = Transitions(*(part[:size] for part in batch))
             self._features.update(first, cast(DiscreteAgent, self.agent))
-        if self._worth is not None and not isinstance(self.learner, PlannedUpdate):
-            first = Transitions(*(part[:size] for part in batch))
+        if self._worth is not None:
             judged = self._judged(first.observation, first.action, first.reward)
             self._worth.update(first, judged, cast(DiscreteAgent, self.agent))
         return self.agent.update(batch, reward, present)
@@ -413,8 +412,9 @@ class PreferenceJob(Stateful):
         """Put questions to the teacher and keep the answers.
 
         Returns:
-            How well the reward foretold them, and how many there were; `phi` estimates φ without
-            bias where the fragments are the present policy's and the query is uniform.
+            How well the reward that is fitted to answers foretold them, and how many there were;
+            `phi` estimates the φ of an upper level that is their cross entropy without bias where
+            the fragments are the present policy's and the query is uniform.
         """
         config, device = self.config, self.config.device
         self._answered = 0
@@ -520,13 +520,13 @@ class PreferenceJob(Stateful):
         }
 
     def _learn_from_behaviour(self, learner: AdditiveUpdate | PlannedUpdate) -> dict[str, float]:
-        assert self._worth is not None
         agent = cast(DiscreteAgent, self.agent)
         holds, outcomes = self._holds_entropy(), []
         for _ in range(self.config.reward_steps):
             if isinstance(learner, PlannedUpdate):
                 outcomes.append(learner.step(self._worths(learner), temperature=self._temperature))
                 continue
+            assert self._worth is not None
             where = self._behaviour(_BEHAVIOUR)[0]
             outcomes.append(
                 learner.step(
@@ -554,6 +554,11 @@ class PreferenceJob(Stateful):
         """Observations, actions and true rewards of the policy, as a discounted sum counts them."""
         drawn = self._recorder.steps(count, self.config.discount, self._holding)
         return [part.to(self.config.device) for part in drawn]
+
+    @property
+    def _judges(self) -> bool:
+        """Whether the upper level is about behaviour, by a reward of its own."""
+        return self.config.upper != "cross-entropy"
 
     @property
     def _answering(self) -> RewardModel:
@@ -611,6 +616,9 @@ class PreferenceJob(Stateful):
         def upper() -> Figure:
             from birl_ext.runs import plots
 
+            if self._judges:
+                name = "φ: cost per step by the upper level's own reward"
+                return plots.learning_curve(history, {"phi": name}, title=title)
             curves = {
                 "phi": "φ: of new answers, before it learned from them",
                 "cross_entropy": "of answers it learns from",
@@ -646,7 +654,9 @@ class PreferenceJob(Stateful):
                 policy = cast(DiscreteAgent, self.agent).probabilities(every).cpu()
                 return draw_worlds(self.reward.all_actions(every).cpu(), policy, title=title)
 
-        drawn = {"true_return": learning, "phi": upper, "reward_accuracy": reward}
+        drawn = {"true_return": learning, "phi": upper}
+        if self.config.upper != "return":  # there nobody answers
+            drawn["reward_accuracy"] = reward
         return drawn | ({"learned_reward": worlds} if self.config.env == GRIDWORLD else {})
 
 

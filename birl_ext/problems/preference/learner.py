@@ -30,7 +30,7 @@ from birl_ext.runs.directory import RunDirectory, free_directory
 from birl_ext.runs.job import Logger, Metrics
 from birl_ext.runs.loop import draw_figures, run
 
-__all__ = ["DRLHF", "SoBiRL", "StocSoBiRL"]
+__all__ = ["DRLHF", "MRN", "SoBiRL", "StocSoBiRL"]
 
 PROBLEM = "preference"
 
@@ -285,3 +285,14 @@ class DRLHF(SoBiRL):
     """
 
     ALGORITHMS = ("drlhf",)
+
+
+class MRN(SoBiRL):
+    """Meta-Reward-Net: the reward is fitted to the answers, and then so that the agent's critics
+    agree with them after one step on it (Liu et al., 2022), see `birl_ext.bilevel.mrn.MRNUpdate`.
+
+    Args:
+        environment, teacher, directory, settings: as for `SoBiRL`.
+    """
+
+    ALGORITHMS = ("mrn",)

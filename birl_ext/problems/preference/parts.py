@@ -447,7 +447,9 @@ def _finite(config: PreferenceConfig, own: Source | None) -> DenseMDP | None:
     if config.env == GRIDWORLD:
         return gridworld_mdp(config.discount)
     made = None if own is None or isinstance(own, VectorEnv) else own()
-    return made.mdp if isinstance(made, FiniteEnvironment) else None
+    if not isinstance(made, FiniteEnvironment):
+        return None
+    return made.mdp.replace(discount=config.discount)
 
 
 def _critic(
@@ -536,7 +538,7 @@ def make_judge(
     config: PreferenceConfig, spaces: Spaces, draws: Generators
 ) -> tuple[DRLHFUpdate | None, ActionValue | None]:
     """Of an upper level that judges behaviour: the reward by which it does, where that is learned
-    from answers, and what the policy earns by it.
+    from answers, and what the policy earns by it, where that is learned from samples.
     """
     if config.upper == "cross-entropy":
         return None, None
@@ -546,20 +548,24 @@ def make_judge(
             allowed="discrete actions",
             fix="take upper=cross-entropy",
         )
+    value = None if config.score == "exact" else _action_value(config, spaces, draws)
+    if config.upper == "return":
+        return None, value
+    judge = make_flexible_reward(config, spaces, draws)
+    return _fitted(config, judge), value
+
+
+def _action_value(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> ActionValue:
     rate = config.learning_rate
     if spaces.observations is not None:
         rate *= 1 - config.discount  # a table's entries, which Adam moves by that, are (1 − γ) Q
-    value = ActionValue(
+    return ActionValue(
         _values(config, spaces, draws),
         discount=config.discount,
         optimiser=functools.partial(torch.optim.Adam, lr=rate, fused=True),
         target_rate=config.target_rate,
         target_period=config.target_period,
     )
-    if config.upper == "return":
-        return None, value
-    judge = make_flexible_reward(config, spaces, draws)
-    return _fitted(config, judge), value
 
 
 def make_query(config: PreferenceConfig, reward: RewardModel) -> Query:

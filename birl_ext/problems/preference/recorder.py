@@ -77,6 +77,7 @@ class Recorder:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Observations, actions and true rewards of `count` steps, with replacement, the t-th of an
         episode in proportion to γᵗ: what happens under the policy, as a discounted sum counts it.
+        Where the first steps of one are kept no longer, t counts from the oldest that is.
         """
         whole = _joined(self.episodes())
         time = torch.cat([torch.arange(len(one.reward)) for one in self.episodes()])
