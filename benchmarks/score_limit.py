@@ -167,7 +167,8 @@ def run(setting: Setting, rule: dict[str, Any] | None, *, fresh: bool) -> dict[s
             assert pool is not None
             chosen = torch.randint(len(pool), (BATCH,), generator=simulator.generator)
             pairs = pool.select(chosen)
-        algorithm.step(pairs, follower, temperature=TEMPERATURE)
+        among = None if fresh or not known else len(pool or ())
+        algorithm.step(pairs, follower, temperature=TEMPERATURE, pool=among)
         assert weight.grad is not None
         used = weight.grad.flatten()
         errors.append(float((used - truth).norm() / truth.norm()))

@@ -19,7 +19,8 @@ class ScoreAverage(Stateful):
         used: max(0, 1 − c_t σ²_t/‖m_t‖²) m_t
 
     c σ² is the square of the average's standard error, measured from how far each update is from
-    the average before it; where the gradient itself moves, that counts as noise. Before the second
+    the average before it; where the gradient itself moves, that counts as noise. What is made from
+    the same data again and again has their error, too: c + n/N in place of c. Before the second
     update nothing is known of it, and nothing is used. β = 0 uses every g_t as it is.
 
     Args:
@@ -30,16 +31,22 @@ class ScoreAverage(Stateful):
     Source: the shrinkage: James and Stein (1961), the positive part.
     """
 
-    STATE = ("mean", "_spread", "_mass", "_squares", "_spread_mass")
+    STATE = ("mean", "_spread", "_mass", "_squares", "_spread_mass", "_shared")
 
     def __init__(self, size: int, decay: float, like: Tensor) -> None:
         self.decay = check_number("average", decay, below=1.0)
         self.mean = torch.zeros(size, dtype=like.dtype, device=like.device)
-        self._spread = self._mass = self._squares = self._spread_mass = 0.0
+        self._spread = self._mass = self._squares = self._spread_mass = self._shared = 0.0
 
-    def after(self, gradient: Tensor) -> ScoreAverage:
-        """The average with one more gradient, (size,)."""
+    def after(self, gradient: Tensor, *, shared: float = 0.0) -> ScoreAverage:
+        """The average with one more gradient, (size,).
+
+        Args:
+            shared: of its variance, what others share because they are made from the same few
+                data: n/N where each is the mean of n of N. No average takes that away.
+        """
         new = ScoreAverage(0, self.decay, self.mean)
+        new._shared = shared
         keep, add = self.decay, 1.0 - self.decay
         new._mass = keep * self._mass + add
         new._squares = keep**2 * self._squares + add**2
@@ -59,5 +66,6 @@ class ScoreAverage(Stateful):
         size = float(self.mean.double().square().sum())
         if not (self._spread_mass and size):
             return 0.0
-        noise = self._squares / self._mass**2 * self._spread / self._spread_mass
+        share = self._squares / self._mass**2 + self._shared
+        noise = share * self._spread / self._spread_mass
         return max(0.0, 1.0 - noise / size)

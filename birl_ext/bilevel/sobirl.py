@@ -174,7 +174,13 @@ class SoBiRLUpdate(RewardUpdate):
         self.lead = check_count("lead", lead, 0)
 
     def step(
-        self, pairs: Pairs, follower: Any, *, temperature: float, held: Tensor | None = None
+        self,
+        pairs: Pairs,
+        follower: Any,
+        *,
+        temperature: float,
+        held: Tensor | None = None,
+        pool: int | None = None,
     ) -> SoBiRLOutcome:
         """One update from a batch of answered pairs.
 
@@ -189,6 +195,8 @@ class SoBiRLUpdate(RewardUpdate):
             held: observations (m, *O) over which τ holds the follower's mean entropy at a target,
                 such as a batch of its replay: dτ/dx is part of the gradient then (M21). None: τ is
                 fixed. Discrete actions, and a score other than `Critic`.
+            pool: how many pairs these are drawn from, again and again: their error is not averaged
+                away, and counts as noise. None: they are new in every update.
 
         Raises:
             OptionError: there is no pair, or no step after the lead; or no entropy can be held.
@@ -202,10 +210,16 @@ class SoBiRLUpdate(RewardUpdate):
         if not len(pairs):
             raise OptionError("there are no pairs", allowed="1 or more")
         pairs.after(self.lead)  # refuses a lead that leaves nothing
-        return self._take(lambda: self._prepare(pairs, follower, temperature, held))
+        shared = 0.0 if pool is None else min(1.0, len(pairs) / check_count("pool", pool))
+        return self._take(lambda: self._prepare(pairs, follower, temperature, held, shared))
 
     def _prepare(
-        self, pairs: Pairs, follower: Any, temperature: float, held: Tensor | None
+        self,
+        pairs: Pairs,
+        follower: Any,
+        temperature: float,
+        held: Tensor | None,
+        shared: float,
     ) -> tuple[float, SoBiRLOutcome, ScoreAverage]:
         """Set the gradient of each parameter at its present value; the average with this one."""
         found = self._evaluated(pairs, follower)
@@ -230,12 +244,13 @@ class SoBiRLUpdate(RewardUpdate):
                     by_tau = self._weighed(own, along * slopes.to(own), temperature, weight)
                     (slope,) = torch.autograd.grad(by_tau, along)  # ∂φ/∂τ
                     indirect = indirect + slope * moved
-            average = average.after(self._flat(self._gradient("the score", indirect)))
-            part = self._parts(average.kept * average.mean)
-            share = norm(part)
+            part = self._flat(self._gradient("the score", indirect))
+            average = average.after(part, shared=shared)
+            parts = self._parts(average.kept * average.mean)
+            share = norm(parts)
             cut = min(1.0, self.indirect_limit * norm(gradient) / share) if share else 1.0
             share *= cut
-            gradient = [_sum(one, other, cut) for one, other in zip(gradient, part, strict=True)]
+            gradient = [_sum(one, other, cut) for one, other in zip(gradient, parts, strict=True)]
         value = float(loss.detach().mean())
         size = self._set(gradient, value, "loss")
         outcome = SoBiRLOutcome(
