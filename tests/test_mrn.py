@@ -85,11 +85,16 @@ def still(parameters: Any) -> torch.optim.Optimizer:
 
 
 def by_autograd(
-    follower: Learner, reward: RewardNetwork, pairs: Pairs, batch: Transitions, goal: Tensor
+    follower: Learner,
+    reward: RewardNetwork,
+    pairs: Pairs,
+    batch: Transitions,
+    goal: Tensor,
+    scale: float,
 ) -> list[Tensor]:
     """∇ of the loss of the critics after one step of theirs, differentiated as it is computed."""
     critics = dict(follower.critics.named_parameters())
-    paid = reward(batch.observation, batch.action)
+    paid = reward(batch.observation, batch.action) / scale
     target = goal + paid - paid.detach()
     values = follower.chosen(follower.critics, batch.observation, batch.action)
     error = (values - target).square().mean(-1).sum()
@@ -108,17 +113,18 @@ def by_autograd(
     return list(torch.autograd.grad(loss.mean(-1).sum(), list(reward.parameters())))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.05])
 @pytest.mark.parametrize("kind", ["soft Q", "discrete", "continuous"])
-def test_the_gradient_is_that_of_the_critics_step(kind: str) -> None:
+def test_the_gradient_is_that_of_the_critics_step(kind: str, scale: float) -> None:
     follower, reward, pairs, batch = setting(kind)
-    paid = reward(batch.observation, batch.action).detach()
+    paid = reward(batch.observation, batch.action).detach() / scale
     drawn = follower.state_dict()  # the continuous agent draws an action for its goal
     _, goal = follower.goal(batch, paid)
     follower.load_state_dict(drawn)
-    want = by_autograd(follower, reward, pairs, batch, goal)
+    want = by_autograd(follower, reward, pairs, batch, goal, scale)
     learner = MRNUpdate(reward, optimiser=still, rate=RATE)
     before = [parameter.detach().clone() for parameter in follower.critics.parameters()]
-    found = learner.through_critic(pairs, follower, batch, paid)
+    found = learner.through_critic(pairs, follower, batch, paid, scale=scale)
     for parameter, one in zip(reward.parameters(), want, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, one, rtol=1e-4, atol=1e-7)

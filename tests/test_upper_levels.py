@@ -244,7 +244,7 @@ def test_what_cannot_be_planned_with_is_named() -> None:
 
 # In a run
 
-EXACT = {"env": GRID, "score": "exact", "reward_features": 3}
+EXACT = {"env": GRID, "score": "exact", "reward_features": 3, "entropy_target": False}
 WAYS = [
     {"env": GRID, "upper": "critic"},
     {"upper": "critic"},
@@ -292,15 +292,20 @@ def test_behaviour_is_judged_by_the_upper_levels_own_reward(
     row = job.step()
     assert any(not torch.equal(part, own[key]) for key, part in job.reward.state_dict().items())
 
-    count, (where, chosen, true) = drawn[-1]
-    assert count == 1000
-    judged = true
-    if critic:
-        with torch.no_grad():
-            judged = job.judging.reward(where, chosen)
-    assert row["phi"] == job.summary()["phi"] == pytest.approx(-float(judged.mean()), abs=1e-7)
-    with torch.no_grad():
-        assert row["phi"] != pytest.approx(-float(job.reward(where, chosen).mean()), abs=1e-4)
+    gamma = job.config.discount
+
+    def mean_cost(reward: Any) -> float:
+        """−(1 − γ) Σ γᵗ r, mean over the episodes of this round."""
+        sums = []
+        for episode in job._recorder.episodes():
+            with torch.no_grad():
+                paid = reward(episode.observation, episode.action) if reward else episode.reward
+            sums.append(sum(gamma**t * float(one) for t, one in enumerate(paid)))
+        return -(1 - gamma) * sum(sums) / len(sums)
+
+    judge = job.judging.reward if critic else None
+    assert row["phi"] == job.summary()["phi"] == pytest.approx(mean_cost(judge), abs=1e-6)
+    assert row["phi"] != pytest.approx(mean_cost(job.reward), abs=1e-4)
     if isinstance(job.learner, PlannedUpdate):
         every = torch.arange(38)
         with torch.no_grad():
@@ -308,8 +313,8 @@ def test_behaviour_is_judged_by_the_upper_levels_own_reward(
         assert len(worths) == 3
         assert all(torch.equal(one, table) for one in worths)
         return
-    assert len(drawn) == 4
-    for states, (asked, at) in zip(worths, drawn[:-1], strict=True):
+    assert len(drawn) == 3
+    for states, (asked, at) in zip(worths, drawn, strict=True):
         assert asked == 256
         assert torch.equal(states, at[0])
     assert learned
@@ -412,12 +417,15 @@ def test_the_critics_part_of_mrn_comes_after_the_first_round(
     seen: list[int] = []
     plain = job.learner.through_critic
 
-    def through(pairs: Any, follower: Any, batch: Transitions, paid: Tensor) -> Any:
+    def through(
+        pairs: Any, follower: Any, batch: Transitions, paid: Tensor, *, scale: float
+    ) -> Any:
         seen.append(job._round + 1)
         assert follower is job.agent
         with torch.no_grad():
             assert torch.equal(paid, job.reward(batch.observation, batch.action))
-        return plain(pairs, follower, batch, paid)
+        assert scale == 1.0
+        return plain(pairs, follower, batch, paid, scale=scale)
 
     monkeypatch.setattr(job.learner, "through_critic", through)
     while not job.done:
@@ -434,6 +442,7 @@ def test_an_own_mdp_is_planned_at_the_discount_of_the_run() -> None:
         "env": "<own>",
         "upper": "return",
         "score": "exact",
+        "entropy_target": False,
         "reward_features": 2,
         "episode_steps": 12,
         "discount": 0.6,
@@ -540,6 +549,12 @@ def test_a_temperature_that_follows_an_entropy_cannot_be_set() -> None:
         ),
         (
             {"upper": "return", "score": "exact"},
+            "score is exact, and entropy_target is on",
+            "a fixed τ",
+            "set entropy_target to false",
+        ),
+        (
+            {"upper": "return", "score": "exact", "entropy_target": False},
             "score is exact, with env CartPole-v1 and device cpu",
             "an MDP of your own, or birl_ext/Gridworld-v0, on the cpu",
             "use score=full-horizon or one-step",
@@ -583,7 +598,7 @@ def test_settings_out_of_range_are_named() -> None:
     for changes, match in (
         ({"upper": "retrun"}, "did you mean 'return'"),
         ({"reward_features": -1}, "reward_features is -1"),
-        ({"cool_from": 0.0, "entropy_target": False}, "cool_from is 0"),
+        ({"cool_from": 0.2, "entropy_target": False}, "cool_from is 0.2"),
         ({"cool_from": math.inf, "entropy_target": False}, "cool_from is inf"),
     ):
         with pytest.raises(ConfigError, match=match):

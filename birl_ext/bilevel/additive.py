@@ -75,7 +75,8 @@ class AdditiveUpdate(RewardUpdate):
 
         Args:
             observation: states (m, *O) of the present policy's paths, each drawn in proportion to
-                γ_uᵗ: φ̂ is in units of one step then, (1 − γ_u) φ.
+                γ_uᵗ: ∇φ̂ is ∇φ divided by the mean of Σ γ_uᵗ over a path, and its direction that of
+                ∇φ. Paths of earlier policies bias it.
             advantage: π(a|s) A_f(s, a), (m, A), as `ActionValue.advantage` has it.
             follower: the present policy, of discrete actions, held fixed.
             temperature: its τ, units of the reward held here.

@@ -64,7 +64,13 @@ class MRNUpdate(DRLHFUpdate):
         self.rate = check_number("rate", rate, above=True)
 
     def through_critic(
-        self, pairs: Pairs, follower: Learner, batch: Transitions, paid: Tensor
+        self,
+        pairs: Pairs,
+        follower: Learner,
+        batch: Transitions,
+        paid: Tensor,
+        *,
+        scale: float = 1.0,
     ) -> MetaOutcome:
         """One update of the reward by ∇φ_m.
 
@@ -73,15 +79,17 @@ class MRNUpdate(DRLHFUpdate):
             follower: the agent, which stays as it is.
             batch: transitions of its replay.
             paid: r as the agent is given it, (n,).
+            scale: that the agent's reward is r divided by.
 
         Raises:
             GradientError, NonFiniteResultError: as for `SoBiRLUpdate.step`.
         """
         check_kind("pairs", pairs, Pairs)
-        return self._take(lambda: self._meta(pairs, follower, batch, paid))
+        check_number("scale", scale, above=True)
+        return self._take(lambda: self._meta(pairs, follower, batch, paid, scale))
 
     def _meta(
-        self, pairs: Pairs, follower: Learner, batch: Transitions, paid: Tensor
+        self, pairs: Pairs, follower: Learner, batch: Transitions, paid: Tensor, scale: float
     ) -> tuple[float, MetaOutcome, ScoreAverage]:
         names, now = zip(*follower.critics.named_parameters(), strict=True)
         _, goal = follower.goal(batch, paid)
@@ -108,7 +116,7 @@ class MRNUpdate(DRLHFUpdate):
         along = torch.stack([(by * to).sum() for by, to in zip(slope, toward, strict=True)]).sum()
         (each,) = torch.autograd.grad(along, weight)  # ∇_θ Q_c(s_i, a_i) · ∇φ_m, (c, n)
         reward = self.reward(batch.observation, batch.action)
-        surrogate = 2 * self.rate / batch.size * (each.sum(0).to(reward) * reward).sum()
+        surrogate = 2 * self.rate / (scale * batch.size) * (each.sum(0).to(reward) * reward).sum()
         gradient = self._gradient("the critic's step", surrogate)
         value = float(loss.detach())
         return value, MetaOutcome(value, self._set(gradient, value, "loss")), self._average

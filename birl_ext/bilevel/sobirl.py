@@ -44,6 +44,7 @@ class SoBiRLOutcome(NamedTuple):
         gradient_norm: ‖∇φ̂‖₂.
         indirect_share: ‖the score's part‖₂ / ‖∇φ̂‖₂: zero without a hyper-gradient.
         kept: what the noise leaves of the score's part, [0, 1], see `ScoreAverage`.
+        capped: 1 where `indirect_limit` has shortened what is left.
         used: pairs whose weight is not zero; the loss counts the others too without `weigh_loss`.
         effective: (Σw)²/Σw² of the importance weights.
     """
@@ -53,6 +54,7 @@ class SoBiRLOutcome(NamedTuple):
     gradient_norm: float
     indirect_share: float
     kept: float
+    capped: float
     used: int
     effective: float
 
@@ -231,7 +233,7 @@ class SoBiRLUpdate(RewardUpdate):
         weight = self._weight(pairs, found.log_prob).to(loss)
         direct = ((weight if self.weigh_loss else 1.0) * own).sum() / len(loss)
         gradient = self._gradient("the loss", direct, retain_graph=found.score is not None)
-        share, average = 0.0, self._average
+        share, cut, average = 0.0, 1.0, self._average
         if found.score is not None:
             # (1/n) Σ w (l − b) h/τ, whose gradient is the score's part
             indirect = self._weighed(own, found.score, temperature, weight)
@@ -259,6 +261,7 @@ class SoBiRLUpdate(RewardUpdate):
             gradient_norm=size,
             indirect_share=share / size if size else 0.0,
             kept=average.kept if share else 0.0,
+            capped=float(cut < 1.0),
             used=int((weight > 0).sum()),
             effective=float(weight.sum().square() / weight.square().sum().clamp(min=1e-12)),
         )

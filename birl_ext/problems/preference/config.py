@@ -173,9 +173,9 @@ class PreferenceConfig:
         self._settle()
         check_settings(
             self,
-            least=_LEAST | {"temperature": 1e-12},  # by which float32 can divide
+            least=_LEAST | {"cool_from": 1, "temperature": 1e-12},  # by which float32 can divide
             above=dict.fromkeys(("learning_rate", "reward_rate", "timeout", "target_rate"), 0)
-            | {"cool_from": 0, "entropy_share": 0, "limit": 1},
+            | {"entropy_share": 0, "limit": 1},
             most={"target_rate": 1},
             below={"average": 1, "discount": 1, "entropy_share": 1, "noise": 1},
             infinite=("indirect_limit", "limit", "threshold"),
@@ -229,6 +229,12 @@ class PreferenceConfig:
                 "score is exact, with upper cross-entropy",
                 allowed="with upper=critic or upper=return",
                 fix="use score=full-horizon",
+            )
+        if self.score == "exact" and self.entropy_target:
+            raise ConfigError(
+                "score is exact, and entropy_target is on",
+                allowed="a fixed τ: what τ itself does is not in that gradient",
+                fix="set entropy_target to false",
             )
         if self.upper != "cross-entropy" and (self.algorithm != "sobirl" or self.members > 1):
             raise ConfigError(

@@ -80,8 +80,6 @@ _COOLED = 0.7
 """Share of the rounds in which a fixed τ falls to what it is at the end."""
 _BEHAVIOUR = 256
 """Steps of the policy that an update by what it earns is made from."""
-_MEASURED_OVER = 1000
-"""Steps of the policy that its φ is the mean of."""
 _AT_TARGET = 0.1
 """Of ln A: as near as the entropy must be to its target for τ to be what holds it there."""
 
@@ -345,7 +343,8 @@ class PreferenceJob(Stateful):
         episodes: list[Any] = []
         sums: Counter[str] = Counter()
         updates = 0
-        if config.algorithm == "stoc-sobirl":  # of the present policy's own steps alone
+        # of the present policy's own steps alone
+        if config.algorithm == "stoc-sobirl" or config.upper != "cross-entropy":
             self._recorder.forget()
         for _ in range(config.environment_steps // config.environments):
             with _clock(spent, "environment"):
@@ -386,8 +385,12 @@ class PreferenceJob(Stateful):
         return (reward - self._normal["shift"]) / self._normal["scale"]
 
     def _cost_of_behaviour(self) -> float:
-        """φ of an upper level that judges behaviour, per step, by its own reward."""
-        return -float(self._judged(*self._behaviour(_MEASURED_OVER)).mean())
+        """φ of an upper level that judges behaviour, over the episodes of the round."""
+        config = self.config
+        whole, weight = self._recorder.discounted(config.discount)
+        where, chosen, true = (part.to(config.device) for part in whole[:3])
+        earned = self._judged(where, chosen, true).cpu().double()
+        return -(1 - config.discount) * float(weight @ earned)
 
     @torch.no_grad()
     def _judged(self, observation: Tensor, action: Tensor, true: Tensor) -> Tensor:
@@ -503,11 +506,13 @@ class PreferenceJob(Stateful):
                     self.agent,
                     temperature=self._temperature,
                     held=self._held() if holds else None,
+                    pool=pool if config.reuse else None,
                 )
             )
             if isinstance(learner, MRNUpdate) and self._round:
                 batch = self._replay.sample(config.batch_size, self._holding)
-                learner.through_critic(pairs, self.agent, batch, self._paid(batch))
+                paid, scale = self._paid(batch), self._normal["scale"]
+                learner.through_critic(pairs, self.agent, batch, paid, scale=scale)
         last = SoBiRLOutcome(*(fmean(column) for column in zip(*outcomes, strict=True)))  # type: ignore[arg-type]
         known = [found.accuracy for found in outcomes if not math.isnan(found.accuracy)]
         return {
@@ -516,6 +521,9 @@ class PreferenceJob(Stateful):
             "reward_accuracy": fmean(known) if known else math.nan,
             "gradient_norm": last.gradient_norm,
             "indirect_share": last.indirect_share,
+            "kept": last.kept,
+            "capped": last.capped,
+            "holds_entropy": float(holds),
             "effective_pairs": last.effective,
         }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from birl_ext.environments.finite import FiniteEnvironment
-from birl_ext.errors import ConfigError, MissingDependencyError, OptionError
+from birl_ext.errors import ConfigError, MissingDependencyError, OptionError, TeacherError
 from birl_ext.files import PARTIAL
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.preferences.reward_model import RewardModel
@@ -72,6 +72,12 @@ class SoBiRL:
         directory: str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> None:
+        if teacher is None:
+            raise TeacherError(
+                "the teacher is None",
+                allowed="a name of `birl_ext.TEACHERS`, or a function of two batches of fragments",
+                fix="leave it out for the noisy one",
+            )
         self._take(environment, teacher)
         if isinstance(environment, VectorEnv):
             settings.setdefault("environments", environment.num_envs)

@@ -72,16 +72,22 @@ class Recorder:
         """Finished ones, then those under way."""
         return [*self._closed, *(_joined(steps) for steps in self._open if steps)]
 
+    def discounted(self, discount: float) -> tuple[Episode, Tensor]:
+        """All steps, one below the other, and γᵗ over the number of episodes for each: what Σ γᵗ of
+        an episode is the mean by. Where the first steps of one are kept no longer, t counts from
+        the oldest that is.
+        """
+        episodes = self.episodes()
+        time = torch.cat([torch.arange(len(one.reward)) for one in episodes])
+        return _joined(episodes), discount ** time.double() / len(episodes)
+
     def steps(
         self, count: int, discount: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Observations, actions and true rewards of `count` steps, with replacement, the t-th of an
-        episode in proportion to γᵗ: what happens under the policy, as a discounted sum counts it.
-        Where the first steps of one are kept no longer, t counts from the oldest that is.
+        """Observations, actions and true rewards of `count` steps, with replacement, by the weights
+        of `discounted`: what happens under the policy, as a discounted sum counts it.
         """
-        whole = _joined(self.episodes())
-        time = torch.cat([torch.arange(len(one.reward)) for one in self.episodes()])
-        share = discount ** time.double()
+        whole, share = self.discounted(discount)
         index = torch.multinomial(share, count, replacement=True, generator=generator)
         return whole.observation[index], whole.action[index], whole.reward[index]
 
