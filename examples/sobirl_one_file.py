@@ -17,7 +17,8 @@ long as the first part, since answers are used again and again.
 
     python examples/sobirl_one_file.py [--seed 0] [--steps 20000]    # under a minute
 
-birl_ext.SoBiRL does the same with more estimators, environments, teachers and guards.
+birl_ext.SoBiRL has more: other estimators, environments and teachers, dτ/dx, a noise that counts
+how often answers were used, a loss that weighs them alike, and guards.
 Source: Yang, Gao and Yuan (2025), Algorithm SoBiRL.
 """
 

@@ -51,6 +51,25 @@ def test_what_is_kept_is_the_share_of_the_signal(signal: float) -> None:
     assert abs(sum(kept) / len(kept) - want) < 0.06, (kept, want)
 
 
+@pytest.mark.parametrize("signal", [0.05, 0.2, 2.0])
+def test_what_all_updates_share_counts_as_noise(signal: float) -> None:
+    """Means of n of the same N: the mean of all N is off, and no average over updates mends it."""
+    decay, few, pool = 0.9, 8, 32
+    truth = torch.full((SIZE,), signal, dtype=torch.float64)
+    kept = []
+    for seed in range(40):
+        draws = torch.Generator().manual_seed(seed)
+        each = truth + noise(pool, seed) * few**0.5  # of one datum; a variance of one in each mean
+        average = ScoreAverage(SIZE, decay, truth)
+        for _ in range(100):
+            index = torch.randint(pool, (few,), generator=draws)
+            average = average.after(each[index].mean(0), shared=few / pool)
+        kept.append(average.kept)
+    left = (1 - decay) / (1 + decay) + few / pool
+    want = signal**2 / (signal**2 + left)
+    assert abs(sum(kept) / len(kept) - want) < 0.1, (kept, want)
+
+
 def test_nothing_is_used_before_its_noise_is_known() -> None:
     first, second = averaged(0.9, torch.ones(2, SIZE, dtype=torch.float64))
     assert (first.kept, second.kept) == (0.0, 1.0)
@@ -80,7 +99,7 @@ def learner(average: float) -> tuple[SoBiRLUpdate, Any]:
         average=average,
     )
 
-    def step(seed: int) -> Any:
+    def step(seed: int, pool: int | None = None) -> Any:
         random = torch.Generator().manual_seed(seed)
 
         def side() -> Fragments:
@@ -91,7 +110,7 @@ def learner(average: float) -> tuple[SoBiRLUpdate, Any]:
             return Fragments(where, chosen, ones, ones.bool(), log_prob, now)
 
         label = torch.randint(2, (8,), generator=random).double()
-        return own.step(Pairs(side(), side(), label), follower, temperature=0.5)
+        return own.step(Pairs(side(), side(), label), follower, temperature=0.5, pool=pool)
 
     return own, step
 
@@ -104,6 +123,9 @@ def test_a_step_uses_what_the_noise_leaves() -> None:
     shares = [step(seed) for seed in range(1, 12)]
     assert any(outcome.kept > 0 for outcome in shares)
     assert all((outcome.indirect_share > 0) == (outcome.kept > 0) for outcome in shares)
+    few = learner(0.9)[1]
+    reused = [few(seed, pool=4) for seed in range(12)]
+    assert sum(one.kept for one in reused) < sum(one.kept for one in shares)
     plain, at_once = learner(0.0)
     assert at_once(0).kept == 1.0
     assert plain.steps == 1
