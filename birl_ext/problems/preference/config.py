@@ -49,8 +49,8 @@ class PreferenceConfig:
     average: float = 0.98
     """Of the score's part over updates, which its noise then shrinks; 0 takes each as it is."""
     indirect_limit: float | None = None
-    """Most of the score's part of the gradient, in units of the loss's part; inf for all of it,
-    which pairs that are used again and again let run away. By default 0.3, of stoc-sobirl inf."""
+    """Most of what noise leaves of the score's part of the gradient, in units of the loss's part;
+    inf for all of it. By default 0.3, of stoc-sobirl inf."""
     weigh_loss: bool | None = None
     """Weigh the loss too, not its score alone; by default no, of stoc-sobirl yes."""
     hypergradient_after: int = 0
