@@ -334,6 +334,25 @@ def test_the_temperature_is_differentiated_where_it_holds_the_entropy(
         assert not torch.equal(seen[0], seen[1])
 
 
+@pytest.mark.parametrize("reuse", [True, False])
+def test_answers_that_are_used_again_count_as_so_many(
+    reuse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(reuse=reuse)
+    pools: list[Any] = []
+    plain = job.learner.step
+
+    def step(*given: Any, pool: Any, **more: Any) -> Any:
+        pools.append(pool)
+        return plain(*given, pool=pool, **more)
+
+    monkeypatch.setattr(job.learner, "step", step)
+    row = job.step()
+    assert set(pools) == {len(job.answers) if reuse else None}
+    assert 0 <= row["kept"] <= 1
+    assert 0 <= row["capped"] <= 1
+
+
 @pytest.mark.parametrize("keep_best", [True, False])
 def test_a_finished_run_hands_out_its_best_policy(
     keep_best: bool, monkeypatch: pytest.MonkeyPatch
