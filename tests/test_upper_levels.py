@@ -292,7 +292,8 @@ def test_behaviour_is_judged_by_the_upper_levels_own_reward(
     row = job.step()
     assert any(not torch.equal(part, own[key]) for key, part in job.reward.state_dict().items())
 
-    gamma = job.config.discount
+    gamma, kept = job.config.discount, job._recorder.episodes()
+    assert sum(len(one.reward) for one in kept) == job.config.environment_steps  # this round's own
 
     def mean_cost(reward: Any) -> float:
         """−(1 − γ) Σ γᵗ r, mean over the episodes of this round."""
