@@ -32,7 +32,7 @@ from birl_ext.errors import (
     TemperatureError,
 )
 from birl_ext.preferences.fit import evaluate
-from birl_ext.preferences.fragments import Episode, Pairs
+from birl_ext.preferences.fragments import Episode, Fragments, Pairs
 from birl_ext.preferences.reward_model import FeatureReward
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.job import PreferenceJob
@@ -349,7 +349,13 @@ def test_the_judge_is_what_is_asked_about_and_foretells(changes: dict[str, Any])
         assert evaluate(other, asked[-1]).loss != pytest.approx(found.loss, abs=1e-6)
 
 
+def asked_for_nothing(first: Fragments, second: Fragments) -> Tensor:
+    raise AssertionError
+
+
 def test_nobody_is_asked_about_a_return() -> None:
+    with pytest.raises(ConfigError, match=r"a teacher is given, .* which asks nobody"):
+        PreferenceJob(make_job(upper="return").config, teacher=asked_for_nothing)
     job = make_job(upper="return", labels=40)
     assert (job.config.labels, job.config.initial_labels) == (0, 0)
     job.teacher = None  # which would not answer

@@ -35,8 +35,11 @@ def default_path(problem: str) -> Path:
     return candidate
 
 
-def free_directory(path: Path) -> None:
+def free_directory(path: Path, fix: str = "choose another --out") -> None:
     """Refuse a path that a run cannot be written to.
+
+    Args:
+        fix: the remedy; a run that is there can be gone on with, besides.
 
     Raises:
         ConfigError: it exists and is not an empty directory.
@@ -48,8 +51,7 @@ def free_directory(path: Path) -> None:
         raise ConfigError(
             "the run directory is not empty",
             where=str(path),
-            fix="choose another --out"
-            + (f", or go on with --resume {path}" if (path / CONFIG).is_file() else ""),
+            fix=fix + (f", or go on with --resume {path}" if (path / CONFIG).is_file() else ""),
         )
 
 

@@ -132,6 +132,12 @@ class PreferenceJob(Stateful):
         modules = {found.__name__: found for found in map(import_own, config.module)}
         if teacher is None and config.teacher not in TEACHERS and not is_own(config.teacher):
             teacher = named_teacher(config.teacher, modules)
+        if teacher is not None and config.upper == "return":
+            raise ConfigError(
+                f"a teacher is given, {config.teacher}, with upper return, which asks nobody",
+                allowed="no teacher of one's own",
+                fix="leave it out, or take upper=critic or cross-entropy",
+            )
         check_device(config.device)
         self.schedule = check_sizes(config)
         if config.video_every:

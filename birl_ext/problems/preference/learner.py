@@ -190,7 +190,7 @@ class SoBiRL:
         """
         self._require_learned()
         target = Path(path)
-        free_directory(target)
+        free_directory(target, "give another path")
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{target.name}")
         try:
