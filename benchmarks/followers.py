@@ -115,7 +115,7 @@ USED = """
 
 def config_of(candidate: Candidate, seed: int) -> PreferenceConfig:
     task = candidate.task
-    rounds = {"rounds": task.steps // 1000, "environment_steps": 1000}
+    rounds: dict[str, Any] = {"rounds": task.steps // 1000, "environment_steps": 1000}
     return PreferenceConfig(env=task.env, seed=seed, **rounds, **candidate.settings)
 
 
@@ -126,7 +126,8 @@ def recorded(candidate: Candidate) -> dict[str, Any]:
     else:
         plain = to_plain(config_of(candidate, 0))
         found = {name: plain[name] for name in USED.split()}
-    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+    held: dict[str, Any] = json.loads(json.dumps(found))
+    return held
 
 
 def ours(candidate: Candidate, seed: int, judge: Judge) -> None:
@@ -168,7 +169,7 @@ def theirs(candidate: Candidate, seed: int, judge: Judge) -> None:
 
     task = candidate.task
 
-    class Judged(BaseCallback):  # type: ignore[misc]
+    class Judged(BaseCallback):  # type: ignore[misc, unused-ignore]
         def _on_step(self) -> bool:
             if self.num_timesteps % task.every == 0:
                 judge(Rival(self.model))

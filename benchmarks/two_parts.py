@@ -168,10 +168,10 @@ def _likeliest(seen: Tensor, answers: Tensor) -> Tensor:
         optimiser.zero_grad()
         gap = seen @ x
         found = (functional.softplus(gap) - answers * gap).sum() + x.square().sum() / 2
-        found.backward()  # type: ignore[no-untyped-call]
+        found.backward()
         return found
 
-    optimiser.step(loss)  # type: ignore[arg-type]
+    optimiser.step(loss)
     return x.detach()
 
 
@@ -390,7 +390,7 @@ def main() -> int:
             print("cells (row, column) that gain and lose most, points of time")
             for at, name in enumerate(("direct", "indirect")):
                 push, answers = shown.pushes[at], shown.decided[at]
-                misfit = -RATE * float(sum(shown.pushes) @ push) - answers
+                misfit = -RATE * float(torch.stack(list(shown.pushes)).sum(0) @ push) - answers
                 print(f"  a step by the {name} part: {largest(shown.moves[at])}")
                 print(f"    undecided answers {answers:+.5f}, misfit {misfit:+.5f}")
             print(f"  at the end, both parts − direct alone: {largest(shown.difference)}")
