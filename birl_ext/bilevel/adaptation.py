@@ -16,6 +16,7 @@ from torch import Tensor
 from birl_ext.agents.agent import check_discount
 from birl_ext.bilevel.guards import check_count
 from birl_ext.bilevel.score import Follower, Simulator
+from birl_ext.bilevel.trajectory import filled
 from birl_ext.preferences.loss import RewardFunction
 
 __all__ = [
@@ -89,8 +90,7 @@ class AdaptedReward:
         with torch.no_grad():
             gain = self.value(there) - self.value(here)
         moved = gain * self.transition(here, chosen, there)
-        table = moved.new_zeros(seen.shape).masked_scatter(seen, moved)
-        return paid + self.discount * table.view(-1, self.samples).mean(-1)
+        return paid + self.discount * filled(seen, moved).view(-1, self.samples).mean(-1)
 
 
 def path_log_probability(
@@ -117,4 +117,4 @@ def transition_log_probabilities(
     onward = torch.zeros_like(present)
     onward[:, :-1] = present[:, :-1] & present[:, 1:]
     found = transition(observation[onward], action[onward], observation.roll(-1, 1)[onward])
-    return found.new_zeros(onward.shape).masked_scatter(onward, found)
+    return filled(onward, found)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.bilevel.score import Follower, Score
+from birl_ext.bilevel.trajectory import filled
 from birl_ext.errors import ShapeError
 from birl_ext.preferences.loss import RewardFunction
 
@@ -37,19 +38,18 @@ def path_slopes(
     with torch.no_grad():
         share = follower.probabilities(observation[present])
         chosen = action[present].unsqueeze(-1)
-        own = share.clamp(min=torch.finfo(share.dtype).tiny).log()
+        own = _logs(share)
         entropy = -(share * own).sum(-1)
         now = -own.gather(-1, chosen).squeeze(-1) - entropy
-        table = now.new_zeros(present.shape).masked_scatter(present, now)
         later = score(_entropy_of(follower), follower, observation, action, present)
-    return table.sum(-1) + later
+    return filled(present, now).sum(-1) + later
 
 
 def action_slopes(score: Score, follower: Follower, observation: Tensor) -> Tensor:
     """`path_slopes` of each action, (m, *O) → (m, A), for weights that sum to zero over them."""
     with torch.no_grad():
         share = follower.probabilities(observation)
-        own = share.clamp(min=torch.finfo(share.dtype).tiny).log()
+        own = _logs(share)
         later = score.of_actions(_entropy_of(follower), follower, observation, share.shape[-1])
         return later.to(own) - own
 
@@ -83,7 +83,7 @@ def temperature_surrogate(
         )
     with torch.no_grad():
         share = follower.probabilities(observation)
-        own = share.clamp(min=torch.finfo(share.dtype).tiny).log()
+        own = _logs(share)
         surplus = share * (own - (share * own).sum(-1, keepdim=True))  # of every action
     rises = -(surplus * action_slopes(score, follower, observation)).sum(-1)
     rise = rises.mean()  # τ Σ d ∂H/∂τ
@@ -94,11 +94,16 @@ def temperature_surrogate(
     return (surplus * (moved - moved.detach())).sum(-1).mean() / rise
 
 
+def _logs(share: Tensor) -> Tensor:
+    """log π, finite where π has underflowed."""
+    return share.clamp(min=torch.finfo(share.dtype).tiny).log()
+
+
 def _entropy_of(follower: Follower) -> RewardFunction:
     """H(s), as a reward."""
 
     def entropy(observation: Tensor, action: Tensor) -> Tensor:
         share = follower.probabilities(observation)
-        return -(share * share.clamp(min=torch.finfo(share.dtype).tiny).log()).sum(-1)
+        return -(share * _logs(share)).sum(-1)
 
     return entropy

@@ -27,7 +27,7 @@ from birl_ext.bilevel.guards import (
     make_optimiser,
 )
 from birl_ext.bilevel.hypergradient import hypergradient
-from birl_ext.bilevel.trajectory import additive_surrogate
+from birl_ext.bilevel.trajectory import additive_surrogate, filled
 from birl_ext.environments.transitions import Transitions
 from birl_ext.errors import NonFiniteInputError, NonFiniteResultError, OptionError, ShapeError
 from birl_ext.replay.buffer import ReplayBuffer
@@ -221,7 +221,7 @@ class _Adapting(Descent[AdaptationOutcome]):
         seen = self._paid(
             "cost", x, path.observation[:, :-1][present], path.action[:, :-1][present]
         )
-        return seen.new_zeros(present.shape).masked_scatter(present, seen)
+        return filled(present, seen)
 
     def _powers(self, x: Any) -> Tensor:
         like = variables.leaves(x)[0].detach()
@@ -339,11 +339,11 @@ class Adaptation(_Adapting):
         cost = self._paid("cost", self.x, here, chosen) + moved - moved.detach()
         score = slope.to(cost) @ variables.joined(variables.leaves(self.x))
         surrogate = additive_surrogate(
-            _filled(present, cost),
-            _filled(present, score),
+            filled(present, cost),
+            filled(present, score),
             temperature=self.agent.temperature,
             discount=above,
-            advantage=_filled(present, advantage.to(cost)),
+            advantage=filled(present, advantage.to(cost)),
         )
         check_objective(surrogate, self.steps, "cost")
         levels = "`dynamics`, `reward` or `cost`"
@@ -515,13 +515,6 @@ class ZeroOrderAdaptation(_Adapting):
         gradient = (found[0] - found[1]) / (2 * self.radius) * variables.joined(direction)
         check_gradient(gradient, self.steps)
         return float(found[0] + found[1]) / 2, gradient
-
-
-def _filled(present: Tensor, rows: Tensor) -> Tensor:
-    """(m, …) of the steps that are present as (n, H, …), zero elsewhere."""
-    table = rows.new_zeros((*present.shape, *rows.shape[1:]))
-    table[present] = rows
-    return table
 
 
 def _shaped(found: Tensor, rows: int, count: int, parts: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from birl_ext.agents.agent import check_discount
 from birl_ext.bilevel.guards import check_count
+from birl_ext.bilevel.trajectory import filled
 from birl_ext.errors import OptionError
 from birl_ext.preferences.loss import RewardFunction
 from birl_ext.preferences.reward_model import RewardModel
@@ -111,7 +112,7 @@ class _StepByStep:
     ) -> Tensor:
         """The surrogate of each step, (n, H)."""
         steps = self.steps_of(reward, follower, observation[present], action[present])
-        return steps.new_zeros(present.shape).masked_scatter(present, steps)
+        return filled(present, steps)
 
     def steps_of(
         self, reward: RewardFunction, follower: Follower, where: Tensor, chosen: Tensor
@@ -174,17 +175,15 @@ class OneStep(_StepByStep):
 
     def _mean(self, reward: RewardFunction, follower: Follower, where: Tensor) -> Tensor:
         """E_π r(s, ·), (m,)."""
-        count = self.actions or self.samples
-        spread = where.repeat_interleave(count, 0)
         if self.actions is not None:
-            every = torch.arange(count, device=where.device).repeat(len(where))
             with torch.no_grad():
                 share = follower.probabilities(where)
-            return (share * reward(spread, every).view(-1, count)).sum(-1)
+            return (share * self.of_actions(reward, follower, where, self.actions)).sum(-1)
         assert self.generator is not None
+        spread = where.repeat_interleave(self.samples, 0)
         with torch.no_grad():
             drawn = follower.sample(spread, self.generator)
-        return reward(spread, drawn).view(-1, count).mean(-1)
+        return reward(spread, drawn).view(-1, self.samples).mean(-1)
 
 
 class FullHorizon(_StepByStep):
@@ -240,8 +239,7 @@ class FullHorizon(_StepByStep):
         seen = path.present & apart.unsqueeze(-1)
         found = reward(path.observation[seen], path.action[seen])
         powers = self.discount ** torch.arange(self.steps, dtype=found.dtype, device=found.device)
-        table = found.new_zeros(seen.shape).masked_scatter(seen, found)
-        return table @ powers
+        return filled(seen, found) @ powers
 
 
 class Critic(_StepByStep):

@@ -32,6 +32,7 @@ from birl_ext.bilevel.trajectory import (
     Baseline,
     additive_surrogate,
     check_baseline,
+    filled,
     trajectory_surrogate,
 )
 from birl_ext.errors import OptionError, ShapeError
@@ -297,8 +298,7 @@ class StocSoBiRLDescent(Descent[StocSoBiRLOutcome]):
             policy = follower.policy
             gain = self.upper_q - (policy * self.upper_q).sum(-1, keepdim=True)
             each = score.of_actions(scored, follower, where[present], policy.shape[-1])
-            scores = each.new_zeros((*present.shape, each.shape[-1]))
-            scores = scores.masked_scatter(present.unsqueeze(-1), each)
+            scores = filled(present, each)
             advantage = (policy * gain)[where] * present.unsqueeze(-1)
         else:
             scores = score.each(scored, follower, *path)

@@ -12,7 +12,7 @@ from torch import Tensor
 from birl_ext.errors import OptionError, ShapeError
 from birl_ext.model import checks
 
-__all__ = ["Baseline", "additive_surrogate", "check_baseline", "trajectory_surrogate"]
+__all__ = ["Baseline", "additive_surrogate", "check_baseline", "filled", "trajectory_surrogate"]
 
 Baseline = Literal["others", "none"]
 
@@ -137,6 +137,13 @@ def additive_surrogate(
     if path is not None:
         indirect[:, :-1] += ahead[:, 1:] * (path - path.detach())[:, :-1]
     return (powers * cost + indirect).sum(1).mean()
+
+
+def filled(present: Tensor, rows: Tensor) -> Tensor:
+    """(m, …) of the steps that are `present`, (n, H), as (n, H, …), zero elsewhere."""
+    table = rows.new_zeros((*present.shape, *rows.shape[1:]))
+    mask = present.view(*present.shape, *[1] * (rows.dim() - 1))
+    return table.masked_scatter(mask, rows)
 
 
 def check_baseline(baseline: Baseline) -> None:

@@ -276,11 +276,7 @@ def make_agent(
         "anneal_over": max(total, 1) if config.anneal else None,
     }
     shape, dtype = spaces.observation_shape, spaces.observation_dtype
-
-    def heads(outputs: int) -> nn.Module:
-        made = head_network(shape, dtype, outputs, generator=draws.next(), hidden=config.hidden)
-        return made.to(config.device)
-
+    heads = functools.partial(_heads, config, spaces, draws)
     if spaces.actions is not None:
         if spaces.observations is not None and config.follower == "sac":
             raise ConfigError(
@@ -328,8 +324,13 @@ def _values(config: PreferenceConfig, spaces: Spaces, draws: Generators) -> nn.M
         table = nn.Embedding(spaces.observations, spaces.actions, device=config.device)
         nn.init.zeros_(table.weight)
         return table
+    return _heads(config, spaces, draws, spaces.actions)
+
+
+def _heads(config: PreferenceConfig, spaces: Spaces, draws: Generators, outputs: int) -> nn.Module:
+    """The usual network for the environment's observations."""
     shape, dtype = spaces.observation_shape, spaces.observation_dtype
-    made = head_network(shape, dtype, spaces.actions, generator=draws.next(), hidden=config.hidden)
+    made = head_network(shape, dtype, outputs, generator=draws.next(), hidden=config.hidden)
     return made.to(config.device)
 
 
@@ -463,15 +464,8 @@ def _critic(
         )
     assert isinstance(reward, RewardNetwork)
     layer = LastLayer(reward)
-    network = head_network(
-        spaces.observation_shape,
-        spaces.observation_dtype,
-        spaces.actions * layer.size,
-        generator=draws.next(),
-        hidden=config.hidden,
-    )
     features = SuccessorFeatures(
-        network.to(config.device),
+        _heads(config, spaces, draws, spaces.actions * layer.size),
         layer.features,
         discount=config.discount,
         optimiser=functools.partial(torch.optim.Adam, lr=config.learning_rate, fused=True),
