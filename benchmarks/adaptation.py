@@ -3,7 +3,8 @@
     python benchmarks/adaptation.py [--seeds 5] [--out FILE]
 
 The arm of `birl run adaptation` with 8 springs, 12 variables, and CartPole with noise on its
-velocities, whose gravity, masses, length and force are moved; soft Q-learning controls both.
+velocities, whose gravity, mass, length and force are moved; soft Q-learning controls both, discrete
+SAC both, and SAC the arm.
 
 First the hyper-gradient by critics of both levels, from 2,000 paths after 1,920 episodes of
 practice (CartPole: 3,840), against central differences of φ: controllers trained from scratch by as
@@ -27,7 +28,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from birl_bench import machine
@@ -37,10 +38,16 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from birl_ext.agents.networks import MLP
-from birl_ext.agents.soft_q import SoftQ
-from birl_ext.agents.temperature import Temperature
 from birl_ext.bilevel import Adaptation, AdaptationProblem, Practice, ZeroOrderAdaptation
-from birl_ext.problems.adaptation import NAMES, AdaptationConfig, Method, leader, start
+from birl_ext.problems.adaptation import (
+    NAMES,
+    AdaptationConfig,
+    Follower,
+    Method,
+    follower,
+    leader,
+    start,
+)
 from birl_ext.runs.intervals import mean_interval
 from birl_ext.simulators.equations import CartPole
 from birl_ext.simulators.noisy import NoisyDynamics
@@ -56,18 +63,28 @@ GRID: dict[Method, list[dict[str, float]]] = {
     ],
 }
 TUNING = (100, 101)
-CART_POLE = "CartPole"
 
 
-def places() -> dict[str, Tensor]:
-    """Designs of the arm, and of CartPole, at which the gradient is measured."""
-    unmoved = start(SPRINGS)
+class Place(NamedTuple):
+    """Where the gradient is measured, and who controls there."""
+
+    x: Tensor
+    follower: Follower = "soft-q"
+    cart_pole: bool = False
+
+
+def places() -> dict[str, Place]:
+    """Designs of the arm, and CartPole as Gymnasium has it."""
+    unmoved, pole = start(SPRINGS), torch.zeros(4, dtype=torch.float64)
     draws = torch.Generator().manual_seed(0)
     away = 0.3 * torch.randn(len(unmoved), generator=draws, dtype=torch.float64)
     return {
-        "the start": unmoved,
-        "a design drawn around it": unmoved + away,
-        CART_POLE: torch.zeros(4, dtype=torch.float64),
+        "the arm's start": Place(unmoved),
+        "a design drawn around it": Place(unmoved + away),
+        "CartPole": Place(pole, cart_pole=True),
+        "the arm's start, SAC": Place(unmoved, "sac"),
+        "the arm's start, discrete SAC": Place(unmoved, "discrete-sac"),
+        "CartPole, discrete SAC": Place(pole, "discrete-sac", cart_pole=True),
     }
 
 
@@ -91,57 +108,55 @@ def cart_pole() -> AdaptationProblem:
     )
 
 
-def practised(x: Tensor, seed: int, method: Method = "zero-order") -> Any:
-    """A leader whose controller, from scratch, has practised at x."""
-    config = AdaptationConfig(method=method, springs=SPRINGS, seed=seed)
-    if len(x) == 4:
-        found = on_cart_pole(x, seed, method)
+def practised(
+    place: Place, seed: int, method: Method = "zero-order"
+) -> Adaptation | ZeroOrderAdaptation:
+    """A leader whose controller, from scratch, has practised at a place."""
+    if place.cart_pole:
+        found = on_cart_pole(place, seed, method)
     else:
-        found = leader(config, x, rounds=ROUNDS, first=0)
+        config = AdaptationConfig(
+            method=method, springs=SPRINGS, seed=seed, follower=place.follower
+        )
+        found = leader(config, place.x, rounds=ROUNDS, first=0)
     found.practise()
     return found
 
 
-def on_cart_pole(x: Tensor, seed: int, method: Method) -> Adaptation | ZeroOrderAdaptation:
-    draws = torch.Generator().manual_seed(seed)
+def on_cart_pole(place: Place, seed: int, method: Method) -> Adaptation | ZeroOrderAdaptation:
     given: dict[str, Any] = {
-        "agent": SoftQ(
-            MLP(4, 2, hidden=(64, 64), generator=draws),
-            discount=0.9,
-            temperature=Temperature(0.2),
-            optimiser=partial(torch.optim.Adam, lr=1e-3),
-            target_rate=0.02,
-            target_period=1,
-        ),
+        "agent": follower(place.follower, 0.2, seed, inputs=4, actions=2),
         "optimiser": torch.optim.Adam,
         "practice": Practice(rounds=2 * ROUNDS),
         "seed": seed,
     }
     if method == "zero-order":
-        return ZeroOrderAdaptation(cart_pole(), x=x, radius=WIDTH, **given)
-    network = MLP(4, 2 * (1 + len(x)), hidden=(64, 64), generator=draws)
+        return ZeroOrderAdaptation(cart_pole(), x=place.x, radius=WIDTH, **given)
+    draws = torch.Generator().manual_seed(1000 + seed)
+    network = MLP(4, 2 * (1 + len(place.x)), hidden=(64, 64), generator=draws)
     learn = partial(torch.optim.Adam, lr=1e-3)
-    return Adaptation(cart_pole(), x=x, network=network, discount=0.9, learn=learn, **given)
+    return Adaptation(cart_pole(), x=place.x, network=network, discount=0.9, learn=learn, **given)
 
 
-def judged(x: Tensor, seed: int) -> Tensor:
-    """Costs of 10,000 paths of a controller trained at x."""
-    found = practised(x, seed)
+def judged(place: Place, seed: int) -> Tensor:
+    """Costs of 10,000 paths of a controller trained at a place."""
+    found = practised(place, seed)
     found.generator.manual_seed(seed)
-    return found.watch(x, JUDGED)
+    return found.watch(place.x, JUDGED)
 
 
-def compared(x: Tensor, seed: int) -> dict[str, Any]:
+def compared(place: Place, seed: int) -> dict[str, Any]:
     """The hyper-gradient and the central differences of one seed."""
-    found = practised(x, seed, "gradient")
+    found = practised(place, seed, "gradient")
+    assert isinstance(found, Adaptation)
     _, gradient = found.estimate(PATHS)
     halves = [found.estimate(PATHS // 8)[1] for _ in range(8)]
     noise = torch.stack(halves).std(0) / math.sqrt(8)
     slopes, errors = [], []
-    for entry in range(len(x)):
-        aside = torch.zeros_like(x)
-        aside[entry] = WIDTH
-        gap = (judged(x + aside, seed) - judged(x - aside, seed)) / (2 * WIDTH)
+    for aside in WIDTH * torch.eye(len(place.x), dtype=place.x.dtype):
+        sides = (place._replace(x=place.x + sign * aside) for sign in (1, -1))
+        above, below = (judged(side, seed) for side in sides)
+        gap = (above - below) / (2 * WIDTH)
         slopes.append(float(gap.mean()))
         errors.append(float(gap.std()) / math.sqrt(JUDGED))
     return {
@@ -154,9 +169,9 @@ def compared(x: Tensor, seed: int) -> dict[str, Any]:
     }
 
 
-def held(x: Tensor, seed: int) -> dict[str, Any]:
-    """The same differences of one agent, which has practised at x and does not answer."""
-    found = practised(x, seed)
+def held(place: Place, seed: int) -> dict[str, Any]:
+    """The same differences of one agent, which has practised there and does not answer."""
+    found, x = practised(place, seed), place.x
 
     def value(there: Tensor) -> float:
         found.generator.manual_seed(seed)
@@ -178,7 +193,7 @@ def led(method: Method, seed: int, settings: Mapping[str, float], budgets: Any) 
             before = found.x.detach().clone()
             found.step()
         # the step that went over it is not taken
-        costs = judged(before, 1000 + seed)
+        costs = judged(Place(before), 1000 + seed)
         values.append(float(costs.mean()))
         steps.append(found.steps - 1)
     return {"method": method, "seed": seed, **settings, "values": values, "outer_steps": steps}
@@ -285,7 +300,7 @@ def main() -> int:
         return any(which.items() <= row.items() for row in report[part])
 
     if "start" not in report:
-        costs = [judged(start(SPRINGS), 1000 + seed).mean() for seed in range(options.seeds)]
+        costs = [judged(Place(start(SPRINGS)), 1000 + seed).mean() for seed in range(options.seeds)]
         report["start"] = float(torch.stack(costs).mean())
     for method, grid in GRID.items():
         for settings, seed in itertools.product(grid, TUNING):
@@ -295,11 +310,11 @@ def main() -> int:
     for seed, method in itertools.product(range(options.seeds), GRID):
         if not done("runs", method=method, seed=seed):
             keep("runs", led(method, seed, report["chosen"][method], BUDGETS))
-    for seed, (place, x) in itertools.product(range(options.seeds), places().items()):
-        if not done("gradients", place=place, seed=seed):
-            keep("gradients", {"place": place, **compared(x, seed)})
-        if not done("held", place=place, seed=seed):
-            keep("held", {"place": place, **held(x, seed)})
+    for seed, (name, place) in itertools.product(range(options.seeds), places().items()):
+        if not done("gradients", place=name, seed=seed):
+            keep("gradients", {"place": name, **compared(place, seed)})
+        if not done("held", place=name, seed=seed):
+            keep("held", {"place": name, **held(place, seed)})
     store(report, options.out)
     print(table(report), race(report), sep="\n\n")
     if options.figure:

@@ -210,10 +210,17 @@ def _apart(observation: Tensor, angle: Tensor) -> Tensor:
     return 2 * (1 - cosine * angle.cos() - sine * angle.sin())
 
 
-def follower(kind: Follower, temperature: float, seed: int) -> SoftQ | DiscreteSAC | SAC:
-    """A controller that has learned nothing yet."""
+def follower(
+    kind: Follower, temperature: float, seed: int, *, inputs: int = 3, actions: int = 3
+) -> SoftQ | DiscreteSAC | SAC:
+    """A controller that has learned nothing yet, of the arm unless it is given other sizes.
+
+    Args:
+        inputs: numbers in an observation.
+        actions: how many there are; SAC has the arm's.
+    """
     generator = torch.Generator().manual_seed(seed)
-    network = partial(MLP, 3, hidden=(64, 64), generator=generator)
+    network = partial(MLP, inputs, hidden=(64, 64), generator=generator)
     given: dict[str, Any] = {
         "discount": DISCOUNT,
         "temperature": Temperature(temperature),
@@ -222,10 +229,10 @@ def follower(kind: Follower, temperature: float, seed: int) -> SoftQ | DiscreteS
         "target_period": 1,
     }
     if kind == "soft-q":
-        return SoftQ(network(3), **given)
+        return SoftQ(network(actions), **given)
     if kind == "discrete-sac":
-        return DiscreteSAC(network(3), Twin(network(3), network(3)), **given)
-    critic = partial(StateActionMLP, 3, 1, hidden=(64, 64), generator=generator)
+        return DiscreteSAC(network(actions), Twin(network(actions), network(actions)), **given)
+    critic = partial(StateActionMLP, inputs, 1, hidden=(64, 64), generator=generator)
     edge = torch.tensor([Arm.strongest])
     return SAC(network(2), Twin(critic(), critic()), low=-edge, high=edge, seed=seed, **given)
 
