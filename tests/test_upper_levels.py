@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -357,12 +358,35 @@ def test_nobody_is_asked_about_a_return() -> None:
     with pytest.raises(ConfigError, match=r"a teacher is given, .* which asks nobody"):
         PreferenceJob(make_job(upper="return").config, teacher=asked_for_nothing)
     job = make_job(upper="return", labels=40)
-    assert (job.config.labels, job.config.initial_labels) == (0, 0)
     job.teacher = None  # which would not answer
     rows = [job.step() for _ in range(4)]
     assert all(row["labels"] == row["answers"] == 0 for row in rows)
     assert all("cross_entropy" not in row for row in rows)
     assert job._answering is job.reward
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"upper": "return", "labels": 40, "teacher": "oracle"}, "teacher oracle, labels 40: not"),
+        ({"upper": "critic", "indirect_limit": 0.5}, "indirect_limit 0.5: not .* upper critic"),
+        ({"upper": "critic", "average": 0.5, **EXACT}, "average 0.5: not"),
+        ({"algorithm": "drlhf", "score": "critic"}, "score critic: not used with algorithm drlhf"),
+        ({"algorithm": "mrn", "weigh_loss": True}, "weigh_loss True: not"),
+    ],
+    ids=str,
+)
+def test_what_has_no_effect_is_said_when_a_run_starts(
+    changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    plain = {"teacher": "noisy", "labels": 300, "initial_labels": 60} | changes
+    job = make_job(**plain)
+    with pytest.warns(UserWarning, match=f"^{named}"):
+        job.attach(tmp_path)
+    job.detach()
+    used = {"algorithm": "sobirl", "upper": "cross-entropy", "score": "critic"}
+    rest = {"weigh_loss": True, "indirect_limit": 0.5, "average": 0.5, "labels": 40}
+    assert make_job(**used, **rest).config.idle() == {}
 
 
 def test_the_figures_say_what_phi_is_of() -> None:

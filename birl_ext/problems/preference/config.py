@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from birl_ext.errors import ConfigError
@@ -31,7 +31,7 @@ class PreferenceConfig:
     upper: Literal["cross-entropy", "critic", "return"] = "cross-entropy"
     """What the reward is learned for: to explain the answers about the behaviour it causes, the
     paper's; for behaviour that a second, flexible reward fitted to the same answers judges well;
-    for that which earns most of the environment's own reward: labels is 0 then."""
+    for that which earns most of the environment's own reward: nobody is asked then."""
     reward_features: int = 0
     """Knobs of the reward: weights of as many fixed random features, where observations are
     indices; 0 for the usual network or table."""
@@ -193,10 +193,11 @@ class PreferenceConfig:
                     f"{name} is {getattr(self, name)}",
                     allowed=f"up to recent, {self.recent}: no more steps are kept",
                 )
-        if self.labels < self.initial_labels:
+        asked, first = self.questions
+        if asked < first:
             raise ConfigError(
-                f"labels is {self.labels}",
-                allowed=f"initial_labels, {self.initial_labels}, or more: they are part of them",
+                f"labels is {asked}",
+                allowed=f"initial_labels, {first}, or more: they are part of them",
             )
         if any(width < 1 for width in self.hidden):
             raise ConfigError(f"hidden is {self.hidden}", allowed="widths of 1 or more")
@@ -245,9 +246,6 @@ class PreferenceConfig:
 
     def _settle(self) -> None:
         """What is left to the algorithm, as it has it; what contradicts it is refused."""
-        if self.upper == "return":  # nobody is asked
-            for name in ("labels", "initial_labels"):
-                object.__setattr__(self, name, 0)
         settled = _STOCHASTIC if self.algorithm == "stoc-sobirl" else _USUAL
         for name, value in settled.items():
             given = getattr(self, name)
@@ -271,6 +269,26 @@ class PreferenceConfig:
         """Environment steps before the agent learns."""
         return max(self.random_steps, self.environment_steps)
 
+    @property
+    def questions(self) -> tuple[int, int]:
+        """How many are asked in all, and of them at first."""
+        return (0, 0) if self.upper == "return" else (self.labels, self.initial_labels)
+
+    def idle(self) -> dict[str, object]:
+        """What is set to other than its default, and has no effect with what else is set."""
+        off: set[str] = set()
+        if self.algorithm in ("drlhf", "mrn"):
+            off |= {"score", "average", "hypergradient_after", *_OF_PAIRS}
+        if self.upper != "cross-entropy":
+            off.update(_OF_PAIRS)
+        if self.upper == "return":
+            off |= {"labels", "initial_labels", "teacher"}
+        if self.score == "exact":
+            off.add("average")
+        usual = {f.name: _USUAL.get(f.name, f.default) for f in fields(self)}
+        given = {name: getattr(self, name) for name in usual if name in off}
+        return {name: value for name, value in given.items() if value != usual[name]}
+
     def updates_due(self, steps: int) -> int:
         """Updates of the agent after so many environment steps."""
         steps = max(steps - self.silent_steps, 0)
@@ -285,6 +303,8 @@ _STOCHASTIC = {
     "weigh_loss": True,
     "query": "uniform",
 }
+_OF_PAIRS = ("indirect_limit", "weigh_loss", "stale", "limit")
+"""What the score of pairs is limited and weighed by."""
 _ONE_OR_MORE = """
     horizon fragment recent candidates pairs rounds environment_steps environments
     episode_steps update_every burst n_step batch_size replay target_period members pair_batch

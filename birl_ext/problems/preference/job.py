@@ -179,12 +179,20 @@ class PreferenceJob(Stateful):
         self._seconds = dict.fromkeys(("environment", "update", "reward"), 0.0)
         self._log: AnswerLog | None = None
         self._videos: Path | None = None
-        labels = config.initial_labels + self.schedule.counts[0]
-        if self._skips and labels and self._shared is None:
+        first = config.questions[1] + self.schedule.counts[0]
+        if self._skips and first and self._shared is None:
             self._play_first_round()
 
     def attach(self, path: Path) -> None:
-        """Keep answers and videos there; a log of the same run is checked and continued."""
+        """Keep answers and videos there; a log of the same run is checked and continued.
+
+        Warns:
+            UserWarning: settings that have no effect.
+        """
+        config = self.config
+        if idle := config.idle():
+            named = ", ".join(f"{name} {value}" for name, value in idle.items())
+            warn(f"{named}: not used with algorithm {config.algorithm}, upper {config.upper}")
         self._log = AnswerLog(path / "answers.sqlite")
         self._log.rewind()
         self._videos = path / "videos"
@@ -213,7 +221,7 @@ class PreferenceJob(Stateful):
         with _clock(spent, "reward"):
             count = self.schedule.counts[self._round]
             if self._round == 0:
-                count += self.config.initial_labels
+                count += self.config.questions[1]
             judged = self._ask(count)
             if self._round == 0:
                 self._first_fit()

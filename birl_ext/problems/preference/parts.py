@@ -240,8 +240,9 @@ def check_sizes(config: PreferenceConfig) -> QuerySchedule:
     check(16 * sum(map(math.prod, pairwise((1, *config.hidden, 1)))), "hidden")
     check(config.batch_size * config.n_step, "batch_size", "n_step")
     check(config.replay, "replay")
-    schedule = QuerySchedule(config.schedule, config.rounds, config.labels, config.initial_labels)
-    most = max(schedule.counts[0] + config.initial_labels, *schedule.counts)
+    asked, first = config.questions
+    schedule = QuerySchedule(config.schedule, config.rounds, asked, first)
+    most = max(schedule.counts[0] + first, *schedule.counts)
     each = 2 * (config.fragment + config.lead)
     check(config.pairs * each, "pairs", "fragment", "lead")
     if config.query == "uniform":
