@@ -11,18 +11,14 @@ continuations of 60 steps, 300 sweeps that learn both critics.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from birl_bench import machine
-from birl_bench.report import store
+from birl_bench.seeds import study
 from torch import Tensor
 
 import birl_ext
@@ -197,28 +193,5 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    began = time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
-        rows += measured(seed)
-        print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
-    print(table({"rows": rows}))
-    if options.out:
-        report = {
-            **machine.header(f"python benchmarks/additive_credit.py --seeds {options.seeds}"),
-            "seconds": time.perf_counter() - began,
-            "seeds": options.seeds,
-            "rows": rows,
-        }
-        store(report, options.out)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(study(__file__, __doc__, measured, table, seeds=5))

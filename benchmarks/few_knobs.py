@@ -13,19 +13,15 @@ its k weights. Returns are those of an episode, of the soft-optimal policy and o
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from birl_bench import machine
-from birl_bench.report import store
 from birl_bench.report import table as markdown
+from birl_bench.seeds import study
 from torch import Tensor
 
 import birl_ext
@@ -227,28 +223,5 @@ def table(report: dict[str, Any]) -> str:
     return markdown(head, lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    began = time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
-        rows += measured(seed, KNOBS)
-        print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
-    print(table({"rows": rows}))
-    if options.out:
-        report = {
-            **machine.header(f"python benchmarks/few_knobs.py --seeds {options.seeds}"),
-            "seconds": time.perf_counter() - began,
-            "seeds": options.seeds,
-            "rows": rows,
-        }
-        store(report, options.out)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(study(__file__, __doc__, lambda seed: measured(seed, KNOBS), table, seeds=20))

@@ -10,17 +10,13 @@ estimate from 20,000 pairs with `FullHorizon`, with and without `held`.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from birl_bench import machine
-from birl_bench.report import store
+from birl_bench.seeds import study
 from torch import Tensor
 
 import birl_ext
@@ -114,24 +110,5 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    began = time.perf_counter()
-    rows = [measured(seed) for seed in range(options.seeds)]
-    print(table({"rows": rows}))
-    if options.out:
-        report = {
-            **machine.header(f"python benchmarks/temperature_gradient.py --seeds {options.seeds}"),
-            "seconds": time.perf_counter() - began,
-            "rows": rows,
-        }
-        store(report, options.out)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(study(__file__, __doc__, lambda seed: [measured(seed)], table, seeds=20))
