@@ -133,16 +133,22 @@ def figure(report: Mapping[str, Any], path: Path) -> None:
                 own = [
                     r for r in report["runs"] if (r["task"], r["algorithm"]) == (task, algorithm)
                 ]
-                for panel, key in zip(panels, ("true_return", "phi"), strict=True):
-                    seen = [k for k, x in enumerate(own[0][key]) if x is not None]
-                    steps = [own[0]["environment_steps"][k] / 1000 for k in seen]
-                    plots.draw_runs(
-                        panel, steps, [[run[key][k] for k in seen] for run in own], label=name
-                    )
-            for panel, label in zip(panels, ("true return", "φ, new answers"), strict=True):
+                thousands = [steps / 1000 for steps in own[0]["environment_steps"]]
+                seen = [k for k, x in enumerate(own[0]["true_return"]) if x is not None]
+                returns, costs = [judged(run) for run in own], [smooth(run["phi"]) for run in own]
+                plots.draw_runs(panels[0], [thousands[k] for k in seen], returns, label=name)
+                plots.draw_runs(panels[1], thousands[-len(costs[0]) :], costs, label=name)
+            for panel, label in zip(panels, ("true return", "φ of the new answers"), strict=True):
                 panel.set(title=task, xlabel="environment steps, thousands", ylabel=label)
                 panel.legend()
         drawn.savefig(path, metadata={"Software": None})
+
+
+def smooth(values: Sequence[float | None]) -> list[float]:
+    """Means over the newest rounds at each but the first, which has no reward yet."""
+    ends = range(2, len(values) + 1)
+    newest = ([x for x in values[max(0, end - NEWEST) : end] if x is not None] for end in ends)
+    return [statistics.fmean(some) for some in newest]
 
 
 def main() -> int:
