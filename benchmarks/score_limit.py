@@ -180,7 +180,7 @@ def run(setting: Setting, rule: dict[str, Any] | None, *, fresh: bool) -> dict[s
                 new = setting.answered(simulator, follower, POOL * ROUND // UPDATES)
                 pool = new if pool is None else _joined(pool, new)
             assert pool is not None
-            chosen = torch.randint(len(pool), (BATCH,), generator=simulator.generator)
+            chosen = torch.randperm(len(pool), generator=simulator.generator)[:BATCH]
             pairs = pool.select(chosen)
         among = len(pool or ()) if counted and not fresh else None
         algorithm.step(pairs, follower, temperature=TEMPERATURE, pool=among)

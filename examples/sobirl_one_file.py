@@ -161,8 +161,9 @@ def cross_entropy(table: Tensor, pairs: Pairs) -> Tensor:
 
 def gradient_parts(
     reward: nn.Module, agent: SoftQ, pairs: Pairs, weight_limit: float
-) -> tuple[Tensor, Tensor]:
-    """The loss's part and the score's part of the estimate of ∇φ, each as one vector.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss's part and the score's part of the estimate of ∇φ, each as one vector; and half of
+    what the score's parts of two halves of the pairs differ by, the noise of the whole.
 
     ∇φ̂ = (1/n) Σ_i w_i [ ∇l_i + (l_i − b_i) ∇h_i/τ ],  h = Σ_h r(s_h, a_h) − Σ_a π(a|s_h) r(s_h, a),
     b_i the mean loss of the other pairs, w = Π π_now/π_then, cut.
@@ -180,39 +181,36 @@ def gradient_parts(
     score = torch.where(pairs.present, score, 0.0).sum((1, 2))  # of both fragments, (n,)
     weighed = weight * loss.detach()
     others = (weighed.sum() - weighed) / (weight.sum() - weight)
-    indirect = ((weighed - weight * others) * score / agent.tau).mean()
+    indirect = (weighed - weight * others) * score / agent.tau
+    sign = 1.0 - 2.0 * (torch.arange(len(loss)) % 2)
 
     def gradient(value: Tensor) -> Tensor:
         found = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
         return torch.cat([part.flatten() for part in found])
 
-    return gradient((weight * loss).mean()), gradient(indirect)
+    return tuple(gradient(of.mean()) for of in (weight * loss, indirect, sign * indirect))
 
 
 class NoiseLimited:
-    """max(0, 1 − c σ²/‖m‖²) m:  m = Σ w_s g_s, w_s ∝ βᵗ⁻ˢ, an average of noisy gradients, c = Σ w²,
-    σ² the variance of one of them, measured from its distance to the average before it.
+    """max(0, 1 − c σ²/‖m‖²) m:  m = Σ w_s g_s, w_s ∝ βᵗ⁻ˢ, an average of gradients of variance σ²,
+    c = (1 − ρ) Σ w² + ρ, since two that are made of n of the same N pairs share ρ = n/N of it.
     """
 
     def __init__(self, size: int, decay: float) -> None:
         self.decay, self.mean = decay, torch.zeros(size)
-        self.mass = self.squares = self.spread = self.spread_mass = 0.0
+        self.mass = self.squares = self.variance = self.shared = 0.0
 
-    def after(self, gradient: Tensor) -> Tensor:
+    def after(self, gradient: Tensor, variance: float, shared: float) -> Tensor:
         """What is used, with this gradient in the average."""
         keep, add = self.decay, 1 - self.decay
-        if self.mass:
-            distance = float((gradient - self.mean).double().square().sum())
-            known = self.squares / self.mass**2
-            self.spread = keep * self.spread + add * distance / (1 + known)
-            self.spread_mass = keep * self.spread_mass + add
         self.mass, self.squares = keep * self.mass + add, keep**2 * self.squares + add**2
+        self.variance = keep * self.variance + add * variance
+        self.shared = keep * self.shared + add * shared
         self.mean = self.mean + (gradient - self.mean) * (add / self.mass)
+        rho = self.shared / self.mass
+        noise = ((1 - rho) * self.squares / self.mass**2 + rho) * self.variance / self.mass
         size = float(self.mean.double().square().sum())
-        if not (self.spread_mass and size):
-            return torch.zeros_like(self.mean)
-        noise = self.squares / self.mass**2 * self.spread / self.spread_mass
-        return max(0.0, 1 - noise / size) * self.mean
+        return max(0.0, 1 - noise / size) * self.mean if size else self.mean
 
 
 def true_return(agent: SoftQ, seed: int, episodes: int = 5) -> float:
@@ -277,8 +275,10 @@ def run(settings: Settings) -> list[dict[str, float]]:
             for _ in range(settings.reward_updates):
                 some = torch.randperm(len(kept.label))[: settings.pairs]
                 batch = Pairs(*(part[some] for part in kept))
-                direct, indirect = gradient_parts(reward, agent, batch, settings.weight_limit)
-                indirect = average.after(indirect)
+                parts = gradient_parts(reward, agent, batch, settings.weight_limit)
+                direct, indirect, apart = parts
+                variance, shared = float(apart.square().sum()), len(some) / len(kept.label)
+                indirect = average.after(indirect, variance, shared)
                 longest = settings.indirect_limit * direct.norm()
                 indirect *= (longest / indirect.norm().clamp(min=1e-12)).clamp(max=1)
                 pieces = (direct + indirect).split([p.numel() for p in parameters])

@@ -54,9 +54,8 @@ def test_its_gradient_is_that_of_the_library(one: Any) -> None:
     then = agent.log_policy(seen).gather(-1, action[..., None])[..., 0]
     then = then + 0.2 * torch.randn(6, 2, 9)  # of an earlier policy: some weights are cut
     label = torch.tensor([0.0, 1, 1, 0, 1, 0])
-    direct, indirect = one.gradient_parts(
-        reward, agent, one.Pairs(seen, action, then, present, label), 3.0
-    )
+    given = one.Pairs(seen, action, then, present, label)
+    direct, indirect, apart = one.gradient_parts(reward, agent, given, 3.0)
 
     sides = [
         Fragments(
@@ -77,21 +76,29 @@ def test_its_gradient_is_that_of_the_library(one: Any) -> None:
         optimiser=lambda x: torch.optim.SGD(x, lr=0.1),
     )
     assert float(indirect.norm()) > 0.1 * float(direct.norm())
+    halves = [one.Pairs(*(part[at::2] for part in given)) for at in range(2)]
+    # the baselines of a half are its own
+    rough = [one.gradient_parts(reward, agent, half, 3.0)[1] for half in halves]
+    assert 0.2 < float(apart.norm() / ((rough[0] - rough[1]) / 2).norm()) < 5
     for want, score in ((direct, None), (direct + indirect, OneStep(2))):
         found = stepped(reward, pairs, follower, score)
         assert float((found - want).norm()) < 1e-5 * float(want.norm())
 
 
-def test_its_average_is_that_of_the_library(one: Any) -> None:
+@pytest.mark.parametrize("shared", [0.0, 0.3, 1.0])
+def test_its_average_is_that_of_the_library(one: Any, shared: float) -> None:
     generator = torch.Generator().manual_seed(0)
     theirs, own = ScoreAverage(5, 0.8, torch.zeros(())), one.NoiseLimited(5, 0.8)
     kept = []
     for _ in range(20):
         gradient = torch.ones(5) + torch.randn(5, generator=generator)
-        theirs, used = theirs.after(gradient), own.after(gradient)
+        variance = float(torch.randn(5, generator=generator).square().sum())
+        theirs = theirs.after(gradient, variance, shared=shared)
+        used = own.after(gradient, variance, shared)
         kept.append(theirs.kept)
         torch.testing.assert_close(used, theirs.kept * theirs.mean)
-    assert 0 < kept[-1] < 1
+    assert 0 <= kept[-1] < 1
+    assert max(kept) > 0
 
 
 def test_it_can_be_read_alone() -> None:

@@ -338,17 +338,23 @@ def test_the_temperature_is_differentiated_where_it_holds_the_entropy(
 def test_answers_that_are_used_again_count_as_so_many(
     reuse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of a round's own answers too: they are used by all updates of the round."""
     job = make_job(reuse=reuse)
-    pools: list[Any] = []
+    seen: list[tuple[int, bool]] = []
     plain = job.learner.step
 
-    def step(*given: Any, pool: Any, **more: Any) -> Any:
-        pools.append(pool)
-        return plain(*given, pool=pool, **more)
+    def step(*given: Any, pool: int, renewed: bool, **more: Any) -> Any:
+        seen.append((pool, renewed))
+        return plain(*given, pool=pool, renewed=renewed, **more)
 
     monkeypatch.setattr(job.learner, "step", step)
-    row = job.step()
-    assert set(pools) == {len(job.answers) if reuse else None}
+    for _ in range(2):
+        seen.clear()
+        before = len(job.answers)
+        row = job.step()
+        pools, renewed = zip(*seen, strict=True)
+        assert set(pools) == {len(job.answers) if reuse else len(job.answers) - before}
+        assert list(renewed) == [not reuse] + [False] * (len(seen) - 1)
     assert 0 <= row["kept"] <= 1
     assert 0 <= row["capped"] <= 1
 

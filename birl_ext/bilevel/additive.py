@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from birl_ext.bilevel.entropy_target import action_slopes
 from birl_ext.bilevel.reward_update import RewardUpdate
 from birl_ext.bilevel.score import Score
-from birl_ext.bilevel.score_average import ScoreAverage
+from birl_ext.bilevel.score_average import ScoreAverage, signed
 from birl_ext.errors import NonFiniteInputError, ShapeError
 from birl_ext.functional import evaluate, solve
 from birl_ext.model import checks
@@ -114,15 +114,16 @@ class AdditiveUpdate(RewardUpdate):
         held: Tensor | None,
     ) -> tuple[float, AdditiveOutcome, ScoreAverage]:
         assert self.score is not None
-        moved = self.score.of_actions(self.reward, follower, observation, weight.shape[-1])
-        surrogate = (weight.to(moved) * moved).sum(-1).mean() / temperature
-        if held is not None:
-            by_x = self._moved_temperature(follower, temperature, held)
-            if by_x is not None:
-                slopes = action_slopes(self.score, follower, observation)
-                along = (weight.to(slopes) * slopes).sum(-1).mean() / temperature  # ∂φ/∂τ
-                surrogate = surrogate + along * by_x
-        average = self._average.after(self._flat(self._gradient("the score", surrogate)))
+        found = self.score.of_actions(self.reward, follower, observation, weight.shape[-1])
+        each = (weight.to(found) * found).sum(-1) / temperature
+        surrogate, apart = each.mean(), signed(each).mean()
+        by_x = None if held is None else self._moved_temperature(follower, temperature, held)
+        if by_x is not None:
+            slopes = action_slopes(self.score, follower, observation)
+            along = (weight.to(slopes) * slopes).sum(-1) / temperature  # its mean: ∂φ/∂τ
+            surrogate = surrogate + along.mean() * by_x.mean()
+            apart = apart + signed(along).mean() * by_x.mean() + along.mean() * signed(by_x).mean()
+        average = self._averaged(surrogate, apart)
         gradient = self._parts(average.kept * average.mean)
         size = self._set(gradient, float(surrogate.detach()), "surrogate")
         return 0.0, AdditiveOutcome(size, average.kept), average

@@ -62,8 +62,8 @@ def temperature_surrogate(
     *,
     temperature: float,
 ) -> Tensor | None:
-    """A scalar whose value is zero, and whose gradient an estimate of dτ/dx; None where the slope
-    of the entropy is lost in its noise.
+    """A number for each state, (m,), whose values are zero, and whose mean has an estimate of dτ/dx
+    as its gradient; None where the slope of the entropy is lost in its noise.
 
         dτ/dx = −(Σ_s d ∂H/∂x)/(Σ_s d ∂H/∂τ),   ∂H/∂z(s) = −Σ_a π(a|s) log π(a|s) ∂_z log π(a|s)
 
@@ -91,7 +91,7 @@ def temperature_surrogate(
     if not bool(rise > torch.clamp(_LEAST_ERRORS * noise, min=_LEAST_RISE)):
         return None
     moved = score.of_actions(reward, follower, observation, share.shape[-1])
-    return (surplus * (moved - moved.detach())).sum(-1).mean() / rise
+    return (surplus * (moved - moved.detach())).sum(-1) / rise
 
 
 def _logs(share: Tensor) -> Tensor:

@@ -94,7 +94,9 @@ class RewardUpdate(Stateful):
     def _moved_temperature(
         self, follower: Any, temperature: float, held: Tensor, *, discrete: bool = True
     ) -> Tensor | None:
-        """A scalar whose gradient is dτ/dx; None, with a warning, where that is lost in noise."""
+        """Numbers whose mean has the gradient dτ/dx; None, with a warning, where that is lost in
+        noise.
+        """
         if self.score is None or isinstance(self.score, Critic) or not discrete:
             raise OptionError(
                 "the temperature's own derivative was asked for by `held`",
@@ -110,6 +112,21 @@ class RewardUpdate(Stateful):
                 "counts as fixed in this update; give more states as `held`"
             )
         return moved
+
+    def _averaged(
+        self, surrogate: Tensor, apart: Tensor, *, shared: float = 0.0, renewed: bool = False
+    ) -> ScoreAverage:
+        """The average with one more gradient.
+
+        Args:
+            surrogate: of the gradient.
+            apart: the same of `signed` terms: the square of its gradient is the variance.
+            shared, renewed: see `ScoreAverage.after`.
+        """
+        known = self._average.decay > 0  # or else nobody asks for the variance
+        part = self._flat(self._gradient("the score", surrogate, retain_graph=known))
+        variance = norm(self._gradient("the score", apart)) ** 2 if known else 0.0
+        return self._average.after(part, variance, shared=shared, renewed=renewed)
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Of all parameters one below the other; zero where there is none."""

@@ -8,20 +8,19 @@ from torch import Tensor
 from birl_ext.bilevel.guards import check_number
 from birl_ext.state import Stateful
 
-__all__ = ["ScoreAverage"]
+__all__ = ["ScoreAverage", "signed"]
 
 
 class ScoreAverage(Stateful):
     """An average m of noisy gradients g_t, of which no more is used than its noise leaves.
 
-        m_t = Σ_s w_s g_s,   w_s ∝ βᵗ⁻ˢ, Σ w_s = 1,
-        σ²_t = Σ_s w_s ‖g_s − m_{s−1}‖²/(1 + c_{s−1}),   c_t = Σ w_s²,
+        m_t = Σ_s w_s g_s,   w_s ∝ βᵗ⁻ˢ, Σ w_s = 1,   σ²_t = Σ_s w_s v_s,
+        c_t = (1 − ρ) Σ_s w_s² + ρ Σ_k (Σ_{s in k} w_s)²,   ρ_t = Σ_s w_s n_s/N_s,
         used: max(0, 1 − c_t σ²_t/‖m_t‖²) m_t
 
-    c σ² is the square of the average's standard error, measured from how far each update is from
-    the average before it; where the gradient itself moves, that counts as noise. What is made from
-    the same data again and again has their error, too: c + n/N in place of c. Before the second
-    update nothing is known of it, and nothing is used. β = 0 uses every g_t as it is.
+    v is the variance of g, measured inside its batch (`signed`). Updates whose n data are drawn
+    from the same pool k of N, again and again, share an error that no average over them takes away:
+    two of them have the covariance v n/N. β = 0 uses every g_t as it is.
 
     Args:
         size: numbers in g.
@@ -31,31 +30,34 @@ class ScoreAverage(Stateful):
     Source: the shrinkage: James and Stein (1961), the positive part.
     """
 
-    STATE = ("mean", "_spread", "_mass", "_squares", "_spread_mass", "_shared")
+    STATE = ("mean", "_variance", "_mass", "_squares", "_shared", "_closed", "_open")
 
     def __init__(self, size: int, decay: float, like: Tensor) -> None:
         self.decay = check_number("average", decay, below=1.0)
         self.mean = torch.zeros(size, dtype=like.dtype, device=like.device)
-        self._spread = self._mass = self._squares = self._spread_mass = self._shared = 0.0
+        self._variance = self._shared = 0.0  # Σ w v, Σ w n/N
+        self._mass = self._squares = 0.0  # Σ w, Σ w²
+        self._closed = self._open = 0.0  # Σ (Σ w)² of the pools before, Σ w of the present one
 
-    def after(self, gradient: Tensor, *, shared: float = 0.0) -> ScoreAverage:
+    def after(
+        self, gradient: Tensor, variance: float, *, shared: float = 0.0, renewed: bool = False
+    ) -> ScoreAverage:
         """The average with one more gradient, (size,).
 
         Args:
-            shared: of its variance, what others share because they are made from the same few
-                data: n/N where each is the mean of n of N. No average takes that away.
+            variance: of the gradient, the sum over its numbers.
+            shared: n/N; zero where all data are new.
+            renewed: the pool is another one than that of the gradient before.
         """
         new = ScoreAverage(0, self.decay, self.mean)
-        new._shared = shared
         keep, add = self.decay, 1.0 - self.decay
         new._mass = keep * self._mass + add
         new._squares = keep**2 * self._squares + add**2
-        new._spread, new._spread_mass = keep * self._spread, keep * self._spread_mass
+        new._variance = keep * self._variance + add * variance
+        new._shared = keep * self._shared + add * shared
+        before = (self._closed + self._open**2, 0.0) if renewed else (self._closed, self._open)
+        new._closed, new._open = keep**2 * before[0], keep * before[1] + add
         new.mean = self.mean + (gradient - self.mean) * (add / new._mass)
-        if self._mass:
-            apart = float((gradient - self.mean).double().square().sum())
-            new._spread += add * apart / (1 + self._squares / self._mass**2)
-            new._spread_mass += add
         return new
 
     @property
@@ -64,8 +66,24 @@ class ScoreAverage(Stateful):
         if not self.decay:
             return 1.0
         size = float(self.mean.double().square().sum())
-        if not (self._spread_mass and size):
+        if not size:
             return 0.0
-        share = self._squares / self._mass**2 + self._shared
-        noise = share * self._spread / self._spread_mass
-        return max(0.0, 1.0 - noise / size)
+        shared = self._shared / self._mass
+        pools = self._closed + self._open**2
+        left = ((1 - shared) * self._squares + shared * pools) / self._mass**2
+        return max(0.0, 1.0 - left * self._variance / self._mass / size)
+
+
+def signed(terms: Tensor) -> Tensor:
+    """Terms u_i, (n, …), times factors of both signs in turn, so that their sum has the square that
+    the variance of Σ_i u_i has in the mean, of independent u_i of one law: it is the difference of
+    the two halves of a batch. Of one term nothing is known: all of it counts as noise.
+    """
+    count = len(terms)
+    first = (count + 1) // 2
+    if count < 2:
+        return terms
+    ratio = ((count - first) / first) ** 0.5
+    factors = terms.new_full((count,), -1 / ratio)
+    factors[::2] = ratio
+    return factors.view(-1, *[1] * (terms.dim() - 1)) * terms

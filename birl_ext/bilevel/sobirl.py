@@ -15,7 +15,7 @@ from birl_ext.bilevel.entropy_target import path_slopes
 from birl_ext.bilevel.guards import check_count, check_kind, check_number
 from birl_ext.bilevel.reward_update import RewardUpdate, norm
 from birl_ext.bilevel.score import OneStep, Score
-from birl_ext.bilevel.score_average import ScoreAverage
+from birl_ext.bilevel.score_average import ScoreAverage, signed
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
 from birl_ext.errors import OptionError
 from birl_ext.model import checks
@@ -183,6 +183,7 @@ class SoBiRLUpdate(RewardUpdate):
         temperature: float,
         held: Tensor | None = None,
         pool: int | None = None,
+        renewed: bool = False,
     ) -> SoBiRLOutcome:
         """One update from a batch of answered pairs.
 
@@ -197,8 +198,9 @@ class SoBiRLUpdate(RewardUpdate):
             held: observations (m, *O) over which τ holds the follower's mean entropy at a target,
                 such as a batch of its replay: dτ/dx is part of the gradient then (M21). None: τ is
                 fixed. Discrete actions, and a score other than `Critic`.
-            pool: how many pairs these are drawn from, again and again: their error is not averaged
-                away, and counts as noise. None: they are new in every update.
+            pool: how many pairs these are drawn from, without replacement, again and again: the
+                error that updates share is not averaged away. None: all are new in every update.
+            renewed: none of the pool were in that of the update before.
 
         Raises:
             OptionError: there is no pair, or no step after the lead; or no entropy can be held.
@@ -213,7 +215,10 @@ class SoBiRLUpdate(RewardUpdate):
             raise OptionError("there are no pairs", allowed="1 or more")
         pairs.after(self.lead)  # refuses a lead that leaves nothing
         shared = 0.0 if pool is None else min(1.0, len(pairs) / check_count("pool", pool))
-        return self._take(lambda: self._prepare(pairs, follower, temperature, held, shared))
+        renewed = renewed or pool is None
+        return self._take(
+            lambda: self._prepare(pairs, follower, temperature, held, shared, renewed)
+        )
 
     def _prepare(
         self,
@@ -222,6 +227,7 @@ class SoBiRLUpdate(RewardUpdate):
         temperature: float,
         held: Tensor | None,
         shared: float,
+        renewed: bool,
     ) -> tuple[float, SoBiRLOutcome, ScoreAverage]:
         """Set the gradient of each parameter at its present value; the average with this one."""
         found = self._evaluated(pairs, follower)
@@ -236,18 +242,20 @@ class SoBiRLUpdate(RewardUpdate):
         share, cut, average = 0.0, 1.0, self._average
         if found.score is not None:
             # (1/n) Σ w (l − b) h/τ, whose gradient is the score's part
-            indirect = self._weighed(own, found.score, temperature, weight)
-            if held is not None:
-                discrete = not pairs.first.action.is_floating_point()
-                moved = self._moved_temperature(follower, temperature, held, discrete=discrete)
-                if moved is not None:
-                    slopes = self._slopes(pairs, follower)
-                    along = torch.zeros((), dtype=own.dtype, device=own.device, requires_grad=True)
-                    by_tau = self._weighed(own, along * slopes.to(own), temperature, weight)
-                    (slope,) = torch.autograd.grad(by_tau, along)  # ∂φ/∂τ
-                    indirect = indirect + slope * moved
-            part = self._flat(self._gradient("the score", indirect))
-            average = average.after(part, shared=shared)
+            def weighed(score: Tensor) -> Tensor:
+                return self._weighed(own, score, temperature, weight)
+
+            whole, apart = weighed(found.score), weighed(signed(found.score))
+            if of_tau := self._by_temperature(pairs, follower, temperature, held):
+                slopes, moved = of_tau
+                along = torch.zeros((), dtype=own.dtype, device=own.device, requires_grad=True)
+                by_tau, noise = (  # ∂φ/∂τ, and how far it is off
+                    torch.autograd.grad(weighed(along * each.to(own)), along)[0]
+                    for each in (slopes, signed(slopes))
+                )
+                whole = whole + by_tau * moved.mean()
+                apart = apart + noise * moved.mean() + by_tau * signed(moved).mean()
+            average = self._averaged(whole, apart, shared=shared, renewed=renewed)
             parts = self._parts(average.kept * average.mean)
             share = norm(parts)
             cut = min(1.0, self.indirect_limit * norm(gradient) / share) if share else 1.0
@@ -272,14 +280,24 @@ class SoBiRLUpdate(RewardUpdate):
             loss.detach(), score, temperature=temperature, baseline=self.baseline, weight=weight
         )
 
-    def _slopes(self, pairs: Pairs, follower: Any) -> Tensor:
-        """τ ∂/∂τ of the pairs' log-probabilities, (n,)."""
+    def _by_temperature(
+        self, pairs: Pairs, follower: Any, temperature: float, held: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """τ ∂/∂τ of the pairs' log-probabilities, (n,), and numbers whose mean has the gradient
+        dτ/dx; None where τ is fixed.
+        """
+        if held is None:
+            return None
+        discrete = not pairs.first.action.is_floating_point()
+        moved = self._moved_temperature(follower, temperature, held, discrete=discrete)
+        if moved is None:
+            return None
         assert self.score is not None
         first, second = (
             path_slopes(self.score, follower, part.observation, part.action, part.present)
             for part in (pairs.first, pairs.second)
         )
-        return first + second
+        return first + second, moved
 
     def _evaluated(self, pairs: Pairs, follower: Any) -> _Evaluated:
         """Reward and policy at the steps of all pairs."""

@@ -511,7 +511,7 @@ class PreferenceJob(Stateful):
         oldest = len(self.answers) - pool
         holds = self._holds_entropy()
         outcomes = []
-        for _ in range(config.reward_steps):
+        for number in range(config.reward_steps):
             index = oldest + torch.randperm(pool, generator=self._sampling)[:size]
             pairs = self.answers.select(index)
             outcomes.append(
@@ -520,7 +520,8 @@ class PreferenceJob(Stateful):
                     self.agent,
                     temperature=self._temperature,
                     held=self._held() if holds else None,
-                    pool=pool if config.reuse else None,
+                    pool=pool,
+                    renewed=not (config.reuse or number),
                 )
             )
             if isinstance(learner, MRNUpdate) and self._round:
