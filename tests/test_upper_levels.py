@@ -128,6 +128,23 @@ def test_steps_are_drawn_as_a_discounted_sum_counts_them() -> None:
     assert set(first.tolist()) == {0, 10, 20}
 
 
+def test_episodes_under_way_count_as_far_as_they_have_come() -> None:
+    """Each step pays 1 and ends the episode with .1; each is looked at after 1 to 15 steps."""
+    draws = torch.Generator().manual_seed(0)
+    gamma, ends, most, count = 0.9, 0.1, 15, 4000
+    recorder = Recorder(count, keep=10**7)
+    lengths = torch.empty(count, dtype=torch.float64).geometric_(ends, generator=draws)
+    looked = torch.randint(1, most + 1, (count,), generator=draws)
+    for number, (length, end) in enumerate(zip(lengths.tolist(), looked.tolist(), strict=True)):
+        seen = Episode(*[torch.ones(min(int(length), end))] * 5)
+        rows = recorder._closed if length <= end else recorder._open[number]
+        rows.append(seen)
+    whole, weight = recorder.discounted(gamma)
+    assert len(whole.reward) == len(weight)
+    want = sum((gamma * (1 - ends)) ** t for t in range(most))
+    assert abs(float(weight.sum()) - want) < 0.03 * want
+
+
 # Few knobs
 
 
@@ -294,16 +311,24 @@ def test_behaviour_is_judged_by_the_upper_levels_own_reward(
     assert any(not torch.equal(part, own[key]) for key, part in job.reward.state_dict().items())
 
     gamma, kept = job.config.discount, job._recorder.episodes()
-    assert sum(len(one.reward) for one in kept) == job.config.environment_steps  # this round's own
+    ended = len(job._recorder._closed)
 
     def mean_cost(reward: Any) -> float:
-        """−(1 − γ) Σ γᵗ r, mean over the episodes of this round."""
-        sums = []
-        for episode in job._recorder.episodes():
+        """−(1 − γ) Σ γᵗ r, at each t the mean over those that have come so far, times their share
+        of all, by products.
+        """
+        paid = []
+        for episode in kept:
             with torch.no_grad():
-                paid = reward(episode.observation, episode.action) if reward else episode.reward
-            sums.append(sum(gamma**t * float(one) for t, one in enumerate(paid)))
-        return -(1 - gamma) * sum(sums) / len(sums)
+                found = reward(episode.observation, episode.action) if reward else episode.reward
+            paid.append(found.tolist())
+        total, share = 0.0, 1.0
+        for t in range(max(map(len, paid))):
+            known = [one[t] for one in paid if t < len(one)]
+            total += gamma**t * share * sum(known) / len(known)
+            over = sum(len(one) == t + 1 for one in paid[:ended])
+            share *= 1 - over / len(known)
+        return -(1 - gamma) * total
 
     judge = job.judging.reward if critic else None
     assert row["phi"] == job.summary()["phi"] == pytest.approx(mean_cost(judge), abs=1e-6)

@@ -71,7 +71,8 @@ class PreferenceConfig:
     """Steps of a fragment."""
     recent: int = 4000
     """Newest environment steps that fragments are cut from, in whole episodes; of stoc-sobirl none
-    before the round."""
+    before the round, with another upper level than cross-entropy no episode that ended before it.
+    """
     query: Literal["uniform", "disagreement", "entropy"] = "uniform"
     """Which of the candidates are asked; disagreement needs members."""
     candidates: int = 10

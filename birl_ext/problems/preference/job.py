@@ -357,9 +357,10 @@ class PreferenceJob(Stateful):
         episodes: list[Any] = []
         sums: Counter[str] = Counter()
         updates = 0
-        # of the present policy's own steps alone
-        if config.algorithm == "stoc-sobirl" or config.upper != "cross-entropy":
+        if config.algorithm == "stoc-sobirl":  # of the present policy's own steps alone
             self._recorder.forget()
+        elif self._judges:  # of its episodes, whole: it is their beginning that counts most
+            self._recorder.forget_finished()
         for _ in range(config.environment_steps // config.environments):
             with _clock(spent, "environment"):
                 found = self._collector.collect(1)
@@ -399,7 +400,7 @@ class PreferenceJob(Stateful):
         return (reward - self._normal["shift"]) / self._normal["scale"]
 
     def _cost_of_behaviour(self) -> float:
-        """φ of an upper level that judges behaviour, over the episodes of the round."""
+        """φ of an upper level that judges behaviour, over the episodes that the round has seen."""
         config = self.config
         whole, weight = self._recorder.discounted(config.discount)
         where, chosen, true = (part.to(config.device) for part in whole[:3])

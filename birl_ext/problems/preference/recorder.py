@@ -62,6 +62,11 @@ class Recorder:
             steps.clear()
         self._steps = 0
 
+    def forget_finished(self) -> None:
+        """Keep the episodes under way, from their first steps on, and nothing else."""
+        self._closed.clear()
+        self._steps = 0
+
     def cut_off(self) -> None:
         """End the episodes under way: what comes next is not their continuation."""
         for where, steps in enumerate(self._open):
@@ -73,13 +78,22 @@ class Recorder:
         return [*self._closed, *(_joined(steps) for steps in self._open if steps)]
 
     def discounted(self, discount: float) -> tuple[Episode, Tensor]:
-        """All steps, one below the other, and γᵗ over the number of episodes for each: what Σ γᵗ of
-        an episode is the mean by. Where the first steps of one are kept no longer, t counts from
-        the oldest that is.
+        """All steps, one below the other, and weights by which a sum over them estimates the mean
+        of Σ_t γᵗ over episodes: γᵗ S_t over the number of episodes that have a step t, S_t the
+        probability of having one. Those under way say nothing of what is still to come: S is the
+        product-limit estimate. Of one whose first steps are kept no longer, t counts from the
+        oldest that is.
+
+        Source: Kaplan and Meier (1958).
         """
         episodes = self.episodes()
-        time = torch.cat([torch.arange(len(one.reward)) for one in episodes])
-        return _joined(episodes), discount ** time.double() / len(episodes)
+        lengths = torch.tensor([len(one.reward) for one in episodes])
+        ended = torch.bincount(lengths[: len(self._closed)], minlength=int(lengths.max()) + 1)
+        as_long = torch.bincount(lengths).flip(0).cumsum(0).flip(0)  # of each length or more
+        goes_on = (1 - ended.double() / as_long).cumprod(0)
+        time = torch.cat([torch.arange(length) for length in lengths.tolist()])
+        weight = discount ** time.double() * goes_on[time] / as_long[time + 1]
+        return _joined(episodes), weight
 
     def steps(
         self, count: int, discount: float, generator: torch.Generator
