@@ -125,6 +125,7 @@ class Table(nn.Module):
 @pytest.mark.slow
 def test_what_ends_is_followed_by_nothing() -> None:
     assert int(ENDS.sum()) == 7
+
     def paid(own: Tensor, by_x: Tensor) -> Any:
         return lambda x, s, a: table(x, own, by_x)[s[:, 0].long(), a]
 

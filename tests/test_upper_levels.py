@@ -393,7 +393,12 @@ def test_nobody_is_asked_about_a_return() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"upper": "return", "labels": 40, "teacher": "oracle"}, "teacher oracle, labels 40: not"),
+        (
+            {"upper": "return", "labels": 40, "teacher": "oracle"},
+            "teacher oracle, labels 40, .*: not",
+        ),
+        ({"limit": 9.0, "stale": "keep"}, "limit 9.0: not"),
+        ({"entropy_target": False, "entropy_share": 0.4}, "entropy_share 0.4: not"),
         ({"upper": "critic", "indirect_limit": 0.5}, "indirect_limit 0.5: not .* upper critic"),
         ({"upper": "critic", "average": 0.5, **EXACT}, "average 0.5: not"),
         ({"algorithm": "drlhf", "score": "critic"}, "score critic: not used with algorithm drlhf"),
@@ -608,6 +613,12 @@ def test_a_temperature_that_follows_an_entropy_cannot_be_set() -> None:
             "score is exact, and entropy_target is on",
             "a fixed τ",
             "set entropy_target to false",
+        ),
+        (
+            {"upper": "return", **EXACT, "normalise": "scale"},
+            "score is exact, and normalise scale",
+            "no: τ would move with the reward's spread",
+            "leave normalise out",
         ),
         (
             {"upper": "return", "score": "exact", "entropy_target": False},

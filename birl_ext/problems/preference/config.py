@@ -120,7 +120,8 @@ class PreferenceConfig:
     normalise: Literal["no", "scale", "standard"] = "no"
     """Of the reward that the agent is given: scale divides it by its standard deviation over the
     replay, of every round; standard takes its mean off too, which changes what is best where
-    episodes may terminate. temperature is in units of what results."""
+    episodes may terminate. temperature is in units of what results; that x moves these units too
+    is not in the hyper-gradient."""
     learning_starts: int | None = None
     """Environment steps of random actions at the start, by default those of the first round. The
     agent learns after them, and after the first round, when there is a reward."""
@@ -238,6 +239,12 @@ class PreferenceConfig:
                 allowed="a fixed τ: what τ itself does is not in that gradient",
                 fix="set entropy_target to false",
             )
+        if self.score == "exact" and self.normalise != "no":
+            raise ConfigError(
+                f"score is exact, and normalise {self.normalise}",
+                allowed="no: τ would move with the reward's spread, which is not in that gradient",
+                fix="leave normalise out, and choose temperature in the reward's own units",
+            )
         if self.upper != "cross-entropy" and (self.algorithm != "sobirl" or self.members > 1):
             raise ConfigError(
                 f"upper is {self.upper}, algorithm {self.algorithm}, members {self.members}",
@@ -283,9 +290,13 @@ class PreferenceConfig:
         if self.upper != "cross-entropy":
             off.update(_OF_PAIRS)
         if self.upper == "return":
-            off |= {"labels", "initial_labels", "teacher"}
+            off.update(_OF_ANSWERS.split())
         if self.score == "exact":
             off.add("average")
+        if self.stale == "keep":
+            off.add("limit")
+        if not self.entropy_target:
+            off.add("entropy_share")
         usual = {f.name: _USUAL.get(f.name, f.default) for f in fields(self)}
         given = {name: getattr(self, name) for name in usual if name in off}
         return {name: value for name, value in given.items() if value != usual[name]}
@@ -306,6 +317,10 @@ _STOCHASTIC = {
 }
 _OF_PAIRS = ("indirect_limit", "weigh_loss", "stale", "limit")
 """What the score of pairs is limited and weighed by."""
+_OF_ANSWERS = """
+    teacher sign_only labels initial_labels schedule fragment lead query candidates pairs noise reuse
+    initial_epochs pair_batch
+"""
 _ONE_OR_MORE = """
     horizon fragment recent candidates pairs rounds environment_steps environments
     episode_steps update_every burst n_step batch_size replay target_period members pair_batch
