@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import runpy
 import signal
 import time
@@ -27,6 +28,7 @@ from birl_ext.errors import (
     OptionError,
     TeacherError,
 )
+from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.fragments import Fragments
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.job import PreferenceJob
@@ -213,6 +215,74 @@ def test_the_memory_of_a_teacher_that_is_not_at_hand_survives_rounds_without_que
     teacher = Counted()
     SoBiRL.load(tmp_path / "run", environment=short, teacher=teacher)
     assert teacher.batches == 1
+
+
+class Person:
+    """Answers by chance, and counts what it is asked."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.asked, self.chance = 0, random.Random(seed)
+
+    def __call__(self, first: Fragments, second: Fragments) -> Any:
+        self.asked += len(first)
+        return [self.chance.choice([0, 0.5, 1, None]) for _ in range(len(first))]
+
+
+class Remembering(Person):
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        pass
+
+
+def answers_in(path: Path) -> list[Any]:
+    with AnswerLog(path / "answers.sqlite") as log:
+        return log.answers
+
+
+@pytest.mark.filterwarnings("default:.*its first answers hold:UserWarning")
+@pytest.mark.parametrize("kind", [Person, Remembering])
+def test_a_person_is_not_asked_twice(kind: type[Person], tmp_path: Path) -> None:
+    """What was answered after the newest checkpoint is in the log, and holds."""
+    stopped = SoBiRL(short, person := kind(), directory=tmp_path / "run", **SMALL)
+
+    def stop(row: Any) -> None:
+        if row["step"] == 3:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        stopped.learn(progress=False, loggers=[stop])
+    before = answers_in(tmp_path / "run")
+    assert 20 < len(before) == person.asked < 40
+    if kind is Person:
+        stopped.learn(progress=False)
+        assert person.asked == 40
+    else:  # it goes through the questions again, for what it remembers
+        with pytest.warns(
+            UserWarning, match=r"Remembering answered \d+ of \d+ questions otherwise"
+        ):
+            stopped.learn(progress=False)
+        assert person.asked == 40 + len(before)
+    after = answers_in(tmp_path / "run")
+    assert after[: len(before)] == before
+
+    told = iter(after)
+    whole = SoBiRL(
+        short, lambda first, second: [next(told)["label"] for _ in range(len(first))], **SMALL
+    )
+    same(whole.learn(progress=False), stopped)
+
+
+def test_a_teacher_that_writes_into_fragments_changes_nothing() -> None:
+    def spoils(first: Fragments, second: Fragments) -> Any:
+        answers = Counted()(first, second)
+        for part in (*first, *second):
+            part.zero_()
+        return answers
+
+    made, want = (DRLHF(short, one, **SMALL).learn(progress=False) for one in (spoils, Counted()))
+    same(made, want)
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))

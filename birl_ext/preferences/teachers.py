@@ -313,7 +313,8 @@ class OwnTeacher:
                 fix="define the other",
             )
         self.teacher = teacher
-        self._remembers = all(halves)
+        self.remembers = all(halves)
+        """Whether it has a state, which its answers may change."""
 
     def __call__(self, first: Fragments, second: Fragments) -> Tensor:
         """Labels (n,) float32, NaN where there is no answer.
@@ -323,7 +324,8 @@ class OwnTeacher:
         """
         count = len(first)
         try:
-            found = self.teacher(first, second)
+            # Copies: what it writes into them is no observation.
+            found = self.teacher(*(Fragments(*map(torch.clone, two)) for two in (first, second)))
         except BirlError:
             raise
         except Exception as error:
@@ -358,12 +360,12 @@ class OwnTeacher:
     def state_dict(self) -> dict[str, Any]:
         """What the teacher remembers, as a snapshot; nothing of one that does not."""
         own: Any = self.teacher
-        return {"own": copy.deepcopy(own.state_dict())} if self._remembers else {}
+        return {"own": copy.deepcopy(own.state_dict())} if self.remembers else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the teacher go on from a state."""
         own: Any = self.teacher
-        if self._remembers:
+        if self.remembers:
             own.load_state_dict(copy.deepcopy(state["own"]))
 
 

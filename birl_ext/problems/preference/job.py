@@ -30,7 +30,7 @@ from birl_ext.modules import import_own
 from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.buffer import PreferenceBuffer
 from birl_ext.preferences.fit import evaluate, fit
-from birl_ext.preferences.fragments import Pairs, draw
+from birl_ext.preferences.fragments import Fragments, Pairs, draw
 from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, spread
 from birl_ext.preferences.teachers import (
     TEACHERS,
@@ -449,8 +449,9 @@ class PreferenceJob(Stateful):
         first, second = first.select(chosen), second.select(chosen)
         if isinstance(self.teacher, ScriptedTeacher):
             self.teacher.observe(self._mean_reward(self._recorder))
-        label = self.teacher(first.after(config.lead), second.after(config.lead))
-        asked = Pairs(first, second, label).after(config.lead)  # what the teacher sees
+        seen = first.after(config.lead), second.after(config.lead)
+        label = self._answers(*seen)
+        asked = Pairs(*seen, label)
         if self._log is not None:
             self._log.record(asked)
         self._asked += count
@@ -467,6 +468,31 @@ class PreferenceJob(Stateful):
         found = evaluate(self._answering, known, noise=config.noise)
         self._phi = found.loss
         return self._told(found.loss, found.accuracy)
+
+    def _answers(self, first: Fragments, second: Fragments) -> Tensor:
+        """Labels (n,): what the log has, of a run that has been here before, and the teacher's for
+        the rest.
+
+        A rule draws its numbers again, and a teacher that remembers is asked again for its memory:
+        its first answers hold.
+        """
+        teacher = self.teacher
+        if self._log is None or not isinstance(teacher, OwnTeacher):
+            return teacher(first, second)
+        known = self._log.answered(first, second).to(first.reward.device)
+        count, total = len(known), len(first)
+        if teacher.remembers:
+            label = teacher(first, second)
+            if others := int((~label[:count].isclose(known, equal_nan=True)).sum()):
+                warn(
+                    f"the teacher {teacher.name} answered {others} of {count} questions otherwise "
+                    "than the first time; its first answers hold"
+                )
+            return torch.cat([known, label[count:]])
+        if count == total:
+            return known
+        rest = torch.arange(count, total, device=known.device)
+        return torch.cat([known, teacher(first.select(rest), second.select(rest))])
 
     def _told(self, phi: float = math.nan, foretold: float = math.nan) -> dict[str, float]:
         return {
