@@ -57,7 +57,10 @@ class Teacher(Protocol):
         """Which of two fragments is better, for each of n pairs.
 
         Args:
-            first, second: n fragments each, of which pair i is the i-th of both.
+            first, second: n fragments each, of which pair i is the i-th of both. One whose episode
+                ended early is padded with zeros, where its `present` is False: take means and sums
+                over steps by `Fragments.mean` and `Fragments.sum`, which leave them out. They are
+                copies.
 
         Returns:
             (n,): 1 if `first` is better, 0 if `second`, 0.5 for a tie; None for no answer, in a
