@@ -317,12 +317,34 @@ def test_a_resumed_run_in_a_vector_environment_begins_new_episodes() -> None:
         assert (steps.diff() == 1).all()
 
 
+def one_action() -> Any:
+    made = short()
+    made.action_space = Discrete(1)
+    return made
+
+
+def closed_vector() -> SyncVectorEnv:
+    vector = counting_vector()
+    vector.close()
+    return vector
+
+
 @pytest.mark.parametrize(
     ("environment", "settings", "error", "message"),
     [
         (Counting, {}, ConfigError, r"Counting>, which has no time limit .*episode_steps"),
         (Counting(), {}, OptionError, r"the environment is one Counting .*a function.*lambda"),
         (3, {}, OptionError, "the environment is a int"),
+        (None, {}, OptionError, r"the environment is None .*Fix: give the environment itself"),
+        ("<a:B>", {}, OptionError, "the environment is '<a:B>' .*Fix: give the environment itself"),
+        (
+            short,
+            {"teacher": "<a:b>"},
+            TeacherError,
+            r"the teacher <a:b> .*Fix: give the teacher its",
+        ),
+        (closed_vector(), {}, OptionError, r"is closed at env <\S+>\. Fix: make a new one"),
+        (one_action, {}, OptionError, r"env <\S+> has 1 action .*allowed: 2 or more"),
         (lambda: 3, {}, OptionError, "function returned a int at environment"),
         (counting_vector, {}, OptionError, "SyncVectorEnv at .*a vector environment itself"),
         (lambda: 1 // 0, {}, EnvironmentFailureError, "building raised ZeroDivisionError"),
@@ -370,14 +392,24 @@ def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path: Path) -> None:
         made.save(tmp_path / "saved")
     with pytest.raises(ConfigError, match="nothing has been learned yet"):
         made.plot()
+    for learned in (lambda: made.predict([0.0]), lambda: made.policy, lambda: made.reward):
+        with pytest.raises(ConfigError, match=r"nothing has been learned yet\. Fix: call learn"):
+            learned()
     made.learn(progress=False)
     with pytest.raises(ConfigError, match=r"algorithm is 'sobirl' at DRLHF .*birl_ext\.SoBiRL$"):
         DRLHF.load(tmp_path / "run", environment=short)
     RunDirectory.create(tmp_path / "other", "bus", {})
     with pytest.raises(ConfigError, match=r"a run of 'bus' .*load it with birl_ext\.load_run"):
         SoBiRL.load(tmp_path / "other")
-    with pytest.raises(ConfigError, match="not empty"):
+    on = r"not empty at \S+run\. Fix: give another {}, or go on with SoBiRL\.load\('\S+run'\)$"
+    with pytest.raises(ConfigError, match=on.format("directory")):
         SoBiRL(short, Counted(), directory=tmp_path / "run", **SMALL)
+    with pytest.raises(ConfigError, match=on.format("path")):
+        made.save(tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match=r"time limit .*give the environment that it was made with"
+    ):
+        SoBiRL.load(tmp_path / "run", environment=Counting)
     named = SoBiRL("CartPole-v1", directory=tmp_path / "named", **SMALL).learn(progress=False)
     with pytest.raises(ConfigError, match=r"env is CartPole-v1, and an environment is given"):
         SoBiRL.load(tmp_path / "named", environment=untyped(short))

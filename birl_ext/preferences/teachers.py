@@ -40,6 +40,7 @@ __all__ = [
     "ScriptedTeacher",
     "Teacher",
     "TeacherRule",
+    "absent",
     "name_of",
     "named_teacher",
     "register_teacher",
@@ -405,16 +406,18 @@ class AbsentTeacher:
 
     def __call__(self, first: Fragments, second: Fragments) -> Tensor:
         """Raises TeacherError."""
-        raise TeacherError(
-            f"the teacher {self.name} was given as an object, and is not at hand",
-            fix="give it: load(DIR, teacher=…).learn()",
-        )
+        raise absent(self.name, "give it: load(DIR, teacher=…).learn()")
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._state = copy.deepcopy(dict(state))
+
+
+def absent(name: str, fix: str) -> TeacherError:
+    """Of a name that a file has for a teacher that was given as an object."""
+    return TeacherError(f"the teacher {name} was given as an object, and is not at hand", fix=fix)
 
 
 _REGISTERED: dict[str, Teacher | type[Any]] = {}

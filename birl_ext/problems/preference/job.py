@@ -38,6 +38,7 @@ from birl_ext.preferences.teachers import (
     OwnTeacher,
     ScriptedTeacher,
     Teacher,
+    absent,
     named_teacher,
 )
 from birl_ext.problems.preference.config import PreferenceConfig
@@ -183,16 +184,28 @@ class PreferenceJob(Stateful):
         if self._skips and first and self._shared is None:
             self._play_first_round()
 
+    def check_new(self) -> None:
+        """Refuse a run from the start that nobody would answer.
+
+        Raises:
+            TeacherError: the teacher is the name that files have for one given as an object.
+        """
+        if isinstance(self.teacher, AbsentTeacher) and self.config.questions[0]:
+            fix = "name a teacher, your own by --module FILE.py --teacher FILE:NAME"
+            raise absent(self.config.teacher, fix)
+
     def attach(self, path: Path) -> None:
         """Keep answers and videos there; a log of the same run is checked and continued.
 
         Warns:
-            UserWarning: settings that have no effect.
+            UserWarning: settings that have no effect, or with which nothing can be learned.
         """
         config = self.config
         if idle := config.idle():
             named = ", ".join(f"{name} {value}" for name, value in idle.items())
             warn(f"{named}: not used with algorithm {config.algorithm}, upper {config.upper}")
+        for words in config.unlearned():
+            warn(f"{config.env}: {words}")
         self._log = AnswerLog(path / "answers.sqlite")
         self._log.rewind()
         self._videos = path / "videos"
