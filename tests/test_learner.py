@@ -274,17 +274,6 @@ def test_a_person_is_not_asked_twice(kind: type[Person], tmp_path: Path) -> None
     same(whole.learn(progress=False), stopped)
 
 
-def test_a_teacher_that_writes_into_fragments_changes_nothing() -> None:
-    def spoils(first: Fragments, second: Fragments) -> Any:
-        answers = Counted()(first, second)
-        for part in (*first, *second):
-            part.zero_()
-        return answers
-
-    made, want = (DRLHF(short, one, **SMALL).learn(progress=False) for one in (spoils, Counted()))
-    same(made, want)
-
-
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 def test_a_vector_environment_acts_and_is_evaluated(mode: AutoresetMode, tmp_path: Path) -> None:
     vector = counting_vector(mode)

@@ -297,6 +297,19 @@ def test_an_answer_that_is_none_names_its_pair(found, message):
         answered(found)
 
 
+def test_what_a_teacher_writes_into_fragments_changes_nothing():
+    def spoils(first, second):
+        for part in (*first, *second):
+            part.zero_()
+        return [1, 0, 1]
+
+    rows = [fragments_with(torch.ones(3, 2)) for _ in range(2)]
+    before = [part.clone() for side in rows for part in side]
+    OwnTeacher(spoils)(*rows)
+    for part, was in zip((*rows[0], *rows[1]), before, strict=True):
+        assert torch.equal(part, was)
+
+
 class Half:
     def __call__(self, first, second):
         return [1]
