@@ -201,6 +201,8 @@ def _run(words: list[str]) -> int:
     if options.resume is not None:
         directory = RunDirectory(options.resume)
     else:
+        if hasattr(job, "check_new"):
+            job.check_new()
         path = options.out or default_path(name)
         directory = RunDirectory.create(path, name, to_plain(config))
     return _carry_out(job, directory, options, board)

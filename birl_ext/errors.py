@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import pickle
+import reprlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -57,6 +58,7 @@ __all__ = [
     "UndeterminedError",
     "UninformativeDataError",
     "catalogue",
+    "shown",
     "suggestion",
     "warn",
 ]
@@ -403,6 +405,14 @@ def catalogue() -> Iterator[tuple[str, type[BirlError]]]:
         if cls.code:
             found[cls.code] = cls
     yield from sorted(found.items())
+
+
+def shown(given: Any) -> str:
+    """A short repr."""
+    try:
+        return reprlib.repr(given)
+    except ValueError:  # an integer of more digits than Python prints
+        return "too long to print"
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

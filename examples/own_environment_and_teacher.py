@@ -26,8 +26,11 @@ class Rail(gymnasium.Env):
 
 
 def nearer(first, second):
-    """One answer for each pair of fragments, whose observations are (pairs, steps, 2)."""
-    ours, theirs = (part.observation[..., 0].abs().mean(-1) for part in (first, second))
+    """One answer for each pair of fragments, whose observations are (pairs, steps, 2).
+
+    The missing steps of an episode that ended early are zeros: `part.mean` leaves them out.
+    """
+    ours, theirs = (part.mean(part.observation[..., 0].abs()) for part in (first, second))
     return ours < theirs  # 1: the first is better; 0: the second; 0.5 would be a tie
 
 

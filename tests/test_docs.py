@@ -12,7 +12,7 @@ import runpy
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from birl_bench.report import digits
 import birl_ext.problems
 from birl_ext.cli import COMMANDS
 from birl_ext.errors import catalogue
+from birl_ext.preferences.fragments import Fragments
+from birl_ext.preferences.teachers import OwnTeacher
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -192,6 +194,41 @@ def test_the_figures_of_reliability_are_those_measured() -> None:
     found = between((ROOT / "docs" / "reliability.md").read_text(), "figures")
     assert found.strip() == table, f"docs/reliability.md should contain\n\n{table}"
     assert not report["properties"]["failures"]
+
+
+def shown_teachers() -> dict[str, ast.FunctionDef]:
+    """Every function of (first, second) that documentation shows."""
+    sources = {str(block): block.code for block in documented()}
+    sources |= {path.name: path.read_text() for path in EXAMPLES}
+    return {
+        f"{where} {node.name}": node
+        for where, code in sources.items()
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.FunctionDef)
+        and [a.arg for a in node.args.args] == ["first", "second"]
+    }
+
+
+def test_a_teacher_that_is_shown_leaves_padding_out() -> None:
+    """An episode that ended early, far off, against one that went on, nearer to what is liked."""
+
+    def fragment(steps: int, away: float) -> Fragments:
+        present = (torch.arange(8) < steps)[None]
+        observation = away * present[..., None].expand(1, 8, 4)
+        nothing = torch.zeros(1, 8)
+        return Fragments(
+            observation, nothing.long(), nothing, present, nothing, torch.zeros(1).long()
+        )
+
+    for where, node in (teachers := shown_teachers()).items():
+        found: dict[str, Any] = {}
+        exec(compile(ast.Module([node], []), where, "exec"), found)
+        answer = OwnTeacher(found[node.name])
+        for short, long in ((3, 8), (8, 3)):
+            worse, better = fragment(short, 0.9), fragment(long, 0.5)
+            assert answer(worse, better).tolist() == [0], where
+            assert answer(better, worse).tolist() == [1], where
+    assert len(teachers) == 3
 
 
 def test_every_command_and_problem_is_in_the_readme() -> None:

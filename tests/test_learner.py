@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import runpy
 import signal
 import time
@@ -27,6 +28,7 @@ from birl_ext.errors import (
     OptionError,
     TeacherError,
 )
+from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.fragments import Fragments
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.job import PreferenceJob
@@ -215,6 +217,63 @@ def test_the_memory_of_a_teacher_that_is_not_at_hand_survives_rounds_without_que
     assert teacher.batches == 1
 
 
+class Person:
+    """Answers by chance, and counts what it is asked."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.asked, self.chance = 0, random.Random(seed)
+
+    def __call__(self, first: Fragments, second: Fragments) -> Any:
+        self.asked += len(first)
+        return [self.chance.choice([0, 0.5, 1, None]) for _ in range(len(first))]
+
+
+class Remembering(Person):
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        pass
+
+
+def answers_in(path: Path) -> list[Any]:
+    with AnswerLog(path / "answers.sqlite") as log:
+        return log.answers
+
+
+@pytest.mark.filterwarnings("default:.*its first answers hold:UserWarning")
+@pytest.mark.parametrize("kind", [Person, Remembering])
+def test_a_person_is_not_asked_twice(kind: type[Person], tmp_path: Path) -> None:
+    """What was answered after the newest checkpoint is in the log, and holds."""
+    stopped = SoBiRL(short, person := kind(), directory=tmp_path / "run", **SMALL)
+
+    def stop(row: Any) -> None:
+        if row["step"] == 3:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        stopped.learn(progress=False, loggers=[stop])
+    before = answers_in(tmp_path / "run")
+    assert 20 < len(before) == person.asked < 40
+    if kind is Person:
+        stopped.learn(progress=False)
+        assert person.asked == 40
+    else:  # it goes through the questions again, for what it remembers
+        with pytest.warns(
+            UserWarning, match=r"Remembering answered \d+ of \d+ questions otherwise"
+        ):
+            stopped.learn(progress=False)
+        assert person.asked == 40 + len(before)
+    after = answers_in(tmp_path / "run")
+    assert after[: len(before)] == before
+
+    told = iter(after)
+    whole = SoBiRL(
+        short, lambda first, second: [next(told)["label"] for _ in range(len(first))], **SMALL
+    )
+    same(whole.learn(progress=False), stopped)
+
+
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 def test_a_vector_environment_acts_and_is_evaluated(mode: AutoresetMode, tmp_path: Path) -> None:
     vector = counting_vector(mode)
@@ -247,12 +306,34 @@ def test_a_resumed_run_in_a_vector_environment_begins_new_episodes() -> None:
         assert (steps.diff() == 1).all()
 
 
+def one_action() -> Any:
+    made = short()
+    made.action_space = Discrete(1)
+    return made
+
+
+def closed_vector() -> SyncVectorEnv:
+    vector = counting_vector()
+    vector.close()
+    return vector
+
+
 @pytest.mark.parametrize(
     ("environment", "settings", "error", "message"),
     [
         (Counting, {}, ConfigError, r"Counting>, which has no time limit .*episode_steps"),
         (Counting(), {}, OptionError, r"the environment is one Counting .*a function.*lambda"),
         (3, {}, OptionError, "the environment is a int"),
+        (None, {}, OptionError, r"the environment is None .*Fix: give the environment itself"),
+        ("<a:B>", {}, OptionError, "the environment is '<a:B>' .*Fix: give the environment itself"),
+        (
+            short,
+            {"teacher": "<a:b>"},
+            TeacherError,
+            r"the teacher <a:b> .*Fix: give the teacher its",
+        ),
+        (closed_vector(), {}, OptionError, r"is closed at env <\S+>\. Fix: make a new one"),
+        (one_action, {}, OptionError, r"env <\S+> has 1 action .*allowed: 2 or more"),
         (lambda: 3, {}, OptionError, "function returned a int at environment"),
         (counting_vector, {}, OptionError, "SyncVectorEnv at .*a vector environment itself"),
         (lambda: 1 // 0, {}, EnvironmentFailureError, "building raised ZeroDivisionError"),
@@ -300,14 +381,24 @@ def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path: Path) -> None:
         made.save(tmp_path / "saved")
     with pytest.raises(ConfigError, match="nothing has been learned yet"):
         made.plot()
+    for learned in (lambda: made.predict([0.0]), lambda: made.policy, lambda: made.reward):
+        with pytest.raises(ConfigError, match=r"nothing has been learned yet\. Fix: call learn"):
+            learned()
     made.learn(progress=False)
     with pytest.raises(ConfigError, match=r"algorithm is 'sobirl' at DRLHF .*birl_ext\.SoBiRL$"):
         DRLHF.load(tmp_path / "run", environment=short)
     RunDirectory.create(tmp_path / "other", "bus", {})
     with pytest.raises(ConfigError, match=r"a run of 'bus' .*load it with birl_ext\.load_run"):
         SoBiRL.load(tmp_path / "other")
-    with pytest.raises(ConfigError, match="not empty"):
+    on = r"not empty at \S+run\. Fix: give another {}, or go on with SoBiRL\.load\('\S+run'\)$"
+    with pytest.raises(ConfigError, match=on.format("directory")):
         SoBiRL(short, Counted(), directory=tmp_path / "run", **SMALL)
+    with pytest.raises(ConfigError, match=on.format("path")):
+        made.save(tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match=r"time limit .*give the environment that it was made with"
+    ):
+        SoBiRL.load(tmp_path / "run", environment=Counting)
     named = SoBiRL("CartPole-v1", directory=tmp_path / "named", **SMALL).learn(progress=False)
     with pytest.raises(ConfigError, match=r"env is CartPole-v1, and an environment is given"):
         SoBiRL.load(tmp_path / "named", environment=untyped(short))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -195,6 +196,26 @@ def test_a_run_whose_module_fails_leaves_nothing_behind(
     assert main(["run", "preference", "--module", "absent.py", "--out", "run"]) == 2
     assert "there is no module 'absent.py'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_of_an_object_in_a_file_is_no_teacher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "preference", "--teacher", "<my_code:nearer>", "--out", "run"]) == 2
+    said = capsys.readouterr().err
+    assert "the teacher <my_code:nearer> was given as an object" in said
+    assert "--module FILE.py --teacher FILE:NAME" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_of_the_readme_runs_its_environment_and_its_teacher(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(import gymnasium\n.*?)^```$", text, re.M | re.S)
+    own, _ = code.split("budget =")  # the class and the function
+    (register,) = re.findall(r"`(gymnasium\.register\([^`]*\))`", text)
+    (command,) = re.findall(r"`birl (run preference --module my_code\.py [^`]*)`", text)
+    (tmp_path / "my_code.py").write_text(own + register)
+    assert "4 steps" in birl(*command.split(), *FLAGS, cwd=tmp_path)
 
 
 def test_an_id_that_names_code_is_refused_with_the_flag_to_give() -> None:

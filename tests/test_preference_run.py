@@ -24,7 +24,7 @@ from cases import untyped
 from closeness import assert_same_state
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from gymnasium.spaces import Box, Discrete
-from preference_run import TIMED, make_job
+from preference_run import SMALL, TIMED, make_job
 
 from birl_ext.agents.sac import SAC
 from birl_ext.agents.sac_discrete import DiscreteSAC
@@ -717,6 +717,32 @@ def test_a_lead_is_scored_and_not_compared(algorithm: str, monkeypatch: pytest.M
     outcome = job.learner.step(pairs, job.agent, temperature=1.0)
     loss = bradley_terry(margins(before, pairs.after(4)), pairs.label).mean()
     assert outcome.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+RETURN = {"upper": "return", "labels": 300, "initial_labels": 60}  # the defaults, not used
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rounds": 1}, "the agent makes no update: 120 of 120 environment steps"),
+        ({"learning_starts": 480}, "no update: 480 of 480"),
+        ({"update_every": 10**6}, "no update: 120 of 480 .*, and 1000000 go"),
+        ({"burst": 10**5}, "no update: 120 of 480 .*, and 800000 go"),
+        ({"labels": 0, "initial_labels": 0}, "the reward stays as it was drawn: labels is 0"),
+        ({"reward_steps": 0, "initial_epochs": 0}, "as it was drawn: reward_steps is 0"),
+        ({"reward_steps": 0, "initial_labels": 0}, "as it was drawn: reward_steps is 0"),
+        ({"reward_steps": 0, **RETURN}, "as it was drawn: reward_steps is 0"),
+    ],
+)
+def test_a_run_that_cannot_learn_says_so(changes: Any, words: str, tmp_path: Path) -> None:
+    job = make_job(**changes)
+    with pytest.warns(UserWarning, match=rf"CartPole-v1: .*{words}") as said:
+        job.attach(tmp_path)
+    job.detach()
+    assert len(said) == 1
+    for fine in ({}, {"reward_steps": 0}, {"initial_epochs": 0}, RETURN):
+        assert PreferenceConfig(**{**SMALL, **fine}).unlearned() == []
 
 
 @pytest.mark.parametrize("query", ["entropy", "disagreement"])

@@ -123,6 +123,20 @@ def test_an_empty_episode_has_no_fragments():
         cut([episode(0, 4)._replace(reward=torch.zeros(3))], 2)
 
 
+def test_sums_and_means_are_of_the_steps_that_are_present():
+    present = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    rows = fragments_with(torch.zeros(3, 4), present)
+    rows.observation[~present] = math.nan  # whatever stands there
+    for value in (rows.observation, rows.observation[..., 0], rows.action, rows.action == 1):
+        for row in range(3):
+            there = value[row][present[row]]
+            assert torch.equal(rows.sum(value)[row], there.sum(0))
+            torch.testing.assert_close(rows.mean(value)[row], there.float().mean(0))
+    for wrong in (rows.observation[:2], rows.observation.sum(1), torch.tensor(1.0)):
+        with pytest.raises(ShapeError, match=r"value has shape .*\(3, 4\), …"):
+            rows.mean(wrong)
+
+
 def test_pairs_are_selected_with_all_their_parts():
     pairs = Pairs(
         fragments_with(torch.randn(5, 2)), fragments_with(torch.randn(5, 2)), torch.rand(5)

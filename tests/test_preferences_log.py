@@ -343,6 +343,20 @@ def test_a_run_that_goes_back_repeats_its_answers_and_adds_none(tmp_path):
         assert len(log) == 5
 
 
+def test_known_answers_are_found_up_to_another_question(tmp_path):
+    first, second = (fragments_with(torch.zeros(5, 4)) for _ in range(2))
+    asked = Pairs(first, second, torch.tensor([1.0, math.nan, 0.5, 0.0, 1.0]))
+    with AnswerLog(tmp_path / "answers") as log:
+        log.record(asked.select(torch.arange(4)))
+        assert len(log.answered(first, second)) == 0  # it is at its end
+        log.rewind()
+        found = log.answered(first, second)
+        assert found.tolist() == pytest.approx([1, math.nan, 0.5, 0], nan_ok=True)
+        second.observation[1, 0] += 1
+        assert log.answered(first, second).tolist() == [1]
+        assert log.answered(second, first).tolist() == []
+
+
 def test_a_run_that_takes_another_course_leaves_the_answers_of_the_old_one(tmp_path):
     path = tmp_path / "answers"
     first, second = (fragments_with(torch.zeros(5, 4)) for _ in range(2))

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -247,20 +249,25 @@ def answered(found, count=3):
         np.array([1, 0.5, None], dtype=object),
         [1, 0.5, None],
         (True, np.float32(0.5), None),
+        [True, np.float16(0.5), np.ma.masked],
         [torch.tensor(1), torch.tensor(0.5), False],
+        torch.tensor([1.0, 0.5, 0.0], dtype=torch.bfloat16),
+        [Fraction(1), Fraction(1, 2), None],
+        np.ma.masked_array([1, 0.5, 1], mask=[False, False, True]),
     ],
 )
 def test_an_own_teacher_answers_in_numbers_of_any_kind(found):
     label = answered(found)
     assert label.dtype == torch.float32
-    want = [1.0, 0.5, math.nan if found[2] is None else 0.0]
+    silent = found[2] is None or found[2] is np.ma.masked
+    want = [1.0, 0.5, math.nan if silent else 0.0]
     assert label.tolist() == pytest.approx(want, nan_ok=True)
 
 
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ([0, 1, 2], r"answered 2 at pair 2 of 3 .allowed: 0, 1, 0\.5; None, in a list"),
+        ([0, 1, 2], r"answered 2 at pair 2 of 3 .allowed: the numbers 0, 1, 0\.5; None, in a list"),
         (torch.tensor([0, math.nan, 1]), "answered nan at pair 1 of 3"),
         ([None, 1, math.nan], "answered nan at pair 2 of 3"),
         ([-1, 1, 1], "answered -1 at pair 0 of 3"),
@@ -270,13 +277,37 @@ def test_an_own_teacher_answers_in_numbers_of_any_kind(found):
         (torch.zeros(3, 1), r"answered Tensor \(3, 1\)"),
         (1, r"answered int \(\)"),
         (None, "answered NoneType"),
-        (["first"] * 3, "answered list"),
-        ([[0], [1, 2], 3], "answered list"),
+        (["first"] * 3, "answered 'first' at pair 0 of 3"),
+        ([[0], [1, 2], 3], r"answered \[0\] at pair 0 of 3"),
+        (["1", 1, 1], "answered '1' at pair 0 of 3 .allowed: the numbers 0"),
+        (np.array([None, "0.5", 1]), "answered '0.5' at pair 1 of 3"),
+        (np.array(["0.5"] * 3), "answered '0.5' at pair 0 of 3"),
+        (np.ones(3, complex), r"answered \(1\+0j\) at pair 0 of 3"),
+        (np.ones(3, "datetime64[s]"), "answered datetime"),
+        ([1, 1 - 1e-9, 0], r"answered 0\.999999999 at pair 1 of 3"),
+        ([10**400, 1, 1], r"answered 1000\S+000 at pair 0 of 3"),
+        ([10**5000, 1, 1], "answered too long to print at pair 0 of 3"),
+        ([torch.ones(2), 1, 1], r"answered tensor\(\[1\., 1\.\]\) at pair 0"),
+        ({1: 1, 2: 1, 3: 1}, r"answered dict \(\)"),
+        (b"111", r"answered bytes \(\)"),
     ],
 )
 def test_an_answer_that_is_none_names_its_pair(found, message):
     with pytest.raises(TeacherError, match=rf"BIRL-E903 the teacher \S+ {message}.*Fix: answer 1"):
         answered(found)
+
+
+def test_what_a_teacher_writes_into_fragments_changes_nothing():
+    def spoils(first, second):
+        for part in (*first, *second):
+            part.zero_()
+        return [1, 0, 1]
+
+    rows = [fragments_with(torch.ones(3, 2)) for _ in range(2)]
+    before = [part.clone() for side in rows for part in side]
+    OwnTeacher(spoils)(*rows)
+    for part, was in zip((*rows[0], *rows[1]), before, strict=True):
+        assert torch.equal(part, was)
 
 
 class Half:
@@ -309,6 +340,24 @@ def test_what_a_teacher_raises_has_its_name():
     rows = fragments_with(torch.zeros(1, 1))
     with pytest.raises(TeacherError, match=r"teacher \S+ raised ZeroDivisionError: .*1 pairs"):
         OwnTeacher(lambda first, second: [1 // 0])(rows, rows)
+    with pytest.raises(TeacherError, match=r"raised SystemExit: 3 at a batch of 1 pairs"):
+        OwnTeacher(lambda first, second: sys.exit(3))(rows, rows)
+
+
+class Forgetful(Half):
+    def state_dict(self):
+        return [][0]
+
+    def load_state_dict(self, state):
+        raise SystemExit(3)
+
+
+def test_what_a_teacher_s_memory_raises_has_its_name():
+    teacher = OwnTeacher(Forgetful())
+    with pytest.raises(TeacherError, match=r"Forgetful raised IndexError: .* at its state_dict"):
+        teacher.state_dict()
+    with pytest.raises(TeacherError, match="raised SystemExit: 3 at its load_state_dict"):
+        teacher.load_state_dict({"own": {}})
 
 
 @pytest.mark.parametrize("name", ["", "noisy", "my:own", 3])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from birl_ext.errors import shown
 
 __all__ = ["Declared", "Misfit"]
 
@@ -148,7 +149,7 @@ class Declared:
         found = np.asarray(given)
         if found.dtype != np.bool_ or found.shape != self._lead:
             raise Misfit(
-                f"its {name} is {_shown(given)}, a {type(given).__name__}",
+                f"its {name} is {shown(given)}, a {type(given).__name__}",
                 f"booleans, shape {self._lead}",
                 f"return bool({name})",
             )
@@ -198,7 +199,7 @@ def _numbers(name: str, given: Any, shape: tuple[int, ...], allowed: Any) -> NDA
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise Misfit(f"its {name} is no array: {error}", str(allowed)) from error
     if found.dtype.kind not in "biuf":
-        what = f"its {name} is {_shown(given)}, a {type(given).__name__}"
+        what = f"its {name} is {shown(given)}, a {type(given).__name__}"
         raise Misfit(what, str(allowed))
     if found.shape != shape:
         raise Misfit(
@@ -207,14 +208,6 @@ def _numbers(name: str, given: Any, shape: tuple[int, ...], allowed: Any) -> NDA
             "return float(reward)" if name == "reward" else "return the shape that is declared",
         )
     return found
-
-
-def _shown(given: Any) -> str:
-    """A short repr."""
-    try:
-        return reprlib.repr(given)
-    except ValueError:  # an integer of more digits than Python prints
-        return "too long to print"
 
 
 def _rounded(found: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -24,6 +24,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from birl_ext.errors import (
     AnswerLogCorruptError,
     AnswerLogRecoveryWarning,
@@ -84,6 +87,22 @@ class AnswerLog:
         at_end = self._at == len(self)
         self._write(len(self), [answer])
         self._at += at_end
+
+    def answered(self, first: Fragments, second: Fragments) -> Tensor:
+        """What the log has for the next questions, up to the first that is another one.
+
+        Returns:
+            (k,) float32 labels of the first k of n pairs, NaN where there was no answer.
+        """
+        found: list[float] = []
+        if self._at == len(self):
+            return torch.tensor(found)
+        marks = zip(fingerprints(first), fingerprints(second), strict=True)
+        for known, (ours, theirs) in zip(self.answers[self._at :], marks, strict=False):
+            if (known.get("first"), known.get("second")) != (ours, theirs):
+                break
+            found.append(math.nan if known["label"] is None else known["label"])
+        return torch.tensor(found, dtype=torch.float32)
 
     def record(self, pairs: Pairs) -> None:
         """One answer per pair: fingerprints of its fragments and the label, null if there was no

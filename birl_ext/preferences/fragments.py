@@ -33,7 +33,7 @@ class Episode(NamedTuple):
 
 
 class Fragments(NamedTuple):
-    """n fragments of H steps; one that ended early is padded.
+    """n fragments of H steps; one that ended early is padded, with zeros.
 
     Its length is n, not the number of its fields, so `_replace` cannot be used.
 
@@ -55,6 +55,24 @@ class Fragments(NamedTuple):
 
     def __len__(self) -> int:
         return self.observation.shape[0]
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Σ_h of a number per step, (n, H, …) → (n, …), over the steps that are present.
+
+        Raises:
+            ShapeError: it has not one per step.
+        """
+        if value.shape[:2] != self.present.shape:
+            raise ShapeError(
+                f"value has shape {tuple(value.shape)}", allowed=f"{tuple(self.present.shape)}, …"
+            )
+        present = self.present.reshape(*self.present.shape, *[1] * (value.ndim - 2))
+        return torch.where(present, value, 0).sum(1)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The same over the number of steps that are present."""
+        found = self.sum(value)
+        return found / self.present.sum(1).reshape(-1, *[1] * (found.ndim - 1))
 
     def select(self, index: Tensor) -> Fragments:
         """Those at `index`, (m,) int64 or (n,) bool."""

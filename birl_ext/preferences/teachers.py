@@ -4,12 +4,14 @@ user's own.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
@@ -24,6 +26,7 @@ from birl_ext.errors import (
     NonFiniteInputError,
     OptionError,
     TeacherError,
+    shown,
     suggestion,
 )
 from birl_ext.model import checks
@@ -37,6 +40,7 @@ __all__ = [
     "ScriptedTeacher",
     "Teacher",
     "TeacherRule",
+    "absent",
     "name_of",
     "named_teacher",
     "register_teacher",
@@ -57,11 +61,14 @@ class Teacher(Protocol):
         """Which of two fragments is better, for each of n pairs.
 
         Args:
-            first, second: n fragments each, of which pair i is the i-th of both.
+            first, second: n fragments each, of which pair i is the i-th of both. One whose episode
+                ended early is padded with zeros, where its `present` is False: take means and sums
+                over steps by `Fragments.mean` and `Fragments.sum`, which leave them out. They are
+                copies.
 
         Returns:
             (n,): 1 if `first` is better, 0 if `second`, 0.5 for a tie; None for no answer, in a
-            list or an array of objects, and the pair is left out. NaN is refused.
+            list or an array of objects, or masked, and the pair is left out. NaN is refused.
         """
         ...
 
@@ -313,7 +320,8 @@ class OwnTeacher:
                 fix="define the other",
             )
         self.teacher = teacher
-        self._remembers = all(halves)
+        self.remembers = all(halves)
+        """Whether it has a state, which its answers may change."""
 
     def __call__(self, first: Fragments, second: Fragments) -> Tensor:
         """Labels (n,) float32, NaN where there is no answer.
@@ -322,49 +330,67 @@ class OwnTeacher:
             TeacherError: it raised, or an answer is neither 0, 1, 0.5 nor none.
         """
         count = len(first)
-        try:
-            found = self.teacher(first, second)
-        except BirlError:
-            raise
-        except Exception as error:
-            raise TeacherError(
-                f"the teacher {self.name} raised {type(error).__name__}: {error}",
-                where=f"a batch of {count} pairs",
-                fix="mend the teacher; the questions are asked again",
-            ) from error
-        try:
-            plain = found.detach().cpu() if isinstance(found, Tensor) else found
-            label = np.asarray(plain, dtype=np.float64)  # None becomes NaN
-        except (TypeError, ValueError):
-            label = np.empty(0)
-        if label.shape != (count,):
-            shape = tuple(getattr(found, "shape", label.shape))
+        with self._named(f"a batch of {count} pairs", "; the questions are asked again"):
+            # Copies: what it writes into them is no observation.
+            found = self.teacher(*(Fragments(*map(torch.clone, two)) for two in (first, second)))
+        answers = _listed(found)
+        shape = tuple(getattr(found, "shape", () if answers is None else (len(answers),)))
+        if answers is None or shape != (count,):
             raise TeacherError(
                 f"the teacher {self.name} answered {type(found).__name__} {shape}",
                 where=f"a batch of {count} pairs",
                 allowed=f"{count} numbers, one for each pair, in a list, an array or a tensor",
             )
-        silent = np.array([answer is None for answer in plain], dtype=bool)
-        wrong = ~(np.isin(label, (0.0, 0.5, 1.0)) | silent)
-        if wrong.any():
-            pair = int(wrong.argmax())
-            raise TeacherError(
-                f"the teacher {self.name} answered {label[pair]:.7g}",
-                where=f"pair {pair} of {count}",
-                allowed="0, 1, 0.5; None, in a list, for no answer",
-            )
-        return torch.from_numpy(label).to(first.reward.device, torch.float32)
+        for pair, answer in enumerate(answers):
+            if answer is not None and not (isinstance(answer, Real) and answer in (0, 0.5, 1)):
+                raise TeacherError(
+                    f"the teacher {self.name} answered {shown(answer)}",
+                    where=f"pair {pair} of {count}",
+                    allowed="the numbers 0, 1, 0.5; None, in a list, for no answer",
+                )
+        label = [math.nan if answer is None else float(answer) for answer in answers]
+        return torch.tensor(label, dtype=torch.float32, device=first.reward.device)
 
     def state_dict(self) -> dict[str, Any]:
         """What the teacher remembers, as a snapshot; nothing of one that does not."""
         own: Any = self.teacher
-        return {"own": copy.deepcopy(own.state_dict())} if self._remembers else {}
+        with self._named("its state_dict"):
+            return {"own": copy.deepcopy(own.state_dict())} if self.remembers else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the teacher go on from a state."""
         own: Any = self.teacher
-        if self._remembers:
-            own.load_state_dict(copy.deepcopy(state["own"]))
+        if self.remembers:
+            with self._named("its load_state_dict"):
+                own.load_state_dict(copy.deepcopy(state["own"]))
+
+    @contextlib.contextmanager
+    def _named(self, where: str, then: str = "") -> Iterator[None]:
+        """What the teacher raises inside has its name."""
+        try:
+            yield
+        except BirlError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise TeacherError(
+                f"the teacher {self.name} raised {type(error).__name__}: {error}",
+                where=where,
+                fix=f"mend the teacher{then}",
+            ) from error
+
+
+def _listed(found: Any) -> list[Any] | None:
+    """Answers one by one, None where an array masks them; None of what is no list of any."""
+    try:
+        if not isinstance(found, list | tuple):
+            plain = found.detach() if isinstance(found, Tensor) else np.asanyarray(found)
+            found = plain.tolist()
+    except Exception:  # it may be anything
+        return None
+    if not isinstance(found, list | tuple):
+        return None
+    arrays = Tensor | np.generic | np.ndarray
+    return [one.tolist() if isinstance(one, arrays) and one.ndim == 0 else one for one in found]
 
 
 class AbsentTeacher:
@@ -380,16 +406,18 @@ class AbsentTeacher:
 
     def __call__(self, first: Fragments, second: Fragments) -> Tensor:
         """Raises TeacherError."""
-        raise TeacherError(
-            f"the teacher {self.name} was given as an object, and is not at hand",
-            fix="give it: load(DIR, teacher=…).learn()",
-        )
+        raise absent(self.name, "give it: load(DIR, teacher=…).learn()")
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._state = copy.deepcopy(dict(state))
+
+
+def absent(name: str, fix: str) -> TeacherError:
+    """Of a name that a file has for a teacher that was given as an object."""
+    return TeacherError(f"the teacher {name} was given as an object, and is not at hand", fix=fix)
 
 
 _REGISTERED: dict[str, Teacher | type[Any]] = {}
@@ -456,7 +484,7 @@ def named_teacher(name: str, modules: Mapping[str, ModuleType]) -> Teacher:
         return found  # type: ignore[no-any-return]
     try:
         return found()  # type: ignore[no-any-return]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TeacherError(
             f"making the teacher {name!r} raised {type(error).__name__}: {error}",
             fix="let it be made without arguments, or register an object",

@@ -35,11 +35,12 @@ def default_path(problem: str) -> Path:
     return candidate
 
 
-def free_directory(path: Path, fix: str = "choose another --out") -> None:
+def free_directory(path: Path, fix: str = "choose another --out", again: str = "") -> None:
     """Refuse a path that a run cannot be written to.
 
     Args:
         fix: the remedy; a run that is there can be gone on with, besides.
+        again: what goes on with it, by default the option.
 
     Raises:
         ConfigError: it exists and is not an empty directory.
@@ -51,7 +52,8 @@ def free_directory(path: Path, fix: str = "choose another --out") -> None:
         raise ConfigError(
             "the run directory is not empty",
             where=str(path),
-            fix=fix + (f", or go on with --resume {path}" if (path / CONFIG).is_file() else ""),
+            fix=fix
+            + (f", or go on with {again or f'--resume {path}'}" * (path / CONFIG).is_file()),
         )
 
 

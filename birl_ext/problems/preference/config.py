@@ -301,6 +301,23 @@ class PreferenceConfig:
         given = {name: getattr(self, name) for name in usual if name in off}
         return {name: value for name, value in given.items() if value != usual[name]}
 
+    def unlearned(self) -> list[str]:
+        """What cannot be learned with these settings, and why."""
+        total = self.rounds * self.environment_steps
+        found = []
+        if not self.updates_due(total):
+            found.append(
+                f"the agent makes no update: {self.silent_steps} of {total} environment steps are "
+                f"before it learns, and {self.update_every * self.burst} go to its first updates "
+                "(rounds, environment_steps, learning_starts, update_every, burst)"
+            )
+        asked, first = self.questions
+        if self.upper != "return" and not asked:
+            found.append("the reward stays as it was drawn: labels is 0, nobody is asked")
+        elif not self.reward_steps and not (first and self.initial_epochs):
+            found.append("the reward stays as it was drawn: reward_steps is 0")
+        return found
+
     def updates_due(self, steps: int) -> int:
         """Updates of the agent after so many environment steps."""
         steps = max(steps - self.silent_steps, 0)

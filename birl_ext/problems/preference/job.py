@@ -30,7 +30,7 @@ from birl_ext.modules import import_own
 from birl_ext.preferences.answer_log import AnswerLog
 from birl_ext.preferences.buffer import PreferenceBuffer
 from birl_ext.preferences.fit import evaluate, fit
-from birl_ext.preferences.fragments import Pairs, draw
+from birl_ext.preferences.fragments import Fragments, Pairs, draw
 from birl_ext.preferences.reward_model import RewardEnsemble, RewardModel, spread
 from birl_ext.preferences.teachers import (
     TEACHERS,
@@ -38,6 +38,7 @@ from birl_ext.preferences.teachers import (
     OwnTeacher,
     ScriptedTeacher,
     Teacher,
+    absent,
     named_teacher,
 )
 from birl_ext.problems.preference.config import PreferenceConfig
@@ -183,16 +184,28 @@ class PreferenceJob(Stateful):
         if self._skips and first and self._shared is None:
             self._play_first_round()
 
+    def check_new(self) -> None:
+        """Refuse a run from the start that nobody would answer.
+
+        Raises:
+            TeacherError: the teacher is the name that files have for one given as an object.
+        """
+        if isinstance(self.teacher, AbsentTeacher) and self.config.questions[0]:
+            fix = "name a teacher, your own by --module FILE.py --teacher FILE:NAME"
+            raise absent(self.config.teacher, fix)
+
     def attach(self, path: Path) -> None:
         """Keep answers and videos there; a log of the same run is checked and continued.
 
         Warns:
-            UserWarning: settings that have no effect.
+            UserWarning: settings that have no effect, or with which nothing can be learned.
         """
         config = self.config
         if idle := config.idle():
             named = ", ".join(f"{name} {value}" for name, value in idle.items())
             warn(f"{named}: not used with algorithm {config.algorithm}, upper {config.upper}")
+        for words in config.unlearned():
+            warn(f"{config.env}: {words}")
         self._log = AnswerLog(path / "answers.sqlite")
         self._log.rewind()
         self._videos = path / "videos"
@@ -450,8 +463,9 @@ class PreferenceJob(Stateful):
         first, second = first.select(chosen), second.select(chosen)
         if isinstance(self.teacher, ScriptedTeacher):
             self.teacher.observe(self._mean_reward(self._recorder))
-        label = self.teacher(first.after(config.lead), second.after(config.lead))
-        asked = Pairs(first, second, label).after(config.lead)  # what the teacher sees
+        seen = first.after(config.lead), second.after(config.lead)
+        label = self._answers(*seen)
+        asked = Pairs(*seen, label)
         if self._log is not None:
             self._log.record(asked)
         self._asked += count
@@ -468,6 +482,31 @@ class PreferenceJob(Stateful):
         found = evaluate(self._answering, known, noise=config.noise)
         self._phi = found.loss
         return self._told(found.loss, found.accuracy)
+
+    def _answers(self, first: Fragments, second: Fragments) -> Tensor:
+        """Labels (n,): what the log has, of a run that has been here before, and the teacher's for
+        the rest.
+
+        A rule draws its numbers again, and a teacher that remembers is asked again for its memory:
+        its first answers hold.
+        """
+        teacher = self.teacher
+        if self._log is None or not isinstance(teacher, OwnTeacher):
+            return teacher(first, second)
+        known = self._log.answered(first, second).to(first.reward.device)
+        count, total = len(known), len(first)
+        if teacher.remembers:
+            label = teacher(first, second)
+            if others := int((~label[:count].isclose(known, equal_nan=True)).sum()):
+                warn(
+                    f"the teacher {teacher.name} answered {others} of {count} questions otherwise "
+                    "than the first time; its first answers hold"
+                )
+            return torch.cat([known, label[count:]])
+        if count == total:
+            return known
+        rest = torch.arange(count, total, device=known.device)
+        return torch.cat([known, teacher(first.select(rest), second.select(rest))])
 
     def _told(self, phi: float = math.nan, foretold: float = math.nan) -> dict[str, float]:
         return {

@@ -18,10 +18,10 @@ from birl_ext.errors import ConfigError, MissingDependencyError, OptionError, Te
 from birl_ext.files import PARTIAL
 from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.preferences.reward_model import RewardModel
-from birl_ext.preferences.teachers import Teacher, name_of
+from birl_ext.preferences.teachers import Teacher, absent, name_of
 from birl_ext.problems.preference.config import PreferenceConfig
 from birl_ext.problems.preference.job import PreferenceJob
-from birl_ext.problems.preference.parts import FACES, Source, VectorEnv, gymnasium
+from birl_ext.problems.preference.parts import FACES, Source, VectorEnv, gymnasium, is_own
 from birl_ext.problems.saved import load_run
 from birl_ext.rollouts.policy import Policy
 from birl_ext.runs.checkpoint import CheckpointStore
@@ -78,6 +78,14 @@ class SoBiRL:
                 allowed="a name of `birl_ext.TEACHERS`, or a function of two batches of fragments",
                 fix="leave it out for the noisy one",
             )
+        if isinstance(teacher, str) and is_own(teacher):
+            raise absent(teacher, "give the teacher itself, in place of its name in a file")
+        if environment is None or (isinstance(environment, str) and is_own(environment)):
+            raise OptionError(
+                f"the environment is {environment!r}",
+                allowed="an id, a function that builds one, a vector environment, an MDP",
+                fix="give the environment itself: names in <…> stand for objects in files",
+            )
         self._take(environment, teacher)
         if isinstance(environment, VectorEnv):
             settings.setdefault("environments", environment.num_envs)
@@ -98,6 +106,9 @@ class SoBiRL:
             scratch = tempfile.mkdtemp(prefix="birl-")
             weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
             directory = Path(scratch) / "run"
+        free_directory(
+            Path(directory), "give another directory", f"{name}.load({str(directory)!r})"
+        )
         self._directory = RunDirectory.create(Path(directory), PROBLEM, to_plain(self.config))
 
     def learn(self, *, progress: bool = True, loggers: Sequence[Logger] = ()) -> Self:
@@ -134,12 +145,18 @@ class SoBiRL:
 
     @property
     def policy(self) -> Policy:
-        """What has been learned to do, for observations as the environment gives them."""
+        """What has been learned to do, for observations as the environment gives them.
+
+        Raises:
+            ConfigError: nothing has been learned yet.
+        """
+        self._require_begun()
         return self._job.policy
 
     @property
     def reward(self) -> RewardModel:
-        """The learned reward, r(s, a), a torch module on batches."""
+        """The learned reward, r(s, a), a torch module on batches; ConfigError as `policy`."""
+        self._require_begun()
         return self._job.reward
 
     @property
@@ -190,7 +207,8 @@ class SoBiRL:
         """
         self._require_learned()
         target = Path(path)
-        free_directory(target, "give another path")
+        again = f"{type(self).__name__}.load({str(target)!r})"
+        free_directory(target, "give another path", again)
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{target.name}")
         try:
@@ -226,6 +244,10 @@ class SoBiRL:
         assert isinstance(found.job, PreferenceJob)
         made._job, made._directory, made._ended = found.job, found.directory, True
         return made
+
+    def _require_begun(self) -> None:
+        if not self._ended:
+            self._require_learned()
 
     def _require_learned(self) -> None:
         if not CheckpointStore(self._directory.checkpoints).paths():

@@ -170,6 +170,10 @@ def registered_threshold(config: PreferenceConfig, own: Source | None) -> float 
         )
     limit: float | None = config.episode_steps
     if isinstance(own, VectorEnv):
+        if own.closed:
+            raise OptionError(
+                "the vector environment is closed", where=f"env {config.env}", fix="make a new one"
+            )
         for name, value, none in (
             ("episode_steps", config.episode_steps, None),
             ("video_every", config.video_every, 0),
@@ -190,7 +194,8 @@ def registered_threshold(config: PreferenceConfig, own: Source | None) -> float 
         raise ConfigError(
             f"env is {config.env}, which has no time limit",
             allowed="environments that have one, or episode_steps",
-            fix="set episode_steps, on the command line --episode-steps",
+            fix="set episode_steps, on the command line --episode-steps; to load a run, give the "
+            "environment that it was made with",
         )
     found = None if spec is None else spec.reward_threshold
     return None if found is None else float(found)
@@ -267,6 +272,12 @@ def make_agent(
     config: PreferenceConfig, spaces: Spaces, draws: Generators
 ) -> SoftQ | DiscreteSAC | SAC:
     """Soft Q-learning, of a table where observations are indices, or soft actor-critic."""
+    if spaces.actions == 1:
+        raise OptionError(
+            f"env {config.env} has 1 action",
+            allowed="2 or more",
+            fix="choose another environment: in this one there is nothing to learn",
+        )
     total = config.updates_due(config.rounds * config.environment_steps)
     learned: _Learned = {
         "discount": config.discount,
