@@ -19,6 +19,8 @@ __all__ = ["temperature_for"]
 
 _REACH = 40.0  # of log τ, from the size of the rewards: e⁴⁰ = 2e17
 _STRIDE = 3.0  # of log τ, where nothing bounds the root
+_SCAN = torch.arange(-10.0, 6.5, 0.5)
+"""Of log τ, from the size of the rewards: where a reference lets the entropy fall again."""
 _PASSES = 200
 _CLOSE = 1e-12  # relative, of τ
 
@@ -49,7 +51,8 @@ def temperature_for(
         τ, (*B), float64. Where several temperatures have that entropy, one of them.
 
     Raises:
-        OptionError: no temperature has that entropy, with the problem's place.
+        OptionError: no temperature has that entropy, or with a reference none is found between e⁻¹⁰
+            and e⁶ of the rewards' size; with the problem's place.
         InvalidMDPError, ParameterError, ShapeError, DtypeError, SolveError: as `solve`.
 
     Gradients: entropy, reward, transition, discount, weight, reference; reverse mode, any order, by
@@ -95,7 +98,8 @@ def temperature_for(
 def _share(weight: Tensor | None, mdp: DenseMDP | SparseMDP) -> Tensor:
     """d, (*B, S) or (S,), which sums to one."""
     if weight is None:
-        return torch.full((mdp.states,), 1 / mdp.states, device=mdp.reward.device).double()
+        like = {"dtype": torch.float64, "device": mdp.reward.device}
+        return torch.full((mdp.states,), 1 / mdp.states, **like)
     checks.as_floating("weight", weight)
     if weight.shape[-1:] != (mdp.states,):
         raise ShapeError(f"weight has shape {tuple(weight.shape)}", allowed=f"(*B, {mdp.states})")
@@ -146,6 +150,9 @@ def _root(mdp: DenseMDP | SparseMDP, target: Tensor, share: Tensor) -> Tensor:
     start = torch.where(size > 0, size, 1.0).log()
     log_tau, value = start.clone(), None
     low, high = torch.full_like(start, -math.inf), torch.full_like(start, math.inf)
+    if mdp.reference is not None:  # by which the entropy may rise with τ and fall again
+        low, high = _rising(mdp, target, share, start)
+        log_tau = ((low + high) / 2).where(low.isfinite(), log_tau)
     open_ = torch.ones_like(start, dtype=torch.bool)
     for _ in range(_PASSES):
         with torch.enable_grad():
@@ -160,8 +167,8 @@ def _root(mdp: DenseMDP | SparseMDP, target: Tensor, share: Tensor) -> Tensor:
         step = torch.where(slope > 0, step, -_STRIDE * over.sign())
         new = log_tau + step
         middle = (low + high) / 2
-        outside = ((new <= low) | (new >= high)) & middle.isfinite()
-        new = torch.where(outside, middle, new)
+        outside = ((new <= low) | (new >= high)) & middle.isfinite() & (step.abs() > _CLOSE)
+        new = torch.where(outside, middle, new).where(open_, log_tau)  # what is found stays
         open_ = open_ & (over != 0) & ((new - log_tau).abs() > _CLOSE)
         if not bool(open_.any()):
             return log_tau.where(over == 0, new).exp()
@@ -175,6 +182,23 @@ def _root(mdp: DenseMDP | SparseMDP, target: Tensor, share: Tensor) -> Tensor:
     has = float((over + target)[lost][0])
     reason = f", and at a temperature of {tau:.3g} it is {has:.6g}"
     raise _refused(target, lost, "that of some temperature", reason)
+
+
+def _rising(
+    mdp: DenseMDP | SparseMDP, target: Tensor, share: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The lowest of a row of log τ between which the entropy comes to exceed the target, (*B) both;
+    −∞ and ∞ where there are none.
+    """
+    row = start + _SCAN.to(start).view(-1, *[1] * start.dim())
+    over = torch.stack(
+        [(share * _entropy(solve(mdp, temperature=at.exp()))).sum(-1) > target for at in row]
+    )
+    rises = over[1:] & ~over[:-1]
+    first = rises.int().argmax(0, keepdim=True)
+    found = rises.any(0)
+    low, high = (part.gather(0, first).squeeze(0) for part in (row[:-1], row[1:]))
+    return low.where(found, -math.inf), high.where(found, math.inf)
 
 
 class _Implicit(torch.autograd.Function):

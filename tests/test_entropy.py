@@ -149,3 +149,27 @@ def test_what_has_no_temperature_is_refused() -> None:
         birl_ext.temperature_for(
             0.5, birl_ext.DenseMDP(draw(STATES, ACTIONS), rows(), 0.9), discount=0.9
         )
+
+
+def test_a_reference_that_is_nearly_sure_has_its_temperatures_in_between() -> None:
+    """The entropy rises with τ to .33 nats, and falls to the reference's .11."""
+    reward, rows = draw(STATES, ACTIONS, seed=1), draw(STATES, ACTIONS, STATES, seed=2).softmax(-1)
+    reference = torch.full((STATES, ACTIONS), 0.01, dtype=torch.float64)
+    reference[:, 0] = 1 - 0.01 * (ACTIONS - 1)
+
+    def mean(tau: float) -> float:
+        policy = birl_ext.solve(
+            reward, rows, discount=0.9, temperature=tau, reference=reference
+        ).policy
+        return float(-(policy * policy.log()).sum(-1).mean())
+
+    most = max(mean(10 ** (k / 10)) for k in range(-10, 10))
+    assert mean(1e3) < 0.5 * most
+    target = torch.tensor([0.3, 0.9], dtype=torch.float64) * most
+    found = birl_ext.temperature_for(
+        target, reward.expand(2, -1, -1), rows, discount=0.9, reference=reference
+    )
+    for want, tau in zip(target.tolist(), found.tolist(), strict=True):
+        assert abs(mean(tau) - want) < 1e-11
+    with pytest.raises(OptionError, match=r"entropy is .*, and at a temperature of"):
+        birl_ext.temperature_for(1.2 * most, reward, rows, discount=0.9, reference=reference)

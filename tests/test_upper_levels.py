@@ -395,14 +395,14 @@ def test_nobody_is_asked_about_a_return() -> None:
     [
         (
             {"upper": "return", "labels": 40, "teacher": "oracle"},
-            "teacher oracle, labels 40, .*: not",
+            "teacher oracle, labels 40, ",
         ),
-        ({"limit": 9.0, "stale": "keep"}, "limit 9.0: not"),
-        ({"entropy_target": False, "entropy_share": 0.4}, "entropy_share 0.4: not"),
-        ({"upper": "critic", "indirect_limit": 0.5}, "indirect_limit 0.5: not .* upper critic"),
-        ({"upper": "critic", "average": 0.5, **EXACT}, "average 0.5: not"),
-        ({"algorithm": "drlhf", "score": "critic"}, "score critic: not used with algorithm drlhf"),
-        ({"algorithm": "mrn", "weigh_loss": True}, "weigh_loss True: not"),
+        ({"limit": 9.0, "stale": "keep"}, "limit 9.0:"),
+        ({"entropy_target": False, "entropy_share": 0.4}, "entropy_share 0.4:"),
+        ({"upper": "critic", "indirect_limit": 0.5}, "indirect_limit 0.5:"),
+        ({"upper": "critic", "average": 0.5, **EXACT}, "average 0.5:"),
+        ({"algorithm": "drlhf", "score": "critic"}, "score critic:"),
+        ({"algorithm": "mrn", "weigh_loss": True}, "weigh_loss True:"),
     ],
     ids=str,
 )
@@ -411,7 +411,7 @@ def test_what_has_no_effect_is_said_when_a_run_starts(
 ) -> None:
     plain = {"teacher": "noisy", "labels": 300, "initial_labels": 60} | changes
     job = make_job(**plain)
-    with pytest.warns(UserWarning, match=f"^{named}"):
+    with pytest.warns(UserWarning, match=f"^{named}.*not used with"):
         job.attach(tmp_path)
     job.detach()
     used = {"algorithm": "sobirl", "upper": "cross-entropy", "score": "critic"}

@@ -335,8 +335,8 @@ _STOCHASTIC = {
 _OF_PAIRS = ("indirect_limit", "weigh_loss", "stale", "limit")
 """What the score of pairs is limited and weighed by."""
 _OF_ANSWERS = """
-    teacher sign_only labels initial_labels schedule fragment lead query candidates pairs noise reuse
-    initial_epochs pair_batch
+    teacher sign_only labels initial_labels schedule fragment lead query candidates pairs noise
+    reuse initial_epochs pair_batch
 """
 _ONE_OR_MORE = """
     horizon fragment recent candidates pairs rounds environment_steps environments
