@@ -98,8 +98,8 @@ def temperature_for(
 def _share(weight: Tensor | None, mdp: DenseMDP | SparseMDP) -> Tensor:
     """d, (*B, S) or (S,), which sums to one."""
     if weight is None:
-        like = {"dtype": torch.float64, "device": mdp.reward.device}
-        return torch.full((mdp.states,), 1 / mdp.states, **like)
+        every, device = 1 / mdp.states, mdp.reward.device
+        return torch.full((mdp.states,), every, dtype=torch.float64, device=device)
     checks.as_floating("weight", weight)
     if weight.shape[-1:] != (mdp.states,):
         raise ShapeError(f"weight has shape {tuple(weight.shape)}", allowed=f"(*B, {mdp.states})")

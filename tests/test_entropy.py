@@ -56,7 +56,9 @@ def test_masks_references_ends_and_sparse_rows() -> None:
     }
     mdp = birl_ext.DenseMDP(draw(STATES, ACTIONS), rows(), 0.8, **given)
     tau = birl_ext.temperature_for(0.4, mdp)
-    assert float(mean_entropy(mdp, tau, torch.ones(STATES))) == pytest.approx(0.4, rel=1e-9)
+    assert float(mean_entropy(mdp, tau, torch.ones(STATES).double())) == pytest.approx(
+        0.4, rel=1e-9
+    )
     same = birl_ext.temperature_for(0.4, draw(STATES, ACTIONS), rows(), discount=0.8, **given)
     assert float(same) == float(tau)
     sparse = birl_ext.temperature_for(0.4, mdp.to_sparse())

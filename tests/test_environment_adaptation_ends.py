@@ -130,7 +130,7 @@ def test_what_ends_is_followed_by_nothing() -> None:
         return lambda x, s, a: table(x, own, by_x)[s[:, 0].long(), a]
 
     problem = AdaptationProblem(
-        Process,  # type: ignore[arg-type]
+        Process,
         paid(REWARD, PAYS),
         paid(COST, COSTS),
         lambda count, draws: torch.randint(STATES, (count, 1), generator=draws).float(),
