@@ -251,7 +251,9 @@ def test_a_resumed_run_in_a_vector_environment_begins_new_episodes() -> None:
     ("environment", "settings", "error", "message"),
     [
         (Counting, {}, ConfigError, r"Counting>, which has no time limit .*episode_steps"),
-        (Counting(), {}, OptionError, r"the environment is one Counting .*a function.*lambda"),
+        (Counting(), {}, OptionError, r"the environment is one Counting .*lambda: Counting\("),
+        (lambda one=short(): one, {}, OptionError, r"copies of .* the same Counting .*Counting\(…"),
+        (SyncVectorEnv([lambda one=short(): one] * 2), {}, OptionError, "copies of .* the same"),
         (3, {}, OptionError, "the environment is a int"),
         (lambda: 3, {}, OptionError, "function returned a int at environment"),
         (counting_vector, {}, OptionError, "SyncVectorEnv at .*a vector environment itself"),
@@ -278,6 +280,16 @@ def test_what_cannot_be_learned_from_is_refused_at_once(
         del given["environments"]
     with pytest.raises(error, match=message):
         SoBiRL(environment, **given)
+
+
+def test_an_environment_that_raises_when_it_is_closed_is_learned_from_all_the_same() -> None:
+    class Stuck(Counting):
+        def close(self) -> None:
+            raise RuntimeError("the window is gone")
+
+    with pytest.warns(UserWarning, match=r"Stuck>': closing raised RuntimeError: the window is go"):
+        made = SoBiRL(Stuck, Counted(), episode_steps=9, **SMALL).learn(progress=False)
+    assert made.summary is not None
 
 
 class Failing(Counting):

@@ -187,11 +187,11 @@ class PreferenceConfig:
                     f"{name} is {value}",
                     allowed=f"a multiple of environments, {self.environments}",
                 )
-        for name in ("fragment", "lead"):
-            if getattr(self, name) > self.recent:
+        for name, kept in (("fragment", "recent"), ("lead", "recent"), ("n_step", "replay")):
+            if getattr(self, name) > getattr(self, kept):
                 raise ConfigError(
                     f"{name} is {getattr(self, name)}",
-                    allowed=f"up to recent, {self.recent}: no more steps are kept",
+                    allowed=f"up to {kept}, {getattr(self, kept)}: no more steps are kept",
                 )
         asked, first = self.questions
         if asked < first:

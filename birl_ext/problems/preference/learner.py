@@ -237,7 +237,8 @@ class SoBiRL:
             raise OptionError(
                 f"the environment is one {type(environment).__name__}",
                 allowed="an id, a function that builds one, a vector environment, an MDP",
-                fix="give a function, since several copies are made: lambda: …",
+                fix="give a function, since several copies are made: "
+                f"lambda: {type(environment).__name__}(…)",
             )
         if isinstance(environment, DenseMDP | SparseMDP):
             FiniteEnvironment(environment)  # refuses what cannot be acted in
