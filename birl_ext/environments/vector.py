@@ -373,7 +373,7 @@ class Environments:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Play the episodes again up to where they were.
+        """Play the episodes again up to where they were; closed, only keep what is to be played.
 
         Raises:
             OptionError: the state is none, or of another number of environments.
@@ -381,6 +381,12 @@ class Environments:
         """
         self._check_state(state)
         episodes = list(state["episodes"])
+        if self._closed:
+            self.episodes, self._observation = episodes, state["observation"].clone()
+            stored = state["actions"] or [torch.empty(0)] * self.count
+            self._actions = [list(steps.numpy()) for steps in stored]
+            self._lengths = [len(steps) for steps in self._actions]
+            return
         if not self.repeatable or state["actions"] is None:
             self._begin([episode + 1 for episode in episodes], [[] for _ in episodes])
             return
@@ -453,6 +459,10 @@ class Environments:
             said = [_said(self._vector.close)]
         for words in filter(None, said):  # the work is done: no reason to lose it
             warn(_CLOSING.format(self.name, words))
+
+    def let_go(self) -> None:
+        """Take no more steps; the vector environment stays open."""
+        self._closed = True
 
     def __enter__(self) -> Environments:
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 from birl_ext.errors import ConfigError
 from birl_ext.modules import locate
@@ -19,12 +19,15 @@ SCRIPTED = ("oracle", "mistake", "noisy", "skip", "myopic", "equal")
 class PreferenceConfig:
     """Learn a reward from a teacher's preferences, and the policy that maximises it."""
 
+    PLACES: ClassVar[tuple[str, ...]] = ("module",)
+
     env: str = "CartPole-v1"
     """Gymnasium id with its version: discrete or continuous actions; ALE/… is seen as 84 × 84 grey
     frames."""
     module: tuple[str, ...] = ()
     """Your own code, the path of a file or the name of a module, imported first: it may register
-    environments and teachers. Kept by its absolute path."""
+    environments and teachers. Kept by its absolute path; a run whose files have moved is resumed
+    with the new one."""
     algorithm: Literal["sobirl", "stoc-sobirl", "drlhf", "mrn"] = "sobirl"
     """stoc-sobirl takes the whole gradient, from each round's own pairs; drlhf leaves the
     hyper-gradient out; mrn updates the reward through one step of the agent's critics besides."""
