@@ -278,7 +278,12 @@ def test_a_resumed_run_in_a_vector_environment_begins_new_episodes() -> None:
     [
         (Counting, {}, ConfigError, r"Counting>, which has no time limit .*episode_steps"),
         (Counting(), {}, OptionError, r"the environment is one Counting .*lambda: Counting\("),
-        (lambda: ONE, {}, OptionError, r"copies of .* the same Counting .*lambda: Counting\(…"),
+        (
+            lambda: ONE,
+            {"environments": 1},
+            OptionError,
+            r"copies of .* the same Counting .*lambda: Counting\(…",
+        ),
         (SyncVectorEnv([lambda: ONE] * 2), {}, OptionError, "copies of .* the same Counting"),
         (3, {}, OptionError, "the environment is a int"),
         (lambda: 3, {}, OptionError, "function returned a int at environment"),
