@@ -167,6 +167,7 @@ def _run(words: list[str]) -> int:
     early = argparse.ArgumentParser(prog="birl run", add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     early.add_argument("--resume", type=Path)
+    early.add_argument("--module", action="extend", nargs="+")
     files, _ = early.parse_known_args(flags)
     if not name and not (files.config or files.resume):
         return _list_problems(asked=any(flag in ("-h", "--help") for flag in flags))
@@ -186,6 +187,8 @@ def _run(words: list[str]) -> int:
             fix="leave the name out",
         )
     name = name or stored_name
+    if files.resume and files.module:  # where the run's own code is now
+        stored = {**stored, "module": files.module}
     with _of_another_version(files.resume):
         problem = find_problem(name)
         if files.resume:
@@ -316,12 +319,15 @@ def _plot(words: list[str]) -> int:
         prog="birl plot", description="Draw the figures of a run again, from its files."
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="run directory")
-    path = parser.parse_args(words).directory
+    parser.add_argument(
+        "--module", action="extend", nargs="+", default=[], help="the run's own code, if it moved"
+    )
+    given = parser.parse_args(words)
 
     from birl_ext.problems.saved import load_run
     from birl_ext.runs.loop import draw_figures, summarise
 
-    run = load_run(path)
+    run = load_run(given.directory, module=given.module)
     job, directory, stored = run.job, run.directory, run.summary
     summary = stored or summarise(job, directory, step=run.step, seconds=run.seconds)
     try:

@@ -95,5 +95,5 @@ def _missing(source: str, where: str) -> ConfigError:
         f"there is no module {source!r}",
         where=where,
         allowed="the path of a .py file, or the name of a module that is installed",
-        fix="give the path of its file",
+        fix="give the path of its file: --module FILE, load(…, module=FILE)",
     )

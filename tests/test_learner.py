@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
+import os
+import pickle
 import random
 import runpy
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -88,6 +93,9 @@ def short() -> Any:
     return TimeLimit(Counting(), 9)
 
 
+ONE = short()
+
+
 def counting_vector(mode: AutoresetMode = AutoresetMode.NEXT_STEP) -> SyncVectorEnv:
     return SyncVectorEnv([short, short], autoreset_mode=mode)
 
@@ -167,7 +175,7 @@ def test_progress_is_shown_when_asked_for(shown: bool, monkeypatch: pytest.Monke
     assert rows == [1, 2, 3, 4] * shown
 
 
-def test_what_fails_goes_on_from_its_checkpoint() -> None:
+def test_what_fails_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     whole = SoBiRL(short, Counted(), **SMALL).learn(progress=False)
     teacher = Counted(fails_at=3)
     broken = SoBiRL(short, teacher, **SMALL)
@@ -176,7 +184,24 @@ def test_what_fails_goes_on_from_its_checkpoint() -> None:
     (note,) = caught.value.__notes__
     assert note.endswith("there with: learn()")
     assert broken.summary is None
+    # What is shown, what acts and what is saved is what learning goes on from.
+    assert repr(broken).endswith("0 of 4 rounds)")
+    assert broken.history == []
+    seen = torch.arange(20.0)[:, None]
+    found = SoBiRL.load(broken.save(tmp_path / "saved"), environment=short)
+    assert found.policy(seen).tolist() == broken.policy(seen).tolist()
+    assert broken._job.agent.version == 0
     same(broken.learn(progress=False), whole)
+
+
+def test_what_is_loaded_shows_what_it_acts_with(tmp_path: Path) -> None:
+    made = SoBiRL(short, Counted(fails_at=3), directory=tmp_path / "run", **SMALL)
+    with pytest.raises(TeacherError):
+        made.learn(progress=False)
+    assert len(RunDirectory(tmp_path / "run").history()) == 2  # the checkpoint is of none
+    found = SoBiRL.load(tmp_path / "run", environment=short)
+    assert found.history == []
+    assert repr(found).endswith("0 of 4 rounds)")
 
 
 def test_a_signal_stops_after_the_round_and_the_rest_can_be_learned(tmp_path: Path) -> None:
@@ -322,7 +347,14 @@ def closed_vector() -> SyncVectorEnv:
     ("environment", "settings", "error", "message"),
     [
         (Counting, {}, ConfigError, r"Counting>, which has no time limit .*episode_steps"),
-        (Counting(), {}, OptionError, r"the environment is one Counting .*a function.*lambda"),
+        (Counting(), {}, OptionError, r"the environment is one Counting .*lambda: Counting\("),
+        (
+            lambda: ONE,
+            {"environments": 1},
+            OptionError,
+            r"copies of .* the same Counting .*lambda: Counting\(…",
+        ),
+        (SyncVectorEnv([lambda: ONE] * 2), {}, OptionError, "copies of .* the same Counting"),
         (3, {}, OptionError, "the environment is a int"),
         (None, {}, OptionError, r"the environment is None .*Fix: give the environment itself"),
         ("<a:B>", {}, OptionError, "the environment is '<a:B>' .*Fix: give the environment itself"),
@@ -361,6 +393,16 @@ def test_what_cannot_be_learned_from_is_refused_at_once(
         SoBiRL(environment, **given)
 
 
+def test_an_environment_that_raises_when_it_is_closed_is_learned_from_all_the_same() -> None:
+    class Stuck(Counting):
+        def close(self) -> None:
+            raise RuntimeError("the window is gone")
+
+    with pytest.warns(UserWarning, match=r"Stuck>': closing raised RuntimeError: the window is go"):
+        made = SoBiRL(Stuck, Counted(), episode_steps=9, **SMALL).learn(progress=False)
+    assert made.summary is not None
+
+
 class Failing(Counting):
     def step(self, action: Any) -> Any:
         if self.steps == 4:
@@ -375,7 +417,50 @@ def test_an_environment_that_hangs_has_its_name() -> None:
         made.learn(progress=False)
 
 
-def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path: Path) -> None:
+def full_disk(*given: Any, **more: Any) -> None:
+    raise shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
+
+
+def test_a_run_outlives_a_process_that_was_forked() -> None:
+    made = SoBiRL(short, Counted(), **SMALL)
+    path = made._directory.path
+    if not (child := os.fork()):
+        del made
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert path.is_dir()
+    del made
+    gc.collect()
+    assert not path.exists()
+
+
+class Random(Counting):
+    """Starts where no seed says."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.steps = random.randrange(100)
+        return self.seen(), {}
+
+
+def test_what_has_been_learned_is_read_without_playing_episodes_again(tmp_path: Path) -> None:
+    made = SoBiRL(Random, Counted(), episode_steps=9, **SMALL).learn(progress=False)
+    path = made.save(tmp_path / "saved")
+    found = SoBiRL.load(path, environment=Random)
+    same(found, made)
+    read, kept = (one._job.state_dict()["collector"]["environments"] for one in (found, made))
+    assert read["episodes"] == kept["episodes"]
+    assert torch.equal(read["observation"], kept["observation"])
+    assert [part.tolist() for part in read["actions"]] == [p.tolist() for p in kept["actions"]]
+    closed = counting_vector()
+    path = SoBiRL(closed, Counted(), **SMALL).learn(progress=False).save(tmp_path / "vector")
+    closed.close()
+    assert SoBiRL.load(path, environment=closed).predict([1.0]) in (0, 1)
+
+
+def test_what_cannot_be_saved_or_loaded_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = SoBiRL(short, Counted(), directory=tmp_path / "run", **SMALL)
     with pytest.raises(ConfigError, match=r"nothing has been learned yet\. Fix: call learn"):
         made.save(tmp_path / "saved")
@@ -399,6 +484,21 @@ def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path: Path) -> None:
         ConfigError, match=r"time limit .*give the environment that it was made with"
     ):
         SoBiRL.load(tmp_path / "run", environment=Counting)
+    for path in ("x" * 300, "a\0b", str(tmp_path / "file" / "x"), "/proc/x"):
+        (tmp_path / "file").touch()
+        with pytest.raises(ConfigError, match=r"^BIRL-E801 cannot write there: .*another path$"):
+            made.save(path)
+        with pytest.raises(ConfigError, match=r"^BIRL-E801 cannot write there: .*r directory$"):
+            SoBiRL("CartPole-v1", directory=path, **SMALL)
+    with monkeypatch.context() as full:
+        full.setattr("shutil.copytree", untyped(full_disk))
+        with pytest.raises(ConfigError, match=r"cannot write there: \[Errno 28\] No space left"):
+            made.save(tmp_path / "saved")
+    for copied in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(ConfigError, match=r"a SoBiRL cannot be pickled or copied.*save\(path"):
+            copied(made)
+    parts = pickle.loads(pickle.dumps((made.policy, made.reward)))
+    assert parts[0]([1.0]) == made.predict([1.0])
     named = SoBiRL("CartPole-v1", directory=tmp_path / "named", **SMALL).learn(progress=False)
     with pytest.raises(ConfigError, match=r"env is CartPole-v1, and an environment is given"):
         SoBiRL.load(tmp_path / "named", environment=untyped(short))

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
 from preference_run import SMALL, make_job
 
+import birl_ext
 from birl_ext.cli import main
 from birl_ext.environments.vector import make_environments
 from birl_ext.errors import BirlError, ConfigError, OptionError
@@ -73,8 +75,6 @@ FLAGS = [
 @pytest.fixture(autouse=True)
 def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is imported and registered here is forgotten afterwards."""
-    import gymnasium
-
     monkeypatch.chdir(tmp_path)
     modules, path, registered = set(sys.modules), list(sys.path), set(gymnasium.registry)
     yield
@@ -117,6 +117,32 @@ def test_a_run_in_an_own_environment_is_found_again_from_anywhere(
     assert str(more) in (out / "config.toml").read_text()
     assert "true_return.png" in birl("plot", str(out), cwd=tmp_path)
     assert "4 steps" in birl("run", "--resume", str(out), "--no-figures", cwd=tmp_path)
+
+
+def test_a_run_whose_module_has_moved_is_read_and_resumed_with_its_new_path(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    words = ["--module", str(own), "--env", "Walk-v0", "--teacher", "own_walk:Farther"]
+    assert main(["run", "preference", *words, *FLAGS, "--out", str(out), "--no-figures"]) == 0
+    moved = tmp_path / "there" / own.name
+    moved.parent.mkdir()
+    own.rename(moved)
+    del sys.modules[own.stem], gymnasium.registry["Walk-v0"]  # as in another process
+    sys.path.remove(str(own.parent))
+    for again in (["plot", str(out)], ["run", "--resume", str(out)]):
+        assert main(again) == 2
+        assert "there is no module" in (said := capsys.readouterr().err)
+        assert "give the path of its file: --module FILE" in said
+    assert main(["plot", str(out), "--module", str(moved)]) == 0
+    assert "true_return.png" in capsys.readouterr().out
+    assert birl_ext.load_run(out, module=moved).config.module == (str(moved),)
+    assert birl_ext.SoBiRL.load(out, module=str(moved)).predict([0.0]) in (0, 1)
+    words = ["run", "--resume", str(out), "--module", str(moved), "--no-figures"]
+    assert main(words) == 0
+    assert main(words[:3] + words[-1:]) == 0  # remembered
+    assert main([*words, "--seed", "3"]) == 2  # all else stays
+    assert "seed: stored 0, given 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("context", ["spawn", "forkserver"])

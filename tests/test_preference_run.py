@@ -608,6 +608,12 @@ def test_what_cannot_be_run_is_named() -> None:
         ({"env": GRID, "follower": "sac"}, ConfigError, "table .*soft-q"),
         ({"burst": 0}, ConfigError, "burst is 0"),
         ({"n_step": 0}, ConfigError, "n_step is 0"),
+        ({"n_step": 51, "replay": 50}, ConfigError, r"n_step is 51 .allowed: up to replay, 50:"),
+        (
+            {"n_step": 50_000, "batch_size": 4096, "hidden": (4096,)},
+            SizeLimitError,
+            r"n_step 50000 and hidden \(4096,\) needs",
+        ),
         ({"normalise": "mean"}, ConfigError, "normalise is 'mean'"),
         ({"normalise_members": True}, ConfigError, "members is 1 .*normalise_members"),
     ):

@@ -422,6 +422,80 @@ def test_an_own_environment_is_restarted_by_its_own_method() -> None:
     assert path.observation[0, :, 0].tolist() == [1, 2, 3, 4, 5]
 
 
+class Drift(gymnasium.Env):  # type: ignore[misc, name-defined]
+    """A place and a speed, which every step writes to in place; `how` restores them."""
+
+    observation_space = gymnasium.spaces.Box(-9, 9, (2,))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, how: str = "kept", noise: float = 0.0) -> None:
+        self.how, self.noise = how, noise
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.state = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return self.state, {}
+
+    def step(self, action: Any) -> Any:
+        self.state[1] += 0.1 * int(action) + self.noise * self.np_random.standard_normal()
+        self.state[0] += self.state[1]
+        return self.state, 0.0, False, False, {}
+
+    def restore(self, observation: Any) -> None:
+        if self.how == "raises":
+            raise ValueError("not there")
+        if self.how == "half":
+            self.state = np.array([observation[0], 0], np.float32)
+        elif self.how == "kept":
+            self.state = observation
+
+
+def drifting(build: Any) -> Any:
+    spaces = read_spaces(Drift.observation_space, Drift.action_space, "Drift")
+    return simulator_for("<Drift>", spaces, generator(), build=build, copies=2)
+
+
+def test_an_environment_that_keeps_what_it_is_restored_from_does_not_write_to_it() -> None:
+    start = torch.ones(3, 2)
+    path = drifting(Drift).continuations(Coin(), start, torch.ones(3, dtype=torch.int64), 3)
+    assert start.tolist() == path.observation[:, 0].tolist() == [[1.0, 1.0]] * 3
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_restore_that_does_not_do_it_is_warned_of(noise: float) -> None:
+    for how in ("nothing", "half") if not noise else ("nothing",):
+        with pytest.warns(UserWarning, match="<Drift>: restore.observation. does not put it into"):
+            drifting(lambda how=how: Drift(how, noise))
+    drifting(lambda: Drift("kept", noise))  # pytest makes an error of a warning
+    with pytest.raises(EnvironmentFailureError, match="restoring raised ValueError: not there"):
+        drifting(lambda: Drift("raises", noise))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # gymnasium's
+def test_a_wrapper_outside_of_restore_that_changes_what_is_seen_is_refused() -> None:
+    wrappers = gymnasium.wrappers
+    for wrap in (wrappers.NormalizeObservation, lambda e: wrappers.FrameStackObservation(e, 2)):
+        words = (
+            r"shows what \w+Observation makes of .* restore is inside .*leave \w+Observation out"
+        )
+        with pytest.raises(OptionError, match=words):
+            drifting(lambda wrap=wrap: wrap(Drift()))
+    drifting(lambda: wrappers.TransformReward(Drift(), lambda r: r))
+    drifting(lambda: wrappers.DtypeObservation(Drift(), np.float64))
+
+
+def test_closing_that_raises_loses_nothing() -> None:
+    class Stuck(Drift):
+        def close(self) -> None:
+            raise RuntimeError("the window is gone")
+
+    words = "closing raised RuntimeError: the window is gone"
+    with pytest.warns(UserWarning, match=f"'<Drift>': {words}"):
+        simulator = drifting(Stuck)
+    with pytest.warns(UserWarning, match=f"'Stuck': {words}"):
+        simulator.close()
+
+
 def test_an_environment_that_cannot_be_restarted_is_named() -> None:
     with pytest.raises(OptionError, match=r"Acrobot-v1 cannot be restarted.*score=one-step"):
         simulator_for("Acrobot-v1", spaces_of("Acrobot-v1"), generator())

@@ -13,7 +13,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any, NamedTuple, cast
@@ -48,10 +48,19 @@ except ImportError:
         "environments need gymnasium", fix='pip install "birl_ext[rl]"'
     ) from None
 
-__all__ = ["Environments", "Step", "episode_seed", "make_environments", "registration"]
+__all__ = [
+    "Environments",
+    "Step",
+    "check_distinct",
+    "close_with_warning",
+    "episode_seed",
+    "make_environments",
+    "registration",
+]
 
 _START = "birl_start"  # in `options`
 _FAILURE, _ROUNDED = "birl_failure", "birl_rounded"  # in `info`
+_CLOSING = "{!r}: closing raised {}"
 _GRACE = 5.0  # seconds a killed worker is waited for
 
 
@@ -228,6 +237,8 @@ class Environments:
             self.spaces: Spaces = read_spaces(
                 vector.single_observation_space, vector.single_action_space, name
             )
+            if isinstance(bare := vector.unwrapped, SyncVectorEnv):
+                check_distinct(bare.envs, name)
         except OptionError:
             self.close()
             raise
@@ -362,7 +373,7 @@ class Environments:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Play the episodes again up to where they were.
+        """Play the episodes again up to where they were; closed, only keep what is to be played.
 
         Raises:
             OptionError: the state is none, or of another number of environments.
@@ -370,6 +381,12 @@ class Environments:
         """
         self._check_state(state)
         episodes = list(state["episodes"])
+        if self._closed:
+            self.episodes, self._observation = episodes, state["observation"].clone()
+            stored = state["actions"] or [torch.empty(0)] * self.count
+            self._actions = [list(steps.numpy()) for steps in stored]
+            self._lengths = [len(steps) for steps in self._actions]
+            return
         if not self.repeatable or state["actions"] is None:
             self._begin([episode + 1 for episode in episodes], [[] for _ in episodes])
             return
@@ -441,7 +458,11 @@ class Environments:
         else:
             said = [_said(self._vector.close)]
         for words in filter(None, said):  # the work is done: no reason to lose it
-            warn(f"{self.name!r}: closing raised {words}")
+            warn(_CLOSING.format(self.name, words))
+
+    def let_go(self) -> None:
+        """Take no more steps; the vector environment stays open."""
+        self._closed = True
 
     def __enter__(self) -> Environments:
         return self
@@ -743,6 +764,27 @@ def _words(error: BaseException) -> tuple[str, str, str]:
         what, allowed, fix = error.args
         return what, allowed, fix
     return f"it raised {type(error).__name__}: {error}", "", ""
+
+
+def check_distinct(environments: Iterable[gymnasium.Env[Any, Any]], name: str) -> None:
+    """Refuse one environment in the place of several: each would cut into the others' episodes.
+
+    Raises:
+        OptionError: two are the same object.
+    """
+    bare = [environment.unwrapped for environment in environments]
+    if len(set(map(id, bare))) < len(bare):
+        raise OptionError(
+            f"two copies of {name!r} are one and the same {type(bare[0]).__name__}",
+            allowed="a new environment by every call of the function",
+            fix=f"build it inside: lambda: {type(bare[0]).__name__}(…)",
+        )
+
+
+def close_with_warning(environment: gymnasium.Env[Any, Any], name: str) -> None:
+    """Close it; what that raises is no reason to lose the work."""
+    if words := _said(environment.close):
+        warn(_CLOSING.format(name, words))
 
 
 def _said(close: Callable[[], None]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,6 +68,7 @@ def load_run(
     *,
     problem: str | None = None,
     build: Callable[[Any], Job] | None = None,
+    module: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
 ) -> LoadedRun:
     """What a run has learned: ``load_run(DIR).policy(observation)``.
 
@@ -75,6 +76,7 @@ def load_run(
         path: a run directory; nothing is changed there.
         problem: the name of the only one wanted.
         build: makes the job from its config, in place of the problem.
+        module: the run's own code, where its files have moved: all of ``--module``.
 
     Raises:
         ConfigError: it is none, has no checkpoint yet, or is of another problem.
@@ -106,10 +108,14 @@ def load_run(
     with of_another_version(directory, store):
         known = find_problem(directory.problem)
         where = str(directory.config_path)
-        job = (build or known.job)(from_plain(known.config, directory.config, where=where))
+        plain = dict(directory.config)
+        if module:
+            each = [module] if isinstance(module, str | os.PathLike) else module
+            plain["module"] = [os.fspath(path) for path in each]
+        job = (build or known.job)(from_plain(known.config, plain, where=where))
+        if isinstance(job, WritesFiles):
+            job.detach()  # before: episodes under way need not be played again to be looked at
         found = restore(job, store)
-    if isinstance(job, WritesFiles):
-        job.detach()
     directory.recorded(found.step, found.metrics)
     return LoadedRun(
         directory,

@@ -48,7 +48,7 @@ class Policy:
         shape = spaces.observation_shape
         try:
             given = observation if isinstance(observation, Tensor) else torch.tensor(observation)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise DtypeError(
                 f"observation is {type(observation).__name__}",
                 allowed="an array, a tensor, or numbers",
@@ -59,20 +59,26 @@ class Policy:
             raise ShapeError(
                 f"observation has shape {tuple(given.shape)}", allowed=f"{shape} or (n, *{shape})"
             )
-        if given.is_floating_point() and not spaces.observation_dtype.is_floating_point:
+        floats = spaces.observation_dtype.is_floating_point
+        if given.is_complex() or (given.is_floating_point() and not floats):
             raise DtypeError(
                 f"observation has dtype {given.dtype}",
                 allowed=str(spaces.observation_dtype),
                 fix="give it as the environment does",
             )
-        if not bool(given.isfinite().all()):
-            raise NonFiniteInputError(
-                "observation is NaN or infinite", fix="mend what it comes from"
-            )
         count = spaces.observations
         if count is not None and not bool(((given >= 0) & (given < count)).all()):
             raise OptionError("observation is an index out of range", allowed=f"0 to {count - 1}")
-        batch = given.reshape(-1, *shape).to(self.agent.device, spaces.observation_dtype)
+        held = given.to(self.agent.device, spaces.observation_dtype)
+        if not bool(held.isfinite().all()):
+            raise NonFiniteInputError(
+                "observation is NaN or infinite",
+                allowed=f"numbers that are finite in {held.dtype}",
+                fix="mend what it comes from",
+            )
+        if not floats and not bool((held == given.to(held.device)).all()):
+            raise OptionError("observation has a number out of range", allowed=f"{held.dtype}")
+        batch = held.reshape(-1, *shape)
         with torch.no_grad():
             action = self.agent.act(batch, self._generator, greedy).cpu()
         if spaces.low is not None:  # its edges in float32 may lie beyond them

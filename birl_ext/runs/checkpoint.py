@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -116,11 +116,14 @@ class CheckpointStore:
         self._prune()
         return final
 
-    def load(self, config: Mapping[str, Any] | None = None) -> Checkpoint:
+    def load(
+        self, config: Mapping[str, Any] | None = None, *, without: Collection[str] = ()
+    ) -> Checkpoint:
         """Read the newest checkpoint that verifies.
 
         Args:
             config: the plain config to resume with; None accepts any.
+            without: settings that may differ.
 
         Raises:
             CheckpointCorruptError: none verifies.
@@ -141,7 +144,9 @@ class CheckpointStore:
                 text = f"damaged checkpoint passed over: {reasons[-1]}"
                 warn(text, CheckpointFallbackWarning)
                 continue
-            if config is not None and (changed := differences(found.config, config)):
+            if config is not None and (
+                changed := differences(found.config, config, without=without)
+            ):
                 raise CheckpointIncompatibleError(
                     f"the configuration differs: {'; '.join(changed)}", where=str(path)
                 )

@@ -10,14 +10,14 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from birl_ext.errors import ConfigError, MissingDependencyError, suggestion
 from birl_ext.files import replacing
 
-__all__ = ["differences", "from_plain", "read_toml", "to_plain", "write_toml"]
+__all__ = ["differences", "from_plain", "places", "read_toml", "to_plain", "write_toml"]
 
 _T = TypeVar("_T")
 
@@ -167,12 +167,30 @@ def _describe(hint: Any) -> str:
     return str(hint).replace("typing.", "")
 
 
+def places(config: Any) -> tuple[str, ...]:
+    """Settings that only say where files are, which may move: the class's `PLACES`, if it has any.
+
+    A run may be resumed with others.
+    """
+    return getattr(config, "PLACES", ())
+
+
 def differences(
-    stored: Mapping[str, Any], given: Mapping[str, Any], *, prefix: str = ""
+    stored: Mapping[str, Any],
+    given: Mapping[str, Any],
+    *,
+    prefix: str = "",
+    without: Collection[str] = (),
 ) -> list[str]:
-    """Name every value in which two plain configs differ: ``discount: stored 0.9, given 0.99``."""
+    """Name every value in which two plain configs differ: ``discount: stored 0.9, given 0.99``.
+
+    Args:
+        without: keys that are not looked at.
+    """
     found = []
     for key in dict.fromkeys([*stored, *given]):
+        if key in without:
+            continue
         old, new = stored.get(key), given.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, prefix=f"{prefix}{key}.")

@@ -9,17 +9,24 @@ import json
 import math
 import os
 import shlex
+import shutil
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from birl_ext.errors import CheckpointCorruptError, ConfigError, FileFormatError, JobError
+from birl_ext.errors import (
+    BirlError,
+    CheckpointCorruptError,
+    ConfigError,
+    FileFormatError,
+    JobError,
+)
 from birl_ext.files import PARTIAL, locked, replacing, tidy
-from birl_ext.runs.config import from_plain, read_toml, write_toml
+from birl_ext.runs.config import differences, from_plain, read_toml, write_toml
 from birl_ext.runs.job import Metrics
 
-__all__ = ["MetricsWriter", "RunDirectory", "default_path", "free_directory", "to_json"]
+__all__ = ["MetricsWriter", "RunDirectory", "default_path", "free_directory", "to_json", "writing"]
 
 CONFIG = "config.toml"
 _METRIC = (int, float, type(None))
@@ -57,6 +64,25 @@ def free_directory(path: Path, fix: str = "choose another --out", again: str = "
         )
 
 
+@contextlib.contextmanager
+def writing(path: Path, fix: str) -> Iterator[None]:
+    """What the system says that cannot write there has a name."""
+    try:
+        yield
+    except BirlError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        at = getattr(error, "filename", None)
+        raise ConfigError(
+            f"cannot write there: {getattr(error, 'strerror', None) or reason}"
+            + (f", of {str(at)[:200]}" if at and str(at) != str(path) else ""),
+            where=repr(str(path))[1:-1],  # whatever is in it
+            allowed="a directory that is empty or can be made, where there is room",
+            fix=fix,
+        ) from error
+
+
 class RunDirectory:
     """A run's files::
 
@@ -88,16 +114,33 @@ class RunDirectory:
         self.problem, self.config = document.problem, document.config
 
     @classmethod
-    def create(cls, path: Path, problem: str, config: Mapping[str, Any]) -> RunDirectory:
+    def create(
+        cls,
+        path: Path,
+        problem: str,
+        config: Mapping[str, Any],
+        fix: str = "choose another --out",
+        again: str = "",
+    ) -> RunDirectory:
         """Start a run directory.
 
+        Args:
+            fix, again: the remedy where the path is none, see `free_directory`.
+
         Raises:
-            ConfigError: the path exists and is not an empty directory.
+            ConfigError: the path exists and is not an empty directory, or none can be made there.
         """
-        free_directory(path)
-        path.mkdir(parents=True, exist_ok=True)
-        write_toml(path / CONFIG, {"problem": problem, "config": config})
+        with writing(path, fix):
+            free_directory(path, fix, again)
+            path.mkdir(parents=True, exist_ok=True)
+            write_toml(path / CONFIG, {"problem": problem, "config": config})
         return cls(path)
+
+    def keep(self, config: Mapping[str, Any]) -> None:
+        """Store the settings that the run goes on with, if files that they name have moved."""
+        if differences(self.config, config):
+            write_toml(self.config_path, {"problem": self.problem, "config": config})
+            self.config = dict(config)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -103,11 +103,13 @@ class WritesFiles(Protocol):
         """Take the directory that the files go under.
 
         A run calls it once, with the directory locked, before `Job.load_state_dict` and the first
-        step. ``birl plot`` loads the state of a job that is attached to nothing.
+        step.
         """
 
     def detach(self) -> None:
-        """Close what is open there; the run has ended, however it did."""
+        """Close what is open; the run has ended, however it did, or is only looked at, as by
+        ``birl plot``: then without `attach`, before `Job.load_state_dict`.
+        """
 
 
 class Problem(NamedTuple):

@@ -24,7 +24,7 @@ from birl_ext.errors import (
 )
 from birl_ext.progress import progress
 from birl_ext.runs.checkpoint import Checkpoint, CheckpointStore
-from birl_ext.runs.config import differences, to_plain
+from birl_ext.runs.config import differences, places, to_plain
 from birl_ext.runs.directory import MetricsWriter, RunDirectory, to_json
 from birl_ext.runs.job import Job, Logger, WritesFiles, checked_metrics, require_job
 from birl_ext.runs.versions import versions
@@ -99,12 +99,14 @@ def run(
     """
     require_job(job)
     check_pace(checkpoint_every)
-    if changed := differences(directory.config, to_plain(job.config)):
+    plain = to_plain(job.config)
+    if changed := differences(directory.config, plain, without=places(job.config)):
         raise CheckpointIncompatibleError(
             f"the configuration differs: {'; '.join(changed)}", where=str(directory.config_path)
         )
     store = CheckpointStore(directory.checkpoints)
     with directory.lock(), _attached(job, directory.path):
+        directory.keep(plain)
         with of_another_version(directory, store):
             found = restore(job, store) if store.paths() else None
         if found is None:
@@ -257,7 +259,7 @@ def _attached(job: Job, path: Path) -> Iterator[None]:
 
 def restore(job: Job, store: CheckpointStore) -> Checkpoint:
     """Give the job its newest intact checkpoint, and return that."""
-    found = store.load(to_plain(job.config))
+    found = store.load(to_plain(job.config), without=places(job.config))
     changed = [
         f"{name} {found.versions.get(name, 'absent')} -> {version}"
         for name, version in versions().items()

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from birl_ext.environments.declared import Declared, Misfit
 from birl_ext.environments.spaces import Spaces
+from birl_ext.environments.vector import close_with_warning
 from birl_ext.errors import (
     EnvironmentFailureError,
     MissingDependencyError,
     OptionError,
     ShapeError,
+    warn,
 )
 from birl_ext.simulators.equations import CartPole, DynamicsSimulator, Pendulum
 from birl_ext.simulators.paths import Paths, Policy, follow
@@ -43,6 +45,9 @@ MUJOCO = (
     "Walker2d-v5",
 )
 """Tasks that `restore_mujoco` knows."""
+
+_TRIED = 5
+"""Steps of an episode that a `restore` is tried in."""
 
 
 def restore_mujoco(environment: Environment, observation: Any) -> None:
@@ -126,7 +131,7 @@ class RestoredSimulator(Stateful):
     def close(self) -> None:
         """Close the copies."""
         for environment in self._copies:
-            environment.close()
+            close_with_warning(environment, _name(environment))
 
     def _together(
         self, follower: Policy, observation: Tensor, action: Tensor | None, steps: int
@@ -140,7 +145,7 @@ class RestoredSimulator(Stateful):
         for environment, seed, shown in zip(used, seeds, observation.cpu().numpy(), strict=True):
             with _named("restoring", environment):
                 environment.reset(seed=seed)
-                self.restore(environment, shown)
+                self.restore(environment, shown.copy())  # it may keep it, and write to it
 
         def advance(here: Tensor, chosen: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
             after = here.cpu().numpy().copy()
@@ -166,16 +171,17 @@ def _named(what: str, environment: Environment, where: str = "") -> Iterator[Non
     except Misfit as error:
         wrong, allowed, fix = error.args
         raise EnvironmentFailureError(
-            wrong, where=_name(environment) + where, allowed=allowed, fix=fix
+            wrong, where=f"{_name(environment)!r}{where}", allowed=allowed, fix=fix
         ) from error
     except (Exception, SystemExit) as error:
         raise EnvironmentFailureError(
-            f"{what} raised {type(error).__name__}: {error}", where=_name(environment) + where
+            f"{what} raised {type(error).__name__}: {error}",
+            where=f"{_name(environment)!r}{where}",
         ) from error
 
 
 def _name(environment: Environment) -> str:
-    return repr(environment.spec.id if environment.spec else type(environment).__name__)
+    return str(environment.spec.id if environment.spec else type(environment).__name__)
 
 
 def simulator_for(
@@ -200,8 +206,13 @@ def simulator_for(
         build: makes a copy, in place of the id.
 
     Raises:
-        OptionError: the environment cannot be restarted, or there is none.
+        OptionError: the environment cannot be restarted, or there is none; or what it shows is
+            changed by a wrapper, outside of the `restore` that would be given it.
+        EnvironmentFailureError: `restore` raised.
         ShapeError: the lower level sees something else than the environment shows: it is wrapped.
+
+    Warns:
+        UserWarning: `restore` does not put the environment into the state of an observation.
     """
     given = dict(options or {})
     simulator: DynamicsSimulator | RestoredSimulator
@@ -216,7 +227,7 @@ def simulator_for(
         if build is None:
             build = _of_registered(env, given)
         if env not in MUJOCO:
-            restore = _own_restore(env, build)
+            restore = _own_restore(env, build, spaces)
         simulator = RestoredSimulator(build, restore, generator, copies=copies)
         shape = simulator.observation_shape
     if spaces.observation_shape != shape:
@@ -244,18 +255,92 @@ def _of_registered(env: str, options: Mapping[str, Any]) -> Callable[[], Environ
     return build
 
 
-def _own_restore(env: str, build: Callable[[], Environment]) -> Restore:
+def _own_restore(env: str, build: Callable[[], Environment], spaces: Spaces) -> Restore:
     """The environment's own method, of its outermost wrapper that has one."""
     made = build()
-    known = made.has_wrapper_attr("restore") and callable(made.get_wrapper_attr("restore"))
-    made.close()
-    if not known:
-        raise OptionError(
-            f"{env} cannot be restarted from an observation, as score=full-horizon and "
-            "algorithm=stoc-sobirl need it",
-            allowed=f"CartPole-v1, Pendulum-v1, {', '.join(MUJOCO)}; one of your own with a method "
-            "restore(observation)",
-            fix="give it that method, which puts it into the state that an observation shows; or "
-            "take algorithm=sobirl with score=one-step or critic",
+    try:
+        if made.has_wrapper_attr("restore") and callable(made.get_wrapper_attr("restore")):
+            _check_shown(env, made)
+            _try_restore(env, made, spaces)
+            return _restore_own
+    finally:
+        close_with_warning(made, env)
+    raise OptionError(
+        f"{env} cannot be restarted from an observation, as score=full-horizon and "
+        "algorithm=stoc-sobirl need it",
+        allowed=f"CartPole-v1, Pendulum-v1, {', '.join(MUJOCO)}; one of your own with a method "
+        "restore(observation)",
+        fix="give it that method, which puts it into the state that an observation shows; or "
+        "take algorithm=sobirl with score=one-step or critic",
+    )
+
+
+def _restore_own(environment: Environment, shown: Any) -> None:
+    environment.get_wrapper_attr("restore")(shown)
+
+
+def _check_shown(env: str, outer: Environment) -> None:
+    """Refuse a wrapper whose numbers a `restore` further inside would take for its own."""
+    while isinstance(outer, gymnasium.Wrapper) and not hasattr(outer, "restore"):
+        changes = isinstance(outer, gymnasium.ObservationWrapper)
+        if isinstance(outer, gymnasium.wrappers.DtypeObservation):  # the same numbers
+            changes = False
+        elif outer.observation_space != outer.env.observation_space:
+            changes = True
+        if changes:
+            name = type(outer).__name__
+            raise OptionError(
+                f"{env} shows what {name} makes of its observations, and restore is inside of it",
+                allowed="wrappers that leave observations as they are",
+                fix=f"leave {name} out; or give restore to a wrapper outside of it, which undoes "
+                "what it does",
+            )
+        outer = outer.env
+
+
+def _try_restore(env: str, made: Environment, spaces: Spaces) -> None:
+    """Warn of a `restore` that shows within a few steps not to do what it should.
+
+    Where two seeds lead to the same, nothing is drawn, and it is what followed in the episode. One
+    that does nothing leads to the same from every observation, where the reset has one seed.
+    """
+    dtype = torch.empty(0, dtype=spaces.observation_dtype).numpy().dtype
+
+    def given(answer: Any) -> Any:
+        return np.array([answer[0]], dtype)[0]
+
+    def after(shown: Any, action: Any, seed: int) -> Any:
+        with _named("restoring", made):
+            made.reset(seed=seed)
+            _restore_own(made, shown.copy())
+        with _named("a step", made, f", restored from {shown.tolist()}"):
+            return given(made.step(action))
+
+    made.action_space.seed(0)
+    actions: list[Any] = []
+    with _named("an episode", made):
+        seen = [given(made.reset(seed=0))]
+        while len(actions) < _TRIED:
+            actions.append(made.action_space.sample())
+            answer = made.step(actions[-1])
+            seen.append(given(answer))
+            if answer[2] or answer[3]:
+                break
+    ends = [after(shown, actions[-1], 1) for shown in seen[:-1]]
+    wrong = any(not np.array_equal(shown, seen[0]) for shown in seen[:-1]) and all(
+        np.array_equal(end, ends[0]) and not _close(end, seen[-1]) for end in ends
+    )
+    for shown, action, then in zip(seen, actions, seen[1:], strict=False):
+        one, other = (after(shown, action, seed) for seed in (1, 2))
+        wrong |= _close(one, other) and not _close(one, then)
+    if wrong:
+        warn(
+            f"{env}: restore(observation) does not put it into the state that the observation "
+            "shows: what follows is not what followed in an episode. Paths from there are of "
+            "another state; restore all that a step depends on",
         )
-    return lambda environment, shown: environment.get_wrapper_attr("restore")(shown)
+
+
+def _close(one: Any, other: Any) -> bool:
+    """Up to what rounding the state to float32 may make of one step."""
+    return bool(np.allclose(one, other, rtol=1e-3, atol=1e-3, equal_nan=True))

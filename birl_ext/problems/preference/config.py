@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 from birl_ext.errors import ConfigError
 from birl_ext.modules import locate
@@ -19,12 +19,15 @@ SCRIPTED = ("oracle", "mistake", "noisy", "skip", "myopic", "equal")
 class PreferenceConfig:
     """Learn a reward from a teacher's preferences, and the policy that maximises it."""
 
+    PLACES: ClassVar[tuple[str, ...]] = ("module",)
+
     env: str = "CartPole-v1"
     """Gymnasium id with its version: discrete or continuous actions; ALE/… is seen as 84 × 84 grey
     frames."""
     module: tuple[str, ...] = ()
     """Your own code, the path of a file or the name of a module, imported first: it may register
-    environments and teachers. Kept by its absolute path."""
+    environments and teachers. Kept by its absolute path; a run whose files have moved is resumed
+    with the new one."""
     algorithm: Literal["sobirl", "stoc-sobirl", "drlhf", "mrn"] = "sobirl"
     """stoc-sobirl takes the whole gradient, from each round's own pairs; drlhf leaves the
     hyper-gradient out; mrn updates the reward through one step of the agent's critics besides."""
@@ -189,11 +192,11 @@ class PreferenceConfig:
                     f"{name} is {value}",
                     allowed=f"a multiple of environments, {self.environments}",
                 )
-        for name in ("fragment", "lead"):
-            if getattr(self, name) > self.recent:
+        for name, kept in (("fragment", "recent"), ("lead", "recent"), ("n_step", "replay")):
+            if getattr(self, name) > getattr(self, kept):
                 raise ConfigError(
                     f"{name} is {getattr(self, name)}",
-                    allowed=f"up to recent, {self.recent}: no more steps are kept",
+                    allowed=f"up to {kept}, {getattr(self, kept)}: no more steps are kept",
                 )
         asked, first = self.questions
         if asked < first:

@@ -216,11 +216,18 @@ class PreferenceJob(Stateful):
             self._log.close()
         if self._shared is None:
             self._environments.close()
+        else:
+            self._environments.let_go()
         self._log, self._videos = None, None
 
     @property
     def total_steps(self) -> int:
         return self.config.rounds
+
+    @property
+    def round(self) -> int:
+        """How many have been taken."""
+        return self._round
 
     @property
     def done(self) -> bool:

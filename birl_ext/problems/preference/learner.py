@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import secrets
@@ -26,9 +27,9 @@ from birl_ext.problems.saved import load_run
 from birl_ext.rollouts.policy import Policy
 from birl_ext.runs.checkpoint import CheckpointStore
 from birl_ext.runs.config import from_plain, to_plain
-from birl_ext.runs.directory import RunDirectory, free_directory
+from birl_ext.runs.directory import RunDirectory, free_directory, writing
 from birl_ext.runs.job import Logger, Metrics
-from birl_ext.runs.loop import draw_figures, run
+from birl_ext.runs.loop import draw_figures, restore, run
 
 __all__ = ["DRLHF", "MRN", "SoBiRL", "StocSoBiRL"]
 
@@ -88,6 +89,12 @@ class SoBiRL:
             )
         self._take(environment, teacher)
         if isinstance(environment, VectorEnv):
+            if environment.closed:
+                raise OptionError(
+                    "the vector environment is closed",
+                    where=f"env <{name_of(environment)}>",
+                    fix="make a new one",
+                )
             settings.setdefault("environments", environment.num_envs)
         if isinstance(environment, DenseMDP | SparseMDP):
             settings.setdefault("discount", float(environment.discount))
@@ -104,18 +111,19 @@ class SoBiRL:
         self._ended = False
         if directory is None:
             scratch = tempfile.mkdtemp(prefix="birl-")
-            weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+            weakref.finalize(self, _remove, scratch, os.getpid())
             directory = Path(scratch) / "run"
-        free_directory(
-            Path(directory), "give another directory", f"{name}.load({str(directory)!r})"
+        path, again = Path(directory), f"{name}.load({str(directory)!r})"
+        self._directory = RunDirectory.create(
+            path, PROBLEM, to_plain(self.config), "give another directory", again
         )
-        self._directory = RunDirectory.create(Path(directory), PROBLEM, to_plain(self.config))
 
     def learn(self, *, progress: bool = True, loggers: Sequence[Logger] = ()) -> Self:
         """Run to the end of the budget, from where an earlier call was stopped.
 
         A signal such as Ctrl-C takes effect after the round at work, with a checkpoint; a second
-        one at once. What a round raises leaves the last checkpoint; `learn` goes on from there.
+        one at once. What a round raises leaves all as it was at the last checkpoint, the policy and
+        the history too; `learn` goes on from there.
 
         Args:
             progress: show it on stderr.
@@ -134,7 +142,13 @@ class SoBiRL:
                 return self
             self._job = self._made(self.config)
         self._ended = True  # its environments are closed, however it ends
-        found = run(self._job, self._directory, loggers=loggers, show=progress, again="learn()")
+        try:
+            found = run(self._job, self._directory, loggers=loggers, show=progress, again="learn()")
+        except BaseException:
+            # As it was at its checkpoint, where `learn` goes on, and what `save` copies.
+            with contextlib.suppress(Exception):
+                restore(self._job, CheckpointStore(self._directory.checkpoints))
+            raise
         if found.stopped_by is not None:
             signal.raise_signal(found.stopped_by)
         return self
@@ -166,8 +180,8 @@ class SoBiRL:
 
     @property
     def history(self) -> list[Metrics]:
-        """The metrics of each round, oldest first."""
-        return self._directory.history()
+        """The metrics of each round that led to `policy`, oldest first."""
+        return self._directory.history()[: self._job.round]
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -203,20 +217,21 @@ class SoBiRL:
             The path.
 
         Raises:
-            ConfigError: nothing has been learned yet, or the path is taken.
+            ConfigError: nothing has been learned yet, or the path is taken or cannot be written.
         """
         self._require_learned()
         target = Path(path)
         again = f"{type(self).__name__}.load({str(target)!r})"
-        free_directory(target, "give another path", again)
-        target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{target.name}")
-        try:
-            unneeded = shutil.ignore_patterns("*.lock", f"{PARTIAL}*")
-            shutil.copytree(self._directory.path, draft, ignore=unneeded)
-            draft.replace(target)  # all of it, or nothing
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        with writing(target, "give another path"):
+            free_directory(target, "give another path", again)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                unneeded = shutil.ignore_patterns("*.lock", f"{PARTIAL}*")
+                shutil.copytree(self._directory.path, draft, ignore=unneeded)
+                draft.replace(target)  # all of it, or nothing
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
         return target
 
     @classmethod
@@ -226,6 +241,7 @@ class SoBiRL:
         *,
         environment: Source | DenseMDP | SparseMDP | None = None,
         teacher: Teacher | None = None,
+        module: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     ) -> Self:
         """Read back what `save`, or ``birl run preference``, has written; `learn` goes on there.
 
@@ -233,6 +249,7 @@ class SoBiRL:
             path: the directory.
             environment: as it was given, if it was no id.
             teacher: as it was given, if it was no name; only `learn` needs it.
+            module: files of the setting `module`, where they are not there any more.
 
         Raises:
             ConfigError: no such run, one of another algorithm, or its environment is missing.
@@ -240,7 +257,7 @@ class SoBiRL:
         """
         made = cls.__new__(cls)
         made._take(environment, teacher)
-        found = load_run(path, build=made._made, problem=PROBLEM)
+        found = load_run(path, build=made._made, problem=PROBLEM, module=module)
         assert isinstance(found.job, PreferenceJob)
         made._job, made._directory, made._ended = found.job, found.directory, True
         return made
@@ -259,7 +276,8 @@ class SoBiRL:
             raise OptionError(
                 f"the environment is one {type(environment).__name__}",
                 allowed="an id, a function that builds one, a vector environment, an MDP",
-                fix="give a function, since several copies are made: lambda: …",
+                fix="give a function, since several copies are made: "
+                f"lambda: {type(environment).__name__}(…)",
             )
         if isinstance(environment, DenseMDP | SparseMDP):
             FiniteEnvironment(environment)  # refuses what cannot be acted in
@@ -282,10 +300,22 @@ class SoBiRL:
             )
         return PreferenceJob(config, environment=self._own, teacher=self._teacher)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConfigError(
+            f"a {type(self).__name__} cannot be pickled or copied: it is of a directory",
+            fix="save(path) it, and load(path) it there; .policy and .reward can be pickled",
+        )
+
     def __repr__(self) -> str:
         config, done = self.config, len(self.history)
         where = f"{config.env!r}, {config.teacher!r}, algorithm={config.algorithm!r}"
         return f"{type(self).__name__}({where}: {done} of {config.rounds} rounds)"
+
+
+def _remove(scratch: str, owner: int) -> None:
+    """Remove the files of a run; not in a process that was forked from the one they belong to."""
+    if os.getpid() == owner:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class StocSoBiRL(SoBiRL):

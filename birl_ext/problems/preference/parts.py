@@ -30,7 +30,7 @@ from birl_ext.bilevel.sobirl import DRLHFUpdate, SoBiRLUpdate
 from birl_ext.environments.atari import atari_environment, is_atari
 from birl_ext.environments.finite import FiniteEnvironment
 from birl_ext.environments.spaces import Spaces
-from birl_ext.environments.vector import registration
+from birl_ext.environments.vector import check_distinct, close_with_warning, registration
 from birl_ext.errors import (
     ConfigError,
     EnvironmentFailureError,
@@ -170,10 +170,6 @@ def registered_threshold(config: PreferenceConfig, own: Source | None) -> float 
         )
     limit: float | None = config.episode_steps
     if isinstance(own, VectorEnv):
-        if own.closed:
-            raise OptionError(
-                "the vector environment is closed", where=f"env {config.env}", fix="make a new one"
-            )
         for name, value, none in (
             ("episode_steps", config.episode_steps, None),
             ("video_every", config.video_every, 0),
@@ -205,20 +201,24 @@ def _looked_at(
     build: Callable[[], gymnasium.Env[Any, Any]], name: str
 ) -> tuple[EnvSpec | None, int | None]:
     """What an environment was registered with, if it was, and its time limit."""
-    try:
-        made = build()
-    except (Exception, SystemExit) as error:
-        raise EnvironmentFailureError(
-            f"building raised {type(error).__name__}: {error}", where=f"environment {name!r}"
-        ) from error
-    if not isinstance(made, gymnasium.Env):
-        raise OptionError(
-            f"the environment's function returned a {type(made).__name__}",
-            where=f"environment {name!r}",
-            allowed="a gymnasium.Env",
-            fix="give a vector environment itself, not a function",
-        )
-    made.close()
+    built: list[gymnasium.Env[Any, Any]] = []
+    for _ in range(2):
+        try:
+            made = build()
+        except (Exception, SystemExit) as error:
+            raise EnvironmentFailureError(
+                f"building raised {type(error).__name__}: {error}", where=f"environment {name!r}"
+            ) from error
+        if not isinstance(made, gymnasium.Env):
+            raise OptionError(
+                f"the environment's function returned a {type(made).__name__}",
+                where=f"environment {name!r}",
+                allowed="a gymnasium.Env",
+                fix="give a vector environment itself, not a function",
+            )
+        built.append(made)
+        close_with_warning(made, name)
+    check_distinct(built, name)
     spec = made.spec
     limit = None if spec is None else spec.max_episode_steps
     while limit is None and isinstance(made, gymnasium.Wrapper):
@@ -243,7 +243,8 @@ def check_sizes(config: PreferenceConfig) -> QuerySchedule:
     check(10_000 * config.environments, "environments")
     check(10_000 * config.members, "members")
     check(16 * sum(map(math.prod, pairwise((1, *config.hidden, 1)))), "hidden")
-    check(config.batch_size * config.n_step, "batch_size", "n_step")
+    rows, widest = config.batch_size * config.n_step, max((1, *config.hidden))
+    check(rows * widest, "batch_size", "n_step", "hidden")
     check(config.replay, "replay")
     asked, first = config.questions
     schedule = QuerySchedule(config.schedule, config.rounds, asked, first)
