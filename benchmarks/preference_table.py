@@ -253,7 +253,8 @@ def main() -> int:
         key
         for task, seed in itertools.product(options.tasks, range(options.seeds))
         for teacher in options.teachers or ASKED.get(task, TEACHERS)
-        for name in options.algorithms or CANDIDATES[task]
+        for name in CANDIDATES[task]
+        if name in (options.algorithms or ALGORITHMS)
         if (key := (task, teacher, name, seed)) not in held
     ]
     failed = 0
