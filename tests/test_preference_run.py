@@ -725,7 +725,13 @@ def test_a_lead_is_scored_and_not_compared(algorithm: str, monkeypatch: pytest.M
     assert outcome.loss == pytest.approx(float(loss.detach()), rel=1e-5)
 
 
-RETURN = {"upper": "return", "labels": 300, "initial_labels": 60}  # the defaults, not used
+RETURN = {  # what is not used with it as the defaults are
+    "upper": "return",
+    "labels": 300,
+    "initial_labels": 60,
+    "fragment": 25,
+    "initial_epochs": 100,
+}
 
 
 @pytest.mark.parametrize(
