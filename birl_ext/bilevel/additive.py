@@ -47,7 +47,8 @@ class AdditiveUpdate(RewardUpdate):
         optimiser: from parameters to any torch optimiser.
         score: estimator of ∇Q (`birl_ext.bilevel.score`).
         average: β, [0, 1), of the average over updates that the gradient is, shrunk by its own
-            noise (`birl_ext.bilevel.score_average`).
+            noise (`birl_ext.bilevel.score_average`), that of states drawn independently: what they
+            share because they are of the same few paths is not counted.
 
     Source: (M15), (M16) for a sum over steps; Thoma et al. (2024), whose advantage this is.
     """
