@@ -175,7 +175,7 @@ def _run(words: list[str]) -> int:
     from birl_ext.problems.saved import find_problem
     from birl_ext.runs.config import from_plain, to_plain
     from birl_ext.runs.directory import RunDirectory, default_path
-    from birl_ext.runs.job import require_job
+    from birl_ext.runs.job import ChecksNew, require_job
     from birl_ext.runs.loop import check_pace
 
     stored_name, stored, where = _stored(files)
@@ -204,7 +204,7 @@ def _run(words: list[str]) -> int:
     if options.resume is not None:
         directory = RunDirectory(options.resume)
     else:
-        if hasattr(job, "check_new"):
+        if isinstance(job, ChecksNew):
             job.check_new()
         path = options.out or default_path(name)
         directory = RunDirectory.create(path, name, to_plain(config))

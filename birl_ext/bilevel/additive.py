@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from birl_ext.bilevel.entropy_target import action_slopes
 from birl_ext.bilevel.reward_update import RewardUpdate
 from birl_ext.bilevel.score import Score
-from birl_ext.bilevel.score_average import ScoreAverage, signed
+from birl_ext.bilevel.score_average import ScoreAverage
 from birl_ext.errors import NonFiniteInputError, ShapeError
 from birl_ext.functional import evaluate, solve
 from birl_ext.model import checks
@@ -116,17 +116,17 @@ class AdditiveUpdate(RewardUpdate):
     ) -> tuple[float, AdditiveOutcome, ScoreAverage]:
         assert self.score is not None
         found = self.score.of_actions(self.reward, follower, observation, weight.shape[-1])
-        each = (weight.to(found) * found).sum(-1) / temperature
-        surrogate, apart = each.mean(), signed(each).mean()
-        by_x = None if held is None else self._moved_temperature(follower, temperature, held)
-        if by_x is not None:
-            slopes = action_slopes(self.score, follower, observation)
-            along = (weight.to(slopes) * slopes).sum(-1) / temperature  # its mean: ∂φ/∂τ
-            surrogate = surrogate + along.mean() * by_x.mean()
-            apart = apart + signed(along).mean() * by_x.mean() + along.mean() * signed(by_x).mean()
-        average = self._averaged(surrogate, apart)
+
+        def weighed(score: Tensor) -> Tensor:
+            return (weight.to(score) * score).sum(-1).mean() / temperature
+
+        moved = self._moved_temperature(follower, temperature, held)
+        of_tau = (
+            moved if moved is None else (action_slopes(self.score, follower, observation), moved)
+        )
+        average = self._averaged(weighed, found, of_tau)
         gradient = self._parts(average.kept * average.mean)
-        size = self._set(gradient, float(surrogate.detach()), "surrogate")
+        size = self._set(gradient, float(weighed(found.detach())), "surrogate")
         return 0.0, AdditiveOutcome(size, average.kept), average
 
 

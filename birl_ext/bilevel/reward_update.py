@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from birl_ext.bilevel.entropy_target import temperature_surrogate
 from birl_ext.bilevel.guards import check_count, check_kind, make_optimiser, take_step
 from birl_ext.bilevel.score import Critic, Score
-from birl_ext.bilevel.score_average import ScoreAverage
+from birl_ext.bilevel.score_average import ScoreAverage, signed
 from birl_ext.bilevel.variables import described
 from birl_ext.errors import GradientError, NonFiniteResultError, OptionError, warn
 from birl_ext.preferences.reward_model import RewardModel, members_of
@@ -92,11 +92,13 @@ class RewardUpdate(Stateful):
         return size
 
     def _moved_temperature(
-        self, follower: Any, temperature: float, held: Tensor, *, discrete: bool = True
+        self, follower: Any, temperature: float, held: Tensor | None, *, discrete: bool = True
     ) -> Tensor | None:
-        """Numbers whose mean has the gradient dτ/dx; None, with a warning, where that is lost in
-        noise.
+        """Numbers whose mean has the gradient dτ/dx; None where τ is fixed, and, with a warning,
+        where that is lost in noise.
         """
+        if held is None:
+            return None
         if self.score is None or isinstance(self.score, Critic) or not discrete:
             raise OptionError(
                 "the temperature's own derivative was asked for by `held`",
@@ -114,17 +116,36 @@ class RewardUpdate(Stateful):
         return moved
 
     def _averaged(
-        self, surrogate: Tensor, apart: Tensor, *, shared: float = 0.0, renewed: bool = False
+        self,
+        surrogate: Callable[[Tensor], Tensor],
+        score: Tensor,
+        of_tau: tuple[Tensor, Tensor] | None,
+        *,
+        shared: float = 0.0,
+        renewed: bool = False,
     ) -> ScoreAverage:
-        """The average with one more gradient.
+        """The average with one more gradient, ∂φ/∂x + (∂φ/∂τ)(dτ/dx).
 
         Args:
-            surrogate: of the gradient.
-            apart: the same of `signed` terms: the square of its gradient is the variance.
+            surrogate: linear in a score, whose gradient is then the first part.
+            score: its terms are independent; with them `signed` the gradient's square is the
+                variance.
+            of_tau: τ ∂/∂τ of what the score is the derivative of, and numbers whose mean has the
+                gradient dτ/dx; None where τ is fixed.
             shared, renewed: see `ScoreAverage.after`.
         """
+        whole, apart = surrogate(score), surrogate(signed(score))
+        if of_tau is not None:
+            slopes, moved = of_tau
+            along = torch.zeros((), dtype=score.dtype, device=score.device, requires_grad=True)
+            by_tau, noise = (  # ∂φ/∂τ, and how far it is off
+                torch.autograd.grad(surrogate(along * each.to(score)), along)[0]
+                for each in (slopes, signed(slopes))
+            )
+            whole = whole + by_tau * moved.mean()
+            apart = apart + noise * moved.mean() + by_tau * signed(moved).mean()
         known = self._average.decay > 0  # or else nobody asks for the variance
-        part = self._flat(self._gradient("the score", surrogate, retain_graph=known))
+        part = self._flat(self._gradient("the score", whole, retain_graph=known))
         variance = norm(self._gradient("the score", apart)) ** 2 if known else 0.0
         return self._average.after(part, variance, shared=shared, renewed=renewed)
 

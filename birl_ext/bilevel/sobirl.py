@@ -15,7 +15,7 @@ from birl_ext.bilevel.entropy_target import path_slopes
 from birl_ext.bilevel.guards import check_count, check_kind, check_number
 from birl_ext.bilevel.reward_update import RewardUpdate, norm
 from birl_ext.bilevel.score import OneStep, Score
-from birl_ext.bilevel.score_average import ScoreAverage, signed
+from birl_ext.bilevel.score_average import ScoreAverage
 from birl_ext.bilevel.trajectory import Baseline, check_baseline, trajectory_surrogate
 from birl_ext.errors import OptionError
 from birl_ext.model import checks
@@ -245,17 +245,8 @@ class SoBiRLUpdate(RewardUpdate):
             def weighed(score: Tensor) -> Tensor:
                 return self._weighed(own, score, temperature, weight)
 
-            whole, apart = weighed(found.score), weighed(signed(found.score))
-            if of_tau := self._by_temperature(pairs, follower, temperature, held):
-                slopes, moved = of_tau
-                along = torch.zeros((), dtype=own.dtype, device=own.device, requires_grad=True)
-                by_tau, noise = (  # ∂φ/∂τ, and how far it is off
-                    torch.autograd.grad(weighed(along * each.to(own)), along)[0]
-                    for each in (slopes, signed(slopes))
-                )
-                whole = whole + by_tau * moved.mean()
-                apart = apart + noise * moved.mean() + by_tau * signed(moved).mean()
-            average = self._averaged(whole, apart, shared=shared, renewed=renewed)
+            of_tau = self._by_temperature(pairs, follower, temperature, held)
+            average = self._averaged(weighed, found.score, of_tau, shared=shared, renewed=renewed)
             parts = self._parts(average.kept * average.mean)
             share = norm(parts)
             cut = min(1.0, self.indirect_limit * norm(gradient) / share) if share else 1.0
@@ -286,8 +277,6 @@ class SoBiRLUpdate(RewardUpdate):
         """τ ∂/∂τ of the pairs' log-probabilities, (n,), and numbers whose mean has the gradient
         dτ/dx; None where τ is fixed.
         """
-        if held is None:
-            return None
         discrete = not pairs.first.action.is_floating_point()
         moved = self._moved_temperature(follower, temperature, held, discrete=discrete)
         if moved is None:

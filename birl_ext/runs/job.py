@@ -112,6 +112,14 @@ class WritesFiles(Protocol):
         """
 
 
+@runtime_checkable
+class ChecksNew(Protocol):
+    """A job that cannot begin with every config that it can go on with."""
+
+    def check_new(self) -> None:
+        """Refuse to begin; called before the directory of a new run is made."""
+
+
 class Problem(NamedTuple):
     """An entry of ``birl_ext.problems.PROBLEMS``; importing it must not import torch."""
 
