@@ -39,6 +39,7 @@ CHANGES = {
     "--initial-labels 200 --initial-epochs 8 --pairs 800 --recent 4000 --reward-steps 10 "
     "--evaluate-every 5 --evaluation-episodes 3 --video-every 0",
 }
+TASKS = {"hopper": "Hopper", "beamrider": "BeamRider"}
 NAMES = {"sobirl": "SoBiRL", "drlhf": "DRLHF"}
 NEWEST = 10
 """Rounds at the end of a run that φ and what was foretold are averaged over."""
@@ -116,7 +117,9 @@ def table(report: Mapping[str, Any]) -> str:
             ", ".join(f"{run['hours']:.1f}" for run in own),
         ]
         steps, answers = own[0]["environment_steps"][-1], own[0]["answers"]
-        rows.append([task, NAMES[algorithm], str(len(own)), f"{steps:,}", f"{answers:,}", *cells])
+        rows.append(
+            [TASKS[task], NAMES[algorithm], str(len(own)), f"{steps:,}", f"{answers:,}", *cells]
+        )
     head = ["task", "algorithm", "seeds", "steps", "answers", "last return", "best return"]
     return markdown([*head, "φ", "foretold", "hours"], rows)
 
@@ -139,7 +142,7 @@ def figure(report: Mapping[str, Any], path: Path) -> None:
                 plots.draw_runs(panels[0], [thousands[k] for k in seen], returns, label=name)
                 plots.draw_runs(panels[1], thousands[-len(costs[0]) :], costs, label=name)
             for panel, label in zip(panels, ("true return", "φ of the new answers"), strict=True):
-                panel.set(title=task, xlabel="environment steps, thousands", ylabel=label)
+                panel.set(title=TASKS[task], xlabel="environment steps, thousands", ylabel=label)
                 panel.legend()
         drawn.savefig(path, metadata={"Software": None})
 

@@ -157,6 +157,7 @@ def test_the_tables_of_preference_runs_are_those_measured() -> None:
         ("temperature_gradient", "stochastic"),
         ("score_limit", "stochastic"),
         ("few_knobs", "preferences"),
+        ("bodies_and_pixels", "preferences"),
     ],
 )
 def test_the_tables_of_estimators_are_those_measured(name: str, page: str) -> None:
