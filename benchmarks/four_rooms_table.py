@@ -59,7 +59,9 @@ def measure(config: FourRoomsConfig, budget: str) -> dict[str, Any]:
 
 def table(report: dict[str, Any], budget: str = "default") -> str:
     """Markdown of a budget: no incentive, published entries, our methods' means over the seeds."""
+    ran = {row["method"] for row in report["rows"] if row["budget"] == budget}
     shown = {"gradient": "plain gradient", "combined": "combined"}
+    shown = {method: name for method, name in shown.items() if method in ran}
     published = [name for name in report["published"][0] if name not in ("temperature", "kappa")]
     head = ["λ", "κ", "no incentive", *published, *shown.values(), "bound on the error"]
     lines = []
@@ -67,17 +69,19 @@ def table(report: dict[str, Any], budget: str = "default") -> str:
         key = known["temperature"], known["kappa"], budget
         rows = [r for r in report["rows"] if (r["temperature"], r["kappa"], r["budget"]) == key]
         runs = {method: [r for r in rows if r["method"] == method] for method in shown}
-        if not all(runs.values()):
+        if not shown or not all(runs.values()):
             continue
-        mean = [fmean(run["objective"] for run in some) for some in runs.values()]
+        means = {method: fmean(run["objective"] for run in some) for method, some in runs.items()}
         lines.append(
             [
                 *(f"{number:g}" for number in key[:2]),
                 f"{rows[0]['no_incentive']:.3f}",
                 *(f"{known[name]:.2f}" for name in published),
-                f"{mean[0]:.3f}",
-                f"**{mean[1]:.3f}**",
-                f"{max(run['error_bound'] for run in runs['combined']):.0e}",
+                *(
+                    f"**{x:.3f}**" if name == "combined" else f"{x:.3f}"
+                    for name, x in means.items()
+                ),
+                f"{max(run['error_bound'] for run in list(runs.values())[-1]):.0e}",
             ]
         )
     return markdown(head, lines) + "\n"

@@ -340,7 +340,18 @@ def test_what_a_teacher_raises_has_its_name():
     rows = fragments_with(torch.zeros(1, 1))
     with pytest.raises(TeacherError, match=r"teacher \S+ raised ZeroDivisionError: .*1 pairs"):
         OwnTeacher(lambda first, second: [1 // 0])(rows, rows)
-    with pytest.raises(TeacherError, match=r"raised SystemExit: 3 at a batch of 1 pairs"):
+    rows = fragments_with(torch.zeros(2, 1))
+
+    def one_by_one(first, second):
+        return 1 if first.reward.sum(-1) > second.reward.sum(-1) else 0
+
+    with pytest.raises(TeacherError, match=r"is ambiguous .*is given many pairs at once"):
+        OwnTeacher(one_by_one)(rows, rows)
+    with pytest.raises(
+        TeacherError, match=r"answered int \(\) .*for all pairs at once: each is a row"
+    ):
+        OwnTeacher(lambda first, second: 1)(rows, rows)
+    with pytest.raises(TeacherError, match=r"raised SystemExit: 3 at a batch of 2 pairs"):
         OwnTeacher(lambda first, second: sys.exit(3))(rows, rows)
 
 

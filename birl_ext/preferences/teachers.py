@@ -340,6 +340,7 @@ class OwnTeacher:
                 f"the teacher {self.name} answered {type(found).__name__} {shape}",
                 where=f"a batch of {count} pairs",
                 allowed=f"{count} numbers, one for each pair, in a list, an array or a tensor",
+                fix="answer for all pairs at once: each is a row of `first` and of `second`",
             )
         for pair, answer in enumerate(answers):
             if answer is not None and not (isinstance(answer, Real) and answer in (0, 0.5, 1)):
@@ -375,7 +376,7 @@ class OwnTeacher:
             raise TeacherError(
                 f"the teacher {self.name} raised {type(error).__name__}: {error}",
                 where=where,
-                fix=f"mend the teacher{then}",
+                fix=f"mend the teacher, which is given many pairs at once{then}",
             ) from error
 
 
@@ -462,7 +463,8 @@ def named_teacher(name: str, modules: Mapping[str, ModuleType]) -> Teacher:
         if module not in modules:
             raise ConfigError(
                 f"teacher is {name!r}, and module {module!r} is not named",
-                fix=f"name its file, on the command line --module {module}.py",
+                fix=suggestion(module, modules)
+                or f"name its file, on the command line --module {module}.py",
             )
         try:
             found = operator.attrgetter(path)(modules[module])
@@ -475,6 +477,7 @@ def named_teacher(name: str, modules: Mapping[str, ModuleType]) -> Teacher:
             ) from None
     if found is None:
         known = [*TEACHERS, *_REGISTERED]
+        known += [f"{module}:{name}" for module, own in modules.items() if hasattr(own, name)]
         raise ConfigError(
             f"teacher is {name!r}",
             allowed=f"{', '.join(known)}; or MODULE:NAME of code named by --module",
