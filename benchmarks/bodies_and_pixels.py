@@ -76,6 +76,7 @@ def recorded(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "environment_steps": steps,
         "answers": int(history[-1]["answers"]),
+        "strict_answers": int(history[-1]["strict_answers"]),
         "true_return": column("true_return", 1),
         "training_return": column("training_return", 1),
         "phi": column("phi", 4),

@@ -152,7 +152,8 @@ def test_the_noise_that_a_step_measures_is_the_spread_of_its_gradients(
     count: int, held: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting, seen = Setting(), []
-    learner = SoBiRLUpdate(setting.reward, optimiser=still, score=OneStep(ACTIONS), average=0.5)
+    score = setting.full_horizon() if times > 200 else OneStep(ACTIONS)
+    learner = SoBiRLUpdate(setting.reward, optimiser=still, score=score, average=0.5)
 
     class Watched(ScoreAverage):
         def after(self, gradient: Tensor, variance: float, **more: Any) -> ScoreAverage:

@@ -330,7 +330,10 @@ class OwnTeacher:
             TeacherError: it raised, or an answer is neither 0, 1, 0.5 nor none.
         """
         count = len(first)
-        with self._named(f"a batch of {count} pairs", "; the questions are asked again"):
+        remedy = (
+            "mend the teacher, which is given many pairs at once; the questions are asked again"
+        )
+        with self._named(f"a batch of {count} pairs", remedy):
             # Copies: what it writes into them is no observation.
             found = self.teacher(*(Fragments(*map(torch.clone, two)) for two in (first, second)))
         answers = _listed(found)
@@ -366,7 +369,7 @@ class OwnTeacher:
                 own.load_state_dict(copy.deepcopy(state["own"]))
 
     @contextlib.contextmanager
-    def _named(self, where: str, then: str = "") -> Iterator[None]:
+    def _named(self, where: str, fix: str = "mend the teacher") -> Iterator[None]:
         """What the teacher raises inside has its name."""
         try:
             yield
@@ -376,7 +379,7 @@ class OwnTeacher:
             raise TeacherError(
                 f"the teacher {self.name} raised {type(error).__name__}: {error}",
                 where=where,
-                fix=f"mend the teacher, which is given many pairs at once{then}",
+                fix=fix,
             ) from error
 
 
@@ -463,8 +466,15 @@ def named_teacher(name: str, modules: Mapping[str, ModuleType]) -> Teacher:
         if module not in modules:
             raise ConfigError(
                 f"teacher is {name!r}, and module {module!r} is not named",
-                fix=suggestion(module, modules)
-                or f"name its file, on the command line --module {module}.py",
+                fix="; or ".join(
+                    filter(
+                        None,
+                        (
+                            f"name its file, on the command line --module {module}.py",
+                            suggestion(module, modules),
+                        ),
+                    )
+                ),
             )
         try:
             found = operator.attrgetter(path)(modules[module])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "ChecksNew",
     "Job",
     "Logger",
     "Metrics",
