@@ -347,12 +347,15 @@ def test_what_a_teacher_raises_has_its_name():
     def one_by_one(first, second):
         return 1 if first.reward.sum(-1) > second.reward.sum(-1) else 0
 
+    def alone(first, second):
+        return 1
+
     with pytest.raises(TeacherError, match=r"is ambiguous .*is given many pairs at once"):
         OwnTeacher(one_by_one)(rows, rows)
     with pytest.raises(
         TeacherError, match=r"answered int \(\) .*for all pairs at once: each is a row"
     ):
-        OwnTeacher(lambda first, second: 1)(rows, rows)
+        OwnTeacher(alone)(rows, rows)
     with pytest.raises(TeacherError, match=r"raised SystemExit: 3 at a batch of 2 pairs"):
         OwnTeacher(lambda first, second: sys.exit(3))(rows, rows)
 
