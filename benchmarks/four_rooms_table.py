@@ -60,8 +60,8 @@ def measure(config: FourRoomsConfig, budget: str) -> dict[str, Any]:
 def table(report: dict[str, Any], budget: str = "default") -> str:
     """Markdown of a budget: no incentive, published entries, our methods' means over the seeds."""
     ran = {row["method"] for row in report["rows"] if row["budget"] == budget}
-    shown = {"gradient": "plain gradient", "combined": "combined"}
-    shown = {method: name for method, name in shown.items() if method in ran}
+    names = {"gradient": "plain gradient", "combined": "combined"}
+    shown = {method: name for method, name in names.items() if method in ran}
     published = [name for name in report["published"][0] if name not in ("temperature", "kappa")]
     head = ["λ", "κ", "no incentive", *published, *shown.values(), "bound on the error"]
     lines = []

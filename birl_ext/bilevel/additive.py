@@ -122,7 +122,7 @@ class AdditiveUpdate(RewardUpdate):
 
         moved = self._moved_temperature(follower, temperature, held)
         of_tau = (
-            moved if moved is None else (action_slopes(self.score, follower, observation), moved)
+            None if moved is None else (action_slopes(self.score, follower, observation), moved)
         )
         average = self._averaged(weighed, found, of_tau)
         gradient = self._parts(average.kept * average.mean)

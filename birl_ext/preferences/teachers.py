@@ -464,17 +464,11 @@ def named_teacher(name: str, modules: Mapping[str, ModuleType]) -> Teacher:
     module, colon, path = name.partition(":")
     if found is None and colon:
         if module not in modules:
+            near = suggestion(module, modules)
             raise ConfigError(
                 f"teacher is {name!r}, and module {module!r} is not named",
-                fix="; or ".join(
-                    filter(
-                        None,
-                        (
-                            f"name its file, on the command line --module {module}.py",
-                            suggestion(module, modules),
-                        ),
-                    )
-                ),
+                fix=f"name its file, on the command line --module {module}.py"
+                + (f"; or {near}" if near else ""),
             )
         try:
             found = operator.attrgetter(path)(modules[module])
