@@ -23,7 +23,7 @@ from birl_ext.bilevel.environment_adaptation import (
     ZeroOrderAdaptation,
 )
 from birl_ext.model.checks import check_memory
-from birl_ext.problems.settings import check_settings
+from birl_ext.runs.settings import check_settings
 from birl_ext.simulators.noisy import NoisyDynamics
 from birl_ext.state import Stateful
 

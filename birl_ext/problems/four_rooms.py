@@ -15,7 +15,7 @@ from birl_ext.errors import ConfigError
 from birl_ext.functional import evaluate, occupancy
 from birl_ext.model.checks import check_count, check_memory
 from birl_ext.model.mdp import DenseMDP, SparseMDP
-from birl_ext.problems.settings import check_settings
+from birl_ext.runs.settings import check_settings
 from birl_ext.solution import Solution
 from birl_ext.state import Stateful
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from birl_ext.bilevel import BilevelProblem, MSoBiRL
 from birl_ext.model.checks import check_memory
 from birl_ext.model.mdp import DenseMDP
-from birl_ext.problems.settings import check_settings
+from birl_ext.runs.settings import check_settings
 from birl_ext.solution import Solution
 from birl_ext.state import Stateful
 

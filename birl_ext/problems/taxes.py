@@ -15,7 +15,7 @@ from birl_ext.bilevel import BilevelProblem, MSoBiRL, ZeroOrder
 from birl_ext.functional import evaluate, occupancy, solve
 from birl_ext.model.checks import check_memory
 from birl_ext.model.mdp import DenseMDP
-from birl_ext.problems.settings import check_settings
+from birl_ext.runs.settings import check_settings
 from birl_ext.solution import Solution
 from birl_ext.state import Stateful
 

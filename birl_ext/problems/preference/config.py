@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from birl_ext.errors import ConfigError
 from birl_ext.modules import locate
-from birl_ext.problems.settings import check_settings
+from birl_ext.runs.settings import check_settings
 
 __all__ = ["PreferenceConfig"]
 
