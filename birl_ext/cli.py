@@ -1,4 +1,4 @@
-"""The command line: ``birl run | solve | plot | bench | doctor``.
+"""The command line: ``birl run | arena | solve | plot | bench | doctor``.
 
 Tyro, rich and matplotlib are imported only by the commands that need them.
 """
@@ -44,6 +44,7 @@ usage: birl COMMAND [OPTIONS]
 commands:
   run PROBLEM         run a problem; `birl run --help` lists them
   run --resume DIR    go on with a run that was stopped
+  arena CONTEST       compare methods on one problem; `birl arena` lists the problems
   solve --mdp FILE    solve your own MDP, written by DenseMDP.save or SparseMDP.save
   plot DIR            draw the figures of a run again
   bench [CASE …]      in a clone: measure birl_ext against other packages, on this machine
@@ -349,6 +350,24 @@ def _plot(words: list[str]) -> int:
     return 0
 
 
+def _arena(words: list[str]) -> int:
+    """`birl run arena`, by the name of its contest; without one, a list of them."""
+    if words and not words[0].startswith("-"):
+        return _run(["arena", "--contest", words[0], *words[1:]])
+    if words and words[0] not in ("-h", "--help"):
+        return _run(["arena", *words])
+
+    from birl_ext.problems.contests import CONTESTS
+
+    width = max(map(len, CONTESTS))
+    print("usage: birl arena CONTEST [OPTIONS], birl arena --resume DIR\n\ncontests:")
+    for name, contest in CONTESTS.items():
+        amount = f"{contest.budget:,g} {'steps' if contest.unit == 'samples' else 's'}"
+        print(f"  {name:<{width}}  {contest.title}, {amount} a seed; {', '.join(contest.methods)}")
+    print("\n`birl run arena --help` lists the options.")
+    return 0 if words else 2
+
+
 def _solve(words: list[str]) -> int:
     options: SolveFile = _cli(SolveFile, "birl solve", SolveFile.__doc__ or "", words)
     # Not with_suffix, which refuses "." and "/" by itself
@@ -409,6 +428,7 @@ def _doctor(words: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
+    "arena": _arena,
     "solve": _solve,
     "plot": _plot,
     "bench": _bench,

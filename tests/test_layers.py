@@ -41,6 +41,7 @@ LAYERS = (
     "preferences",
     "bilevel",
     "runs",
+    "arena",
     "problems",
     "doctor",
     "cli",

@@ -1,5 +1,6 @@
 """Benchmark problems with published numbers, one per file; each is a job that `birl run` runs."""
 
+from birl_ext.arena.config import ArenaConfig
 from birl_ext.problems.adaptation import AdaptationConfig, AdaptationJob
 from birl_ext.problems.bus import BusConfig, BusJob
 from birl_ext.problems.four_rooms import FourRoomsConfig, FourRoomsJob
@@ -16,6 +17,14 @@ def _preference(config: PreferenceConfig) -> Job:
     from birl_ext.problems.preference.job import PreferenceJob
 
     return PreferenceJob(config)
+
+
+def _arena(config: ArenaConfig) -> Job:
+    """The contests are imported only by those who play them."""
+    from birl_ext.arena.job import ArenaJob
+    from birl_ext.problems.contests import CONTESTS
+
+    return ArenaJob(config, CONTESTS)
 
 
 PROBLEMS = {
@@ -38,5 +47,6 @@ PROBLEMS = {
         _preference,
         "a reward learned from preferences in a Gymnasium environment",
     ),
+    "arena": Problem(ArenaConfig, _arena, "every bilevel method on one problem, at equal budgets"),
     "bus": Problem(BusConfig, BusJob, "bus engine replacement, estimated from real decisions"),
 }

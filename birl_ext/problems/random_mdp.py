@@ -19,7 +19,7 @@ from birl_ext.state import Stateful
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["RandomMDPConfig", "RandomMDPJob", "random_mdp_problem"]
+__all__ = ["RandomMDPConfig", "RandomMDPJob", "random_mdp_problem", "random_mdps"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,36 @@ def random_mdp_problem(config: RandomMDPConfig) -> tuple[BilevelProblem, Tensor]
     Each (s,a) reaches 1 to S − 1 states with normalised uniform weights. The optimum is x = 0,
     where the policy is uniform: φ = S/(2A).
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    *instance, start = _drawn(config, config.seed)
+    return _levels(config, *instance), start
+
+
+def random_mdps(config: RandomMDPConfig, seeds: Sequence[int]) -> tuple[BilevelProblem, Tensor]:
+    """Instances of several seeds in one batch, and their starting points, (n, d)."""
+    parts = zip(*(_drawn(config, seed) for seed in seeds), strict=True)
+    weight, form, transition, start = map(torch.stack, parts)
+    return _levels(config, weight, form, transition), start
+
+
+def _levels(
+    config: RandomMDPConfig, weight: Tensor, form: Tensor, transition: Tensor
+) -> BilevelProblem:
+    """Both levels of an instance, or of a batch (n,) of them."""
+    base = DenseMDP(torch.zeros_like(weight), transition, config.discount)
+
+    def lower(x: Tensor) -> DenseMDP:
+        size = torch.einsum("...i,...ij,...j->...", x, form, x)
+        return base.replace(reward=weight * size[..., None, None], validate="off")
+
+    def upper(x: Tensor, solution: Solution) -> Tensor:
+        return (x.square().sum(-1) + solution.policy.square().sum((-1, -2))) / 2
+
+    return BilevelProblem(lower, upper)
+
+
+def _drawn(config: RandomMDPConfig, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """u·v, M, P and x₀ of a seed."""
+    generator = torch.Generator().manual_seed(seed)
     states, actions, dimension = config.states, config.actions, config.dimension
 
     def uniform(*shape: int) -> Tensor:
@@ -87,15 +116,7 @@ def random_mdp_problem(config: RandomMDPConfig) -> tuple[BilevelProblem, Tensor]
         reached = torch.randperm(states, generator=generator)[:support]
         share = uniform(support)
         row[reached] = share / share.sum()
-    base = DenseMDP(torch.zeros(states, actions, dtype=torch.float64), transition, config.discount)
-
-    def lower(x: Tensor) -> DenseMDP:
-        return base.replace(reward=weight * (x @ form @ x), validate="off")
-
-    def upper(x: Tensor, solution: Solution) -> Tensor:
-        return (x.square().sum() + solution.policy.square().sum()) / 2
-
-    return BilevelProblem(lower, upper), normal(dimension)
+    return weight, form, transition, normal(dimension)
 
 
 class RandomMDPJob(Stateful):

@@ -28,7 +28,8 @@ def check_settings(
     """Refuse choices that are none, and numbers that are not finite or out of their range.
 
     Args:
-        config: a dataclass with a field `seed`, of which fields annotated as `Literal` are choices.
+        config: a dataclass with a field `seed`, of which fields annotated as `Literal` are choices,
+            or tuples of them.
         least, above, most, below: setting → the bound it must meet, or must not reach. A setting
             that is None is not looked at.
         infinite: the settings that may be an infinity.
@@ -41,12 +42,13 @@ def check_settings(
         value, hint = getattr(config, field.name), hints[field.name]
         options = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
         choices = [str(choice) for option in options for choice in get_args(option)]
-        if choices and value is not None and value not in choices:
-            raise ConfigError(
-                f"{field.name} is {value!r}",
-                allowed=", ".join(choices),
-                fix=suggestion(str(value), choices),
-            )
+        for chosen in value if isinstance(value, tuple) else (value,):
+            if choices and chosen is not None and chosen not in choices:
+                raise ConfigError(
+                    f"{field.name} is {chosen!r}",
+                    allowed=", ".join(choices),
+                    fix=suggestion(str(chosen), choices),
+                )
         if isinstance(value, float) and not _sound(value, field.name in infinite):
             allowed = "finite numbers, 0 or 1e-100 to 1e100 in size: others overflow in products"
             if field.name in infinite:

@@ -1,0 +1,1 @@
+"""Every bilevel method on the same work, at equal budgets."""

@@ -1,0 +1,114 @@
+"""The problems of the arena, as it plays them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from birl_ext.arena.contest import Bout, Contest
+from birl_ext.problems.four_rooms import FLAT, PUBLISHED, SPREADS, FourRooms
+from birl_ext.problems.random_mdp import RandomMDPConfig, random_mdps
+from birl_ext.problems.taxes import GOODS, START, TaxEconomy
+
+__all__ = ["CONTESTS"]
+
+WIDEST = 6.0
+"""Standard deviation of the widest start in four rooms."""
+
+EXACT = ("m-sobirl", "m-sobirl-published", "zero-order")
+
+
+def _random_mdp(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
+    config = RandomMDPConfig(**setting)
+    problem, start = random_mdps(config, [seed for seed in seeds for _ in range(starts)])
+    drawn = torch.Generator().manual_seed(seeds[0])
+    others = torch.randn(start.shape, generator=drawn, dtype=torch.float64)
+    first = torch.arange(len(start)) % starts == 0
+    return Bout(start.where(first.unsqueeze(-1), others), config.temperature, problem)
+
+
+def _four_rooms(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
+    rooms = FourRooms(setting["kappa"], setting["noise"])
+    start = torch.cat([_weights(rooms, seed, starts) for seed in seeds])
+    return Bout(start, setting["temperature"], rooms.problem(), inner=1)
+
+
+def _weights(rooms: FourRooms, seed: int, starts: int) -> Tensor:
+    """Starts of one seed, from the flattest to the widest, (starts, S + 1)."""
+    drawn = torch.Generator().manual_seed(seed)
+    spreads = torch.linspace(FLAT, WIDEST if starts > 1 else FLAT, SPREADS).double()
+    shape = starts, len(rooms.cells) + 1
+    weights = torch.randn(shape, generator=drawn, dtype=torch.float64)
+    return weights * spreads[torch.arange(starts) % SPREADS, None]
+
+
+def _taxes(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
+    economy = TaxEconomy(setting["temperature"], setting["cells"])
+    drawn = torch.Generator().manual_seed(seeds[0])
+    shape = starts, 1 + GOODS
+    start = economy.logits(torch.full(shape, START, dtype=torch.float64))
+    start[1:] = torch.randn(shape, generator=drawn, dtype=torch.float64)[1:]
+    return Bout(start, setting["temperature"], economy.problem())
+
+
+def _rows(noise: str) -> dict[str, dict[str, Any]]:
+    """The rows of the published table, by their λ and κ."""
+    mark = "" if noise == "planner" else f", {noise}"
+    return {
+        f"λ {t:g}, κ {k:g}{mark}": {"temperature": t, "kappa": k, "noise": noise}
+        for t, k in PUBLISHED
+    }
+
+
+ROOMS = {**_rows("planner"), **_rows("simulator")}
+PLAYED = ("λ 0.001, κ 5", "λ 0.003, κ 3", "λ 0.005, κ 1")
+"""A row of each temperature and of each price."""
+
+
+def _published(row: Mapping[str, Any]) -> dict[str, float]:
+    found = PUBLISHED[row["temperature"], row["kappa"]]
+    return {f"published, {name}": value for name, value in found.items()}
+
+
+CONTESTS: dict[str, Contest] = {
+    "random-mdp": Contest(
+        "Random MDPs",
+        _random_mdp,
+        {
+            f"τ {tau:g}": {"states": 10, "actions": 5, "dimension": 20, "temperature": tau}
+            for tau in (1.0, 0.1)
+        },
+        unit="seconds",
+        budget=2.0,
+        methods=EXACT,
+        batched=True,
+        value="φ − φ*",
+        optimum=1.0,
+    ),
+    "four-rooms": Contest(
+        "Four Rooms",
+        _four_rooms,
+        ROOMS,
+        unit="seconds",
+        budget=10.0,
+        methods=EXACT,
+        batched=True,
+        references={
+            name: _published(row) for name, row in ROOMS.items() if row["noise"] == "planner"
+        },
+        full=tuple(name for name in ROOMS if name not in PLAYED),
+    ),
+    "taxes": Contest(
+        "Tax design",
+        _taxes,
+        {f"λ {tau:g}": {"temperature": tau, "cells": 100} for tau in (0.1, 0.2, 0.3)},
+        unit="seconds",
+        budget=30.0,
+        methods=EXACT,
+        value="social welfare",
+        full=("λ 0.2", "λ 0.3"),
+    ),
+}
