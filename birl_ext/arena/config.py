@@ -8,10 +8,9 @@ from typing import ClassVar, Literal
 from birl_ext.errors import ConfigError
 from birl_ext.runs.settings import check_settings
 
-__all__ = ["SWITCHES", "ArenaConfig", "Switch"]
+__all__ = ["TUNED", "ArenaConfig", "Switch"]
 
 Switch = Literal["plain", "cooled", "starts", "cooled starts", "noise"]
-SWITCHES: tuple[Switch, ...] = ("plain", "cooled", "starts", "cooled starts", "noise")
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,11 @@ class ArenaConfig:
     settings: tuple[str, ...] = ()
     """Which settings of the problem; by default all but those that take long."""
 
-    switches: tuple[Switch, ...] = ("plain", "cooled starts")
+    switches: tuple[Switch, ...] = ()
     """How each method escapes local maxima: "plain" not at all; "cooled" begins at a temperature
     `heat` times λ, which falls to λ; "starts" takes the best of several starts by its own
     reckoning; "cooled starts" does both; "noise" perturbs the gradient. The budget is the same
-    for each."""
+    for each. By default the contest's own."""
 
     seeds: int = 5
     """Seeds that are reported: 0, 1, …"""
@@ -43,8 +42,8 @@ class ArenaConfig:
     """Of each seed: processor seconds where the model is known, environment steps where it is
     sampled; by default the contest's own."""
 
-    starts: int = 16
-    """Starts of the switches that have several."""
+    starts: int | None = None
+    """Starts of the switches that have several; by default the contest's own."""
 
     heat: float = 8.0
     """Temperature to cool from, in units of λ."""
@@ -75,8 +74,6 @@ class ArenaConfig:
                 raise ConfigError(
                     f"{name} is {', '.join(given)}", allowed="each once", fix="leave out the second"
                 )
-        if not self.switches:
-            raise ConfigError("switches is empty", allowed=", ".join(SWITCHES), fix="name one")
         if self.seed + self.seeds > TUNED:
             raise ConfigError(
                 f"seed is {self.seed}",

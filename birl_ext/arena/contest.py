@@ -9,8 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from birl_ext.arena.config import Switch
 from birl_ext.bilevel import BilevelProblem, SampledProblem
+from birl_ext.bilevel.sampled import KnownFollower
 from birl_ext.errors import ConfigError, suggestion
+from birl_ext.model.mdp import DenseMDP
 from birl_ext.simulators.finite import FiniteSimulator
 
 __all__ = ["Bout", "Contest", "Samples", "Unit", "known"]
@@ -27,13 +30,17 @@ class Samples:
         problem: reward and cost.
         simulator: of the process, with the generator of this run.
         discount: γ of the follower.
+        starts: (M, generator) → points to start from, (M, d).
         follower: (x, τ) → π, (S, A), where the follower answers exactly and for nothing.
+        model: the process, for what is told the truth for comparison.
     """
 
     problem: SampledProblem
     simulator: FiniteSimulator
     discount: float
-    follower: Callable[[Tensor, float], Tensor] | None = None
+    starts: Callable[[int, torch.Generator], Tensor]
+    follower: KnownFollower | None = None
+    model: DenseMDP | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,8 @@ class Contest:
         optimum: φ*, the same in all settings.
         references: setting → words → a level known otherwise.
         full: settings that are not played unless they are named: they take long.
+        switches: those that are played if none is named.
+        starts: of a switch that has several, if nobody says how many.
     """
 
     title: str
@@ -99,6 +108,8 @@ class Contest:
     optimum: float | None = None
     references: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     full: tuple[str, ...] = ()
+    switches: tuple[Switch, ...] = ("plain", "cooled starts")
+    starts: int = 16
 
     @property
     def sign(self) -> int:

@@ -57,7 +57,7 @@ class ArenaJob:
             (setting, method, switch)
             for setting in self.settings
             for method in self.methods
-            for switch in config.switches
+            for switch in config.switches or contest.switches
         ]
         self.records: dict[Key, Record] = {}
         self._path: Path | None = None
@@ -190,7 +190,7 @@ class ArenaJob:
             seeds=seeds,
             steps=steps,
             budget=self.budget,
-            starts=config.starts,
+            starts=config.starts or self.contest.starts,
             heat=config.heat,
             noise=config.gradient_noise,
         )

@@ -8,10 +8,14 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from birl_ext.arena.contest import Bout
-from birl_ext.bilevel import MSoBiRL, ZeroOrder
-from birl_ext.bilevel.algorithm import Descent, Maker
+from birl_ext.arena.contest import Bout, Samples
+from birl_ext.bilevel import Effort, MSoBiRL, StocSoBiRLDescent, ZeroOrder
+from birl_ext.bilevel.algorithm import Algorithm, Maker
+from birl_ext.bilevel.estimated_model import EstimatedModel
 from birl_ext.bilevel.problem import Temperature
+from birl_ext.bilevel.rivals.bchg import BCHG
+from birl_ext.bilevel.rivals.hpgd import HPGD
+from birl_ext.bilevel.rivals.sampled_zero_order import SampledZeroOrder
 
 __all__ = ["METHODS", "Method", "Plan"]
 
@@ -25,6 +29,7 @@ class Plan(NamedTuple):
         noise: standard deviation of what is added to the gradient.
         seed: of the method's own draws.
         starts, heat: of a method that has them in itself.
+        budget: of a seed, in the contest's unit.
     """
 
     temperature: Temperature
@@ -33,6 +38,7 @@ class Plan(NamedTuple):
     seed: int
     starts: int
     heat: float
+    budget: float
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Method:
 
     title: str
     needs: Literal["model", "additive", "samples"]
-    make: Callable[[Bout, Tensor, Plan], Descent[Any]]
+    make: Callable[[Bout, Tensor, Plan], Algorithm[Any]]
     rates: tuple[float, ...] = (0.03, 0.1, 0.3)
     whole: bool = False
 
@@ -63,13 +69,61 @@ def _common(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _known(algorithm: Callable[..., Descent[Any]], **own: Any) -> Callable[..., Descent[Any]]:
+def _known(algorithm: Callable[..., Algorithm[Any]], **own: Any) -> Callable[..., Algorithm[Any]]:
     """A method that is told both levels."""
 
-    def make(bout: Bout, x: Tensor, plan: Plan) -> Descent[Any]:
+    def make(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
         return algorithm(bout.problem, x, **_common(plan), **own)
 
     return make
+
+
+def _sampled(algorithm: Callable[..., Algorithm[Any]], **own: Any) -> Callable[..., Algorithm[Any]]:
+    """A method that draws one path, or as many as it needs at least, in each outer step."""
+
+    def make(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
+        drawn = _drawn(bout)
+        return algorithm(
+            drawn.problem,
+            drawn.simulator,
+            x,
+            discount=drawn.discount,
+            temperature=plan.temperature,
+            optimiser=plan.optimiser,
+            noise=plan.noise,
+            follower=drawn.follower,
+            **own,
+        )
+
+    return make
+
+
+def _oracle(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
+    return _sampled(HPGD, batch=1, sampling="oracle", model=_drawn(bout).model)(bout, x, plan)
+
+
+def _estimated(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
+    """Its first round's samples are a third of the budget, as they decide what it can find."""
+    drawn = _drawn(bout)
+    first, more = int(plan.budget / 3), int(plan.budget / 6)
+    return EstimatedModel(
+        drawn.problem,
+        drawn.simulator,
+        drawn.starts,
+        discount=drawn.discount,
+        temperature=bout.temperature,
+        first=max(1, first),
+        more=max(1, more),
+        count=plan.starts,
+        candidates=min(8, plan.starts),
+        heat=plan.heat,
+        follower=drawn.follower,
+    )
+
+
+def _drawn(bout: Bout) -> Samples:
+    assert bout.samples is not None
+    return bout.samples
 
 
 METHODS: dict[str, Method] = {
@@ -78,4 +132,25 @@ METHODS: dict[str, Method] = {
         "M-SoBiRL, as published", "model", _known(MSoBiRL, mode="published", accuracy=float("inf"))
     ),
     "zero-order": Method("zero order", "model", _known(ZeroOrder, radius=0.1)),
+    "estimated-model": Method(
+        "M-SoBiRL on a learned model", "samples", _estimated, rates=(0.3,), whole=True
+    ),
+    "stoc-sobirl": Method(
+        "Stoc-SoBiRL, critic",
+        "samples",
+        _sampled(StocSoBiRLDescent, effort=Effort(1, 60, 1), credit="critic"),
+    ),
+    "stoc-sobirl-to-go": Method(
+        "Stoc-SoBiRL, costs to go",
+        "samples",
+        _sampled(StocSoBiRLDescent, effort=Effort(1, 60, 1), credit="to go"),
+    ),
+    "hpgd": Method("HPGD", "samples", _sampled(HPGD, batch=1)),
+    "hpgd-uniform": Method("HPGD, uniform", "samples", _sampled(HPGD, batch=1, sampling="uniform")),
+    "hpgd-sarsa": Method("HPGD, SARSA", "samples", _sampled(HPGD, batch=1, critic="sarsa")),
+    "hpgd-oracle": Method("HPGD, told the advantages", "samples", _oracle),
+    "bc-hg": Method("BC-HG", "samples", _sampled(BCHG, batch=1)),
+    "zero-order-samples": Method(
+        "zero order, from samples", "samples", _sampled(SampledZeroOrder, batch=1, radius=0.5)
+    ),
 }

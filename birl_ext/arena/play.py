@@ -16,7 +16,7 @@ from torch import Tensor
 from birl_ext.arena.config import Switch
 from birl_ext.arena.contest import Bout, Contest
 from birl_ext.arena.methods import METHODS, Plan
-from birl_ext.bilevel.algorithm import Descent
+from birl_ext.bilevel.algorithm import Algorithm, Descent
 from birl_ext.errors import BirlError
 
 __all__ = ["Match", "play"]
@@ -136,8 +136,9 @@ class _Game:
         turn, who = divmod(self.taken, len(self.team))
         algorithm = self.team[who]
         rate = self.match.rate * 0.1 ** (turn / (self.turns or 100))
-        for group in algorithm.optimiser.param_groups:
-            group["lr"] = rate
+        if isinstance(algorithm, Descent):
+            for group in algorithm.optimiser.param_groups:
+                group["lr"] = rate
         began = time.process_time()
         outcome = algorithm.step()
         self.seconds += time.process_time() - began
@@ -163,7 +164,7 @@ class _Game:
         seconds = self.seconds / len(self.match.seeds)
         return float(self.samples) if self.contest.unit == "samples" else seconds
 
-    def _algorithm(self, x: Tensor, number: int) -> Descent[Any]:
+    def _algorithm(self, x: Tensor, number: int) -> Algorithm[Any]:
         match = self.match
         heat = match.heat if "cooled" in match.switch else 1.0
         plan = Plan(
@@ -173,6 +174,7 @@ class _Game:
             seed=match.seeds[0] + 7919 * number,
             starts=match.starts if "starts" in match.switch else 1,
             heat=heat,
+            budget=match.budget,
         )
         return self.method.make(self.bout, x, plan)
 

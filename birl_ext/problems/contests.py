@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from birl_ext.arena.contest import Bout, Contest
-from birl_ext.problems.four_rooms import FLAT, PUBLISHED, SPREADS, FourRooms
+from birl_ext.arena.contest import Bout, Contest, Samples
+from birl_ext.problems.four_rooms import DISCOUNT, FLAT, PUBLISHED, SPREADS, FourRooms
 from birl_ext.problems.random_mdp import RandomMDPConfig, random_mdps
+from birl_ext.problems.sampled_four_rooms import sampled_four_rooms
 from birl_ext.problems.taxes import GOODS, START, TaxEconomy
 
 __all__ = ["CONTESTS"]
@@ -18,6 +19,10 @@ __all__ = ["CONTESTS"]
 WIDEST = 6.0
 """Standard deviation of the widest start in four rooms."""
 
+SAMPLED = (
+    *("estimated-model", "stoc-sobirl", "stoc-sobirl-to-go", "hpgd", "hpgd-uniform", "hpgd-sarsa"),
+    *("hpgd-oracle", "bc-hg", "zero-order-samples"),
+)
 EXACT = ("m-sobirl", "m-sobirl-published", "zero-order")
 
 
@@ -45,6 +50,15 @@ def _weights(rooms: FourRooms, seed: int, starts: int) -> Tensor:
     return weights * spreads[torch.arange(starts) % SPREADS, None]
 
 
+def _four_rooms_samples(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
+    rooms = sampled_four_rooms(**setting, kappa=5.0, seed=seeds[0])
+    drawn = torch.Generator().manual_seed(seeds[0])
+    start = rooms.start(starts, drawn)
+    model = rooms.exact.model(start[0]).to_dense()
+    samples = Samples(rooms.problem, rooms.simulator, DISCOUNT, rooms.start, rooms.follower, model)
+    return Bout(start, rooms.temperature, rooms.exact, samples=samples)
+
+
 def _taxes(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
     economy = TaxEconomy(setting["temperature"], setting["cells"])
     drawn = torch.Generator().manual_seed(seeds[0])
@@ -66,6 +80,15 @@ def _rows(noise: str) -> dict[str, dict[str, Any]]:
 ROOMS = {**_rows("planner"), **_rows("simulator")}
 PLAYED = ("λ 0.001, κ 5", "λ 0.003, κ 3", "λ 0.005, κ 1")
 """A row of each temperature and of each price."""
+
+
+WALKS: dict[str, dict[str, Any]] = {
+    f"λ {t:g}{', as published' * (moves == 'simulator')}": {"temperature": t, "moves": moves}
+    for moves in ("planner", "simulator")
+    for t in (0.001, 0.003, 0.005)
+}
+KUDO = {0.001: {"BC-HG, 1M steps": 0.668}, 0.005: {"BC-HG, 1M steps": 0.971}}
+"""λ → upper value after 10,000 outer steps of 100 environment steps: Kudo et al. (2026)."""
 
 
 def _published(row: Mapping[str, Any]) -> dict[str, float]:
@@ -100,6 +123,22 @@ CONTESTS: dict[str, Contest] = {
             name: _published(row) for name, row in ROOMS.items() if row["noise"] == "planner"
         },
         full=tuple(name for name in ROOMS if name not in PLAYED),
+    ),
+    "four-rooms-samples": Contest(
+        "Four Rooms from samples, goal A, κ = 5",
+        _four_rooms_samples,
+        WALKS,
+        unit="samples",
+        budget=60_000,
+        methods=SAMPLED,
+        references={
+            name: {f"published, {who}": value for who, value in KUDO[walk["temperature"]].items()}
+            for name, walk in WALKS.items()
+            if walk["temperature"] in KUDO
+        },
+        full=tuple(name for name in WALKS if name not in ("λ 0.001", "λ 0.005")),
+        switches=("plain", "cooled", "cooled starts"),
+        starts=4,
     ),
     "taxes": Contest(
         "Tax design",
