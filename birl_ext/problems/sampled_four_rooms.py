@@ -1,9 +1,9 @@
-"""Four Rooms for one goal, from samples of the walk alone."""
+"""Four Rooms for one goal or both, from samples of the walk alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -20,12 +20,14 @@ from birl_ext.solution import Solution
 
 __all__ = ["SampledFourRooms", "sampled_four_rooms"]
 
+Goal = Literal["A", "B", "both"]
+
 SPREAD = 6.0
 """Standard deviation of the widest start."""
 
 
 class SampledFourRooms(NamedTuple):
-    """Four Rooms for one goal: as samples, and exactly."""
+    """Four Rooms for one goal or both: as samples, and exactly."""
 
     problem: SampledProblem
     """Rewards and costs; what it says of paths is that of the simulator."""
@@ -36,7 +38,7 @@ class SampledFourRooms(NamedTuple):
     start: Callable[[int, torch.Generator], Tensor]
     """(M, generator) → weights to start from, (M, 105), from nearly flat to a few cells each."""
     follower: Callable[[Any, Any], Tensor]
-    """(w, τ) → the soft-optimal policy of its plan, (104, 4)."""
+    """(w, τ) → the soft-optimal policy of its plan, (104, 4), or (208, 4) of both goals."""
     temperature: float
     """λ of the problem."""
 
@@ -48,13 +50,14 @@ class SampledFourRooms(NamedTuple):
 def sampled_four_rooms(
     temperature: float,
     kappa: float,
-    goal: Literal["A", "B"] = "A",
+    goal: Goal = "A",
     noise: Noise = "planner",
     moves: Noise = "planner",
     seed: int = 0,
     steps: int = 200,
 ) -> SampledFourRooms:
-    """Four Rooms for one goal.
+    """Four Rooms for one goal, or for both: then the process has the cells once for each, and a
+    path begins at either start alike.
 
         φ(w) = −E[ Σ_t γᵗ ( 1[s_t = target] − κ·1[s_t = goal]·Σ|c| ) ],   γ = .99
 
@@ -77,19 +80,22 @@ def sampled_four_rooms(
     Source: Thoma et al., NeurIPS 2024, section 5; goal A alone: Kudo et al., ICAPS 2026.
     """
     check_number("temperature", temperature, above=True)
-    if goal not in ("A", "B"):
-        raise ConfigError(f"goal is {goal!r}", allowed="'A' or 'B'")
+    if goal not in get_args(Goal):
+        raise ConfigError(f"goal is {goal!r}", allowed="'A', 'B' or 'both'")
     check_count("steps", steps)
     rooms = FourRooms(check_number("kappa", kappa), noise)
-    context = "AB".index(goal)
-    at_goal = rooms.goals[context]
-    at_target = torch.zeros_like(at_goal)
-    at_target[rooms.target] = 1
-    planned = _walk(rooms, context)
-    drawn = _walk(FourRooms(kappa, moves), context)
+    contexts = [0, 1] if goal == "both" else ["AB".index(goal)]
+    at_goal = rooms.goals[contexts].flatten()
+    first = len(rooms.cells) * torch.arange(len(contexts))
+    at_target, begins = torch.zeros_like(at_goal), torch.zeros_like(at_goal)
+    at_target[first + rooms.target] = 1
+    begins[first + rooms.start] = 1 / len(contexts)
+    planned = _walk(rooms, contexts)
+    drawn = _walk(FourRooms(kappa, moves), contexts)
 
     def reward(w: Tensor) -> Tensor:
-        return _of_state(at_goal + rooms.incentive(w) * (1 - at_goal))
+        paid = rooms.incentive(w)
+        return _of_state(at_goal + torch.cat([paid] * len(contexts), -1) * (1 - at_goal))
 
     def cost(w: Tensor) -> Tensor:
         spent = -rooms.incentive(w).sum(-1, keepdim=True)
@@ -100,7 +106,7 @@ def sampled_four_rooms(
 
     def upper(w: Tensor, solution: Solution) -> Tensor:
         paid = planned.replace(reward=cost(w), validate="off")
-        return evaluate(solution.policy, paid)[..., rooms.start]
+        return evaluate(solution.policy, paid) @ begins
 
     def follower(w: Tensor, tau: Any) -> Tensor:
         with torch.no_grad():
@@ -113,7 +119,10 @@ def sampled_four_rooms(
 
     return SampledFourRooms(
         SampledProblem(reward, cost=cost, steps=steps, discount=DISCOUNT),
-        FiniteSimulator(_dense(drawn, rooms.start), torch.Generator().manual_seed(seed)),
+        FiniteSimulator(
+            drawn.to_dense().replace(initial_distribution=begins),
+            torch.Generator().manual_seed(seed),
+        ),
         BilevelProblem(lower, upper),
         start,
         follower,
@@ -126,19 +135,20 @@ def _of_state(values: Tensor) -> Tensor:
     return values.unsqueeze(-1).expand(*values.shape, 4)
 
 
-def _walk(rooms: FourRooms, context: int) -> SparseMDP:
-    """The walk to one goal, without rewards."""
+def _walk(rooms: FourRooms, contexts: list[int]) -> SparseMDP:
+    """The walk to each of some goals, without rewards."""
+    transition = rooms.mdp.to_dense().transition[contexts]
+    cells = transition.shape[-1]
+    whole = torch.zeros(len(contexts), cells, 4, len(contexts), cells, dtype=torch.float64)
+    for k, part in enumerate(transition):
+        whole[k, :, :, k] = part
+    states = len(contexts) * cells
     mdp = DenseMDP(
-        torch.zeros(len(rooms.cells), 4, dtype=torch.float64),
-        rooms.mdp.to_dense().transition[context],
+        torch.zeros(states, 4, dtype=torch.float64),
+        whole.reshape(states, 4, states),
         DISCOUNT,
-        terminal=rooms.goals[context].bool(),
+        terminal=rooms.goals[contexts].flatten().bool(),
         validate="off",
     ).to_sparse()
     mdp._set(free_ends=False)  # the entropy of a choice at a goal is meant
     return mdp
-
-
-def _dense(walk: SparseMDP, start: int) -> DenseMDP:
-    first = torch.nn.functional.one_hot(torch.tensor(start), walk.states).double()
-    return walk.to_dense().replace(initial_distribution=first)
