@@ -1,0 +1,15 @@
+"""What M-SoBiRL is compared with where the model is known."""
+
+from birl_ext.bilevel.rivals.amd import AMD
+from birl_ext.bilevel.rivals.no_response import NoResponse
+from birl_ext.bilevel.rivals.penalty import BellmanPenalty, PenaltyOutcome, ValuePenalty
+from birl_ext.bilevel.rivals.unrolled import Unrolled
+
+__all__ = [
+    "AMD",
+    "BellmanPenalty",
+    "NoResponse",
+    "PenaltyOutcome",
+    "Unrolled",
+    "ValuePenalty",
+]
