@@ -168,7 +168,7 @@ def test_a_method_that_fails_is_said_and_the_others_go_on(
     assert "the objective that `upper` returned is inf" in own["broken"]["failed"]
     assert "play / warm / broken / plain / 0-1 failed: BIRL-E" in capsys.readouterr().err
     assert "| broken | failed |" in (tmp_path / "table.md").read_text()
-    rows = [*csv.DictReader((tmp_path / "results.csv").open())]
+    rows = [*csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text()))]
     assert [(row["method"], row["upper_value"] == "") for row in rows[::2]] == [
         ("m-sobirl", False),
         ("broken", True),
@@ -212,6 +212,14 @@ def test_budgets_become_steps() -> None:
     for record in job.summary()["records"]:
         if record["phase"] == "play":
             assert 0.02 < record["seconds"] < 0.5, record
+
+
+def test_a_method_too_slow_for_its_budget_is_said_not_played() -> None:
+    job = played(ArenaJob(config(methods=("m-sobirl",), budget=1e-5), {"toy": TOY}))
+    own = [record for record in job.summary()["records"] if record["phase"] == "play"]
+    assert all("4 are the fewest played" in record["failed"] for record in own)
+    assert not any(record["values"] for record in own)
+    assert "failed" in report.table(TOY, own)
 
 
 def test_a_resumed_arena_plays_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:

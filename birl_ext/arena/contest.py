@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.arena.config import Switch
-from birl_ext.bilevel import BilevelProblem, SampledProblem
+from birl_ext.bilevel import AdditiveProblem, BilevelProblem, SampledProblem
 from birl_ext.bilevel.sampled import KnownFollower
 from birl_ext.errors import ConfigError, suggestion
 from birl_ext.model.mdp import DenseMDP
@@ -53,6 +53,7 @@ class Bout:
         problem: both levels, exactly: what judges every method, and what those with a model use.
         inner: axes of the lower level's batch behind the rows of x, such as contexts.
         additive: the same upper level as a sum over steps, where it is one.
+        stacks: whether any number of rows may be asked for at once, or x has rows of its own.
         samples: where only samples are to be had.
     """
 
@@ -60,7 +61,8 @@ class Bout:
     temperature: float
     problem: BilevelProblem
     inner: int = 0
-    additive: Any = None
+    additive: AdditiveProblem | None = None
+    stacks: bool = False
     samples: Samples | None = None
 
     def objective(self, x: Tensor) -> Tensor:

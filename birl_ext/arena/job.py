@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["ArenaJob"]
 
 FEWEST, MOST = 4, 200_000
-"""Outer steps of a run, whatever its budget."""
+"""Outer steps of a run: where the budget is less than that, a method is too slow for it."""
 
 Key = tuple[str, ...]
 
@@ -80,7 +80,7 @@ class ArenaJob:
             **record,
         }
         self.records[key] = record
-        if record["failed"]:
+        if record["failed"] and key[0] != "tune":
             self._say(f"{' / '.join(key)} failed: {record['failed']}")
         if key[0] == "pace" and len(self.records) == len(self.entries):
             self._forecast()
@@ -213,12 +213,34 @@ class ArenaJob:
         pace = self.records[("pace", *entry)]
         spent = pace["samples"] if self.contest.unit == "samples" else pace["seconds"]
         each = max(spent, 1e-9) / max(1, pace["steps"])
-        return int(min(MOST, max(FEWEST, self.budget / each)))
+        return int(min(MOST, self.budget / each))
+
+    def _unplayed(self, key: Key) -> Record | None:
+        """The record of a run that is none: its method's pace failed, or is too slow."""
+        if key[0] == "pace":
+            return None
+        pace, steps = self.records[("pace", *key[1:4])], self._steps(key[1:4])
+        if not pace["failed"] and steps >= FEWEST:
+            return None
+        slow = f"its budget is enough for {steps} outer steps, {FEWEST} are the fewest played"
+        match = self._match(key)
+        nothing = {"values": None, "cost": [], "curve": [], "steps": 0, "seconds": 0.0}
+        return {
+            **nothing,
+            "seeds": list(match.seeds),
+            "samples": 0,
+            "memory": 0.0,
+            "rate": match.rate,
+            "failed": pace["failed"] or slow,
+        }
 
     # Who plays
 
     def _next(self) -> tuple[Key, Record]:
         todo = [key for key in self._open() if key not in self._running.values()]
+        for key in todo:
+            if (record := self._unplayed(key)) is not None:
+                return key, record
         workers = self.config.workers or len(os.sched_getaffinity(0))
         if workers == 1:
             return todo[0], play(self._match(todo[0]))
@@ -249,6 +271,7 @@ class ArenaJob:
             pace = self.records[("pace", *key[1:4])]
             each = pace["seconds"] * len(pace["seeds"]) / max(1, pace["steps"])
             share = len(key[-1].split("-")) / len(pace["seeds"])
+            share *= self._unplayed(key) is None
             seconds += self._steps(key[1:4]) * each * share
         workers = self.config.workers or len(os.sched_getaffinity(0))
         memory = max(record["memory"] for record in self.records.values())

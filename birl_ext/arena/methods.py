@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -9,13 +10,23 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from birl_ext.arena.contest import Bout, Samples
-from birl_ext.bilevel import Effort, MSoBiRL, StocSoBiRLDescent, ZeroOrder
+from birl_ext.bilevel import (
+    AMD,
+    BCHG,
+    HPGD,
+    BellmanPenalty,
+    Effort,
+    EstimatedModel,
+    MSoBiRL,
+    NoResponse,
+    SampledZeroOrder,
+    StocSoBiRLDescent,
+    Unrolled,
+    ValuePenalty,
+    ZeroOrder,
+)
 from birl_ext.bilevel.algorithm import Algorithm, Maker
-from birl_ext.bilevel.estimated_model import EstimatedModel
 from birl_ext.bilevel.problem import Temperature
-from birl_ext.bilevel.rivals.bchg import BCHG
-from birl_ext.bilevel.rivals.hpgd import HPGD
-from birl_ext.bilevel.rivals.sampled_zero_order import SampledZeroOrder
 
 __all__ = ["METHODS", "Method", "Plan"]
 
@@ -78,6 +89,16 @@ def _known(algorithm: Callable[..., Algorithm[Any]], **own: Any) -> Callable[...
     return make
 
 
+def _amd(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
+    assert bout.additive is not None
+    return AMD(bout.additive, x, **_common(plan))
+
+
+def _central(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
+    own = {"radius": 0.1, "points": 2, "directions": 8, "batched": bout.stacks}
+    return ZeroOrder(bout.problem, x, **own, **_common(plan))
+
+
 def _sampled(algorithm: Callable[..., Algorithm[Any]], **own: Any) -> Callable[..., Algorithm[Any]]:
     """A method that draws one path, or as many as it needs at least, in each outer step."""
 
@@ -129,9 +150,15 @@ def _drawn(bout: Bout) -> Samples:
 METHODS: dict[str, Method] = {
     "m-sobirl": Method("M-SoBiRL", "model", _known(MSoBiRL)),
     "m-sobirl-published": Method(
-        "M-SoBiRL, as published", "model", _known(MSoBiRL, mode="published", accuracy=float("inf"))
+        "M-SoBiRL, as published", "model", _known(MSoBiRL, mode="published", accuracy=math.inf)
     ),
-    "zero-order": Method("zero order", "model", _known(ZeroOrder, radius=0.1)),
+    "amd": Method("AMD", "additive", _amd),
+    "unrolled": Method("unrolled, 20 sweeps", "model", _known(Unrolled, sweeps=20)),
+    "value-penalty": Method("value penalty", "model", _known(ValuePenalty, weight=100.0)),
+    "bellman-penalty": Method("Bellman penalty", "model", _known(BellmanPenalty, weight=100.0)),
+    "zero-order": Method("zero order, one point", "model", _known(ZeroOrder, radius=0.1)),
+    "zero-order-central": Method("zero order, two points, 8 directions", "model", _central),
+    "no-response": Method("no response", "model", _known(NoResponse)),
     "estimated-model": Method(
         "M-SoBiRL on a learned model", "samples", _estimated, rates=(0.3,), whole=True
     ),

@@ -11,6 +11,7 @@ from birl_ext.bilevel.environment_adaptation import (
     Practice,
     ZeroOrderAdaptation,
 )
+from birl_ext.bilevel.estimated_model import EstimatedModel, EstimatedModelOutcome
 from birl_ext.bilevel.fitted import Fitted, action_counts
 from birl_ext.bilevel.follower import Exact, Follower, Sweeps
 from birl_ext.bilevel.hypergradient import HypergradientReport, hypergradient_report
@@ -20,9 +21,12 @@ from birl_ext.bilevel.newton import DampedNewton, NewtonOutcome
 from birl_ext.bilevel.problem import BilevelProblem, geometric
 from birl_ext.bilevel.rivals import (
     AMD,
+    BCHG,
+    HPGD,
     BellmanPenalty,
     NoResponse,
     PenaltyOutcome,
+    SampledZeroOrder,
     Unrolled,
     ValuePenalty,
 )
@@ -38,6 +42,8 @@ from birl_ext.bilevel.zero_order import ZeroOrder, ZeroOrderOutcome
 
 __all__ = [
     "AMD",
+    "BCHG",
+    "HPGD",
     "Adaptation",
     "AdaptationProblem",
     "AdaptedReward",
@@ -47,6 +53,8 @@ __all__ = [
     "DRLHFUpdate",
     "DampedNewton",
     "Effort",
+    "EstimatedModel",
+    "EstimatedModelOutcome",
     "EstimatorReport",
     "Exact",
     "Fitted",
@@ -63,6 +71,7 @@ __all__ = [
     "Practice",
     "RivalOutcome",
     "SampledProblem",
+    "SampledZeroOrder",
     "SoBiRLOutcome",
     "SoBiRLUpdate",
     "StocSoBiRLDescent",

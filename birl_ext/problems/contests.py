@@ -23,7 +23,13 @@ SAMPLED = (
     *("estimated-model", "stoc-sobirl", "stoc-sobirl-to-go", "hpgd", "hpgd-uniform", "hpgd-sarsa"),
     *("hpgd-oracle", "bc-hg", "zero-order-samples"),
 )
-EXACT = ("m-sobirl", "m-sobirl-published", "zero-order")
+KNOWN = (
+    *("m-sobirl", "m-sobirl-published", "unrolled", "value-penalty", "bellman-penalty"),
+    *("zero-order", "zero-order-central", "no-response"),
+)
+"""Methods for any upper level, of a known model."""
+
+ADDITIVE = (*KNOWN[:2], "amd", *KNOWN[2:])
 
 
 def _random_mdp(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
@@ -38,7 +44,7 @@ def _random_mdp(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int)
 def _four_rooms(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
     rooms = FourRooms(setting["kappa"], setting["noise"])
     start = torch.cat([_weights(rooms, seed, starts) for seed in seeds])
-    return Bout(start, setting["temperature"], rooms.problem(), inner=1)
+    return Bout(start, setting["temperature"], rooms.problem(), 1, rooms.additive(), True)
 
 
 def _weights(rooms: FourRooms, seed: int, starts: int) -> Tensor:
@@ -106,7 +112,7 @@ CONTESTS: dict[str, Contest] = {
         },
         unit="seconds",
         budget=2.0,
-        methods=EXACT,
+        methods=KNOWN,
         batched=True,
         value="φ − φ*",
         optimum=1.0,
@@ -117,7 +123,7 @@ CONTESTS: dict[str, Contest] = {
         ROOMS,
         unit="seconds",
         budget=10.0,
-        methods=EXACT,
+        methods=ADDITIVE,
         batched=True,
         references={
             name: _published(row) for name, row in ROOMS.items() if row["noise"] == "planner"
@@ -146,7 +152,7 @@ CONTESTS: dict[str, Contest] = {
         {f"λ {tau:g}": {"temperature": tau, "cells": 100} for tau in (0.1, 0.2, 0.3)},
         unit="seconds",
         budget=30.0,
-        methods=EXACT,
+        methods=KNOWN,
         value="social welfare",
         full=("λ 0.2", "λ 0.3"),
     ),
