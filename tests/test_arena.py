@@ -296,7 +296,7 @@ def test_the_table_is_the_mean_and_its_interval() -> None:
     records = [record("m-sobirl", [1.0, 2.0, 3.0]), record("zero-order", [-9.0, -9.1, -9.2])]
     lines = report.table(TOY, records).splitlines()
     assert lines[2] == "| M-SoBiRL | **2.000 ± 2.484** | 10 | 2.0 |"  # t₂ = 4.303, s/√3 = .577
-    assert lines[3] == "| zero order | -9.100 ± 0.248 | 10 | 2.0 |"
+    assert lines[3] == "| zero order, one point | -9.100 ± 0.248 | 10 | 2.0 |"
     ((first, *_),) = [list(csv.DictReader(io.StringIO(report.csv_text(TOY, records))))]
     assert (first["seed"], first["upper_value"]) == ("0", "1.0")
 
