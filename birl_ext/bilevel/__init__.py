@@ -4,6 +4,17 @@ judged by.
 
 from birl_ext.bilevel.adaptation import AdaptedReward
 from birl_ext.bilevel.bias_meter import EstimatorReport, exact_pair_objective, measure_estimator
+from birl_ext.bilevel.constraints import (
+    L1,
+    Box,
+    ConstraintSet,
+    L1Ball,
+    Mirror,
+    Projected,
+    Proximal,
+    Simplex,
+    stationarity,
+)
 from birl_ext.bilevel.environment_adaptation import (
     Adaptation,
     AdaptationProblem,
@@ -25,22 +36,30 @@ from birl_ext.bilevel.stoc_sobirl import (
 from birl_ext.bilevel.zero_order import ZeroOrder, ZeroOrderOutcome
 
 __all__ = [
+    "L1",
     "Adaptation",
     "AdaptationProblem",
     "AdaptedReward",
     "BilevelProblem",
+    "Box",
+    "ConstraintSet",
     "DRLHFUpdate",
     "DampedNewton",
     "Effort",
     "EstimatorReport",
     "FullHorizon",
     "HypergradientReport",
+    "L1Ball",
     "MSoBiRL",
     "MSoBiRLOutcome",
+    "Mirror",
     "NewtonOutcome",
     "OneStep",
     "Practice",
+    "Projected",
+    "Proximal",
     "SampledProblem",
+    "Simplex",
     "SoBiRLOutcome",
     "SoBiRLUpdate",
     "StocSoBiRLDescent",
@@ -53,4 +72,5 @@ __all__ = [
     "hypergradient_report",
     "importance",
     "measure_estimator",
+    "stationarity",
 ]
