@@ -4,6 +4,7 @@ judged by.
 
 from birl_ext.bilevel.adaptation import AdaptedReward
 from birl_ext.bilevel.bias_meter import EstimatorReport, exact_pair_objective, measure_estimator
+from birl_ext.bilevel.budget import Budget, BudgetReport
 from birl_ext.bilevel.constraints import (
     L1,
     Box,
@@ -22,6 +23,7 @@ from birl_ext.bilevel.environment_adaptation import (
     ZeroOrderAdaptation,
 )
 from birl_ext.bilevel.hypergradient import HypergradientReport, hypergradient_report
+from birl_ext.bilevel.leader_policy import leader_policy_mdp
 from birl_ext.bilevel.msobirl import MSoBiRL, MSoBiRLOutcome
 from birl_ext.bilevel.newton import DampedNewton, NewtonOutcome
 from birl_ext.bilevel.problem import BilevelProblem, geometric
@@ -42,6 +44,8 @@ __all__ = [
     "AdaptedReward",
     "BilevelProblem",
     "Box",
+    "Budget",
+    "BudgetReport",
     "ConstraintSet",
     "DRLHFUpdate",
     "DampedNewton",
@@ -71,6 +75,7 @@ __all__ = [
     "geometric",
     "hypergradient_report",
     "importance",
+    "leader_policy_mdp",
     "measure_estimator",
     "stationarity",
 ]
