@@ -33,6 +33,7 @@ __all__ = [
     "FileFormatError",
     "GradientError",
     "IllConditionedWarning",
+    "InfeasibleError",
     "InitialDistributionError",
     "InvalidMDPError",
     "JobError",
@@ -186,6 +187,12 @@ class OptionError(ParameterError):
     code = "BIRL-E203"
     meaning = "an option has an unknown name or an impossible value"
     remedy = "choose one of the allowed values"
+
+
+class InfeasibleError(ParameterError):
+    code = "BIRL-E204"
+    meaning = "no x meets a constraint, or none was found that does"
+    remedy = "loosen the constraint"
 
 
 class ShapeError(BirlError, ValueError):

@@ -203,7 +203,8 @@ def _check_optimiser(ours: Optimizer, state: Any, name: str) -> None:
     known = all(type(one) is int for one in order) and state["state"].keys() <= set(order)
     if not known:
         refuse(OptionError, "['state']", state["state"], f"a dict of parameters {order}"[:200])
-    if type(ours) not in _ELEMENTWISE:
+    stepping = getattr(ours, "inner", ours)  # a projected one has the state of another
+    if type(stepping) not in _ELEMENTWISE:
         return
     parameters = (one for group in ours.param_groups for one in group["params"])
     for parameter, number in zip(parameters, order, strict=True):

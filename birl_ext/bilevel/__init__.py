@@ -5,6 +5,18 @@ judged by.
 from birl_ext.bilevel.adaptation import AdaptedReward
 from birl_ext.bilevel.additive_problem import AdditiveProblem
 from birl_ext.bilevel.bias_meter import EstimatorReport, exact_pair_objective, measure_estimator
+from birl_ext.bilevel.budget import Budget, BudgetReport
+from birl_ext.bilevel.constraints import (
+    L1,
+    Box,
+    ConstraintSet,
+    L1Ball,
+    Mirror,
+    Projected,
+    Proximal,
+    Simplex,
+    stationarity,
+)
 from birl_ext.bilevel.environment_adaptation import (
     Adaptation,
     AdaptationProblem,
@@ -15,6 +27,7 @@ from birl_ext.bilevel.estimated_model import EstimatedModel, EstimatedModelOutco
 from birl_ext.bilevel.fitted import Fitted, action_counts
 from birl_ext.bilevel.follower import Exact, Follower, Sweeps
 from birl_ext.bilevel.hypergradient import HypergradientReport, hypergradient_report
+from birl_ext.bilevel.leader_policy import leader_policy_mdp
 from birl_ext.bilevel.model_descent import ModelDescent, RivalOutcome
 from birl_ext.bilevel.msobirl import MSoBiRL, MSoBiRLOutcome
 from birl_ext.bilevel.newton import DampedNewton, NewtonOutcome
@@ -44,12 +57,17 @@ __all__ = [
     "AMD",
     "BCHG",
     "HPGD",
+    "L1",
     "Adaptation",
     "AdaptationProblem",
     "AdaptedReward",
     "AdditiveProblem",
     "BellmanPenalty",
     "BilevelProblem",
+    "Box",
+    "Budget",
+    "BudgetReport",
+    "ConstraintSet",
     "DRLHFUpdate",
     "DampedNewton",
     "Effort",
@@ -61,17 +79,22 @@ __all__ = [
     "Follower",
     "FullHorizon",
     "HypergradientReport",
+    "L1Ball",
     "MSoBiRL",
     "MSoBiRLOutcome",
+    "Mirror",
     "ModelDescent",
     "NewtonOutcome",
     "NoResponse",
     "OneStep",
     "PenaltyOutcome",
     "Practice",
+    "Projected",
+    "Proximal",
     "RivalOutcome",
     "SampledProblem",
     "SampledZeroOrder",
+    "Simplex",
     "SoBiRLOutcome",
     "SoBiRLUpdate",
     "StocSoBiRLDescent",
@@ -87,5 +110,7 @@ __all__ = [
     "geometric",
     "hypergradient_report",
     "importance",
+    "leader_policy_mdp",
     "measure_estimator",
+    "stationarity",
 ]
