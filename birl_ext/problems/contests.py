@@ -10,6 +10,7 @@ from torch import Tensor
 
 from birl_ext.arena.contest import Bout, Contest, Samples
 from birl_ext.problems.four_rooms import DISCOUNT, FLAT, PUBLISHED, SPREADS, FourRooms
+from birl_ext.problems.leader_toy import TEMPERATURE, leader_toy
 from birl_ext.problems.random_mdp import RandomMDPConfig, random_mdps
 from birl_ext.problems.sampled_four_rooms import sampled_four_rooms
 from birl_ext.problems.taxes import GOODS, START, TaxEconomy
@@ -63,6 +64,20 @@ def _four_rooms_samples(setting: Mapping[str, Any], seeds: tuple[int, ...], star
     model = rooms.exact.model(start[0]).to_dense()
     samples = Samples(rooms.problem, rooms.simulator, DISCOUNT, rooms.start, rooms.follower, model)
     return Bout(start, rooms.temperature, rooms.exact, samples=samples)
+
+
+def _leader_toy(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
+    problem, start = leader_toy(**setting)
+    rows = [
+        torch.randn(
+            starts,
+            len(start),
+            generator=torch.Generator().manual_seed(seed),
+            dtype=torch.float64,
+        )
+        for seed in seeds
+    ]
+    return Bout(torch.cat(rows), TEMPERATURE, problem, stacks=True)
 
 
 def _taxes(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
@@ -145,6 +160,21 @@ CONTESTS: dict[str, Contest] = {
         full=tuple(name for name in WALKS if name not in ("λ 0.001", "λ 0.005")),
         switches=("plain", "cooled", "cooled starts"),
         starts=4,
+    ),
+    "leader-toy": Contest(
+        "A leader that is a policy, three states",
+        _leader_toy,
+        {
+            "R1": {"bonus": 1.0},
+            "R2": {"bonus": 2.0},
+            "R1, undiscounted, 150 steps": {"bonus": 1.0, "leader_discount": 1.0},
+        },
+        unit="seconds",
+        budget=5.0,
+        methods=KNOWN,
+        batched=True,
+        value="leader's return",
+        references={"R1": {"published": 27.1}},
     ),
     "taxes": Contest(
         "Tax design",
