@@ -37,6 +37,10 @@ SMALL: dict[str, list[str]] = {
     "bus": ["--max-steps=2"],
     "four-rooms": ["--starts=2", "--steps=4"],
     "taxes": ["--cells=6", "--steps=1"],
+    "arena": [
+        *("--contest=random-mdp", "--methods=m-sobirl", "--settings=τ 1", "--switches=plain"),
+        *("--seeds=1", "--budget=0.02", "--workers=1"),
+    ],
     "adaptation": ["--springs=1", "--steps=1", "--first=1", "--rounds=1", "--paths=8"],
     "preference": [
         *("--env=birl_ext/Gridworld-v0", "--rounds=1", "--environments=2", "--fragment=4"),

@@ -1,0 +1,96 @@
+"""What have arenas found? Store their runs, with the machine and the command, and print the table.
+
+    birl arena CONTEST [OPTIONS] --out RUN
+    python benchmarks/arena.py RUN … [--out FILE] [--figure FILE]
+
+Runs of one contest are put together, such as settings that were played apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from birl_bench.machine import header, today
+from birl_bench.report import store
+
+from birl_ext.arena import report as standings
+from birl_ext.problems.contests import CONTESTS
+from birl_ext.problems.saved import load_run
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def stored(runs: list[Path]) -> dict[str, Any]:
+    """The reported runs of some run directories, which must be of one contest."""
+    contests, records, commands, seconds = set(), [], [], 0.0
+    for path in runs:
+        run = load_run(path, problem="arena")
+        if run.summary is None:
+            sys.exit(f"{path} is not finished: birl arena --resume {path}")
+        own = run.directory.config
+        contests.add(own["contest"])
+        flags = [
+            word
+            for name, value in own.items()
+            if name not in ("contest", "workers") and value != []
+            for word in (f"--{name.replace('_', '-')}", *map(str, _words(value)))
+        ]
+        commands.append(shlex.join(["birl", "arena", own["contest"], *flags]))
+        seconds += run.summary["seconds"]
+        records += [r for r in run.summary["records"] if r["phase"] == "play"]
+    if len(contests) > 1:
+        sys.exit(f"these are runs of {' and '.join(sorted(contests))}: store them apart")
+    for record in records:
+        record["values"] = record["values"] and [round(x, 9) for x in record["values"]]
+        record["cost"] = [round(x, 3) for x in record["cost"]]
+        record["curve"] = [[round(x, 6) for x in row] for row in record["curve"]]
+        record["seconds"] = round(record["seconds"], 3)
+    return {
+        "question": "What does each bilevel method reach at an equal budget?",
+        **header("; ".join(commands), threads=1),
+        "contest": contests.pop(),
+        "minutes": round(seconds / 60, 1),
+        "records": records,
+    }
+
+
+def _words(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown: what `birl arena` wrote into the run's own table.md."""
+    return standings.table(CONTESTS[report["contest"]], report["records"])
+
+
+def figure(report: dict[str, Any], path: Path) -> None:
+    """Values against cost."""
+    from birl_ext.runs import plots
+
+    with plots.style():
+        drawn = standings.figures(CONTESTS[report["contest"]], report["records"])
+        drawn.savefig(path, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--figure", type=Path, help="PNG to draw")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    report = stored(options.runs)
+    out = options.out or RESULTS / f"arena_{report['contest'].replace('-', '_')}_{today()}.json"
+    store(report, out)
+    print(table(report))
+    if options.figure:
+        figure(report, options.figure)
+
+
+if __name__ == "__main__":
+    main()

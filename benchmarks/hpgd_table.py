@@ -1,0 +1,268 @@
+"""Do our runs of AMD, zero order and HPGD agree with the table that HPGD's authors published?
+
+Configurable Four Rooms by their protocol (Thoma et al., NeurIPS 2024, Table 1): stochastic gradient
+descent with the gradient's norm cut to 1, rates .5, .1, .05, .01, 10,000 outer steps, the value in
+the planner's model averaged over the last tenth, the best rate by that same number.
+
+* AMD carries 100 sweeps over from step to step and so follows the exact gradient: it is played by
+  the exact gradient, and checked against AMD itself along the first steps of each row.
+* Zero order: one Gaussian direction, radius C/t, C of .01, .1, .5, 1.
+* HPGD: 100 paths of at most 200 steps of the simulator's moves per outer step, where theirs are 5
+  environments for 2,000 steps; rows and steps by --hpgd and --hpgd-steps: a step takes 40 times as
+  long as an exact one.
+
+    python benchmarks/hpgd_table.py [--rows 0.003/3 …] [--steps N] [--seeds N] [--hpgd 0.003/3 …]
+        [--hpgd-steps N] [--out FILE]
+
+Every finished row of a method is written at once, and one that the file holds is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from birl_bench.machine import header, today
+from birl_bench.report import store
+from birl_bench.report import table as markdown
+from torch import Tensor
+
+from birl_ext.bilevel import AMD, HPGD, MSoBiRL, ZeroOrder
+from birl_ext.bilevel.algorithm import Descent
+from birl_ext.problems.four_rooms import DISCOUNT, FLAT, PUBLISHED, FourRooms
+from birl_ext.problems.sampled_four_rooms import sampled_four_rooms
+from birl_ext.progress import progress
+
+RATES = (0.5, 0.1, 0.05, 0.01)
+RADII = (0.01, 0.1, 0.5, 1.0)
+ERRORS = {
+    (0.001, 1.0): {"HPGD": 0.088, "AMD": 0.0, "zero order": 0.059},
+    (0.001, 3.0): {"HPGD": 0.006, "AMD": 0.0, "zero order": 0.005},
+    (0.001, 5.0): {"HPGD": 0.006, "AMD": 0.003, "zero order": 0.007},
+    (0.003, 1.0): {"HPGD": 0.002, "AMD": 0.0, "zero order": 0.048},
+    (0.003, 3.0): {"HPGD": 0.001, "AMD": 0.0, "zero order": 0.028},
+    (0.003, 5.0): {"HPGD": 0.003, "AMD": 0.0, "zero order": 0.002},
+    (0.005, 1.0): {"HPGD": 0.011, "AMD": 0.003, "zero order": 0.026},
+    (0.005, 3.0): {"HPGD": 0.002, "AMD": 0.004, "zero order": 0.027},
+    (0.005, 5.0): {"HPGD": 0.003, "AMD": 0.009, "zero order": 0.027},
+}
+"""Standard errors of the published means, of ten seeds."""
+METHODS = ("AMD", "zero order", "HPGD")
+CLOSE = 0.015
+
+
+class ClippedSGD(torch.optim.Optimizer):
+    """x ← x − β g/max(1, ‖g‖), row by row, each row with a rate of its own."""
+
+    def __init__(self, params: Iterable[Tensor], rates: Tensor) -> None:
+        super().__init__(params, {})
+        self.rates = rates
+
+    def step(self, closure: Callable[[], float] | None = None) -> float:  # type: ignore[override]
+        assert closure is not None
+        with torch.enable_grad():
+            objective = closure()
+        (x,) = self.param_groups[0]["params"]
+        with torch.no_grad():
+            norm = x.grad.norm(dim=-1, keepdim=True).clamp(min=1)
+            x.sub_(self.rates * x.grad / norm)
+        return objective
+
+
+def starts(seeds: int) -> Tensor:
+    """w ~ N(0, .01²), (seeds, 105)."""
+    drawn = [
+        torch.randn(105, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
+        for s in range(seeds)
+    ]
+    return FLAT * torch.stack(drawn)
+
+
+def climbed(
+    algorithm: Descent[Any], steps: int, name: str, values: Callable[[Any], Tensor], every: int = 1
+) -> Tensor:
+    """The values of the last tenth of the steps, mean, by rows."""
+    found = []
+    with progress(name, total=steps, lines=30.0) as show:
+        for step in range(1, steps + 1):
+            outcome = algorithm.step()
+            if step > 0.9 * steps and step % every == 0:
+                found.append(values(outcome))
+            show({"step": step, "value": float(-torch.as_tensor(outcome.objective).mean())})
+    return torch.stack(found).mean(0)
+
+
+def best(values: Tensor, chosen: list[Any]) -> dict[str, Any]:
+    """(choices, seeds) → mean and standard error at the best choice."""
+    lead = int(values.mean(-1).argmax())
+    own = values[lead]
+    error = float(own.std() / math.sqrt(len(own))) if len(own) > 1 else math.nan
+    return {"mean": float(own.mean()), "error": error, "chosen": chosen[lead]}
+
+
+def amd(temperature: float, kappa: float, steps: int, seeds: int) -> dict[str, Any]:
+    rooms = FourRooms(kappa)
+    x = starts(seeds).repeat(len(RATES), 1)
+    rates = torch.tensor(RATES, dtype=torch.float64).repeat_interleave(seeds).unsqueeze(-1)
+    algorithm = MSoBiRL(
+        rooms.problem(), x, temperature=temperature, optimiser=lambda p: ClippedSGD(p, rates)
+    )
+    values = climbed(algorithm, steps, f"AMD {temperature:g}/{kappa:g}", lambda o: -o.objective)
+    return {**best(values.view(len(RATES), seeds), list(RATES)), "apart": apart(rooms, temperature)}
+
+
+def apart(rooms: FourRooms, temperature: float, steps: int = 20) -> float:
+    """Relative distance of AMD's own gradient from the exact one, the largest of some steps after
+    its tables have settled.
+    """
+    x = starts(1)[0]
+    theirs = AMD(rooms.additive(), x, temperature=temperature, optimiser=_still)
+    ours = MSoBiRL(rooms.problem(), x, temperature=temperature, optimiser=_still)
+    worst = 0.0
+    for step in range(steps):
+        ours.step(), theirs.step()
+        exact, found = ours.x.grad.clone(), theirs.x.grad.clone()
+        if step >= steps // 2:
+            worst = max(worst, float((found - exact).norm() / exact.norm()))
+        with torch.no_grad():
+            for own in (ours.x, theirs.x):
+                own.sub_(0.1 * exact / max(1.0, float(exact.norm())))
+    return worst
+
+
+def _still(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+def zero_order(temperature: float, kappa: float, steps: int, seeds: int) -> dict[str, Any]:
+    rooms = FourRooms(kappa)
+    rates = torch.tensor(RATES, dtype=torch.float64).repeat_interleave(seeds).unsqueeze(-1)
+    found, chosen = [], []
+    for radius in RADII:
+        algorithm = ZeroOrder(
+            rooms.problem(),
+            starts(seeds).repeat(len(RATES), 1),
+            temperature=temperature,
+            optimiser=lambda p: ClippedSGD(p, rates),
+            radius=lambda step, c=radius: max(c / (step + 1), 1e-7),  # type: ignore[misc]
+        )
+        name = f"zero order {temperature:g}/{kappa:g}, C = {radius:g}"
+        values = climbed(algorithm, steps, name, lambda o: -o.objective)
+        found.append(values.view(len(RATES), seeds))
+        chosen += [[rate, radius] for rate in RATES]
+    return best(torch.cat(found), chosen)
+
+
+def hpgd(temperature: float, kappa: float, steps: int, seeds: int) -> dict[str, Any]:
+    values = []
+    for rate, seed in itertools.product((0.5, 0.1), range(seeds)):
+        rooms = sampled_four_rooms(temperature, kappa, goal="both", moves="simulator", seed=seed)
+        algorithm = HPGD(
+            rooms.problem,
+            rooms.simulator,
+            starts(seed + 1)[seed],
+            discount=DISCOUNT,
+            temperature=temperature,
+            optimiser=lambda p, r=rate: ClippedSGD(p, torch.tensor(r)),  # type: ignore[misc]
+            batch=100,
+            follower=rooms.follower,
+        )
+        name = f"HPGD {temperature:g}/{kappa:g}, rate {rate:g}, seed {seed}"
+        judge = _judge(rooms, algorithm)
+        values.append(climbed(algorithm, steps, name, judge, every=max(1, steps // 200)))
+    return best(torch.stack(values).view(2, seeds), [0.5, 0.1])
+
+
+def _judge(rooms: Any, algorithm: Descent[Any]) -> Callable[[Any], Tensor]:
+    return lambda _: rooms.value(algorithm.x)
+
+
+def agrees(row: dict[str, Any]) -> bool:
+    """Within three standard errors of both means, or .015."""
+    key, name = (row["temperature"], row["kappa"]), row["method"]
+    own = 0.0 if math.isnan(row["error"]) else row["error"]
+    reach = 3 * math.hypot(own, ERRORS[key][name])
+    return abs(row["mean"] - PUBLISHED[key][name]) <= max(CLOSE, reach) + 0.005  # two digits there
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown: each published entry beside ours; what does not agree is marked."""
+    head = ["λ", "κ", *itertools.chain(*((f"{m}, published", "ours") for m in METHODS))]
+    held = {(r["temperature"], r["kappa"], r["method"]): r for r in report["rows"]}
+    lines = []
+    for key in PUBLISHED:
+        row = [f"{number:g}" for number in key]
+        for method in METHODS:
+            row.append(f"{PUBLISHED[key][method]:.2f} ± {ERRORS[key][method]:.3f}")
+            own = held.get((*key, method))
+            row.append(_cell(own) if own else "–")
+        lines.append(row)
+    return markdown(head, lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    error = "" if math.isnan(row["error"]) else f" ± {row['error']:.3f}"
+    return f"{row['mean']:.3f}{error}" + ("" if agrees(row) else " *")
+
+
+def work(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
+    for row in options.rows:
+        for method in ("AMD", "zero order"):
+            yield (method, *map(float, row.split("/")))  # type: ignore[misc]
+    for row in options.hpgd:
+        yield ("HPGD", *map(float, row.split("/")))  # type: ignore[misc]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = [f"{temperature:g}/{kappa:g}" for temperature, kappa in PUBLISHED]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", nargs="*", choices=rows, default=rows, metavar="λ/κ")
+    parser.add_argument("--hpgd", nargs="*", choices=rows, default=[], metavar="λ/κ")
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--hpgd-steps", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, …")
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--out", type=Path, default=results / f"hpgd_table_{today()}.json")
+    options = parser.parse_args()
+    words = [word for word in sys.argv[1:] if word not in ("--out", str(options.out))]
+    command = shlex.join(["python", "benchmarks/hpgd_table.py", *words])
+    report: dict[str, Any] = {
+        "question": (__doc__ or "").splitlines()[0],
+        **header(command, threads=1),
+        "commands": [],
+        "rows": [],
+    }
+    if options.out.exists():
+        report = json.loads(options.out.read_text())
+    report["commands"].append(command)
+    plays = {"AMD": amd, "zero order": zero_order, "HPGD": hpgd}
+    held = {(r["method"], r["temperature"], r["kappa"]) for r in report["rows"]}
+    for method, temperature, kappa in work(options):
+        if (method, temperature, kappa) in held:
+            continue
+        steps = options.hpgd_steps if method == "HPGD" else options.steps
+        began = time.process_time()
+        found = plays[method](temperature, kappa, steps, options.seeds)
+        found |= {"method": method, "temperature": temperature, "kappa": kappa}
+        found |= {"steps": steps, "seeds": options.seeds}
+        found["processor_seconds"] = round(time.process_time() - began, 1)
+        report["rows"].append(found)
+        store(report, options.out)
+        print(method, temperature, kappa, _cell(found), found["chosen"], flush=True)
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
