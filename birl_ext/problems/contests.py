@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.arena.contest import Bout, Contest, Samples
+from birl_ext.problems.barriers import barriers
 from birl_ext.problems.four_rooms import DISCOUNT, FLAT, PUBLISHED, SPREADS, FourRooms
 from birl_ext.problems.leader_toy import TEMPERATURE, leader_toy
 from birl_ext.problems.random_mdp import RandomMDPConfig, random_mdps
@@ -66,18 +67,26 @@ def _four_rooms_samples(setting: Mapping[str, Any], seeds: tuple[int, ...], star
     return Bout(start, rooms.temperature, rooms.exact, samples=samples)
 
 
+def _barriers(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
+    problem, start = barriers()
+    return Bout(
+        start + _normal(seeds, starts, len(start)), setting["temperature"], problem, stacks=True
+    )
+
+
 def _leader_toy(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
     problem, start = leader_toy(**setting)
-    rows = [
-        torch.randn(
-            starts,
-            len(start),
-            generator=torch.Generator().manual_seed(seed),
-            dtype=torch.float64,
-        )
-        for seed in seeds
-    ]
-    return Bout(torch.cat(rows), TEMPERATURE, problem, stacks=True)
+    drawn = _normal(seeds, starts, len(start))
+    return Bout(start + drawn, TEMPERATURE, problem, stacks=True)
+
+
+def _normal(seeds: tuple[int, ...], starts: int, size: int) -> Tensor:
+    """N(0, 1) numbers, a row for each start of each seed."""
+    rows = []
+    for seed in seeds:
+        drawn = torch.Generator().manual_seed(seed)
+        rows.append(torch.randn(starts, size, generator=drawn, dtype=torch.float64))
+    return torch.cat(rows)
 
 
 def _taxes(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
@@ -160,6 +169,16 @@ CONTESTS: dict[str, Contest] = {
         full=tuple(name for name in WALKS if name not in ("λ 0.001", "λ 0.005")),
         switches=("plain", "cooled", "cooled starts"),
         starts=4,
+    ),
+    "barriers": Contest(
+        "An environment adapted: barriers in four rooms",
+        _barriers,
+        {f"λ {tau:g}": {"temperature": tau} for tau in (0.01, 0.05)},
+        unit="seconds",
+        budget=10.0,
+        methods=KNOWN,
+        batched=True,
+        starts=8,
     ),
     "leader-toy": Contest(
         "A leader that is a policy, three states",
