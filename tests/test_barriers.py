@@ -9,11 +9,11 @@ from birl_ext.problems.four_rooms import FourRooms
 
 
 def test_a_barrier_sends_back_what_it_stops() -> None:
-    """By a loop over all moves: each keeps 1 − b of its way into a cell, and stays with the rest."""
+    """By a loop over all moves: each keeps 1 − b of its way into a cell, the rest stays."""
     problem, start = barriers()
     rooms = FourRooms(0.0)
     w = torch.randn(len(start), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = problem.model(w).to_dense().transition
+    found = problem.model(w).transition
     plain = rooms.mdp.to_dense().transition[0]
     goal = int(rooms.goals[0].argmax())
     for s in range(len(start)):
@@ -47,7 +47,7 @@ def test_the_objective_is_visits_less_the_price() -> None:
     w = torch.full_like(start, OPEN + 3)
     phi, solution = problem.evaluate(w, 0.03)
     rooms = FourRooms(0.0)
-    transition = problem.model(w).to_dense().transition
+    transition = problem.model(w).transition
     here = torch.zeros(len(start), dtype=torch.float64)
     here[rooms.start] = 1
     visits = 0.0

@@ -22,9 +22,9 @@ def barriers(price: float = 0.02) -> tuple[BilevelProblem, Tensor]:
 
         P_w(t|s,a) = P(t|s,a)(1 − b_t) + 1[t = s] Σ_u P(u|s,a) b_u,   b = sigmoid(w)
 
-    A move into a cell fails with probability b of that cell, and the walker stays where it was. J is
-    the walker's discounted visits of T, less the price of all barriers; the walker earns 1 at A, and
-    answers P_w. x moves the process and nothing else.
+    A move into a cell fails with probability b of that cell, and the walker stays where it was. J
+    is the walker's discounted visits of T, less the price of all barriers; the walker earns 1 at A,
+    and answers P_w. w moves the process and nothing else.
 
     Args:
         price: of a barrier that always holds, units of a visit.
