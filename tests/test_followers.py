@@ -11,8 +11,25 @@ import torch
 from torch import Tensor
 
 from birl_ext import DenseMDP, MSoBiRL, solve
-from birl_ext.bilevel import BilevelProblem, Exact, Follower, Sweeps
-from birl_ext.errors import OptionError
+from birl_ext.bilevel import (
+    BilevelProblem,
+    Exact,
+    Fitted,
+    Follower,
+    NoResponse,
+    Sweeps,
+    action_counts,
+    hypergradient_report,
+)
+from birl_ext.errors import (
+    NotConvergedError,
+    OptionError,
+    ShapeError,
+    UndeterminedError,
+    UninformativeDataError,
+)
+from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator
+from birl_ext.simulators.paths import Paths
 from birl_ext.solution import Solution
 
 
@@ -190,3 +207,126 @@ def test_a_tolerance_beside_a_follower() -> None:
         algorithm(tol=0.1, follower=Exact())
     with pytest.raises(OptionError, match="follower is 'exact'"):
         algorithm(follower="exact")
+
+
+# A follower whose reward is not known
+
+
+def behaviour(
+    paths: int = 1000, steps: int = 100
+) -> tuple[Tensor, Tensor, list[DenseMDP], list[Paths]]:
+    """1e5 steps of a follower with w = (1, −0.5, 0.3), seen under each of two incentives."""
+    generator = torch.Generator().manual_seed(4)
+    features = torch.randn(7, 3, 3, generator=generator, dtype=torch.float64)
+    weights = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
+    models, seen = [], []
+    for seed in (5, 6):
+        known = random_mdp(2).replace(reward=random_mdp(seed).reward)
+        known = known.replace(initial_distribution=torch.full((7,), 1 / 7, dtype=torch.float64))
+        true = known.replace(reward=known.reward + features @ weights)
+        follower = FiniteFollower(solve(true, temperature=0.5).policy)
+        models.append(known)
+        seen.append(FiniteSimulator(true, generator).rollout(follower, paths // 2, steps))
+    return features, weights, models, seen
+
+
+def test_a_known_follower_is_recovered_from_its_behaviour() -> None:
+    features, weights, models, seen = behaviour()
+    both = DenseMDP(torch.stack([m.reward for m in models]), models[0].transition, 0.9)
+    counts = torch.stack([action_counts(paths, 7, 3) for paths in seen])
+    assert int(counts.sum()) == 100_000
+    fitted = Fitted.of(features, both, counts, temperature=0.5)
+    assert fitted.covariance is not None
+    deviation = fitted.covariance.diagonal().sqrt()
+    assert float(deviation.max()) < 0.02
+    assert bool(((fitted.weights - weights).abs() < 4 * deviation).all())
+    one = Fitted.of(features, models[0], seen[0], temperature=0.5)
+    assert float((one.weights - weights).norm()) < 0.05
+    assert "Fitted(weights=[" in repr(one)
+
+
+def test_what_was_fitted_is_the_model_of_a_method() -> None:
+    """The hyper-gradient is that of the completed problem, by whichever follower."""
+    features, weights, _, _ = behaviour(2, 1)
+    base = problem()
+
+    def completed(x: Tensor) -> DenseMDP:
+        mdp = base.lower(x)
+        assert isinstance(mdp, DenseMDP)
+        return mdp.replace(reward=mdp.reward + features @ weights)
+
+    x = torch.tensor([0.5, -0.2, 0.1, 0.9], dtype=torch.float64)
+    want = hypergradient_report(BilevelProblem(completed, base.upper), x, 0.5).exact
+    for by in (Exact(), Sweeps(400)):
+        fitted = Fitted(features, weights, by=by)
+        got = algorithm(follower=fitted).hypergradient_report().estimate
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+        answer = fitted.answer(base.model(x), 0.5)
+        exact = solve(completed(x), temperature=0.5)
+        torch.testing.assert_close(answer.policy, exact.policy, rtol=1e-9, atol=1e-12)
+        assert float(fitted.approach(base.model(x), 0.5).error_bound) < 1e-9
+        naive = NoResponse(
+            base,
+            x,
+            temperature=0.5,
+            optimiser=lambda p: torch.optim.SGD(p, lr=0.1),
+            follower=fitted,
+        )
+        phi = base.upper(x, exact)
+        torch.testing.assert_close(naive.step().objective, phi, rtol=1e-9, atol=0)
+
+
+def test_data_that_do_not_determine_the_weights() -> None:
+    features, _, models, seen = behaviour(200, 20)
+    potential = torch.randn(7, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    mdp = models[0]
+    # a shaping reward φ(s) − γ E φ(s') moves no policy
+    shaping = potential[:, None] - 0.9 * mdp.transition @ potential
+    with pytest.raises(UndeterminedError, match="singular") as caught:
+        Fitted.of(torch.cat([features, shaping[..., None]], -1), mdp, seen[0], temperature=0.5)
+    assert abs(caught.value.direction[3]) == 1
+    twice = torch.cat([features, 2 * features[..., :1]], -1)
+    with pytest.raises(UndeterminedError, match="singular"):
+        Fitted.of(twice, mdp, seen[0], temperature=0.5)
+
+
+def test_behaviour_that_is_no_data() -> None:
+    features, _, models, _ = behaviour(2, 1)
+    mdp = models[0]
+    none = torch.zeros(7, 3, dtype=torch.float64)
+    with pytest.raises(UninformativeDataError, match="behaviour holds 0 actions"):
+        Fitted.of(features, mdp, none, temperature=0.5)
+    with pytest.raises(UninformativeDataError, match="counts"):
+        Fitted.of(features, mdp, none - 1, temperature=0.5)
+    mask = torch.ones(7, 3, dtype=torch.bool)
+    mask[2, 1] = False
+    with pytest.raises(UninformativeDataError, match="that the model forbids"):
+        Fitted.of(features, mdp.replace(mask=mask), none + 1, temperature=0.5)
+    with pytest.raises(ShapeError, match="behaviour has shape"):
+        Fitted.of(features, mdp, none[:5], temperature=0.5)
+    with pytest.raises(ShapeError, match="features have shape"):
+        Fitted.of(features[:5], mdp, none + 1, temperature=0.5)
+    with pytest.raises(ShapeError, match="features have shape"):
+        Fitted(features, torch.zeros(4).double())
+    with pytest.raises(OptionError, match="by is 'exact'"):
+        Fitted(features, torch.zeros(3).double(), by="exact")  # type: ignore[arg-type]
+
+
+def test_a_likelihood_without_a_maximum() -> None:
+    """Only the better action of each state was ever seen: the weight runs away."""
+    mdp = random_mdp(2)
+    feature = torch.zeros(7, 3, 1, dtype=torch.float64)
+    feature[:, 0] = 1
+    counts = torch.zeros(7, 3, dtype=torch.float64)
+    counts[:, 0] = 10
+    with pytest.raises(UninformativeDataError, match="the likelihood has no maximum"):
+        Fitted.of(feature, mdp.replace(reward=0 * mdp.reward), counts, temperature=0.5)
+    counts[0, 1] = 1
+    fitted = Fitted.of(feature, mdp.replace(reward=0 * mdp.reward), counts, temperature=0.5)
+    assert float(fitted.weights) > 0.5
+
+
+def test_too_few_steps() -> None:
+    features, _, models, seen = behaviour(200, 20)
+    with pytest.raises(NotConvergedError, match="after 1 steps"):
+        Fitted.of(features, models[0], seen[0], temperature=0.5, steps=1)

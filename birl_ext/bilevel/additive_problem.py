@@ -30,20 +30,21 @@ class AdditiveProblem:
         lower: x → DenseMDP or SparseMDP with batch (*B); its axes after the starts, if there are
             any, are contexts.
         reward: x → g, (S, A), or with batch axes that broadcast to (*B, S, A).
-        start: distribution of s_0, (S,), or (*B, S); None: that of the lower level.
+        initial_distribution: of s_0, (S,), or (*B, S); None: that of the lower level.
         discount: γ_u, in [0, 1); None: that of the lower level.
     """
 
     lower: Callable[[Any], DenseMDP | SparseMDP]
     reward: Callable[[Any], Tensor]
-    start: Tensor | None = None
+    initial_distribution: Tensor | None = None
     discount: float | None = None
 
     def __post_init__(self) -> None:
         check_callable("lower", self.lower)
         check_callable("reward", self.reward)
-        if self.start is not None:
-            checks.check_initial_distribution(checks.as_floating("start", self.start))
+        if self.initial_distribution is not None:
+            start = checks.as_floating("initial_distribution", self.initial_distribution)
+            checks.check_initial_distribution(start)
         if self.discount is not None:
             checks.check_discount(self.discount)
 
@@ -71,12 +72,14 @@ class AdditiveProblem:
 
     def first(self, mdp: DenseMDP | SparseMDP) -> Tensor:
         """The distribution of s_0."""
-        start = mdp.initial_distribution if self.start is None else self.start
+        start = self.initial_distribution
+        if start is None:
+            start = mdp.initial_distribution
         if start is None:
             raise OptionError(
-                "there is no start",
-                allowed="a distribution, (S,) or (*B, S)",
-                fix="pass start, or give the lower level an initial_distribution",
+                "initial_distribution is None, and the lower level has none",
+                allowed="a probability vector, (S,) or (*B, S)",
+                fix="give it to one of the two",
             )
         return start.to(mdp.reward)
 

@@ -25,6 +25,9 @@ __all__ = ["Fitted", "action_counts"]
 _CONVERGED = 1e-9
 """Decrease of the mean log likelihood that the quadratic model may still promise."""
 
+_STILL = 1e-3
+"""What a further step may change of a reward, in units of τ."""
+
 
 class Fitted(Follower):
     """A follower with the reward r_x(s,a) + Σ_k φ_k(s,a) w_k, of which the model knows r_x alone.
@@ -82,7 +85,8 @@ class Fitted(Follower):
 
         Raises:
             UndeterminedError: the data do not determine w; the error names the direction.
-            UninformativeDataError: there are no data, or something impossible was seen.
+            UninformativeDataError: there are no data, something impossible was seen, or the
+                likelihood rises as w goes to infinity.
             NotConvergedError: `steps` were not enough.
 
         Source: Rust (1987) for the likelihood; maths section 5 for its derivatives.
@@ -133,7 +137,17 @@ class Fitted(Follower):
                 allowed=f"at most {_CONVERGED:g}",
                 fix="raise `steps`, or scale the features",
             )
-        return cls(features, newton.x, by=by, covariance=covariance)
+        weights = newton.x
+        newton.step()
+        # what is left to gain falls to nothing on the way to infinity too, where steps do not
+        moved = float((features @ (newton.x - weights)).abs().max())
+        if moved > _STILL * float(torch.as_tensor(temperature).max()):
+            raise UninformativeDataError(
+                f"the likelihood has no maximum: weights of up to {float(weights.abs().max()):.3g} "
+                "are on their way to infinity",
+                fix="add behaviour in which actions vary that the features tell apart",
+            )
+        return cls(features, weights, by=by, covariance=covariance)
 
     def model(self, mdp: DenseMDP | SparseMDP) -> DenseMDP | SparseMDP:
         """What is known, with the fitted reward added."""

@@ -82,7 +82,7 @@ class AMD(ModelDescent[RivalOutcome]):
             "transition": data.transition,
             "discount": data.discount,
             "reference": data.log_reference,
-            "start": start,
+            "initial_distribution": start,
         }
         for name, part in fixed.items():
             if part.requires_grad:
@@ -107,7 +107,7 @@ class AMD(ModelDescent[RivalOutcome]):
             inside(table_slopes(table, self.x, own)) for table in (mdp.reward, gain)
         ]
         base = torch.cat(paid, -1)
-        d = paid[2].shape[-1]
+        d = paid[2].shape[-1]  # numbers of x, of each start
         if self._tables is None:
             tables = torch.zeros_like(base)
         elif self._tables.shape == base.shape:
@@ -163,8 +163,12 @@ class _Ahead:
             self.matrices = list((data.reshape(-1, *shape) * scale.unsqueeze(-1)).unbind())
         else:
             entries = data * scale[:, rows.entry_rows]
+            places = torch.stack([rows.entry_rows, rows.col])
             self.matrices = [
-                torch.sparse_csr_tensor(rows.crow, rows.col, one, shape) for one in entries.unbind()
+                torch.sparse_coo_tensor(
+                    places, one, shape, is_coalesced=True, check_invariants=False
+                )
+                for one in entries.unbind()
             ]
 
     def __call__(self, values: Tensor) -> Tensor:

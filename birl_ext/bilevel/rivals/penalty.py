@@ -126,10 +126,12 @@ class _Penalty(ModelDescent[PenaltyOutcome]):
             f, gap = self._parts(mdp, flat, logits, best)
             (slope,) = torch.autograd.grad((f / weight + gap).sum(), logits)
             logits = (logits - unit * slope).detach()
-        if not bool(logits.isfinite().all()):
-            raise NonFiniteResultError(
-                "the steps on y have made its logits infinite", fix="lower inner_rate"
-            )
+            if not bool(logits.isfinite().all()):
+                raise NonFiniteResultError(
+                    "a step on y has made its logits infinite",
+                    where=f"outer step {self.steps}",
+                    fix="lower inner_rate",
+                )
         f, gap = self._parts(mdp, flat, logits, best)
         check_objective(f, self.steps)
         penalised = f + weight * gap
