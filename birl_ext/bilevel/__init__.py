@@ -10,6 +10,7 @@ from birl_ext.bilevel.environment_adaptation import (
     Practice,
     ZeroOrderAdaptation,
 )
+from birl_ext.bilevel.follower import Exact, Follower, Sweeps
 from birl_ext.bilevel.hypergradient import HypergradientReport, hypergradient_report
 from birl_ext.bilevel.msobirl import MSoBiRL, MSoBiRLOutcome
 from birl_ext.bilevel.newton import DampedNewton, NewtonOutcome
@@ -33,6 +34,8 @@ __all__ = [
     "DampedNewton",
     "Effort",
     "EstimatorReport",
+    "Exact",
+    "Follower",
     "FullHorizon",
     "HypergradientReport",
     "MSoBiRL",
@@ -45,6 +48,7 @@ __all__ = [
     "SoBiRLUpdate",
     "StocSoBiRLDescent",
     "StocSoBiRLOutcome",
+    "Sweeps",
     "ZeroOrder",
     "ZeroOrderAdaptation",
     "ZeroOrderOutcome",
