@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.errors import ShapeError
+from birl_ext.model import checks
 from birl_ext.model.mdp import DenseMDP
 from birl_ext.simulators.paths import Paths, Policy, follow
 from birl_ext.state import Stateful
@@ -44,9 +45,14 @@ class FiniteSimulator(Stateful):
         mdp: no batch axes; its `initial_distribution` is where paths start; its reward is not read.
         generator: source of all randomness, on the CPU.
 
+    Raises:
+        ShapeError: the MDP has batch axes.
+        InitialDistributionError: no path can start, or the probabilities do not sum to one.
+
     Attributes:
         mask: (S, A) bool, or None, as the MDP's.
         log_reference: log μ, (S, A), −∞ behind the mask; zero where μ ≡ 1.
+        start: ρ, (S,), where paths start.
         samples: transitions drawn so far.
     """
 
@@ -66,8 +72,11 @@ class FiniteSimulator(Stateful):
         self._mdp = mdp
         self._tabulate()
         start = mdp.initial_distribution
-        uniform = torch.full((mdp.states,), 1 / mdp.states, dtype=torch.float64)
-        self._start = (uniform if start is None else start.double()).cumsum(-1)
+        if start is None:
+            start = torch.full((mdp.states,), 1 / mdp.states, dtype=torch.float64)
+        checks.check_initial_distribution(start)  # which an unvalidated MDP has not seen
+        self.start = start.detach().double()
+        self._start = self.start.cumsum(-1)
 
     def adapt(self, transition: Tensor) -> None:
         """Move the process: P, (S, A, S), holds from now on; what ends stays what ends.
@@ -96,8 +105,12 @@ class FiniteSimulator(Stateful):
 
         def advance(here: Tensor, chosen: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
             ended = self._ends[here, chosen]
-            self.samples += int((alive & ~ended).sum())
-            return _draw(self._cumulative[here, chosen], self.generator), ended
+            on = alive & ~ended
+            self.samples += int(on.sum())
+            point = _points(len(here), generator=self.generator)  # of all, as if none had ended
+            after = here.clone()
+            after[on] = _place(self._cumulative[here[on], chosen[on]], point[on])
+            return after, ended
 
         return follow(follower, observation, action, steps, self.generator, advance)
 
@@ -110,8 +123,16 @@ class FiniteSimulator(Stateful):
 
 
 def _draw(cumulative: Tensor, generator: torch.Generator) -> Tensor:
-    """One index per row of cumulative probabilities, (n, k) → (n,)."""
-    point = torch.rand(*cumulative.shape[:-1], 1, generator=generator, dtype=torch.float64)
+    """One index per row of cumulative probabilities, (*n, k) → (*n)."""
+    return _place(cumulative, _points(*cumulative.shape[:-1], generator=generator))
+
+
+def _points(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(*shape, 1, generator=generator, dtype=torch.float64)
+
+
+def _place(cumulative: Tensor, point: Tensor) -> Tensor:
+    """Where each point in [0, 1), (*n, 1), falls among cumulative probabilities, (*n)."""
     # A row's last sum may be below one by rounding, and what follows it in a row is impossible.
     last = cumulative[..., -1:]
     return ((cumulative <= point * last) & (cumulative < last)).sum(-1)

@@ -1,0 +1,1 @@
+"""Other methods of bilevel reinforcement learning, with the interface of ours."""
