@@ -41,6 +41,7 @@ from torch import Tensor
 from birl_ext import DenseMDP
 from birl_ext.bilevel import BilevelProblem, MSoBiRL, ZeroOrder
 from birl_ext.bilevel.algorithm import Descent
+from birl_ext.bilevel.rivals import BellmanPenalty, NoResponse, Unrolled, ValuePenalty
 from birl_ext.errors import AccuracyWarning, BirlError
 from birl_ext.runs.intervals import mean_interval
 from birl_ext.solution import Solution
@@ -50,9 +51,9 @@ DISCOUNT, TEMPERATURE = 0.9, 1.0
 PAY = 1 / 8
 LADDER = 10.0 ** -torch.arange(1, 6.01, 0.5, dtype=torch.float64)
 """ε, in units of ‖∇φ(x₀)‖²."""
-MOST, TRIAL, TUNED_ON = 10_000, 600, 10
+MOST, TRIAL, TUNED_ON = 5000, 600, 10
 BETWEEN = 1.05
-GRID = (1.0, 0.3, 0.1, 0.03)
+GRID = (1.0, 0.3, 0.1, 0.03, 0.01)
 """Steps tried, in units of the problem's own."""
 
 
@@ -138,7 +139,13 @@ METHODS: dict[str, Make] = {
     "M-SoBiRL, exact": MSoBiRL,
     "M-SoBiRL, exact, tol = .01": partial(MSoBiRL, tol=0.01),
     "M-SoBiRL, published": published,
-    "zero order": partial(ZeroOrder, radius=1e-4),
+    "unrolled, K = 20": partial(Unrolled, sweeps=20),
+    "zero order, one point": partial(ZeroOrder, radius=1e-4),
+    "zero order, two points": partial(ZeroOrder, radius=1e-4, points=2),
+    "value penalty, λ = 10": partial(ValuePenalty, weight=10.0, inner_steps=10),
+    "value penalty, λ = 100": partial(ValuePenalty, weight=100.0, inner_steps=10),
+    "Bellman penalty, λ = 10": partial(BellmanPenalty, weight=10.0, inner_steps=10),
+    "no response": NoResponse,
 }
 
 
@@ -166,8 +173,10 @@ def passages(work: Work, method: Make, step: float, most: int) -> Tensor:
             if bool(met[-1].all()):
                 break
         try:
-            algorithm.step()
+            outcome = algorithm.step()
         except BirlError:  # it has diverged
+            break
+        if not bool(outcome.gradient_norm.any()):  # it will never move again
             break
     return found
 
@@ -178,8 +187,8 @@ def share_of_bound(work: Work, found: Tensor, step: float) -> float:
     phi = work.problem.objective(x, TEMPERATURE)
     (gradient,) = torch.autograd.grad(phi.sum(), x)
     absolute = LADDER.unsqueeze(-1) * gradient.square().sum(-1)
-    share = found * step * work.unit * absolute / (2 * (phi.detach() - work.lowest))
-    return float(share[found.isfinite()].max())
+    share = torch.where(found.isfinite(), found, 0.0) * step * work.unit * absolute / (2 * (phi.detach() - work.lowest))
+    return float(share.max())
 
 
 def best_step(name: str, method: Make) -> float:
@@ -258,7 +267,8 @@ def table(report: Mapping[str, Any]) -> str:
             cells.append("–" if math.isinf(middle) else digits(middle))
         counted = f"{row['fitted']} of {report['instances']}"
         first = row["problem"], row["method"], digits(row["step"])
-        lines.append([*first, *cells, brief(row), counted, f"{row['share_of_bound']:.2f}"])
+        share = f"{row['share_of_bound']:.2f}" if row["share_of_bound"] else "–"
+        lines.append([*first, *cells, brief(row), counted, share])
     return markdown(head, lines)
 
 
@@ -271,7 +281,7 @@ def figure(report: Mapping[str, Any], path: Path) -> None:
         ladder = report["ladder"]
         for name, axes in zip(PROBLEMS, panels, strict=True):
             rows = [row for row in report["rows"] if row["problem"] == name]
-            colours = (*plots.COLOURS, plots.MUTED, "#000000", "#8c564b", "#7f7f00")
+            colours = (*plots.COLOURS, "#000000", "#8c564b", "#7f7f00", "#9467bd")
             for row, colour in zip(rows, colours, strict=False):
                 middles = [median(reached(row, at)) for at in range(len(ladder))]
                 points = [(e, n) for e, n in zip(ladder, middles, strict=True) if n < math.inf]
@@ -283,10 +293,10 @@ def figure(report: Mapping[str, Any], path: Path) -> None:
                         color=colour,
                         label=row["method"],
                     )
-            bound = [min(2 * ladder[0] / e, 2 * report["most"]) for e in ladder]
+            bound = [e for e in ladder if 3 * ladder[0] / e < 2 * report["most"]]
             axes.loglog(
-                ladder,
                 bound,
+                [3 * ladder[0] / e for e in bound],
                 color=plots.MUTED,
                 linestyle=(0, (5, 3)),
                 linewidth=1.1,

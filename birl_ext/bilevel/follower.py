@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from birl_ext.bilevel.guards import check_count, check_kind, check_number
-from birl_ext.bilevel.problem import BilevelProblem
 from birl_ext.functional import solve
 from birl_ext.model import checks
 from birl_ext.model.layout import Flat
@@ -19,6 +18,9 @@ from birl_ext.ops.bellman import bellman
 from birl_ext.solution import Solution, info_table
 
 __all__ = ["Approach", "Exact", "Follower", "Sweeps", "approximate"]
+
+_Problem = TypeVar("_Problem", bound=Any)
+"""A BilevelProblem, or another dataclass with a `lower` of x."""
 
 
 class Approach(NamedTuple):
@@ -35,9 +37,9 @@ class Approach(NamedTuple):
 class Follower(abc.ABC):
     """What answers a model with a Solution; it has no state, an algorithm carries its value."""
 
-    def seen(self, problem: BilevelProblem) -> BilevelProblem:
-        """The problem as the follower solves it."""
-        return problem
+    def applied(self, problem: _Problem) -> tuple[_Problem, Follower]:
+        """The problem whose `lower` is what it really solves, and who solves that."""
+        return problem, self
 
     @abc.abstractmethod
     def approach(

@@ -135,8 +135,7 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
                 fix="give the tolerance to the follower, as in Exact(tol=1e-6)",
             )
         check_kind("follower", follower, Follower)
-        self.follower: Follower = follower
-        self.problem = self.follower.seen(problem)
+        self.problem, self.follower = follower.applied(problem)
         self.noise = check_number("noise", noise)
         self.generator = torch.Generator().manual_seed(check_seed(seed))
         self._begin(x, optimiser)
