@@ -4,11 +4,11 @@
 
 Goal A, λ = 0.005, κ = 5, samples under the planner's moves, paths of 200 steps. At two points: a
 random start, and the same after 50 steps of Adam on the exact hyper-gradient. Each estimator draws
-10, 30 and 100 paths an estimate. Critics that are kept from step to step have ten estimates to warm
-up. The follower is the soft-optimal one, unless "learned" says otherwise; the oracle knows ∇A and
-the upper level's A, and draws only the states. For each: the root mean square of ‖∇φ̂ − ∇φ‖/‖∇φ‖ and
-the mean cosine of single estimates, and the error of their mean with its standard error, from 12
-estimates: bias, if it is well above that.
+10, 30 and 100 paths an estimate. Critics that are kept from step to step have five estimates to
+warm up. The follower is the soft-optimal one, unless "learned" says otherwise; the oracle knows ∇A
+and the upper level's A, and draws only the states. For each: the root mean square of
+‖∇φ̂ − ∇φ‖/‖∇φ‖ and the mean cosine of single estimates, and the error of their mean with its
+standard error, from 10 estimates: bias, if it is well above that.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from birl_ext.simulators.finite import FiniteFollower
 
 TEMPERATURE, KAPPA, STEPS = 0.005, 5.0, 200
 PATHS = (10, 30, 100)
-ESTIMATES, WARM, LATER = 12, 10, 50
+ESTIMATES, WARM, LATER = 10, 5, 50
 
 Build = Callable[[SampledFourRooms, Tensor, int], Callable[[], Tensor]]
 """(problem, x, paths) → one estimate of ∇φ at x."""
@@ -107,10 +107,10 @@ def one_step(four: SampledFourRooms, x: Tensor, paths: int) -> Callable[[], Tens
 
 ESTIMATORS: dict[str, Build] = {
     "OneStep": one_step,
-    **{f"FullHorizon, K = {k}": stoc(k, 1, "to go") for k in (1, 5, 20, 50)},
-    "Stoc-SoBiRL, critic": stoc(50, 100, "critic"),
-    "Stoc-SoBiRL, to go, learned": stoc(50, 100, "to go", learned=True),
-    "Stoc-SoBiRL, critic, learned": stoc(50, 100, "critic", learned=True),
+    **{f"FullHorizon, K = {k}": stoc(k, 1, "to go") for k in (1, 5, 20)},
+    "Stoc-SoBiRL, critic": stoc(20, 100, "critic"),
+    "Stoc-SoBiRL, to go, learned": stoc(20, 100, "to go", learned=True),
+    "Stoc-SoBiRL, critic, learned": stoc(20, 100, "critic", learned=True),
     "HPGD, on-policy": rival(HPGD),
     "HPGD, uniform": rival(HPGD, sampling="uniform"),
     "HPGD, on-policy, SARSA": rival(HPGD, critic="sarsa"),
@@ -118,7 +118,7 @@ ESTIMATORS: dict[str, Build] = {
     "BC-HG": rival(BCHG),
     "zero order": rival(SampledZeroOrder, radius=1.0),
 }
-"""Another estimator is another line; the slowest draw continuations of 50 steps."""
+"""Another estimator is another line; the slowest draw continuations of 20 steps."""
 
 
 def points(four: SampledFourRooms) -> dict[str, Tensor]:
