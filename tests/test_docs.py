@@ -158,6 +158,7 @@ def test_the_tables_of_preference_runs_are_those_measured() -> None:
         ("score_limit", "stochastic"),
         ("few_knobs", "preferences"),
         ("bodies_and_pixels", "preferences"),
+        ("modes_by_cost", "bilevel"),
     ],
 )
 def test_the_tables_of_estimators_are_those_measured(name: str, page: str) -> None:
@@ -400,6 +401,14 @@ def test_the_table_of_an_outer_step_is_the_one_measured() -> None:
             line for line in text.splitlines() if line.startswith(f"| {row['candidate']} |")
         )
         assert [cell for i, cell in enumerate(line.split(" | ")[1:-1]) if i != 1] == cells
+
+
+def test_the_default_mode_costs_little_more_than_the_cheapest() -> None:
+    stored = sorted((ROOT / "benchmarks" / "results").glob("modes_by_cost_*.json"))[-1]
+    excess = json.loads(stored.read_text())["excess"]
+    assert max(excess.values()) <= 1.3
+    said = f"at most {max(excess.values()):.2f} times the cheapest"
+    assert said in (ROOT / "docs" / "bilevel.md").read_text()
 
 
 def test_noise_falls_with_the_root_of_the_samples() -> None:

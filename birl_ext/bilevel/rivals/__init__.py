@@ -1,4 +1,4 @@
-"""What M-SoBiRL and Stoc-SoBiRL are compared with, known models and samples."""
+"""What M-SoBiRL and Stoc-SoBiRL are compared with, on known models and from samples."""
 
 from birl_ext.bilevel.rivals.amd import AMD
 from birl_ext.bilevel.rivals.bchg import BCHG
