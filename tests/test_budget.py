@@ -52,7 +52,7 @@ def adam(p: Any) -> torch.optim.Optimizer:
 
 
 def lbfgs(p: Any) -> torch.optim.Optimizer:
-    tight = {"tolerance_grad": 1e-12, "tolerance_change": 1e-15}
+    tight: Any = {"tolerance_grad": 1e-12, "tolerance_change": 1e-15}
     return torch.optim.LBFGS(p, lr=1.0, max_iter=15, line_search_fn="strong_wolfe", **tight)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import untyped
 from closeness import assert_close, assert_same_state
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +31,7 @@ from birl_ext.bilevel import (
     ZeroOrder,
     stationarity,
 )
+from birl_ext.bilevel.stoc_sobirl import Effort, StocSoBiRLDescent
 from birl_ext.errors import (
     BirlError,
     DtypeError,
@@ -38,6 +40,8 @@ from birl_ext.errors import (
     OptionError,
     ShapeError,
 )
+from birl_ext.problems.random_mdp import RandomMDPConfig
+from birl_ext.problems.sampled_random_mdp import sampled_random_mdp
 
 FLOAT = torch.float64
 NAN, INF = math.nan, math.inf
@@ -82,7 +86,8 @@ def programme(own: ConstraintSet, x: np.ndarray) -> np.ndarray:
         ).x
         return found[:size] - found[size:]
     if isinstance(own, Simplex):
-        limits, meets = [(0, None)] * size, {"type": "eq", "fun": lambda z: z.sum() - own.total}
+        limits: Any = [(0, None)] * size
+        meets: Any = {"type": "eq", "fun": lambda z: z.sum() - own.total}
     else:
         assert isinstance(own, Box)
         limits, meets = [(float(own.low), float(own.high))] * size, ()
@@ -233,15 +238,15 @@ def test_no_other_point_of_the_simplex_is_better() -> None:
 
 def test_mirror_proximal_and_projected_agree_on_the_simplex() -> None:
     ways = {
-        "mirror": lambda p: Mirror(p, lr=3.0),
+        "mirror": lambda p: Mirror(p, lr=8.0),
         "proximal": lambda p: Proximal(p, Simplex(), lr=1.0),
         "momentum": lambda p: Projected(torch.optim.SGD(p, lr=0.3, momentum=0.8), Simplex()),
     }
     want = made(lambda p: Projected(sgd(p), Simplex()))
-    want.run(1000, progress=False)
+    want.run(300, progress=False)
     for name, way in ways.items():
         algorithm = made(way)
-        algorithm.run(1500, progress=False)
+        algorithm.run(400, progress=False)
         assert_close(algorithm.x.detach(), want.x.detach(), bound=1e-5, label=name)
 
 
@@ -290,6 +295,32 @@ def test_zero_order_is_constrained_the_same_way() -> None:
     algorithm.run(150, progress=False)
     assert outside(Simplex(), algorithm.x.detach()) < 1e-12
     assert float(PROBLEM.objective(algorithm.x.detach(), TAU)) < before - 0.02
+
+
+def test_samples_are_constrained_the_same_way() -> None:
+    """A step from samples is the projection of the step that the same samples take freely."""
+    problem, simulator, _, start = sampled_random_mdp(
+        RandomMDPConfig(states=4, actions=3, dimension=5)
+    )
+    start = start.abs() / start.abs().sum()
+
+    def stepped(optimiser: Any) -> Tensor:
+        simulator.generator.manual_seed(0)
+        algorithm = StocSoBiRLDescent(
+            problem,
+            simulator,
+            start,
+            discount=0.5,
+            temperature=1.0,
+            optimiser=optimiser,
+            effort=Effort(4, 3, 3),
+        )
+        algorithm.step()
+        return algorithm.x.detach()
+
+    inside, free = stepped(lambda p: Projected(sgd(p), Simplex())), stepped(sgd)
+    assert outside(Simplex(), free) > 1e-3
+    assert_close(inside, Simplex().project(free), bound=1e-12, label="x")
 
 
 def test_a_start_outside_is_projected_and_a_positive_one_scaled() -> None:
@@ -417,7 +448,7 @@ def test_after_an_error_all_is_as_it_was(way: Any) -> None:
         ),
         (lambda: Box(INF, INF), InfeasibleError, "low is inf"),
         (lambda: Box(NAN, 1.0), OptionError, "low is nan"),
-        (lambda: Box("a", 1.0), OptionError, "low is 'a'"),
+        (lambda: Box(untyped("a"), 1.0), OptionError, "low is 'a'"),
         (lambda: Box(torch.zeros(2), torch.ones(3)), ShapeError, r"low has shape \(2,\)"),
         (lambda: Box(torch.zeros(2, dtype=torch.int64), 1.0), DtypeError, "low has dtype"),
         (lambda: L1(-1.0), OptionError, "weight is -1"),
@@ -434,9 +465,9 @@ def test_an_empty_set_is_named(make: Any, kind: Any, words: str) -> None:
         (lambda p: Projected(torch.optim.Adam(p), Simplex()), OptionError, "not separable: Adam"),
         (lambda p: Projected(torch.optim.LBFGS(p), Box(0, 1)), OptionError, "outside the set"),
         (lambda p: Projected(p, Simplex()), OptionError, "inner is"),
-        (lambda p: Projected(sgd(p), "simplex"), OptionError, "onto is"),
-        (lambda p: Projected(sgd(p), None), OptionError, "onto is"),
-        (lambda p: Projected(sgd(p), L1(0.1)), OptionError, "onto is a?n? ?L1"),
+        (lambda p: Projected(sgd(p), untyped("simplex")), OptionError, "onto is"),
+        (lambda p: Projected(sgd(p), untyped(None)), OptionError, "onto is"),
+        (lambda p: Projected(sgd(p), untyped(L1(0.1))), OptionError, "onto is a?n? ?L1"),
         (lambda p: Projected(sgd(p), [Simplex(), Simplex()]), OptionError, "onto has 2 entries"),
         (lambda p: Projected(sgd(p), Box(torch.zeros(3), 1.0)), ShapeError, r"`low` of the Box"),
         (lambda p: Proximal(p, L1(0.1), lr=0.0), OptionError, "lr is 0"),

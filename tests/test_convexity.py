@@ -34,10 +34,12 @@ def test_the_closed_form_is_the_return_of_the_mdp() -> None:
 
 
 def test_the_mixture_is_worse_than_both() -> None:
-    safe, bold = torch.tensor([0.02, 0.02], dtype=FLOAT), torch.tensor([0.98, 0.98], dtype=FLOAT)
-    one = torch.ones((), dtype=FLOAT)
-    ends = [float(convexity.worth(*pair, one)) for pair in (safe, bold)]
-    assert float(convexity.worth(*(0.8 * safe + 0.2 * bold), one)) < min(ends)
+
+    def worth(chance: float) -> float:
+        one = torch.ones((), dtype=FLOAT)
+        return float(convexity.worth(chance * one, chance * one, one))
+
+    assert worth(0.8 * 0.02 + 0.2 * 0.98) < min(worth(0.02), worth(0.98))
 
 
 def test_only_the_damped_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

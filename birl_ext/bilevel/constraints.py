@@ -98,7 +98,8 @@ class ConstraintSet(Penalty):
 
     def distance(self, x: Tensor) -> Tensor:
         """‖x − project(x)‖₂, (*B,): how far outside each vector is."""
-        return (x - self.project(x)).norm(dim=-1)
+        apart: Tensor = torch.linalg.vector_norm(x - self.project(x), dim=-1)
+        return apart
 
 
 class Simplex(ConstraintSet):
@@ -169,13 +170,13 @@ class Box(ConstraintSet):
     def __init__(self, low: float | Tensor, high: float | Tensor) -> None:
         self.low, self.high = _bound("low", low), _bound("high", high)
         try:
-            below, above = torch.broadcast_tensors(self.low, self.high)
+            crossed = (self.low > self.high) | (self.low == torch.inf) | (self.high == -torch.inf)
         except RuntimeError:
             shapes = f"low has shape {tuple(self.low.shape)}, high {tuple(self.high.shape)}"
             raise ShapeError(shapes, allowed="shapes that broadcast") from None
-        crossed = (below > above) | (below == torch.inf) | (above == -torch.inf)
         if crossed.any():
             place = tuple(crossed.nonzero()[0].tolist())
+            below, above = (part.expand_as(crossed) for part in (self.low, self.high))
             raise InfeasibleError(
                 f"the Box is empty: low is {float(below[place]):g}, high {float(above[place]):g}",
                 where=f"entry {list(place)}" if place else "",
@@ -189,14 +190,12 @@ class Box(ConstraintSet):
     def check(self, x: Tensor, name: str = "x") -> None:
         for word, bound in (("low", self.low), ("high", self.high)):
             try:
-                fits = torch.broadcast_shapes(bound.shape, x.shape) == x.shape
+                bound.expand(x.shape)
             except RuntimeError:
-                fits = False
-            if not fits:
                 raise ShapeError(
                     f"`{word}` of the Box has shape {tuple(bound.shape)}, {name} {tuple(x.shape)}",
                     allowed=f"a shape that broadcasts to that of {name}",
-                )
+                ) from None
 
     def __repr__(self) -> str:
         words = [
@@ -214,7 +213,8 @@ def stationarity(x: Tensor, gradient: Tensor, onto: ConstraintSet) -> Tensor:
         x, gradient: (*B, d).
         onto: the set.
     """
-    return (x - onto.project(x - gradient)).norm(dim=-1)
+    moved: Tensor = torch.linalg.vector_norm(x - onto.project(x - gradient), dim=-1)
+    return moved
 
 
 # Optimisers
@@ -427,7 +427,7 @@ def _asked(closure: Callable[[], float] | None) -> float | None:
         return closure()
 
 
-def _per_leaf(name: str, given: Any, leaves: Sequence[Tensor], kind: type) -> list[Any]:
+def _per_leaf(name: str, given: Any, leaves: Sequence[Tensor], kind: Any) -> list[Any]:
     """One penalty per leaf, or None, each of which fits its leaf."""
     found = list(given) if isinstance(given, list | tuple) else [given] * len(leaves)
     if len(found) != len(leaves):

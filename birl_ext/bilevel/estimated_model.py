@@ -104,7 +104,8 @@ class EstimatedModel(Algorithm[EstimatedModelOutcome]):
         climb: outer steps of a round.
         learning_rate: of Adam at the beginning of a round, units of x; it falls to a tenth.
         heat: highest temperature to cool from, in units of λ: each start from λ·heatᵘ, u ~ U(0, 1),
-            a quarter of them at λ from the beginning.
+            the first from λ·heat, a quarter of them, and what the last round found, at λ from the
+            beginning. 1: nothing is cooled.
         follower: (x, τ) → its policy, (S, A), where it is known. None: the one that is
             soft-optimal on the model.
 
@@ -261,10 +262,14 @@ class EstimatedModel(Algorithm[EstimatedModelOutcome]):
         level = self.level()
         generator = self.simulator.generator
         points = self._drawn(self.count, generator)
+        share = torch.rand(self.count, generator=generator, dtype=torch.float64)
+        share[0] = 1.0
+        cold = self.count // 4
         if self.steps:  # where the last search ended, too, from λ
             points[-self.candidates :] = self._points
-        heat = self.heat ** torch.rand(self.count, generator=generator, dtype=torch.float64)
-        heat[-max(self.candidates, self.count // 4) :] = 1.0
+            cold = max(cold, self.candidates)
+        share[self.count - cold :] = 0.0
+        heat = self.heat**share
         begun = 0
         for share in RUNGS:
             last = max(begun + 1, round(share * self.climb))

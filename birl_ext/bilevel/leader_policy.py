@@ -57,15 +57,15 @@ def leader_policy_mdp(
             f"transition has shape {tuple(transition.shape)}", allowed="(S, B, A, S): P(s'|s, b, a)"
         )
     states, moves, actions, _ = transition.shape
-    wanted = {
+    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "reward": (reward, (states, moves, actions)),
         "initial_distribution": (initial_distribution, (states,)),
         "terminal": (terminal, (states,)),
         "mask": (mask, (states, moves, actions)),
     }
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}", allowed=str(shape))
+    for name, (given, shape) in wanted.items():
+        if given is not None and tuple(given.shape) != shape:
+            raise ShapeError(f"{name} has shape {tuple(given.shape)}", allowed=str(shape))
     if tuple(logits.shape[-2:]) != (states, moves):
         raise ShapeError(
             f"logits has shape {tuple(logits.shape)}", allowed=f"(*M, {states}, {moves})"
