@@ -258,7 +258,7 @@ def test_amd_sweeps_as_the_loops_do() -> None:
     q, u = np.zeros((S, A)), np.zeros((S, A))
     dq, w = np.zeros((S, A, D)), np.zeros((S, A, D))
 
-    def means() -> tuple[np.ndarray, ...]:
+    def means() -> Any:
         weight = np.exp(q / TAU)
         policy = weight / weight.sum(-1, keepdims=True)
         mean = [np.einsum("sa,sak->sk", policy, table) for table in (u[..., None], dq, w)]
@@ -266,7 +266,7 @@ def test_amd_sweeps_as_the_loops_do() -> None:
 
     for _ in range(3):
         v, j, dv, dw = means()
-        new_q, new_u, new_dq, new_w = (table.copy() for table in (q, u, dq, w))
+        new_q, new_u, new_dq, new_w = q.copy(), u.copy(), dq.copy(), w.copy()
         for s in range(S):
             for a in range(A):
                 row = WEIGHT[s, a].numpy()
@@ -652,7 +652,7 @@ def test_a_batch_of_directions_needs_a_tensor() -> None:
 
 def test_amd_needs_an_additive_problem() -> None:
     with pytest.raises(OptionError, match="problem is a BilevelProblem"):
-        AMD(PROBLEM, X, temperature=TAU, optimiser=sgd)
+        AMD(PROBLEM, X, temperature=TAU, optimiser=sgd)  # type: ignore[arg-type]
 
 
 def test_an_additive_problem_is_checked() -> None:
@@ -663,6 +663,8 @@ def test_an_additive_problem_is_checked() -> None:
         step(lower, lambda x: gain(x)[:2], RHO)
     with pytest.raises(ShapeError, match="reward returned shape"):
         step(lower, lambda x: gain(x).expand(2, S, A), RHO)
+    with pytest.raises(ShapeError, match="what broadcasts to"):
+        step(lambda x: lower(x.expand(3, D)), lambda x: gain(x).expand(2, S, A), RHO)
     with pytest.raises(DtypeError, match="reward returned a float"):
         step(lower, lambda x: 1.0, RHO)
     with pytest.raises(OptionError, match="initial_distribution is None"):
