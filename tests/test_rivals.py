@@ -571,6 +571,40 @@ def test_x_in_other_forms(name: str) -> None:
 
 
 @every
+def test_a_narrow_dtype_and_an_optimiser_that_asks_again(name: str) -> None:
+    """float32 throughout, LBFGS, and a module for x."""
+
+    class Vector(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = torch.nn.Parameter(X.float())
+
+    def narrow(net: Any) -> DenseMDP:
+        reward = FEATURES.float() @ net.x + SHIFT.float()
+        return DenseMDP(reward, WEIGHT.float(), GAMMA, initial_distribution=RHO.float())
+
+    def judge(net: Any, solution: Solution) -> Tensor:
+        return (PREFER.float() * solution.policy**2).sum() + 0.1 * net.x.square().sum()
+
+    kind = type(made(name))
+    problem: Any = BilevelProblem(narrow, judge)
+    if name == "amd":
+        problem = AdditiveProblem(narrow, lambda net: OTHER.float() @ net.x.square())
+    options: dict[str, Any] = {"radius": 0.1} if name == "zero order" else {}
+    algorithm = kind(
+        problem,
+        Vector(),
+        temperature=TAU,
+        optimiser=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+        **options,
+    )
+    before = algorithm.x.x.detach().clone()
+    outcome = algorithm.step()
+    assert outcome.objective.dtype == torch.float32
+    assert not torch.equal(algorithm.x.x, before)
+
+
+@every
 def test_noise_is_that_of_its_seed(name: str) -> None:
     quiet, noisy, again = (
         made(name, noise=noise, seed=2, optimiser=sgd) for noise in (0.0, 0.5, 0.5)
