@@ -158,7 +158,7 @@ class TaxEconomy:
     def welfare(self, w: Tensor, policy: Tensor) -> Tensor:
         """Discounted social welfare of a policy (C, S, 130), of each context, (C,)."""
         x = self.taxes(w)
-        gain = self._gain(x).unsqueeze(-2).expand_as(policy)
+        gain = self.gain(x).unsqueeze(-2).expand_as(policy)
         value = evaluate(policy, gain, self.transition(x), discount=DISCOUNT, validate="off")
         return value @ self.start
 
@@ -168,7 +168,7 @@ class TaxEconomy:
         |J(π̂) − J(π*)| ≤ (e^ε − 1) max |g| / (1 − γ)²,   ε ≥ max |log π̂ − log π*|
         """
         drift = torch.expm1(solution.log_policy_error_bound.detach()).max()
-        return float(drift * self._gain(self.taxes(w)).detach().abs().max() / (1 - DISCOUNT) ** 2)
+        return float(drift * self.gain(self.taxes(w)).detach().abs().max() / (1 - DISCOUNT) ** 2)
 
     def households(self, w: Tensor) -> dict[str, Tensor]:
         """What the households do at logits w.
@@ -198,7 +198,7 @@ class TaxEconomy:
         """The same, for the methods that need to know that the upper level is a sum over steps."""
 
         def gain(w: Tensor) -> Tensor:
-            return self._gain(self.taxes(w)).unsqueeze(-2).expand(-1, len(self.assets), -1)
+            return self.gain(self.taxes(w)).unsqueeze(-2).expand(-1, len(self.assets), -1)
 
         return AdditiveProblem(self.lower, gain)
 
@@ -214,7 +214,7 @@ class TaxEconomy:
         scaled = (joy.unsqueeze(-1) / self.temperature).masked_fill(~self._buys, -torch.inf)
         return self.temperature * scaled.logsumexp(1).repeat(1, HOURS), scaled.softmax(1)
 
-    def _gain(self, x: Tensor) -> Tensor:
+    def gain(self, x: Tensor) -> Tensor:
         """g in expectation over the goods, of each action, (C, 130)."""
         net = self.baskets / (1 + x[1:])
         revenue = net @ x[1:] + x[0] * self.hours[:: self._buys.shape[1]].unsqueeze(-1)
