@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +28,16 @@ from birl_ext.arena.methods import METHODS, Plan
 from birl_ext.arena.play import Match, play
 from birl_ext.bilevel import BilevelProblem
 from birl_ext.bilevel.algorithm import Descent
-from birl_ext.errors import ConfigError, FileFormatError
+from birl_ext.errors import (
+    ConfigError,
+    EnvironmentFailureError,
+    FileFormatError,
+    SizeLimitError,
+)
 from birl_ext.model.mdp import DenseMDP
 from birl_ext.problems.contests import CONTESTS
+from birl_ext.runs.checkpoint import CheckpointStore
+from birl_ext.simulators.finite import FiniteFollower
 from birl_ext.solution import Solution
 
 
@@ -319,3 +330,101 @@ def test_the_command_lists_its_contests(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["arena"]) == 2
     out = capsys.readouterr().out
     assert all(name in out for name in CONTESTS)
+
+
+ARENA = ("random-mdp", "--methods", "m-sobirl", "zero-order", "--settings", "τ 1", "--seeds", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes there")
+def test_a_killed_arena_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("tyro")
+    out = tmp_path / "run"
+    words = [*ARENA, "--budget", "0.2", "--workers", "2", "--checkpoint-every", "1"]
+    command = [sys.executable, "-m", "birl_ext", "arena", *words, "--out", str(out)]
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    metrics, limit = out / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert child.poll() is None, "it has ended before it was killed"
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    workers = [
+        pid for pid in _alive() if f"PPid:\t{child.pid}\n" in _read(Path(f"/proc/{pid}/status"))
+    ]
+    assert len(workers) >= 2
+    child.kill()
+    child.wait()
+    before = {tuple(key) for key, _ in _records(out)}
+    assert before
+    while set(workers) & _alive():
+        assert time.monotonic() < limit, "a worker has outlived the arena"
+        time.sleep(0.05)
+    assert cli.main(["arena", "--resume", str(out), "--workers", "1"]) == 0
+    played = [tuple(key) for key, _ in _records(out)]
+    assert before <= set(played)
+    assert len(played) == len(set(played)) == 4 + 12 + 4
+    assert cli.main(["arena", "--resume", str(out), "--budget", "0.3"]) == 2
+
+
+def _records(out: Path) -> list[Any]:
+    return list(json.loads(CheckpointStore(out / "checkpoints").load().state["records"]))
+
+
+def _alive() -> set[int]:
+    every = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
+    return {pid for pid in every if "State:\tZ" not in _read(Path(f"/proc/{pid}/status"), "Z")}
+
+
+def _read(path: Path, missing: str = "") -> str:
+    try:
+        return path.read_text()
+    except OSError:  # it has ended meanwhile
+        return f"State:\t{missing}"
+
+
+def test_a_process_that_dies_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = ArenaJob(config(workers=2), {"toy": TOY})
+    monkeypatch.setattr("birl_ext.arena.job.play", _die)
+    with pytest.raises(EnvironmentFailureError, match="a process of the arena has died"):
+        job.step()
+    job.detach()
+
+
+def _die(match: Match) -> None:
+    os._exit(1)
+
+
+def test_hours_and_memory_are_foretold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ArenaJob(config(methods=("m-sobirl",), budget=3600.0), {"toy": TOY})
+    job.attach(tmp_path)
+    for _ in range(4):  # its paces
+        job.step()
+    said = capsys.readouterr().err
+    # of 4 entries 3 rates and the reported seeds: an hour for each seed, of which tuning has one
+    assert "arena: 16 runs, about 20.0 h on 1 process" in said
+    assert "GiB of memory" in said
+    monkeypatch.setattr("os.sysconf", lambda name: 1)
+    again = ArenaJob(config(methods=("m-sobirl",)), {"toy": TOY})
+    again.attach(tmp_path)
+    for _ in range(3):
+        again.step()
+    with pytest.raises(SizeLimitError, match="lower --workers"):
+        again.step()
+
+
+def test_taxes_from_samples_are_those_of_the_model() -> None:
+    taxes = CONTESTS["taxes-samples"].make({"temperature": 0.1, "cells": 10}, (0,), 1)
+    assert taxes.samples is not None
+    x = taxes.start[0]
+    phi, solution = taxes.problem.evaluate(x, 0.1)
+    problem = taxes.samples.problem
+    assert problem.cost is not None
+    assert problem.transition is not None
+    assert problem.transition(x).sum(-1).sub(1).abs().max() < 1e-12
+    follower = FiniteFollower(solution.policy.flatten(0, 1))
+    path = taxes.samples.simulator.rollout(follower, 4000, 80)
+    paid = problem.cost(x)[path.observation, path.action]
+    total = (paid * 0.9 ** torch.arange(80)).sum(-1)
+    assert abs(total.mean() - phi) < 4 * total.std() / 4000**0.5 + 1e-3 * abs(phi)

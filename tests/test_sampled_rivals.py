@@ -29,6 +29,7 @@ from birl_ext.errors import (
     ShapeError,
     TemperatureError,
 )
+from birl_ext.model.mdp import DenseMDP
 from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator
 from birl_ext.simulators.paths import Paths
 
@@ -285,6 +286,42 @@ def test_zero_order_has_the_gradient_of_a_smoothed_objective() -> None:
     agrees(make(SampledZeroOrder, radius=radius), wanted, 800, 0.1)
 
 
+def test_zero_order_moves_the_process_with_x() -> None:
+    """From state 0 the one action leads to state 1, which costs 1, with chance σ(x): φ = σ(x)/2."""
+
+    def transition(x: torch.Tensor) -> torch.Tensor:
+        there = torch.sigmoid(x)
+        return torch.stack([torch.cat([1 - there, there]), there.new_tensor([0, 1])]).unsqueeze(1)
+
+    def cost(x: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[0.0], [1.0]], dtype=torch.float64) + 0 * x
+
+    problem = SampledProblem(
+        lambda x: 0 * cost(x), transition=transition, cost=cost, steps=2, discount=0.5
+    )
+    x = torch.tensor([0.4], dtype=torch.float64)
+    first = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    mdp = DenseMDP(cost(x), transition(x), 0.5, initial_distribution=first)
+    algorithm = SampledZeroOrder(
+        problem,
+        FiniteSimulator(mdp, torch.Generator().manual_seed(0)),
+        x,
+        discount=0.5,
+        temperature=1.0,
+        optimiser=lambda p: torch.optim.SGD(p, lr=0.0),
+        batch=2000,
+        radius=0.5,
+        sweeps=1,
+    )
+    found = torch.stack([algorithm.hypergradient()[1] for _ in range(400)])
+    z = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    weight = torch.exp(-z.square() / 2) / (2 * torch.pi) ** 0.5 * 16 / 4000
+    wanted = (weight * (torch.sigmoid(x + 0.5 * z) - torch.sigmoid(x)) / 2 * z / 0.5).sum()
+    error = float(found.std() / 20)
+    assert abs(float(found.mean() - wanted)) < 4 * error
+    assert error < 0.1 * float(wanted)
+
+
 def test_zero_order_takes_a_loss_of_paths() -> None:
     problem = sampled()
     paid = problem.cost
@@ -447,8 +484,6 @@ def test_errors_are_named() -> None:
         for problem, what in ((paths, "loss of whole paths"), (moving, "x moves")):
             with pytest.raises(OptionError, match=what):
                 kind(problem, simulator(), as_torch(X), **given)
-    with pytest.raises(OptionError, match="x moves"):
-        SampledZeroOrder(moving, simulator(), as_torch(X), radius=1.0, **given)
     with pytest.raises(OptionError, match="a follower is given"):
         SampledZeroOrder(moving, simulator(), as_torch(X), radius=1.0, follower=known, **given)
     with pytest.raises(TemperatureError):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.arena.config import Switch
-from birl_ext.bilevel import AdditiveProblem, BilevelProblem, SampledProblem
+from birl_ext.bilevel import AdditiveProblem, BilevelProblem, Effort, SampledProblem
 from birl_ext.bilevel.sampled import KnownFollower
 from birl_ext.errors import ConfigError, suggestion
 from birl_ext.model.mdp import DenseMDP
@@ -33,6 +33,8 @@ class Samples:
         starts: (M, generator) → points to start from, (M, d).
         follower: (x, τ) → π, (S, A), where the follower answers exactly and for nothing.
         model: the process, for what is told the truth for comparison.
+        effort: of an outer step of each method: paths, steps of a continuation, and samples of
+            every (s, a) where something is learned from them.
     """
 
     problem: SampledProblem
@@ -41,6 +43,7 @@ class Samples:
     starts: Callable[[int, torch.Generator], Tensor]
     follower: KnownFollower | None = None
     model: DenseMDP | None = None
+    effort: Effort = field(default_factory=lambda: Effort(1, 60, 1))
 
 
 @dataclass(frozen=True)

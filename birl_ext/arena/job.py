@@ -9,8 +9,15 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +27,7 @@ from birl_ext.arena.config import TUNED, ArenaConfig, Switch
 from birl_ext.arena.contest import Contest, known
 from birl_ext.arena.methods import METHODS
 from birl_ext.arena.play import Match, Record, play
-from birl_ext.errors import ConfigError, FileFormatError
+from birl_ext.errors import ConfigError, EnvironmentFailureError, FileFormatError
 from birl_ext.files import replacing
 from birl_ext.model.checks import check_memory
 
@@ -29,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ArenaJob"]
 
-FEWEST, MOST = 4, 200_000
+FEWEST = 4
 """Outer steps of a run: where the budget is less than that, a method is too slow for it."""
 
 Key = tuple[str, ...]
@@ -213,7 +220,7 @@ class ArenaJob:
         pace = self.records[("pace", *entry)]
         spent = pace["samples"] if self.contest.unit == "samples" else pace["seconds"]
         each = max(spent, 1e-9) / max(1, pace["steps"])
-        return int(min(MOST, self.budget / each))
+        return int(self.budget / each)
 
     def _unplayed(self, key: Key) -> Record | None:
         """The record of a run that is none: its method's pace failed, or is too slow."""
@@ -252,7 +259,14 @@ class ArenaJob:
             self._running[self._pool.submit(play, self._match(key))] = key
         ended, _ = wait(self._running, return_when=FIRST_COMPLETED)
         first = ended.pop()
-        return self._running.pop(first), first.result()
+        try:
+            return self._running.pop(first), first.result()
+        except BrokenExecutor as error:
+            raise EnvironmentFailureError(
+                "a process of the arena has died",
+                where=f"one of {workers} workers",
+                fix="resume with fewer --workers, if the memory was not enough",
+            ) from error
 
     def _open(self) -> list[Key]:
         """What is left of the first phase that is not over."""
@@ -301,8 +315,16 @@ class ArenaJob:
 
 
 def _begin() -> None:
-    """Of a worker: the process that asks for it ends it."""
+    """Of a worker: the process that asks for it ends it, by its own end too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _words(seeds: Sequence[int]) -> str:

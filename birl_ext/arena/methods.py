@@ -15,7 +15,6 @@ from birl_ext.bilevel import (
     BCHG,
     HPGD,
     BellmanPenalty,
-    Effort,
     EstimatedModel,
     MSoBiRL,
     NoResponse,
@@ -100,7 +99,7 @@ def _central(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
 
 
 def _sampled(algorithm: Callable[..., Algorithm[Any]], **own: Any) -> Callable[..., Algorithm[Any]]:
-    """A method that draws one path, or as many as it needs at least, in each outer step."""
+    """A method that is given samples, as many paths in each outer step as all the others."""
 
     def make(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
         drawn = _drawn(bout)
@@ -119,8 +118,25 @@ def _sampled(algorithm: Callable[..., Algorithm[Any]], **own: Any) -> Callable[.
     return make
 
 
+def _paths(algorithm: Callable[..., Algorithm[Any]], **own: Any) -> Callable[..., Algorithm[Any]]:
+    def make(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
+        effort = _drawn(bout).effort
+        many = {"batch": effort.batch, "sweeps": effort.sweeps}
+        return _sampled(algorithm, **many, **own)(bout, x, plan)
+
+    return make
+
+
 def _oracle(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
-    return _sampled(HPGD, batch=1, sampling="oracle", model=_drawn(bout).model)(bout, x, plan)
+    return _paths(HPGD, sampling="oracle", model=_drawn(bout).model)(bout, x, plan)
+
+
+def _continued(credit: str) -> Callable[..., Algorithm[Any]]:
+    def make(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
+        effort = _drawn(bout).effort
+        return _sampled(StocSoBiRLDescent, effort=effort, credit=credit)(bout, x, plan)
+
+    return make
 
 
 def _estimated(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
@@ -162,22 +178,14 @@ METHODS: dict[str, Method] = {
     "estimated-model": Method(
         "M-SoBiRL on a learned model", "samples", _estimated, rates=(0.3,), whole=True
     ),
-    "stoc-sobirl": Method(
-        "Stoc-SoBiRL, critic",
-        "samples",
-        _sampled(StocSoBiRLDescent, effort=Effort(1, 60, 1), credit="critic"),
-    ),
-    "stoc-sobirl-to-go": Method(
-        "Stoc-SoBiRL, costs to go",
-        "samples",
-        _sampled(StocSoBiRLDescent, effort=Effort(1, 60, 1), credit="to go"),
-    ),
-    "hpgd": Method("HPGD", "samples", _sampled(HPGD, batch=1)),
-    "hpgd-uniform": Method("HPGD, uniform", "samples", _sampled(HPGD, batch=1, sampling="uniform")),
-    "hpgd-sarsa": Method("HPGD, SARSA", "samples", _sampled(HPGD, batch=1, critic="sarsa")),
+    "stoc-sobirl": Method("Stoc-SoBiRL, critic", "samples", _continued("critic")),
+    "stoc-sobirl-to-go": Method("Stoc-SoBiRL, costs to go", "samples", _continued("to go")),
+    "hpgd": Method("HPGD", "samples", _paths(HPGD)),
+    "hpgd-uniform": Method("HPGD, uniform", "samples", _paths(HPGD, sampling="uniform")),
+    "hpgd-sarsa": Method("HPGD, SARSA", "samples", _paths(HPGD, critic="sarsa")),
     "hpgd-oracle": Method("HPGD, told the advantages", "samples", _oracle),
-    "bc-hg": Method("BC-HG", "samples", _sampled(BCHG, batch=1)),
+    "bc-hg": Method("BC-HG", "samples", _paths(BCHG)),
     "zero-order-samples": Method(
-        "zero order, from samples", "samples", _sampled(SampledZeroOrder, batch=1, radius=0.5)
+        "zero order, from samples", "samples", _paths(SampledZeroOrder, radius=0.5)
     ),
 }

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from birl_ext.arena.contest import Bout, Contest, Samples
+from birl_ext.bilevel import Effort
 from birl_ext.problems.barriers import barriers
 from birl_ext.problems.four_rooms import DISCOUNT, FLAT, PUBLISHED, SPREADS, FourRooms
 from birl_ext.problems.leader_toy import TEMPERATURE, leader_toy
 from birl_ext.problems.random_mdp import RandomMDPConfig, random_mdps
 from birl_ext.problems.sampled_four_rooms import sampled_four_rooms
+from birl_ext.problems.sampled_taxes import sampled_taxes
+from birl_ext.problems.taxes import DISCOUNT as TAXED
 from birl_ext.problems.taxes import GOODS, START, TaxEconomy
 
 __all__ = ["CONTESTS"]
@@ -59,12 +63,31 @@ def _weights(rooms: FourRooms, seed: int, starts: int) -> Tensor:
 
 
 def _four_rooms_samples(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
-    rooms = sampled_four_rooms(**setting, kappa=5.0, seed=seeds[0])
+    rooms = sampled_four_rooms(**{"kappa": 5.0, **setting}, seed=seeds[0])
     drawn = torch.Generator().manual_seed(seeds[0])
     start = rooms.start(starts, drawn)
     model = rooms.exact.model(start[0]).to_dense()
     samples = Samples(rooms.problem, rooms.simulator, DISCOUNT, rooms.start, rooms.follower, model)
     return Bout(start, rooms.temperature, rooms.exact, samples=samples)
+
+
+def _four_rooms_hpgd(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
+    own = {"moves": "simulator", "goal": "both", **setting}
+    made = _four_rooms_samples(own, seeds, starts)
+    assert made.samples is not None
+    return replace(made, samples=replace(made.samples, effort=Effort(100, 60, 1)))
+
+
+def _taxes_samples(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
+    taxes = sampled_taxes(**setting, seed=seeds[0])
+    first = taxes.start.expand(starts, -1)
+
+    def spread(count: int, drawn: torch.Generator) -> Tensor:
+        return taxes.start + torch.randn(count, 4, generator=drawn, dtype=torch.float64)
+
+    effort = Effort(32, 20, 5)
+    samples = Samples(taxes.problem, taxes.simulator, TAXED, spread, effort=effort)
+    return Bout(first, setting["temperature"], taxes.exact, samples=samples)
 
 
 def _barriers(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
@@ -194,6 +217,28 @@ CONTESTS: dict[str, Contest] = {
         batched=True,
         value="leader's return",
         references={"R1": {"published": 27.1}},
+    ),
+    "hpgd-table": Contest(
+        "HPGD's table: Four Rooms, both goals, from the simulator's moves",
+        _four_rooms_hpgd,
+        {name: row for name, row in ROOMS.items() if row["noise"] == "planner"},
+        unit="samples",
+        budget=100_000_000,
+        methods=tuple(name for name in SAMPLED if name != "estimated-model"),
+        references={
+            name: _published(row) for name, row in ROOMS.items() if row["noise"] == "planner"
+        },
+        switches=("plain",),
+    ),
+    "taxes-samples": Contest(
+        "Tax design from samples",
+        _taxes_samples,
+        {f"λ {tau:g}": {"temperature": tau, "cells": 20} for tau in (0.1, 0.2, 0.3)},
+        unit="samples",
+        budget=20_000_000,
+        methods=("stoc-sobirl-to-go", "zero-order-samples"),
+        value="social welfare",
+        switches=("plain",),
     ),
     "taxes": Contest(
         "Tax design",

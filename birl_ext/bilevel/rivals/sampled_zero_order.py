@@ -12,7 +12,6 @@ from birl_ext.bilevel.algorithm import Maker
 from birl_ext.bilevel.guards import check_count, check_gradient, check_number, check_objective
 from birl_ext.bilevel.problem import Temperature
 from birl_ext.bilevel.sampled import KnownFollower, SampledDescent, SampledProblem
-from birl_ext.errors import OptionError
 from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator
 
 __all__ = ["SampledZeroOrder"]
@@ -27,7 +26,7 @@ class SampledZeroOrder(SampledDescent):
     variables, and with the noise of J over u².
 
     Args:
-        problem: reward, and `cost` or `loss`.
+        problem: reward, and `cost` or `loss`; where x moves the process, each point has its own.
         simulator: draws the paths; all randomness is its generator.
         x: start, (d,), or a list, tuple or dict of tensors, or a module; copied.
         discount: γ of the lower level.
@@ -69,12 +68,6 @@ class SampledZeroOrder(SampledDescent):
             noise=noise,
             follower=follower,
         )
-        if problem.transition is not None:
-            raise OptionError(
-                "the problem has a process that x moves",
-                allowed="SampledZeroOrder needs a process that stays",
-                fix="use another method",
-            )
         self.batch = check_count("batch", batch)
         self.radius = check_number("radius", radius, above=True)
         self.sweeps = check_count("sweeps", sweeps)
@@ -99,6 +92,8 @@ class SampledZeroOrder(SampledDescent):
     def _mean_return(self, x: Any) -> Tensor:
         """J at x, of as many paths."""
         problem = self.problem
+        if problem.transition is not None:
+            self.simulator.adapt(problem.transition(x))
         if self.follower is None:
             follower = self._learned(self._table("reward", problem.reward, x), self.sweeps)
         else:
