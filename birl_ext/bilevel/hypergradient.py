@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.bilevel import variables
+from birl_ext.bilevel.follower import approximate
 from birl_ext.bilevel.guards import (
     check_gradient,
     check_kind,
@@ -34,7 +35,7 @@ from birl_ext.model.mdp import DenseMDP, SparseMDP
 from birl_ext.ops.bellman import bellman
 from birl_ext.ops.policy_solve import System
 from birl_ext.ops.rows import Rows
-from birl_ext.solution import Solution, info_table
+from birl_ext.solution import Solution
 
 __all__ = [
     "HypergradientReport",
@@ -250,7 +251,7 @@ def linearise(
     if not flat.data.reward.requires_grad:  # its cotangent is asked for all the same
         reward = flat.data.reward.detach().requires_grad_()
         flat = flat._replace(data=flat.data._replace(reward=reward))
-    grouped, restore, available = flat.layout.grouped, flat.layout.restore, flat.data.available
+    grouped = flat.layout.grouped
     value = grouped(found.double(), 1).clone().requires_grad_()
     image, advantage, policy, log_policy = bellman(flat.data, value)
     # Q − V and π are those of V itself (M11): TV in number, to a derivative V
@@ -260,29 +261,7 @@ def linearise(
     own = advantage + shift
     handed = policy * change.exp()
 
-    def out(table: Tensor) -> Tensor:
-        return restore(table).to(flat.data.reward.dtype)
-
-    info = info_table(
-        error.shape,
-        value.shape[-1],
-        error.device,
-        residual=error,
-        error_bound=error,
-        temperature=restore(flat.data.temperature.detach()),
-        kernel=torch.nan,
-    )
-    solution = Solution(
-        value=out(now),
-        q=out(own + now.unsqueeze(-1)),
-        policy=out(handed),
-        log_policy=out(log_policy + change),
-        advantage=out(own),
-        info=info,
-        status=torch.zeros_like(error, dtype=torch.int64),
-    )
-    if available is not None:
-        solution = solution.closed(restore(available))
+    solution = approximate(flat, now, own, handed, log_policy + change, error)
     phi = problem.judge(x, solution)
     check_objective(phi, step)
     *direct, source, policy_bar = direct_gradient(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from birl_ext.bilevel import variables
 from birl_ext.bilevel.algorithm import Descent, Maker
+from birl_ext.bilevel.follower import Exact, Follower, Sweeps
 from birl_ext.bilevel.guards import (
     check_count,
     check_kind,
@@ -35,10 +36,7 @@ from birl_ext.bilevel.problem import (
     temperature_at,
 )
 from birl_ext.errors import AccuracyWarning, OptionError, ShapeError, warn
-from birl_ext.functional import solve
-from birl_ext.model import checks
 from birl_ext.model.mdp import DenseMDP, SparseMDP
-from birl_ext.ops.bellman import bellman
 
 __all__ = ["MSoBiRL", "MSoBiRLOutcome"]
 
@@ -85,6 +83,8 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
         adjoint_rate: ζ, below 2/σ²max(A) ("published").
         tol: certified relative error asked of V, as in `birl_ext.solve`: fewer sweeps do once it is
             met ("published"); None: as far as rounding allows.
+        follower: who answers in place of the value that `sweeps` and `tol` describe, such as
+            ``Sweeps(5, carry=False)``; its hyper-gradient is that of (M14) at its policy.
         noise: standard deviation of Gaussian noise added to the hyper-gradient, units of φ per unit
             of x.
         seed: of the noise and of the published w₀ ~ N(0, I).
@@ -113,19 +113,29 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
         accuracy: float = 0.05,
         adjoint_rate: float = 0.5,
         tol: float | None = None,
+        follower: Follower | None = None,
         noise: float = 0.0,
         seed: int = 0,
     ) -> None:
         if mode not in _MODES:
             raise OptionError(f"mode is {mode!r}", allowed=", ".join(map(repr, _MODES)))
         check_kind("problem", problem, BilevelProblem)
-        self.problem = problem
         self.temperature = check_schedule(temperature)
         self.mode = mode
         self.sweeps = check_count("sweeps", sweeps)
         self.accuracy = check_number("accuracy", accuracy, above=True, infinite=True)
         self.adjoint_rate = check_number("adjoint_rate", adjoint_rate, above=True)
         self.tol = None if tol is None else check_number("tol", tol)
+        if follower is None:
+            follower = Sweeps(sweeps, tol=tol) if mode == "published" else Exact(tol)
+        elif tol is not None:
+            raise OptionError(
+                f"tol is {tol!r} beside a follower",
+                allowed="one of the two",
+                fix="give the tolerance to the follower, as in Exact(tol=1e-6)",
+            )
+        check_kind("follower", follower, Follower)
+        self.problem, self.follower = follower.applied(problem)
         self.noise = check_number("noise", noise)
         self.generator = torch.Generator().manual_seed(check_seed(seed))
         self._begin(x, optimiser)
@@ -159,7 +169,7 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
 
     def hypergradient_report(self, smoothness: Smoothness = math.inf) -> HypergradientReport:
         """The estimate of the next step against the exact one, with its certified bound, which is
-        inf unless the `smoothness` of f is declared. With `tol` in the exact mode, that at the
+        inf unless the `smoothness` of f is declared. In the exact mode with `tol`, that at the
         policy one sweep further on.
         """
         tau = temperature_at(self.temperature, self.steps)
@@ -167,8 +177,8 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
         if self.mode == "published":
             with self.taken_back(always=True, without=Descent.STATE):
                 estimate = self._estimate(tau)[:2]
-        elif self.tol is not None:
-            at = linearise(self.problem, self.x, tau, functools.partial(self._solved, tau))
+        elif self.follower != Exact():
+            at = linearise(self.problem, self.x, tau, functools.partial(self._approach, tau))
             estimate = at, exact_flow(at)
         return hypergradient_report(
             self.problem, self.x, tau, estimate=estimate, smoothness=smoothness
@@ -185,12 +195,19 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
         """What is known at the present x, and ∇φ̂ by leaves of x, with its noise."""
         tau = temperature_at(self.temperature, self.steps)
         if self.mode == "exact":
-            phi, solution = evaluate_at(
-                self.problem, self.x, tau, self._value, self.steps, self.tol
-            )
-            gradient = hypergradient(phi, self.x, self.steps)
+            if isinstance(self.follower, Exact):
+                tol = self.follower.tol
+                phi, solution = evaluate_at(self.problem, self.x, tau, self._value, self.steps, tol)
+                gradient = hypergradient(phi, self.x, self.steps)
+                self._counts[0] = int(solution.iterations.max())
+            else:
+                at = linearise(
+                    self.problem, self.x, tau, functools.partial(self._approach, tau), self.steps
+                )
+                phi, solution = at.phi, at.solution
+                gradient, _ = at.pull(exact_flow(at), self.steps)
             self._value = solution.value.detach()
-            self._counts = [int(solution.iterations.max()), 1]
+            self._counts[1] = 1
             error = solution.log_policy_error_bound
         else:
             at, _, gradient, error = self._estimate(tau)
@@ -211,7 +228,8 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
         of the cotangent of the reward.
         """
         self._counts = [0, 0]
-        at = linearise(self.problem, self.x, tau, functools.partial(self._sweep, tau), self.steps)
+        approach = functools.partial(self._approach, tau)
+        at = linearise(self.problem, self.x, tau, approach, self.steps)
         self._value = at.solution.value.detach()
         flow = self._flow = self._published_flow(at)
         gradient, reward_bar = at.pull(flow, self.steps)
@@ -219,42 +237,12 @@ class MSoBiRL(Descent[MSoBiRLOutcome]):
         relative = torch.where(error == 0, error, error / left).nan_to_num(torch.inf, torch.inf)
         return at, flow, gradient, at.flat.layout.restore(relative)
 
-    def _solved(self, tau: float | Tensor, mdp: DenseMDP | SparseMDP) -> tuple[Tensor, Tensor]:
-        """V to `tol`, and its certified error."""
-        found = solve(mdp, temperature=tau, initial=self._value, tol=self.tol)
-        return found.value, found.error_bound
-
-    def _sweep(self, tau: float | Tensor, mdp: DenseMDP | SparseMDP) -> tuple[Tensor, Tensor]:
-        """V after N − 1 plain sweeps, or fewer once it is as good as `tol` (M5), and its certified
-        error; the linearisation makes the last one.
+    def _approach(self, tau: float | Tensor, mdp: DenseMDP | SparseMDP) -> tuple[Tensor, Tensor]:
+        """The follower's value, but for its last sweep, which the linearisation makes; and its
+        certified error.
         """
-        data, layout = mdp.flatten(tau)
-        start = mdp.reward.new_zeros(mdp.states) if self._value is None else self._value
-        value = layout.grouped(start.double(), 1)
-        self._counts[0] = 1
-        for _ in range(self.sweeps - 1):
-            before, (value, _, _, _) = value, bellman(data, value)
-            self._counts[0] += 1
-            if self.tol is None:
-                continue
-            moved = (value - before).abs().amax(-1) * data.discount / (1 - data.discount)
-            size = torch.maximum(value.abs().amax(-1), data.temperature)
-            if bool((moved <= self.tol * size).all()):
-                break
-        value = layout.restore(value).to(mdp.reward.dtype)
-        near = solve(
-            mdp,
-            temperature=tau,
-            initial=value,
-            method="value-iteration",
-            max_iterations=1,
-            on_fail="status",
-        )
-        if not bool(near.error_bound.isfinite().all()):
-            checks.check_reward(mdp.reward)
-        value = value.expand_as(near.value)
-        off = (near.value.double() - value.double()).abs().amax(-1)
-        return value, near.error_bound + off
+        value, error, self._counts[0] = self.follower.approach(mdp, tau, self._value)
+        return value, error
 
     def _published_flow(self, at: Linearisation) -> Tensor:
         """w ← w − ζ(AᵀAw − Aᵀb) with A = (I − γP_π)ᵀ; here for λ = −w/τ, which obeys the same

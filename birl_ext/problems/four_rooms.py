@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from birl_ext.bilevel import BilevelProblem, MSoBiRL
+from birl_ext.bilevel import AdditiveProblem, BilevelProblem, MSoBiRL
 from birl_ext.errors import ConfigError
 from birl_ext.functional import evaluate, occupancy
 from birl_ext.model.checks import check_count, check_memory
@@ -220,6 +220,12 @@ class FourRooms:
         """Both levels, as `birl_ext.bilevel` takes them."""
         return BilevelProblem(self.lower, self.upper)
 
+    def additive(self) -> AdditiveProblem:
+        """The same, for the methods that need to know that the upper level is a sum over steps."""
+        start = torch.zeros(len(self.cells), dtype=torch.float64)
+        start[self.start] = 1
+        return AdditiveProblem(self.lower, lambda w: self._table(self._gain(w)), start)
+
     def picture(self, values: Tensor) -> Tensor:
         """Values (S,) laid out on the map, NaN at the walls."""
         image = torch.full((len(self.rows), len(self.rows[0])), torch.nan, dtype=values.dtype)
@@ -229,16 +235,23 @@ class FourRooms:
 
     def _values(self, w: Tensor, policy: Tensor) -> Tensor:
         """J in every state, (*M, C, S)."""
+        return evaluate(policy, self._paying(self._gain(w)))
+
+    def _gain(self, w: Tensor) -> Tensor:
+        """g, (*M, C, S)."""
         spent = -self.incentive(w).sum(-1)[..., None, None]
         wanted = torch.zeros_like(self.goals)
         wanted[:, self.target] = 1
-        return evaluate(policy, self._paying(wanted - self.kappa * spent * self.goals))
+        return wanted - self.kappa * spent * self.goals
 
     def _paying(self, reward: Tensor) -> SparseMDP:
         """The MDP with a reward (*M, C, S) of the state alone."""
-        return self.mdp.replace(
-            reward=reward.unsqueeze(-1).expand(*reward.shape, 4), validate="off"
-        )
+        return self.mdp.replace(reward=self._table(reward), validate="off")
+
+    @staticmethod
+    def _table(reward: Tensor) -> Tensor:
+        """A reward (*B, S) of the state alone, for every move."""
+        return reward.unsqueeze(-1).expand(*reward.shape, len(STEPS))
 
     def _landing(self) -> Tensor:
         """Where each move ends if it does not fail, (S, 4, S): a wall sends the walker back."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from birl_ext.bilevel import BilevelProblem, MSoBiRL, ZeroOrder
+from birl_ext.bilevel import AdditiveProblem, BilevelProblem, MSoBiRL, ZeroOrder
 from birl_ext.functional import evaluate, occupancy, solve
 from birl_ext.model.checks import check_memory
 from birl_ext.model.mdp import DenseMDP
@@ -193,6 +193,14 @@ class TaxEconomy:
     def problem(self) -> BilevelProblem:
         """Both levels, as `birl_ext.bilevel` takes them."""
         return BilevelProblem(self.lower, self.upper)
+
+    def additive(self) -> AdditiveProblem:
+        """The same, for the methods that need to know that the upper level is a sum over steps."""
+
+        def gain(w: Tensor) -> Tensor:
+            return self._gain(self.taxes(w)).unsqueeze(-2).expand(-1, len(self.assets), -1)
+
+        return AdditiveProblem(self.lower, gain)
 
     def _shares(self, mean: Tensor, deviation: float) -> Tensor:
         """Probability of each cell under truncated normals, (*n) → (*n, S)."""
