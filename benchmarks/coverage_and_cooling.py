@@ -25,12 +25,11 @@ from birl_ext.runs.intervals import mean_interval
 TEMPERATURES, KAPPA, DISCOUNT = (0.001, 0.005), 5.0, 0.99
 ROUNDS = 4
 """One of first data, and three more."""
-ALL = 50_000
+ALL, CLIMB = 50_000, 100
 SETTINGS: dict[str, dict[str, Any]] = {
     "20,000 uniform first, 64 starts, cooled": {},
     "20,000 of hot followers first": {"explorer": "hot"},
     "2,000 uniform first": {"first": 2000},
-    "2,000 of hot followers first": {"first": 2000, "explorer": "hot"},
     "not cooled": {"heat": 1.0},
     "one new start a round, cooled": {"count": 2, "candidates": 1},
     "one new start a round, not cooled": {"count": 2, "candidates": 1, "heat": 1.0},
@@ -49,6 +48,7 @@ def measured(seed: int) -> Iterator[dict[str, Any]]:
                 found.start,
                 discount=DISCOUNT,
                 temperature=temperature,
+                climb=CLIMB,
                 follower=found.follower,
                 **{"first": first, "more": (ALL - first) // (ROUNDS - 1), **options},
             )
