@@ -27,6 +27,9 @@ from birl_ext.bilevel import (
 from birl_ext.bilevel.algorithm import Algorithm, Maker
 from birl_ext.bilevel.problem import Temperature
 
+LEARNED = 64
+"""Starts of `EstimatedModel`, where there are several: on a model they cost no sample."""
+
 __all__ = ["METHODS", "Method", "Plan"]
 
 
@@ -151,8 +154,8 @@ def _estimated(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
         temperature=bout.temperature,
         first=max(1, first),
         more=max(1, more),
-        count=plan.starts,
-        candidates=min(8, plan.starts),
+        count=LEARNED if plan.starts > 1 else 1,
+        candidates=8 if plan.starts > 1 else 1,
         heat=plan.heat,
         follower=drawn.follower,
     )
