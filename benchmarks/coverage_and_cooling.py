@@ -16,8 +16,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from birl_bench.seeds import study
 
+from birl_ext.bilevel import MSoBiRL, geometric
 from birl_ext.bilevel.estimated_model import EstimatedModel
 from birl_ext.problems.sampled_four_rooms import sampled_four_rooms
 from birl_ext.runs.intervals import mean_interval
@@ -36,8 +38,41 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+KNOWN = {"the process known, one start cooled": 8.0, "the process known, one start not cooled": 1.0}
+"""Where the temperature falls from, in units of λ."""
+STEPS, COOLING, RATE = 600, 0.6, 0.1
+
+
+def known(seed: int) -> Iterator[dict[str, Any]]:
+    """The exact hyper-gradient from one flat start, for comparison: no sample is drawn."""
+    for temperature in TEMPERATURES:
+        found = sampled_four_rooms(temperature, KAPPA)
+        for setting, heat in KNOWN.items():
+            schedule = geometric(heat * temperature, temperature, round(COOLING * STEPS))
+            algorithm = MSoBiRL(
+                found.exact,
+                found.start(1, torch.Generator().manual_seed(seed)),
+                temperature=schedule,
+                optimiser=lambda parameters: torch.optim.Adam(parameters, lr=RATE),
+            )
+            began = time.process_time()
+            for step in range(STEPS):
+                for group in algorithm.optimiser.param_groups:
+                    group["lr"] = RATE * 0.1 ** (step / STEPS)
+                algorithm.step()
+            yield {
+                "seed": seed,
+                "temperature": temperature,
+                "setting": setting,
+                "value": float(found.value(algorithm.x)),
+                "samples": 0,
+                "seconds": time.process_time() - began,
+            }
+
+
 def measured(seed: int) -> Iterator[dict[str, Any]]:
     """A row for each temperature and setting."""
+    yield from known(seed)
     for temperature in TEMPERATURES:
         for setting, options in SETTINGS.items():
             found = sampled_four_rooms(temperature, KAPPA, seed=seed)

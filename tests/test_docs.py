@@ -156,6 +156,7 @@ def test_the_tables_of_preference_runs_are_those_measured() -> None:
         ("additive_credit", "stochastic"),
         ("temperature_gradient", "stochastic"),
         ("score_limit", "stochastic"),
+        ("coverage_and_cooling", "coverage_and_cooling"),
         ("few_knobs", "preferences"),
         ("bodies_and_pixels", "preferences"),
         ("modes_by_cost", "bilevel"),

@@ -258,6 +258,25 @@ def test_a_critic_learns_what_the_policy_costs_above(kind: Any, options: Any) ->
     assert_close(gap, np.zeros((STATES, ACTIONS)), bound=0.1, label="π (Q̂_f − Q_f)")
 
 
+def test_a_lower_critic_learns_where_the_policy_goes() -> None:
+    algorithm = make(
+        BCHG,
+        batch=4000,
+        minibatch=10_000,
+        replays=15,
+        rate=1.0,
+        lower="critic",
+        optimiser=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
+    )
+    for _ in range(3):
+        algorithm.step()
+    wanted = discounted(POLICY, np.eye(6).reshape(3, 2, 6), GAMMA).reshape(6, 6)
+    assert_close(algorithm._visits, wanted, bound=0.1, label="M")
+    algorithm._visits, algorithm.upper_q = as_torch(wanted), as_torch(UPPER)
+    algorithm.rate, algorithm.replays, algorithm.batch = 1e-15, 1, 200
+    agrees(algorithm, EXACT, 30, 0.03)
+
+
 def test_a_replay_keeps_the_latest_transitions() -> None:
     algorithm = make(BCHG, capacity=5)
     path = Paths(
@@ -350,6 +369,7 @@ KINDS: list[tuple[Any, dict[str, Any]]] = [
     (HPGD, {"sampling": "oracle", "model": process()}),
     (BCHG, {"minibatch": 50, "replays": 3}),
     (BCHG, {"replays": 0}),
+    (BCHG, {"minibatch": 50, "replays": 3, "lower": "critic"}),
     (SampledZeroOrder, {}),
     (StocSoBiRLDescent, {}),
 ]
@@ -470,6 +490,10 @@ def test_errors_are_named() -> None:
             make(kind, rate=1.5)
         with pytest.raises(OptionError, match="batch is 0"):
             make(kind, batch=0)
+    with pytest.raises(OptionError, match="lower is 'td'"):
+        make(BCHG, lower="td")
+    with pytest.raises(OptionError, match="replays is 0"):
+        make(BCHG, lower="critic", replays=0)
     with pytest.raises(OptionError, match="radius is 0"):
         make(SampledZeroOrder, radius=0.0)
     paths = SampledProblem(lambda x: x, lambda x, paths: x.sum())
