@@ -189,7 +189,10 @@ def table(report: Mapping[str, Any]) -> str:
         exponents = []
         for key in CLAIMED:
             fits = slopes(rows, key)
-            mean, half = mean_interval(fits) if fits else (math.nan, math.nan)
+            if len(fits) < len(rows):
+                exponents.append("too few reached")
+                continue
+            mean, half = mean_interval(fits)
             exponents.append(f"**{mean:.2f} ± {half:.2f}**")
         lines.append([name, regime, "exponent of ε", *exponents, "", ""])
     return markdown(head, lines)
