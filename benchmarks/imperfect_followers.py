@@ -188,7 +188,7 @@ def figure(report: Mapping[str, Any], path: Path) -> None:
 
     names = "random MDP, γ = .9", "four rooms"
     with plots.style():
-        drawn, panels = plots.new_figure(1, len(names), size=(11, 3.8))
+        drawn, panels = plots.new_figure(1, len(names), size=(11, 4.2))
         for name, axes in zip(names, panels, strict=True):
             for row in report["rows"]:
                 if row["problem"] == name:
@@ -202,7 +202,15 @@ def figure(report: Mapping[str, Any], path: Path) -> None:
             axes.set_title(name)
             axes.set_xlabel("outer step")
         panels[0].set_ylabel("relative error of ∇φ, median")
-        panels[0].legend(ncols=2, title="carried; dashed: reset", title_fontsize=9)
+        handles, labels = panels[0].get_legend_handles_labels()
+        drawn.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=len(COUNTS),
+            title="carried over; dashed: reset",
+            title_fontsize=9,
+        )
         drawn.savefig(path, metadata={"Software": None})
 
 

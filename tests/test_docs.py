@@ -160,6 +160,10 @@ def test_the_tables_of_preference_runs_are_those_measured() -> None:
         ("few_knobs", "preferences"),
         ("bodies_and_pixels", "preferences"),
         ("modes_by_cost", "bilevel"),
+        ("outer_steps", "rates"),
+        ("stoc_sobirl_slopes", "stochastic"),
+        ("imperfect_followers", "followers_and_bias"),
+        ("estimator_bias", "followers_and_bias"),
     ],
 )
 def test_the_tables_of_estimators_are_those_measured(name: str, page: str) -> None:
@@ -410,6 +414,28 @@ def test_the_default_mode_costs_little_more_than_the_cheapest() -> None:
     assert max(excess.values()) <= 1.3
     said = f"at most {max(excess.values()):.2f} times the cheapest"
     assert said in (ROOT / "docs" / "bilevel.md").read_text()
+
+
+def newest(name: str) -> dict[str, Any]:
+    stored = sorted((ROOT / "benchmarks" / "results").glob(f"{name}_*.json"))[-1]
+    report: dict[str, Any] = json.loads(stored.read_text())
+    return report
+
+
+def test_no_error_of_an_imperfect_follower_is_above_its_bound() -> None:
+    report = newest("imperfect_followers")
+    assert report["violated"] == 0
+    said = f"0 of {report['checked']:,} errors are above it"
+    assert said in (ROOT / "docs" / "followers_and_bias.md").read_text()
+
+
+def test_outer_steps_of_the_exact_gradient_are_within_the_bound() -> None:
+    rows = {(row["problem"], row["method"]): row for row in newest("outer_steps")["rows"]}
+    exact = {name: row for (name, method), row in rows.items() if method == "M-SoBiRL, exact"}
+    assert len(exact) == 3
+    assert all(0 < row["share_of_bound"] <= 1 for row in exact.values())
+    assert all(row["slope"] > -1.05 and row["fitted"] == 20 for row in exact.values())
+    assert exact["strongly convex"]["slope"] > exact["quartic"]["slope"] > -0.5
 
 
 def test_noise_falls_with_the_root_of_the_samples() -> None:
