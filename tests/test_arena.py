@@ -27,7 +27,7 @@ from birl_ext.arena.job import ArenaJob
 from birl_ext.arena.methods import METHODS, Plan
 from birl_ext.arena.play import Match, play
 from birl_ext.bilevel import BilevelProblem
-from birl_ext.bilevel.algorithm import Descent
+from birl_ext.bilevel.algorithm import Algorithm
 from birl_ext.errors import (
     ConfigError,
     EnvironmentFailureError,
@@ -164,7 +164,7 @@ def test_a_method_that_fails_is_said_and_the_others_go_on(
 ) -> None:
     sound = METHODS["m-sobirl"]
 
-    def make(bout: Bout, x: Tensor, plan: Plan) -> Descent[Any]:
+    def make(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
         without = BilevelProblem(_lower, lambda x, solution: _upper(x, solution) / 0)
         return sound.make(replace(bout, problem=without), x, plan)
 

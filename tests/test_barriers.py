@@ -6,8 +6,16 @@ import math
 
 import torch
 
+from birl_ext.bilevel import BilevelProblem
+from birl_ext.model.mdp import DenseMDP
 from birl_ext.problems.barriers import OPEN, barriers
 from birl_ext.problems.four_rooms import FourRooms
+
+
+def _process(problem: BilevelProblem, w: torch.Tensor) -> torch.Tensor:
+    mdp = problem.model(w)
+    assert isinstance(mdp, DenseMDP)
+    return mdp.transition
 
 
 def test_a_barrier_sends_back_what_it_stops() -> None:
@@ -15,7 +23,7 @@ def test_a_barrier_sends_back_what_it_stops() -> None:
     problem, start = barriers()
     rooms = FourRooms(0.0)
     w = torch.randn(len(start), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = problem.model(w).transition
+    found = _process(problem, w)
     plain = rooms.mdp.to_dense().transition[0]
     goal = int(rooms.goals[0].argmax())
     for s in range(len(start)):
@@ -49,7 +57,7 @@ def test_the_objective_is_visits_less_the_price() -> None:
     w = torch.full_like(start, OPEN + 3)
     phi, solution = problem.evaluate(w, 0.03)
     rooms = FourRooms(0.0)
-    transition = problem.model(w).transition
+    transition = _process(problem, w)
     here = torch.zeros(len(start), dtype=torch.float64)
     here[rooms.start] = 1
     visits = 0.0

@@ -231,12 +231,10 @@ class ArenaJob:
             return None
         slow = f"its budget is enough for {steps} outer steps, {FEWEST} are the fewest played"
         match = self._match(key)
-        nothing = {"values": None, "cost": [], "curve": [], "steps": 0, "seconds": 0.0}
         return {
-            **nothing,
+            **dict.fromkeys(("steps", "seconds", "samples", "memory"), 0),
+            **{"values": None, "cost": [], "curve": []},
             "seeds": list(match.seeds),
-            "samples": 0,
-            "memory": 0.0,
             "rate": match.rate,
             "failed": pace["failed"] or slow,
         }

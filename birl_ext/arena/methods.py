@@ -97,7 +97,7 @@ def _amd(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
 
 
 def _central(bout: Bout, x: Tensor, plan: Plan) -> Algorithm[Any]:
-    own = {"radius": 0.1, "points": 2, "directions": 8, "batched": bout.stacks}
+    own: dict[str, Any] = {"radius": 0.1, "points": 2, "directions": 8, "batched": bout.stacks}
     return ZeroOrder(bout.problem, x, **own, **_common(plan))
 
 

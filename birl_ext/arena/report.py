@@ -65,7 +65,7 @@ def _joined(setting: str, method: str, switch: str, records: Sequence[Record]) -
     points = min((len(record["cost"]) for record in sound), default=0)
 
     def mean(name: str) -> float:
-        return sum(record[name] for record in records) / len(records)
+        return sum(float(record[name]) for record in records) / len(records)
 
     return Standing(
         setting,

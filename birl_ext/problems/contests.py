@@ -11,6 +11,7 @@ from torch import Tensor
 
 from birl_ext.arena.contest import Bout, Contest, Samples
 from birl_ext.bilevel import Effort
+from birl_ext.model.mdp import SparseMDP
 from birl_ext.problems.barriers import barriers
 from birl_ext.problems.four_rooms import DISCOUNT, FLAT, PUBLISHED, SPREADS, FourRooms
 from birl_ext.problems.leader_toy import TEMPERATURE, leader_toy
@@ -66,8 +67,11 @@ def _four_rooms_samples(setting: Mapping[str, Any], seeds: tuple[int, ...], star
     rooms = sampled_four_rooms(**{"kappa": 5.0, **setting}, seed=seeds[0])
     drawn = torch.Generator().manual_seed(seeds[0])
     start = rooms.start(starts, drawn)
-    model = rooms.exact.model(start[0]).to_dense()
-    samples = Samples(rooms.problem, rooms.simulator, DISCOUNT, rooms.start, rooms.follower, model)
+    planned = rooms.exact.model(start[0])
+    assert isinstance(planned, SparseMDP)
+    samples = Samples(
+        rooms.problem, rooms.simulator, DISCOUNT, rooms.start, rooms.follower, planned.to_dense()
+    )
     return Bout(start, rooms.temperature, rooms.exact, samples=samples)
 
 
