@@ -9,13 +9,17 @@ Runs of one contest are put together, such as settings that were played apart.
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from birl_bench.machine import header, today
 from birl_bench.report import store
+from birl_bench.report import table as markdown
+from preference_table import ALGORITHMS, NAMES, TASKS, interval, needed
 
 from birl_ext.arena import report as standings
 from birl_ext.problems.contests import CONTESTS
@@ -65,6 +69,24 @@ def _words(value: Any) -> list[Any]:
 def table(report: dict[str, Any]) -> str:
     """Markdown: what `birl arena` wrote into the run's own table.md."""
     return standings.table(CONTESTS[report["contest"]], report["records"])
+
+
+def preferences(report: dict[str, Any]) -> str:
+    """Markdown of the stored study of preferences, which is not played again: each task and
+    algorithm, the mean over its teachers, with an interval over the seeds, which are independent.
+    """
+    head = ["task", "algorithm", "φ", "labels", "processor s", "runs"]
+    lines = []
+    for task, name in itertools.product(TASKS, ALGORITHMS):
+        own = [r for r in report["runs"] if (r["task"], r["algorithm"]) == (task, name)]
+        if own:
+            seeds = {r["seed"] for r in own}
+            each = [fmean(r["phi"] for r in own if r["seed"] == seed) for seed in seeds]
+            cells = [interval(each, 2).lstrip("+")]
+            cells += [f"{fmean(map(needed, own)):.0f}"]
+            cells += [f"{fmean(r['processor_seconds'] for r in own):.0f}", str(len(own))]
+            lines.append([task, NAMES[name], *cells])
+    return markdown(head, lines)
 
 
 def figure(report: dict[str, Any], path: Path) -> None:

@@ -174,6 +174,24 @@ def test_the_tables_of_estimators_are_those_measured(name: str, page: str) -> No
     assert found.strip() == table, f"docs/{page}.md should contain\n\n{table}"
 
 
+ARENAS = sorted((ROOT / "benchmarks" / "results").glob("arena_*.json"))
+
+
+@pytest.mark.parametrize("stored", ARENAS, ids=lambda path: path.stem)
+def test_the_tables_of_the_arena_are_those_measured(stored: Path) -> None:
+    report = json.loads(stored.read_text())
+    table = runpy.run_path(str(ROOT / "benchmarks" / "arena.py"))["table"](report)
+    page = (ROOT / "docs" / "arena.md").read_text()
+    found = between(page, f"{stored.stem.rsplit('_', 1)[0].replace('_', ' ')}")
+    assert found.strip() == table, f"docs/arena.md should contain\n\n{table}"
+
+
+def test_the_arena_reads_in_the_study_of_preferences() -> None:
+    table = runpy.run_path(str(ROOT / "benchmarks" / "arena.py"))["preferences"]
+    found = between((ROOT / "docs" / "arena.md").read_text(), "preferences read in")
+    assert found.strip() == table(json.loads(PREFERENCES[-1].read_text()))
+
+
 @pytest.mark.skipif(not ADAPTATION, reason="no stored results of adaptation")
 def test_the_tables_of_adaptation_are_those_measured() -> None:
     report = json.loads(ADAPTATION[-1].read_text())
