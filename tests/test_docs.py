@@ -159,6 +159,7 @@ def test_the_tables_of_preference_runs_are_those_measured() -> None:
         ("few_knobs", "preferences"),
         ("bodies_and_pixels", "preferences"),
         ("modes_by_cost", "bilevel"),
+        ("hpgd_speed", "rivals"),
     ],
 )
 def test_the_tables_of_estimators_are_those_measured(name: str, page: str) -> None:

@@ -19,8 +19,8 @@ def outer_step(
 ) -> Callable[[Any, Any], tuple[Any, Any, Any]]:
     """(key, w) → w after a step, ∇φ̂ and what the step reports; not compiled.
 
-    Its settings of λ = 0.003, on-policy, but λ, κ and the rate as given. The gradient is read off w,
-    so its norm is cut to a number that it never reaches.
+    Its settings of λ = 0.003, on-policy, but λ, κ and the rate as given. The gradient is read off
+    w, so its norm is cut to a number that it never reaches.
     """
     import jax
 
