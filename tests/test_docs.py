@@ -164,6 +164,7 @@ def test_the_tables_of_preference_runs_are_those_measured() -> None:
         ("stoc_sobirl_slopes", "stochastic"),
         ("imperfect_followers", "followers_and_bias"),
         ("estimator_bias", "followers_and_bias"),
+        ("hpgd_speed", "rivals"),
     ],
 )
 def test_the_tables_of_estimators_are_those_measured(name: str, page: str) -> None:
