@@ -113,6 +113,11 @@ def test_a_follower_that_does_not_carry_starts_from_zero() -> None:
     assert not torch.equal(Sweeps(3).answer(mdp, 0.5, start).value, fresh.value)
 
 
+def test_a_value_of_another_model() -> None:
+    with pytest.raises(ShapeError, match=r"is of shape \(5,\)"):
+        Sweeps(3).answer(random_mdp(), 0.5, torch.zeros(5, dtype=torch.float64))
+
+
 def test_a_tolerance_saves_sweeps() -> None:
     mdp = random_mdp()
     few, all_of_them = Sweeps(500, tol=1e-3).answer(mdp, 0.5), Sweeps(500).answer(mdp, 0.5)

@@ -258,7 +258,7 @@ def test_amd_sweeps_as_the_loops_do() -> None:
     q, u = np.zeros((S, A)), np.zeros((S, A))
     dq, w = np.zeros((S, A, D)), np.zeros((S, A, D))
 
-    def means() -> tuple[np.ndarray, ...]:
+    def means() -> Any:
         weight = np.exp(q / TAU)
         policy = weight / weight.sum(-1, keepdims=True)
         mean = [np.einsum("sa,sak->sk", policy, table) for table in (u[..., None], dq, w)]
@@ -266,7 +266,7 @@ def test_amd_sweeps_as_the_loops_do() -> None:
 
     for _ in range(3):
         v, j, dv, dw = means()
-        new_q, new_u, new_dq, new_w = (table.copy() for table in (q, u, dq, w))
+        new_q, new_u, new_dq, new_w = q.copy(), u.copy(), dq.copy(), w.copy()
         for s in range(S):
             for a in range(A):
                 row = WEIGHT[s, a].numpy()
@@ -571,6 +571,40 @@ def test_x_in_other_forms(name: str) -> None:
 
 
 @every
+def test_a_narrow_dtype_and_an_optimiser_that_asks_again(name: str) -> None:
+    """float32 throughout, LBFGS, and a module for x."""
+
+    class Vector(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = torch.nn.Parameter(X.float())
+
+    def narrow(net: Any) -> DenseMDP:
+        reward = FEATURES.float() @ net.x + SHIFT.float()
+        return DenseMDP(reward, WEIGHT.float(), GAMMA, initial_distribution=RHO.float())
+
+    def judge(net: Any, solution: Solution) -> Tensor:
+        return (PREFER.float() * solution.policy**2).sum() + 0.1 * net.x.square().sum()
+
+    kind = type(made(name))
+    problem: Any = BilevelProblem(narrow, judge)
+    if name == "amd":
+        problem = AdditiveProblem(narrow, lambda net: OTHER.float() @ net.x.square())
+    options: dict[str, Any] = {"radius": 0.1} if name == "zero order" else {}
+    algorithm = kind(
+        problem,
+        Vector(),
+        temperature=TAU,
+        optimiser=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+        **options,
+    )
+    before = algorithm.x.x.detach().clone()
+    outcome = algorithm.step()
+    assert outcome.objective.dtype == torch.float32
+    assert not torch.equal(algorithm.x.x, before)
+
+
+@every
 def test_noise_is_that_of_its_seed(name: str) -> None:
     quiet, noisy, again = (
         made(name, noise=noise, seed=2, optimiser=sgd) for noise in (0.0, 0.5, 0.5)
@@ -652,7 +686,7 @@ def test_a_batch_of_directions_needs_a_tensor() -> None:
 
 def test_amd_needs_an_additive_problem() -> None:
     with pytest.raises(OptionError, match="problem is a BilevelProblem"):
-        AMD(PROBLEM, X, temperature=TAU, optimiser=sgd)
+        AMD(PROBLEM, X, temperature=TAU, optimiser=sgd)  # type: ignore[arg-type]
 
 
 def test_an_additive_problem_is_checked() -> None:
@@ -663,6 +697,8 @@ def test_an_additive_problem_is_checked() -> None:
         step(lower, lambda x: gain(x)[:2], RHO)
     with pytest.raises(ShapeError, match="reward returned shape"):
         step(lower, lambda x: gain(x).expand(2, S, A), RHO)
+    with pytest.raises(ShapeError, match="what broadcasts to"):
+        step(lambda x: lower(x.expand(3, D)), lambda x: gain(x).expand(2, S, A), RHO)
     with pytest.raises(DtypeError, match="reward returned a float"):
         step(lower, lambda x: 1.0, RHO)
     with pytest.raises(OptionError, match="initial_distribution is None"):

@@ -89,7 +89,7 @@ class Fitted(Follower):
                 likelihood rises as w goes to infinity.
             NotConvergedError: `steps` were not enough.
 
-        Source: Rust (1987) for the likelihood; maths section 5 for its derivatives.
+        Source: Rust (1987) for the likelihood; (M10), (M11) for its derivatives.
         """
         features = checks.as_floating("features", features)
         shape = (model.states, model.actions)

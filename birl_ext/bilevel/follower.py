@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from birl_ext.bilevel.guards import check_count, check_kind, check_number
+from birl_ext.errors import ShapeError
 from birl_ext.functional import solve
 from birl_ext.model import checks
 from birl_ext.model.layout import Flat
@@ -123,9 +124,9 @@ class Sweeps(Follower):
     def approach(
         self, mdp: DenseMDP | SparseMDP, temperature: float | Tensor, carried: Tensor | None = None
     ) -> Approach:
-        data, layout = mdp.flatten(temperature)
-        start = carried if self.carry and carried is not None else mdp.reward.new_zeros(mdp.states)
-        value = layout.grouped(start.detach().double(), 1)
+        flat = mdp.flatten(temperature)
+        data, layout = flat
+        value = first_value(flat, carried if self.carry else None)
         taken = 1
         with torch.no_grad():
             for _ in range(self.count - 1):
@@ -151,6 +152,20 @@ class Sweeps(Follower):
         value = value.expand_as(near.value)
         off = (near.value.double() - value.double()).abs().amax(-1)
         return Approach(value, near.error_bound + off, taken)
+
+
+def first_value(flat: Flat, carried: Tensor | None) -> Tensor:
+    """V_0, (N, G, S): what was carried over, (*B, S), or zero."""
+    states, batch = flat.data.reward.shape[-2], flat.layout.batch_shape
+    if carried is None:
+        carried = flat.data.reward.new_zeros(states)
+    elif carried.shape != (*batch, states):
+        raise ShapeError(
+            f"the value that the last step left is of shape {tuple(carried.shape)}",
+            allowed=f"{(*batch, states)}, by the MDP of `lower`",
+            fix="keep the shape of the MDP, or begin anew",
+        )
+    return flat.layout.grouped(carried.detach().double(), 1)
 
 
 def approximate(

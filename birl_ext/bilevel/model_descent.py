@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,12 +46,12 @@ class ModelDescent(Descent[_Outcome]):
         follower: who answers the lower level; None: `Exact()`.
     """
 
-    STATE = ("_value", "generator")
-    OPTIONAL = ("_value",)
+    STATE: ClassVar[tuple[str, ...]] = ("_value", "generator")
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("_value",)
 
-    FORM: type = BilevelProblem
+    FORM: ClassVar[type] = BilevelProblem
     """Of the problem."""
-    OWN_SWEEPS = False
+    OWN_SWEEPS: ClassVar[bool] = False
     """Whether the method sweeps by itself, and asks no follower."""
 
     def __init__(

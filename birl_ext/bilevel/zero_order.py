@@ -183,7 +183,7 @@ class ZeroOrder(ModelDescent[ZeroOrderOutcome]):
 
     def _at(self, x: variables.Variables, tau: float | Tensor, value: Tensor | None) -> Tensor:
         answer = self.follower.answer(self.problem.model(x), tau, value)
-        objective = self.problem.judge(x, answer)
+        objective: Tensor = self.problem.judge(x, answer)
         check_objective(objective, self.steps)
         return objective
 

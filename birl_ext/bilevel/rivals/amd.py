@@ -97,11 +97,12 @@ class AMD(ModelDescent[RivalOutcome]):
             """(*B, S, A, k) to (N, S, A, G, k)."""
             return layout.grouped(table.double(), 3).permute(0, 2, 3, 1, 4)
 
-        gain = gain.expand(*torch.broadcast_shapes(gain.shape, mdp.reward.shape))
-        if gain.dim() - 2 > len(layout.batch_shape):
+        batch, given = layout.batch_shape, gain.shape[:-2]
+        pairs = zip(reversed(given), reversed(batch), strict=False)
+        if len(given) > len(batch) or any(ours not in (1, whole) for ours, whole in pairs):
             raise ShapeError(
                 f"reward returned shape {tuple(gain.shape)}",
-                allowed=f"what broadcasts to {(*layout.batch_shape, *gain.shape[-2:])}",
+                allowed=f"what broadcasts to {(*batch, *gain.shape[-2:])}",
             )
         paid = [inside(table.detach().unsqueeze(-1)) for table in (mdp.reward, gain)] + [
             inside(table_slopes(table, self.x, own)) for table in (mdp.reward, gain)
@@ -134,7 +135,7 @@ class AMD(ModelDescent[RivalOutcome]):
                 means, _ = _means(tables, temperature, prior)
                 rise = tables[..., 1 : 2 + d] - means[:, :, None, :, 1 : 2 + d]
                 rise = rise[..., :1] * rise[..., 1:] / temperature.unsqueeze(-1)
-                tables = base + discounts * ahead(means)
+                tables = ahead(means).mul_(discounts).add_(base)
                 tables[..., 2 + d :] += rise
             means, _ = _means(tables, temperature, prior)
             found = layout.restore(means.permute(0, 2, 1, 3))  # (*B, S, 2 + 2d)

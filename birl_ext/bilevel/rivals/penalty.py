@@ -174,7 +174,8 @@ class ValuePenalty(_Penalty):
         problem, x, temperature, optimiser, noise, seed, follower: as those of `MSoBiRL`.
         weight: λ, units of φ over reward, or a schedule of it; the bias falls as 1/λ.
         inner_steps: steps on y for each on x.
-        inner_rate: of the steps on y, in units of S/τ; about 1 − γ is stable.
+        inner_rate: of the steps on y, in units of S/τ; begin with 1 − γ, as a state may be visited
+            1/(1 − γ) times.
 
     Raises:
         OptionError: a number out of its range.
@@ -196,7 +197,7 @@ class BellmanPenalty(_Penalty):
         problem, x, temperature, optimiser, noise, seed, follower: as those of `MSoBiRL`.
         weight: λ, units of φ over reward, or a schedule of it; the bias falls as 1/λ.
         inner_steps: steps on y for each on x.
-        inner_rate: of the steps on y, in units of S/τ; up to 1 is stable.
+        inner_rate: of the steps on y, in units of S/τ.
 
     Raises:
         OptionError: a number out of its range.

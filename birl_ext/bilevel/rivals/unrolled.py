@@ -9,7 +9,7 @@ from torch import Tensor
 
 from birl_ext.bilevel import variables
 from birl_ext.bilevel.algorithm import Maker
-from birl_ext.bilevel.follower import Follower, approximate
+from birl_ext.bilevel.follower import Follower, approximate, first_value
 from birl_ext.bilevel.guards import check_count, check_kind, check_objective
 from birl_ext.bilevel.hypergradient import hypergradient
 from birl_ext.bilevel.model_descent import ModelDescent, RivalOutcome
@@ -76,10 +76,7 @@ class Unrolled(ModelDescent[RivalOutcome]):
     def _estimate(self, tau: float | Tensor) -> tuple[Tensor, list[Tensor]]:
         mdp = self._model()
         flat = mdp.flatten(tau)
-        start = self._value if self.carry and self._value is not None else None
-        if start is None:
-            start = mdp.reward.new_zeros(mdp.states)
-        value = flat.layout.grouped(start.detach().double(), 1)
+        value = first_value(flat, self._value if self.carry else None)
         for left in range(self.sweeps, 0, -1):
             silent = torch.no_grad() if left > self.depth else contextlib.nullcontext()
             with silent:
