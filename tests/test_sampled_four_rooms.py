@@ -47,7 +47,8 @@ def test_the_exact_value_is_that_of_four_rooms_for_its_goal(goal: Any, noise: An
         assert_close(value, wanted, bound=1e-10, label="value")
         own = found.follower(w, LAMBDA)
         assert_close(own, both.policy["AB".index(goal)], bound=1e-9, label="π")
-    other = sampled_four_rooms(LAMBDA, KAPPA, "BA"["AB".index(goal)], noise=noise)
+    there: Any = {"A": "B", "B": "A"}[goal]
+    other = sampled_four_rooms(LAMBDA, KAPPA, there, noise=noise)
     half = (values + other.value(points)) / 2
     wanted = -rooms.problem().objective(points, LAMBDA)
     assert_close(half, wanted, bound=1e-10, label="mean over the goals")

@@ -512,6 +512,8 @@ def test_errors_are_named() -> None:
         SampledZeroOrder(moving, simulator(), as_torch(X), radius=1.0, follower=known, **given)
     with pytest.raises(TemperatureError):
         make(HPGD, temperature=0.0)
+    with pytest.raises(ShapeError, match=r"temperature has shape \(2,\)"):
+        make(HPGD, temperature=torch.ones(2)).step()
 
 
 def test_a_follower_that_plays_no_policy_is_refused() -> None:

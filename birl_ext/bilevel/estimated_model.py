@@ -262,14 +262,14 @@ class EstimatedModel(Algorithm[EstimatedModelOutcome]):
         level = self.level()
         generator = self.simulator.generator
         points = self._drawn(self.count, generator)
-        share = torch.rand(self.count, generator=generator, dtype=torch.float64)
-        share[0] = 1.0
+        power = torch.rand(self.count, generator=generator, dtype=torch.float64)
+        power[0] = 1.0
         cold = self.count // 4
         if self.steps:  # where the last search ended, too, from λ
             points[-self.candidates :] = self._points
             cold = max(cold, self.candidates)
-        share[self.count - cold :] = 0.0
-        heat = self.heat**share
+        power[self.count - cold :] = 0.0
+        heat = self.heat**power
         begun = 0
         for share in RUNGS:
             last = max(begun + 1, round(share * self.climb))

@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ class SampledDescent(Descent[StocSoBiRLOutcome]):
     All randomness is the simulator's generator.
     """
 
-    STATE = ("q", "simulator")
+    STATE: ClassVar[tuple[str, ...]] = ("q", "simulator")
 
     def _begin_sampled(
         self,
@@ -153,9 +153,14 @@ class SampledDescent(Descent[StocSoBiRLOutcome]):
         """φ and ∇φ, (d,), estimated at the present x, after the lower level's update."""
 
     @property
-    def tau(self) -> float | Tensor:
+    def tau(self) -> float:
         """τ of the next step."""
-        return temperature_at(self.temperature, self.steps)
+        found = temperature_at(self.temperature, self.steps)
+        if isinstance(found, Tensor) and found.numel() != 1:
+            raise ShapeError(
+                f"temperature has shape {tuple(found.shape)}", allowed="one number, of one process"
+            )
+        return float(found)
 
     def _table(self, name: str, function: Callable[[Any], Tensor], x: Any = None) -> Tensor:
         """A number for each state and action at x, by default the present one; zero behind the

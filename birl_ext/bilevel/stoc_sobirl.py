@@ -245,13 +245,14 @@ class StocSoBiRLDescent(SampledDescent):
         Unless it is known, it learns by synchronous soft Q-learning from the warm start.
         """
         above = self.problem.discount
-        critic = cost is not None and self.credit == "critic"
+        if self.credit != "critic":
+            cost = None  # nothing is learned of it
         known = None if self.follower is None else self._played()
-        if known is not None and not critic:
+        if known is not None and cost is None:
             return known
         for j in range(1, self.effort.sweeps + 1):
             ahead, goes_on = self.simulator.successors()
-            if critic:
+            if cost is not None:
                 policy = self._preference().softmax(-1) if known is None else known.policy
                 mean = (policy * self.upper_q).sum(-1)
                 target = cost + above * mean[ahead] * goes_on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class SampledRival(SampledDescent):
     ∇φ̂ = (1/n) Σ_i Σ_t γ_uᵗ [ ∇f_t + (1/τ) A_t ∇h_t ]
     """
 
-    STATE = ("upper_q",)
+    STATE: ClassVar[tuple[str, ...]] = ("upper_q",)
 
     def _begin_rival(
         self,
