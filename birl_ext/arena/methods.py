@@ -188,6 +188,9 @@ METHODS: dict[str, Method] = {
     "hpgd-sarsa": Method("HPGD, SARSA", "samples", _paths(HPGD, critic="sarsa")),
     "hpgd-oracle": Method("HPGD, told the advantages", "samples", _oracle),
     "bc-hg": Method("BC-HG", "samples", _paths(BCHG)),
+    "bc-hg-critics": Method(
+        "BC-HG, both critics", "samples", _paths(BCHG, lower="critic", replays=5)
+    ),
     "zero-order-samples": Method(
         "zero order, from samples", "samples", _paths(SampledZeroOrder, radius=0.5)
     ),

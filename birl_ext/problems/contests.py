@@ -28,7 +28,7 @@ WIDEST = 6.0
 
 SAMPLED = (
     *("estimated-model", "stoc-sobirl", "stoc-sobirl-to-go", "hpgd", "hpgd-uniform", "hpgd-sarsa"),
-    *("hpgd-oracle", "bc-hg", "zero-order-samples"),
+    *("hpgd-oracle", "bc-hg", "bc-hg-critics", "zero-order-samples"),
 )
 KNOWN = (
     *("m-sobirl", "m-sobirl-published", "unrolled", "value-penalty", "bellman-penalty"),
