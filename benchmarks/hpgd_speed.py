@@ -126,10 +126,10 @@ def in_jax(step: Callable[[], Any], count: int) -> Call:
         w = jax.numpy.asarray(x.squeeze(0).numpy(), jax.numpy.float32)
         key = jax.random.PRNGKey(next(calls))
         key = jax.random.split(key, count) if count > 1 else key
-        jax.block_until_ready((key, w))  # type: ignore[no-untyped-call]
+        jax.block_until_ready((key, w))
 
         def once() -> tuple[Any, float]:
-            found = jax.block_until_ready(compiled(key, w))  # type: ignore[no-untyped-call]
+            found = jax.block_until_ready(compiled(key, w))
             return found[1], DRAWN
 
         return once
