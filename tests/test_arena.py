@@ -414,6 +414,25 @@ def test_hours_and_memory_are_foretold(
         again.step()
 
 
+def test_a_follower_that_learns_costs_samples() -> None:
+    rooms = CONTESTS["four-rooms-samples"]
+    known, learns = (
+        play(
+            match(
+                contest=rooms,
+                setting=f"λ 0.005{how}",
+                method="hpgd",
+                seeds=(0,),
+                steps=2,
+                budget=1e9,
+            )
+        )
+        for how in ("", ", the follower learns")
+    )
+    assert known["samples"] < 2 * 200
+    assert learns["samples"] > 2 * 10 * 104 * 4  # ten of every state and action
+
+
 def test_taxes_from_samples_are_those_of_the_model() -> None:
     taxes = CONTESTS["taxes-samples"].make({"temperature": 0.1, "cells": 10}, (0,), 1)
     assert taxes.samples is not None

@@ -64,13 +64,20 @@ def _weights(rooms: FourRooms, seed: int, starts: int) -> Tensor:
 
 
 def _four_rooms_samples(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
-    rooms = sampled_four_rooms(**{"kappa": 5.0, **setting}, seed=seeds[0])
-    drawn = torch.Generator().manual_seed(seeds[0])
-    start = rooms.start(starts, drawn)
+    own = {"kappa": 5.0, **setting}
+    learns = own.pop("learns", False)
+    rooms = sampled_four_rooms(**own, seed=seeds[0])
+    start = rooms.start(starts, torch.Generator().manual_seed(seeds[0]))
     planned = rooms.exact.model(start[0])
     assert isinstance(planned, SparseMDP)
     samples = Samples(
-        rooms.problem, rooms.simulator, DISCOUNT, rooms.start, rooms.follower, planned.to_dense()
+        rooms.problem,
+        rooms.simulator,
+        DISCOUNT,
+        rooms.start,
+        follower=None if learns else rooms.follower,
+        model=planned.to_dense(),
+        effort=Effort(1, 60, 10 if learns else 1),
     )
     return Bout(start, rooms.temperature, rooms.exact, samples=samples)
 
@@ -144,6 +151,9 @@ WALKS: dict[str, dict[str, Any]] = {
     for moves in ("planner", "simulator")
     for t in (0.001, 0.003, 0.005)
 }
+WALKS["λ 0.005, the follower learns"] = {"temperature": 0.005, "moves": "planner", "learns": True}
+"""By soft Q-learning, from samples that count."""
+
 KUDO = {0.001: {"BC-HG, 1M steps": 0.668}, 0.005: {"BC-HG, 1M steps": 0.971}}
 """λ → upper value after 10,000 outer steps of 100 environment steps: Kudo et al. (2026)."""
 
