@@ -11,8 +11,8 @@ the planner's model averaged over the last tenth, the best rate by that same num
   environments for 2,000 steps; rows and steps by --hpgd and --hpgd-steps: a step takes 40 times as
   long as an exact one.
 
-    python benchmarks/hpgd_table.py [--rows 0.003/3 …] [--steps N] [--seeds N] [--hpgd 0.003/3 …]
-        [--hpgd-steps N] [--out FILE]
+    python benchmarks/hpgd_table.py [--rows 0.003/3 …] [--methods AMD …] [--steps N] [--seeds N]
+        [--hpgd 0.003/3 …] [--hpgd-steps N] [--out FILE]
 
 Every finished row of a method is written at once, and one that the file holds is not repeated.
 """
@@ -216,7 +216,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 def work(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
     for row in options.rows:
-        for method in ("AMD", "zero order"):
+        for method in options.methods:
             yield (method, *map(float, row.split("/")))  # type: ignore[misc]
     for row in options.hpgd:
         yield ("HPGD", *map(float, row.split("/")))  # type: ignore[misc]
@@ -229,6 +229,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", nargs="*", choices=rows, default=rows, metavar="λ/κ")
+    exact = METHODS[:2]
+    parser.add_argument("--methods", nargs="*", choices=exact, default=exact, help="of --rows")
     parser.add_argument("--hpgd", nargs="*", choices=rows, default=[], metavar="λ/κ")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--hpgd-steps", type=int, default=2000)
