@@ -423,14 +423,14 @@ def test_a_follower_that_learns_costs_samples() -> None:
                 setting=f"λ 0.005{how}",
                 method="hpgd",
                 seeds=(0,),
-                steps=2,
-                budget=1e9,
+                steps=9,
+                budget=9000.0,
             )
         )
         for how in ("", ", the follower learns")
     )
-    assert known["samples"] < 2 * 200
-    assert learns["samples"] > 2 * 10 * 104 * 4  # ten of every state and action
+    assert known["samples"] / known["steps"] < 200
+    assert learns["samples"] / learns["steps"] > 10 * 104 * 4  # ten of every state and action
 
 
 def test_taxes_from_samples_are_those_of_the_model() -> None:
@@ -447,3 +447,21 @@ def test_taxes_from_samples_are_those_of_the_model() -> None:
     paid = problem.cost(x)[path.observation, path.action]
     total = (paid * 0.9 ** torch.arange(80)).sum(-1)
     assert abs(total.mean() - phi) < 4 * total.std() / 4000**0.5 + 1e-3 * abs(phi)
+
+
+def test_samples_are_spent_to_the_last_step_that_fits() -> None:
+    found = play(
+        match(
+            contest=CONTESTS["four-rooms-samples"],
+            setting="λ 0.005",
+            method="hpgd",
+            switch="cooled",
+            seeds=(0,),
+            steps=3,  # what a pace may have thought
+            budget=3000.0,
+        )
+    )
+    assert found["steps"] > 3
+    assert abs(found["samples"] - 3000) < 200  # a path
+    assert found["cost"] == sorted(found["cost"])
+    assert found["cost"][-1] == found["samples"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -42,7 +43,8 @@ class Match:
 
     Args:
         rate: the optimiser's.
-        steps: outer steps; None to find how long one takes.
+        steps: outer steps, of which samples may leave fewer or take more; None to find how long
+            one takes.
         budget: of each seed, in the contest's unit.
         starts, heat, noise: of the switches.
     """
@@ -102,7 +104,6 @@ class _Game:
         )
         together = self.contest.batched and self.method.needs != "samples"
         rows: Sequence[Tensor] = [self.bout.start] if together else list(self.bout.start)
-        self.turns = None if match.steps is None else -(-match.steps // len(rows))
         self.team = [self._algorithm(x, k) for k, x in enumerate(rows)]
         self.own: list[Tensor | None] = [None] * len(rows)
         self.taken, self.seconds = 0, 0.0
@@ -114,31 +115,37 @@ class _Game:
         return self.bout.samples.simulator.samples if self.bout.samples else 0
 
     def run(self) -> None:
-        steps = self.match.steps
-        marks = {round(steps * k / POINTS) for k in range(1, POINTS + 1)} if steps else set()
-        limit = self.match.budget if self.contest.unit == "samples" else float("inf")
-        last = 0
-        while not self._over(steps) and self.samples + last <= limit:
+        pace, last, looks = self.match.steps is None, 0, 1
+        while not self._over(last):
             before = self.samples
             self._step()
             last = self.samples - before
-            if self.taken in marks:
+            if not pace and self._share() >= looks / POINTS:
                 self._look()
-        if steps and (not self.cost or self.cost[-1] != self._cost()):
+                looks = math.floor(self._share() * POINTS) + 1
+        if not pace and (not self.cost or self.cost[-1] != self._cost()):
             self._look()
 
-    def _over(self, steps: int | None) -> bool:
-        if steps is not None:
-            return self.taken >= steps
-        return self.taken >= 3 * len(self.team) and self.seconds >= PACE
+    def _over(self, last: int) -> bool:
+        """Whether no step is left; where samples count, one as dear as the last is too much."""
+        if self.match.steps is None:
+            return self.taken >= 3 * len(self.team) and self.seconds >= PACE
+        if self.contest.unit == "samples":
+            return self.samples + last > self.match.budget
+        return self.taken >= self.match.steps
+
+    def _share(self) -> float:
+        """How much of the run is over."""
+        if self.contest.unit == "samples":
+            return self.samples / self.match.budget
+        return self.taken / (self.match.steps or 100)
 
     def _step(self) -> None:
-        turn, who = divmod(self.taken, len(self.team))
+        who = self.taken % len(self.team)
         algorithm = self.team[who]
-        rate = self.match.rate * 0.1 ** (turn / (self.turns or 100))
         if isinstance(algorithm, Descent):
             for group in algorithm.optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"] = self.match.rate * 0.1 ** self._share()
         began = time.process_time()
         outcome = algorithm.step()
         self.seconds += time.process_time() - began
@@ -186,8 +193,7 @@ class _Game:
         if x.dim() > 1:
             share = torch.linspace(1, 0, self.starts, dtype=torch.float64)
             own = (own**share).repeat(len(x) // self.starts)
-        turns = max(1.0, COOLING * (self.turns or 100))
-        return lambda step: self.bout.temperatures(own ** (1 - min(step / turns, 1.0)))
+        return lambda _: self.bout.temperatures(own ** (1 - min(self._share() / COOLING, 1.0)))
 
 
 def _memory() -> float:
