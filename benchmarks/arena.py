@@ -67,7 +67,7 @@ def _words(value: Any) -> list[Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: what `birl arena` wrote into the run's own table.md."""
+    """Markdown: as `birl arena` wrote it into the run's directory."""
     return standings.table(CONTESTS[report["contest"]], report["records"])
 
 

@@ -1,8 +1,9 @@
 """Do our runs of AMD, zero order and HPGD agree with the table that HPGD's authors published?
 
 Configurable Four Rooms by their protocol (Thoma et al., NeurIPS 2024, Table 1): stochastic gradient
-descent with the gradient's norm cut to 1, rates .5, .1, .05, .01, 10,000 outer steps, the value in
-the planner's model averaged over the last tenth, the best rate by that same number.
+descent with the gradient's norm cut to 1, 10,000 outer steps, the value in the planner's model
+averaged over the last tenth, the best rate by that same number; of their rates .5, .1, .05 and .01
+the first two.
 
 * AMD carries 100 sweeps over from step to step and so follows the exact gradient: it is played by
   the exact gradient, and checked against AMD itself along the first steps of each row.
@@ -42,7 +43,7 @@ from birl_ext.problems.four_rooms import DISCOUNT, FLAT, PUBLISHED, FourRooms
 from birl_ext.problems.sampled_four_rooms import sampled_four_rooms
 from birl_ext.progress import progress
 
-RATES = (0.5, 0.1, 0.05, 0.01)
+RATES = (0.5, 0.1)
 RADII = (0.1, 1.0)
 ERRORS = {
     (0.001, 1.0): {"HPGD": 0.088, "AMD": 0.0, "zero order": 0.059},
@@ -217,7 +218,7 @@ def _cell(row: dict[str, Any]) -> str:
 def work(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
     for row in options.rows:
         for method in options.methods:
-            yield (method, *map(float, row.split("/")))  # type: ignore[misc]
+            yield (method, *map(float, row.split("/")))
     for row in options.hpgd:
         yield ("HPGD", *map(float, row.split("/")))  # type: ignore[misc]
 
