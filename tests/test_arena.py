@@ -272,7 +272,6 @@ def test_an_unknown_name_is_told_the_nearest(given: dict[str, Any], words: str) 
         ({"budget": 0.0}, "budget is 0"),
         ({"heat": 0.5}, "heat is 0.5"),
         ({"workers": 0}, "workers is 0"),
-        ({"seed": TUNED}, "tuning has those above"),
     ],
 )
 def test_a_setting_that_is_none_is_refused(given: dict[str, Any], words: str) -> None:

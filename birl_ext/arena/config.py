@@ -33,10 +33,10 @@ class ArenaConfig:
     for each. By default the contest's own."""
 
     seeds: int = 5
-    """Seeds that are reported: 0, 1, …"""
+    """Seeds that are reported: `seed`, `seed` + 1, …"""
 
     tuning_seeds: int = 1
-    """Seeds that the learning rate is chosen on: 10⁶, 10⁶ + 1, …"""
+    """Seeds that the learning rate is chosen on: from the first one that is reported, + 10⁶."""
 
     budget: float | None = None
     """Of each seed: processor seconds where the model is known, environment steps where it is
@@ -74,12 +74,7 @@ class ArenaConfig:
                 raise ConfigError(
                     f"{name} is {', '.join(given)}", allowed="each once", fix="leave out the second"
                 )
-        if self.seed + self.seeds > TUNED:
-            raise ConfigError(
-                f"seed is {self.seed}",
-                allowed=f"below {TUNED - self.seeds}: tuning has those above",
-            )
 
 
 TUNED = 1_000_000
-"""First of the seeds that the learning rates are chosen on."""
+"""How far the seeds that the learning rates are chosen on lie beyond those that are reported."""

@@ -156,7 +156,7 @@ class ArenaJob:
             yield ("pace", *entry)
 
     def _tunings(self) -> Iterator[Key]:
-        seeds = range(TUNED, TUNED + self.config.tuning_seeds)
+        seeds = self._seeds(TUNED, self.config.tuning_seeds)
         for setting, method, switch in self.entries:
             rates = METHODS[method].rates
             if len(rates) < 2:
@@ -165,10 +165,14 @@ class ArenaJob:
                 yield ("tune", setting, method, switch, f"{rate:g}", _words(some))
 
     def _plays(self) -> Iterator[Key]:
-        seeds = range(self.config.seed, self.config.seed + self.config.seeds)
+        seeds = self._seeds(0, self.config.seeds)
         for setting, method, switch in self.entries:
             for some in self._grouped(method, seeds):
                 yield ("play", setting, method, switch, _words(some))
+
+    def _seeds(self, beyond: int, count: int) -> list[int]:
+        """So many from the first one of the settings, or beyond it; a generator takes 64 bits."""
+        return [(self.config.seed + beyond + k) % 2**64 for k in range(count)]
 
     def _grouped(self, method: str, seeds: Sequence[int]) -> list[tuple[int, ...]]:
         """Seeds of one run: all of them where the method takes a batch."""
@@ -183,8 +187,7 @@ class ArenaJob:
         phase, setting, method, switch, *rest = key
         config, entry = self.config, (setting, method, switch)
         if phase == "pace":
-            first = range(config.seed, config.seed + config.seeds)
-            seeds, steps = self._grouped(method, first)[0], None
+            seeds, steps = self._grouped(method, self._seeds(0, config.seeds))[0], None
         else:
             seeds, steps = tuple(map(int, rest[-1].split("-"))), self._steps(entry)
         rate = float(rest[0]) if phase == "tune" else self._rate(entry, phase)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -159,13 +160,20 @@ def first_value(flat: Flat, carried: Tensor | None) -> Tensor:
     states, batch = flat.data.reward.shape[-2], flat.layout.batch_shape
     if carried is None:
         carried = flat.data.reward.new_zeros(states)
-    elif carried.shape != (*batch, states):
+    elif carried.shape[-1:] != (states,) or _wider(carried.shape[:-1], batch):
         raise ShapeError(
             f"the value that the last step left is of shape {tuple(carried.shape)}",
             allowed=f"{(*batch, states)}, by the MDP of `lower`",
             fix="keep the shape of the MDP, or begin anew",
         )
     return flat.layout.grouped(carried.detach().double(), 1)
+
+
+def _wider(own: Sequence[int], batch: Sequence[int]) -> bool:
+    """Whether a value of batch `own` is none for `batch`; fewer axes, or ones, may have been."""
+    return len(own) > len(batch) or any(
+        n not in (1, m) for n, m in zip(reversed(own), reversed(batch), strict=False)
+    )
 
 
 def approximate(
