@@ -14,6 +14,7 @@ from birl_ext.runs.intervals import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 __all__ = ["Standing", "csv_text", "figures", "standings", "table"]
 
@@ -172,6 +173,7 @@ def figures(contest: Contest, records: Sequence[Record]) -> Figure:
         rows, columns, size=(5.6 * columns, 4.0 * rows), squeeze=False
     )
     methods = list(dict.fromkeys(standing.method for standing in found))
+    drawn: dict[str, Line2D] = {}
     for panel in panels.flat[len(settings) :]:
         panel.set_axis_off()
     for panel, setting in zip(panels.flat, settings, strict=False):
@@ -182,14 +184,18 @@ def figures(contest: Contest, records: Sequence[Record]) -> Figure:
             best = min(own, key=lambda s: contest.sign * s.mean)
             runs = list(map(list, zip(*best.curves, strict=True)))
             colour = plots.COLOURS[number % len(plots.COLOURS)]
-            plots.draw_runs(panel, best.cost, runs, label=best.name, colour=colour)
-            panel.lines[-1].set_linestyle(("-", "--", ":", "-.")[number // len(plots.COLOURS) % 4])
+            plots.draw_runs(panel, best.cost, runs, label=METHODS[method].title, colour=colour)
+            line = panel.lines[-1]
+            line.set_linestyle(("-", "--", ":", "-.")[number // len(plots.COLOURS) % 4])
+            drawn.setdefault(method, line)
         if contest.optimum is not None:
             panel.set_yscale("log")
         panel.set_title(setting)
         panel.set_xlabel("environment steps" if contest.unit == "samples" else "processor s")
         panel.set_ylabel(contest.value)
         plots.draw_references(panel, contest.references.get(setting, {}))
-        panel.legend(fontsize=7)
-    figure.suptitle(f"{contest.title}: mean of the seeds, 95 % band", fontsize=11)
+        panel.xaxis.set_major_formatter("{x:,g}")
+    lines = list(drawn.values())
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(4, max(1, len(lines))))
+    figure.suptitle(f"{contest.title}: each method's best switch, mean of seeds and 95 %")
     return figure
