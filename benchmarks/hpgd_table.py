@@ -188,7 +188,7 @@ def _judge(rooms: Any, algorithm: Descent[Any]) -> Callable[[Any], Tensor]:
 
 
 def agrees(row: dict[str, Any]) -> bool:
-    """Within three standard errors of both means, or .015."""
+    """Within three standard errors of both means, or .015; published numbers have two digits."""
     key, name = (row["temperature"], row["kappa"]), row["method"]
     own = 0.0 if math.isnan(row["error"]) else row["error"]
     reach = 3 * math.hypot(own, ERRORS[key][name])

@@ -279,6 +279,14 @@ def test_a_setting_that_is_none_is_refused(given: dict[str, Any], words: str) ->
         ArenaConfig(**given)
 
 
+def test_a_start_is_its_seed_s_own_and_tuning_has_others() -> None:
+    """A start that all seeds share would be tuned on what is reported."""
+    for name, contest in CONTESTS.items():
+        setting = next(iter(contest.settings.values()))
+        first, second = (contest.make(setting, (seed,), 1).start for seed in (0, TUNED))
+        assert not torch.equal(first, second), name
+
+
 def test_samples_are_counted_in_whole_steps() -> None:
     contest = replace(TOY, unit="samples")
     with pytest.raises(ConfigError, match="1 environment step or more"):
@@ -401,8 +409,8 @@ def test_hours_and_memory_are_foretold(
     for _ in range(4):  # its paces
         job.step()
     said = capsys.readouterr().err
-    # of 4 entries 3 rates and the reported seeds: an hour for each seed, of which tuning has one
-    assert "arena: 16 runs, about 20.0 h on 1 process" in said
+    # of 4 entries 3 rates and the reported seeds: two hours each, as of the batch of both seeds
+    assert "arena: 16 runs, about 32.0 h on 1 process" in said
     assert "GiB of memory" in said
     monkeypatch.setattr("os.sysconf", lambda name: 1)
     again = ArenaJob(config(methods=("m-sobirl",)), {"toy": TOY})
@@ -441,6 +449,7 @@ def test_taxes_from_samples_are_those_of_the_model() -> None:
     assert problem.cost is not None
     assert problem.transition is not None
     assert problem.transition(x).sum(-1).sub(1).abs().max() < 1e-12
+    taxes.samples.simulator.adapt(problem.transition(x))
     follower = FiniteFollower(solution.policy.flatten(0, 1))
     path = taxes.samples.simulator.rollout(follower, 4000, 80)
     paid = problem.cost(x)[path.observation, path.action]

@@ -65,6 +65,7 @@ class ArenaJob:
             for setting in self.settings
             for method in self.methods
             for switch in config.switches or contest.switches
+            if switch != "noise" or not METHODS[method].whole
         ]
         self.records: dict[Key, Record] = {}
         self._path: Path | None = None
@@ -285,9 +286,8 @@ class ArenaJob:
         for key in [*self._tunings(), *self._plays()]:
             pace = self.records[("pace", *key[1:4])]
             each = pace["seconds"] * len(pace["seeds"]) / max(1, pace["steps"])
-            share = len(key[-1].split("-")) / len(pace["seeds"])
-            share *= self._unplayed(key) is None
-            seconds += self._steps(key[1:4]) * each * share
+            if self._unplayed(key) is None:  # fewer seeds of a batch take hardly less
+                seconds += self._steps(key[1:4]) * each
         workers = self.config.workers or len(os.sched_getaffinity(0))
         memory = max(record["memory"] for record in self.records.values())
         check_memory(f"{workers} workers", int(workers * memory * 2**17), fix="lower --workers")

@@ -63,7 +63,7 @@ class Method:
         needs: "model", the same upper level as a sum over steps ("additive"), or "samples".
         make: (bout, x, plan) → the algorithm.
         rates: those that tuning chooses from, of Adam, falling to a tenth in a run.
-        whole: whether it has starts and cooling in itself.
+        whole: whether it has starts and cooling in itself; then it has no noise.
     """
 
     title: str

@@ -18,7 +18,7 @@ from birl_ext.arena.config import Switch
 from birl_ext.arena.contest import Bout, Contest
 from birl_ext.arena.methods import METHODS, Plan
 from birl_ext.bilevel.algorithm import Algorithm, Descent
-from birl_ext.errors import BirlError
+from birl_ext.errors import BirlError, JobError
 
 __all__ = ["Match", "play"]
 
@@ -33,6 +33,9 @@ COOLING = 0.6
 
 MEMORY = 0.9
 """Of the last estimate of φ, in a mean over steps where it is noisy."""
+
+IDLE = 1000
+"""Steps without a sample after which a run that ends with its samples is ended."""
 
 Record = dict[str, Any]
 
@@ -116,10 +119,13 @@ class _Game:
 
     def run(self) -> None:
         pace, last, looks = self.match.steps is None, 0, 1
+        limited = self.contest.unit == "samples"
         while not self._over(last):
             before = self.samples
             self._step()
             last = self.samples - before
+            if limited and not self.samples and self.taken >= IDLE:
+                raise JobError(f"{IDLE} steps of {self.match.method} have drawn no sample")
             if not pace and self._share() >= looks / POINTS:
                 self._look()
                 looks = math.floor(self._share() * POINTS) + 1

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from birl_ext.arena.contest import Contest
 from birl_ext.arena.methods import METHODS
 from birl_ext.runs.intervals import mean_interval
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["Standing", "csv_text", "figures", "standings", "table"]
 
 Record = Mapping[str, Any]
+
+POINTS = 40
+"""Of a curve in a figure."""
 
 
 class Standing(NamedTuple):
@@ -32,7 +37,7 @@ class Standing(NamedTuple):
     values: list[float]
     cost: list[float]
     curves: list[list[float]]
-    """(points, seeds)"""
+    """(seeds, POINTS)"""
     steps: float
     seconds: float
     samples: float
@@ -63,7 +68,13 @@ def standings(records: Sequence[Record]) -> list[Standing]:
 
 def _joined(setting: str, method: str, switch: str, records: Sequence[Record]) -> Standing:
     sound = [record for record in records if record["values"] is not None]
-    points = min((len(record["cost"]) for record in sound), default=0)
+    share = np.linspace(1 / POINTS, 1, POINTS)
+    ends = [record["cost"][-1] for record in sound]
+    curves = [  # of each seed, at the same shares of what it cost
+        np.interp(share * record["cost"][-1], record["cost"], values, left=np.nan)
+        for record in sound
+        for values in zip(*record["curve"], strict=True)
+    ]
 
     def mean(name: str) -> float:
         return sum(float(record[name]) for record in records) / len(records)
@@ -75,8 +86,8 @@ def _joined(setting: str, method: str, switch: str, records: Sequence[Record]) -
         records[0]["rate"],
         [seed for record in sound for seed in record["seeds"]],
         [value for record in sound for value in record["values"]],
-        [sum(r["cost"][k] for r in sound) / len(sound) for k in range(points)],
-        [[v for r in sound for v in r["curve"][k]] for k in range(points)],
+        (share * (sum(ends) / len(ends))).tolist() if ends else [],
+        [curve.tolist() for curve in curves],
         mean("steps"),
         mean("seconds"),
         mean("samples"),
@@ -182,9 +193,10 @@ def figures(contest: Contest, records: Sequence[Record]) -> Figure:
             if not own:
                 continue
             best = min(own, key=lambda s: contest.sign * s.mean)
-            runs = list(map(list, zip(*best.curves, strict=True)))
             colour = plots.COLOURS[number % len(plots.COLOURS)]
-            plots.draw_runs(panel, best.cost, runs, label=METHODS[method].title, colour=colour)
+            plots.draw_runs(
+                panel, best.cost, best.curves, label=METHODS[method].title, colour=colour
+            )
             line = panel.lines[-1]
             line.set_linestyle(("-", "--", ":", "-.")[number // len(plots.COLOURS) % 4])
             drawn.setdefault(method, line)

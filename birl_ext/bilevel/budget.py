@@ -167,7 +167,7 @@ class Budget(Stateful):
         slow = torch.zeros_like(over, dtype=torch.bool)
         if self._violation is not None:
             slow = (violation > self.tolerance) & (violation > SHRINK * self._violation.to(over))
-        exhausted = slow & (penalty * self.growth > self.most)
+        exhausted = slow & (penalty >= self.most)
         if bool(exhausted.reshape(*objective.shape, -1).any(-1).all()):
             place = int((violation * exhausted).argmax())
             worst, raised, most = (
@@ -213,7 +213,8 @@ class Budget(Stateful):
                 allowed=f"{allowed}, beside a φ of shape {tuple(own)}",
             )
         limit = torch.as_tensor(self.limit).to(cost)
-        if limit.dim() > cost.dim() or (cost - limit).shape != cost.shape:
+        ends = zip(reversed(limit.shape), reversed(cost.shape), strict=False)
+        if limit.dim() > cost.dim() or any(n not in (1, m) for n, m in ends):
             raise ShapeError(
                 f"limit has shape {tuple(limit.shape)}, cost {tuple(cost.shape)}",
                 allowed="a limit that broadcasts to the cost",

@@ -100,7 +100,8 @@ class EstimatedModel(Algorithm[EstimatedModelOutcome]):
         explorer: whose paths the first are: "uniform", all actions alike; "hot", those of followers
             of `candidates` random starts at `heat`·λ.
         count: M.
-        candidates: best points of a round, which the next one draws under and starts from too.
+        candidates: best points of a round, which the next one draws under and starts from too;
+            None: 8, or M. With M of them a later round goes on from the old points alone, at λ.
         climb: outer steps of a round.
         learning_rate: of Adam at the beginning of a round, units of x; it falls to a tenth.
         heat: highest temperature to cool from, in units of λ: each start from λ·heatᵘ, u ~ U(0, 1),
@@ -126,7 +127,7 @@ class EstimatedModel(Algorithm[EstimatedModelOutcome]):
         more: int = 10_000,
         explorer: First = "uniform",
         count: int = 64,
-        candidates: int = 8,
+        candidates: int | None = None,
         climb: int = 150,
         learning_rate: float = 0.3,
         heat: float = 8.0,
@@ -153,6 +154,8 @@ class EstimatedModel(Algorithm[EstimatedModelOutcome]):
         self.first, self.more = check_count("first", first), check_count("more", more)
         self.explorer: First = explorer
         self.count = check_count("count", count)
+        if candidates is None:
+            candidates = min(8, self.count)
         self.candidates = check_count("candidates", candidates, below=self.count + 1)
         self.climb = check_count("climb", climb, 4)
         self.learning_rate = check_number("learning_rate", learning_rate, above=True)

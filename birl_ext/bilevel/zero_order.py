@@ -147,8 +147,9 @@ class ZeroOrder(ModelDescent[ZeroOrderOutcome]):
             check_objective(here, self.steps)
             # sweeps from another value than those at x would measure that, not x
             nearby = solution.value if exact else carried
-            there = self._moved(drawn, radius, tau, nearby)
-            other = here if self.points == 1 else self._moved(drawn, -radius, tau, nearby)
+            axes = solution.value.dim() - 1
+            there = self._moved(drawn, radius, tau, axes, nearby)
+            other = here if self.points == 1 else self._moved(drawn, -radius, tau, axes, nearby)
         if not exact:
             self._value = solution.value
         slopes = (there - other) / (self.points * radius)  # (K, *starts)
@@ -158,9 +159,14 @@ class ZeroOrder(ModelDescent[ZeroOrderOutcome]):
         return here, gradient
 
     def _moved(
-        self, drawn: list[list[Tensor]], radius: float, tau: float | Tensor, value: Tensor | None
+        self,
+        drawn: list[list[Tensor]],
+        radius: float,
+        tau: float | Tensor,
+        axes: int,
+        value: Tensor | None,
     ) -> Tensor:
-        """φ at x + uZ for each direction, (K, *starts)."""
+        """φ at x + uZ for each direction, (K, *starts); `axes`: of the lower level's batch."""
         count, leaves = len(drawn), variables.leaves(self.x)
         moved = [
             [leaf.detach() + radius * part for leaf, part in zip(leaves, parts, strict=True)]
@@ -173,7 +179,7 @@ class ZeroOrder(ModelDescent[ZeroOrderOutcome]):
         stacked = torch.stack([parts[0] for parts in moved])
         if own:  # each start as often as there are directions
             stacked = stacked.flatten(0, 1)
-            if isinstance(tau, Tensor) and tau.dim() and tau.shape[0] == own[0]:
+            if isinstance(tau, Tensor) and tau.dim() == axes and tau.shape[0] == own[0]:
                 tau = tau.repeat(count, *[1] * (tau.dim() - 1))
             if value is not None:
                 value = value.repeat(count, *[1] * (value.dim() - 1))

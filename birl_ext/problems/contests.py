@@ -16,15 +16,15 @@ from birl_ext.problems.barriers import barriers
 from birl_ext.problems.four_rooms import DISCOUNT, FLAT, PUBLISHED, SPREADS, FourRooms
 from birl_ext.problems.leader_toy import TEMPERATURE, leader_toy
 from birl_ext.problems.random_mdp import RandomMDPConfig, random_mdps
-from birl_ext.problems.sampled_four_rooms import sampled_four_rooms
+from birl_ext.problems.sampled_four_rooms import SPREAD, sampled_four_rooms
 from birl_ext.problems.sampled_taxes import sampled_taxes
 from birl_ext.problems.taxes import DISCOUNT as TAXED
 from birl_ext.problems.taxes import GOODS, START, TaxEconomy
 
 __all__ = ["CONTESTS"]
 
-WIDEST = 6.0
-"""Standard deviation of the widest start in four rooms."""
+NEAR = 0.5
+"""Standard deviation of the logits of the first taxes, around those of .3."""
 
 SAMPLED = (
     *("estimated-model", "stoc-sobirl", "stoc-sobirl-to-go", "hpgd", "hpgd-uniform", "hpgd-sarsa"),
@@ -57,7 +57,7 @@ def _four_rooms(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int)
 def _weights(rooms: FourRooms, seed: int, starts: int) -> Tensor:
     """Starts of one seed, from the flattest to the widest, (starts, S + 1)."""
     drawn = torch.Generator().manual_seed(seed)
-    spreads = torch.linspace(FLAT, WIDEST if starts > 1 else FLAT, SPREADS).double()
+    spreads = torch.linspace(FLAT, SPREAD if starts > 1 else FLAT, SPREADS).double()
     shape = starts, len(rooms.cells) + 1
     weights = torch.randn(shape, generator=drawn, dtype=torch.float64)
     return weights * spreads[torch.arange(starts) % SPREADS, None]
@@ -91,7 +91,7 @@ def _four_rooms_hpgd(setting: Mapping[str, Any], seeds: tuple[int, ...], starts:
 
 def _taxes_samples(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
     taxes = sampled_taxes(**setting, seed=seeds[0])
-    first = taxes.start.expand(starts, -1)
+    first = taxes.start + NEAR * _normal(seeds, starts, len(taxes.start))
 
     def spread(count: int, drawn: torch.Generator) -> Tensor:
         return taxes.start + torch.randn(count, 4, generator=drawn, dtype=torch.float64)
@@ -125,11 +125,12 @@ def _normal(seeds: tuple[int, ...], starts: int, size: int) -> Tensor:
 
 def _taxes(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
     economy = TaxEconomy(setting["temperature"], setting["cells"])
-    drawn = torch.Generator().manual_seed(seeds[0])
-    shape = starts, 1 + GOODS
-    start = economy.logits(torch.full(shape, START, dtype=torch.float64))
-    start[1:] = torch.randn(shape, generator=drawn, dtype=torch.float64)[1:]
-    return Bout(start, setting["temperature"], economy.problem())
+    start = economy.logits(torch.full((1 + GOODS,), START, dtype=torch.float64))
+    return Bout(
+        start + NEAR * _normal(seeds, starts, len(start)),
+        setting["temperature"],
+        economy.problem(),
+    )
 
 
 def _rows(noise: str) -> dict[str, dict[str, Any]]:
