@@ -251,6 +251,15 @@ def test_a_budget_that_nothing_meets_is_infeasible() -> None:
     assert "raise `limit`" in str(e.value)
 
 
+def test_the_penalty_grows_to_most_before_nothing_helps() -> None:
+    stuck = Budget(PROBLEM, lambda x, s: 5.0 + 0 * often(x, s), 1.0, growth=10.0, most=5.0)
+    assert stuck.update(START, TAU).multiplier == 4.0  # from a penalty of 1
+    stuck.update(START, TAU)
+    assert stuck.penalty == 5.0
+    with pytest.raises(InfeasibleError, match=r"after 2 rounds, .* a penalty of 5"):
+        stuck.update(START, TAU)
+
+
 def test_one_start_that_meets_it_is_enough() -> None:
     """The other is stuck behind a plateau of the cost."""
 
@@ -284,6 +293,11 @@ def test_one_start_that_meets_it_is_enough() -> None:
         ({"cost": lambda x, s: s.policy}, ShapeError, r"cost returned shape \(2, 2\)"),
         ({"cost": lambda x, s: x[:0]}, ShapeError, r"cost returned shape \(0,\)"),
         ({"limit": torch.zeros(3)}, ShapeError, r"limit has shape \(3,\), cost \(\)"),
+        (
+            {"cost": lambda x, s: s.policy[:, 0], "limit": torch.zeros(3)},
+            ShapeError,
+            r"limit has shape \(3,\), cost \(2,\)",
+        ),
         ({"cost": lambda x, s: x.sum() * math.nan}, GradientError, "`cost` returned is nan"),
     ],
 )

@@ -480,6 +480,29 @@ def test_directions_in_one_solve_are_those_one_by_one(x: Tensor, follower: Any) 
     torch.testing.assert_close(one.x, other.x, rtol=1e-8, atol=0)
 
 
+def test_a_temperature_of_contexts_is_none_of_starts() -> None:
+    """Two contexts and two starts: τ (2,) is of the contexts, in a batch of directions too."""
+    transition = torch.full((2, 2, 2), 0.5, dtype=torch.float64)
+    problem = BilevelProblem(
+        lambda x: DenseMDP(x.view(-1, 1, 2, 2).expand(-1, 2, 2, 2), transition, 0.5),
+        lambda x, solution: solution.policy[..., 0].square().sum((-1, -2)),
+    )
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = [
+        ZeroOrder(
+            problem,
+            x,
+            temperature=torch.tensor([0.5, 2.0], dtype=torch.float64),
+            optimiser=sgd,
+            radius=0.1,
+            directions=3,
+            batched=batched,
+        ).estimate()[1]
+        for batched in (True, False)
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+
+
 def test_more_directions_have_less_noise() -> None:
     errors = []
     for directions in (1, 64):
