@@ -178,10 +178,10 @@ def figures(contest: Contest, records: Sequence[Record]) -> Figure:
 
     found = standings(records)
     settings = list(dict.fromkeys(standing.setting for standing in found))
-    columns = min(2, len(settings))
+    columns = min(3, len(settings))
     rows = -(-len(settings) // columns)
     figure, panels = plots.new_figure(
-        rows, columns, size=(5.6 * columns, 4.0 * rows), squeeze=False
+        rows, columns, size=(5.2 * columns, 4.0 * rows), squeeze=False
     )
     methods = list(dict.fromkeys(standing.method for standing in found))
     drawn: dict[str, Line2D] = {}

@@ -6,6 +6,7 @@ No figure goes through pyplot, so drawing needs no display and keeps no global s
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,18 @@ def draw_runs(
 
 
 def draw_references(axes: Axes, references: Mapping[str, float]) -> None:
-    """Draw label -> level as dashed lines, named beyond the right end, where no curve comes."""
-    for label, level in references.items():
+    """Draw label -> level as dashed lines, named beyond the right end, where no curve comes; after
+    the curves, whose scale says how far apart the names have to be.
+    """
+    low, high = axes.get_ylim()
+    apart = 0.06 * (high - low) if axes.get_yscale() == "linear" else 0.0
+    place = -math.inf
+    for label, level in sorted(references.items(), key=lambda entry: entry[1]):
+        place = max(level, place + apart)
         axes.axhline(level, color=MUTED, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1.5)
         axes.annotate(
             label,
-            (1.0, level),
+            (1.0, place),
             xycoords=("axes fraction", "data"),
             xytext=(5, 0),
             textcoords="offset points",
