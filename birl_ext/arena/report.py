@@ -174,6 +174,8 @@ def figures(contest: Contest, records: Sequence[Record]) -> Figure:
     """Value against cost, a panel for each setting: each method under its best switch, the mean of
     its seeds with a band of 95 %.
     """
+    from matplotlib.ticker import MaxNLocator
+
     from birl_ext.runs import plots
 
     found = standings(records)
@@ -206,6 +208,7 @@ def figures(contest: Contest, records: Sequence[Record]) -> Figure:
         panel.set_xlabel("environment steps" if contest.unit == "samples" else "processor s")
         panel.set_ylabel(contest.value)
         plots.draw_references(panel, contest.references.get(setting, {}))
+        panel.xaxis.set_major_locator(MaxNLocator(5))
         panel.xaxis.set_major_formatter("{x:,g}")
     lines = list(drawn.values())
     figure.legend(handles=lines, loc="outside lower center", ncols=min(4, max(1, len(lines))))
