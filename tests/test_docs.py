@@ -165,6 +165,7 @@ def test_the_tables_of_preference_runs_are_those_measured() -> None:
         ("imperfect_followers", "followers_and_bias"),
         ("estimator_bias", "followers_and_bias"),
         ("hpgd_speed", "rivals"),
+        ("hpgd_table", "arena"),
     ],
 )
 def test_the_tables_of_estimators_are_those_measured(name: str, page: str) -> None:
