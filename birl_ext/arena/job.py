@@ -250,7 +250,7 @@ class ArenaJob:
         for key in todo:
             if (record := self._unplayed(key)) is not None:
                 return key, record
-        workers = self.config.workers or len(os.sched_getaffinity(0))
+        workers = self.config.workers or _processors()
         if workers == 1:
             return todo[0], play(self._match(todo[0]))
         if self._pool is None:
@@ -288,7 +288,7 @@ class ArenaJob:
             each = pace["seconds"] * len(pace["seeds"]) / max(1, pace["steps"])
             if self._unplayed(key) is None:  # fewer seeds of a batch take hardly less
                 seconds += self._steps(key[1:4]) * each
-        workers = self.config.workers or len(os.sched_getaffinity(0))
+        workers = self.config.workers or _processors()
         memory = max(record["memory"] for record in self.records.values())
         check_memory(f"{workers} workers", int(workers * memory * 2**17), fix="lower --workers")
         left = self.total_steps - len(self.records)
@@ -313,6 +313,13 @@ class ArenaJob:
         ):
             with replacing(self._path / name) as draft:
                 draft.write_text(text, "utf-8", newline="\n")
+
+
+def _processors() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not everywhere
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _begin() -> None:

@@ -13,10 +13,10 @@ from birl_ext.arena.contest import Bout, Contest, Samples
 from birl_ext.bilevel import Effort
 from birl_ext.model.mdp import SparseMDP
 from birl_ext.problems.barriers import barriers
-from birl_ext.problems.four_rooms import DISCOUNT, FLAT, PUBLISHED, SPREADS, FourRooms
+from birl_ext.problems.four_rooms import DISCOUNT, PUBLISHED, FourRooms
 from birl_ext.problems.leader_toy import TEMPERATURE, leader_toy
 from birl_ext.problems.random_mdp import RandomMDPConfig, random_mdps
-from birl_ext.problems.sampled_four_rooms import SPREAD, sampled_four_rooms
+from birl_ext.problems.sampled_four_rooms import sampled_four_rooms
 from birl_ext.problems.sampled_taxes import sampled_taxes
 from birl_ext.problems.taxes import DISCOUNT as TAXED
 from birl_ext.problems.taxes import GOODS, START, TaxEconomy
@@ -50,17 +50,8 @@ def _random_mdp(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int)
 
 def _four_rooms(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:
     rooms = FourRooms(setting["kappa"], setting["noise"])
-    start = torch.cat([_weights(rooms, seed, starts) for seed in seeds])
-    return Bout(start, setting["temperature"], rooms.problem(), 1, rooms.additive(), True)
-
-
-def _weights(rooms: FourRooms, seed: int, starts: int) -> Tensor:
-    """Starts of one seed, from the flattest to the widest, (starts, S + 1)."""
-    drawn = torch.Generator().manual_seed(seed)
-    spreads = torch.linspace(FLAT, SPREAD if starts > 1 else FLAT, SPREADS).double()
-    shape = starts, len(rooms.cells) + 1
-    weights = torch.randn(shape, generator=drawn, dtype=torch.float64)
-    return weights * spreads[torch.arange(starts) % SPREADS, None]
+    rows = [rooms.starts(starts, torch.Generator().manual_seed(seed)) for seed in seeds]
+    return Bout(torch.cat(rows), setting["temperature"], rooms.problem(), 1, rooms.additive(), True)
 
 
 def _four_rooms_samples(setting: Mapping[str, Any], seeds: tuple[int, ...], starts: int) -> Bout:

@@ -226,6 +226,13 @@ class FourRooms:
         start[self.start] = 1
         return AdditiveProblem(self.lower, lambda w: self._table(self._gain(w)), start)
 
+    def starts(self, count: int, generator: torch.Generator, spread: float = 6.0) -> Tensor:
+        """Weights to start from, (count, S + 1): N(0, s²), s from `FLAT` to `spread` in turns."""
+        shape = count, len(self.cells) + 1
+        weights = torch.randn(shape, generator=generator, dtype=torch.float64)
+        spreads = torch.linspace(FLAT, spread, SPREADS).double()
+        return weights * spreads[torch.arange(count) % SPREADS, None]
+
     def picture(self, values: Tensor) -> Tensor:
         """Values (S,) laid out on the map, NaN at the walls."""
         image = torch.full((len(self.rows), len(self.rows[0])), torch.nan, dtype=values.dtype)
@@ -280,13 +287,11 @@ class FourRoomsJob(Stateful):
         generator = torch.Generator().manual_seed(config.seed)
         many = config.method in ("starts", "combined")
         count = config.starts if many else 1
-        shape = count, len(self.rooms.cells) + 1
-        weights = torch.randn(shape, generator=generator, dtype=torch.float64)
-        spreads = torch.linspace(FLAT, config.spread if many else FLAT, SPREADS).double()
+        weights = self.rooms.starts(count, generator, config.spread)
         self._ends = [config.steps * part // 4 for part in ((1, 2, 4) if many else (4,))]
         self._heat = self._draw_heat(count, generator)
         self._rung = self._taken = 0
-        self._climb(weights * spreads[torch.arange(count) % SPREADS, None])
+        self._climb(weights)
         self._best, self._best_weights = -torch.inf, self.algorithm.x.detach()[0].clone()
 
     @property
