@@ -29,7 +29,9 @@ from torch import Tensor
 from birl_ext.bilevel import BilevelProblem, MSoBiRL
 from birl_ext.bilevel.problem import evaluate_at
 from birl_ext.errors import AccuracyWarning
+from birl_ext.problems.barriers import barriers
 from birl_ext.problems.four_rooms import FourRooms
+from birl_ext.problems.leader_toy import TEMPERATURE, leader_toy
 from birl_ext.problems.random_mdp import RandomMDPConfig, random_mdp_problem
 from birl_ext.problems.taxes import TaxEconomy
 
@@ -63,14 +65,25 @@ def taxes() -> Start:
     return economy.problem(), economy.logits(torch.full((4,), 0.3, dtype=torch.float64)), 0.1, 0.1
 
 
+def adapted() -> Start:
+    return *barriers(), 0.05, 0.1
+
+
+def led() -> Start:
+    return *leader_toy(), TEMPERATURE, 0.1
+
+
 PROBLEMS: dict[str, Callable[[], Start]] = {
     "random MDP": random_mdp,
     "four rooms": four_rooms,
     "taxes": taxes,
+    "barriers": adapted,
+    "leader toy": led,
 }
+"""Every problem of the arena whose model is known."""
 
 
-POINTS = {"random MDP": 300, "four rooms": 200, "taxes": 40}
+POINTS = {"random MDP": 300, "four rooms": 200, "taxes": 40, "barriers": 100, "leader toy": 200}
 
 
 def measured(name: str, points: int) -> list[dict[str, Any]]:
