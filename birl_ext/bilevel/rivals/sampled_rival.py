@@ -13,6 +13,7 @@ from birl_ext.bilevel.algorithm import Maker
 from birl_ext.bilevel.guards import check_count, check_lower, check_objective
 from birl_ext.bilevel.hypergradient import hypergradient
 from birl_ext.bilevel.problem import Temperature
+from birl_ext.bilevel.rivals.tables import longest_of
 from birl_ext.bilevel.sampled import KnownFollower, SampledDescent, SampledProblem
 from birl_ext.bilevel.trajectory import additive_surrogate
 from birl_ext.errors import OptionError
@@ -96,7 +97,8 @@ class SampledRival(SampledDescent):
         q, (states, actions) = self.upper_q.flatten(), self.upper_q.shape
         cells = path.observation * actions + path.action
         f = cost.flatten()
-        for t in reversed(range(path.action.shape[1] - 1)):  # what follows the last is not known
+        last = path.action.shape[1] - 1  # what follows it is not known
+        for t in reversed(range(min(last, longest_of(path.present)))):
             here = cells[:, t][path.present[:, t]]
             there = cells[:, t + 1][path.present[:, t]]
             goes_on = path.present[:, t + 1][path.present[:, t]]

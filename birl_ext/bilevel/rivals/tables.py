@@ -7,17 +7,26 @@ from torch import Tensor
 
 from birl_ext.simulators.finite import Paths
 
-__all__ = ["advantage_from", "mean_of_cells", "returns_to_go"]
+__all__ = ["advantage_from", "longest_of", "mean_of_cells", "returns_to_go"]
 
 
 def returns_to_go(reward: Tensor, present: Tensor, discount: float) -> Tensor:
     """G_t = Σ_{k≥t} γᵏ⁻ᵗ r_k along paths, (n, H); nothing is paid where a step is not `present`."""
-    ahead = torch.zeros_like(reward[:, 0])
-    found = []
-    for paid, there in zip(reward.unbind(1)[::-1], present.unbind(1)[::-1], strict=True):
-        ahead = paid * there + discount * ahead
-        found.append(ahead)
-    return torch.stack(found[::-1], 1)
+    longest = longest_of(present)
+    paid = (reward * present)[:, :longest]
+    ahead, found = (
+        paid.new_zeros(len(paid)),
+        [reward.new_zeros(len(paid), reward.shape[1] - longest)],
+    )
+    for now in paid.unbind(1)[::-1]:
+        ahead = now + discount * ahead
+        found.append(ahead.unsqueeze(1))
+    return torch.cat(found[::-1], 1)
+
+
+def longest_of(present: Tensor) -> int:
+    """Steps of the longest path: behind them nothing is present, and nothing needs to be done."""
+    return int(present.any(0).sum())
 
 
 def mean_of_cells(cell: Tensor, number: Tensor, cells: int) -> Tensor:
