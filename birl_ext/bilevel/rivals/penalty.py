@@ -174,7 +174,7 @@ class ValuePenalty(_Penalty):
         problem, x, temperature, optimiser, noise, seed, follower: as those of `MSoBiRL`.
         weight: λ, units of φ over reward, or a schedule of it; the bias falls as 1/λ.
         inner_steps: steps on y for each on x.
-        inner_rate: of the steps on y, in units of S/τ; begin with 1 − γ, as a state may be visited
+        inner_rate: of the steps on y, in units of S/τ; try from 1 − γ on, as a state may be visited
             1/(1 − γ) times.
 
     Raises:
