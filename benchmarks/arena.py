@@ -3,13 +3,15 @@
     birl arena CONTEST [OPTIONS] --out RUN
     python benchmarks/arena.py RUN … [--out FILE] [--figure FILE]
 
-Runs of one contest are put together, such as settings that were played apart.
+Runs of one contest are put together, such as settings that were played apart; a RUN may also be a
+file that was stored before. What is played again later in the list takes the place of the earlier.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -29,9 +31,17 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def stored(runs: list[Path]) -> dict[str, Any]:
-    """The reported runs of some run directories, which must be of one contest."""
-    contests, records, commands, seconds = set(), [], [], 0.0
+    """The reported runs of some directories and files, which must be of one contest."""
+    records: dict[tuple[Any, ...], dict[str, Any]] = {}
+    contests, commands, seconds = set(), [], 0.0
     for path in runs:
+        if path.is_file():
+            before = json.loads(path.read_text())
+            contests.add(before["contest"])
+            commands.append(before["command"])
+            seconds += 60 * before["minutes"]
+            records |= {_entry(record): record for record in before["records"]}
+            continue
         run = load_run(path, problem="arena")
         if run.summary is None:
             sys.exit(f"{path} is not finished: birl arena --resume {path}")
@@ -45,10 +55,10 @@ def stored(runs: list[Path]) -> dict[str, Any]:
         ]
         commands.append(shlex.join(["birl", "arena", own["contest"], *flags]))
         seconds += run.summary["seconds"]
-        records += [r for r in run.summary["records"] if r["phase"] == "play"]
+        records |= {_entry(r): r for r in run.summary["records"] if r["phase"] == "play"}
     if len(contests) > 1:
         sys.exit(f"these are runs of {' and '.join(sorted(contests))}: store them apart")
-    for record in records:
+    for record in records.values():
         record["values"] = record["values"] and [round(x, 9) for x in record["values"]]
         record["cost"] = [round(x, 3) for x in record["cost"]]
         record["curve"] = [[round(x, 6) for x in row] for row in record["curve"]]
@@ -58,8 +68,12 @@ def stored(runs: list[Path]) -> dict[str, Any]:
         **header("; ".join(commands), threads=1),
         "contest": contests.pop(),
         "minutes": round(seconds / 60, 1),
-        "records": records,
+        "records": list(records.values()),
     }
+
+
+def _entry(record: dict[str, Any]) -> tuple[Any, ...]:
+    return (*(record[name] for name in ("setting", "method", "switch")), *record["seeds"])
 
 
 def _words(value: Any) -> list[Any]:
