@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,19 +95,18 @@ class SampledRival(SampledDescent):
 
             Q(s, a) ← Q(s, a) + α (f(s, a) + γ_u Q(s', a') − Q(s, a))
         """
-        q, (states, actions) = self.upper_q.flatten(), self.upper_q.shape
-        cells = path.observation * actions + path.action
-        f = cost.flatten()
-        last = path.action.shape[1] - 1  # what follows it is not known
+        states, actions = self.upper_q.shape
+        q, f = self.upper_q.flatten().numpy().copy(), cost.flatten().numpy()
+        cells = (path.observation * actions + path.action).numpy()
+        present = path.present.numpy()
+        last = cells.shape[1] - 1  # what follows it is not known
         for t in reversed(range(min(last, longest_of(path.present)))):
-            here = cells[:, t][path.present[:, t]]
-            there = cells[:, t + 1][path.present[:, t]]
-            goes_on = path.present[:, t + 1][path.present[:, t]]
-            target = f[here] + self.problem.discount * q[there] * goes_on
-            count = torch.bincount(here, minlength=states * actions)
-            gap = torch.zeros_like(q).index_add(0, here, target - q[here]) / count.clamp(min=1)
-            q = q + rate * gap
-        self.upper_q = q.view(states, actions)
+            on = present[:, t]
+            here, there = cells[on, t], cells[on, t + 1]
+            target = f[here] + self.problem.discount * q[there] * present[on, t + 1]
+            count = np.bincount(here, minlength=len(q)).clip(min=1)
+            q += rate * np.bincount(here, target - q[here], minlength=len(q)) / count
+        self.upper_q = torch.from_numpy(q).view(states, actions)
         return self.upper_q - (follower.policy * self.upper_q).sum(-1, keepdim=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from birl_ext.simulators.finite import Paths
 
@@ -12,16 +13,12 @@ __all__ = ["advantage_from", "longest_of", "mean_of_cells", "returns_to_go"]
 
 def returns_to_go(reward: Tensor, present: Tensor, discount: float) -> Tensor:
     """G_t = Σ_{k≥t} γᵏ⁻ᵗ r_k along paths, (n, H); nothing is paid where a step is not `present`."""
-    longest = longest_of(present)
-    paid = (reward * present)[:, :longest]
-    ahead, found = (
-        paid.new_zeros(len(paid)),
-        [reward.new_zeros(len(paid), reward.shape[1] - longest)],
-    )
-    for now in paid.unbind(1)[::-1]:
-        ahead = now + discount * ahead
-        found.append(ahead.unsqueeze(1))
-    return torch.cat(found[::-1], 1)
+    longest, reach = longest_of(present), 1
+    ahead = (reward * present)[:, :longest]
+    while reach < longest:  # ahead holds the sums over k < t + reach: twice as far in each turn
+        ahead = ahead + discount**reach * pad(ahead[:, reach:], (0, reach))
+        reach *= 2
+    return pad(ahead, (0, reward.shape[1] - longest))
 
 
 def longest_of(present: Tensor) -> int:
