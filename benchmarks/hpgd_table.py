@@ -134,7 +134,8 @@ def amd(
     rooms = FourRooms(kappa)
     x = starts(seeds).repeat(len(RATES), 1)
     rates = torch.tensor(RATES, dtype=torch.float64).repeat_interleave(seeds).unsqueeze(-1)
-    draws, values_of = torch.Generator().manual_seed(0), []
+    draws = torch.Generator().manual_seed(0)
+    values_of: list[Tensor] = []
 
     def upper(w: Tensor, solution: Solution) -> Tensor:
         """φ of a goal for each row; its mean over the goals is kept."""

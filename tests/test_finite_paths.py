@@ -8,6 +8,7 @@ from torch import Tensor
 
 from birl_ext import DenseMDP
 from birl_ext.simulators.finite import FiniteFollower, FiniteSimulator
+from birl_ext.simulators.paths import Policy
 
 STATES, ACTIONS = 6, 3
 
@@ -50,7 +51,7 @@ def test_paths_of_a_table_are_those_of_any_policy(ending: float, steps: int, giv
     first = torch.randint(1, STATES, (7,), generator=draws)
     action = torch.randint(ACTIONS, (7,), generator=draws) if given else None
     simulators = [FiniteSimulator(process(ending), torch.Generator().manual_seed(2)) for _ in "ab"]
-    followers = FiniteFollower(policy), Plain(policy)
+    followers: tuple[Policy, ...] = FiniteFollower(policy), Plain(policy)
     for _ in range(2):  # the second begins where the draws of the first have ended
         found, wanted = (
             simulator.continuations(follower, first, action, steps)

@@ -175,4 +175,5 @@ def _place(cumulative: Table, point: Table) -> Table:
     """Where each point in [0, 1), (*n, 1), falls among cumulative probabilities, (*n)."""
     # A row's last sum may be below one by rounding, and what follows it in a row is impossible.
     last = cumulative[..., -1:]
-    return ((cumulative <= point * last) & (cumulative < last)).sum(-1)
+    found: Table = ((cumulative <= point * last) & (cumulative < last)).sum(-1)
+    return found
