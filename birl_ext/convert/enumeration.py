@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
@@ -12,6 +13,10 @@ from birl_ext.errors import OptionError, SizeLimitError
 __all__ = ["Script", "Uniform", "outcomes"]
 
 T = TypeVar("T")
+
+ROUNDING = 1e-12
+"""A uniform number that lies so near to a threshold is taken for at it: sums of probabilities end
+so near to one, and what would be drawn beyond their end was never meant."""
 
 
 class Script:
@@ -41,15 +46,18 @@ class Script:
     def choice(
         self, a: Any, size: Any = None, replace: bool = True, p: Any = None, **_: Any
     ) -> Any:
-        """One of a, or of range(a)."""
-        items = np.arange(a) if isinstance(a, int | np.integer) else np.asarray(a)
+        """One of a, or of range(a); equal items are one outcome."""
         if size is not None:
+            items = np.arange(a) if isinstance(a, int | np.integer) else np.asarray(a)
             if not replace and p is None:
                 return self.permutation(items)[: int(np.prod(size))].reshape(size)
             drawn = [self.choice(items, p=p) for _ in range(int(np.prod(size)))]
             return np.array(drawn, items.dtype).reshape(size)
-        law = np.full(len(items), 1 / len(items)) if p is None else np.asarray(p, float)
-        return items[self.branch(law)]
+        if p is None and isinstance(a, list) and all(type(x) is int for x in a):
+            items, places, chances = _cards(tuple(a))
+        else:
+            items, places, chances = _merged(a, p)
+        return items[places[self.branch(chances)]]
 
     def integers(
         self,
@@ -103,9 +111,29 @@ class Script:
         )
 
 
+def _merged(a: Any, p: Any) -> tuple[Any, tuple[int, ...], tuple[float, ...]]:
+    """Items, the places of those that differ, and their probabilities."""
+    items = np.arange(a) if isinstance(a, int | np.integer) else np.asarray(a)
+    chances = [1 / len(items)] * len(items) if p is None else np.asarray(p, float).tolist()
+    if items.ndim > 1:
+        return items, tuple(range(len(items))), tuple(chances)
+    law: dict[Any, tuple[int, float]] = {}
+    for i, (item, chance) in enumerate(zip(items.tolist(), chances, strict=True)):
+        first, total = law.get(item, (i, 0.0))
+        law[item] = (first, total + chance)
+    places, merged = zip(*law.values(), strict=True)
+    return items, places, merged
+
+
+@functools.lru_cache(maxsize=64)
+def _cards(a: tuple[int, ...]) -> tuple[Any, tuple[int, ...], tuple[float, ...]]:
+    return _merged(a, None)
+
+
 class Uniform:
     """A uniform number known only as far as it was asked about: an interval that comparisons cut.
 
+    What is left of it by rounding, less than `ROUNDING`, does not count.
     ``np.argmax(cumulative > u)``, ``np.searchsorted(cumulative, u)`` and ``u < 0.1`` come out in
     finitely many ways. It may be scaled and shifted before.
     """
@@ -126,12 +154,13 @@ class Uniform:
         """Whether the number lies at or above each threshold."""
         cuts = (np.asarray(thresholds, float) - self.shift) / self.scale
         low, high = self.interval
-        inside = np.unique(cuts[(cuts > low) & (cuts < high)])
+        inside = np.unique(cuts[(cuts > low + ROUNDING) & (cuts < high - ROUNDING)])
         if len(inside):
+            inside = inside[np.diff(inside, append=np.inf) > ROUNDING]
             edges = np.concatenate(([low], inside, [high]))
             piece = self.script.branch(np.diff(edges) / (high - low))
             self.interval[:] = edges[piece : piece + 2].tolist()
-        answer = cuts <= self.interval[0]
+        answer = cuts <= self.interval[0] + ROUNDING
         return answer if answer.ndim else bool(answer)
 
     def __ge__(self, other: Any) -> Any:
