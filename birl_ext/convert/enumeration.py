@@ -152,6 +152,8 @@ class Uniform:
 
     def _above(self, thresholds: Any) -> Any:
         """Whether the number lies at or above each threshold."""
+        if thresholds is self:  # a binary search begins so
+            return True
         cuts = (np.asarray(thresholds, float) - self.shift) / self.scale
         low, high = self.interval
         inside = np.unique(cuts[(cuts > low + ROUNDING) & (cuts < high - ROUNDING)])

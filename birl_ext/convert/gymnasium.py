@@ -69,11 +69,12 @@ def from_gymnasium(
             initial = getattr(inner, "initial_state_distrib", None)
         table = found
     states = _numbered(table, "state")
+    for state in range(states):
+        _numbered(table[state], f"action of state {state}", gaps=True)
     actions = 1 + max((int(a) for row in table.values() for a in row), default=0)
     mask, reward, sums = (np.zeros((states, actions)) for _ in range(3))
     found_rows: list[tuple[int, int, int, float, bool]] = []
     for state in range(states):
-        _numbered(table[state], f"action of state {state}", gaps=True)
         for action, listed in table[state].items():
             mask[state, action] = 1
             for outcome in listed:
@@ -156,8 +157,9 @@ def enumerate_env(
     Ends: `terminated` belongs to an outcome, and nothing follows it: the value behind it is 0. A
     state that is entered by such outcomes alone, and where no episode starts, is the end itself:
     terminal, without an action. If others lead to it too, those that terminate go to a state of
-    their own, the last, that has no observation. `truncated` is no end, and wrappers that only
-    count steps are taken off.
+    their own, the last, that has no observation. A state that only the next action ends has that
+    choice, and its entropy. `truncated` is no end, and wrappers that only count steps are taken
+    off.
 
     An observation has to be the whole state. By default an environment is copied, and each state
     that is met twice is enumerated twice: if the two differ, something is hidden.

@@ -352,7 +352,7 @@ def _labels(path: Path, states: int) -> dict[str, Array]:
         if not state.endswith(":") or not state[:-1].isdigit():
             raise _broken(path, line, " ".join(line[1]), "state: label label …")
         if int(state[:-1]) >= states:
-            raise _broken(path, line, f"state {state[:-1]}", f"0 to {states - 1}")
+            raise _broken(path, line, f"state {int(state[:-1])}", f"0 to {states - 1}")
         for number in numbers:
             if number not in names:
                 raise _broken(path, line, f"label {number}", "those of the first line")
