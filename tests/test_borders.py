@@ -22,6 +22,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext import DenseMDP, SparseMDP, errors, functional
+from birl_ext.model import checks
 from birl_ext.nn import SoftPlanner
 from birl_ext.ops.backends import choice, native
 
@@ -353,9 +354,9 @@ def test_an_absorbing_state_with_a_choice_is_told_once(
 def test_tensors_are_looked_at_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "_looked", 0)
     looked: list[Tensor] = []
-    real = functional.checks.pays_alike
+    real = checks.pays_alike
     monkeypatch.setattr(
-        functional.checks, "pays_alike", lambda *given: (looked.append(given[0]), real(*given))[1]
+        checks, "pays_alike", lambda *given: (looked.append(given[0]), real(*given))[1]
     )
     rows = P.clone()
     rows[1] = torch.eye(S, dtype=torch.float64)[1]

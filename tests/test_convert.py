@@ -241,7 +241,7 @@ def sampled(env: Any, found: convert.EnumeratedMDP, put: Any, count: int) -> tup
         for _ in range(count):
             put(env, found.observations[state])
             shown, _, ended, _, _ = env.step(first + action)
-            following = found.index[convert.key_of(shown)]
+            following = found.state_of[convert.key_of(shown)]
             if ended and dense.terminal is not None and not dense.terminal[following]:
                 following = dense.states - 1
             seen[following] += 1
@@ -265,10 +265,10 @@ def put_lake(env: Any, shown: Any) -> None:
 def test_a_queue_is_enumerated_as_its_samples_say() -> None:
     found = convert.enumerate_env(Queue(), GAMMA)
     assert found.mdp.terminal is not None
-    assert sorted(found.index) == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)]
+    assert sorted(untyped(found.state_of)) == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)]
     # by hand: from length 1, action 5, no service, none arrives, no restart
     dense = found.mdp.to_dense()
-    one = found.index[1, 1]
+    one = found.state_of[1, 1]
     stay = 0.9 * (0.7 * 0.5 + 0.3 * 0.5) + 0.1 / 3
     near(float(dense.transition[one, 0, one]), stay, bound=1e-12, label="P")
     assert dense.initial_distribution is not None
@@ -339,7 +339,7 @@ def test_blackjack_needs_to_know_what_is_hidden() -> None:
     assert compared > 60
     assert worst < 4.5
     # the dealer's 17 or more, by the law of what he draws, loops apart
-    stick = found.mdp.reward[found.index[20, 9, 1], 0]
+    stick = found.mdp.reward[found.state_of[20, 9, 1], 0]
     near(float(stick), dealers_loss(20, 9), bound=1e-12, label="r")
 
 
@@ -885,9 +885,8 @@ def test_errors_of_a_log_are_as_large_as_they_say() -> None:
     scores: list[float] = []
     pays: list[float] = []
     for seed in range(60):
-        mdp, log = logged(1, 0)
         mdp, log = logged_again(seed, 1500)
-        found = convert.from_logs(**log, discount=GAMMA)
+        found = convert.from_logs(**untyped(log), discount=GAMMA)
         rows, col = found.mdp.rows(), found.mdp.col
         truth = mdp.transition.reshape(-1, 6)[rows, col]
         error = found.transition_error
@@ -924,7 +923,7 @@ def logged_again(seed: int, count: int) -> tuple[DenseMDP, dict[str, Array]]:
 def test_a_long_log_tells_the_process() -> None:
     mdp, log = logged(2, 8000)
     tensors = {name: torch.as_tensor(column) for name, column in log.items()}
-    found = convert.from_logs(**tensors, discount=GAMMA, first=[0, 0, 1, 2])
+    found = convert.from_logs(**untyped(tensors), discount=GAMMA, first=[0, 0, 1, 2])
     same(found.mdp.replace(initial_distribution=None), mdp, bound=0.3)
     near(values(found.mdp), values(mdp), bound=0.4, label="V")
     assert found.mdp.initial_distribution is not None
@@ -1063,8 +1062,8 @@ def test_ends_are_masked(sparse: bool) -> None:
     rows = torch.eye(4, dtype=torch.float64).unsqueeze(1).repeat(1, 2, 1)
     rows[0] = torch.tensor([[0, 0.5, 0.5, 0], [0, 0, 0, 1.0]])
     reward = torch.tensor([[1.0, 2], [0, 0], [3, 3], [5, 5]]).double()
-    mdp: MDP = DenseMDP(reward, rows, GAMMA, terminal=torch.arange(4) == 3)
-    mdp = mdp.to_sparse() if sparse else mdp
+    dense = DenseMDP(reward, rows, GAMMA, terminal=torch.arange(4) == 3)
+    mdp: MDP = dense.to_sparse() if sparse else dense
     closed = convert.mask_ends(mdp)
     q = [1 + GAMMA * 0.5 * 30, 2 + GAMMA * 5]
     want = TAU * math.log(math.exp(q[0] / TAU) + math.exp(q[1] / TAU))

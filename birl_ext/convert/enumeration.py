@@ -180,21 +180,22 @@ class Uniform:
     def __mul__(self, factor: Any) -> Uniform:
         if not isinstance(factor, int | float | np.number) or not factor > 0:
             self._refuse()
-        return Uniform(self.script, self.interval, self.scale * factor, self.shift * factor)
+        times = float(factor)
+        return Uniform(self.script, self.interval, self.scale * times, self.shift * times)
 
     def __add__(self, number: Any) -> Uniform:
         if not isinstance(number, int | float | np.number):
             self._refuse()
-        return Uniform(self.script, self.interval, self.scale, self.shift + number)
+        return Uniform(self.script, self.interval, self.scale, self.shift + float(number))
 
     __rmul__ = __mul__
     __radd__ = __add__
 
     def __sub__(self, number: Any) -> Uniform:
-        return self + -number
+        return self.__add__(-number)
 
     def __truediv__(self, number: Any) -> Uniform:
-        return self * (1 / number)
+        return self.__mul__(1 / number)
 
     def __float__(self) -> NoReturn:
         self._refuse()

@@ -128,12 +128,12 @@ class EnumeratedMDP(NamedTuple):
     Args:
         mdp: its states in the order in which they were found.
         observations: of each state; the last of `mdp` may have none, where the process ends.
-        index: from an observation, as `key_of` writes it, to its state.
+        state_of: from an observation, as `key_of` writes it, to its state.
     """
 
     mdp: SparseMDP
     observations: list[Any]
-    index: dict[Hashable, int]
+    state_of: dict[Hashable, int]
 
 
 def enumerate_env(

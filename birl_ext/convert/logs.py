@@ -141,7 +141,7 @@ def from_logs(
         error = np.sqrt(spread / (counts - 1) / counts)
     error[counts < 2] = np.nan
 
-    acted = counts.any(-1)
+    acted = counts.max(-1) > 0
     start = None
     if first is not None:
         begun = as_indices("first", _host(first), size)
@@ -161,7 +161,7 @@ def from_logs(
     entered = np.zeros(mdp.states, bool)
     entered[t[~ended]] = True
     entered[:size] |= start > 0 if start is not None else False
-    acted = counts.any(-1)
+    acted = counts.max(-1) > 0
     return LoggedMDP(
         mdp,
         torch.as_tensor(counts),
@@ -204,7 +204,7 @@ def _shares(
 
 
 def _refuse_gaps(counts: Array, s: Array, t: Array, ended: Array) -> None:
-    acted = counts.any(-1)
+    acted = counts.max(-1) > 0
     gaps = (counts == 0) & acted[:, None]
     if gaps.any():
         state, action = (int(i[0]) for i in np.nonzero(gaps))

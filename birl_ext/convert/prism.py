@@ -314,17 +314,17 @@ def _state_rewards(path: Path, states: int) -> Array:
 
 
 def _transition_rewards(
-    path: Path, known: Iterable[tuple[int, int, int]], chain: bool
+    path: Path, known: Mapping[tuple[int, int, int], float], chain: bool
 ) -> Iterable[tuple[tuple[int, int, int], float]]:
     lines, width = _lines(path), 3 if chain else 4
     if lines and len(lines[0][1]) == width - 1:
         lines = _without_header(path, lines)
     for line in lines:
         *place, reward = _numbers(path, line, width, width)
-        where = (int(place[0]), 0, int(place[1])) if chain else tuple(map(int, place))
+        where = int(place[0]), 0 if chain else int(place[1]), int(place[-1])
         if where not in known:
             raise _broken(path, line, "a transition that the model lacks", "one that it has")
-        yield where, reward  # type: ignore[misc]
+        yield where, reward
 
 
 def _without_header(path: Path, lines: list[Line]) -> list[Line]:

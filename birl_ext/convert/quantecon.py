@@ -103,7 +103,9 @@ def to_quantecon(mdp: DenseMDP | SparseMDP, form: Form | None = None) -> tuple[A
     return found.reward[state, action], rows, beta, state, action
 
 
-def _pairs(reward: Array, transition: Any, beta: float, states_of: Any, actions_of: Any) -> Any:
+def _pairs(
+    reward: Array, transition: Any, beta: float, states_of: Any, actions_of: Any
+) -> SparseMDP:
     if not hasattr(transition, "tocoo"):
         transition = as_array("Q", transition)
     shape = tuple(transition.shape)

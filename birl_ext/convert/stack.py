@@ -150,7 +150,7 @@ def _joined(
         row = mdp.rows()
         row = row // actions * most[1] + row % actions
         places.append(row * most[0] + mdp.col)
-    union, which = torch.cat(places).unique(return_inverse=True)
+    union, which = torch.unique(torch.cat(places), return_inverse=True)
     values = [
         mdp.values.new_zeros(len(union)).index_add(0, index, mdp.values)
         for mdp, index in zip(mdps, which.split([len(p) for p in places]), strict=True)

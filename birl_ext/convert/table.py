@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 Array = np.ndarray
-M = TypeVar("M", DenseMDP, SparseMDP)
+M = TypeVar("M", bound=DenseMDP | SparseMDP)
 
 
 class Rows(NamedTuple):
@@ -172,23 +172,23 @@ def mask_ends(mdp: M) -> M:
     high = reward.masked_fill(~mask, -torch.inf).amax(-1)
     alike = high == reward.masked_fill(~mask, torch.inf).amin(-1)
     free = checks.free_choices(mask, mdp.reference, mdp.actions)
-    stands = (mdp._stays() | ~mask).all(-1)
+    stands = mdp.stands()
     # one that pays nothing and has one action is an end too, if it is said or not
     closed = (
         alike & (high == 0) & torch.where(terminal, free, stands & (free | (mask.sum(-1) == 1)))
     )
-    single_action = alike & free & (terminal | stands) & ~closed
-    if not bool((closed | single_action).any()):
+    one_action = alike & free & (terminal | stands) & ~closed
+    if not bool((closed | one_action).any()):
         return mdp
     first = mask & (mask.cumsum(-1) == 1)
-    changes: dict[str, Any] = {"mask": torch.where(single_action.unsqueeze(-1), first, mask)}
+    changes: dict[str, Any] = {"mask": torch.where(one_action.unsqueeze(-1), first, mask)}
     changes["mask"] = changes["mask"] & ~closed.unsqueeze(-1)
     if bool(closed.any()):
         changes["terminal"] = terminal | closed
     if mdp.reference is not None:
-        one = single_action.unsqueeze(-1)
+        one = one_action.unsqueeze(-1)
         changes["reference"] = torch.where(one, 1.0, mdp.reference)
-    return mdp.replace(**changes)
+    return cast(M, mdp.replace(**changes))
 
 
 class Continuing(NamedTuple):
@@ -283,7 +283,9 @@ def as_indices(name: str, given: Any, below: int | None = None) -> Array:
     whole = array.astype(np.int64) if array.dtype.kind in "iufb" else None
     if array.dtype.kind == "b" or whole is None or not np.array_equal(whole, array):
         raise DtypeError(f"{name} holds {array.dtype}", allowed="whole numbers")
-    bad = (whole < 0) | (whole >= below if below is not None else False)
+    bad = whole < 0
+    if below is not None:
+        bad |= whole >= below
     if bad.any():
         first = int(bad.argmax())
         most = "" if below is None else f" to {below - 1}"

@@ -243,10 +243,7 @@ class _MDP:
         fields = self._fields()
         if self.actions == 1 or not is_concrete(*fields.values()):
             return None
-        stays = self._stays()
-        if self.mask is not None:
-            stays = stays | ~self.mask
-        standing = stays.all(-1)
+        standing = self.stands()
         if not bool(standing.any()):
             return None
         if self.terminal is not None:
@@ -254,8 +251,8 @@ class _MDP:
         standing = standing & checks.free_choices(self.mask, self.reference, self.actions)
         return standing if bool(standing.any()) else None
 
-    def _stays(self) -> Tensor:
-        """(*B, S, A) bool, rows of P that lead nowhere else."""
+    def stands(self) -> Tensor:
+        """(*B, S) bool, states that no available action leaves; a terminal one may be either."""
         raise NotImplementedError
 
     @property
@@ -392,8 +389,9 @@ class DenseMDP(_MDP):
     def _check_rows(self) -> None:
         checks.check_rows(self.transition, self._continuing())
 
-    def _stays(self) -> Tensor:
-        return self.transition.detach().diagonal(dim1=-3, dim2=-1).transpose(-2, -1) == 1
+    def stands(self) -> Tensor:
+        stays = self.transition.detach().diagonal(dim1=-3, dim2=-1).transpose(-2, -1) == 1
+        return (stays if self.mask is None else stays | ~self.mask).all(-1)
 
     def _normalised(self) -> Tensor:
         total = self.transition.sum(-1, keepdim=True)
@@ -534,12 +532,26 @@ class SparseMDP(_MDP):
             self.values, self.crow, self.col, (self.states, self.actions), self._continuing()
         )
 
-    def _stays(self) -> Tensor:
-        rows = self.rows()
-        leaves = (self.values.detach() != 0) & (self.col != rows // self.actions)
-        count = torch.zeros(*leaves.shape[:-1], self.states * self.actions, device=self.device)
-        count = count.index_add(-1, rows, leaves.to(count.dtype))
-        return (count == 0).unflatten(-1, (self.states, self.actions))
+    def stands(self) -> Tensor:
+        states = torch.arange(self.states, device=self.device)
+        start, stop = self.crow[: -1 : self.actions], self.crow[self.actions :: self.actions]
+        entries = self.values.detach()
+        if not len(self.col):
+            return states >= 0
+        # most states are left by the first entry that they have
+        first = start.clamp(max=len(self.col) - 1)
+        left = (stop > start) & (self.col[first] != states)
+        left = left & (entries[..., first] != 0).reshape(-1, self.states).all(0)
+        rest = (~left).nonzero().squeeze(-1)
+        counts = (stop - start)[rest]
+        place = torch.arange(int(counts.sum()), device=self.device)
+        shift = start[rest] - counts.cumsum(0) + counts
+        place = place + shift.repeat_interleave(counts)
+        own = rest.repeat_interleave(counts)
+        leaves = (self.col[place] != own) & (entries[..., place] != 0)
+        number = leaves.new_zeros((*leaves.shape[:-1], self.states), dtype=torch.int64)
+        number = number.index_add(-1, own, leaves.long())
+        return (number == 0) & ~left
 
     def _normalised(self) -> Tensor:
         rows = self.rows()
