@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from birl_ext import (
         agents,
         bilevel,
+        convert,
         environments,
         errors,
         preferences,
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "agents": "",
     "bilevel": "",
+    "convert": "",
     "environments": "",
     "errors": "",
     "preferences": "",
@@ -148,6 +150,7 @@ __all__ = [
     "agents",
     "bellman",
     "bilevel",
+    "convert",
     "environments",
     "errors",
     "evaluate",

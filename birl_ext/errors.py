@@ -340,7 +340,7 @@ class AnswerLogWriteError(BirlError, RuntimeError):
 
 
 class TerminalChoiceWarning(UserWarning):
-    """A terminal state keeps the entropy of a choice that leads nowhere."""
+    """An end, terminal or absorbing, keeps the entropy of a choice that leads nowhere."""
 
 
 class AnswerLogRecoveryWarning(UserWarning):

@@ -489,6 +489,8 @@ def _flat(
             checks.check_reward(reward)
         if is_concrete(transition):
             checks.check_rows(transition, None)
+    if tell and full and not torch.compiler.is_compiling() and _looked < _LOOKS:
+        _look_at(reward, transition)
     no_reference = absent(torch.float64, reward)
     return flatten(reward, transition, no_reference, discount, temperature, batch=batch)
 
@@ -497,13 +499,43 @@ _told: set[str] = set()
 
 
 def _tell_of_ends(mdp: MDP) -> None:
-    """Warn, once, of a terminal state with a choice."""
-    if mdp.free_ends and not _told and not torch.compiler.is_compiling():
-        _told.add("ends")
+    """Warn, once each, of a terminal state and of an absorbing one with a choice."""
+    if mdp.idle_ends and not torch.compiler.is_compiling():
+        _tell_of_standing()
+    if mdp.free_ends and not torch.compiler.is_compiling() and "terminal" not in _told:
+        _told.add("terminal")
         warn(
             "a terminal state has a choice of actions and keeps its entropy: without a reward it "
             "is worth τ log A, not 0. Fix: where its end is worth nothing, set `mask` to False for "
             "all its actions; where its reward is meant, for all but one",
+            TerminalChoiceWarning,
+        )
+
+
+_looked = 0
+_LOOKS = 16
+"""Transitions given as tensors that are looked at: enough to find the mistake, and free later."""
+
+
+def _look_at(reward: Tensor, transition: Tensor) -> None:
+    """Warn, once, of an absorbing state with a choice among tensors."""
+    global _looked
+    _looked += 1
+    if reward.shape[-1] > 1 and is_concrete(reward, transition):
+        stays = transition.detach().diagonal(dim1=-3, dim2=-1) == 1  # (*B, A, S)
+        standing = stays.all(-2)
+        if bool(standing.any()) and checks.pays_alike(reward, None, standing):
+            _tell_of_standing()
+
+
+def _tell_of_standing() -> None:
+    if "absorbing" not in _told:
+        _told.add("absorbing")
+        warn(
+            "a state that no action leaves, and in which all pay the same, has a choice of actions "
+            "and keeps its entropy forever: without a reward it is worth τ log A / (1 − γ), not 0. "
+            "Fix: pass birl_ext.convert.mask_ends(mdp); or set `mask` to False there for all "
+            "actions but one",
             TerminalChoiceWarning,
         )
 
@@ -527,7 +559,7 @@ def _solve_fast(
     """`solve` the short way; None if it has to take the general one."""
     if options is not USUAL[options.on_fail]:
         return None
-    rigour = Rigour.STOCHASTIC
+    rigour, mdp = Rigour.STOCHASTIC, None
     if isinstance(reward, DenseMDP):
         mdp = reward
         if not (transition is discount is mdp.mask is mdp.reference is None):
@@ -541,6 +573,10 @@ def _solve_fast(
         return None
     outputs, failed = found
     solution = _solution(outputs)
+    if _looked < _LOOKS and mdp is None:
+        assert isinstance(reward, Tensor)
+        assert transition is not None
+        _look_at(reward, transition)
     if failed and options.on_fail == "raise":
         assert isinstance(reward, Tensor)
         assert transition is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from torch import Tensor
 
 import birl_ext
 from birl_ext import DenseMDP, SparseMDP, errors, functional
+from birl_ext.model import checks
 from birl_ext.nn import SoftPlanner
 from birl_ext.ops.backends import choice, native
 
@@ -286,6 +288,97 @@ def test_an_end_with_a_choice_is_told_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert_close(free[-1], 0.5 * np.log(A), bound=1e-15, label="V = τ log A")
     closed[-1] = False
     assert solve(reward, terminal=end, mask=closed)[-1] == 0
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_an_absorbing_state_with_a_choice_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, sparse: bool
+) -> None:
+    rows, paid = P.clone(), R.clone()
+    rows[1] = torch.eye(S, dtype=torch.float64)[1]
+    paid[1] = 0.5
+    one = torch.ones(S, A, dtype=torch.bool)
+    one[1, 1:] = False
+
+    def built(**options: Any) -> Any:
+        mdp = DenseMDP(options.pop("reward", paid), rows, 0.5, **options)
+        return dataclasses.replace(mdp.to_sparse(), validate="full") if sparse else mdp
+
+    def heard(call: Callable[[], Any]) -> list[str]:
+        monkeypatch.setattr(functional, "_told", set())
+        monkeypatch.setattr(functional, "_looked", 0)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            call()
+            call()
+        assert all(w.category is errors.TerminalChoiceWarning for w in seen)
+        assert all(w.filename == __file__ for w in seen)
+        return [str(w.message) for w in seen]
+
+    def solved(mdp: Any) -> Any:
+        return birl_ext.solve(mdp, temperature=0.5)
+
+    told = [
+        lambda: solved(built()),
+        lambda: solved(built(reference=torch.ones(S, A, dtype=torch.float64))),
+        lambda: solved(built(reward=R).replace(reward=paid)),
+        lambda: solved(built().replace(discount=0.25)),
+        lambda: solved(built(initial_distribution=START.softmax(-1)).to(torch.float64)),
+        lambda: solved(built(reward=torch.stack((R, paid)))),
+        lambda: solved(built(terminal=torch.arange(S) == 0, mask=torch.ones_like(one))),
+        lambda: SoftPlanner(discount=0.5, temperature=0.5, transition=rows)(paid),
+        lambda: birl_ext.solve(paid, rows, discount=0.5, temperature=0.5),
+        lambda: birl_ext.solve(paid, rows, discount=0.5, temperature=0.5, method="newton"),
+        lambda: birl_ext.bellman(START, paid, rows, discount=0.5, temperature=0.5),
+    ]  # fmt: skip
+    for call in told:
+        messages = heard(call)
+        assert sum("τ log A / (1 − γ)" in message for message in messages) == 1, messages
+    for call in (
+        lambda: solved(built(reward=R)),  # its actions pay differently: a choice that is meant
+        lambda: solved(built().replace(reward=R)),
+        lambda: solved(built(mask=one)),
+        lambda: solved(built().replace(mask=one)),
+        lambda: solved(built(reference=EVEN)),
+        lambda: solved(built(mask=one, terminal=torch.arange(S) == 1)),
+        lambda: solved(DenseMDP(paid, rows, 0.5, validate="cheap")),
+        lambda: solved(built().replace(reward=R, validate="cheap")),
+        lambda: solved(dataclasses.replace(DenseMDP(0 * R, P, 0.5).to_sparse(), validate="full")),
+        lambda: birl_ext.solve(R, rows, discount=0.5, temperature=0.5),
+        lambda: birl_ext.solve(paid, P, discount=0.5, temperature=0.5),
+    ):
+        assert heard(call) == []
+    closed = birl_ext.convert.mask_ends(built())
+    assert heard(lambda: solved(closed)) == []
+    assert_close(solved(built()).value[1], 1 + np.log(A), bound=1e-15, label="V, with the entropy")
+    assert solved(closed).value[1] == 1.0
+
+
+def test_tensors_are_looked_at_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_looked", 0)
+    looked: list[Tensor] = []
+    real = checks.pays_alike
+    monkeypatch.setattr(
+        checks, "pays_alike", lambda *given: (looked.append(given[0]), real(*given))[1]
+    )
+    rows = P.clone()
+    rows[1] = torch.eye(S, dtype=torch.float64)[1]
+    for _ in range(3 * functional._LOOKS):
+        birl_ext.solve(R, rows, discount=0.5, temperature=0.5)
+    assert len(looked) == functional._LOOKS
+
+
+def test_a_reference_that_is_not_normalised_leaves_a_free_choice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    end = torch.arange(S) == S - 1
+    for reference, free in ((EVEN, False), (2 * EVEN, True), (EVEN.float().double(), False)):
+        mdp = DenseMDP(R, P, 0.5, terminal=end, reference=reference)
+        assert mdp.free_ends == free
+        assert mdp.to_sparse().to(torch.float32).free_ends == free
+    mask = torch.ones(S, A, dtype=torch.bool)
+    mask[-1, 1:] = False  # one action is no choice, whatever its weight
+    assert not DenseMDP(R, P, 0.5, terminal=end, reference=EVEN, mask=mask).free_ends
 
 
 # Out of range, unchecked

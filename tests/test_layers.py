@@ -33,6 +33,7 @@ LAYERS = (
     "entropy",
     "nn",
     "__init__",  # the front door, open to everything above it
+    "convert",
     "environments",
     "agents",
     "rollouts",

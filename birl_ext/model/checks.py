@@ -79,7 +79,9 @@ __all__ = [
     "check_state_shapes",
     "check_temperature",
     "common_batch",
+    "free_choices",
     "kind_of",
+    "pays_alike",
     "promoted",
     "real",
     "reference_defects",
@@ -869,10 +871,9 @@ def check_data(
     masks, free = changed & {"mask", "terminal"}, None
     if mask is not None and masks and is_concrete(mask, terminal):
         check_actions(mask, terminal)
-    ends = None if reference is not None else terminal
     seen = reward.shape[-1] > 1 and masks | changed & {"reference"}
-    if ends is not None and seen and is_concrete(mask, ends):
-        choices = ends if mask is None else ends & (mask.sum(-1) > 1)
+    if terminal is not None and seen and is_concrete(mask, terminal, reference):
+        choices = terminal & free_choices(mask, reference, reward.shape[-1])
         free = bool(choices.any())
     if "reward" in changed and is_concrete(reward):
         check_reward(reward)
@@ -887,6 +888,33 @@ def check_data(
     if start is not None and "initial_distribution" in changed and is_concrete(start):
         check_initial_distribution(start)
     return free
+
+
+# Ends that leave a choice
+
+
+def free_choices(mask: Tensor | None, reference: Tensor | None, actions: int) -> Tensor:
+    """(*B, S) bool, or (), where there is more than one action, and V differs from r + γPV if all
+    of them do the same: unless μ sums to one over those available.
+    """
+    count = torch.as_tensor(actions) if mask is None else mask.sum(-1)
+    free = count > 1
+    if reference is None:
+        return free
+    weights = reference.detach() if mask is None else torch.where(mask, reference.detach(), 0.0)
+    total = weights.sum(-1, dtype=torch.float64)
+    return free.to(total.device) & ~((total - 1).abs() <= _ROW_SUM_TOLERANCE[torch.float32])
+
+
+def pays_alike(reward: Tensor, mask: Tensor | None, states: Tensor) -> bool:
+    """Whether in one of these states, (*B, S) bool, every available action pays the same."""
+    if not is_concrete(reward, mask, states):
+        return False
+    paid = reward.detach()
+    high, low = (paid, paid)
+    if mask is not None:
+        high, low = paid.masked_fill(~mask, -math.inf), paid.masked_fill(~mask, math.inf)
+    return bool(((high.amax(-1) == low.amin(-1)) & states).any())
 
 
 # The second line of defence: what the ops found

@@ -51,6 +51,9 @@ class _MDP:
     batch_shape: tuple[int, ...] = field(init=False)
     free_ends = False
     """Whether a terminal state was seen whose choice has an entropy."""
+    idle_ends = False
+    """Whether a state was seen that no action leaves and in which all pay the same."""
+    _standing: ClassVar[Tensor | None] = None  # of each MDP: states that no choice leaves, if any
 
     # Sizes
 
@@ -90,6 +93,9 @@ class _MDP:
             self._check_opened(new)
         if not changes.keys() & {"mask", "terminal", "reference"}:
             new._set(free_ends=self.free_ends)
+            if not changes.keys() & {"transition", "values"}:
+                idle = self.idle_ends and "reward" not in changes
+                new._set(idle_ends=idle, _standing=self._standing)
         if validate == "full":
             new._check_data(frozenset(changes))
         return new
@@ -128,12 +134,15 @@ class _MDP:
         widened = torch.float64 in dtypes and self.dtype == torch.float32
         new = self.replace(validate="cheap", **changes)
         if not widened:
+            new._set(free_ends=self.free_ends, idle_ends=self.idle_ends)
             return new
         if new.initial_distribution is not None:
             start = new.initial_distribution
             changes["initial_distribution"] = start / start.sum(-1, keepdim=True)
         changes[self._entries] = new._normalised()
-        return new.replace(validate="cheap", **changes)
+        new = new.replace(validate="cheap", **changes)
+        new._set(free_ends=self.free_ends, idle_ends=self.idle_ends)
+        return new
 
     # Normal form
 
@@ -221,6 +230,30 @@ class _MDP:
         free = checks.check_data(self._entries, self._fields(), changed, self._check_rows)
         if free is not None:
             self._set(free_ends=free)
+        moved = changed & {self._entries, "crow", "col", "mask", "terminal", "reference"}
+        if moved:
+            self._set(_standing=self._find_standing())
+        if self._standing is not None and (moved or "reward" in changed):
+            self._set(idle_ends=checks.pays_alike(self.reward, self.mask, self._standing))
+
+    def _find_standing(self) -> Tensor | None:
+        """(*B, S) bool, states that go on, that no action leaves, and that have a free choice; None
+        for no such state, and where nothing can be read.
+        """
+        fields = self._fields()
+        if self.actions == 1 or not is_concrete(*fields.values()):
+            return None
+        standing = self.stands()
+        if not bool(standing.any()):
+            return None
+        if self.terminal is not None:
+            standing = standing & ~self.terminal
+        standing = standing & checks.free_choices(self.mask, self.reference, self.actions)
+        return standing if bool(standing.any()) else None
+
+    def stands(self) -> Tensor:
+        """(*B, S) bool, states that no available action leaves; a terminal one may be either."""
+        raise NotImplementedError
 
     @property
     def ending(self) -> bool:
@@ -301,7 +334,8 @@ class DenseMDP(_MDP):
         terminal: (*B, S) bool, True where the process ends after the reward is paid. A terminal
             state with no available action is worth zero; one with a choice keeps the entropy of
             it, τ log A where all actions pay the same. Its batch axes belong to P: a batch of
-            terminals with a shared P makes a batch of P.
+            terminals with a shared P makes a batch of P. A state that no action leaves keeps that
+            entropy forever, τ log A/(1−γ). `birl_ext.convert.mask_ends` closes both.
         reference: μ, (*B, S, A), positive weights of the actions; need not be normalised; None
             means μ ≡ 1, plain entropy regularisation.
         initial_distribution: ρ, (*B, S), probabilities of the first state.
@@ -349,11 +383,15 @@ class DenseMDP(_MDP):
             **{name: getattr(self, name) for name in _OPTIONAL},
             validate="cheap",
         )
-        sparse._set(free_ends=self.free_ends)
+        sparse._set(free_ends=self.free_ends, idle_ends=self.idle_ends, _standing=self._standing)
         return sparse
 
     def _check_rows(self) -> None:
         checks.check_rows(self.transition, self._continuing())
+
+    def stands(self) -> Tensor:
+        stays = self.transition.detach().diagonal(dim1=-3, dim2=-1).transpose(-2, -1) == 1
+        return (stays if self.mask is None else stays | ~self.mask).all(-1)
 
     def _normalised(self) -> Tensor:
         total = self.transition.sum(-1, keepdim=True)
@@ -486,13 +524,34 @@ class SparseMDP(_MDP):
             **{name: getattr(self, name) for name in _OPTIONAL},
             validate="cheap",
         )
-        dense._set(free_ends=self.free_ends)
+        dense._set(free_ends=self.free_ends, idle_ends=self.idle_ends, _standing=self._standing)
         return dense
 
     def _check_rows(self) -> None:
         checks.check_sparse_rows(
             self.values, self.crow, self.col, (self.states, self.actions), self._continuing()
         )
+
+    def stands(self) -> Tensor:
+        states = torch.arange(self.states, device=self.device)
+        start, stop = self.crow[: -1 : self.actions], self.crow[self.actions :: self.actions]
+        entries = self.values.detach()
+        if not len(self.col):
+            return states >= 0
+        # most states are left by the first entry that they have
+        first = start.clamp(max=len(self.col) - 1)
+        left = (stop > start) & (self.col[first] != states)
+        left = left & (entries[..., first] != 0).reshape(-1, self.states).all(0)
+        rest = (~left).nonzero().squeeze(-1)
+        counts = (stop - start)[rest]
+        place = torch.arange(int(counts.sum()), device=self.device)
+        shift = start[rest] - counts.cumsum(0) + counts
+        place = place + shift.repeat_interleave(counts)
+        own = rest.repeat_interleave(counts)
+        leaves = (self.col[place] != own) & (entries[..., place] != 0)
+        number = leaves.new_zeros((*leaves.shape[:-1], self.states), dtype=torch.int64)
+        number = number.index_add(-1, own, leaves.long())
+        return (number == 0) & ~left
 
     def _normalised(self) -> Tensor:
         rows = self.rows()
