@@ -392,6 +392,7 @@ def test_what_is_hidden_is_found() -> None:
         (lambda rng: rng.normal(), r"np_random\.normal\(\)"),
         (lambda rng: rng.random(3)[0], r"random\(size\)"),
         (lambda rng: rng.uniform(0, 1, 3)[0], r"uniform\(size\)"),
+        (lambda rng: rng.choice(3, 2, False, [0.2, 0.3, 0.5])[0], r"choice\(replace=False, p="),
         (lambda rng: rng.random(), r"as a number"),
         (lambda rng: 1 - rng.random(), r"as a number"),
         (lambda rng: int(rng.random() * 4), r"as a number"),

@@ -34,7 +34,7 @@ class Script:
         self.probability = 1.0
 
     def branch(self, probabilities: Any) -> int:
-        """Which of the outcomes with these probabilities comes next; those of 0 never do."""
+        """Which of the outcomes with these `probabilities` comes next; those of 0 never do."""
         possible = [i for i, p in enumerate(probabilities) if p > 0]
         place = len(self.taken)
         turn = self.prescribed[place] if place < len(self.prescribed) else 0
@@ -46,10 +46,22 @@ class Script:
     def choice(
         self, a: Any, size: Any = None, replace: bool = True, p: Any = None, **_: Any
     ) -> Any:
-        """One of a, or of range(a); equal items are one outcome."""
+        """One of a, or of range(a); equal items are one outcome.
+
+        Args:
+            a: the items, or how many.
+            size: shape of several draws; None for one.
+            replace: whether an item may be drawn twice.
+            p: their probabilities; None where all are alike.
+
+        Raises:
+            OptionError: several are drawn without replacement, and with probabilities.
+        """
         if size is not None:
             items = np.arange(a) if isinstance(a, int | np.integer) else np.asarray(a)
-            if not replace and p is None:
+            if not replace:
+                if p is not None:
+                    self.refuse("choice(replace=False, p=…)")
                 return self.permutation(items)[: int(np.prod(size))].reshape(size)
             drawn = [self.choice(items, p=p) for _ in range(int(np.prod(size)))]
             return np.array(drawn, items.dtype).reshape(size)
@@ -67,23 +79,46 @@ class Script:
         dtype: Any = np.int64,
         endpoint: bool = False,
     ) -> Any:
-        """A whole number from low to high − 1."""
+        """A whole number from low to high − 1.
+
+        Args:
+            low: the least; 0 if `high` is None, and `low` is the bound above.
+            high: the bound above.
+            size: shape of several draws; None for one.
+            dtype: of the number.
+            endpoint: whether the bound above may be drawn too.
+        """
         low, high = (0, low) if high is None else (low, high)
         items = np.arange(low, high + int(endpoint), dtype=dtype)
         return self.choice(items, size)
 
     def random(self, size: Any = None, **_: Any) -> Any:
-        """A number in [0, 1) that may be compared and nothing else."""
+        """A number in [0, 1) that may be compared, scaled and shifted, and nothing else.
+
+        Args:
+            size: None; the outcomes of several cannot be counted.
+
+        Raises:
+            OptionError: there is a `size`.
+        """
         return Uniform(self) if size is None else self.refuse("random(size)")
 
     def uniform(self, low: float = 0.0, high: float = 1.0, size: Any = None) -> Any:
-        """A number in [low, high) that may be compared and nothing else."""
+        """A number in [low, high) that may be compared, scaled and shifted, and nothing else.
+
+        Args:
+            low, high: the bounds.
+            size: None, as of `random`.
+
+        Raises:
+            OptionError: there is a `size`.
+        """
         if size is not None:
             self.refuse("uniform(size)")
         return Uniform(self) * (high - low) + low
 
     def permutation(self, x: Any) -> Any:
-        """The items in any order."""
+        """The items of `x`, or of range(x), in any order."""
         left = list(np.arange(x) if isinstance(x, int | np.integer) else x)
         drawn = []
         while left:
@@ -91,7 +126,7 @@ class Script:
         return np.array(drawn)
 
     def shuffle(self, x: Any) -> None:
-        """As `permutation`, in place."""
+        """Bring the items of `x` into any order, in place."""
         x[:] = self.permutation(x).tolist() if isinstance(x, list) else self.permutation(x)
 
     def __getattr__(self, name: str) -> Any:
@@ -103,7 +138,14 @@ class Script:
         return self
 
     def refuse(self, name: str) -> NoReturn:
-        """Raise OptionError: the outcomes of this draw cannot be counted."""
+        """Say that the outcomes of this draw cannot be counted.
+
+        Args:
+            name: the call, as it is written behind ``np_random.``
+
+        Raises:
+            OptionError: always.
+        """
         raise OptionError(
             f"the environment draws by np_random.{name}, whose outcomes cannot be counted",
             allowed="choice, integers, permutation, shuffle; random and uniform that are compared",
@@ -136,6 +178,12 @@ class Uniform:
     What is left of it by rounding, less than `ROUNDING`, does not count.
     ``np.argmax(cumulative > u)``, ``np.searchsorted(cumulative, u)`` and ``u < 0.1`` come out in
     finitely many ways. It may be scaled and shifted before.
+
+    Args:
+        script: decides into which piece of the interval the number falls.
+        interval: where the number drawn lies, as far as it is known, shared by all that is made of
+            it; None is [0, 1].
+        scale, shift: this number is scale · (the number drawn) + shift; scale > 0.
     """
 
     __array_ufunc__ = None  # so that NumPy leaves comparisons to this class
@@ -218,6 +266,11 @@ class Uniform:
 
 def outcomes(take: Callable[[Script], T], most: int, where: str) -> Iterator[tuple[float, T]]:
     """(probability, result) of everything that `take` can come to, by its draws from a script.
+
+    Args:
+        take: called once for each way, with the script to draw from.
+        most: ways that are tried at most.
+        where: what the message of a refusal calls the place.
 
     Raises:
         SizeLimitError: more than `most`.

@@ -214,7 +214,14 @@ def enumerate_env(
 
 
 def key_of(observation: Any) -> Hashable:
-    """An observation as a key of a dictionary: arrays as tuples, numbers as Python's."""
+    """An observation as a key of a dictionary: arrays as tuples, numbers as Python's.
+
+    Args:
+        observation: a number, a text, an array, or a tuple, list or dictionary of them.
+
+    Raises:
+        OptionError: it is none of them, and has no hash.
+    """
     if isinstance(observation, np.ndarray):
         return key_of(observation.tolist())
     if isinstance(observation, np.generic):

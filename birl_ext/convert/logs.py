@@ -91,6 +91,7 @@ def from_logs(
             entered, and unseen="refuse"; state and action are named.
         ShapeError, DtypeError: the columns do not fit together; entry and value are named.
         NonFiniteInputError: a reward is NaN or infinite.
+        OptionError: `unseen` is unknown.
 
     Source: (M1).
     """

@@ -32,7 +32,14 @@ class StackedMDP(NamedTuple):
     sizes: list[tuple[int, int]]
 
     def parts(self, tensor: Tensor) -> list[Tensor]:
-        """A result without its padding: (N, S) as N tensors (S_i,), (N, S, A) as (S_i, A_i)."""
+        """A result without its padding: (N, S) as N tensors (S_i,), (N, S, A) as (S_i, A_i).
+
+        Args:
+            tensor: (N, S) or (N, S, A).
+
+        Raises:
+            ShapeError: it has another shape.
+        """
         shape = self.actions.shape
         if tuple(tensor.shape) not in (tuple(shape[:2]), tuple(shape)):
             raise ShapeError(

@@ -212,6 +212,14 @@ def continuing(mdp: DenseMDP | SparseMDP, form: str) -> Continuing:
 
     An end without an action stays where it is, pays nothing and has all actions. If an end has an
     action, which is paid, state S is added, to which it leads.
+
+    Args:
+        mdp: without batch axes or a reference.
+        form: what the message of a refusal calls it.
+
+    Raises:
+        ShapeError, OptionError: as `single`.
+        MissingDependencyError: no scipy.
     """
     single(mdp, form)
     sparse = scipy_sparse()
@@ -247,7 +255,16 @@ def continuing(mdp: DenseMDP | SparseMDP, form: str) -> Continuing:
 
 
 def single(mdp: Any, form: str) -> None:
-    """Raise unless the MDP has neither batch axes nor a reference."""
+    """Refuse an MDP that has batch axes or a reference.
+
+    Args:
+        mdp: what is given as one.
+        form: what the message calls the form that has no place for them.
+
+    Raises:
+        ShapeError: it has batch axes.
+        OptionError: it has a reference, or is no MDP.
+    """
     if not isinstance(mdp, DenseMDP | SparseMDP):
         raise OptionError(f"mdp is {checks.kind_of(mdp)}", allowed="a DenseMDP or a SparseMDP")
     if mdp.batch_shape:
@@ -263,7 +280,15 @@ def single(mdp: Any, form: str) -> None:
 
 
 def as_array(name: str, given: Any) -> Array:
-    """A table of numbers, float64."""
+    """A table of numbers, float64, of the shape that was given.
+
+    Args:
+        name: what the message of a refusal calls it.
+        given: what NumPy can make an array of.
+
+    Raises:
+        DtypeError: it holds something else than numbers, or rows of unequal length.
+    """
     try:
         array = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -276,7 +301,17 @@ def as_array(name: str, given: Any) -> Array:
 
 
 def as_indices(name: str, given: Any, below: int | None = None) -> Array:
-    """(n,) int64, each from 0 to `below` − 1."""
+    """(n,) int64, each from 0 to `below` − 1.
+
+    Args:
+        name: what the message of a refusal calls them.
+        given: (n,) whole numbers, of any dtype but bool.
+        below: the bound above; None is none.
+
+    Raises:
+        DtypeError: they are no whole numbers.
+        ShapeError: the shape is another, or a number is out of bounds; its entry is named.
+    """
     array = np.asarray(given)
     if array.ndim != 1:
         raise ShapeError(f"{name} has shape {array.shape}", allowed="(n,)")
@@ -329,7 +364,11 @@ def start_of(initial: Any, states: int) -> Array | None:
 
 
 def scipy_sparse() -> ModuleType:
-    """scipy.sparse."""
+    """The module scipy.sparse.
+
+    Raises:
+        MissingDependencyError: scipy is not installed.
+    """
     try:
         import scipy.sparse
     except ImportError:
