@@ -12,8 +12,8 @@ the first two.
 * HPGD: as many paths of at most 200 steps of the simulator's moves as take 10,000 steps together,
   all for one goal that is drawn: their tables are means over what is visited, and fewer visits are
   another method, with more bias. Rows and steps by --hpgd and --hpgd-steps: a step takes ten times
-  as long as an exact one. "HPGD, lean JAX" (--lean, needs JAX) is its step rewritten, in a tenth of
-  the time.
+  as long as an exact one. "HPGD, lean JAX" (--lean, needs JAX) is its step rewritten, in a seventh
+  of the time.
 
     python benchmarks/hpgd_table.py [--rows 0.003/3 …] [--methods AMD …] [--steps N] [--seeds N]
         [--hpgd 0.003/3 …] [--hpgd-steps N] [--lean 0.003/3 …] [--out FILE]

@@ -502,14 +502,18 @@ def _tell_of_ends(mdp: MDP) -> None:
     """Warn, once each, of a terminal state and of an absorbing one with a choice."""
     if mdp.idle_ends and not torch.compiler.is_compiling():
         _tell_of_standing()
-    if mdp.free_ends and not torch.compiler.is_compiling() and "terminal" not in _told:
-        _told.add("terminal")
-        warn(
+    if mdp.free_ends and not torch.compiler.is_compiling():
+        _tell_once(
             "a terminal state has a choice of actions and keeps its entropy: without a reward it "
             "is worth τ log A, not 0. Fix: where its end is worth nothing, set `mask` to False for "
             "all its actions; where its reward is meant, for all but one",
-            TerminalChoiceWarning,
         )
+
+
+def _tell_once(text: str) -> None:
+    if text not in _told:
+        _told.add(text)
+        warn(text, TerminalChoiceWarning)
 
 
 _looked = 0
@@ -529,15 +533,12 @@ def _look_at(reward: Tensor, transition: Tensor) -> None:
 
 
 def _tell_of_standing() -> None:
-    if "absorbing" not in _told:
-        _told.add("absorbing")
-        warn(
-            "a state that no action leaves, and in which all pay the same, has a choice of actions "
-            "and keeps its entropy forever: without a reward it is worth τ log A / (1 − γ), not 0. "
-            "Fix: pass birl_ext.convert.mask_ends(mdp); or set `mask` to False there for all "
-            "actions but one",
-            TerminalChoiceWarning,
-        )
+    _tell_once(
+        "a state that no action leaves, and in which all pay the same, has a choice of actions "
+        "and keeps its entropy forever: without a reward it is worth τ log A / (1 − γ), not 0. "
+        "Fix: pass birl_ext.convert.mask_ends(mdp); or set `mask` to False there for all "
+        "actions but one"
+    )
 
 
 def _assemble(flat: Flat, outputs: tuple[Tensor, ...]) -> Solution:

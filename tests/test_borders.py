@@ -250,13 +250,13 @@ def test_what_subtractions_leave_of_one_is_no_mistake(
 # Ends that leave a choice
 
 
-def test_an_end_with_a_choice_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    end = torch.arange(S) == S - 1
-    closed = torch.ones(S, A, dtype=torch.bool)
-    closed[-1, 1:] = False
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], list[str]]:
+    """What a call, made twice, says of ends in a process where nothing has been said."""
 
-    def heard(call: Callable[[], Any]) -> list[str]:
+    def listen(call: Callable[[], Any]) -> list[str]:
         monkeypatch.setattr(functional, "_told", set())
+        monkeypatch.setattr(functional, "_looked", 0)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             call()
@@ -264,6 +264,14 @@ def test_an_end_with_a_choice_is_told_once(monkeypatch: pytest.MonkeyPatch) -> N
         assert all(w.category is errors.TerminalChoiceWarning for w in seen)
         assert all(w.filename == __file__ for w in seen)
         return [str(w.message) for w in seen]
+
+    return listen
+
+
+def test_an_end_with_a_choice_is_told_once(heard: Any) -> None:
+    end = torch.arange(S) == S - 1
+    closed = torch.ones(S, A, dtype=torch.bool)
+    closed[-1, 1:] = False
 
     mdp = DenseMDP(R, P, 0.5, terminal=end)
     for call in (
@@ -291,9 +299,7 @@ def test_an_end_with_a_choice_is_told_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_an_absorbing_state_with_a_choice_is_told_once(
-    monkeypatch: pytest.MonkeyPatch, sparse: bool
-) -> None:
+def test_an_absorbing_state_with_a_choice_is_told_once(heard: Any, sparse: bool) -> None:
     rows, paid = P.clone(), R.clone()
     rows[1] = torch.eye(S, dtype=torch.float64)[1]
     paid[1] = 0.5
@@ -303,17 +309,6 @@ def test_an_absorbing_state_with_a_choice_is_told_once(
     def built(**options: Any) -> Any:
         mdp = DenseMDP(options.pop("reward", paid), rows, 0.5, **options)
         return dataclasses.replace(mdp.to_sparse(), validate="full") if sparse else mdp
-
-    def heard(call: Callable[[], Any]) -> list[str]:
-        monkeypatch.setattr(functional, "_told", set())
-        monkeypatch.setattr(functional, "_looked", 0)
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            call()
-            call()
-        assert all(w.category is errors.TerminalChoiceWarning for w in seen)
-        assert all(w.filename == __file__ for w in seen)
-        return [str(w.message) for w in seen]
 
     def solved(mdp: Any) -> Any:
         return birl_ext.solve(mdp, temperature=0.5)
